@@ -1,0 +1,1 @@
+"""Put a checkpoint to use: server, gateway, chat."""
