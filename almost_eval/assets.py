@@ -1,0 +1,277 @@
+"""Data sets and prompt sets: the one place that finds a file that is not ours.
+
+A data set is looked for in the data root (`--data-root` or `ALMOST_DATA_ROOT`, a folder laid out like the hub), then
+on the hub. A prompt set of another project is looked for in the data root, then in the cache (`ALMOST_CACHE`, default
+`~/.cache/almost`), then downloaded from its pinned commit; its digest is in this file, so what is used is what is
+meant. Prompts are read as data: nothing downloaded is run.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import hashlib
+import http.client
+import json
+import os
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from almost_eval.errors import DataError, did_you_mean
+
+DATA_NAMES = ("hub", "nano")
+PROMPT_SET_NAMES = ("official", "builtin")
+
+_OFFICIAL_REPOSITORY = "naver-ai/ALMoST"
+_OFFICIAL_COMMIT = "4ed89fa94a55a1cafd28234ce9da4320d79fb796"
+_OFFICIAL_URL = f"https://raw.githubusercontent.com/{_OFFICIAL_REPOSITORY}/{_OFFICIAL_COMMIT}/eval/eval_prompt.py"
+_OFFICIAL_DIGEST = "fc51811fbb429d23a2a8c03e05e775b4af1a11fa5abbb06ce4e96e231b83ba9f"
+"""sha256 over the official evaluation prompts as canonical JSON: the mirror holds them as JSON, the repository as
+string constants of a Python file, and both must come out the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataSource:
+    """Where data sets come from."""
+
+    name: str
+    """`hub` (the real data sets) or `nano` (the built-in world)."""
+    root: Path | None
+    """A folder laid out like the hub, or None for the hub alone."""
+
+    def read(self, dataset: str, config: str, split: str) -> list[dict[str, Any]]:
+        """All rows of a split.
+
+        Raises:
+            DataError: not under the root and not on the hub, or a file that cannot be read.
+        """
+        files = self._files(dataset, config, split)
+        if files:
+            return [row for file in files for row in _read_file(file)]
+        splits = self._from_hub(dataset, config)
+        if split not in splits:
+            raise DataError(f"data set {dataset} ({config}) has no split {split!r}; it has {', '.join(sorted(splits))}")
+        return [dict(row) for row in splits[split]]
+
+    def configs(self, dataset: str) -> list[str]:
+        """Names of the configurations under the root, sorted; empty where the root does not hold the data set."""
+        folder = self.root / dataset if self.root else None
+        if folder is None or not folder.is_dir():
+            return []
+        return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+    def _files(self, dataset: str, config: str, split: str) -> list[Path]:
+        if self.root is None:
+            return []
+        found: list[Path] = []
+        for folder in (self.root / dataset / config, self.root / dataset / "data" / config):
+            for pattern in (f"{split}-*.parquet", f"{split}.parquet", f"{split}-*.jsonl", f"{split}.jsonl"):
+                found = found or sorted(folder.glob(pattern))
+        return found
+
+    def _from_hub(self, dataset: str, config: str | None) -> Any:
+        where = "no data root is set"
+        if self.root:
+            there = (self.root / dataset).is_dir()
+            where = f"{self.root / dataset} holds no such rows" if there else f"{self.root / dataset} is not there"
+        if self.name == "nano":
+            raise DataError(f"the nano data holds no {dataset} ({config}); use --data hub for the real data set")
+        try:
+            import datasets
+
+            return datasets.load_dataset(dataset, config)
+        except Exception as error:  # offline, refused, unknown: the hub client raises a dozen unrelated kinds
+            raise DataError(
+                f"data set {dataset} ({config}) not found: {where} and the hub could not give it "
+                f"({type(error).__name__}); pass --data-root DIR with DIR/{dataset} inside, or use --data nano"
+            ) from None
+
+    @contextlib.contextmanager
+    def serving_lm_eval(self) -> Iterator[None]:
+        """While active, `datasets.load_dataset` looks under the root first: lm-eval's tasks name hub data sets."""
+        import datasets
+
+        original = datasets.load_dataset
+
+        def load(path: str, name: str | None = None, **options: Any) -> Any:
+            local = self.root / path if self.root else None
+            if local is not None and local.is_dir():
+                try:
+                    return (None if options else self._as_datasets(path, name)) or original(str(local), name, **options)
+                except Exception as error:  # see _from_hub
+                    problem = (str(error).splitlines() or [""])[0][:120]
+                    raise DataError(f"{local} ({name}) cannot be read: {type(error).__name__}: {problem}") from None
+            try:
+                return original(path, name, **options)
+            except Exception as error:  # see _from_hub
+                raise DataError(
+                    f"data set {path} ({name}) not found: neither under the data root nor on the hub "
+                    f"({type(error).__name__}); pass --data-root DIR with DIR/{path} inside"
+                ) from None
+
+        datasets.load_dataset = load
+        try:
+            yield
+        finally:
+            datasets.load_dataset = original
+
+    def _as_datasets(self, dataset: str, config: str | None) -> Any:
+        """The parquet files of one configuration as a `DatasetDict` in memory, or None where the layout is another."""
+        import datasets
+        import pyarrow.parquet as parquet
+        from datasets.table import InMemoryTable
+
+        assert self.root is not None
+        folder = self.root / dataset / (config or "")
+        splits = sorted({file.name.split("-")[0] for file in folder.glob("*-*-of-*.parquet")})
+        if not splits:
+            return None
+        tables = {split: parquet.read_table(sorted(folder.glob(f"{split}-*.parquet"))) for split in splits}
+        return datasets.DatasetDict({s: datasets.Dataset(InMemoryTable(t)) for s, t in tables.items()})
+
+
+def find_data(name: str | None, root: str | Path | None, *, built_in_model: bool = False) -> DataSource:
+    """The source that `--data` and `--data-root` name; built-in models default to the built-in data.
+
+    Raises:
+        DataError: an unknown name, or a root that is no folder.
+    """
+    name = name or ("nano" if built_in_model and not root else "hub")
+    if name == "nano":
+        from almost_eval.nano.data import data_root
+
+        return DataSource("nano", data_root())
+    if name != "hub":
+        raise DataError(f"unknown data {name!r}; {did_you_mean(name, DATA_NAMES)}")
+    root = root or os.environ.get("ALMOST_DATA_ROOT") or None
+    if root is None:
+        return DataSource("hub", None)
+    path = Path(root).expanduser().resolve()
+    if not path.is_dir():
+        raise DataError(f"data root {path} is not a folder; give one laid out like the hub (org/name/config/...)")
+    return DataSource("hub", path)
+
+
+def fingerprint(rows: Sequence[Any]) -> str:
+    """sha256 over rows as canonical JSON: two runs with the same fingerprint read the same data."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=True, default=str).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def malformed(dataset: str, config: str, row: int, problem: str) -> DataError:
+    """The error for a row that a task cannot use. Rows count from 1."""
+    return DataError(f"malformed data: {dataset}, {config}, row {row}: {problem}; mend the row or download it again")
+
+
+def _read_file(file: Path) -> list[dict[str, Any]]:
+    if file.suffix == ".parquet":
+        import pyarrow.lib
+        import pyarrow.parquet as parquet
+
+        try:
+            rows: list[dict[str, Any]] = parquet.read_table(file).to_pylist()
+        except (OSError, pyarrow.lib.ArrowException) as error:
+            raise DataError(f"{file} is not a readable parquet file ({str(error).splitlines()[0][:120]})") from None
+        return rows
+    rows = []
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror})") from None
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a JSON string may hold U+2028 and the like
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"malformed data: {file}, row {number}: {error.msg}") from None
+        if not isinstance(row, dict):
+            raise DataError(f"malformed data: {file}, row {number}: not a JSON object")
+        rows.append(row)
+    return rows
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSet:
+    """Named prompts in the dialogue format, with `{placeholders}`."""
+
+    name: str
+    prompts: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the prompts as canonical JSON."""
+        canonical = json.dumps(self.prompts, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def load_prompt_set(name: str, data: DataSource) -> PromptSet:
+    """The evaluation prompts: `static_HHH_prompt` and `truthfulQA_prompt`; `builtin` has its own shots as well.
+
+    Raises:
+        DataError: an unknown name, or an official set that cannot be had or is not the pinned one.
+    """
+    if name == "builtin":
+        text = (Path(__file__).parent / "prompts" / "builtin.json").read_text(encoding="utf-8")
+        return PromptSet("builtin", json.loads(text))
+    if name != "official":
+        raise DataError(f"unknown prompt set {name!r}; {did_you_mean(name, PROMPT_SET_NAMES)}")
+    prompts, origin = _official_prompts(data)
+    official = PromptSet("official", prompts)
+    if official.digest != _OFFICIAL_DIGEST:
+        raise DataError(
+            f"{origin} does not hold the official prompts of {_OFFICIAL_REPOSITORY}@{_OFFICIAL_COMMIT[:7]} (sha256 "
+            f"{official.digest[:12]}, expected {_OFFICIAL_DIGEST[:12]}); remove that copy, or use --prompt-set builtin"
+        )
+    return official
+
+
+def _official_prompts(data: DataSource) -> tuple[dict[str, str], str]:
+    """The prompts, and the file or address they came from. Not checked yet."""
+    from almost_eval.nano.data import cache_dir
+
+    mirror = f"github/{_OFFICIAL_REPOSITORY}/eval/eval_prompt.json"
+    cached = cache_dir() / mirror
+    candidates = ([data.root / mirror] if data.root else []) + [cached]
+    for file in candidates:
+        if file.is_file():
+            try:
+                found = json.loads(file.read_text(encoding="utf-8"))
+                return {str(key): str(value) for key, value in found.items()}, str(file)
+            except (ValueError, AttributeError, OSError) as error:
+                raise DataError(f"{file} is not the JSON of a prompt set: {error}") from None
+    try:
+        with urllib.request.urlopen(_OFFICIAL_URL, timeout=20) as reply:
+            tree = ast.parse(reply.read(1 << 20).decode("utf-8"))
+    except SyntaxError:
+        raise DataError(
+            f"{_OFFICIAL_URL} gave no Python file (a proxy's page?); pass --data-root DIR with DIR/{mirror}, or use "
+            "--prompt-set builtin"
+        ) from None
+    except (OSError, http.client.HTTPException, ValueError) as error:  # URLError and timeouts are OSErrors
+        raise DataError(
+            f"the official prompt set is not in the data root or the cache, and its download failed ({error}); pass "
+            f"--data-root DIR with DIR/{mirror}, or use --prompt-set builtin"
+        ) from None
+    prompts = {
+        statement.targets[0].id: statement.value.value
+        for statement in tree.body
+        if isinstance(statement, ast.Assign)
+        and isinstance(statement.targets[0], ast.Name)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+    }
+    if PromptSet("official", prompts).digest == _OFFICIAL_DIGEST:  # never cache what would be refused
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs another download, no more
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            scratch = cached.with_suffix(f".{os.getpid()}")
+            scratch.write_text(json.dumps(prompts, indent=1), encoding="utf-8")
+            scratch.replace(cached)
+    return prompts, _OFFICIAL_URL

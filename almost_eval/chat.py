@@ -1,0 +1,292 @@
+"""Dialogues as messages, as text and as token ids.
+
+The dialogue format is ALMoST's (arXiv 2305.13735; naver-ai/ALMoST `eval/eval_prompt.py`), which Static HHH uses too:
+`\\n\\nHuman: ...\\n\\nAssistant: ...`. Other formats are Jinja files beside this one, chosen by flag or taken from the
+tokenizer, and rendered as `transformers.PreTrainedTokenizerBase.apply_chat_template` renders them.
+
+Departures from the official code: a prompt is split into turns before its placeholders are filled, so no data can open
+a turn; and nothing is guessed from a model's name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from almost_eval.errors import TemplateError, did_you_mean
+from almost_eval.types import Conversation, Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+STOP_STRINGS: dict[str, tuple[str, ...]] = {
+    "almost": ("\n\nHuman:",),
+    "alpaca": ("### Instruction:",),
+    "dolly": ("### End", "### Instruction:"),
+    "oasst": ("<|prompter|>", "<|endoftext|>"),
+    "vicuna": ("USER:",),
+}
+"""Built-in template name -> the text at which an answer is over, besides EOS: a model may open the next turn itself."""
+
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+
+# What a template, which is a program, may fail with; jinja lets Python's own errors through.
+_PYTHON_FAULTS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+_TEMPLATE_FAULTS = (jinja2.TemplateError, *_PYTHON_FAULTS)
+
+
+# --- the dialogue format ---
+
+
+def parse_dialogue(text: str) -> Conversation:
+    """Messages of a `\\n\\nHuman: ...\\n\\nAssistant: ...` text, each stripped of the whitespace around it.
+
+    A marker counts at the start of the text or after a blank line. Text before the first one is a system message, text
+    without any is one user turn, and an `Assistant:` with nothing after it is the generation prompt, hence no message.
+    """
+    head, *rest = _TURN.split(text)
+    head = head.strip()
+    if not rest:
+        return (Message("user", head),) if head else ()
+    messages = [Message("system", head)] if head else []
+    messages += [Message(_ROLES[marker], turn.strip()) for marker, turn in zip(rest[::2], rest[1::2], strict=True)]
+    if messages[-1] == Message("assistant", ""):
+        messages.pop()
+    return tuple(messages)
+
+
+def dialogue_text(conversation: Conversation, *, add_generation_prompt: bool = False) -> str:
+    """The text of a dialogue, no special tokens; `parse_dialogue` undoes it where the turns are stripped."""
+    return _built_in("almost").render(conversation, add_generation_prompt=add_generation_prompt)
+
+
+# --- templates ---
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """How one family of models writes a dialogue."""
+
+    name: str
+    """A built-in name, `tokenizer`, or the path it was read from."""
+    source: str
+    """Jinja."""
+    stop: tuple[str, ...] = ()
+    """Strings that end an answer, besides EOS."""
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the source, hex: goes into `spec.json`, where a name alone would not pin the prompt."""
+        return hashlib.sha256(self.source.encode()).hexdigest()
+
+    def render(
+        self,
+        conversation: Conversation,
+        *,
+        add_generation_prompt: bool = False,
+        response_prefix: str = "",
+        special_tokens: Mapping[str, str] = {},
+    ) -> str:
+        """The text of a conversation.
+
+        `response_prefix` is the beginning of the answer, which the model is to continue: it follows the generation
+        prompt (and implies it) verbatim, after one space where neither side of the seam has whitespace.
+        """
+        variables = {
+            **special_tokens,
+            "messages": [message.to_dict() for message in conversation],
+            "add_generation_prompt": add_generation_prompt or bool(response_prefix),
+            # As transformers passes them: published templates ask `tools is not none`, which holds for an undefined.
+            "tools": None,
+            "documents": None,
+        }
+        try:
+            text = _compile(self.source).render(variables)
+        except _TEMPLATE_FAULTS as error:
+            self._fail(error)
+        # "\n\nAssistant:" + "Sure!" would be tokens that no answer in training began with.
+        seam = " " if response_prefix and not (text[-1:].isspace() or response_prefix[0].isspace()) else ""
+        return text + seam + response_prefix
+
+    def check(self) -> ChatTemplate:
+        """Itself, once its syntax is known to be sound: a bad file is refused before a model is loaded."""
+        try:
+            _compile(self.source)
+        except _TEMPLATE_FAULTS as error:
+            self._fail(error)
+        return self
+
+    def _fail(self, error: Exception) -> NoReturn:
+        problem = " ".join(str(error).split()) or type(error).__name__
+        line = f" (line {error.lineno})" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+        raise TemplateError(f"chat template {self.name!r} cannot render: {problem}{line}") from error
+
+
+def load_template(choice: str, tokenizer: PreTrainedTokenizerBase | None = None) -> ChatTemplate | None:
+    """The template of a `--chat-template` flag: `auto`, `none`, a built-in name, or a path to a Jinja file.
+
+    `auto` is the tokenizer's own, else `almost`. `none` is None: prompts go to the model as they are.
+    """
+    if choice == "none":
+        return None
+    if choice == "auto":
+        return _own_template(tokenizer) or _built_in("almost")
+    if choice in STOP_STRINGS:
+        return _built_in(choice)
+    if not os.path.isfile(choice):  # not Path.is_file, which raises for a name that is too long
+        known = did_you_mean(choice, ["auto", "none", *STOP_STRINGS])
+        raise TemplateError(f"unknown chat template {choice!r}: {known}; a path to a Jinja file also works")
+    try:
+        source = Path(choice).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TemplateError(f"chat template {choice!r} cannot be read as UTF-8 text: {error}") from error
+    return ChatTemplate(choice, source).check()
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """The special tokens that a template may name, those that are set."""
+    # The map holds only what is set; asking for an attribute that is not makes transformers log an error.
+    tokens = tokenizer.special_tokens_map
+    return {
+        name: str(tokens[name]) for name in ("bos_token", "eos_token", "pad_token", "unk_token") if tokens.get(name)
+    }
+
+
+def _own_template(tokenizer: PreTrainedTokenizerBase | None) -> ChatTemplate | None:
+    """The tokenizer's chat template, if it has one."""
+    source = getattr(tokenizer, "chat_template", None)
+    if isinstance(source, dict) and source:
+        if "default" not in source:
+            raise TemplateError(
+                f"the tokenizer has chat templates {sorted(source)} but no 'default': save the one that is meant to a "
+                "file and pass its path"
+            )
+        source = source["default"]
+    return ChatTemplate("tokenizer", source).check() if source else None
+
+
+@cache
+def _built_in(name: str) -> ChatTemplate:
+    source = Path(__file__).with_name("templates").joinpath(f"{name}.jinja").read_text(encoding="utf-8")
+    return ChatTemplate(name, source, STOP_STRINGS[name])
+
+
+class _GenerationBlock(jinja2.ext.Extension):
+    """`{% generation %}...{% endgeneration %}`, by which some templates mark the answer: here it writes its body.
+
+    transformers tracks these blocks for its own mask; `encode_with_completion_mask` works for templates without them.
+    """
+
+    tags = {"generation"}  # noqa: RUF012  (jinja's declaration)
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        lineno = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=lineno)
+
+
+@lru_cache(maxsize=32)
+def _compile(source: str) -> jinja2.Template:
+    """A template in the environment that transformers gives it: same whitespace rules, filters and globals."""
+
+    def raise_exception(message: str) -> NoReturn:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        # Jinja's own filter escapes HTML.
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    # Sandboxed: a tokenizer's template is code from whoever made the checkpoint.
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(source)
+
+
+# --- prompts with placeholders ---
+
+
+def fill(template: str, values: Mapping[str, str]) -> str:
+    """Replace each `{name}` that has a value, in one pass: braces inside a value are data and stay."""
+    return _PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), template)
+
+
+def render_prompt(
+    prompt: str, values: Mapping[str, str], template: ChatTemplate | None, special_tokens: Mapping[str, str] = {}
+) -> str:
+    """What a model reads for one item: `prompt`, a dialogue with placeholders, filled and written as `template` says.
+
+    The turns are the prompt's own: it is split before it is filled. A closing assistant turn is the beginning of the
+    answer. Without a template the filled prompt is taken as it is.
+    """
+    if template is None:
+        return fill(prompt, values)
+    messages = [replace(message, content=fill(message.content, values)) for message in parse_dialogue(prompt)]
+    prefix = messages.pop().content if messages and messages[-1].role == "assistant" else ""
+    return template.render(
+        tuple(messages), add_generation_prompt=True, response_prefix=prefix, special_tokens=special_tokens
+    )
+
+
+# --- token ids ---
+
+
+@dataclass(frozen=True, slots=True)
+class MaskedTokens:
+    """One conversation, ready to train on."""
+
+    input_ids: list[int]
+    """(T,)"""
+    completion_mask: list[bool]
+    """(T,) True on the last answer and on the EOS or end-of-turn text that closes it."""
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a rendered text: BOS once where tokenizer or template wants it, and no EOS but the text's own."""
+    ids = list(tokenizer.encode(text, add_special_tokens=False))
+    bos = special_tokens(tokenizer).get("bos_token")
+    if bos is None or text.lstrip().startswith(bos):
+        return ids
+    # A letter, not "": where BOS and EOS are one token, an empty text cannot tell which of the two was added.
+    adds_bos = list(tokenizer.encode("a"))[:1] == [tokenizer.bos_token_id]
+    return [tokenizer.bos_token_id, *ids] if adds_bos else ids
+
+
+def encode_with_completion_mask(
+    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, conversation: Conversation
+) -> MaskedTokens:
+    """Token ids of a whole conversation, and which of them the model is to learn to write: its last answer."""
+    if not conversation or conversation[-1].role != "assistant":
+        raise TemplateError("a conversation to train on must end with an assistant message")
+    tokens = special_tokens(tokenizer)
+    prompt = template.render(conversation[:-1], add_generation_prompt=True, special_tokens=tokens)
+    whole = template.render(conversation, special_tokens=tokens)
+    if not whole.startswith(prompt):
+        raise TemplateError(
+            f"chat template {template.name!r} rewrites the turns before an answer, so the answer's tokens cannot be "
+            "told apart: pass one that only appends"
+        )
+    prompt_ids, input_ids = encode_text(tokenizer, prompt), encode_text(tokenizer, whole)
+    # Not len(prompt_ids): the whole is encoded jointly, and a token that straddles the seam belongs to the answer.
+    pairs = enumerate(zip(prompt_ids, input_ids, strict=False))
+    start = next((position for position, (one, other) in pairs if one != other), len(prompt_ids))
+    return MaskedTokens(input_ids, [position >= start for position in range(len(input_ids))])

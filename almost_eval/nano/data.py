@@ -1,0 +1,102 @@
+"""Writes the nano world as a data root: the parquet files, folders and dataset cards of the hub, a few kilobytes each.
+
+Also the two habits of everything this package caches: a folder appears whole or not at all, and it is named by a
+digest of what is in it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from almost_eval.errors import InputError
+from almost_eval.nano.world import World
+
+
+def _list(item: pa.DataType) -> pa.DataType:
+    # "element" is the name in the real files; pyarrow's own default is "item", and then the schemas would differ.
+    return pa.list_(pa.field("element", item))
+
+
+_TARGETS = pa.struct({"choices": _list(pa.string()), "labels": _list(pa.int64())})
+SCHEMAS = {
+    "HuggingFaceH4/hhh_alignment": pa.schema({"input": pa.string(), "targets": _TARGETS}),
+    "truthfulqa/truthful_qa": pa.schema({"question": pa.string(), "mc1_targets": _TARGETS, "mc2_targets": _TARGETS}),
+    "cais/mmlu": pa.schema(
+        {"question": pa.string(), "subject": pa.string(), "choices": _list(pa.string()), "answer": pa.int64()}
+    ),
+}
+
+
+def data_root() -> Path:
+    """The nano world's data root in the cache, written on first use."""
+    return cached(f"nano-data-{World().digest()[:12]}", write_data)
+
+
+def write_data(root: Path) -> Path:
+    """Write the nano world to `root`, which must be new or empty."""
+    splits: dict[str, dict[str, list[str]]] = {}  # data set -> config -> splits
+    with whole_folder(root) as folder:
+        for table, rows in World().tables().items():
+            dataset, config, split = table.rsplit("/", 2)
+            splits.setdefault(dataset, {}).setdefault(config, []).append(split)
+            file = folder / dataset / config / f"{split}-00000-of-00001.parquet"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMAS[dataset]), file)
+        for dataset, configs in splits.items():
+            (folder / dataset / "README.md").write_text(_card(configs), encoding="utf-8")
+    return root
+
+
+def _card(configs: dict[str, list[str]]) -> str:
+    """The YAML head that tells `datasets` which files make which config and split."""
+    lines = ["---", "configs:"]
+    for config, splits in configs.items():
+        lines += [f"- config_name: {config}", "  data_files:"]
+        for split in splits:
+            lines += [f"  - split: {split}", f"    path: {config}/{split}-*"]
+    return "\n".join([*lines, "---", ""])
+
+
+def cache_dir() -> Path:
+    """`ALMOST_CACHE`, else ~/.cache/almost."""
+    return Path(os.environ.get("ALMOST_CACHE") or "~/.cache/almost").expanduser()
+
+
+def cached(name: str, build: Callable[[Path], Path]) -> Path:
+    """The folder `name` of the cache, built on first use. Of two processes that build it at once, the first wins."""
+    path = cache_dir() / name
+    if not path.is_dir():
+        try:
+            build(path)
+        except InputError:
+            if not path.is_dir():  # otherwise the other process has finished the same folder meanwhile
+                raise
+    return path
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A scratch folder that becomes `path` when the block ends well; `path` is never seen half-written."""
+    taken = InputError(f"{path} exists and is not an empty folder: give a new one, or remove it")
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise taken
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The scratch folder is private (0700); the one inside it has the user's ordinary permissions, and is what moves.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
+        folder = Path(scratch) / "whole"
+        folder.mkdir()
+        yield folder
+        try:
+            folder.rename(path)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
+            raise taken from None
