@@ -1,0 +1,1 @@
+"""What runs a model: transformers here; vLLM and OpenAI-compatible endpoints by the same protocols."""

@@ -1,0 +1,101 @@
+"""The protocols an engine meets, and the sampling parameters it takes.
+
+An engine encodes first and loads weights last: everything that can be refused (a prompt that does not fit, a label
+that is not one token) is known after `encode`, before a single weight is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from almost_eval.engines.prefix import EncodedRequest
+from almost_eval.types import Completion, ContinuationScore, LoglikelihoodRequest
+
+RequestScores = list[ContinuationScore]
+"""One score per continuation of a request, in its order."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to continue a prompt. `temperature` 0 is greedy."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    n: int = 1
+    """Completions for each prompt."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion; they are not part of its text."""
+    seed: int = 0
+    """Each (prompt, completion) draws from its own generator seeded by this, so batching never changes a draw."""
+
+
+@dataclass(slots=True)
+class EngineReport:
+    """What an engine did in a run: stored in `results.json` under `engine`."""
+
+    path: str = ""
+    """`shared-prefix` or `plain`."""
+    tokens_plain: int = 0
+    """Token positions a request-by-request run would compute."""
+    tokens_in_trie: int = 0
+    """Distinct prefixes over all requests: the fewest positions that can be computed."""
+    tokens_computed: int = 0
+    """Token positions the plan computes; a resumed run reports the plan of the whole run."""
+    warnings: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON, with the two ratios people ask for."""
+        return {
+            "path": self.path,
+            "tokens_plain": self.tokens_plain,
+            "tokens_in_trie": self.tokens_in_trie,
+            "tokens_computed": self.tokens_computed,
+            "computed_over_trie": self.tokens_computed / self.tokens_in_trie if self.tokens_in_trie else None,
+            "plain_over_computed": self.tokens_plain / self.tokens_computed if self.tokens_computed else None,
+            "warnings": list(self.warnings),
+        }
+
+
+@runtime_checkable
+class LoglikelihoodEngine(Protocol):
+    """Scores continuations of contexts."""
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens the model can attend to; None where the engine does not know."""
+        ...
+
+    @property
+    def report(self) -> EngineReport:
+        """What the last `stream` did."""
+        ...
+
+    def encode(self, requests: Sequence[LoglikelihoodRequest]) -> list[EncodedRequest]:
+        """Token ids of every request, context and continuation encoded jointly. Loads no weights."""
+        ...
+
+    def stream(
+        self, requests: Sequence[EncodedRequest], wanted: Collection[int] | None = None
+    ) -> Iterator[tuple[int, RequestScores]]:
+        """Yield (index, scores) of each wanted request as soon as it is known, in any order.
+
+        The plan depends on all `requests` and never on `wanted`: a resumed run computes the same batches, so it ends
+        in the same bits as an uninterrupted one.
+        """
+        ...
+
+    def loglikelihood(self, requests: Sequence[LoglikelihoodRequest]) -> list[RequestScores]:
+        """Scores of all requests, in order."""
+        ...
+
+
+@runtime_checkable
+class GenerationEngine(Protocol):
+    """Continues prompts."""
+
+    def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[list[Completion]]:
+        """`params.n` completions for each rendered prompt, in order."""
+        ...

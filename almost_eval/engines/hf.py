@@ -1,0 +1,329 @@
+"""Any causal language model of transformers: exact log-likelihoods that share prefixes, and generation.
+
+Departures from lm-eval's `hf` model: all requests of a run form one trie and every shared prefix is computed once;
+logits are read at scored positions only; a prompt that does not fit is an error, never cut.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+from almost_eval.checkpoint import Checkpoint, context_length, find_checkpoint
+from almost_eval.engines.base import EngineReport, RequestScores, SamplingParams
+from almost_eval.engines.prefix import EncodedRequest, TokenEncoder, build_trie
+from almost_eval.errors import InputError, ModelError, RunError, did_you_mean
+from almost_eval.types import Completion, LoglikelihoodRequest
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
+
+
+class HFEngine:
+    """A transformers causal LM. Config and tokenizer load at once, weights on first use.
+
+    Args:
+        model: a checkpoint directory, hub id, built-in name, or a `Checkpoint` already found.
+        dtype: `auto` is float32 on a CPU and the checkpoint's own elsewhere.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
+        attention: transformers' attention implementation; `auto` is sdpa where the model has it, else eager.
+        batch_size: sequences in a forward pass, or None for as many as `batch_tokens` allows.
+        batch_tokens: token positions in a forward pass, or None for 512 on a CPU and 4,096 elsewhere. Halved on
+            out-of-memory errors. Memory is bounded by this, one path of keys and values, and the logits of the scored
+            positions (at most 256 MiB on a CPU, 1 GiB elsewhere).
+        share_prefixes: False computes every continuation on its own (the plain path).
+        max_length: a context length below the model's own.
+        allow_pickle: accept pickled weights.
+        trust_remote_code: run Python code that the checkpoint ships.
+
+    Raises:
+        InputError: an unknown dtype or attention, a size below 1, or a `max_length` beyond the model's own.
+        ModelError: see `find_checkpoint`; or weights that do not fill the model.
+    """
+
+    name = "hf"
+
+    def __init__(
+        self,
+        model: str | Checkpoint,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        attention: str = "auto",
+        batch_size: int | None = None,
+        batch_tokens: int | None = None,
+        share_prefixes: bool = True,
+        max_length: int | None = None,
+        allow_pickle: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        for value, known, flag in ((dtype, DTYPES, "dtype"), (attention, ATTENTION, "attention")):
+            if value not in known:
+                raise InputError(f"unknown {flag} {value!r}; {did_you_mean(value, known)}")
+        for size, flag in ((batch_size, "batch size"), (batch_tokens, "batch tokens"), (max_length, "max length")):
+            if size is not None and size < 1:
+                raise InputError(f"{flag} is {size}; it must be 1 or more")
+        self.checkpoint = model if isinstance(model, Checkpoint) else find_checkpoint(model, allow_pickle=allow_pickle)
+        self.share_prefixes = share_prefixes
+        self.batch_size = batch_size
+        self.batch_tokens = batch_tokens
+        self._dtype = dtype
+        self._device = device
+        self._attention = attention
+        self._trust_remote_code = trust_remote_code
+        self._report = EngineReport()
+        own = context_length(self.checkpoint.config, self.tokenizer)
+        if max_length is not None and max_length > own:
+            raise InputError(f"--max-length {max_length} is beyond the model's own context of {own} tokens")
+        self._context_length = max_length or own
+
+    @property
+    def context_length(self) -> int:
+        """Tokens the model can attend to."""
+        return self._context_length
+
+    @property
+    def report(self) -> EngineReport:
+        """What the last `stream` did."""
+        return self._report
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer."""
+        return load_tokenizer(self.checkpoint, trust_remote_code=self._trust_remote_code)
+
+    @cached_property
+    def encoder(self) -> TokenEncoder:
+        """Joint encoding on this tokenizer."""
+        return TokenEncoder(self.tokenizer)
+
+    @cached_property
+    def device(self) -> str:
+        """The device that `auto` stands for here."""
+        return pick_device(self._device)
+
+    @cached_property
+    def dtype(self) -> str:
+        """The dtype that `auto` stands for here."""
+        if self._dtype != "auto":
+            return self._dtype
+        own = self.checkpoint.config.get("dtype") or self.checkpoint.config.get("torch_dtype") or "float32"
+        return "float32" if self.device == "cpu" else str(own)
+
+    @cached_property
+    def model(self) -> Any:
+        """The model in eval mode, its weights on the device.
+
+        Raises:
+            ModelError: a weight that the model needs is not in the checkpoint.
+        """
+        import torch
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        model = load_weights(
+            AutoModelForCausalLM,
+            self.checkpoint,
+            dtype=getattr(torch, self.dtype),
+            device=self.device,
+            attention=self._attention,
+            trust_remote_code=self._trust_remote_code,
+        )
+        # What else a checkpoint's generation_config.json may hold (a repetition penalty, beams) would act unseen:
+        # `SamplingParams` is all there is.
+        model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
+        return model
+
+    def settings(self) -> dict[str, Any]:
+        """What belongs in a run's spec: runs that differ in any of it may differ in the last bits."""
+        return {
+            "name": self.name,
+            "dtype": self.dtype,
+            "device": self.device,
+            "attention": self._attention,
+            "share_prefixes": self.share_prefixes,
+            "batch_size": self.batch_size,
+            "batch_tokens": self.batch_tokens,
+            "context_length": self.context_length,
+        }
+
+    def encode(self, requests: Sequence[LoglikelihoodRequest]) -> list[EncodedRequest]:
+        """Token ids of every request. Loads no weights."""
+        return self.encoder.encode(requests)
+
+    def loglikelihood(self, requests: Sequence[LoglikelihoodRequest]) -> list[RequestScores]:
+        """Scores of all requests, in order.
+
+        Raises:
+            InputError: a request longer than the context; nothing is cut.
+        """
+        encoded = self.encode(requests)
+        scores = dict(self.stream(encoded))
+        return [scores[i] for i in range(len(requests))]
+
+    def stream(
+        self, requests: Sequence[EncodedRequest], wanted: Collection[int] | None = None
+    ) -> Iterator[tuple[int, RequestScores]]:
+        """Yield (index, scores) of each wanted request as soon as it is known; see `LoglikelihoodEngine.stream`."""
+        from almost_eval.engines import hf_loglikelihood as scoring
+
+        self._report = report = EngineReport()
+        if not requests:
+            return
+        longest = max(request.n_positions for request in requests)
+        if longest > self.context_length:
+            raise InputError(f"a request of {longest} tokens does not fit the context of {self.context_length}")
+        wanted = frozenset(range(len(requests)) if wanted is None else wanted)
+        model, config = self.model, self.model.config
+        window = scoring.AttentionWindow.of(config, longest)
+        probe = self._probe(window)
+        trie = build_trie(requests)
+        report.tokens_plain, report.tokens_in_trie = trie.tokens_plain, len(trie)
+        uneven = scoring.length_dependence(config, longest)
+        if not probe.padding_is_exact:
+            uneven = "left padding changes this model's answers"
+        if uneven:
+            report.warnings.append(f"only rows of one length share a batch on the plain path: {uneven}")
+        reason = scoring.refusal(config, longest)
+        if self.share_prefixes and not reason and not probe.sharing_is_exact:
+            off = "failed" if probe.shared is None else f"was off by {probe.shared:.2g} nats"
+            reason = f"sharing {off} on a probe of this checkpoint"
+        if self.share_prefixes and reason:
+            report.warnings.append(f"prefixes are not shared: {reason}")
+        limits = self._limits(scoring.Limits)
+        scorer: scoring.SharedPrefixScorer | scoring.PlainScorer
+        if self.share_prefixes and not reason:
+            report.path, report.tokens_computed = "shared-prefix", len(trie)
+            scorer = scoring.SharedPrefixScorer(model, window)
+            results = scorer.stream(trie, requests, wanted, limits)
+        else:
+            report.path, report.tokens_computed = "plain", scoring.plain_tokens(requests)
+            scorer = scoring.PlainScorer(model, padding=not uneven)
+            results = scorer.stream(requests, wanted, limits)
+        yield from results
+        if scorer.limits_used != limits and scorer.limits_used is not None:
+            report.warnings.append(f"out of memory: went on with {scorer.limits_used.tokens} tokens in a batch")
+
+    def _probe(self, window: Any) -> Any:
+        from almost_eval.engines.hf_loglikelihood import probe
+
+        if not hasattr(self, "_probes"):
+            self._probes: dict[Any, Any] = {}
+        if window not in self._probes:
+            self._probes[window] = probe(self.model, window, min(len(self.tokenizer), self._vocabulary))
+        return self._probes[window]
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(self.model.config.get_text_config().vocab_size)
+
+    def _limits(self, kind: Any) -> Any:
+        on_cpu = self.device == "cpu"
+        tokens = self.batch_tokens or (512 if on_cpu else 4096)
+        logits = (1 << 28) if on_cpu else (1 << 30)  # bytes of float32 logits in one pass
+        return kind(tokens, max(8, logits // (4 * self._vocabulary)), self.batch_size)
+
+    def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[list[Completion]]:
+        """`params.n` completions for each rendered prompt, in order.
+
+        Raises:
+            InputError: a prompt that leaves no room for `max_new_tokens`.
+        """
+        from almost_eval.engines.hf_generation import generate
+
+        if not prompts:
+            return []
+        ids = [prompt if len(prompt) else self.encoder.stand_in() for prompt in self.encoder.encode_texts(prompts)]
+        longest = max(len(prompt) for prompt in ids)
+        if longest + params.max_new_tokens > self.context_length:
+            raise InputError(
+                f"a prompt of {longest} tokens and {params.max_new_tokens} new ones do not fit the context of "
+                f"{self.context_length}; lower max_new_tokens"
+            )
+        budget = self.batch_tokens or (4096 if self.device == "cpu" else 65536)
+        return generate(self.model, self.tokenizer, ids, params, max_tokens=budget, max_sequences=self.batch_size)
+
+
+def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()  # it warns of long texts; we count them and refuse them ourselves
+    try:
+        return AutoTokenizer.from_pretrained(str(checkpoint.path), trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises half a dozen unrelated kinds here
+        raise ModelError(
+            f"{checkpoint.path} has no tokenizer that transformers can read ({_first_line(error)}); save the "
+            "tokenizer beside the weights"
+        ) from None
+
+
+def load_weights(
+    auto_class: Any, checkpoint: Checkpoint, *, dtype: Any, device: str, attention: str, trust_remote_code: bool
+) -> Any:
+    """A transformers model in eval mode with every weight from the checkpoint.
+
+    Raises:
+        ModelError: weights are missing (transformers would initialise them at random), or cannot be read.
+        RunError: not enough memory.
+    """
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    extra = {} if attention == "auto" else {"attn_implementation": attention}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model, info = auto_class.from_pretrained(
+                str(checkpoint.path),
+                dtype=dtype,
+                use_safetensors=checkpoint.weight_files[0].suffix == ".safetensors",
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                **extra,
+            )
+    except torch.OutOfMemoryError as error:
+        raise RunError(f"not enough memory for the weights of {checkpoint.name}: {_first_line(error)}") from None
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        raise ModelError(f"transformers cannot load {checkpoint.path}: {_first_line(error)}") from None
+    lost = sorted({*info.get("missing_keys", ()), *(key for key, *_ in info.get("mismatched_keys", ()))})
+    if lost:
+        raise ModelError(
+            f"{checkpoint.path} lacks {len(lost)} weights of its own architecture, first {lost[0]!r}; transformers "
+            "would set them at random, so nothing it says would mean anything"
+        )
+    try:
+        return model.to(device).eval()
+    except torch.OutOfMemoryError:
+        raise RunError(f"not enough memory on {device} for {checkpoint.name}; use a smaller dtype or device") from None
+
+
+def pick_device(device: str) -> str:
+    """`auto` -> the accelerator where there is one.
+
+    Raises:
+        InputError: a device that torch does not know or does not see.
+    """
+    import torch
+
+    if device == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {device!r} is not usable here ({_first_line(error)}); use cpu or auto") from None
+    return device
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

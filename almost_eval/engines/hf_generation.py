@@ -1,0 +1,165 @@
+"""Sampling with transformers' `generate`, one random generator per completion.
+
+transformers draws from the global generator in batch order, so what a prompt gets depends on its neighbours. Here
+the filtered logits receive Gumbel noise from a generator of the completion's own and the largest is taken, which is a
+draw from the same softmax (Gumbel-max): batching, resuming and reordering change nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from almost_eval.engines.base import SamplingParams
+from almost_eval.types import Completion
+
+
+class GumbelNoise(LogitsProcessor):
+    """Adds to row i noise from generator i, so that the argmax is a sample."""
+
+    def __init__(self, generators: Sequence[np.random.Generator]) -> None:
+        self._generators = generators
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Scores (B, V), the noise of each row drawn on the CPU: the same draws on every device."""
+        noise = np.stack([g.gumbel(size=scores.shape[-1]) for g in self._generators])
+        return scores.float() + torch.from_numpy(noise).float().to(scores.device)  # type: ignore[return-value]
+
+
+class StopStrings(StoppingCriteria):
+    """Ends a row once its completion holds a stop string.
+
+    transformers' own criterion reads the prompt too (a stop string that the prompt begins ends the row), and does not
+    say where a row ended.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], prompt_length: int) -> None:
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._prompt_length = prompt_length
+        self.length: dict[int, int] = {}
+        """Row -> tokens of its completion, the one that completed a stop string included."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.BoolTensor:
+        """(B,) True where the row has ended; input_ids (B, T) with the prompt."""
+        running = [row for row in range(len(input_ids)) if row not in self.length]
+        texts = self._tokenizer.batch_decode(input_ids[running, self._prompt_length :], skip_special_tokens=True)
+        for row, text in zip(running, texts, strict=True):
+            if any(stop in text for stop in self._stop):
+                self.length[row] = input_ids.shape[1] - self._prompt_length
+        ended = [row in self.length for row in range(len(input_ids))]
+        return torch.tensor(ended, device=input_ids.device)  # type: ignore[return-value]
+
+
+@torch.inference_mode()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[NDArray[np.int32]],
+    params: SamplingParams,
+    *,
+    max_tokens: int,
+    max_sequences: int | None = None,
+) -> list[list[Completion]]:
+    """`params.n` completions of each prompt (token ids), in order.
+
+    Args:
+        model: a transformers causal LM.
+        tokenizer: its tokenizer.
+        prompts: ids of each prompt.
+        params: how to sample.
+        max_tokens: rows x (prompt + new tokens) in one batch.
+        max_sequences: rows in one batch, or None.
+    """
+    jobs = sorted(
+        ((p, c) for p in range(len(prompts)) for c in range(params.n)), key=lambda job: (-len(prompts[job[0]]), job)
+    )
+    done: dict[tuple[int, int], Completion] = {}
+    while jobs:
+        width = len(prompts[jobs[0][0]]) + params.max_new_tokens
+        rows = max(1, min(max_tokens // width, max_sequences or len(jobs)))
+        batch, jobs = jobs[:rows], jobs[rows:]
+        done.update(zip(batch, _batch(model, tokenizer, prompts, batch, params), strict=True))
+    return [[done[p, c] for c in range(params.n)] for p in range(len(prompts))]
+
+
+def _batch(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[NDArray[np.int32]],
+    batch: Sequence[tuple[int, int]],
+    params: SamplingParams,
+) -> list[Completion]:
+    end_ids = _end_ids(model, tokenizer, params.stop)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(end_ids), 0)
+    longest = max(len(prompts[p]) for p, _ in batch)
+    ids = torch.full((len(batch), longest), pad, dtype=torch.long)  # (B, T), padded on the left
+    mask = torch.zeros((len(batch), longest), dtype=torch.long)
+    for row, (p, _) in enumerate(batch):
+        ids[row, longest - len(prompts[p]) :] = torch.from_numpy(prompts[p].astype(np.int64))
+        mask[row, longest - len(prompts[p]) :] = 1
+    processors = LogitsProcessorList()
+    if params.temperature > 0:
+        if params.temperature != 1:
+            processors.append(TemperatureLogitsWarper(params.temperature))
+        if params.top_p < 1:
+            processors.append(TopPLogitsWarper(params.top_p))
+        processors.append(GumbelNoise([_generator(params.seed, prompts[p], c) for p, c in batch]))
+    stops = StopStrings(tokenizer, params.stop, longest)
+    output = model.generate(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        max_new_tokens=params.max_new_tokens,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        pad_token_id=pad,
+        eos_token_id=sorted(end_ids) or None,
+        logits_processor=processors,
+        stopping_criteria=StoppingCriteriaList([stops] if params.stop else []),
+    )
+    return [
+        _completion(tokenizer, ids[longest:][: stops.length.get(row)], end_ids, params)
+        for row, ids in enumerate(output.tolist())
+    ]
+
+
+def _generator(seed: int, prompt: NDArray[np.int32], completion: int) -> np.random.Generator:
+    # Keyed by the prompt's content, not its place in the list: a resumed run hands in only what is missing.
+    key = int.from_bytes(hashlib.sha256(prompt.astype("<i4").tobytes()).digest()[:8], "little")
+    return np.random.default_rng((seed, key, completion))
+
+
+def _end_ids(model: Any, tokenizer: Any, stop: Sequence[str]) -> set[int]:
+    end = model.generation_config.eos_token_id
+    ids = set(end if isinstance(end, list) else [end]) | {tokenizer.eos_token_id}
+    # A stop string that is a special token never shows in the text: it ends by its id.
+    ids |= {tokenizer.convert_tokens_to_ids(text) for text in stop if text in tokenizer.all_special_tokens}
+    return {int(i) for i in ids if i is not None}
+
+
+def _completion(tokenizer: Any, ids: list[int], end_ids: set[int], params: SamplingParams) -> Completion:
+    reason = "length"
+    for at, token in enumerate(ids):
+        if token in end_ids:
+            ids, reason = ids[:at], "stop"
+            break
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    cut = min((at for stop in params.stop if (at := text.find(stop)) >= 0), default=None)
+    if cut is not None:
+        text, reason = text[:cut], "stop"
+    return Completion(text, tuple(ids), reason)

@@ -1,0 +1,166 @@
+"""Tiny real checkpoints, built once per session, and the real data sets where they are at hand."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+VOCABULARY = 300
+
+_COMMON: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+_MIXED = ["sliding_attention", "full_attention"]
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama-gqa": {"model_type": "llama", **_COMMON},
+    "llama-tied": {"model_type": "llama", **_COMMON, "tie_word_embeddings": True},
+    "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
+    "mistral-window": {"model_type": "mistral", **_COMMON, "sliding_window": 8},
+    "gemma3": {"model_type": "gemma3_text", **_COMMON, "head_dim": 8, "sliding_window": 8, "layer_types": _MIXED},
+    "qwen2": {"model_type": "qwen2", **_COMMON},
+    "gpt-neox": {"model_type": "gpt_neox", **_COMMON},
+    "opt": {"model_type": "opt", **_COMMON, "ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.3},
+    "phi3": {"model_type": "phi3", **_COMMON},
+    "phi3-longrope": {
+        "model_type": "phi3",
+        **_COMMON,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0] * 4,
+            "long_factor": [2.0, 3.0, 5.0, 9.0],
+        },
+        "original_max_position_embeddings": 40,
+    },
+    "mixtral": {"model_type": "mixtral", **_COMMON, "hidden_size": 64, "num_local_experts": 8, "sliding_window": None},
+    "bloom": {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "gpt-neo": {
+        "model_type": "gpt_neo",
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 64,
+        "max_position_embeddings": 256,
+    },
+    "mamba": {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
+}
+"""Settings of the tiny models; the weights are wide (0.3), so that a mix-up between two tokens shows."""
+
+TEXT = (
+    "The cat sat on the mat, and the dog sat by the door.",
+    "Human: what is the capital of France?\n\nAssistant: The capital of France is Paris.",
+    "hello world, hello there; numbers 1 2 3 and 42.",
+    "An answer that is true is a true answer; a false answer is false.",
+)
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The real data sets, laid out like the hub."""
+    default = Path(__file__).parents[2] / "shared" / "data" / "hub"
+    root = Path(os.environ.get("ALMOST_DATA_ROOT") or default)
+    if not root.is_dir():
+        pytest.skip(f"no data root at {root}; set ALMOST_DATA_ROOT to a folder laid out like the hub")
+    return root
+
+
+@pytest.fixture(scope="session")
+def bpe_tokenizer() -> Any:
+    """Byte-level BPE that puts `<s>` (0) before every text; `</s>` is 1, `<pad>` 2."""
+    from almost_eval.nano.seeded import train_tokenizer
+
+    return train_tokenizer(TEXT * 4, vocab_size=VOCABULARY, model_max_length=256)
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Any]:
+    """`make(add_eos)`: a LlamaTokenizer on a SentencePiece model with byte fallback."""
+    import sentencepiece
+    from transformers import AutoTokenizer
+
+    trained = tmp_path_factory.mktemp("sentencepiece")
+    (trained / "text.txt").write_text("\n".join(TEXT * 4), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(trained / "text.txt"),
+        model_prefix=str(trained / "tokenizer"),
+        vocab_size=340,
+        hard_vocab_limit=False,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=1.0,
+        minloglevel=2,
+    )
+
+    @cache
+    def make(add_eos: bool) -> Any:
+        folder = tmp_path_factory.mktemp("llama-tokenizer")
+        (folder / "tokenizer.model").write_bytes((trained / "tokenizer.model").read_bytes())
+        settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        settings |= {"add_bos_token": True, "add_eos_token": add_eos}  # type: ignore[dict-item]
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+        return AutoTokenizer.from_pretrained(str(folder))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, bpe_tokenizer: Any) -> Callable[[str], Path]:
+    """`build(name)`: the folder of a random checkpoint of that architecture. Shared by all tests: copy to change."""
+
+    @cache
+    def build(name: str) -> Path:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        settings = {"initializer_range": 0.3, "vocab_size": VOCABULARY, **ARCHITECTURES[name]}
+        settings |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+        config = AutoConfig.for_model(**settings)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            for parameter in model.parameters():
+                if parameter.ndim == 1:  # norms and biases start at 1 and 0, which hides mistakes
+                    parameter.data += 0.1 * torch.randn_like(parameter)
+        folder = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folder)
+        bpe_tokenizer.save_pretrained(folder)
+        return folder
+
+    return build
+
+
+class Outcome(NamedTuple):
+    """What a command line left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def almost_eval(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """`almost_eval("hhh", "--limit", 2)`: the command in this process, which has torch imported already."""
+    from almost_eval.cli import main
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr("sys.argv", ["almost-eval", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            main()
+        out, err = capsys.readouterr()
+        return Outcome(int(exit.value.code or 0), out, err)
+
+    return run
