@@ -14,6 +14,8 @@ import hashlib
 import http.client
 import json
 import os
+import socket
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -82,7 +84,8 @@ class DataSource:
         try:
             import datasets
 
-            return datasets.load_dataset(dataset, config)
+            with _offline_where_unreachable():
+                return datasets.load_dataset(dataset, config)
         except Exception as error:  # offline, refused, unknown: the hub client raises a dozen unrelated kinds
             raise DataError(
                 f"data set {dataset} ({config}) not found: {where} and the hub could not give it "
@@ -105,7 +108,8 @@ class DataSource:
                     problem = (str(error).splitlines() or [""])[0][:120]
                     raise DataError(f"{local} ({name}) cannot be read: {type(error).__name__}: {problem}") from None
             try:
-                return original(path, name, **options)
+                with _offline_where_unreachable():
+                    return original(path, name, **options)
             except Exception as error:  # see _from_hub
                 raise DataError(
                     f"data set {path} ({name}) not found: neither under the data root nor on the hub "
@@ -131,6 +135,34 @@ class DataSource:
             return None
         tables = {split: parquet.read_table(sorted(folder.glob(f"{split}-*.parquet"))) for split in splits}
         return datasets.DatasetDict({s: datasets.Dataset(InMemoryTable(t)) for s, t in tables.items()})
+
+
+@contextlib.contextmanager
+def _offline_where_unreachable() -> Iterator[None]:
+    """The hub client in its offline mode (its cache alone) if the hub does not answer: else it tries for 25 s."""
+    import datasets.config
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE or _reachable(constants.ENDPOINT):
+        yield
+        return
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = False
+
+
+def _reachable(url: str) -> bool:
+    """Whether the host takes a connection; a proxy, which stands between, is taken at its word."""
+    address = urllib.parse.urlsplit(url)
+    if address.scheme in urllib.request.getproxies() or "all" in urllib.request.getproxies():
+        return True
+    try:
+        socket.create_connection((address.hostname or "", address.port or 443), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def find_data(name: str | None, root: str | Path | None, *, built_in_model: bool = False) -> DataSource:
@@ -174,7 +206,8 @@ def _read_file(file: Path) -> list[dict[str, Any]]:
         import pyarrow.parquet as parquet
 
         try:
-            rows: list[dict[str, Any]] = parquet.read_table(file).to_pylist()
+            # Not `read_table`: that imports pyarrow.dataset, and so pandas, a third of a second.
+            rows: list[dict[str, Any]] = parquet.ParquetFile(file).read().to_pylist()
         except (OSError, pyarrow.lib.ArrowException) as error:
             raise DataError(f"{file} is not a readable parquet file ({str(error).splitlines()[0][:120]})") from None
         return rows

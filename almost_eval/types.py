@@ -55,6 +55,9 @@ class LoglikelihoodRequest:
 
     context: str
     continuations: tuple[str, ...]
+    rolling: bool = False
+    """True to score the whole of the one continuation, however long, in windows of the model's context (perplexity):
+    one score for each window."""
 
 
 @dataclass(frozen=True, slots=True)

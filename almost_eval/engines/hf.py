@@ -150,7 +150,11 @@ class HFEngine:
 
     def encode(self, requests: Sequence[LoglikelihoodRequest]) -> list[EncodedRequest]:
         """Token ids of every request. Loads no weights."""
-        return self.encoder.encode(requests)
+        whole = iter(self.encoder.encode([request for request in requests if not request.rolling]))
+        return [
+            self.encoder.encode_rolling(request, self.context_length) if request.rolling else next(whole)
+            for request in requests
+        ]
 
     def loglikelihood(self, requests: Sequence[LoglikelihoodRequest]) -> list[RequestScores]:
         """Scores of all requests, in order.

@@ -22,6 +22,7 @@ from almost_eval.engines.prefix import (
     digest_ids,
     path_after,
     plan_chunks,
+    rolling_windows,
 )
 from almost_eval.errors import TemplateError
 from almost_eval.types import LoglikelihoodRequest
@@ -411,3 +412,14 @@ def test_the_digest_reads_every_id_and_every_split() -> None:
     digests = {digest_ids(requests) for requests in (base, *others)}
     assert len(digests) == 5
     assert digest_ids([request([1, 2], [3, 4])]) in digests
+
+
+def test_rolling_windows() -> None:
+    ids, first = np.arange(10, 21, dtype=np.int32), np.array([1], dtype=np.int32)  # 11 ids, 4 at a time
+    pieces = [(context.tolist(), scored.tolist()) for context, scored in rolling_windows(ids, first, 4)]
+    assert pieces == [
+        ([1], [10, 11, 12, 13]),
+        ([13], [14, 15, 16, 17]),
+        ([16, 17], [18, 19, 20]),  # 2 + 3 - 1 positions: as much context as the window holds
+    ]
+    assert rolling_windows(ids[:3], first, 4)[0][1].tolist() == [10, 11, 12]

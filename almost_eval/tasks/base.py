@@ -1,0 +1,179 @@
+"""What a task is: samples, requests, a score for each sample, metrics over all of them.
+
+A task is pure but for reading its data: `score` and `metrics` work from stored outputs alone, so a finished run can
+be recomputed (`almost-eval verify`) with no model and no data.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any, Literal
+
+from almost_eval.assets import DataSource, PromptSet, load_prompt_set
+from almost_eval.chat import ChatTemplate, load_template, special_tokens
+from almost_eval.engines.base import SamplingParams
+from almost_eval.errors import InputError
+from almost_eval.types import (
+    ContinuationScore,
+    Conversation,
+    LoglikelihoodRequest,
+    Metric,
+    Outputs,
+    Sample,
+    SampleRecord,
+    Score,
+)
+
+Requires = Literal["loglikelihood", "generation", "reward"]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """A prompt to continue."""
+
+    prompt: str
+    params: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Prompting:
+    """How a task's prompts become text: chosen once, recorded in every result."""
+
+    prompt_set: PromptSet | None = None
+    """Named `lm-eval`, and empty, for tasks that take lm-eval's own prompts."""
+    template: ChatTemplate | None = None
+    """None sends prompts as they are."""
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    asked: bool = True
+    """False where `--template auto` chose the template."""
+
+    @property
+    def document_template(self) -> ChatTemplate | None:
+        """The template for few-shot documents, which hold no turns: only one that was asked for."""
+        return self.template if self.asked else None
+
+    def prompt(self, name: str) -> str:
+        """A prompt of the set by name."""
+        if self.prompt_set is None:
+            raise InputError("this task was built without a prompt set, so it has no prompts to render")
+        return self.prompt_set.prompts[name]
+
+
+class Task(ABC):
+    """A benchmark under one protocol."""
+
+    name: str
+    protocol: str
+    data: DataSource
+    prompting: Prompting
+    version: int = 1
+    """Raised whenever the same model and data would give another number."""
+    headline: str = "accuracy"
+    requires: Requires = "loglikelihood"
+    max_shots: int = 0
+    """Few-shot examples that may be dropped, last resort first, where a prompt does not fit."""
+    single_token_labels: bool = False
+    """True where every continuation must be one token, as the protocol reads next-token probabilities."""
+
+    @abstractmethod
+    def samples(self) -> list[Sample]:
+        """All samples, in a fixed order. Reads the data.
+
+        Raises:
+            DataError: absent or malformed data.
+        """
+
+    def requests(self, sample: Sample, shots: int) -> list[LoglikelihoodRequest]:
+        """What to ask the model about a sample (`requires == "loglikelihood"`), with at most `shots` examples."""
+        raise InputError(f"{self.name} ({self.protocol}) asks for no log-likelihoods")
+
+    def conversations(self, sample: Sample) -> list[Conversation]:
+        """What to ask a reward model about a sample (`requires == "reward"`)."""
+        raise InputError(f"{self.name} ({self.protocol}) asks for no rewards")
+
+    def generation(self, sample: Sample, shots: int) -> GenerationRequest:
+        """What to have the model write for a sample (`requires == "generation"`)."""
+        raise InputError(f"{self.name} ({self.protocol}) asks for no text")
+
+    @abstractmethod
+    def score(self, sample: Sample, outputs: Outputs) -> Score:
+        """Score one sample from what is stored of it. Pure."""
+
+    @abstractmethod
+    def metrics(self, records: Sequence[SampleRecord]) -> dict[str, Metric]:
+        """Metrics over all records. Pure."""
+
+    def baselines(self, records: Sequence[SampleRecord]) -> dict[str, Metric]:
+        """What a rule with no model would score on the same samples."""
+        return {}
+
+    def details(self, records: Sequence[SampleRecord]) -> dict[str, float | int]:
+        """Counts and rates worth a line beside the metrics."""
+        return {}
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What, beyond name and protocol, changes the number: stored in the spec, and enough to rebuild the task."""
+
+    @abstractmethod
+    def data_fingerprint(self) -> str:
+        """sha256 over the rows the samples were made from."""
+
+
+def loglikelihood_outputs(scores: Sequence[Sequence[ContinuationScore]]) -> Outputs:
+    """Stored form of a sample's scores: nested lists, requests x continuations, nats; non-finite values as None."""
+    return {
+        "loglikelihoods": [[_finite(s.logprob) for s in row] for row in scores],
+        "is_greedy": [[s.is_greedy for s in row] for row in scores],
+        "n_tokens": [[s.n_tokens for s in row] for row in scores],
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def reward_outputs(rewards: Sequence[float]) -> Outputs:
+    """Stored form of a sample's rewards, raw logits; non-finite values as None."""
+    return {"rewards": [_finite(value) for value in rewards]}
+
+
+def choice_score(values: Sequence[float | None], gold: int, *, all_tied: float | None = None) -> Score:
+    """1 where `values[gold]` is the one largest, else 0; the gold answer gains nothing from its place.
+
+    A tie for the largest shares the credit among the tied. Where every value is the same the model said nothing:
+    the sample is unscored, unless `all_tied` names its worth. A value that is not finite leaves it unscored too.
+    """
+    if any(value is None or not math.isfinite(value) for value in values):
+        return Score(None, "non_finite")
+    known = [value for value in values if value is not None]
+    best = max(known)
+    winners = [i for i, value in enumerate(known) if value == best]
+    if len(winners) == len(known) and len(known) > 1:
+        return Score(all_tied, "all_tied")
+    if gold not in winners:
+        return Score(0.0)
+    return Score(1.0 / len(winners), "tied" if len(winners) > 1 else None)
+
+
+def resolve_prompting(
+    data: DataSource, prompt_set: str | None, template: str, tokenizer: Any, *, own_prompts: bool
+) -> Prompting:
+    """What `--prompt-set` and `--template` mean for a task.
+
+    The official set is the default on real data, the built-in one on nano; `own_prompts` says that the official words
+    are lm-eval's. `auto` sends official prompts and few-shot documents as they are, and renders built-in dialogues
+    with the tokenizer's own template. Nothing is guessed from a model's name.
+    """
+    name = prompt_set or ("builtin" if data.name == "nano" else "official")
+    if own_prompts and name == "official":
+        chosen = PromptSet("lm-eval", {"version": metadata.version("lm_eval")})
+    else:
+        chosen = load_prompt_set(name, data)
+    auto = template == "auto"
+    resolved = None if auto and name == "official" else load_template(template, tokenizer)
+    return Prompting(chosen, resolved, special_tokens(tokenizer), asked=not auto)

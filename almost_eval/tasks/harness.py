@@ -1,0 +1,394 @@
+"""Any task of lm-eval on our engines: its prompts, its per-document results, its aggregation; our trie, records, gate.
+
+What is lm-eval's stays lm-eval's: documents, few-shot sampling (its seed, 1234), contexts, requests, filters,
+`process_results` and the aggregation functions are called on its own task objects. One rule is ours: a document
+whose log-likelihoods are not finite, or all equal, is unscored, never right by the place of its answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import random
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import cache, cached_property
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from almost_eval.assets import DataSource, fingerprint
+from almost_eval.engines.base import SamplingParams
+from almost_eval.errors import DataError, InputError, did_you_mean
+from almost_eval.stats import mean_metric
+from almost_eval.tasks.base import GenerationRequest, Prompting, Task
+from almost_eval.types import (
+    LoglikelihoodRequest,
+    Message,
+    Metric,
+    Outputs,
+    Sample,
+    SampleRecord,
+    Score,
+)
+
+FEWSHOT_SEED = 1234
+"""lm-eval's default, kept so that the same examples are drawn."""
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval and datasets log and draw progress bars while they load; the run has its own."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    logger = logging.getLogger("lm_eval")
+    level, had_bars = logger.level, not are_progress_bars_disabled()
+    logger.setLevel(logging.ERROR)
+    disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+        if had_bars:
+            enable_progress_bars()
+
+
+@contextlib.contextmanager
+def _seeded() -> Iterator[None]:
+    """lm-eval's seeds, for tasks that shuffle as they load; the global generators are then put back as they were."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(0)
+    np.random.seed(FEWSHOT_SEED)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+@cache
+def _manager(folder: str | None) -> Any:
+    """lm-eval's task manager over one folder of its tasks, or over all of them (some 14,000 files, seconds)."""
+    import lm_eval.tasks
+
+    with _quiet():
+        if folder is None:
+            return lm_eval.tasks.TaskManager()
+        path = Path(lm_eval.tasks.__file__).parent / folder
+        return lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(path))
+
+
+def _folder_of(names: Sequence[str]) -> str | None:
+    """The folder of the tasks that our own benchmarks use, so that they need not index the rest."""
+    if all(name.startswith("mmlu_") for name in names):
+        return "mmlu/default"
+    return "truthfulqa" if all(name.startswith("truthfulqa_mc") for name in names) else None
+
+
+def lm_eval_index() -> dict[str, Any]:
+    """lm-eval's index of MMLU's tasks and groups: name -> entry."""
+    index: dict[str, Any] = _manager("mmlu/default").task_index
+    return index
+
+
+def load_lm_eval_tasks(names: Sequence[str], data: DataSource) -> dict[str, Any]:
+    """lm-eval's task objects by name, groups and tags expanded; data sets come from the data root first.
+
+    Raises:
+        InputError: an unknown name.
+        DataError: a data set that cannot be found.
+    """
+    folder = _folder_of(names)
+    manager = _manager(folder)
+    if folder is not None and any(name not in manager.task_index for name in names):
+        manager = _manager(None)
+    for name in names:
+        if name not in manager.task_index:
+            raise InputError(f"lm-eval has no task {name!r}; {did_you_mean(name, manager.all_tasks)}")
+    with _quiet(), _seeded(), data.serving_lm_eval():
+        try:
+            tasks: dict[str, Any] = manager.load(list(names))["tasks"]
+        except DataError:
+            raise
+        except Exception as error:  # a task's own code may raise anything
+            problem = next(iter(str(error).splitlines()), "") or type(error).__name__
+            raise InputError(f"lm-eval cannot load {', '.join(names)}: {problem}") from None
+    for task in tasks.values():
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    return tasks
+
+
+def lm_eval_instances(task: Any, doc: dict[str, Any], shots: int, prompting: Prompting) -> list[Any]:
+    """The lm-eval requests (`Instance`s) of one document."""
+    template = prompting.document_template
+    chat: dict[str, Any] = {}
+    if template is not None:
+
+        def render(messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            turns = tuple(Message(m["role"], m["content"]) for m in messages)
+            prefix = ""
+            if not add_generation_prompt and turns and turns[-1].role == "assistant":
+                turns, prefix = turns[:-1], turns[-1].content
+            return template.render(
+                turns, add_generation_prompt=True, response_prefix=prefix, special_tokens=prompting.special_tokens
+            )
+
+        chat = {"apply_chat_template": True, "chat_template": render}
+    context = task.fewshot_context(doc, num_fewshot=shots, gen_prefix=task.doc_to_prefix(doc), **chat)
+    made = task.construct_requests(doc=doc, ctx=context, metadata=(task.task_name, 0, 1), **chat)
+    instances = made if isinstance(made, list) else [made]
+    if template is not None and task.OUTPUT_TYPE == "multiple_choice" and (seam := _seam(prompting)):
+        for instance in instances:
+            context, continuation = instance.args
+            if not (context[-1:].isspace() or continuation[:1].isspace()):
+                instance.arguments = (context, seam + continuation)
+    return instances
+
+
+def _seam(prompting: Prompting) -> str:
+    """What a template writes between `Assistant:` and an answer.
+
+    lm-eval writes nothing there, and "Assistant:A" is no text that a model was trained on.
+    """
+    template, tokens = prompting.document_template, prompting.special_tokens
+    assert template is not None
+    turn = (Message("user", "Q"),)
+    prompt = template.render(turn, add_generation_prompt=True, special_tokens=tokens)
+    whole = template.render((*turn, Message("assistant", "A")), special_tokens=tokens)
+    between = whole.removeprefix(prompt).partition("A")[0] if whole.startswith(prompt) else ""
+    return between if between.isspace() else ""
+
+
+def lm_eval_requests(task: Any, doc: dict[str, Any], shots: int, prompting: Prompting) -> list[LoglikelihoodRequest]:
+    """The same as our requests."""
+    return _grouped([instance.args for instance in lm_eval_instances(task, doc, shots, prompting)])
+
+
+def _grouped(arguments: Sequence[tuple[Any, ...]]) -> list[LoglikelihoodRequest]:
+    """(context, continuation) pairs as requests: neighbours with one context travel together."""
+    if arguments and len(arguments[0]) == 1:  # a whole text, for its perplexity
+        return [LoglikelihoodRequest("", (text,), rolling=True) for (text,) in arguments]
+    requests: list[LoglikelihoodRequest] = []
+    for context, continuation in arguments:
+        if requests and requests[-1].context == context:
+            requests[-1] = LoglikelihoodRequest(context, (*requests[-1].continuations, continuation))
+        else:
+            requests.append(LoglikelihoodRequest(context, (continuation,)))
+    return requests
+
+
+class Harness(Task):
+    """Tasks of lm-eval, evaluated in one run.
+
+    Args:
+        names: lm-eval's names: tasks, groups or tags, all scored by likelihood or all by generated text.
+        shots: examples before each document, or None for each task's own default.
+        data: the data root that data sets are looked for in first.
+        prompting: a template to apply; lm-eval's prompts are sent as they are without one.
+        limit: documents of each task, or None for all.
+    """
+
+    name = "harness"
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        data: DataSource,
+        prompting: Prompting | None = None,
+        *,
+        shots: int | None = None,
+        limit: int | None = None,
+    ) -> None:
+        if not names:
+            raise InputError("no task named; give --tasks a,b,c (lm-eval's names)")
+        self.names = tuple(dict.fromkeys(names))
+        self.shots = shots
+        self.protocol = "+".join(self.names)
+        self.data = data
+        self.prompting = prompting or Prompting()
+        self.limit = limit
+        self._fingerprint = ""
+        self._docs: dict[str, dict[str, Any]] = {}  # task -> sample id -> document
+        self._rendered: dict[str, dict[str, list[tuple[Any, ...]]]] = {}  # task -> sample id -> arguments of requests
+
+    @cached_property
+    def tasks(self) -> dict[str, Any]:
+        """lm-eval's task objects by name.
+
+        Raises:
+            InputError: tasks that this adapter cannot run, or not together.
+        """
+        tasks = load_lm_eval_tasks(self.names, self.data)
+        kinds = {task.OUTPUT_TYPE for task in tasks.values()}
+        if unknown := kinds - {"loglikelihood", "multiple_choice", "loglikelihood_rolling", "generate_until"}:
+            raise InputError(f"tasks of kind {', '.join(sorted(map(str, unknown)))} are not scored by this adapter")
+        for name, task in tasks.items():
+            if getattr(task, "UNSAFE_CODE", False):
+                raise InputError(f"{name} runs code that the model wrote, which this adapter never does; use lm-eval")
+            if getattr(task, "MULTIMODAL", False):
+                raise InputError(f"{name} shows images or sound, and this adapter sends text alone; use lm-eval")
+        if "generate_until" in kinds:
+            if len(kinds) > 1:
+                raise InputError("tasks that generate and tasks that score choices need a run each")
+            self.requires = "generation"
+        return tasks
+
+    @property
+    def headline(self) -> str:  # type: ignore[override]
+        """The first metric of the first task."""
+        name, task = next(iter(self.tasks.items()))
+        return self._headline_of(name, task)
+
+    def _headline_of(self, name: str, task: Any) -> str:
+        return _key(name, task, next(iter(task.aggregation())), task._filters[0].name)
+
+    def samples(self) -> list[Sample]:
+        """One sample a document; `group` is the lm-eval task."""
+        samples = []
+        self._docs, self._rendered = {}, {}
+        with _quiet(), _seeded():
+            for name, task in self.tasks.items():
+                self.max_shots = max(self.max_shots, self._shots(task))
+                docs = dict(zip(_numbered(name), islice(task.eval_docs, self.limit), strict=False))
+                self._docs[name] = docs
+                samples += [Sample(i, (), (), 0, cluster=fingerprint([doc]), group=name) for i, doc in docs.items()]
+        self._fingerprint = fingerprint([doc for docs in self._docs.values() for doc in docs.values()])
+        return samples
+
+    def _doc(self, sample: Sample) -> Any:
+        if not self._docs:
+            self.samples()
+        return self._docs[sample.group][sample.id]
+
+    def _shots(self, task: Any) -> int:
+        own = task.config.num_fewshot
+        return int(own or 0) if self.shots is None or own == 0 else self.shots  # lm-eval too leaves a set 0 at 0
+
+    def _arguments(self, sample: Sample, shots: int) -> list[tuple[Any, ...]]:
+        """The arguments of lm-eval's requests of a document.
+
+        lm-eval draws the examples of one document after another from one generator. So all documents of a task are
+        rendered in their order, once: a resumed run, which asks for some of them, draws the same examples.
+        """
+        doc, task = self._doc(sample), self.tasks[sample.group]
+        if shots < self._shots(task):
+            task.set_fewshot_seed(seed=FEWSHOT_SEED)
+            return [instance.args for instance in lm_eval_instances(task, doc, shots, self.prompting)]
+        if sample.group not in self._rendered:
+            task.set_fewshot_seed(seed=FEWSHOT_SEED)
+            self._rendered[sample.group] = {
+                i: [instance.args for instance in lm_eval_instances(task, d, self._shots(task), self.prompting)]
+                for i, d in self._docs[sample.group].items()
+            }
+        return self._rendered[sample.group][sample.id]
+
+    def requests(self, sample: Sample, shots: int) -> list[LoglikelihoodRequest]:
+        """lm-eval's requests of the document."""
+        return _grouped(self._arguments(sample, shots))
+
+    def generation(self, sample: Sample, shots: int) -> GenerationRequest:
+        """lm-eval's prompt of the document, with its own stop strings, length and number of tries."""
+        from lm_eval.models.utils import normalize_gen_kwargs
+
+        ((prompt, given),) = self._arguments(sample, shots)
+        options: dict[str, Any] = dict(normalize_gen_kwargs(given))
+        params = SamplingParams(
+            max_new_tokens=options["max_gen_toks"],
+            temperature=float(options.get("temperature") or 0.0) if options["do_sample"] else 0.0,
+            top_p=float(options.get("top_p") or 1.0),
+            n=int(self.tasks[sample.group].config.repeats or 1),
+            stop=tuple(stop for stop in options["until"] if stop),
+        )
+        return GenerationRequest(prompt, params)
+
+    def score(self, sample: Sample, outputs: Outputs) -> Score:
+        """lm-eval's `process_results`; metrics that are not one number are kept for the aggregation alone."""
+        results = self._results(sample, outputs)
+        if results is None:
+            return Score(None, "non_finite")
+        task = self.tasks[sample.group]
+        numbers = {key: float(v) for key, v in results.items() if isinstance(v, int | float | np.number | np.bool_)}
+        flat = [v for row in outputs.get("loglikelihoods", []) for v in row]
+        if task.OUTPUT_TYPE == "multiple_choice" and len(flat) > 1 and len(set(flat)) == 1:
+            return Score(None, "all_tied", dict.fromkeys(numbers))
+        values = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
+        value = values.get(self._headline_of(sample.group, task), next(iter(values.values()), None))
+        return Score(value, "non_finite" if None in values.values() else None, values)
+
+    def _results(self, sample: Sample, outputs: Outputs) -> dict[str, Any] | None:
+        """Metric -> what lm-eval's `process_results` says of it; None where a log-likelihood is not finite."""
+        task, doc = self.tasks[sample.group], self._doc(sample)
+        if "completions" in outputs:
+            responses: list[list[Any]] = [outputs["completions"]]
+        else:
+            flat = [v for row in outputs["loglikelihoods"] for v in row]
+            if any(v is None or not math.isfinite(v) for v in flat):
+                return None
+            greedy = [g for row in outputs["is_greedy"] for g in row]
+            if task.OUTPUT_TYPE == "loglikelihood_rolling":
+                responses = [[math.fsum(flat)]]  # one number a text: the sum over its windows
+            else:
+                responses = [[pair] for pair in zip(flat, greedy, strict=True)]
+        from lm_eval.api.instance import Instance
+
+        kind = "generate_until" if "completions" in outputs else "loglikelihood"
+        instances = [
+            Instance(kind, doc, (), i, (sample.group, 0, len(response)), resps=list(response))
+            for i, response in enumerate(responses)
+        ]
+        results: dict[str, Any] = {}
+        for pipeline in task._filters:
+            pipeline.apply(instances)
+            with np.errstate(all="ignore"):
+                found = task.process_results(doc, [i.filtered_resps[pipeline.name] for i in instances])
+            results |= {_key(sample.group, task, metric, pipeline.name): value for metric, value in found.items()}
+        return results
+
+    def metrics(self, records: Sequence[SampleRecord]) -> dict[str, Metric]:
+        """`<task>/<metric>`: a mean with its interval, or lm-eval's own aggregation where that is not a mean.
+
+        A task with several filters has `<task>/<metric>,<filter>` for each.
+        """
+        metrics: dict[str, Metric] = {}
+        for name, task in self.tasks.items():
+            mine = [r for r in records if r.sample.group == name]
+            clusters = [r.sample.cluster for r in mine]
+            scored = [r for r in mine if r.outputs and r.score.reason is None]
+            for pipeline in task._filters:
+                for metric, aggregate in task.aggregation().items():
+                    key = _key(name, task, metric, pipeline.name)
+                    if getattr(aggregate, "__name__", "") in {"mean", "nanmean"}:
+                        metrics[key] = mean_metric([r.score.metrics.get(key) for r in mine], clusters)
+                        continue
+                    items = [self._results(r.sample, r.outputs) for r in scored]
+                    values = [item[key] for item in items if item is not None and key in item]
+                    value = float(aggregate(values)) if values else None
+                    metrics[key] = Metric(value, None, None, len(values), len(mine) - len(values))
+        return metrics
+
+    def settings(self) -> dict[str, Any]:
+        """See `Task.settings`."""
+        return {
+            "tasks": list(self.names),
+            "shots": self.shots,
+            "limit": self.limit,
+            "versions": {name: str(task.VERSION) for name, task in self.tasks.items()},
+        }
+
+    def data_fingerprint(self) -> str:
+        """See `Task.data_fingerprint`."""
+        return self._fingerprint
+
+
+def _key(name: str, task: Any, metric: str, pipeline: str) -> str:
+    """Name of a metric; the filter is part of it where a task has several."""
+    return f"{name}/{metric},{pipeline}" if len(task._filters) > 1 else f"{name}/{metric}"
+
+
+def _numbered(name: str) -> Iterator[str]:
+    return (f"{name}/{number}" for number in count())

@@ -1,0 +1,219 @@
+"""MMLU: 57 subjects, 14,042 four-way questions (Hendrycks et al., arXiv 2009.03300).
+
+With lm-eval's prompts (the default on real data) each subject is lm-eval's own `mmlu_<subject>` task. The built-in
+prompt set has our own wording of the same protocol and takes any subject that the data holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from almost_eval.assets import DataSource, fingerprint, malformed
+from almost_eval.chat import fill
+from almost_eval.errors import DataError, InputError, did_you_mean
+from almost_eval.stats import mean_metric, mean_of_means
+from almost_eval.tasks.base import Prompting, Task, choice_score
+from almost_eval.types import (
+    LoglikelihoodRequest,
+    Message,
+    Metric,
+    Outputs,
+    Sample,
+    SampleRecord,
+    Score,
+)
+
+DATASET = "cais/mmlu"
+CATEGORIES = ("stem", "humanities", "social_sciences", "other")
+LETTERS = ("A", "B", "C", "D")
+
+
+class MMLU(Task):
+    """MMLU on chosen subjects.
+
+    Args:
+        subjects: names of subjects or categories; empty for all.
+        shots: examples before each question, 0 to 5, the first of the subject's `dev` split.
+        data: where the data set comes from.
+        prompting: prompt set and template.
+        limit: questions of each subject, or None for all.
+
+    Raises:
+        InputError: an unknown subject, or a number of shots that the data does not have.
+    """
+
+    name = "mmlu"
+
+    def __init__(
+        self,
+        subjects: Sequence[str],
+        shots: int,
+        data: DataSource,
+        prompting: Prompting | None = None,
+        *,
+        limit: int | None = None,
+    ) -> None:
+        if not 0 <= shots <= 5:
+            raise InputError(f"{shots} shots asked for; each subject has 5 examples, so 0 to 5")
+        self.shots = self.max_shots = shots
+        self.protocol = f"{shots}-shot"
+        self.data = data
+        self.prompting = prompting or Prompting()
+        self.limit = limit
+        self.asked = list(subjects)
+        self._fingerprint = ""
+
+    @property
+    def _builtin(self) -> bool:
+        return self.prompting.prompt_set is not None and self.prompting.prompt_set.name == "builtin"
+
+    @cached_property
+    def categories(self) -> dict[str, str]:
+        """Subject -> category, of the chosen subjects, sorted by category as lm-eval groups them."""
+        known = _lm_eval_subjects()
+        if self._builtin and self.data.name == "nano":
+            known = dict.fromkeys(self.data.configs(DATASET), "other")
+        if not self.asked:
+            return known
+        chosen: dict[str, str] = {}
+        for name in self.asked:
+            members = {s: c for s, c in known.items() if name in (s, c)}
+            if not members:
+                raise InputError(f"unknown subject {name!r}; {did_you_mean(name, [*CATEGORIES, *known], limit=8)}")
+            chosen |= members
+        return {subject: category for subject, category in known.items() if subject in chosen}
+
+    def samples(self) -> list[Sample]:
+        """One sample a question, subject by subject; `group` is the subject."""
+        samples, used = [], []
+        for subject in self.categories:
+            rows = self.data.read(DATASET, subject, "test")[: self.limit]
+            dev = self._dev(subject)
+            if len(dev) < self.shots:
+                raise DataError(f"{DATASET}, {subject}: {len(dev)} rows in dev, {self.shots} shots need as many")
+            used += [*dev, *rows]
+            for number, row in enumerate(rows):
+                samples.append(_sample(subject, self.categories[subject], number, row))
+        self._fingerprint = fingerprint(used)
+        return samples
+
+    def _dev(self, subject: str) -> list[dict[str, Any]]:
+        if subject not in self._shots_of:
+            rows = self.data.read(DATASET, subject, "dev") if self.shots else []
+            for number, row in enumerate(rows):
+                _sample(subject, "", number, row, "dev")  # a malformed example is as bad as a malformed question
+            self._shots_of[subject] = rows[: self.shots]
+        return self._shots_of[subject]
+
+    @cached_property
+    def _shots_of(self) -> dict[str, list[dict[str, Any]]]:
+        return {}
+
+    def requests(self, sample: Sample, shots: int) -> list[LoglikelihoodRequest]:
+        """One request: the shots and the question, with the four letters."""
+        row = {"question": sample.context[0].content, "choices": list(sample.choices), "answer": sample.gold}
+        subject = sample.group
+        if self._builtin:
+            header = fill(self.prompting.prompt("mmlu_header"), {"subject": subject.replace("_", " ")})
+            examples = [self._block(r) + f" {LETTERS[r['answer']]}\n\n" for r in self._dev(subject)[:shots]]
+            text = header + "".join(examples) + self._block(row)
+            if self.prompting.document_template is not None:
+                text = self.prompting.document_template.render(
+                    (Message("user", text.removesuffix("\nAnswer:")),),
+                    response_prefix="Answer:",
+                    special_tokens=self.prompting.special_tokens,
+                )
+            return [LoglikelihoodRequest(text, tuple(f" {letter}" for letter in LETTERS))]
+        from almost_eval.tasks.harness import lm_eval_requests
+
+        return lm_eval_requests(self._lm_eval_tasks[f"mmlu_{subject}"], row, shots, self.prompting)
+
+    def _block(self, row: dict[str, Any]) -> str:
+        values = dict(zip("abcd", row["choices"], strict=True)) | {"question": row["question"].strip()}
+        return fill(self.prompting.prompt("mmlu_question"), values)
+
+    @cached_property
+    def _lm_eval_tasks(self) -> dict[str, Any]:
+        from almost_eval.tasks.harness import load_lm_eval_tasks
+
+        return load_lm_eval_tasks([f"mmlu_{subject}" for subject in self.categories], self.data)
+
+    def score(self, sample: Sample, outputs: Outputs) -> Score:
+        """1 where the right letter is the likeliest."""
+        score = choice_score(outputs["loglikelihoods"][0], sample.gold)
+        return Score(score.value, score.reason, {"accuracy": score.value})
+
+    def metrics(self, records: Sequence[SampleRecord]) -> dict[str, Metric]:
+        """`accuracy` per question, `accuracy_macro` per subject, and `accuracy/<category>`, `accuracy/<subject>`."""
+        by_subject: dict[str, list[SampleRecord]] = {}
+        by_category: dict[str, list[SampleRecord]] = {}
+        for record in records:
+            by_subject.setdefault(record.sample.group, []).append(record)
+            by_category.setdefault(record.sample.metadata["category"], []).append(record)
+        metrics = {
+            "accuracy": _accuracy(records),
+            "accuracy_macro": mean_of_means({s: [r.score.value for r in rs] for s, rs in by_subject.items()}),
+        }
+        for name, members in [*by_category.items(), *by_subject.items()]:
+            metrics[f"accuracy/{name}"] = _accuracy(members)
+        return metrics
+
+    def baselines(self, records: Sequence[SampleRecord]) -> dict[str, Metric]:
+        """`always <letter>` for the letter that is right most often."""
+        best = max(range(4), key=lambda letter: sum(r.sample.gold == letter for r in records))
+        return {f"always {LETTERS[best]}": mean_metric([float(r.sample.gold == best) for r in records])}
+
+    def details(self, records: Sequence[SampleRecord]) -> dict[str, float | int]:
+        """Ties for the best letter, which share the credit."""
+        return {"tied": sum(r.score.reason == "tied" for r in records)}
+
+    def settings(self) -> dict[str, Any]:
+        """See `Task.settings`."""
+        return {"subjects": list(self.categories), "shots": self.shots, "limit": self.limit}
+
+    def data_fingerprint(self) -> str:
+        """See `Task.data_fingerprint`."""
+        return self._fingerprint
+
+
+def _accuracy(records: Sequence[SampleRecord]) -> Metric:
+    return mean_metric([r.score.value for r in records], [r.sample.cluster for r in records])
+
+
+def _lm_eval_subjects() -> dict[str, str]:
+    """Subject -> category for the 57 subjects, as lm-eval groups them; read from its task index, not by heart."""
+    from almost_eval.tasks.harness import lm_eval_index
+
+    index = lm_eval_index()
+    subjects = {}
+    for category in CATEGORIES:
+        for task in sorted(index[f"mmlu_{category}_tasks"].tags):
+            subjects[task.removeprefix("mmlu_")] = category
+    return subjects
+
+
+def _sample(subject: str, category: str, number: int, row: dict[str, Any], split: str = "test") -> Sample:
+    question, choices, answer = row.get("question"), row.get("choices"), row.get("answer")
+    problem = None
+    if not isinstance(question, str) or not question.strip():
+        problem = "`question` is not a text"
+    elif not isinstance(choices, list) or len(choices) != 4 or not all(isinstance(c, str) for c in choices):
+        problem = "`choices` are not four texts"
+    elif not isinstance(answer, int) or not 0 <= answer < 4:
+        problem = f"`answer` is {answer!r}, not 0 to 3"
+    if problem is not None:
+        raise malformed(DATASET, f"{subject} ({split})", number + 1, problem)
+    assert isinstance(question, str)
+    assert isinstance(choices, list)
+    assert isinstance(answer, int)
+    return Sample(
+        id=f"{subject}/{number}",
+        context=(Message("user", question),),
+        choices=tuple(choices),
+        gold=answer,
+        cluster=f"{subject}: {' '.join(question.split())} {choices}",
+        group=subject,
+        metadata={"category": category},
+    )
