@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -151,8 +151,12 @@ class Outcome(NamedTuple):
 
 
 @pytest.fixture
-def almost_eval(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+def almost_eval(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., Outcome]]:
     """`almost_eval("hhh", "--limit", 2)`: the command in this process, which has torch imported already."""
+    import torch
+
     from almost_eval.cli import main
 
     def run(*arguments: object) -> Outcome:
@@ -163,4 +167,7 @@ def almost_eval(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
         out, err = capsys.readouterr()
         return Outcome(int(exit.value.code or 0), out, err)
 
-    return run
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # these models are too small for two, which wait for each other on a busy machine
+    yield run
+    torch.set_num_threads(threads)

@@ -104,7 +104,7 @@ def build_checkpoint(
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """transformers draws a bar even for one small file."""
+    """Transformers draws a bar even for one small file."""
     from transformers.utils import logging
 
     drawn = logging.is_progress_bar_enabled()

@@ -1,0 +1,116 @@
+"""A run as a table in a terminal. What comes from outside is `Text`: a model named "[red]x" is no markup."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+MANY_ROWS = 24
+"""Rows beyond which subjects are folded away; they are all in results.json."""
+
+
+def print_results(results: Mapping[str, Any], console: Console, *, folder: str | None = None) -> None:
+    """The metrics with their intervals, the baselines, what was not scored, and where the run is."""
+    title = f"{results['task']} · {results['protocol']} · {results['model']}"
+    table = Table(title=Text(title), title_justify="left", title_style="bold")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    table.add_column("95 % interval", justify="right")
+    table.add_column("n", justify="right")
+    table.add_column("unscored", justify="right")
+    # lm-eval's metrics are in units of their own: a BLEU of 0.2 is no 20 %.
+    number = _number if results["task"] == "harness" else _share
+    metrics = results["metrics"]
+    shown = _folded(metrics, results["headline"])
+    for name in shown:
+        metric = metrics[name]
+        value = "withheld" if metric.get("withheld") else number(metric["value"])
+        table.add_row(
+            Text(name),
+            value,
+            _interval(metric["ci95"], number),
+            str(metric["n"]),
+            str(metric["unscored"] or ""),
+            style="bold" if name == results["headline"] else None,
+        )
+    if results["baselines"]:
+        table.add_section()
+        for name, metric in results["baselines"].items():
+            table.add_row(
+                Text(name),
+                number(metric["value"]),
+                _interval(metric["ci95"], number),
+                str(metric["n"]),
+                "",
+                style="dim",
+            )
+    console.print(table)
+    if len(shown) < len(metrics):
+        console.print(Text(f"{len(metrics) - len(shown)} more metrics in results.json", style="dim"))
+    for line in _notes(results):
+        console.print(line)
+    if folder:
+        console.print(Text(f"run: {folder}"), soft_wrap=True)
+
+
+def _notes(results: Mapping[str, Any]) -> list[Text]:
+    lines = []
+    counted = [
+        f"{name.replace('_', ' ')} {check['count']}"
+        for name, check in results["validity"]["checks"].items()
+        if check["count"]
+    ]
+    counted += [
+        f"{name} {value:.1%}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in results["details"].items()
+        if value
+    ]
+    if counted:
+        lines.append(Text("counted: " + ", ".join(counted)))
+    if not results["validity"]["passed"]:
+        reason = results["validity"]["reason"] or "no samples"
+        lines.append(Text.assemble(("headline withheld:", "red"), f" {reason}"))
+    engine = results["engine"]
+    if engine.get("tokens_computed"):
+        saving = engine["plain_over_computed"]
+        done = (
+            f"{engine['tokens_computed']:,} tokens computed, {engine['computed_over_trie']:.2f} x the "
+            f"{engine['tokens_in_trie']:,} distinct ones; {saving:.1f} x fewer than one by one"
+        )
+        lines.append(Text(done, style="dim"))
+    lines += [Text.assemble(("warning:", "yellow"), f" {warning}") for warning in engine["warnings"]]
+    return lines
+
+
+def _folded(metrics: Mapping[str, Any], headline: str) -> list[str]:
+    if len(metrics) <= MANY_ROWS:
+        return list(metrics)
+    from almost_eval.tasks.mmlu import CATEGORIES
+
+    return [name for name in metrics if "/" not in name or name == headline or name.split("/")[-1] in CATEGORIES]
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _interval(bounds: list[float] | None, number: Callable[[float], str]) -> str:
+    return f"{number(bounds[0])} to {number(bounds[1])}" if bounds else "-"
+
+
+def print_preflight(facts: Mapping[str, Any], console: Console) -> None:
+    """What `--dry-run` found: the prompt of one sample as the model will read it."""
+    console.rule("prompt of the first sample", align="left")
+    console.print(Text(facts["prompt"]), soft_wrap=True)  # a line is broken where the prompt breaks it
+    console.rule(align="left")
+    for key, value in facts.items():
+        if key != "prompt":
+            console.print(Text(f"{key.replace('_', ' ')}: {value}"), soft_wrap=True)

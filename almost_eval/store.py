@@ -1,0 +1,252 @@
+"""A run on disk: `spec.json`, `samples.jsonl`, `results.json`.
+
+`samples.jsonl` only grows: one line a sample, written as soon as its score is known. A run that was killed goes on
+from what is there; a line that was cut short by the kill is removed first. One process holds a run at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from almost_eval.errors import RunError, StoreError
+from almost_eval.types import Sample, SampleRecord, Score
+
+FREE_KEYS = ("command", "commit", "model_name")
+"""Spec keys that may differ when a run goes on: how it was asked for, and where its weights lie."""
+
+
+class RunStore:
+    """An open run folder. Use as a context manager: the lock is held inside.
+
+    Args:
+        folder: the run folder; made if absent.
+        spec: what is to be run.
+
+    Raises:
+        StoreError: the folder is in use, holds another run, or is not a run folder.
+    """
+
+    def __init__(self, folder: Path, spec: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.spec: dict[str, Any] = json.loads(json.dumps(spec))  # as it reads when it comes back from the file
+        """What is run; inside the context, what the process that began the run wrote down."""
+        self.done: dict[str, SampleRecord] = {}
+
+    def __enter__(self) -> RunStore:
+        from filelock import FileLock, Timeout
+
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(self.folder / ".lock", timeout=0)
+            self._lock.acquire()
+            try:
+                self._adopt_spec()
+                self._repair()
+                self.done = {r.sample.id: r for r in read_samples(self.folder)}
+                self._stream = (self.folder / "samples.jsonl").open("a", encoding="utf-8")
+            except BaseException:
+                self._lock.release()
+                raise
+        except Timeout:
+            raise StoreError(
+                f"{self.folder} is in use by another process; wait for it, or choose another --output"
+            ) from None
+        except FileExistsError:
+            raise StoreError(f"{self.folder} is a file; --output names the folder of a run") from None
+        except OSError as error:
+            raise StoreError(f"cannot write to {self.folder} ({error.strerror}); choose another --output") from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):  # a full disk has been reported by then
+            self._stream.close()
+        self._lock.release()
+
+    def append(self, record: SampleRecord) -> None:
+        """Write one sample's line and hand it to the kernel: a killed process loses nothing that was appended.
+
+        Raises:
+            RunError: the disk is full, or gone.
+        """
+        try:
+            self._stream.write(json.dumps(record_to_dict(record), ensure_ascii=False, allow_nan=False) + "\n")
+            self._stream.flush()
+        except OSError as error:
+            raise _cannot_go_on(self.folder, error) from None
+        self.done[record.sample.id] = record
+
+    def results(self) -> dict[str, Any] | None:
+        """What an earlier process wrote into `results.json`, or None."""
+        file = self.folder / "results.json"
+        return read_json(file) if file.exists() else None
+
+    def finish(self, results: Mapping[str, Any]) -> None:
+        """Write `results.json`, whole or not at all.
+
+        Raises:
+            RunError: see `append`.
+        """
+        try:
+            os.fsync(self._stream.fileno())
+            write_json(self.folder / "results.json", results)
+        except OSError as error:
+            raise _cannot_go_on(self.folder, error) from None
+
+    def _adopt_spec(self) -> None:
+        file = self.folder / "spec.json"
+        if not file.exists():
+            for name in ("samples.jsonl", "results.json"):
+                if (self.folder / name).exists():
+                    raise StoreError(
+                        f"{self.folder} has a {name} but no spec.json, so what made it is unknown; choose another "
+                        "--output"
+                    )
+            write_json(file, self.spec)
+            return
+        stored = read_json(file)
+        was, now = _flat(stored), _flat(self.spec)
+        # In the order of the spec, but digests last: they say that something differs, the other keys what.
+        differ = [key for key in {**now, **was} if was.get(key) != now.get(key) and key not in FREE_KEYS]
+        differ.sort(key=lambda key: "digest" in key or "fingerprint" in key)
+        if differ:
+            shown = [f"{key} was {_short(was.get(key))}, is {_short(now.get(key))}" for key in differ[:3]]
+            more = f"; and {len(differ) - 3} more" if len(differ) > 3 else ""
+            raise StoreError(f"{self.folder} holds another run: {'; '.join(shown)}{more}; choose another --output")
+        self.spec = stored
+
+    def _repair(self) -> None:
+        """Cut off a last line that has no end: the process was killed while it wrote it."""
+        file = self.folder / "samples.jsonl"
+        if not file.exists():
+            return
+        with file.open("rb+") as stream:
+            content = stream.read()
+            if content and not content.endswith(b"\n"):
+                stream.truncate(content.rfind(b"\n") + 1)
+
+
+def read_samples(folder: Path) -> Iterator[SampleRecord]:
+    """The records of a run, in the order they were written; a half-written last line is left out.
+
+    Raises:
+        StoreError: a line that is not a sample, or a second line for the same sample.
+    """
+    file = folder / "samples.jsonl"
+    if not file.exists():
+        return
+    seen: set[str] = set()
+    with file.open("rb") as stream:  # bytes: half a line may end inside a character
+        for number, line in enumerate(stream, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                record = record_from_dict(json.loads(line))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise StoreError(f"{file}, line {number} is not a sample ({error!r}); remove the line") from None
+            if record.sample.id in seen:
+                raise StoreError(f"{file}, line {number}: a second line for sample {record.sample.id!r}; remove one")
+            seen.add(record.sample.id)
+            yield record
+
+
+def digest_records(records: Iterable[SampleRecord]) -> str:
+    """sha256 over the records in the order of their ids, which is not the order of a resumed run's lines."""
+    digest = hashlib.sha256()
+    for record in sorted(records, key=lambda record: record.sample.id):
+        digest.update(json.dumps(record_to_dict(record), sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def record_to_dict(record: SampleRecord) -> dict[str, Any]:
+    """A line of `samples.jsonl`."""
+    sample, score = record.sample, record.score
+    return {
+        "id": sample.id,
+        "score": score.value,
+        "reason": score.reason,
+        "metrics": dict(score.metrics),
+        "outputs": record.outputs,
+        "prompt_tokens_truncated": record.prompt_tokens_truncated,
+        "sample": {
+            "gold": sample.gold,
+            "cluster": sample.cluster,
+            "group": sample.group,
+            "metadata": dict(sample.metadata),
+        },
+    }
+
+
+def record_from_dict(line: Mapping[str, Any]) -> SampleRecord:
+    """The inverse, but for the texts: context and choices are in the data, and are left empty here."""
+    stored, value = line["sample"], line["score"]
+    if not isinstance(line["id"], str):
+        raise TypeError(f"id is {line['id']!r}")
+    if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+        raise ValueError(f"score is {value!r}")
+    sample = Sample(
+        line["id"], (), (), stored["gold"], stored["cluster"], stored["group"], metadata=dict(stored["metadata"])
+    )
+    score = Score(value, line["reason"], dict(line["metrics"]))
+    return SampleRecord(sample, dict(line["outputs"]), score, int(line["prompt_tokens_truncated"]))
+
+
+def read_json(file: Path, *keys: str) -> dict[str, Any]:
+    """A JSON object of a run folder, with `keys` in it.
+
+    Raises:
+        StoreError: absent, or not such an object.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if file.name == "results.json" and (file.parent / "spec.json").exists():
+            raise StoreError(f"{file.parent} is not finished; run its command again, and it goes on") from None
+        raise StoreError(f"{file} is not there; give the folder of a run (spec.json, samples.jsonl)") from None
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{file} cannot be read as JSON ({error})") from None
+    lacking = [key for key in keys if key not in value] if isinstance(value, dict) else ["a JSON object"]
+    if lacking:
+        raise StoreError(f"{file} is not a run's: it lacks {', '.join(lacking)}")
+    return dict(value)
+
+
+def read_spec(folder: Path) -> dict[str, Any]:
+    """`spec.json`; see `read_json`."""
+    return read_json(folder / "spec.json", "task", "protocol", "settings", "engine", "data", "n_samples")
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """`results.json`; see `read_json`."""
+    return read_json(folder / "results.json", "task", "metrics", "headline", "validity", "engine", "provenance")
+
+
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    """Write through a scratch file, so that a reader sees the old content or the new, never half."""
+    scratch = file.with_name(f".{file.name}.{os.getpid()}")
+    scratch.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    scratch.replace(file)
+
+
+def _flat(value: Any, at: str = "") -> dict[str, Any]:
+    """Nested objects as one: `engine.dtype`."""
+    if not isinstance(value, dict):
+        return {at: value}
+    return {
+        name: leaf for key, item in value.items() for name, leaf in _flat(item, f"{at}.{key}" if at else key).items()
+    }
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _cannot_go_on(folder: Path, error: OSError) -> RunError:
+    return RunError(f"cannot write to {folder} ({error.strerror}); what was scored is kept: the same command goes on")

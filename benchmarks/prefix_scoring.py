@@ -1,0 +1,299 @@
+"""Shared-prefix scoring against lm-eval's `hf` model and against the plain two-prompt HHH loop, in turn, in one run.
+
+Every measurement is a process of its own, so that load time and peak memory are its own too. The peer gets the batch
+size that serves it best, found first on a small part. The same run checks that both sides agree on every sample.
+
+    python benchmarks/prefix_scoring.py --data-root ../shared/data/hub            (everything; lm-eval needs ~30 min)
+    python benchmarks/prefix_scoring.py --data-root ../shared/data/hub --limit 20 --rounds 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+SUBJECTS = ("anatomy", "college_physics", "high_school_us_history")
+CONTEXT = 4096
+
+
+def checkpoint(data_root: Path, *, small: bool = False) -> Path:
+    """The seeded Llama (30 M parameters, or 2 M), float32, its tokenizer trained on the benchmarks' own text."""
+    from almost_eval.nano.data import cached
+    from almost_eval.nano.seeded import build_checkpoint
+
+    shape: dict[str, Any] = (
+        {"hidden_size": 192, "layers": 4, "heads": 3, "kv_heads": 3, "vocab_size": 1024}
+        if small
+        else {"hidden_size": 512, "layers": 7, "heads": 8, "kv_heads": 8, "vocab_size": 8192}
+    )
+
+    def build(folder: Path) -> Path:
+        return build_checkpoint(
+            folder, max_position_embeddings=CONTEXT, tokenizer_text=_text(data_root), seed=0, **shape
+        )
+
+    return cached(f"benchmark-{'2m' if small else '30m'}", build)
+
+
+def _text(data_root: Path) -> Iterator[str]:
+    from almost_eval.assets import DataSource
+
+    data = DataSource("hub", data_root)
+    for row in data.read("truthfulqa/truthful_qa", "multiple_choice", "validation"):
+        yield " ".join([row["question"], *row["mc2_targets"]["choices"]])
+    for subject in data.configs("cais/mmlu"):
+        for row in data.read("cais/mmlu", subject, "test"):
+            yield " ".join([row["question"], *row["choices"]])
+
+
+# ---------------------------------------------------------------------------------------------- the measured processes
+
+
+def ours(task: str, model: Path, data_root: Path, limit: int | None, _: int) -> dict[str, Any]:
+    """Our engine on one task: what `almost-eval` runs, without the run folder."""
+    from almost_eval.assets import DataSource
+    from almost_eval.engines.hf import HFEngine
+    from almost_eval.runner import Run
+    from almost_eval.tasks.base import Task, resolve_prompting
+    from almost_eval.tasks.hhh import HHH
+    from almost_eval.tasks.mmlu import MMLU
+    from almost_eval.tasks.truthfulqa import TruthfulQA
+
+    data = DataSource("hub", data_root)
+    engine = HFEngine(str(model))
+    started = time.perf_counter()
+    engine.model  # noqa: B018  # loads
+    loaded = time.perf_counter()
+    prompting = resolve_prompting(data, None, "auto", engine.tokenizer, own_prompts=task != "hhh")
+    made: Task
+    if task == "hhh":
+        made = HHH("choice", data, prompting, limit=limit)
+    elif task == "mmlu":
+        made = MMLU(SUBJECTS, 5, data, prompting, limit=limit)
+    else:
+        made = TruthfulQA(["mc1", "mc2"], data, prompting, limit=limit)
+    run = Run(made, engine)
+    answers = {run.samples[i].id: (outputs, score) for i, outputs, score in run.answers(range(len(run.samples)))}
+    done = time.perf_counter()
+    scored = {}
+    for sample in run.samples:
+        row = answers[sample.id][0]["loglikelihoods"]
+        if task == "truthfulqa":
+            for metric in ("mc1", "mc2"):
+                scored[f"{metric}/{sample.id}"] = [row[0][i] for i in sample.metadata[metric]]
+        else:
+            scored[sample.id] = row[0] if task == "mmlu" else [v for pair in row for v in pair]
+    return {
+        "load": loaded - started,
+        "score": done - loaded,
+        "report": engine.report.to_dict(),
+        "parameters": sum(p.numel() for p in engine.model.parameters()),
+        "embedding": engine.model.get_input_embeddings().weight.numel(),
+        "scored": scored,
+    }
+
+
+def lm_eval(task: str, model: Path, data_root: Path, limit: int | None, batch: int) -> dict[str, Any]:
+    """lm-eval's `hf` model on the same task: request building and scoring, without its bootstrap."""
+    import logging
+
+    from lm_eval import evaluator
+    from lm_eval.models.huggingface import HFLM
+
+    from almost_eval.assets import DataSource
+    from almost_eval.tasks.harness import load_lm_eval_tasks
+
+    logging.disable(logging.WARNING)
+    started = time.perf_counter()
+    peer = HFLM(pretrained=str(model), dtype="float32", device="cpu", batch_size=batch)
+    loaded = time.perf_counter()
+    names = ["truthfulqa_mc1", "truthfulqa_mc2"] if task == "truthfulqa" else [f"mmlu_{s}" for s in SUBJECTS]
+    tasks = load_lm_eval_tasks(names, DataSource("hub", data_root))
+    for one in tasks.values():
+        one.set_config(key="num_fewshot", value=0 if task == "truthfulqa" else 5)
+    out = evaluator.evaluate(lm=peer, task_dict=tasks, limit=limit, log_samples=True, bootstrap_iters=0)
+    done = time.perf_counter()
+    scored = {}
+    for name, samples in out["samples"].items():
+        prefix = f"{name.removeprefix('truthfulqa_')}/" if task == "truthfulqa" else f"{name.removeprefix('mmlu_')}/"
+        for sample in samples:
+            scored[f"{prefix}{sample['doc_id']}"] = [float(r[0][0]) for r in sample["resps"]]
+    return {"load": loaded - started, "score": done - loaded, "scored": scored}
+
+
+def plain_hhh(task: str, model: Path, data_root: Path, limit: int | None, _: int) -> dict[str, Any]:
+    """The official loop: for each pair, both prompts in a padded batch of two, one new token by `generate`."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    started = time.perf_counter()
+    lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    loaded = time.perf_counter()
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    prompt = json.loads((data_root / "github/naver-ai/ALMoST/eval/eval_prompt.json").read_text())["static_HHH_prompt"]
+    pairs = json.loads((data_root / "github/naver-ai/ALMoST/eval/data/hhh_eval.json").read_text())
+    label = [tokenizer(prompt + letter)["input_ids"][-1] for letter in (" A", " B")]
+    scored, seen = {}, dict.fromkeys(("helpful", "harmless", "honest", "other"), 0)
+    for pair in pairs:
+        number = seen[pair["type"]]
+        seen[pair["type"]] += 1
+        if limit is not None and number >= limit:
+            continue
+        query, a = pair["chosen"].rsplit("\n\nAssistant:", 1)
+        _, b = pair["rejected"].rsplit("\n\nAssistant:", 1)
+        query = query.replace("Human:", "Query:").replace("Assistant:", "Response:")
+        a, b = a.strip(), b.strip()
+        texts = [
+            prompt.format(question=query, answer_a=a, answer_b=b),
+            prompt.format(question=query, answer_a=b, answer_b=a),
+        ]
+        inputs = tokenizer(texts, padding="longest", return_tensors="pt")
+        out = lm.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=1,
+            return_dict_in_generate=True,
+            output_scores=True,
+            pad_token_id=0,
+        )
+        logprob = out.scores[0].log_softmax(-1)[:, label]
+        scored[f"{pair['type']}/{number}"] = logprob.flatten().tolist()
+    return {"load": loaded - started, "score": time.perf_counter() - loaded, "scored": scored}
+
+
+SIDES: dict[str, Callable[..., dict[str, Any]]] = {"ours": ours, "lm_eval": lm_eval, "plain_hhh": plain_hhh}
+
+
+def worker(arguments: argparse.Namespace) -> None:
+    """Run one side in this process and write what it found."""
+    import torch
+
+    torch.set_num_threads(arguments.threads)
+    found = SIDES[arguments.side](
+        arguments.task, arguments.model, arguments.data_root, arguments.limit, arguments.batch
+    )
+    found["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    arguments.out.write_text(json.dumps(found))
+
+
+# ------------------------------------------------------------------------------------------------------ the comparison
+
+
+def measure(side: str, task: str, given: argparse.Namespace, model: Path, *, limit: int | None, batch: int) -> Any:
+    """One process; its report with the wall time of the whole process added."""
+    out = Path(given.scratch) / "out.json"
+    command = [sys.executable, __file__, "--worker", "--side", side, "--task", task, "--model", str(model)]
+    command += ["--data-root", str(given.data_root), "--out", str(out), "--batch", str(batch)]
+    command += ["--threads", str(given.threads), *(["--limit", str(limit)] if limit else [])]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": str(given.threads)}
+    started = time.perf_counter()
+    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return json.loads(out.read_text()) | {"wall": time.perf_counter() - started}
+
+
+def best_batch(task: str, given: argparse.Namespace, model: Path) -> int:
+    """The batch size at which lm-eval scores a small part fastest."""
+    times = {b: measure("lm_eval", task, given, model, limit=4, batch=b)["score"] for b in (1, 4, 8, 16)}
+    print(f"lm-eval, {task}: seconds by batch size {', '.join(f'{b}: {t:.1f}' for b, t in times.items())}", flush=True)
+    return min(times, key=lambda b: times[b])
+
+
+def agreement(a: dict[str, list[float]], b: dict[str, list[float]]) -> tuple[int, float]:
+    """(samples with another prediction, largest difference of a log-likelihood in nats) over the same samples."""
+    assert a.keys() == b.keys(), sorted(a.keys() ^ b.keys())[:5]
+    flips = sum(a[k].index(max(a[k])) != b[k].index(max(b[k])) for k in a)
+    return flips, max(abs(x - y) for k in a for x, y in zip(a[k], b[k], strict=True))
+
+
+def matmul_rate(threads: int) -> float:
+    """Measured float32 rate of a 2048-cube product, FLOP/s; the best of ten."""
+    import torch
+
+    torch.set_num_threads(threads)
+    x, y = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    best = min(_timed(lambda: x @ y) for _ in range(10))
+    return 2 * 2048**3 / best
+
+
+def _timed(function: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    """Measure, check, print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--data-root", type=Path, default=Path(os.environ.get("ALMOST_DATA_ROOT", "../shared/data/hub"))
+    )
+    parser.add_argument("--tasks", default="truthfulqa,mmlu,hhh")
+    parser.add_argument("--limit", type=int, help="samples of each task, subject or category; all by default")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--batch", type=int, default=0, help="lm-eval's batch size; found by trial by default")
+    for hidden in ("--side", "--task"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    for hidden in ("--model", "--out"):
+        parser.add_argument(hidden, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    given.data_root = given.data_root.resolve()
+    if given.worker:
+        worker(given)
+        return
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as scratch:
+        given.scratch = scratch
+        compare(given)
+
+
+def compare(given: argparse.Namespace) -> None:
+    """Each task: peer and ours in turn, `rounds` times."""
+    model = checkpoint(given.data_root)
+    rate = matmul_rate(given.threads)
+    print(f"{platform.processor() or platform.machine()}, {given.threads} threads, float32 {rate / 1e9:.0f} GFLOP/s")
+    for task in given.tasks.split(","):
+        peer_name = "plain_hhh" if task == "hhh" else "lm_eval"
+        batch = given.batch or (best_batch(task, given, model) if task != "hhh" else 2)
+        peers, mine = [], []
+        for _ in range(given.rounds):
+            mine.append(measure("ours", task, given, model, limit=given.limit, batch=0))
+            peers.append(measure(peer_name, task, given, model, limit=given.limit, batch=batch))
+        flips, worst = agreement(mine[0]["scored"], peers[0]["scored"])
+        print(f"\n{task}: {len(mine[0]['scored'])} samples, peer {peer_name} at batch {batch}, {given.rounds} rounds")
+        print(f"  agreement: {flips} predictions differ, largest difference {worst:.2g} nats")
+        for what, label in (("score", "scoring"), ("wall", "whole process, load included"), ("peak_mib", "peak MiB")):
+            ratios = [p[what] / m[what] for p, m in zip(peers, mine, strict=True)]
+            print(
+                f"  {label}: peer {statistics.median(p[what] for p in peers):.1f}, "
+                f"ours {statistics.median(m[what] for m in mine):.1f}, "
+                f"ratio {statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
+            )
+        first = mine[0]
+        report = first["report"]
+        flops = 2 * (first["parameters"] - first["embedding"]) * report["tokens_computed"]
+        fastest = min(m["score"] for m in mine)
+        print(
+            f"  tokens: plain {report['tokens_plain']:,}, in trie {report['tokens_in_trie']:,}, computed "
+            f"{report['tokens_computed']:,} ({report['computed_over_trie']:.2f} x the trie, "
+            f"{report['plain_over_computed']:.1f} x fewer than plain)"
+        )
+        print(f"  arithmetic limit {flops / rate:.1f} s, measured {fastest:.1f} s: {flops / rate / fastest:.0%} of it")
+    start = measure("ours", "hhh", given, checkpoint(given.data_root, small=True), limit=1, batch=0)
+    print(f"\nstart-up to scored samples, 2 M parameters, 4 pairs: {start['wall']:.1f} s whole process")
+
+
+if __name__ == "__main__":
+    main()
