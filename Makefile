@@ -16,6 +16,7 @@ STAMP := .venv/.ready-$(shell cat requirements/cpu.lock pyproject.toml | cksum |
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
+	@rm -rf runs/demo
 	$(BIN)/almost-eval hhh --output runs/demo/hhh
 	$(BIN)/almost-eval truthfulqa --output runs/demo/truthfulqa
 	$(BIN)/almost-eval mmlu --output runs/demo/mmlu
