@@ -173,6 +173,8 @@ def find_data(name: str | None, root: str | Path | None, *, built_in_model: bool
     """
     name = name or ("nano" if built_in_model and not root else "hub")
     if name == "nano":
+        if root:
+            raise DataError("--data nano is built in and takes no --data-root; leave one of them out")
         from almost_eval.nano.data import data_root
 
         return DataSource("nano", data_root())

@@ -323,8 +323,8 @@ def pick_device(device: str) -> str:
             return "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()  # `meta` makes tensors, and has no values to read
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device {device!r} is not usable here ({_first_line(error)}); use cpu or auto") from None
     return device
 

@@ -165,9 +165,9 @@ def resolve_prompting(
 ) -> Prompting:
     """What `--prompt-set` and `--template` mean for a task.
 
-    The official set is the default on real data, the built-in one on nano; `own_prompts` says that the official words
-    are lm-eval's. `auto` sends official prompts and few-shot documents as they are, and renders built-in dialogues
-    with the tokenizer's own template. Nothing is guessed from a model's name.
+    The official set is the default on real data, the built-in one on nano; `own_prompts` says that all prompts are
+    few-shot documents, whose official words are lm-eval's. `auto` sends official prompts and documents as they are,
+    and renders built-in dialogues with the tokenizer's own template. Nothing is guessed from a model's name.
     """
     name = prompt_set or ("builtin" if data.name == "nano" else "official")
     if own_prompts and name == "official":
@@ -175,5 +175,6 @@ def resolve_prompting(
     else:
         chosen = load_prompt_set(name, data)
     auto = template == "auto"
-    resolved = None if auto and name == "official" else load_template(template, tokenizer)
+    as_is = auto and (name == "official" or own_prompts)
+    resolved = None if as_is else load_template(template, tokenizer)
     return Prompting(chosen, resolved, special_tokens(tokenizer), asked=not auto)

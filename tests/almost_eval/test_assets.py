@@ -359,3 +359,8 @@ class TestDownload:
 def test_data_errors_are_input_errors() -> None:
     assert issubclass(DataError, InputError)
     assert DataError.exit_code == 2
+
+
+def test_nano_takes_no_data_root(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="--data nano is built in and takes no --data-root"):
+        find_data("nano", tmp_path)
