@@ -261,7 +261,8 @@ def verify(run_folder: Path, samples: int, seed: int, **given: Any) -> int:
             build,
             given | _as_run(spec, given),
             reward=spec["requires"] == "reward",
-            own_prompts=prompts == "lm-eval",
+            # Few-shot documents: lm-eval's words, or built-in ones that no template rendered.
+            own_prompts=prompts == "lm-eval" or (prompts == "builtin" and spec["template"] is None),
         )
         rescore(run_folder, run, found, n=samples, seed=seed)
     console = _console()
