@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from almost_eval.chat import ChatTemplate, encode_text, load_template, special_tokens
 from almost_eval.checkpoint import Checkpoint, context_length, find_checkpoint
-from almost_eval.engines.hf import ATTENTION, DTYPES, load_tokenizer, load_weights, pick_device
+from almost_eval.engines.hf import ATTENTION, DTYPES, load_tokenizer, load_weights, pick_device, pick_dtype
 from almost_eval.errors import InputError, ModelError, RunError, did_you_mean
 from almost_eval.types import Conversation
 
@@ -114,10 +114,7 @@ class HFRewardModel:
     @cached_property
     def dtype(self) -> str:
         """The dtype that `auto` stands for here."""
-        if self._dtype != "auto":
-            return self._dtype
-        own = self.checkpoint.config.get("dtype") or self.checkpoint.config.get("torch_dtype") or "float32"
-        return "float32" if self.device == "cpu" else str(own)
+        return pick_dtype(self._dtype, self.checkpoint, self.device)
 
     @cached_property
     def model(self) -> Any:

@@ -107,10 +107,7 @@ class HFEngine:
     @cached_property
     def dtype(self) -> str:
         """The dtype that `auto` stands for here."""
-        if self._dtype != "auto":
-            return self._dtype
-        own = self.checkpoint.config.get("dtype") or self.checkpoint.config.get("torch_dtype") or "float32"
-        return "float32" if self.device == "cpu" else str(own)
+        return pick_dtype(self._dtype, self.checkpoint, self.device)
 
     @cached_property
     def model(self) -> Any:
@@ -308,6 +305,14 @@ def load_weights(
         return model.to(device).eval()
     except torch.OutOfMemoryError:
         raise RunError(f"not enough memory on {device} for {checkpoint.name}; use a smaller dtype or device") from None
+
+
+def pick_dtype(dtype: str, checkpoint: Checkpoint, device: str) -> str:
+    """`auto` -> float32 on a CPU, the checkpoint's own elsewhere."""
+    if dtype != "auto":
+        return dtype
+    own = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
+    return "float32" if device == "cpu" else str(own)
 
 
 def pick_device(device: str) -> str:
