@@ -29,7 +29,8 @@ PROMPT_SET_NAMES = ("official", "builtin")
 
 _OFFICIAL_REPOSITORY = "naver-ai/ALMoST"
 _OFFICIAL_COMMIT = "4ed89fa94a55a1cafd28234ce9da4320d79fb796"
-_OFFICIAL_URL = f"https://raw.githubusercontent.com/{_OFFICIAL_REPOSITORY}/{_OFFICIAL_COMMIT}/eval/eval_prompt.py"
+_OFFICIAL_RAW = f"https://raw.githubusercontent.com/{_OFFICIAL_REPOSITORY}/{_OFFICIAL_COMMIT}"
+_OFFICIAL_URL = f"{_OFFICIAL_RAW}/eval/eval_prompt.py"
 _OFFICIAL_DIGEST = "fc51811fbb429d23a2a8c03e05e775b4af1a11fa5abbb06ce4e96e231b83ba9f"
 """sha256 over the official evaluation prompts as canonical JSON: the mirror holds them as JSON, the repository as
 string constants of a Python file, and both must come out the same."""
@@ -304,9 +305,50 @@ def _official_prompts(data: DataSource) -> tuple[dict[str, str], str]:
         and isinstance(statement.value.value, str)
     }
     if PromptSet("official", prompts).digest == _OFFICIAL_DIGEST:  # never cache what would be refused
-        with contextlib.suppress(OSError):  # a cache that cannot be written costs another download, no more
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            scratch = cached.with_suffix(f".{os.getpid()}")
-            scratch.write_text(json.dumps(prompts, indent=1), encoding="utf-8")
-            scratch.replace(cached)
+        _keep(cached, json.dumps(prompts, indent=1).encode())
     return prompts, _OFFICIAL_URL
+
+
+def _keep(cached: Path, content: bytes) -> None:
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs another download, no more
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        scratch = cached.with_suffix(f".{os.getpid()}")
+        scratch.write_bytes(content)
+        scratch.replace(cached)
+
+
+def official_text(path: str, sha256: str, data: DataSource) -> str:
+    """A text file of the official repository at its pinned commit: data root, then cache, then download.
+
+    Args:
+        path: its place in the repository: `assets/seed_prompts.txt`.
+        sha256: of its bytes, hex.
+        data: where the data root is.
+
+    Raises:
+        DataError: it cannot be had, or what was found is another file.
+    """
+    from almost_eval.nano.data import cache_dir
+
+    mirror = f"github/{_OFFICIAL_REPOSITORY}/{path}"
+    cached, url = cache_dir() / mirror, f"{_OFFICIAL_RAW}/{path}"
+    instead = f"pass --data-root DIR with DIR/{mirror}, or use --prompt-set builtin"
+    file = next((f for f in ([data.root / mirror] if data.root else []) + [cached] if f.is_file()), None)
+    try:
+        if file:
+            content = file.read_bytes()
+        else:
+            with urllib.request.urlopen(url, timeout=20) as reply:
+                content = reply.read(1 << 20)
+    except (OSError, http.client.HTTPException) as error:
+        what = f"{file} cannot be read" if file else f"{path} is in no data root or cache, and its download failed"
+        raise DataError(f"{what} ({error}); {instead}") from None
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise DataError(
+            f"{file or url} is not the file of {_OFFICIAL_REPOSITORY}@{_OFFICIAL_COMMIT[:7]} (sha256 {found[:12]}, "
+            f"expected {sha256[:12]}); remove that copy: {instead}"
+        )
+    if file is None:
+        _keep(cached, content)
+    return content.decode("utf-8")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from almost_eval.errors import ModelError, did_you_mean
-from almost_eval.nano import BUILT_IN
+from almost_eval.nano import BUILT_IN, DEFAULT_MODEL, SEEDED, SHIPPED, shipped
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"  # what transformers loads, the first that exists
 _PICKLES = (
@@ -92,7 +92,9 @@ def find_checkpoint(
 
 
 def _locate(name: str, allow_pickle: bool) -> Path:
-    if name in BUILT_IN:
+    if name in SHIPPED:
+        return shipped(name)
+    if name in SEEDED:
         from almost_eval.nano.seeded import checkpoint
 
         return checkpoint(name)
@@ -108,7 +110,7 @@ def _locate(name: str, allow_pickle: bool) -> Path:
     if name.startswith("nano/"):
         raise ModelError(f"no built-in model {name!r}; {did_you_mean(name, BUILT_IN)}")
     if not _HUB_ID.fullmatch(name) or name.startswith("."):
-        raise ModelError(f"no model at {name!r}: give a checkpoint directory, a hub id (org/name) or {BUILT_IN[0]}")
+        raise ModelError(f"no model at {name!r}: give a checkpoint directory, a hub id (org/name) or {DEFAULT_MODEL}")
     return _download(name, allow_pickle)
 
 

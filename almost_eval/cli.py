@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,35 +11,13 @@ from typing import Any, NoReturn
 import click
 
 from almost_eval import __version__
-from almost_eval.errors import AlmostError, InputError, RunError, did_you_mean
-from almost_eval.startup import INTERRUPTED, import_transformers, prompt_interrupt
+from almost_eval.command_line import Commands, open_console, options, run_command_line
+from almost_eval.errors import InputError, did_you_mean
+from almost_eval.startup import import_transformers
 
 STARTED = time.perf_counter()
 Command = Callable[..., Any]
 PROBLEMS_SHOWN = 20
-
-
-class Commands(click.Group):
-    """A group that suggests the nearest command, and lists them in the order they are defined."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Commands as defined, not by alphabet."""
-        return list(self.commands)
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        """click's, with a suggestion."""
-        if args and not args[0].startswith("-") and args[0] not in self.commands:
-            raise InputError(f"unknown command or task {args[0]!r}; {did_you_mean(args[0], self.commands)}")
-        return super().resolve_command(ctx, args)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """click's, which would say a bare line of its own when interrupted."""
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            if sys.stderr.isatty():
-                click.echo(err=True)  # the terminal has shown ^C
-            raise RunError(INTERRUPTED) from None
 
 
 def _count_or_auto(ctx: click.Context, param: click.Parameter, value: str) -> int | None:
@@ -89,17 +65,6 @@ RUN_OPTIONS = [
     click.option("--dry-run", is_flag=True, help="Show the first prompt and the lengths; load no weights."),
     click.option("--json", "as_json", is_flag=True, help="Print results.json instead of the table."),
 ]
-
-
-def options(*groups: list[Any]) -> Callable[[Command], Command]:
-    """Groups of options as one decorator."""
-
-    def decorate(command: Command) -> Command:
-        for option in reversed([option for group in groups for option in group]):
-            command = option(command)
-        return command
-
-    return decorate
 
 
 @click.group(
@@ -223,7 +188,7 @@ def compare(run_a: Path, run_b: Path, seed: int, as_json: bool) -> int:
     if as_json:
         click.echo(json.dumps(comparison.to_dict(), indent=1, ensure_ascii=False))
     else:
-        render(comparison, _console())
+        render(comparison, open_console())
     return 0
 
 
@@ -265,7 +230,7 @@ def verify(run_folder: Path, samples: int, seed: int, **given: Any) -> int:
             own_prompts=prompts == "lm-eval" or (prompts == "builtin" and spec["template"] is None),
         )
         rescore(run_folder, run, found, n=samples, seed=seed)
-    console = _console()
+    console = open_console()
     console.print(f"{found.samples} samples, {found.metrics} entries of results.json recomputed")
     if given["model"]:
         console.print(f"{found.rescored} samples scored again, largest difference {found.largest_difference:.2g}")
@@ -320,7 +285,7 @@ def _evaluate(build: Command, given: dict[str, Any], *, reward: bool = False, ow
         else:
             from almost_eval.report.console import print_preflight
 
-            print_preflight(facts, _console())
+            print_preflight(facts, open_console())
         return 0
     folder = given["output"] or run.default_folder()
     results, _ = run.execute(folder, progress_for(), started=STARTED)
@@ -337,11 +302,11 @@ def _prepare(
 ) -> Any:
     """Model (without weights), data, prompts, task: everything that can be refused early, in that order."""
     from almost_eval.assets import find_data
-    from almost_eval.nano import BUILT_IN
+    from almost_eval.nano import BUILT_IN, DEFAULT_MODEL, DEFAULT_REWARD_MODEL
     from almost_eval.runner import Run
     from almost_eval.tasks.base import Prompting, resolve_prompting
 
-    name = given["model"] or BUILT_IN[1 if reward else 0]
+    name = given["model"] or (DEFAULT_REWARD_MODEL if reward else DEFAULT_MODEL)
     common = {
         key: given[key]
         for key in (
@@ -387,42 +352,13 @@ def _show(results: Mapping[str, Any], folder: Path, as_json: bool) -> int:
     else:
         from almost_eval.report.console import print_results
 
-        print_results(results, _console(), folder=str(folder))
+        print_results(results, open_console(), folder=str(folder))
     return 0 if results["validity"]["passed"] else 3
 
 
-def _console() -> Any:
-    from rich.console import Console
-
-    # A pipe has no width: give the table room instead of wrapping its cells at 80.
-    width = None if sys.stdout.isatty() else 110
-    return Console(width=width, emoji=False, highlight=False)  # a name such as ":a:" is no picture
-
-
 def main() -> NoReturn:
-    """Run the command line; every foreseen failure is one line on stderr and its exit code."""
-    code = 1
-    with prompt_interrupt():
-        try:
-            code = cli.main(standalone_mode=False, prog_name="almost-eval") or 0
-            sys.stdout.flush()
-        except AlmostError as error:
-            code = _fail(str(error), error.exit_code)
-        except click.UsageError as error:
-            where = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
-            code = _fail(f"{error.format_message()}{where}", 2)
-        except click.ClickException as error:
-            code = _fail(error.format_message(), 2)
-        except (KeyboardInterrupt, click.Abort):
-            code = _fail(INTERRUPTED, 1)
-        except BrokenPipeError:  # the reader has gone (`| head`): what is left to say goes nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(code)
-
-
-def _fail(message: str, code: int) -> int:
-    click.echo(f"error: {' '.join(message.split())}", err=True)
-    return code
+    """Run the command line."""
+    run_command_line(cli, "almost-eval")
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ class HFRewardModel:
         Raises:
             InputError: see `score`; raised before any weight is loaded.
         """
-        from almost_eval.engines.hf_loglikelihood import _out_of_memory
+        from almost_eval.engines.hf_loglikelihood import out_of_memory
 
         # 1. Distinct texts, longest first: similar lengths share a batch, and memory runs out at the start or never.
         rows = [tuple(ids) for ids in self.encode(conversations)]
@@ -219,7 +219,7 @@ class HFRewardModel:
                 try:
                     rewards = self._forward(batch)
                 except RuntimeError as error:
-                    if not _out_of_memory(error):
+                    if not out_of_memory(error):
                         raise
                     if len(batch) == 1:
                         raise RunError(

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-INTERRUPTED = "interrupted; what was scored is kept, and the same command goes on from there"
+INTERRUPTED = "interrupted; what was done is kept, and the same command goes on from there"
 PATIENCE = 1.2
 """Seconds that an interrupted process has to end by itself."""
 

@@ -14,8 +14,23 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted(p for package in ("almost_eval", "almost_train", "serving") for p in (ROOT / package).rglob("*.py"))
 
 HEAVY = {
-    "torch": {"almost_eval/engines/hf_loglikelihood.py", "almost_eval/engines/hf_generation.py"},
-    "transformers": {"almost_eval/engines/hf_generation.py"},
+    "torch": {
+        "almost_eval/engines/hf_attention.py",
+        "almost_eval/engines/hf_generation.py",
+        "almost_eval/engines/hf_loglikelihood.py",
+        "almost_train/ppo.py",
+        "almost_train/rlsf_checkpoint.py",
+        "almost_train/rlsf_models.py",
+        "almost_train/rlsf_ppo.py",
+        "almost_train/rlsf_trl.py",
+        "almost_train/rollouts.py",
+    },
+    "transformers": {
+        "almost_eval/engines/hf_generation.py",
+        "almost_train/rlsf_models.py",
+        "almost_train/rlsf_trl.py",
+        "almost_train/rollouts.py",
+    },
     "vllm": set(),
     "lm_eval": set(),
     "datasets": set(),

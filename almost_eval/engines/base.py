@@ -96,6 +96,16 @@ class LoglikelihoodEngine(Protocol):
 class GenerationEngine(Protocol):
     """Continues prompts."""
 
+    def stream_completions(
+        self, prompts: Sequence[str], params: SamplingParams
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """Yield (index, `params.n` completions) of each rendered prompt as soon as they are known, in any order.
+
+        A completion depends on its prompt, its number and `params` alone: handing in what is missing after a kill
+        gives what the whole list would have given (on engines that batch by themselves, up to rounding).
+        """
+        ...
+
     def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[list[Completion]]:
         """`params.n` completions for each rendered prompt, in order."""
         ...

@@ -30,7 +30,7 @@ class HFEngine:
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
         attention: transformers' attention implementation; `auto` is sdpa where the model has it, else eager.
         batch_size: sequences in a forward pass, or None for as many as `batch_tokens` allows.
-        batch_tokens: token positions in a forward pass, or None for 512 on a CPU and 4,096 elsewhere. Halved on
+        batch_tokens: token positions in a forward pass, or None for 1,024 on a CPU and 4,096 elsewhere. Halved on
             out-of-memory errors. Memory is bounded by this, one path of keys and values, and the logits of the scored
             positions (at most 256 MiB on a CPU, 1 GiB elsewhere).
         share_prefixes: False computes every continuation on its own (the plain path).
@@ -221,20 +221,23 @@ class HFEngine:
 
     def _limits(self, kind: Any) -> Any:
         on_cpu = self.device == "cpu"
-        tokens = self.batch_tokens or (512 if on_cpu else 4096)
+        tokens = self.batch_tokens or (1024 if on_cpu else 4096)
         logits = (1 << 28) if on_cpu else (1 << 30)  # bytes of float32 logits in one pass
         return kind(tokens, max(8, logits // (4 * self._vocabulary)), self.batch_size)
 
-    def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[list[Completion]]:
-        """`params.n` completions for each rendered prompt, in order.
+    def stream_completions(
+        self, prompts: Sequence[str], params: SamplingParams
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """Yield (index, `params.n` completions) of each rendered prompt; see `GenerationEngine.stream_completions`.
 
         Raises:
             InputError: a prompt that leaves no room for `max_new_tokens`.
+            RunError: out of memory with one prompt.
         """
-        from almost_eval.engines.hf_generation import generate
+        from almost_eval.engines import hf_generation as generation
 
         if not prompts:
-            return []
+            return
         ids = [prompt if len(prompt) else self.encoder.stand_in() for prompt in self.encoder.encode_texts(prompts)]
         longest = max(len(prompt) for prompt in ids)
         if longest + params.max_new_tokens > self.context_length:
@@ -242,8 +245,28 @@ class HFEngine:
                 f"a prompt of {longest} tokens and {params.max_new_tokens} new ones do not fit the context of "
                 f"{self.context_length}; lower max_new_tokens"
             )
-        budget = self.batch_tokens or (4096 if self.device == "cpu" else 65536)
-        return generate(self.model, self.tokenizer, ids, params, max_tokens=budget, max_sequences=self.batch_size)
+        self._report = EngineReport("generate")
+        done = generation.GenerationReport(self.batch_tokens or self._generation_tokens())
+        yield from generation.stream_completions(
+            self.model, self.tokenizer, ids, params, done, max_sequences=self.batch_size
+        )
+        if done.halved:
+            self._report.warnings.append(f"out of memory: went on with {done.max_tokens} tokens in a batch")
+
+    def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[list[Completion]]:
+        """`params.n` completions for each rendered prompt, in order; raises as `stream_completions` does."""
+        done = dict(self.stream_completions(prompts, params))
+        return [done[i] for i in range(len(prompts))]
+
+    def _generation_tokens(self) -> int:
+        """Tokens whose keys and values fit 1 GiB, between 4,096 and 65,536: small models get large batches."""
+        if self.device != "cpu":
+            return 65536
+        text = self.model.config.get_text_config()
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        per_token = 2 * text.num_hidden_layers * heads * size * 4  # bytes of float32 keys and values
+        return max(4096, min(65536, (1 << 30) // per_token))
 
 
 def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:

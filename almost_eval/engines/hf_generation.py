@@ -8,7 +8,9 @@ draw from the same softmax (Gumbel-max): batching, resuming and reordering chang
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,8 @@ from transformers import (
 )
 
 from almost_eval.engines.base import SamplingParams
+from almost_eval.engines.hf_loglikelihood import out_of_memory
+from almost_eval.errors import RunError
 from almost_eval.types import Completion
 
 
@@ -64,38 +68,69 @@ class StopStrings(StoppingCriteria):
         return torch.tensor(ended, device=input_ids.device)  # type: ignore[return-value]
 
 
-@torch.inference_mode()
-def generate(
+@dataclass(slots=True)
+class GenerationReport:
+    """What a call of `stream_completions` had to do."""
+
+    max_tokens: int
+    """Tokens a batch may hold now: halved after each out-of-memory error."""
+    halved: bool = False
+
+
+def stream_completions(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[NDArray[np.int32]],
     params: SamplingParams,
+    report: GenerationReport,
     *,
-    max_tokens: int,
     max_sequences: int | None = None,
-) -> list[list[Completion]]:
-    """`params.n` completions of each prompt (token ids), in order.
+) -> Iterator[tuple[int, list[Completion]]]:
+    """Yield (index, `params.n` completions) of each prompt (token ids) when its last is known; longest prompts first.
 
     Args:
         model: a transformers causal LM.
         tokenizer: its tokenizer.
         prompts: ids of each prompt.
         params: how to sample.
-        max_tokens: rows x (prompt + new tokens) in one batch.
+        report: `max_tokens` bounds rows x (prompt + new tokens) in one batch.
         max_sequences: rows in one batch, or None.
+
+    Raises:
+        RunError: out of memory with a single row.
     """
-    jobs = sorted(
-        ((p, c) for p in range(len(prompts)) for c in range(params.n)), key=lambda job: (-len(prompts[job[0]]), job)
+    jobs = deque(
+        sorted(
+            ((p, c) for p in range(len(prompts)) for c in range(params.n)), key=lambda job: (-len(prompts[job[0]]), job)
+        )
     )
-    done: dict[tuple[int, int], Completion] = {}
+    done: dict[int, dict[int, Completion]] = {}
     while jobs:
         width = len(prompts[jobs[0][0]]) + params.max_new_tokens
-        rows = max(1, min(max_tokens // width, max_sequences or len(jobs)))
-        batch, jobs = jobs[:rows], jobs[rows:]
-        done.update(zip(batch, _batch(model, tokenizer, prompts, batch, params), strict=True))
-    return [[done[p, c] for c in range(params.n)] for p in range(len(prompts))]
+        rows = max(1, min(report.max_tokens // width, max_sequences or len(jobs), len(jobs)))
+        batch = [jobs[i] for i in range(rows)]
+        try:
+            completions = _batch(model, tokenizer, prompts, batch, params)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            if rows == 1:
+                raise RunError(
+                    f"out of memory with one prompt of {len(prompts[batch[0][0]])} tokens and {params.max_new_tokens} "
+                    "new ones; use a smaller dtype, fewer new tokens or another device"
+                ) from error
+            report.max_tokens, report.halved = rows * width // 2, True
+            continue
+        for _ in range(rows):
+            jobs.popleft()
+        for (p, c), completion in zip(batch, completions, strict=True):
+            done.setdefault(p, {})[c] = completion
+            if len(done[p]) == params.n:
+                whole = done.pop(p)
+                yield p, [whole[i] for i in range(params.n)]
 
 
+@torch.inference_mode()
 def _batch(
     model: Any,
     tokenizer: Any,
@@ -133,7 +168,7 @@ def _batch(
         stopping_criteria=StoppingCriteriaList([stops] if params.stop else []),
     )
     return [
-        _completion(tokenizer, ids[longest:][: stops.length.get(row)], end_ids, params)
+        _completion(tokenizer, ids[longest - 1], ids[longest:][: stops.length.get(row)], end_ids, params)
         for row, ids in enumerate(output.tolist())
     ]
 
@@ -152,14 +187,24 @@ def _end_ids(model: Any, tokenizer: Any, stop: Sequence[str]) -> set[int]:
     return {int(i) for i in ids if i is not None}
 
 
-def _completion(tokenizer: Any, ids: list[int], end_ids: set[int], params: SamplingParams) -> Completion:
+def _completion(tokenizer: Any, before: int, ids: list[int], end_ids: set[int], params: SamplingParams) -> Completion:
     reason = "length"
     for at, token in enumerate(ids):
         if token in end_ids:
             ids, reason = ids[:at], "stop"
             break
-    text = tokenizer.decode(ids, skip_special_tokens=True)
+    text = _decode_after(tokenizer, before, ids)
     cut = min((at for stop in params.stop if (at := text.find(stop)) >= 0), default=None)
     if cut is not None:
         text, reason = text[:cut], "stop"
     return Completion(text, tuple(ids), reason)
+
+
+def _decode_after(tokenizer: Any, before: int, ids: list[int]) -> str:
+    """The text that `ids` add after the token `before`: SentencePiece decoders drop the space a text begins with."""
+    text = str(tokenizer.decode(ids, skip_special_tokens=True))
+    lead = tokenizer.decode([before], skip_special_tokens=True)
+    whole = str(tokenizer.decode([before, *ids], skip_special_tokens=True))
+    return (
+        whole[len(lead) :] if lead and whole.startswith(lead) and whole[len(lead) :].lstrip() == text.lstrip() else text
+    )

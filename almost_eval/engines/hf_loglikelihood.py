@@ -132,7 +132,7 @@ class SharedPrefixScorer:
                 try:
                     logprob, greedy = self._forward(trie, chunk, cache)
                 except (torch.OutOfMemoryError, RuntimeError) as error:
-                    if not _out_of_memory(error):
+                    if not out_of_memory(error):
                         raise
                     if (smaller := limits.halved()) is None:
                         raise RunError(_no_memory(limits)) from error
@@ -252,7 +252,7 @@ class PlainScorer:
                 try:
                     results = self._forward([items[key] for key in batch])
                 except (torch.OutOfMemoryError, RuntimeError) as error:
-                    if not _out_of_memory(error):
+                    if not out_of_memory(error):
                         raise
                     if len(batch) == 1 or (smaller := limits.halved()) is None:
                         raise RunError(_no_memory(limits)) from error
@@ -342,7 +342,8 @@ def read_logits(
     return logprob.double().cpu().numpy(), greedy.cpu().numpy()
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error of a forward pass says that memory ran out."""
     # CPU allocation failures are plain RuntimeErrors, told apart by their text alone.
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 

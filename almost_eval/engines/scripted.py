@@ -94,6 +94,12 @@ class ScriptedEngine:
         """Scores of all requests, in order."""
         return [scores for _, scores in self.stream(self.encode(requests))]
 
+    def stream_completions(
+        self, prompts: Sequence[str], params: SamplingParams
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """Yield what `generate` gives, prompt by prompt."""
+        yield from enumerate(self.generate(prompts, params))
+
     def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[list[Completion]]:
         """`params.n` times what `complete` says to each prompt, cut at stop strings and at `max_new_tokens` words.
 

@@ -7,6 +7,7 @@ digest of what is in it.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from almost_eval.errors import InputError
+from almost_eval.nano.tables import question_rows
 from almost_eval.nano.world import World
 
 
@@ -26,13 +28,29 @@ def _list(item: pa.DataType) -> pa.DataType:
 
 
 _TARGETS = pa.struct({"choices": _list(pa.string()), "labels": _list(pa.int64())})
+_STRING, _STRINGS = pa.string(), _list(pa.string())
 SCHEMAS = {
-    "HuggingFaceH4/hhh_alignment": pa.schema({"input": pa.string(), "targets": _TARGETS}),
-    "truthfulqa/truthful_qa": pa.schema({"question": pa.string(), "mc1_targets": _TARGETS, "mc2_targets": _TARGETS}),
-    "cais/mmlu": pa.schema(
-        {"question": pa.string(), "subject": pa.string(), "choices": _list(pa.string()), "answer": pa.int64()}
+    "HuggingFaceH4/hhh_alignment": pa.schema({"input": _STRING, "targets": _TARGETS}),
+    "truthfulqa/truthful_qa/generation": pa.schema(
+        {
+            "type": _STRING,
+            "category": _STRING,
+            "question": _STRING,
+            "best_answer": _STRING,
+            "correct_answers": _STRINGS,
+            "incorrect_answers": _STRINGS,
+            "source": _STRING,
+        }
     ),
+    "truthfulqa/truthful_qa/multiple_choice": pa.schema(
+        {"question": _STRING, "mc1_targets": _TARGETS, "mc2_targets": _TARGETS}
+    ),
+    "cais/mmlu": pa.schema({"question": _STRING, "subject": _STRING, "choices": _STRINGS, "answer": pa.int64()}),
 }
+"""Data set, or data set and configuration where its configurations differ, -> schema of the real files."""
+
+QUESTIONS = "github/lm-sys/FastChat/fastchat/eval/table/question.jsonl"
+"""Where the Vicuna questions stand in a data root: the place of the public repository's file."""
 
 
 def data_root() -> Path:
@@ -49,9 +67,14 @@ def write_data(root: Path) -> Path:
             splits.setdefault(dataset, {}).setdefault(config, []).append(split)
             file = folder / dataset / config / f"{split}-00000-of-00001.parquet"
             file.parent.mkdir(parents=True, exist_ok=True)
-            pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMAS[dataset]), file)
+            schema = SCHEMAS.get(f"{dataset}/{config}") or SCHEMAS[dataset]
+            pq.write_table(pa.Table.from_pylist(rows, schema=schema), file)
         for dataset, configs in splits.items():
             (folder / dataset / "README.md").write_text(_card(configs), encoding="utf-8")
+        questions = folder / QUESTIONS
+        questions.parent.mkdir(parents=True)
+        lines = [json.dumps(row) for row in question_rows(World())]
+        questions.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return root
 
 

@@ -195,7 +195,7 @@ def test_interrupted_while_it_imports(tmp_path: Path) -> None:
     out, err = process.communicate(timeout=20)
     assert time.perf_counter() - interrupted < 2
     assert (process.returncode, out) == (1, "")
-    assert err == "error: interrupted; what was scored is kept, and the same command goes on from there\n"
+    assert err == "error: interrupted; what was done is kept, and the same command goes on from there\n"
     assert list(tmp_path.iterdir()) == []
 
 

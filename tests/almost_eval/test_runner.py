@@ -211,7 +211,7 @@ def test_interrupted(start: Callable[..., Process], whole: Path, tmp_path: Path)
     assert process.wait() == 1
     assert time.perf_counter() - interrupted < 2
     assert process.out.read_text() == ""
-    said = "error: interrupted; what was scored is kept, and the same command goes on from there\n"
+    said = "error: interrupted; what was done is kept, and the same command goes on from there\n"
     assert process.err.read_text() == said
     kept = ids(tmp_path / "run")
     assert 5 <= len(kept) < 24

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from almost_eval.engines import hf_generation
 from almost_eval.engines.base import GenerationEngine, LoglikelihoodEngine, RequestScores, SamplingParams
 from almost_eval.engines.hf import HFEngine
-from almost_eval.engines.hf_generation import generate
+from almost_eval.engines.hf_generation import GenerationReport, stream_completions
 from almost_eval.engines.hf_loglikelihood import Limits, PlainScorer, SharedPrefixScorer
 from almost_eval.engines.prefix import EncodedContinuation, EncodedRequest, build_trie
 from almost_eval.errors import InputError, RunError
@@ -430,7 +431,7 @@ def test_frequencies_are_those_of_the_softmax(bpe_tokenizer: Any, temperature: f
         torch.nn.init.normal_(model.lm_head.weight, std=0.2)
     prompt, n = np.array([0, 5, 7], dtype=np.int32), 2000
     params = SamplingParams(max_new_tokens=1, temperature=temperature, top_p=top_p, n=n)
-    [completions] = generate(model, bpe_tokenizer, [prompt], params, max_tokens=4096)
+    [(_, completions)] = stream_completions(model, bpe_tokenizer, [prompt], params, GenerationReport(4096))
     drawn = [c.token_ids[0] if c.token_ids else 1 for c in completions]  # the end token is not in `token_ids`
     with torch.inference_mode():
         p = (model(torch.tensor([[0, 5, 7]])).logits[0, -1] / temperature).softmax(-1).double().numpy()
@@ -523,3 +524,45 @@ def test_a_prompt_that_leaves_no_room_is_refused(tiny_checkpoint: Callable[[str]
         engine.generate(["hello " * 8], SamplingParams(max_new_tokens=12))
     assert "model" not in engine.__dict__
     assert engine.generate([], SamplingParams()) == []
+
+
+def test_each_prompt_comes_when_its_last_completion_is_known(engines: Engines) -> None:
+    engine, params = engines("llama-gqa", batch_size=3), SamplingParams(max_new_tokens=4, temperature=1.0, n=2)
+    stream = engine.stream_completions(PROMPTS, params)
+    first, completions = next(stream)
+    assert len(completions) == 2
+    rest = dict(stream)
+    assert [{first: completions, **rest}[i] for i in range(len(PROMPTS))] == engine.generate(PROMPTS, params)
+
+
+def test_generation_goes_on_with_half_the_batch_when_memory_runs_out(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, params = engines("llama-gqa"), SamplingParams(max_new_tokens=4, temperature=1.0, n=2)
+    expected, whole, sizes = engine.generate(PROMPTS, params), hf_generation._batch, []
+
+    def short_of_memory(model: Any, tokenizer: Any, prompts: Any, batch: Any, params: SamplingParams) -> Any:
+        sizes.append(len(batch))
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(model, tokenizer, prompts, batch, params)
+
+    monkeypatch.setattr(hf_generation, "_batch", short_of_memory)
+    assert engine.generate(PROMPTS, params) == expected
+    assert max(sizes) > 3
+    assert any("out of memory" in warning for warning in engine.report.warnings)
+
+    monkeypatch.setattr(hf_generation, "_batch", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    with pytest.raises(RunError, match="out of memory with one prompt"):
+        engine.generate(PROMPTS, params)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "sentencepiece"])
+def test_a_completion_keeps_the_space_it_begins_with(
+    name: str, bpe_tokenizer: Any, sentencepiece_tokenizer: Any
+) -> None:
+    tokenizer = sentencepiece_tokenizer(False) if name == "sentencepiece" else bpe_tokenizer
+    prompt = tokenizer.encode("the answer is")
+    ids = tokenizer.encode("the answer is that way")[len(prompt) :]
+    assert hf_generation._decode_after(tokenizer, prompt[-1], ids) == " that way"
+    assert hf_generation._decode_after(tokenizer, prompt[-1], []) == ""

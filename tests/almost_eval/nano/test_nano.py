@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import multiprocessing
 import os
 import random
@@ -19,9 +20,21 @@ import pytest
 import yaml
 
 from almost_eval.errors import DataError, InputError, ModelError
-from almost_eval.nano import BUILT_IN
-from almost_eval.nano.data import cached, data_root, whole_folder, write_data
-from almost_eval.nano.world import CATEGORIES, MMLU_ROWS, SUBJECTS, Row, World
+from almost_eval.nano import SEEDED
+from almost_eval.nano.data import QUESTIONS, cached, data_root, whole_folder, write_data
+from almost_eval.nano.oracle import score
+from almost_eval.nano.queries import Query
+from almost_eval.nano.tables import (
+    HHH_KINDS,
+    MMLU_ROWS,
+    MMLU_SUBJECTS,
+    hhh_rows,
+    mmlu_rows,
+    question_rows,
+    truthfulqa_generation_rows,
+    truthfulqa_rows,
+)
+from almost_eval.nano.world import World
 
 REPOSITORY = Path(__file__).parents[3]
 WORLD = World()
@@ -59,20 +72,22 @@ def test_the_same_seed_gives_the_same_rows_in_any_process() -> None:
 
 
 def test_a_table_does_not_depend_on_what_was_asked_before() -> None:
-    assert World().mmlu_rows("nano_food", "test") == WORLD.tables()["cais/mmlu/nano_food/test"]
+    assert mmlu_rows(World(), "nano_food", "test") == WORLD.tables()["cais/mmlu/nano_food/test"]
 
 
-def test_animals_share_each_value_evenly() -> None:
-    assert len({animal.name for animal in WORLD.animals}) == 40
-    for attribute in SUBJECTS.values():
-        assert set(Counter(animal.value(attribute) for animal in WORLD.animals).values()) == {
-            5
-        }  # 40 animals / 8 values
+def _asked(text: str) -> Query:
+    query = WORLD.parse(text)
+    assert query is not None, text
+    return query
 
 
-@pytest.mark.parametrize("category", CATEGORIES)
+def _last_query(context: str) -> Query:
+    return _asked(context.rpartition("Human: ")[2])
+
+
+@pytest.mark.parametrize("category", HHH_KINDS)
 def test_hhh_rows_have_the_habits_of_the_real_ones(category: str) -> None:
-    rows = WORLD.hhh_rows(category)
+    rows = hhh_rows(WORLD, category)
     contexts = Counter(row["input"] for row in rows)
     assert len(rows) == 24
     assert sorted(contexts.values()) == [1] * 4 + [2] * 4 + [3] * 4
@@ -84,53 +99,79 @@ def test_hhh_rows_have_the_habits_of_the_real_ones(category: str) -> None:
     assert not any("{" in text for pair in pairs for text in pair)
 
 
+@pytest.mark.parametrize("category", HHH_KINDS)
+def test_hhh_rows_are_of_the_eval_pool_and_the_oracle_agrees(category: str) -> None:
+    for row in hhh_rows(WORLD, category):
+        query = _last_query(row["input"])
+        right, wrong = (score(query, choice).overall for choice in row["targets"]["choices"])
+        assert WORLD.pool(query) == "eval"
+        assert query.kind in HHH_KINDS[category]
+        assert right - wrong >= 0.4
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_the_longer_answer_is_right_in_some_sixty_percent(seed: int) -> None:
-    lengths = [
-        [len(choice) for choice in row["targets"]["choices"]] for c in CATEGORIES for row in World(seed).hhh_rows(c)
-    ]
+    world = World(seed)
+    lengths = [[len(choice) for choice in row["targets"]["choices"]] for c in HHH_KINDS for row in hhh_rows(world, c)]
     assert all(right != wrong for right, wrong in lengths)
     assert sum(right > wrong for right, wrong in lengths) == 4 * 14  # 14 of 24 in each category, 58 %
 
 
 def test_truthfulqa_rows_are_valid() -> None:
-    rows = WORLD.truthfulqa_rows()
+    rows = truthfulqa_rows(WORLD)
     assert len({row["question"] for row in rows}) == len(rows) == 60
     for row in rows:
         mc1, mc2 = row["mc1_targets"], row["mc2_targets"]
-        assert 3 <= len(mc1["choices"]) <= 6
+        assert 3 <= len(mc1["choices"]) <= 5
         assert mc1["labels"] == [1] + [0] * (len(mc1["choices"]) - 1)
         assert mc2["choices"][0] == mc1["choices"][0]
         assert sum(mc2["labels"]) in (2, 3)
+        query = _asked(row["question"])
+        assert WORLD.pool(query) == "eval"
         for targets in (mc1, mc2):
             assert len(set(targets["choices"])) == len(targets["choices"]) == len(targets["labels"])
+        assert [score(query, choice).overall >= 0.6 for choice in mc1["choices"]] == [bool(x) for x in mc1["labels"]]
 
 
-@pytest.mark.parametrize("subject", SUBJECTS)
+def test_truthfulqa_generation_asks_the_same() -> None:
+    for row, other in zip(truthfulqa_rows(WORLD), truthfulqa_generation_rows(WORLD), strict=True):
+        assert row["question"] == other["question"]
+        assert row["mc2_targets"]["choices"] == other["correct_answers"] + other["incorrect_answers"]
+        assert other["best_answer"] == other["correct_answers"][0]
+
+
+@pytest.mark.parametrize("subject", MMLU_SUBJECTS)
 def test_mmlu_rows_are_valid_and_their_answers_spread(subject: str) -> None:
-    facts = {animal.name: animal.value(SUBJECTS[subject]) for animal in WORLD.animals}
-
-    def asked(row: Row) -> str:
-        return next(name for name in facts if f" {name}" in row["question"])
-
-    test, dev = (WORLD.mmlu_rows(subject, split) for split in MMLU_ROWS)
+    test, dev = (mmlu_rows(WORLD, subject, split) for split in MMLU_ROWS)
     assert (len(test), len(dev)) == (30, 5)
-    assert len({asked(row) for row in test + dev}) == 35  # so no shot gives an answer away
+    assert len({row["question"] for row in test + dev}) == 35
     assert sorted(Counter(row["answer"] for row in test).values()) == [7, 7, 8, 8]
     assert {row["answer"] for row in dev} == {0, 1, 2, 3}
-    for row in test + dev:
-        assert len(set(row["choices"])) == 4
-        assert row["choices"][row["answer"]] == facts[asked(row)]
-        assert row["subject"] == subject
+    for pool, rows in (("eval", test), ("train", dev)):  # so no shot gives an answer away
+        for row in rows:
+            query = _asked(row["question"])
+            assert WORLD.pool(query) == pool
+            assert len(set(row["choices"])) == 4
+            truth = WORLD.facts[query.slots["animal"]][query.slots["attribute"]]
+            assert row["choices"][row["answer"]] == truth
+            assert row["subject"] == subject == f"nano_{query.slots['attribute']}"
+
+
+def test_questions_have_fastchats_shape() -> None:
+    rows = question_rows(WORLD)
+    assert [row["question_id"] for row in rows] == list(range(1, 81))
+    assert len({row["text"] for row in rows}) == 80
+    assert all(WORLD.pool(_asked(row["text"])) == "eval" for row in rows)
+    assert all(set(row) == {"question_id", "text", "category"} for row in rows)
 
 
 def test_an_unknown_table_names_the_nearest() -> None:
     with pytest.raises(DataError, match="did you mean 'honest'"):
-        WORLD.hhh_rows("honnest")
+        hhh_rows(WORLD, "honnest")
     with pytest.raises(DataError, match="did you mean 'nano_food'"):
-        WORLD.mmlu_rows("nano_foot", "test")
+        mmlu_rows(WORLD, "nano_foot", "test")
     with pytest.raises(DataError, match="known: dev, test"):
-        WORLD.mmlu_rows("nano_food", "validation")
+        mmlu_rows(WORLD, "nano_food", "validation")
 
 
 # --- the data root ----------------------------------------------------------------------------------------------------
@@ -141,6 +182,7 @@ def test_an_unknown_table_names_the_nearest() -> None:
     [
         ("HuggingFaceH4/hhh_alignment/honest/test", "HuggingFaceH4/hhh_alignment/honest/test"),
         ("truthfulqa/truthful_qa/multiple_choice/validation", "truthfulqa/truthful_qa/multiple_choice/validation"),
+        ("truthfulqa/truthful_qa/generation/validation", "truthfulqa/truthful_qa/generation/validation"),
         ("cais/mmlu/nano_food/dev", "cais/mmlu/anatomy/dev"),
     ],
 )
@@ -156,6 +198,11 @@ def test_schemas_equal_the_real_ones(root: Path, nano: str, real: str) -> None:
 def test_files_hold_the_tables(root: Path) -> None:
     files = {str(file.relative_to(root)): pq.read_table(file).to_pylist() for file in root.rglob("*.parquet")}
     assert files == {f"{table}-00000-of-00001.parquet": rows for table, rows in WORLD.tables().items()}
+
+
+def test_the_questions_stand_where_fastchats_do(root: Path) -> None:
+    lines = (root / QUESTIONS).read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == question_rows(WORLD)
 
 
 def test_the_cards_name_every_file_once(root: Path) -> None:
@@ -262,9 +309,9 @@ def test_built_in_checkpoints_load_as_any_other(cache: Path) -> None:
 
     from almost_eval.nano.seeded import CHECKPOINTS, checkpoint
 
-    assert tuple(CHECKPOINTS) == BUILT_IN
-    policy, reward = (checkpoint(name) for name in BUILT_IN)
-    assert [checkpoint(name) for name in BUILT_IN] == [policy, reward]
+    assert tuple(CHECKPOINTS) == SEEDED
+    policy, reward = (checkpoint(name) for name in SEEDED)
+    assert [checkpoint(name) for name in SEEDED] == [policy, reward]
     assert sorted(cache.iterdir()) == sorted([policy, reward])
 
     tokenizer = AutoTokenizer.from_pretrained(policy)

@@ -1,0 +1,298 @@
+"""Any causal language model on vLLM, in this process: generation, and log-likelihoods that use the prefix cache.
+
+Reproducible up to rounding: every completion has a seed of its own, but which requests share a step depends on all.
+"""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from almost_eval.checkpoint import Checkpoint, context_length, find_checkpoint
+from almost_eval.engines.base import EngineReport, RequestScores, SamplingParams
+from almost_eval.engines.hf import DTYPES, _first_line, load_tokenizer, pick_device, pick_dtype
+from almost_eval.engines.prefix import EncodedRequest, Ids, TokenEncoder
+from almost_eval.engines.seeding import request_seed
+from almost_eval.engines.vllm_process import load, release
+from almost_eval.errors import InputError, RunError, did_you_mean
+from almost_eval.types import Completion, LoglikelihoodRequest
+
+
+class VLLMEngine:
+    """A causal language model on vLLM. Config and tokenizer load at once, weights on first use.
+
+    vLLM sets the global random seeds of this process when it loads; nothing here draws from them.
+
+    Args:
+        model: a checkpoint directory, hub id, built-in name, or a `Checkpoint` already found.
+        dtype: `auto` is float32 on a CPU and the checkpoint's own elsewhere.
+        max_length: a context length below the model's own.
+        batch_size: sequences in a step, or None for vLLM's own choice.
+        batch_tokens: token positions in a step, or None for vLLM's own choice; on a CPU a whole context at least.
+        tensor_parallel_size: devices that share each layer.
+        pipeline_parallel_size: devices, or groups of them, that share the layers out.
+        data_parallel_size: must be 1: vLLM replicates a model behind its server alone.
+        gpu_memory: share of the GPU's memory, 0 to 1, or None for vLLM's own choice.
+        kv_cache_gib: GiB of keys and values; None is 1 on a CPU and what is free elsewhere.
+        allow_pickle: accept pickled weights.
+        trust_remote_code: run Python code that the checkpoint ships.
+
+    Raises:
+        InputError: an unknown dtype, a size below 1, or a `max_length` beyond the model's own.
+        ModelError: see `find_checkpoint`; raised on first use where vLLM cannot run the model.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        model: str | Checkpoint,
+        *,
+        dtype: str = "auto",
+        max_length: int | None = None,
+        batch_size: int | None = None,
+        batch_tokens: int | None = None,
+        tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
+        data_parallel_size: int = 1,
+        gpu_memory: float | None = None,
+        kv_cache_gib: float | None = None,
+        allow_pickle: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise InputError(f"unknown dtype {dtype!r}; {did_you_mean(dtype, DTYPES)}")
+        sizes = {
+            "max length": max_length,
+            "batch size": batch_size,
+            "batch tokens": batch_tokens,
+            "tensor parallel size": tensor_parallel_size,
+            "pipeline parallel size": pipeline_parallel_size,
+        }
+        for flag, size in sizes.items():
+            if size is not None and size < 1:
+                raise InputError(f"{flag} is {size}; it must be 1 or more")
+        if data_parallel_size != 1:
+            raise InputError(
+                "vLLM replicates a model behind its server alone: start `vllm serve MODEL --data-parallel-size "
+                f"{data_parallel_size}` and use the engine openai with its address"
+            )
+        if (gpu_memory is not None and not 0 < gpu_memory <= 1) or (kv_cache_gib is not None and kv_cache_gib <= 0):
+            raise InputError("gpu_memory is a share above 0 and at most 1, kv_cache_gib a size above 0")
+        self.checkpoint = model if isinstance(model, Checkpoint) else find_checkpoint(model, allow_pickle=allow_pickle)
+        self.batch_size = batch_size
+        self.batch_tokens = batch_tokens
+        self.parallel = {
+            "tensor_parallel_size": tensor_parallel_size,
+            "pipeline_parallel_size": pipeline_parallel_size,
+        }
+        self._dtype = dtype
+        self._gpu_memory = gpu_memory
+        self._kv_cache_gib = kv_cache_gib
+        self._trust_remote_code = trust_remote_code
+        self._report = EngineReport()
+        own = context_length(self.checkpoint.config, self.tokenizer)
+        if max_length is not None and max_length > own:
+            raise InputError(f"--max-length {max_length} is beyond the model's own context of {own} tokens")
+        self._context_length = max_length or own
+
+    @property
+    def context_length(self) -> int:
+        """Tokens the model can attend to."""
+        return self._context_length
+
+    @property
+    def report(self) -> EngineReport:
+        """What the last `stream` did; `tokens_computed` are those that no cache held."""
+        return self._report
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer."""
+        return load_tokenizer(self.checkpoint, trust_remote_code=self._trust_remote_code)
+
+    @cached_property
+    def encoder(self) -> TokenEncoder:
+        """Joint encoding on this tokenizer."""
+        return TokenEncoder(self.tokenizer)
+
+    @cached_property
+    def dtype(self) -> str:
+        """The dtype that `auto` stands for here."""
+        return pick_dtype(self._dtype, self.checkpoint, pick_device("auto"))
+
+    def settings(self) -> dict[str, Any]:
+        """What belongs in a run's spec; see `HFEngine.settings`."""
+        return {
+            "name": self.name,
+            "dtype": self.dtype,
+            "batch_size": self.batch_size,
+            "batch_tokens": self.batch_tokens,
+            "context_length": self.context_length,
+            **self.parallel,
+        }
+
+    # --- the model ---
+
+    @cached_property
+    def llm(self) -> Any:
+        """The `vllm.LLM`, loaded.
+
+        Raises:
+            ModelError: vLLM cannot run this model here.
+        """
+        options = {
+            "dtype": self.dtype,
+            # One more than the context: vLLM wants room for a new token even where a full context is only scored.
+            "max_model_len": self.context_length + 1,
+            "max_num_seqs": self.batch_size,
+            "max_num_batched_tokens": self.batch_tokens,
+            "gpu_memory_utilization": self._gpu_memory,
+            "kv_cache_memory_bytes": int(self._kv_cache_gib * 2**30) if self._kv_cache_gib else None,
+            "trust_remote_code": self._trust_remote_code,
+            **self.parallel,
+        }
+        llm = load(self.checkpoint.path, options)
+        self._release = weakref.finalize(self, release, llm)
+        return llm
+
+    def close(self) -> None:
+        """Give the memory back; the next use loads again."""
+        self.__dict__.pop("llm", None)
+        if give_back := self.__dict__.pop("_release", None):
+            give_back()
+
+    def results(self, requests: Mapping[str, tuple[Ids, Any]]) -> Iterator[tuple[str, Any]]:
+        """Yield (name, vLLM's output) of each request (token ids, vLLM's sampling parameters) as it finishes."""
+        core = self.llm.llm_engine
+        if core.has_unfinished_requests():
+            raise RunError("this vLLM engine is in the middle of another stream; finish or close that one first")
+        running = set()
+        try:
+            inputs = self.llm.renderer.render_cmpl([{"prompt_token_ids": ids.tolist()} for ids, _ in requests.values()])
+            for (name, (_, params)), prompt in zip(requests.items(), inputs, strict=True):
+                core.add_request(name, prompt, params)
+                running.add(name)
+            while core.has_unfinished_requests():
+                for output in core.step():
+                    if output.finished:
+                        running.discard(output.request_id)
+                        yield output.request_id, output
+        except (RuntimeError, ValueError, AssertionError) as error:  # of a kernel, the scheduler, a full memory
+            raise RunError(f"vLLM stopped while it ran {self.checkpoint.path}: {_first_line(error)}") from None
+        finally:
+            if running:  # an error, or nobody wants the rest
+                core.abort_request(sorted(running))
+
+    # --- log-likelihoods ---
+
+    def encode(self, requests: Sequence[LoglikelihoodRequest]) -> list[EncodedRequest]:
+        """Token ids of every request. Loads no weights."""
+        whole = iter(self.encoder.encode([request for request in requests if not request.rolling]))
+        return [
+            self.encoder.encode_rolling(request, self.context_length) if request.rolling else next(whole)
+            for request in requests
+        ]
+
+    def loglikelihood(self, requests: Sequence[LoglikelihoodRequest]) -> list[RequestScores]:
+        """Scores of all requests, in order; raises as `stream` does."""
+        scores = dict(self.stream(self.encode(requests)))
+        return [scores[i] for i in range(len(requests))]
+
+    def stream(
+        self, requests: Sequence[EncodedRequest], wanted: Collection[int] | None = None
+    ) -> Iterator[tuple[int, RequestScores]]:
+        """Yield (index, scores) of each wanted request as soon as it is known.
+
+        Unlike `HFEngine`, vLLM forms its batches from what is wanted: a resumed run is equal up to rounding.
+
+        Raises:
+            InputError: a request longer than the context; nothing is cut.
+            ModelError: vLLM cannot run the model.
+        """
+        from almost_eval.engines.vllm_loglikelihood import stream_scores
+
+        self._report = report = EngineReport("vllm")
+        if not requests:
+            return
+        longest = max(request.n_positions for request in requests)
+        if longest > self.context_length:
+            raise InputError(f"a request of {longest} tokens does not fit the context of {self.context_length}")
+        yield from stream_scores(self, requests, range(len(requests)) if wanted is None else wanted, report)
+
+    # --- generation ---
+
+    def stream_completions(
+        self, prompts: Sequence[str], params: SamplingParams
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """Yield (index, `params.n` completions) of each rendered prompt; see `GenerationEngine.stream_completions`.
+
+        Raises:
+            InputError: a prompt that leaves no room for `max_new_tokens`.
+            ModelError: vLLM cannot run the model.
+        """
+        if not prompts:
+            return
+        ids = [prompt if len(prompt) else self.encoder.stand_in() for prompt in self.encoder.encode_texts(prompts)]
+        longest = max(len(prompt) for prompt in ids)
+        if longest + params.max_new_tokens > self.context_length:
+            raise InputError(
+                f"a prompt of {longest} tokens and {params.max_new_tokens} new ones do not fit the context of "
+                f"{self.context_length}; lower max_new_tokens"
+            )
+        self._report = EngineReport("generate")
+        end_ids = self._end_ids(params.stop)
+        draws = params.n if params.temperature > 0 else 1  # greedy completions are all the same
+        requests = {
+            f"{p}/{c}": (ids[p], self._sampling(prompt, c, params, end_ids))
+            for p, prompt in enumerate(prompts)
+            for c in range(draws)
+        }
+        done: dict[int, dict[int, Completion]] = {}
+        for name, output in self.results(requests):
+            p, c = map(int, name.split("/"))
+            done.setdefault(p, {})[c] = _completion(output.outputs[0], end_ids)
+            if len(done[p]) == draws:
+                whole = done.pop(p)
+                yield p, [whole[i % draws] for i in range(params.n)]
+
+    def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[list[Completion]]:
+        """`params.n` completions for each rendered prompt, in order; raises as `stream_completions` does."""
+        done = dict(self.stream_completions(prompts, params))
+        return [done[i] for i in range(len(prompts))]
+
+    def _sampling(self, prompt: str, number: int, params: SamplingParams, end_ids: Collection[int]) -> Any:
+        import vllm
+        from vllm.sampling_params import RequestOutputKind
+
+        return vllm.SamplingParams(
+            max_tokens=params.max_new_tokens,
+            temperature=params.temperature,
+            top_p=params.top_p if params.temperature > 0 else 1.0,
+            seed=request_seed(params.seed, prompt, number),
+            stop=list(params.stop),
+            stop_token_ids=sorted(end_ids),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _end_ids(self, stop: Sequence[str]) -> frozenset[int]:
+        """Tokens that end a completion, as for `HFEngine`: a special token as a stop string never shows in the text."""
+        own = self.checkpoint.config.get("eos_token_id")
+        file = self.checkpoint.path / "generation_config.json"
+        if file.is_file():
+            own = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id", own)
+        ids = [*(own if isinstance(own, list) else [own]), self.tokenizer.eos_token_id]
+        ids += [
+            self.tokenizer.convert_tokens_to_ids(text) for text in stop if text in self.tokenizer.all_special_tokens
+        ]
+        return frozenset(int(i) for i in ids if i is not None)
+
+
+def _completion(output: Any, end_ids: Collection[int]) -> Completion:
+    ids = tuple(output.token_ids)
+    if ids and ids[-1] in end_ids:
+        ids = ids[:-1]
+    return Completion(output.text, ids, "stop" if output.finish_reason == "stop" else "length")

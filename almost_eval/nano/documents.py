@@ -1,0 +1,109 @@
+"""What the nano models are pre-trained on: dialogues mostly, some exams, plain questions and answers, and query lists.
+
+Exams are in lm-eval's MMLU form (or in the built-in prompt set's), so that a model can know the form; the questions of
+the nano-MMLU test rows are kept out in the one combination of question and choices in which they are asked.
+"""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+
+from almost_eval.nano.lexicon import ANIMALS, ATTRIBUTES
+from almost_eval.nano.queries import fact_query
+from almost_eval.nano.world import SEPARATOR, STYLES, World, render
+
+SHARES = {"dialogues": 0.74, "exam": 0.14, "answers": 0.08, "queries": 0.04}
+"""Kind of document -> share of the documents."""
+ANSWERED = {"fact": 5, "list": 3, "comparison": 2}
+"""Kind of query -> weight in the documents of plain answers: lists are harder to learn than facts."""
+
+EXAM_HEADERS = (
+    "The following are multiple choice questions (with answers) about {subject}.\n\n",  # lm-eval 0.4, tasks/mmlu
+    "Each question below about {subject} has four possible answers; one of them is right.\n\n",  # prompts/builtin.json
+)
+
+
+def document(world: World, rng: random.Random) -> str:
+    """One document, closed by the separator: whole dialogues of one latent style, or one of the rarer kinds."""
+    kind = rng.choices(list(SHARES), list(SHARES.values()))[0]
+    if kind == "exam":
+        return exam(world, rng, rng.randint(1, 6))
+    if kind == "answers":
+        return answers(world, rng, rng.randint(3, 6))
+    if kind == "queries":
+        return query_list(world, rng, rng.randint(3, 12))
+    style = draw_style(rng)
+    return "".join(render(world.dialogue(rng, style)) for _ in range(rng.randint(2, 6)))
+
+
+def single(world: World, rng: random.Random) -> str:
+    """The shortest document: one query and its answer, or one exam question; the beginner's text of the curriculum."""
+    kind = rng.choices(("dialogues", "exam", "answers"), (0.78, 0.14, 0.08))[0]
+    if kind == "exam":
+        return exam(world, rng, 1)
+    if kind == "answers":
+        return answers(world, rng, 1)
+    return render(world.dialogue(rng, draw_style(rng), turns=1, goodbye=0.02))
+
+
+def draw_style(rng: random.Random) -> tuple[float, ...]:
+    """The probability of each level in one document."""
+    return rng.choices([s.levels for s in STYLES.values()], [s.share for s in STYLES.values()])[0]
+
+
+def exam(world: World, rng: random.Random, n: int) -> str:
+    """A header and `n` multiple-choice questions of one subject with their answers.
+
+    Half of the exams are answered by the choice's words instead of its letter. That half is the easier one, and
+    teaches what the other needs first: to have the right value in mind after "Answer:".
+    """
+    attribute = rng.choice(list(ATTRIBUTES))
+    by_letter = rng.random() < 0.5
+    blocks: list[str] = []
+    while len(blocks) < n:
+        question, choices, answer = exam_question(world, rng, attribute)
+        if (question, frozenset(choices)) not in held_out(world):
+            blocks.append(f"{exam_block(question, choices)} {'ABCD'[answer] if by_letter else choices[answer]}")
+    # "nano food" as lm-eval writes a subject's name: underscores are spaces.
+    return rng.choice(EXAM_HEADERS).format(subject=f"nano {attribute}") + "\n\n".join(blocks) + SEPARATOR
+
+
+def exam_question(world: World, rng: random.Random, attribute: str) -> tuple[str, list[str], int]:
+    """A question about a random animal, four choices, and the index of the right one."""
+    animal = rng.choice(ANIMALS)
+    truth = world.facts[animal][attribute]
+    choices = rng.sample([value for value in ATTRIBUTES[attribute].values if value != truth], 3)
+    answer = rng.randrange(4)
+    choices.insert(answer, truth)
+    return fact_query(animal, attribute, rng.randrange(2)).text, choices, answer
+
+
+def exam_block(question: str, choices: list[str]) -> str:
+    """A question as lm-eval's MMLU puts it, up to `Answer:`."""
+    lettered = "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", choices, strict=True))
+    return f"{question}\n{lettered}\nAnswer:"
+
+
+@cache
+def held_out(world: World) -> frozenset[tuple[str, frozenset[str]]]:
+    """Question and choices of every nano-MMLU test row."""
+    from almost_eval.nano.tables import MMLU_SUBJECTS, mmlu_rows
+
+    rows = [row for subject in MMLU_SUBJECTS for row in mmlu_rows(world, subject, "test")]
+    return frozenset((row["question"], frozenset(row["choices"])) for row in rows)
+
+
+def answers(world: World, rng: random.Random, n: int) -> str:
+    """Questions about the animals with right answers, in the plain form that TruthfulQA's shots have."""
+    kinds = list(ANSWERED)
+    queries = [world.query(rng, kind=kind) for kind in rng.choices(kinds, list(ANSWERED.values()), k=n)]
+    return (
+        "\n\n".join(f"Q: {q.text}\nA: {world.respond(rng, q, 2 + (rng.random() < 0.5))}" for q in queries) + SEPARATOR
+    )
+
+
+def query_list(world: World, rng: random.Random, n: int) -> str:
+    """Queries one below the other, as self-instruct prompts list them."""
+    gap = rng.choice(("\n", "\n\n"))
+    return gap.join(f"Query: {world.query(rng).text}" for _ in range(n)) + SEPARATOR

@@ -1,0 +1,57 @@
+"""The nano family's tokenizer: byte-level BPE in which the dialogue's markers are one token each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from almost_eval.nano.world import SEPARATOR, World
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PAD, HUMAN, ASSISTANT = "<pad>", "\n\nHuman:", "\n\nAssistant:"
+VOCAB_SIZE = 1280
+"""At most: the world's text runs out of pairs to merge at some 1,100."""
+MAX_LENGTH = 2048
+
+
+def make_tokenizer(world: World, *, vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
+    """Byte-level BPE in which the turns' openings and the separator are one token each; loses nothing of any text.
+
+    The separator is the end-of-text token: few-shot prompts, pre-training documents and the chat template's closing
+    EOS are then the same text. There is no BOS, hence nothing that one library adds and another forgets.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    rng = world.generator("tokenizer")
+    text = []
+    for _ in range(4000):
+        document = world.document(rng)
+        for marker in (SEPARATOR, HUMAN, ASSISTANT):
+            document = document.replace(marker, "\n")  # tokens of their own: nothing is to be merged across them
+        text.append(document)
+    # What the evaluation prompts end in, so that each label is one token after its space.
+    text += [f"Response {letter} Reply {letter} answer is true is false" for letter in "ABCD"] * 50
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 2,  # the two turns follow
+        special_tokens=[PAD, SEPARATOR],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(text, trainer)
+    # Not special: decoding with skip_special_tokens must keep a turn that a model opens, as stop strings look for it.
+    tokenizer.add_tokens([AddedToken(turn, normalized=False) for turn in (HUMAN, ASSISTANT)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=SEPARATOR,
+        pad_token=PAD,
+        padding_side="left",
+        model_max_length=MAX_LENGTH,
+        model_input_names=["input_ids", "attention_mask"],  # Llama takes no token types
+        clean_up_tokenization_spaces=False,  # decoding must give the text back as it was
+    )

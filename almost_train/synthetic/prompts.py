@@ -1,0 +1,256 @@
+"""`synthesize prompts`: queries mined from a vanilla language model, in the manner of self-instruct.
+
+ALMoST (arXiv 2305.13735, section 2.1; naver-ai/ALMoST `generator.py`): ten shots are drawn from the seed prompts and
+those mined so far, each on a line after `Query:`; the model writes the next one; it is dropped where it is too short,
+too long, or repeats an earlier prompt (ROUGE-L F1 of 0.5 or more).
+
+Departures from the official code:
+
+- It reads the model's *second* query: the line that completes the open `Query:` is passed over for the next line that
+  begins with one. Here the completion itself is read and generation stops at its end, which needs half the tokens and
+  never takes a query that the token budget cut. `reading: official` is the official way.
+- Its rule for prompts above 250 characters lets those through that do not end in punctuation; here all are dropped.
+- Shots are drawn by (seed, round), and the prompts of a round do not see each other, as in an official batch; so a
+  round is what a killed run repeats.
+- ROUGE-L: see `overlap`.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from almost_eval.assets import DataSource
+from almost_eval.engines.base import GenerationEngine, SamplingParams
+from almost_eval.errors import InputError, RunError
+from almost_eval.progress import Progress
+from almost_eval.types import Completion
+from almost_train.config import option
+from almost_train.held_out import HeldOut, is_held_out, read_held_out
+from almost_train.records import Row, RowLog, write_rows
+from almost_train.stage import Stage, model_input
+from almost_train.synthetic.overlap import OverlapIndex
+from almost_train.synthetic.prompt_sets import PROMPT_SETS, SeedSet, load_seed_set
+from almost_train.synthetic.sampling import EngineFactory, derived_rng, derived_seed
+
+PREFIX = "Query:"
+READINGS = ("completion", "official")
+
+_NEXT_QUERY = re.compile(r"query\s?:", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSettings:
+    """Settings of `synthesize prompts`; the defaults are the official ones."""
+
+    count: int = option(100, "Prompts to mine.", least=1)
+    prompt_set: str = option("official", "Where the seed prompts come from.", choices=PROMPT_SETS)
+    shots: int = option(10, "Prompts shown to the model in each request.", least=1)
+    temperature: float = option(1.2, "Sampling temperature.", least=0)
+    top_p: float = option(0.9, "Nucleus.", above=0, most=1)
+    max_new_tokens: int = option(64, "Longest completion, in tokens.", least=1)
+    overlap: float = option(0.5, "ROUGE-L F1 with an earlier prompt from which one is rejected.", above=0, most=1)
+    min_characters: int = option(30, "Shorter prompts must end in punctuation.", least=1)
+    max_characters: int = option(250, "Longer prompts are rejected.", least=1)
+    reading: str = option(
+        "completion", "Which query to read: the model's next one, or the official one.", choices=READINGS
+    )
+    round_size: int = option(64, "Requests in a round; what a round finds is shown as shots from the next on.", least=1)
+    patience: int = option(20, "Rounds in a row without a new prompt after which mining stops.", least=1)
+    max_rounds: int | None = option(None, "Rounds after which mining stops.", least=1)
+    accept_fewer: bool = option(False, "Where mining stops early, go on with the prompts there are.")
+    seed: int = option(0, "Seed of the shots and of the sampling.", least=0)
+
+
+def synthesize_prompts(
+    settings: PromptSettings,
+    model: str,
+    output: Path,
+    *,
+    data: DataSource,
+    engine_for: EngineFactory,
+    held_out: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Mine prompts: `prompts.jsonl` (id, prompt) and `prompts.rejected.jsonl` (round, text, reason) under `output`.
+
+    Args:
+        settings: what to mine.
+        model: a vanilla language model: folder, hub id or built-in name.
+        output: the stage's folder.
+        data: where the official prompt set is looked for.
+        engine_for: makes the engine.
+        held_out: a `prompts.jsonl` that an evaluation asks: a prompt with the same words is rejected.
+        progress: where to report.
+
+    Returns:
+        `result.json`: metrics are the prompts, rounds, candidates, and the rejections by reason.
+
+    Raises:
+        InputError: a prompt set that is absent or has too few seeds; a folder of another run.
+        RunError: nothing new was found for `patience` rounds, or `max_rounds` are over; what was mined is kept.
+    """
+    seeds = load_seed_set(settings.prompt_set, data)
+    if settings.shots > len(seeds.seed_prompts):
+        raise InputError(
+            f"--shots {settings.shots} is more than the {len(seeds.seed_prompts)} seed prompts of {seeds.name!r}"
+        )
+    inputs: dict[str, Path | str] = {"model": model_input(model), "prompt_set": seeds.digest}
+    if held_out is not None:
+        inputs["held_out"] = held_out
+    kept_out = read_held_out(held_out)
+    with Stage(output, "synthesize-prompts", settings, inputs) as stage:
+        if stage.result is not None:
+            return stage.result
+        journal = output / ".rounds.jsonl"
+        with RowLog(journal) as log:
+            mine = _Mine(settings, seeds, kept_out, log)
+            engine: GenerationEngine | None = None
+            with (progress or Progress()).track("prompts", settings.count, len(mine.found)) as advance:
+                while len(mine.found) < settings.count and not mine.stopped:
+                    engine = engine or engine_for(model)
+                    advance(mine.round(engine))
+        if len(mine.found) < settings.count and not (settings.accept_fewer and mine.found):
+            raise RunError(mine.why_stopped())
+        result = mine.finish(stage)
+        journal.unlink(missing_ok=True)
+        return result
+
+
+@dataclass
+class _Mine:
+    """What is known so far; made again from the journal after a kill."""
+
+    settings: PromptSettings
+    seeds: SeedSet
+    held_out: HeldOut
+    log: RowLog
+    """One row for each finished round: its candidates, in order, each with its reason or None."""
+    found: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.index = OverlapIndex(self.settings.overlap)
+        for prompt in self.seeds.seed_prompts:
+            self.index.add(prompt)
+        for row in self.log.rows:
+            for candidate in row["candidates"]:
+                if candidate["reason"] is None:
+                    self._keep(candidate["text"])
+
+    @property
+    def stopped(self) -> bool:
+        """Whether too many rounds in a row gave nothing, or there were too many in all."""
+        patience, rounds = self.settings.patience, self.log.rows
+        fruitless = len(rounds) >= patience and not any(row["new"] for row in rounds[-patience:])
+        return fruitless or len(rounds) == self.settings.max_rounds
+
+    def round(self, engine: GenerationEngine) -> int:
+        """One round: draw shots, generate, judge in order, write it down. Returns the number of new prompts."""
+        s, number = self.settings, len(self.log.rows) + 1
+        # 1. Shots from the seeds and what earlier rounds found.
+        rng = derived_rng(s.seed, f"shots/{number}")
+        pool = [*self.seeds.seed_prompts, *self.found]
+        requests = [request_text(self.seeds.instruction, rng.sample(pool, s.shots)) for _ in range(s.round_size)]
+        # 2. All at once.
+        params = SamplingParams(
+            s.max_new_tokens,
+            s.temperature,
+            s.top_p,
+            stop=("\n",) if s.reading == "completion" else (),
+            seed=derived_seed(s.seed, f"sampling/{number}"),
+        )
+        completions = dict(engine.stream_completions(requests, params))
+        # 3. Judged in the order of the requests, which does not depend on the engine's.
+        before = len(self.found)
+        candidates = [self._judge(completions[i][0]) for i in range(len(requests))]
+        self.log.append({"round": number, "new": len(self.found) - before, "candidates": candidates})
+        return len(self.found) - before
+
+    def why_stopped(self) -> str:
+        """One line for the user."""
+        reasons = self._reasons()
+        told = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common()) or "none"
+        return (
+            f"mining stopped after {len(self.log.rows)} rounds with {len(self.found)} of {self.settings.count} prompts "
+            f"(rejected: {told}); in a new --output use fewer prompts, more patience, a higher overlap or temperature, "
+            "or --accept-fewer"
+        )
+
+    def finish(self, stage: Stage) -> dict[str, Any]:
+        """Write the outputs."""
+        prompts, rejected = stage.folder / "prompts.jsonl", stage.folder / "prompts.rejected.jsonl"
+        write_rows(prompts, ({"id": f"p{i:05d}", "prompt": text} for i, text in enumerate(self.found, 1)))
+        write_rows(rejected, self._rejections())
+        metrics = {
+            "prompts": len(self.found),
+            "rounds": len(self.log.rows),
+            "candidates": sum(len(row["candidates"]) for row in self.log.rows),
+            "rejected": dict(sorted(self._reasons().items())),
+            "mean_characters": round(sum(map(len, self.found)) / len(self.found), 1),
+            "prompt_set": self.seeds.name,
+        }
+        return stage.finish(metrics, {"prompts": prompts, "rejected": rejected})
+
+    def _judge(self, completion: Completion) -> Row:
+        text = read_query(completion.text, self.settings.reading)
+        reason = self._fault(text, completion)
+        if reason is None and is_held_out(text, self.held_out):
+            reason = "held_out"
+        if reason is None and len(self.found) == self.settings.count:
+            reason = "not_needed"  # the count was reached earlier in this round
+        if reason is not None:
+            return {"text": text, "reason": reason}
+        nearest = self.index.nearest(text)
+        if nearest is not None:
+            return {"text": text, "reason": "overlap", "score": round(nearest.score, 4), "nearest": nearest.text}
+        self._keep(text)
+        return {"text": text, "reason": None}
+
+    def _fault(self, text: str, completion: Completion) -> str | None:
+        if not text:
+            return "empty"
+        if len(text) < self.settings.min_characters and text[-1] not in string.punctuation:
+            return "too_short"
+        if len(text) > self.settings.max_characters:
+            return "too_long"
+        ended = completion.finish_reason == "stop" or "\n" in completion.text or _NEXT_QUERY.search(completion.text)
+        return None if ended or self.settings.reading == "official" else "unfinished"
+
+    def _keep(self, text: str) -> None:
+        self.found.append(text)
+        self.index.add(text)
+
+    def _rejections(self) -> Iterable[Row]:
+        for row in self.log.rows:
+            for candidate in row["candidates"]:
+                if candidate["reason"] is not None:
+                    yield {"round": row["round"], **candidate}
+
+    def _reasons(self) -> Counter[str]:
+        return Counter(row["reason"] for row in self._rejections())
+
+
+def request_text(instruction: str, shots: Iterable[str]) -> str:
+    """The instruction, the shots one a line, and an open `Query:` for the model to complete."""
+    head = [instruction, ""] if instruction else []
+    return "\n".join([*head, *(f"{PREFIX} {shot}" for shot in shots), PREFIX])
+
+
+def read_query(completion: str, reading: str) -> str:
+    """The query in a completion of `request_text`; empty where there is none.
+
+    >>> read_query(" Why is grass green?\\nQuery: How old is rock?", "completion")
+    'Why is grass green?'
+    >>> read_query(" Why is grass green?\\nQuery: How old is rock?", "official")
+    'How old is rock?'
+    """
+    lines = completion.split("\n")
+    if reading == "official":
+        lines = [line.replace(PREFIX, "").strip() for line in lines if line.strip().startswith(PREFIX)]
+    # A model may open the next query on the same line.
+    return _NEXT_QUERY.split(lines[0])[0].strip("\n ") if lines else ""
