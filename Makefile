@@ -17,6 +17,7 @@ STAMP := .venv/.ready-$(shell cat requirements/cpu.lock pyproject.toml | cksum |
 
 demo: $(STAMP)
 	@rm -rf runs/demo
+	$(BIN)/almost-eval hhh --protocol reward --output runs/demo/hhh-reward
 	$(BIN)/almost-eval hhh --output runs/demo/hhh
 	$(BIN)/almost-eval truthfulqa --output runs/demo/truthfulqa
 	$(BIN)/almost-eval mmlu --output runs/demo/mmlu

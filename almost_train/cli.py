@@ -385,6 +385,25 @@ def pretrain(output: Path, seed: int, sizes: str, workers: int) -> int:
     return 0
 
 
+@nano.command()
+@_path("--pipeline", "The folder of a finished `almost-train run nano`.")
+@_path("--output", "Where to write reward, sft and almost.")
+def collect(pipeline: Path, output: Path) -> int:
+    """Make the shipped models of a finished nano pipeline: fp16, each with a card.
+
+    \b
+    Example:
+      almost-train nano collect --pipeline runs/nano --output runs/family
+    """
+    from almost_eval.startup import import_transformers
+    from almost_train.nano_family import collect as collect_family
+
+    import_transformers()
+    for folder in collect_family(pipeline, output):
+        click.echo(str(folder))
+    return 0
+
+
 def _data(prompt_set: str, data_root: str | None) -> Any:
     from almost_eval.assets import find_data
 

@@ -34,6 +34,8 @@ from almost_train.config import option
 from almost_train.records import Row, write_rows
 from almost_train.stage import Stage
 
+_PATIENCE = 3000  # draws without a new query: rare kinds (comparisons) take many
+
 
 def write_prompts(file: Path, n: int, *, pool: str, seed: int) -> Path:
     """`n` different queries as `prompts.jsonl`, of one pool: `train`, or `dev` or `test`, the halves of `eval`.
@@ -41,16 +43,21 @@ def write_prompts(file: Path, n: int, *, pool: str, seed: int) -> Path:
     Settings are chosen on `dev` and reported on `test`; no stage of a recipe trains on either (`write_held_out`).
 
     Raises:
-        InputError: an unknown pool.
+        InputError: an unknown pool, or more queries than it has.
     """
     if pool not in ("train", "dev", "test"):
         raise InputError(f"no pool of prompts {pool!r}: train, dev or test")
     world, rng = World(), random.Random(f"{seed}/prompts/{pool}")
     texts: dict[str, None] = {}
+    fruitless = 0
     while len(texts) < n:
         query = world.query(rng, "train" if pool == "train" else "eval")
-        if pool == "train" or _half(query) == pool:
+        new = query.text not in texts and (pool == "train" or _half(query) == pool)
+        fruitless = 0 if new else fruitless + 1
+        if new:
             texts[query.text] = None
+        elif fruitless > _PATIENCE:
+            raise InputError(f"the nano world has hardly more than {len(texts)} {pool} prompts; ask for fewer than {n}")
     write_rows(file, ({"id": f"{pool}-{i:04d}", "prompt": text} for i, text in enumerate(texts)))
     return file
 

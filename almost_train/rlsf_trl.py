@@ -157,6 +157,7 @@ def _trainer(job: Job, log: StepLog, advance: Callable[[int], None]) -> tuple[An
         "disable_dropout": True,
         "ddp_find_unused_parameters": False,
         "use_cpu": settings.device == "cpu",
+        "dataloader_pin_memory": torch.cuda.is_available(),  # without an accelerator torch warns of it
         "seed": settings.seed,
         "logging_steps": 1,
         "save_strategy": "steps",

@@ -4,21 +4,21 @@
 
 Each seed runs `almost-train run nano` and the arms that the comparison needs beside it (unguided self-play and SFT on
 it, RLOO). Everything that a seed made is kept under the output folder and is not made again. Settings were chosen on
-the `train` pool of queries; what is printed is measured on the `eval` pool, which no stage reads.
+`dev`, one half of the queries that no stage reads; what is printed is measured on `test`, the other half.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from almost_eval.assets import DataSource, find_data
+from almost_eval.engines.build import generation_engine
 from almost_eval.engines.hf import HFEngine
 from almost_eval.nano import shipped
 from almost_eval.nano.data import data_root
@@ -26,19 +26,25 @@ from almost_eval.nano.oracle import score_text
 from almost_eval.progress import Progress, progress_for
 from almost_eval.rewards import HFRewardModel
 from almost_eval.startup import import_transformers
-from almost_eval.store import write_json
+from almost_eval.store import read_json, write_json
 from almost_eval.types import Message
 from almost_train.evaluation import EvaluationSettings, evaluate_policies
 from almost_train.nano_data import oracle, write_prompts
 from almost_train.nano_ladder import Configuration, oracle_ladder
 from almost_train.pipeline import Pipeline, Recipe, load_recipe
 from almost_train.records import Row, read_rows
+from almost_train.reward import RewardSettings, train_reward
+from almost_train.synthetic.comparisons import ComparisonSettings, synthesize_comparisons
+from almost_train.synthetic.responses import Configuration as Configured
+from almost_train.synthetic.responses import ResponseSettings, read_configurations, synthesize_responses
 
 Figures = dict[str, float]
+HeldOutPair = tuple[str, str, str]
+"""(prompt, the answer that the oracle prefers, the other)."""
 HELD_OUT = 400
-"""Eval-pool prompts whose answers, from all configurations, make the held-out pairs."""
-EVALUATED = 1000
-"""Eval-pool prompts that every policy answers."""
+"""Prompts of the test half whose answers, from all configurations, make the held-out pairs."""
+EVALUATED = 600
+"""Prompts of the test half that every policy answers; this world has few more."""
 MARGIN = 0.1
 """Answers closer than this in oracle score are no pair: the oracle does not prefer either."""
 
@@ -50,26 +56,29 @@ def main() -> None:
     arguments = parser.parse_args()
     import_transformers()
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    found = [run_seed(seed, arguments.output / f"seed-{seed}", progress_for()) for seed in seeds]
+    found = []
+    for seed in seeds:
+        file = arguments.output / f"seed-{seed}" / "figures.json"
+        if not file.exists():
+            write_json(file, run_seed(seed, file.parent, progress_for()))
+        found.append(read_json(file))
     print_table(seeds, found)
-    write_json(arguments.output / "figures.json", {str(s): f for s, f in zip(seeds, found, strict=True)})
 
 
 def run_seed(seed: int, folder: Path, progress: Progress) -> Figures:
     """Everything for one seed: name of a figure -> its value."""
-    # 1. The recipe, timed, and its other arms on the same prompts and reward model.
-    began = time.monotonic()
+    # 1. The recipe, and its other arms on the same prompts and reward model.
     recipe = load_recipe("nano", seed=seed)
-    Pipeline(recipe, folder / "nano", progress=progress).run()
-    seconds = time.monotonic() - began
+    reports = Pipeline(recipe, folder / "nano", progress=progress).run()
     for arm, changes in ARMS.items():
         run_arm(recipe, folder, arm, changes, progress)
 
     # 2. Measures.
-    figures: Figures = {"recipe, seconds (0 where it was made before)": round(seconds, 1)}
+    figures: Figures = {"recipe, seconds of all stages": sum(report.result["seconds"] for report in reports)}
     figures |= ladder(seed)
-    figures |= synthetic_pairs(folder / "nano" / "comparisons")
-    figures |= reward_model(recipe, folder, seed, progress)
+    held_out = held_out_pairs(recipe, folder, seed, progress)
+    figures |= filters(recipe, folder, held_out, progress)
+    figures |= reward_model(folder / "nano" / "reward" / "model", held_out, "recipe")
     figures |= demonstrations(folder)
     figures |= policies(recipe, folder, seed, progress)
     figures |= alignment_tax(folder)
@@ -125,15 +134,35 @@ def ladder(seed: int) -> Figures:
     return figures
 
 
-def synthetic_pairs(folder: Path) -> Figures:
-    """Do the pairs agree with the oracle, after each filter? And how far does each favour the longer answer?"""
-    kept, dropped = read_rows(folder / "comparisons.jsonl"), read_rows(folder / "comparisons.rejected.jsonl")
-    order = {"length_rule": 1, "rank_has_pair": 2, "identical": 3, "as_is_disagrees": 4, "length_balance": 5}
-    stages = {"no filter": 1, "heuristic filter": 4, "as-is filter": 5, "length balance": 6}
+FILTERS = {
+    "none": {"length_rule": False, "drop_identical": False},
+    "heuristic": {},
+    "heuristic + as-is": {},
+    "as-is": {"length_rule": False},
+    "heuristic + as-is + balance": {"balance_length": True},
+}
+"""Name -> settings of the comparisons stage; those with `as-is` have the second filter too."""
+
+
+def filters(recipe: Recipe, folder: Path, held_out: Sequence[HeldOutPair], progress: Progress) -> Figures:
+    """Labels and reward models under each filter: agreement with the oracle, and how far length decides."""
+    nano = folder / "nano"
+    rewards = recipe.settings("reward", RewardSettings, "model")
     figures: Figures = {}
-    for name, level in stages.items():
-        pairs = kept + [row for row in dropped if order.get(row["reason"], 0) >= level]
-        figures |= {f"pairs, {name}: {key}": value for key, value in agreement(pairs).items()}
+    for name, settings in FILTERS.items():
+        target = folder / "filters" / name.replace(" ", "")
+        synthesize_comparisons(
+            ComparisonSettings(pairs="all", **settings),  # type: ignore[arg-type]
+            nano / "responses",
+            nano / "ranking.yaml",
+            target / "comparisons",
+            as_is_reward_model=str(nano / "as_is_reward" / "model") if "as-is" in name else None,
+            progress=progress,
+        )
+        pairs = target / "comparisons" / "comparisons.jsonl"
+        figures |= {f"filter {name}: pairs, {key}": value for key, value in agreement(read_rows(pairs)).items()}
+        train_reward(rewards, pairs, str(recipe.value("reward", "model")), target / "reward", progress=progress)
+        figures |= reward_model(target / "reward" / "model", held_out, f"filter {name}")
     return figures
 
 
@@ -157,51 +186,51 @@ def agreement(pairs: Iterable[Row]) -> Figures:
     }
 
 
-def reward_model(recipe: Recipe, folder: Path, seed: int, progress: Progress) -> Figures:
-    """Agreement of the reward model with the oracle on held-out pairs, beside "the longer answer wins"."""
-    # The recipe's configurations answer eval-pool prompts.
+def held_out_pairs(recipe: Recipe, folder: Path, seed: int, progress: Progress) -> list[HeldOutPair]:
+    """Pairs of answers of the recipe's configurations to test prompts, of which the oracle prefers one."""
     prompts = write_prompts(folder / "held-out-prompts.jsonl", HELD_OUT, pool="test", seed=seed)
-    from almost_eval.assets import find_data
-    from almost_eval.engines.build import generation_engine
-    from almost_train.synthetic.responses import ResponseSettings, read_configurations, synthesize_responses
-
-    settings = recipe.settings("responses", ResponseSettings, "configurations", prompt_set="nano")
     configurations = read_configurations(recipe.value("responses", "configurations"), "recipe")
-    synthesize_responses(
-        settings,
-        prompts,
-        configurations,
-        folder / "held-out",
-        data=find_data("nano", None),
-        engine_for=generation_engine,
-        progress=progress,
-    )
-    answers: dict[str, dict[str, str]] = {}
-    texts = {row["id"]: row["prompt"] for row in read_rows(prompts)}
+    answer(recipe, prompts, configurations, folder / "held-out", progress)
+    answers: dict[str, dict[str, float]] = {}
     for configuration in configurations:
         for row in read_rows(folder / "held-out" / f"{configuration.name}.jsonl"):
-            answers.setdefault(row["id"], {})[row["response"]] = row["prompt"]
-    scorer = HFRewardModel(str(folder / "nano" / "reward" / "model"))
-    right, longer, shorter_right = [], [], []
-    for number, by_text in answers.items():
-        prompt, found = texts[number], list(by_text)
-        rewards = scorer.score([(Message("user", prompt), Message("assistant", text)) for text in found])
-        for i in range(len(found)):
-            for j in range(i):
-                difference = _oracle(prompt, found[i]) - _oracle(prompt, found[j])
-                if abs(difference) >= MARGIN:
-                    better, worse = (i, j) if difference > 0 else (j, i)
-                    right.append(rewards[better] > rewards[worse])
-                    length = len(found[better]) - len(found[worse])
-                    longer.append(0.5 if length == 0 else float(length > 0))
-                    if length < 0:
-                        shorter_right.append(right[-1])
-    return {
-        "reward model: held-out pairs": len(right),
-        "reward model: agrees with the oracle": fmean(right),
-        "reward model: agrees where the better is shorter": fmean(shorter_right),
-        "longer wins: agrees with the oracle": fmean(longer),
+            answers.setdefault(row["prompt"], {})[row["response"]] = _oracle(row["prompt"], row["response"])
+    return [
+        (prompt, *(pair if scores[pair[0]] > scores[pair[1]] else pair[::-1]))
+        for prompt, scores in answers.items()
+        for pair in combinations(scores, 2)
+        if abs(scores[pair[0]] - scores[pair[1]]) >= MARGIN
+    ]
+
+
+def answer(
+    recipe: Recipe, prompts: Path, configurations: Sequence[Configured], output: Path, progress: Progress
+) -> None:
+    """Answers of configurations as the recipe samples them."""
+    settings = recipe.settings("responses", ResponseSettings, "configurations", prompt_set="nano")
+    data = find_data("nano", None)
+    synthesize_responses(
+        settings, prompts, configurations, output, data=data, engine_for=generation_engine, progress=progress
+    )
+
+
+def reward_model(model: Path, pairs: Sequence[HeldOutPair], name: str) -> Figures:
+    """Agreement of a reward model with the oracle, beside "the longer answer wins"."""
+    scorer = HFRewardModel(str(model))
+    dialogues = [(Message("user", p), Message("assistant", text)) for p, *both in pairs for text in both]
+    rewards = scorer.score(dialogues)
+    right = [float(better > worse) for better, worse in zip(rewards[::2], rewards[1::2], strict=True)]
+    length = [len(better) - len(worse) for _, better, worse in pairs]
+    figures = {
+        f"{name}: reward model agrees with the oracle": fmean(right),
+        f"{name}: ... where the better answer is shorter": fmean(
+            r for r, n in zip(right, length, strict=True) if n < 0
+        ),
     }
+    if name == "recipe":
+        figures["held-out pairs"] = len(pairs)
+        figures["longer wins: agrees with the oracle"] = fmean(0.5 if n == 0 else float(n > 0) for n in length)
+    return figures
 
 
 def demonstrations(folder: Path) -> Figures:
@@ -247,12 +276,15 @@ def policies(recipe: Recipe, folder: Path, seed: int, progress: Progress) -> Fig
             if name in metrics:
                 figures[f"{name}, {policy}"] = metrics[name]["value"]
         figures[f"oracle stderr, {policy}"] = metrics["oracle"]["stderr"]
+    best = read_configurations(recipe.value("responses", "configurations"), "recipe")[:1]
+    answer(recipe, prompts, best, folder / "large", progress)
+    rows = read_rows(folder / "large" / f"{best[0].name}.jsonl")
+    figures["oracle, vanilla-large with five demonstrations"] = fmean(_oracle(r["prompt"], r["response"]) for r in rows)
     return figures
 
 
 def alignment_tax(folder: Path) -> Figures:
     """nano-MMLU, five shots: before and after."""
-    from almost_eval.assets import DataSource
     from almost_eval.runner import Run
     from almost_eval.tasks.base import resolve_prompting
     from almost_eval.tasks.mmlu import MMLU
@@ -286,7 +318,6 @@ def print_table(seeds: Sequence[int], found: Sequence[Figures]) -> None:
         values = [figures[name] for figures in found]
         span = f"{show(min(values))} to {show(max(values))}"
         print(f"| {name} | {show(fmean(values))} | {span} | " + " | ".join(map(show, values)) + " |")
-    print(json.dumps({"seeds": list(seeds)}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Shared-prefix scoring against lm-eval's `hf` model and against the plain two-prompt HHH loop, in turn, in one run.
+"""Shared-prefix scoring against lm-eval's `hf` model and against three two-prompt HHH loops, in turn, in one run.
 
 Every measurement is a process of its own, so that load time and peak memory are its own too. The peer gets the batch
 size that serves it best, found first on a small part. The same run checks that both sides agree on every sample.
@@ -138,7 +138,33 @@ def lm_eval(task: str, model: Path, data_root: Path, limit: int | None, batch: i
 
 
 def plain_hhh(task: str, model: Path, data_root: Path, limit: int | None, _: int) -> dict[str, Any]:
+    """The simplest correct loop: one prompt at a time, a bare forward pass, the labels read off its last position."""
+    return _hhh(model, data_root, limit, lambda lm, inputs: lm(**inputs).logits[:, -1], together=False)
+
+
+def lean_hhh(task: str, model: Path, data_root: Path, limit: int | None, _: int) -> dict[str, Any]:
+    """The same loop by someone who knows transformers: logits of the last position alone, no cache to fill."""
+
+    def forward(lm: Any, inputs: Any) -> Any:
+        return lm(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
+
+    return _hhh(model, data_root, limit, forward, together=False)
+
+
+def official_hhh(task: str, model: Path, data_root: Path, limit: int | None, _: int) -> dict[str, Any]:
     """The official loop: for each pair, both prompts in a padded batch of two, one new token by `generate`."""
+    settings = {"do_sample": False, "max_new_tokens": 1, "return_dict_in_generate": True, "output_scores": True}
+
+    def forward(lm: Any, inputs: Any) -> Any:
+        return lm.generate(**inputs, **settings, pad_token_id=0).scores[0]
+
+    return _hhh(model, data_root, limit, forward, together=True)
+
+
+def _hhh(
+    model: Path, data_root: Path, limit: int | None, forward: Callable[[Any, Any], Any], *, together: bool
+) -> dict[str, Any]:
+    """Each pair in both orders, in one padded batch (`together`) or one by one."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -163,21 +189,25 @@ def plain_hhh(task: str, model: Path, data_root: Path, limit: int | None, _: int
             prompt.format(question=query, answer_a=a, answer_b=b),
             prompt.format(question=query, answer_a=b, answer_b=a),
         ]
-        inputs = tokenizer(texts, padding="longest", return_tensors="pt")
-        out = lm.generate(
-            **inputs,
-            do_sample=False,
-            max_new_tokens=1,
-            return_dict_in_generate=True,
-            output_scores=True,
-            pad_token_id=0,
-        )
-        logprob = out.scores[0].log_softmax(-1)[:, label]
-        scored[f"{pair['type']}/{number}"] = logprob.flatten().tolist()
+        logprob = []
+        with torch.inference_mode():
+            for batch in [texts] if together else [[text] for text in texts]:
+                inputs = tokenizer(batch, padding="longest", return_tensors="pt")
+                logprob += forward(lm, inputs).log_softmax(-1)[:, label].flatten().tolist()
+        scored[f"{pair['type']}/{number}"] = logprob
     return {"load": loaded - started, "score": time.perf_counter() - loaded, "scored": scored}
 
 
-SIDES: dict[str, Callable[..., dict[str, Any]]] = {"ours": ours, "lm_eval": lm_eval, "plain_hhh": plain_hhh}
+_HHH_BATCH = {"plain_hhh": 1, "lean_hhh": 1, "official_hhh": 2}
+"""The two-prompt loops, and how many prompts each puts in a batch."""
+
+SIDES: dict[str, Callable[..., dict[str, Any]]] = {
+    "ours": ours,
+    "lm_eval": lm_eval,
+    "plain_hhh": plain_hhh,
+    "lean_hhh": lean_hhh,
+    "official_hhh": official_hhh,
+}
 
 
 def worker(arguments: argparse.Namespace) -> None:
@@ -248,6 +278,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--batch", type=int, default=0, help="lm-eval's batch size; found by trial by default")
+    parser.add_argument("--peers", default=",".join(_HHH_BATCH), help="the HHH loops to compare with; all by default")
     for hidden in ("--side", "--task"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     for hidden in ("--model", "--out"):
@@ -266,27 +297,31 @@ def main() -> None:
 
 
 def compare(given: argparse.Namespace) -> None:
-    """Each task: peer and ours in turn, `rounds` times."""
+    """Each task: ours and its peers in turn, `rounds` times."""
     model = checkpoint(given.data_root)
     rate = matmul_rate(given.threads)
     print(f"{platform.processor() or platform.machine()}, {given.threads} threads, float32 {rate / 1e9:.0f} GFLOP/s")
     for task in given.tasks.split(","):
-        peer_name = "plain_hhh" if task == "hhh" else "lm_eval"
-        batch = given.batch or (best_batch(task, given, model) if task != "hhh" else 2)
-        peers, mine = [], []
+        batches = {name: _HHH_BATCH[name] for name in given.peers.split(",")} if task == "hhh" else {}
+        if not batches:
+            batches = {"lm_eval": given.batch or best_batch(task, given, model)}
+        mine: list[Any] = []
+        peers: dict[str, list[Any]] = {name: [] for name in batches}
         for _ in range(given.rounds):
             mine.append(measure("ours", task, given, model, limit=given.limit, batch=0))
-            peers.append(measure(peer_name, task, given, model, limit=given.limit, batch=batch))
-        flips, worst = agreement(mine[0]["scored"], peers[0]["scored"])
-        print(f"\n{task}: {len(mine[0]['scored'])} samples, peer {peer_name} at batch {batch}, {given.rounds} rounds")
-        print(f"  agreement: {flips} predictions differ, largest difference {worst:.2g} nats")
-        for what, label in (("score", "scoring"), ("wall", "whole process, load included"), ("peak_mib", "peak MiB")):
-            ratios = [p[what] / m[what] for p, m in zip(peers, mine, strict=True)]
-            print(
-                f"  {label}: peer {statistics.median(p[what] for p in peers):.1f}, "
-                f"ours {statistics.median(m[what] for m in mine):.1f}, "
-                f"ratio {statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
-            )
+            for name, batch in batches.items():
+                peers[name].append(measure(name, task, given, model, limit=given.limit, batch=batch))
+        print(f"\n{task}: {len(mine[0]['scored'])} samples, {given.rounds} rounds of ours and each peer in turn")
+        for name, theirs in peers.items():
+            flips, worst = agreement(mine[0]["scored"], theirs[0]["scored"])
+            print(f"  {name} at batch {batches[name]}: {flips} predictions differ, largest difference {worst:.2g} nats")
+            for what, label in (("score", "scoring"), ("wall", "whole process"), ("peak_mib", "peak MiB")):
+                ratios = [p[what] / m[what] for p, m in zip(theirs, mine, strict=True)]
+                print(
+                    f"    {label}: peer {statistics.median(p[what] for p in theirs):.1f}, "
+                    f"ours {statistics.median(m[what] for m in mine):.1f}, "
+                    f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+                )
         first = mine[0]
         report = first["report"]
         flops = 2 * (first["parameters"] - first["embedding"]) * report["tokens_computed"]

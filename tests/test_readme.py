@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -19,14 +20,15 @@ def test_the_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert float(yes) < 0 > float(no)
 
 
-def test_every_command_and_option_exists() -> None:
-    from almost_eval.cli import cli
-
-    lines = re.findall(r"^almost-eval (.+)$", README, flags=re.MULTILINE)
-    assert len(lines) >= 9
+@pytest.mark.parametrize(("program", "least"), [("almost-eval", 9), ("almost-train", 8)])
+def test_every_command_and_option_exists(program: str, least: int) -> None:
+    cli = import_module(f"{program.replace('-', '_')}.cli").cli
+    lines = re.findall(rf"^{program} (.+)$", README.replace("\\\n", " "), flags=re.MULTILINE)
+    assert len(lines) >= least
     for line in lines:
-        name, *words = line.split("#")[0].split()
-        shown = CliRunner().invoke(cli, [name, "--help"])
+        words = line.split("#")[0].split()
+        depth = 2 if words[0] in ("synthesize", "nano") else 1
+        shown = CliRunner().invoke(cli, [*words[:depth], "--help"])
         assert shown.exit_code == 0, line
         for option in (word for word in words if word.startswith("--")):
             assert option in shown.output, line

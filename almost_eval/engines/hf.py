@@ -263,8 +263,11 @@ class HFEngine:
         if self.device != "cpu":
             return 65536
         text = self.model.config.get_text_config()
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        all_heads = getattr(text, "num_attention_heads", None)
+        if not isinstance(all_heads, int):  # a state-space model, or one whose layers differ
+            return 4096
+        heads = getattr(text, "num_key_value_heads", None) or all_heads
+        size = getattr(text, "head_dim", None) or text.hidden_size // all_heads
         per_token = 2 * text.num_hidden_layers * heads * size * 4  # bytes of float32 keys and values
         return max(4096, min(65536, (1 << 30) // per_token))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from almost_eval.engines.hf_attention import BLOCK, ChunkPlan, LastLayer, attending
 from almost_eval.engines.prefix import (
     Chunk,
     Collector,
@@ -108,11 +110,19 @@ def refusal(config: Any, longest: int) -> str | None:
 
 
 class SharedPrefixScorer:
-    """Computes a trie chunk by chunk."""
+    """Computes a trie chunk by chunk.
 
-    def __init__(self, model: Any, window: AttentionWindow) -> None:
+    Args:
+        model: a transformers causal LM.
+        window: how far back its layers look.
+        block: queries that attend together, see `hf_attention`.
+    """
+
+    def __init__(self, model: Any, window: AttentionWindow, *, block: int = BLOCK) -> None:
         self.model = model
         self.window = window
+        self.block = block
+        self.last_layer = LastLayer.of(model)
         self.device = model.device
         self.limits_used: Limits | None = None
 
@@ -163,18 +173,27 @@ class SharedPrefixScorer:
         rows, row_of = np.unique(trie.targets.node[chunk.targets] - chunk.begin, return_inverse=True)
         if not len(rows):  # a piece of a header: only its keys and values matter
             rows = np.array([0])
-        logits = self.model(
-            input_ids=token[None],
-            position_ids=depth[None],
-            attention_mask=self._masks(depth, end),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=torch.from_numpy(rows).to(self.device),
-        ).logits[0]  # (rows, vocabulary)
+        read = torch.from_numpy(rows).to(self.device)
+        allowed = self._visible(depth, end)
+        masks = {kind: self._additive(seen) for kind, seen in allowed.items()}
+        last = self.last_layer
+        few = read if last is not None and len(rows) < len(token) else None
+        plan = ChunkPlan(allowed, masks, rows=few, last=last.attention if last else None, block=self.block)
+        # An accelerator takes a chunk's attention in one kernel; blocks would be many small ones.
+        blocks = attending(self.model, plan) if self.device.type == "cpu" else nullcontext()
+        with blocks, last.reading(few, len(token)) if last else nullcontext():
+            logits = self.model(
+                input_ids=token[None],
+                position_ids=depth[None],
+                attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=read,
+            ).logits[0]  # (rows, vocabulary)
         return read_logits(logits, row_of, trie.targets.token[chunk.targets])
 
-    def _masks(self, depth: torch.Tensor, end: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
-        """(1, 1, n, past + n) additive masks: 0 where the key is an ancestor of the query or itself."""
+    def _visible(self, depth: torch.Tensor, end: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Kind of layer -> (n, past + n) bool: True where the key is an ancestor of the query or itself, and near."""
         n = len(depth)
         past = int(depth[0])
         index = torch.arange(n, device=self.device)
@@ -183,17 +202,14 @@ class SharedPrefixScorer:
         sees_chunk = (index[None] <= index[:, None]) & (end[None] > index[:, None])  # (n, n)
         allowed = torch.cat([sees_past, sees_chunk], dim=1)
         if self.window.size is None:
-            return self._additive(allowed)
+            return {"full_attention": allowed}
         key_depth = torch.cat([torch.arange(past, device=self.device), depth])
         near = allowed & (depth[:, None] - key_depth[None] < self.window.size)
-        if not self.window.layer_types:
-            return self._additive(near)
         by_kind = {"full_attention": allowed, "sliding_attention": near}
-        if len(self.window.layer_types) == 1:
-            return self._additive(by_kind[self.window.layer_types[0]])
-        return {kind: self._additive(by_kind[kind]) for kind in self.window.layer_types}
+        return {kind: by_kind[kind] for kind in self.window.layer_types or ("sliding_attention",)}
 
     def _additive(self, allowed: torch.Tensor) -> torch.Tensor:
+        """(1, 1, n, past + n) mask to be added to the scores."""
         dtype = self.model.dtype
         mask = torch.zeros(allowed.shape, dtype=dtype, device=self.device)
         return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[None, None]
@@ -404,7 +420,7 @@ def probe(model: Any, window: AttentionWindow, vocabulary: int, *, seed: int = 0
     trie = build_trie(requests)
     small = Limits(11, 4096)  # cuts through branches, so that the cache is exercised too
     return Probe(
-        worst(SharedPrefixScorer(model, window).stream(trie, requests, everything, small)),
+        worst(SharedPrefixScorer(model, window, block=4).stream(trie, requests, everything, small)),
         worst(PlainScorer(model).stream(requests, everything, Limits(4096, 4096))),
         tolerance,
     )

@@ -274,7 +274,7 @@ def test_dry_run(asked: str, almost_eval: Command, tmp_path: Path, monkeypatch: 
 
 
 def test_dry_run_shows_labels_and_bos(almost_eval: Command) -> None:
-    facts = json.loads(almost_eval("hhh", "--dry-run", "--json").out)
+    facts = json.loads(almost_eval("hhh", "--model", "nano/seeded", "--data", "nano", "--dry-run", "--json").out)
     assert [[text for _, text in label] for label in facts["labels"]] == [[" A"], [" B"]]
     assert facts["bos"] == 1
     assert facts["first_tokens"][0] == [0, "<s>"]
@@ -284,7 +284,7 @@ def test_table_and_json_are_of_one_run(almost_eval: Command, tmp_path: Path) -> 
     folder = tmp_path / "run"
     code, out, err = almost_eval("hhh", "--limit", 2, "--output", folder)
     assert (code, err) == (0, "")
-    assert "hhh · choice · nano/seeded" in out
+    assert "hhh · choice · nano/almost" in out
     assert out.rstrip().endswith(f"run: {folder}")
     stored = json.loads((folder / "results.json").read_text())
     assert f"{stored['metrics']['accuracy']['value']:.1%}" in out
@@ -313,7 +313,7 @@ def test_default_folder_is_named_by_the_run(
         almost_eval("hhh", *arguments)
     assert folders[0] == folders[1]
     assert len(set(folders)) == 3
-    assert re.fullmatch(r"runs/hhh-choice-seeded-[0-9a-f]{10}", str(folders[0]))
+    assert re.fullmatch(r"runs/hhh-choice-almost-[0-9a-f]{10}", str(folders[0]))
 
 
 def test_pickled_weights_where_they_are_allowed(almost_eval: Command, tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ def test_pickled_weights_where_they_are_allowed(almost_eval: Command, tmp_path: 
     model = AutoModelForCausalLM.from_pretrained(str(checkpoint("nano/seeded")))
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     given = ["hhh", "--limit", 1, "--data", "nano", "--json"]
-    same = json.loads(almost_eval(*given, "--output", tmp_path / "a").out)
+    same = json.loads(almost_eval(*given, "--output", tmp_path / "a", "--model", "nano/seeded").out)
     done = almost_eval(*given, "--output", tmp_path / "b", "--model", folder, "--allow-pickle")
     assert done.code == 0
     assert json.loads(done.out)["metrics"] == same["metrics"]

@@ -1,0 +1,259 @@
+"""What a pass over a trie chunk need not compute: keys that no query sees, and last-layer rows that nobody reads.
+
+Of the nodes before a block of queries only the path to the block can be visible to it (see `prefix.py`), so attention
+goes block by block over the columns that the mask opens. Of the last layer only keys and values are needed at rows
+without a scored continuation. Both leave every number that is read as it was, up to rounding; `probe` in
+`hf_loglikelihood.py` runs with both and falls back to the plain path where a model thinks otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+NAME = "almost_visible_sdpa"
+"""Name of `visible_attention` in transformers' registry."""
+
+BLOCK = 64
+"""Queries in a block. Small ones see few keys in vain; smaller still, and the calls take longer than they save."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Some queries and the keys that any of them sees."""
+
+    queries: slice | torch.Tensor
+    keys: slice | torch.Tensor
+    mask: torch.Tensor
+    """(1, 1, queries, keys) additive."""
+
+
+class ChunkPlan:
+    """Who sees whom in one forward pass, worked out once for all layers.
+
+    Args:
+        allowed: kind of layer -> (n, past + n) bool, True where the query sees the key. Every query sees itself.
+        masks: kind of layer -> (1, 1, n, past + n) additive, the very tensors that the model is given.
+        rows: (r,) positions whose last-layer output is read, ascending; None where it is all of them.
+        last: the attention module of the last layer, where it is known.
+        block: queries in a block.
+    """
+
+    def __init__(
+        self,
+        allowed: Mapping[str, torch.Tensor],
+        masks: Mapping[str, torch.Tensor],
+        *,
+        rows: torch.Tensor | None = None,
+        last: nn.Module | None = None,
+        block: int = BLOCK,
+    ) -> None:
+        self._allowed = allowed
+        self._masks = masks
+        self._kind_of = {_identity(mask): kind for kind, mask in masks.items()}
+        self._rows = rows
+        self._last = last
+        self._block = block
+        self._blocks: dict[tuple[str, bool], list[Block]] = {}
+
+    def blocks(self, mask: torch.Tensor | None, module: nn.Module) -> list[Block] | None:
+        """The blocks for a layer that was handed `mask`, or None where that is no mask of this plan."""
+        if mask is None or (kind := self._kind_of.get(_identity(mask))) is None:
+            return None
+        rows = self._rows if module is self._last else None
+        key = (kind, rows is not None)
+        if key not in self._blocks:
+            self._blocks[key] = list(self._cut(self._allowed[kind], self._masks[kind], rows))
+        return self._blocks[key]
+
+    def _cut(self, allowed: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor | None) -> Iterator[Block]:
+        n = len(allowed) if rows is None else len(rows)
+        for begin in range(0, n, self._block):
+            span = slice(begin, min(begin + self._block, n))
+            queries = span if rows is None else rows[span]
+            columns = allowed[queries].any(0).nonzero()[:, 0]
+            first, last = int(columns[0]), int(columns[-1])
+            # A view where the columns have no gap; else a copy of them, small beside what it saves.
+            whole = last - first + 1 == len(columns)
+            keys = slice(first, last + 1) if whole else columns
+            part = mask[:, :, queries]
+            yield Block(queries, keys, part[..., keys] if whole else part.index_select(-1, columns))
+
+
+def _identity(mask: torch.Tensor) -> tuple[int, tuple[int, ...], torch.dtype]:
+    # Not `id`: models may hand their layers a view of the mask they were given.
+    return mask.data_ptr(), tuple(mask.shape), mask.dtype
+
+
+_plan: ContextVar[ChunkPlan | None] = ContextVar("plan of the chunk that is being computed", default=None)
+
+# Arguments that transformers' sdpa function takes and does not look at, though they may be tensors.
+_IGNORED = {"position_ids", "cache_position", "position_embeddings"}
+
+
+def visible_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Transformers' `sdpa` for a layer of the chunk under way, block by block; that function itself for all else.
+
+    Args:
+        module: the attention layer.
+        query: (1, heads, n, size)
+        key: (1, key heads, past + n, size)
+        value: (1, key heads, past + n, value size)
+        attention_mask: (1, 1, n, past + n)
+        dropout: anything but 0 is left to transformers.
+        scaling: of the scores, or None for 1 / sqrt(size).
+        kwargs: what this model's other attention functions take.
+
+    Returns:
+        (1, n, heads, value size), zero at rows that nobody reads; and no weights.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    plan = _plan.get()
+    blocks = None if plan is None else plan.blocks(attention_mask, module)
+    # A position bias, sinks: tensors we know nothing of.
+    foreign = any(isinstance(given, torch.Tensor) and name not in _IGNORED for name, given in kwargs.items())
+    fits = len(query) == 1 and query.shape[1] % key.shape[1] == 0
+    if blocks is None or foreign or dropout or not fits:
+        result: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return result
+    out = query.new_zeros((1, query.shape[2], query.shape[1], value.shape[-1]))
+    for block in blocks:
+        found = _attend(query[:, :, block.queries], _columns(key, block), _columns(value, block), block.mask, scaling)
+        out[:, block.queries] = found.transpose(1, 2)
+    return out, None
+
+
+def _columns(tensor: torch.Tensor, block: Block) -> torch.Tensor:
+    return tensor[:, :, block.keys] if isinstance(block.keys, slice) else tensor.index_select(2, block.keys)
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    """(1, heads, q, value size). The heads that share a key become more queries of it: no key is copied."""
+    heads, q = query.shape[1:3]
+    groups = heads // key.shape[1]
+    if groups > 1:
+        query = query.reshape(1, key.shape[1], groups * q, query.shape[-1])
+        mask = mask.repeat(1, 1, groups, 1)
+    found = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    return found.reshape(1, heads, q, value.shape[-1])
+
+
+@contextmanager
+def attending(model: Any, plan: ChunkPlan) -> Iterator[None]:
+    """Let the model's layers attend by the plan; its attention setting is back as it was afterwards.
+
+    Nothing changes for a model that does not take its attention from transformers' registry, or uses another than
+    `sdpa`.
+    """
+    config = model.config.get_text_config()
+    if config._attn_implementation != "sdpa" or not _takes_registered_attention(model):
+        yield
+        return
+    token = _plan.set(plan)
+    try:
+        config._attn_implementation = NAME
+        yield
+    finally:
+        config._attn_implementation = "sdpa"
+        _plan.reset(token)
+
+
+def _takes_registered_attention(model: Any) -> bool:
+    ask = getattr(type(model), "_can_set_attn_implementation", None)
+    if ask is None or not ask():
+        return False
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, visible_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class LastLayer:
+    """The parts of a model's last layer that treat every position alike."""
+
+    attention: nn.Module
+    position_wise: tuple[nn.Module, ...]
+    """Modules that may be given some positions only."""
+
+    @classmethod
+    def of(cls, model: Any) -> LastLayer | None:
+        """Recognise the usual decoder: a list of layers with `self_attn` and, in each, linear maps and an `mlp`."""
+        decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+        layers = getattr(decoder, "layers", None)
+        if not isinstance(layers, nn.ModuleList) or not len(layers):
+            return None
+        if len(layers) != getattr(model.config.get_text_config(), "num_hidden_layers", None):
+            return None
+        attention, mlp = getattr(layers[-1], "self_attn", None), getattr(layers[-1], "mlp", None)
+        if not isinstance(attention, nn.Module):
+            return None
+        maps = [getattr(attention, name, None) for name in ("q_proj", "o_proj")]
+        found: list[nn.Module] = [
+            m for m in maps if type(m) is nn.Linear
+        ]  # a quantised subclass may look at all positions together
+        if isinstance(mlp, nn.Module) and _is_plain_mlp(mlp):
+            found.append(mlp)
+        return cls(attention, tuple(found))
+
+    @contextmanager
+    def reading(self, rows: torch.Tensor | None, n: int) -> Iterator[None]:
+        """Compute the position-wise modules at `rows` of `n` positions only; their outputs are zero elsewhere."""
+        with ExitStack() as hooks:
+            if rows is not None:
+                for module in self.position_wise:
+                    hooks.callback(module.register_forward_pre_hook(_picker(rows, n)).remove)
+                    hooks.callback(module.register_forward_hook(_putter(rows, n)).remove)
+            yield
+
+
+def _is_plain_mlp(mlp: nn.Module) -> bool:
+    # Linear maps and activations, none of them nested: no mixture of experts, no convolution.
+    def plain(part: nn.Module) -> bool:
+        if type(part) is nn.Linear:
+            return True
+        stateless = not any(True for _ in part.parameters()) and not any(True for _ in part.buffers())
+        return stateless and not any(True for _ in part.children())
+
+    parts = list(mlp.children())
+    return bool(parts) and not list(mlp.parameters(recurse=False)) and all(plain(part) for part in parts)
+
+
+def _picker(rows: torch.Tensor, n: int) -> Any:
+    def pick(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not given or given[0].ndim != 3 or given[0].shape[:2] != (1, n):
+            return None
+        return (given[0].index_select(1, rows), *given[1:])
+
+    return pick
+
+
+def _putter(rows: torch.Tensor, n: int) -> Any:
+    def put(_: nn.Module, __: tuple[Any, ...], found: torch.Tensor) -> torch.Tensor | None:
+        if found.ndim != 3 or found.shape[:2] != (1, len(rows)):
+            return None
+        return found.new_zeros((1, n, found.shape[-1])).index_copy_(1, rows, found)
+
+    return put
