@@ -9,7 +9,8 @@ changed is made anew, and what it had made is moved to `old/`, never deleted. Th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from almost_eval.progress import Progress
 from almost_train.stage import StageChanged
 
 RECIPES = Path(__file__).parent / "recipes"
-HEAD = ("description", "seed", "prompt_set", "engine", "held_out")
+HEAD = ("description", "seed", "prompt_set", "engine", "held_out", "threads")
 """Keys of a recipe that are no stage."""
 SECTIONS = (
     "prompts",
@@ -44,6 +45,8 @@ class Recipe:
     seed: int
     prompt_set: str
     engine: Mapping[str, Any]
+    threads: int | None
+    """CPU threads of torch, or None for its own choice. Models this side of a million weights are faster on one."""
     held_out: str | None
     """A file of prompts that no stage may train on, or `nano`: all that the nano world's evaluation may ask."""
     sections: Mapping[str, Mapping[str, Any]]
@@ -100,12 +103,16 @@ def load_recipe(name: str, *, seed: int | None = None) -> Recipe:
             raise InputError(f"recipe {file.stem}: unknown section {key!r}; {did_you_mean(key, HEAD + SECTIONS, 20)}")
         if key in SECTIONS and not isinstance(value, dict):
             raise InputError(f"recipe {file.stem}, {key}: is {value!r}; it must be a mapping of settings")
+    threads = given.get("threads")
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise InputError(f"recipe {file.stem}: threads is {threads!r}; it must be a whole number of at least 1")
     return Recipe(
         name=file.stem,
         description=str(given.get("description", "")),
         seed=int(given.get("seed", 0)) if seed is None else seed,
         prompt_set=str(given.get("prompt_set", "builtin")),
         engine=given.get("engine") or {},
+        threads=given.get("threads"),
         held_out=given.get("held_out"),
         sections={key: given[key] for key in SECTIONS if key in given},
     )
@@ -147,10 +154,11 @@ class Pipeline:
         steps = plan(self.recipe, self.folder, self.data_root, self.progress)
         if until is not None and until not in steps:
             raise InputError(f"recipe {self.recipe.name} has no stage {until!r}; {did_you_mean(until, steps)}")
-        for name, step in steps.items():
-            self.reports.append(self._run(name, step))
-            if name == until:
-                break
+        with _threads(self.recipe.threads):
+            for name, step in steps.items():
+                self.reports.append(self._run(name, step))
+                if name == until:
+                    break
         return self.reports
 
     def states(self) -> dict[str, str]:
@@ -181,3 +189,16 @@ class Pipeline:
         old.mkdir(exist_ok=True)
         number = 1 + sum(1 for _ in old.glob(f"{name}-*"))
         (self.folder / name).rename(old / f"{name}-{number}")
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Torch on so many CPU threads inside."""
+    import torch
+
+    own = torch.get_num_threads()
+    torch.set_num_threads(count or own)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(own)

@@ -107,7 +107,7 @@ def test_allow_refuses(item: str) -> None:
 
 def test_a_withheld_headline(almost_eval: Callable[..., Any], tmp_path: Path) -> None:
     """A context of 170 tokens holds some HHH prompts and not others: over 1 %, no headline and exit code 3."""
-    given = ["hhh", "--limit", 6, "--max-length", 170, "--output", tmp_path / "run"]
+    given = ["hhh", "--model", "nano/seeded", "--limit", 6, "--max-length", 170, "--output", tmp_path / "run"]
     code, out, err = almost_eval(*given)
     stored = json.loads((tmp_path / "run/results.json").read_text())
     count = stored["validity"]["checks"]["truncated"]["count"]
@@ -142,7 +142,8 @@ def test_a_withheld_headline(almost_eval: Callable[..., Any], tmp_path: Path) ->
 
 
 def test_the_contract_of_results(almost_eval: Callable[..., Any], tmp_path: Path) -> None:
-    found = json.loads(almost_eval("hhh", "--limit", 3, "--output", tmp_path / "run", "--json").out)
+    given = ["--model", "nano/seeded", "--limit", 3, "--output", tmp_path / "run", "--json"]
+    found = json.loads(almost_eval("hhh", *given).out)
     assert list(found) == [
         *("task", "protocol", "model", "headline", "metrics", "baselines"),
         *("details", "validity", "engine", "provenance", "timing"),
@@ -177,7 +178,7 @@ def test_the_contract_of_results(almost_eval: Callable[..., Any], tmp_path: Path
         assert len(bytes.fromhex(provenance[key])) == 32
     assert provenance["prompt_set"]["name"] == "builtin"
     assert (provenance["dtype"], provenance["device"], provenance["seed"]) == ("float32", "cpu", 0)
-    assert provenance["command"] == ["almost-eval", "hhh", "--limit", "3", "--output", str(tmp_path / "run"), "--json"]
+    assert provenance["command"] == ["almost-eval", "hhh", *map(str, given)]
     assert {"python", "torch", "transformers", "almost-toolkit", "lm_eval"} <= provenance["versions"].keys()
     assert list(found["timing"]) == ["seconds", "seconds_to_first_sample", "samples_computed_now"]
     assert {"path", "tokens_computed", "tokens_in_trie", "computed_over_trie", "warnings"} <= found["engine"].keys()

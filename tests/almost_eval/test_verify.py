@@ -24,6 +24,11 @@ RUNS = {
 }
 
 
+def model_of(name: str) -> str:
+    """Random weights: any mix-up shows, and no trained model's change reaches these tests."""
+    return "nano/seeded-reward" if name.startswith("reward") else "nano/seeded"
+
+
 @pytest.fixture
 def made(almost_eval: Command, tmp_path: Path) -> Callable[[str], Path]:
     """`made("hhh")`: a finished run, shared by the module and copied for each test."""
@@ -31,7 +36,8 @@ def made(almost_eval: Command, tmp_path: Path) -> Callable[[str], Path]:
     def make(name: str) -> Path:
         if name not in _MADE:
             kept = tmp_path.parent / f"verify-{name}"
-            assert almost_eval(*RUNS[name].split(), "--output", kept, "--allow", "all_tied=1").code == 0
+            given = [*RUNS[name].split(), "--model", model_of(name), "--output", kept, "--allow", "all_tied=1"]
+            assert almost_eval(*given).code == 0
             _MADE[name] = kept
         return Path(shutil.copytree(_MADE[name], tmp_path / name))
 
@@ -172,7 +178,8 @@ def test_a_missing_line_is_found(made: Callable[[str], Path], almost_eval: Comma
 
 
 def test_an_invented_score_of_what_did_not_fit_is_named(almost_eval: Command, tmp_path: Path) -> None:
-    almost_eval("hhh", "--limit", 2, "--max-length", 170, "--output", tmp_path / "run")
+    given = ["--limit", 2, "--max-length", 140, "--model", "nano/seeded", "--output", tmp_path / "run"]
+    almost_eval("hhh", *given)
     lines = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
     (at, *_) = (i for i, line in enumerate(lines) if line["reason"] == "context_too_long")
     edit(tmp_path / "run/samples.jsonl", lambda line: line.update(score=1.0, reason=None), line=at)
@@ -196,9 +203,8 @@ def test_an_unfinished_run_is_refused(made: Callable[[str], Path], almost_eval: 
 def test_the_same_model_says_the_same(name: str, made: Callable[[str], Path], almost_eval: Command) -> None:
     """Batched in another way, on the plain path where there is one."""
     folder = made(name)
-    model = "nano/seeded-reward" if name.startswith("reward") else "nano/seeded"
     other = ["--batch-size", 3, "--no-share-prefixes", "--samples", 5, "--seed", 3]
-    code, out, err = almost_eval("verify", folder, "--model", model, *other)
+    code, out, err = almost_eval("verify", folder, "--model", model_of(name), *other)
     assert (code, err) == (0, "")
     assert "5 samples scored again, largest difference" in out
     assert out.endswith("\nverified\n")
@@ -230,7 +236,7 @@ def test_changed_loglikelihoods_are_found_out(made: Callable[[str], Path], almos
 
 def test_a_run_in_half_precision_is_rescored_in_it(almost_eval: Command, tmp_path: Path) -> None:
     given = ["hhh", "--limit", 2, "--dtype", "bfloat16", "--output", tmp_path / "run", "--allow", "all_tied=1"]
-    assert almost_eval(*given).code == 0
+    assert almost_eval(*given, "--model", "nano/seeded").code == 0
     code, out, _ = almost_eval("verify", tmp_path / "run", "--model", "nano/seeded", "--batch-size", 1)
     assert code == 0, out
 
