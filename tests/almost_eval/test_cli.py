@@ -221,8 +221,9 @@ def test_lean_imports_leave_no_trace() -> None:
 def test_interrupted_deep_in_a_library() -> None:
     """The main thread is in one long call that lets no signal handler run: the watcher ends the process."""
     code = (
-        "import hashlib\nfrom almost_eval.startup import prompt_interrupt\n"
-        "with prompt_interrupt():\n    print('on', flush=True)\n"
+        "import hashlib, threading\nfrom almost_eval.startup import prompt_interrupt\n"
+        # Said from another thread while the main one is in the call: before it, the interrupt would be an ordinary one.
+        "with prompt_interrupt():\n    threading.Timer(0.5, lambda: print('on', flush=True)).start()\n"
         "    hashlib.pbkdf2_hmac('sha256', b'', b'', 200_000_000)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
