@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/real-feedback"))
     parser.add_argument("--model", default="nano/vanilla-large", help="backbone of the reward model")
     parser.add_argument("--prompts", type=int, help="the first so many AlpacaEval prompts")
-    parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument("--max-length", type=int, default=2048, help="tokens; longer pairs are dropped and counted")
     parser.add_argument("--pairs", type=int, default=2312, help="hh-rlhf pairs to score")
     arguments = parser.parse_args()
     import_transformers()
@@ -146,9 +146,12 @@ def half(a: float, b: float) -> float:
 
 def show(name: str, accuracy: dict[str, Any], longer: dict[str, Any], unscored: int) -> None:
     """One line."""
-    low, high = accuracy["ci95"]
+    if accuracy["value"] is None:
+        print(f"{name}: no pair could be scored, {unscored} too long")
+        return
+    span = "({:.3f} to {:.3f})".format(*accuracy["ci95"]) if accuracy["ci95"] else "(no interval)"
     print(
-        f"{name}: {accuracy['value']:.3f} ({low:.3f} to {high:.3f}) on {accuracy['n']} pairs, {unscored} too long; "
+        f"{name}: {accuracy['value']:.3f} {span} on {accuracy['n']} pairs, {unscored} too long; "
         f"longer wins {longer['value']:.3f}"
     )
 
