@@ -34,13 +34,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 STOP_STRINGS: dict[str, tuple[str, ...]] = {
-    "almost": ("\n\nHuman:",),
+    "almost": ("\n\nHuman:", "\n\nAssistant:"),
     "alpaca": ("### Instruction:",),
     "dolly": ("### End", "### Instruction:"),
     "oasst": ("<|prompter|>", "<|endoftext|>"),
     "vicuna": ("USER:",),
 }
-"""Built-in template name -> the text at which an answer is over, besides EOS: a model may open the next turn itself."""
+"""Built-in template name -> the text at which an answer is over, besides EOS: a model may open the next turn itself,
+the user's or another of its own."""
 
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")

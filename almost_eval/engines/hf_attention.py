@@ -20,7 +20,7 @@ from torch import nn
 NAME = "almost_visible_sdpa"
 """Name of `visible_attention` in transformers' registry."""
 
-BLOCK = 128
+BLOCK = 64
 """Queries in a block. Small blocks see few keys in vain, large ones copy few keys."""
 
 GAP = 0.1

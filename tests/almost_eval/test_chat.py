@@ -261,7 +261,7 @@ def test_digest_is_of_the_source() -> None:
 def test_load_template(tmp_path: Path) -> None:
     assert load_template("none") is None
     assert built_in("auto") == built_in("almost")
-    assert built_in("almost").stop == ("\n\nHuman:",)
+    assert built_in("almost").stop == ("\n\nHuman:", "\n\nAssistant:")
     path = tmp_path / "mine.jinja"
     path.write_text("{{ messages[0].content }} é", encoding="utf-8")
     assert load_template(str(path)) == ChatTemplate(str(path), "{{ messages[0].content }} é", ())

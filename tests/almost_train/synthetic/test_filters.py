@@ -106,5 +106,5 @@ def test_a_turn_ends_at_the_next(continuation: str) -> None:
 
 
 def test_stops_cover_the_dialogue_template() -> None:
-    assert set(STOP_STRINGS["almost"]) <= set(filters.STOPS)
+    assert all(any(stop in turn for stop in filters.STOPS) for turn in STOP_STRINGS["almost"])
     assert len(filters.STOPS) <= 4  # what OpenAI-compatible endpoints take

@@ -22,7 +22,7 @@ QUESTION = (Message("user", "Why?"),)
 @pytest.fixture(autouse=True)
 def _no_network_and_an_empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ALMOST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(assets, "_OFFICIAL_RAW", "http://127.0.0.1:9")
+    monkeypatch.setattr(assets, "_RAW", "http://127.0.0.1:9")
 
 
 class TestOfficial:
@@ -71,10 +71,12 @@ class TestOfficial:
         class Quiet(http.server.SimpleHTTPRequestHandler):
             def log_message(self, *_: object) -> None: ...
 
-        root = data_root / "github/naver-ai/ALMoST"
+        root = tmp_path / "raw"
+        (root / "naver-ai/ALMoST").mkdir(parents=True)
+        (root / "naver-ai/ALMoST" / assets._OFFICIAL_COMMIT).symlink_to(data_root / "github/naver-ai/ALMoST")
         server = http.server.HTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(root)))
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(assets, "_OFFICIAL_RAW", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr(assets, "_RAW", f"http://127.0.0.1:{server.server_port}")
         try:
             downloaded = load_seed_set("official", NOWHERE)
         finally:
