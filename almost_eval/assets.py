@@ -29,8 +29,8 @@ PROMPT_SET_NAMES = ("official", "builtin")
 
 _OFFICIAL_REPOSITORY = "naver-ai/ALMoST"
 _OFFICIAL_COMMIT = "4ed89fa94a55a1cafd28234ce9da4320d79fb796"
-_OFFICIAL_RAW = f"https://raw.githubusercontent.com/{_OFFICIAL_REPOSITORY}/{_OFFICIAL_COMMIT}"
-_OFFICIAL_URL = f"{_OFFICIAL_RAW}/eval/eval_prompt.py"
+_RAW = "https://raw.githubusercontent.com"
+_OFFICIAL_URL = f"{_RAW}/{_OFFICIAL_REPOSITORY}/{_OFFICIAL_COMMIT}/eval/eval_prompt.py"
 _OFFICIAL_DIGEST = "fc51811fbb429d23a2a8c03e05e775b4af1a11fa5abbb06ce4e96e231b83ba9f"
 """sha256 over the official evaluation prompts as canonical JSON: the mirror holds them as JSON, the repository as
 string constants of a Python file, and both must come out the same."""
@@ -318,21 +318,30 @@ def _keep(cached: Path, content: bytes) -> None:
 
 
 def official_text(path: str, sha256: str, data: DataSource) -> str:
-    """A text file of the official repository at its pinned commit: data root, then cache, then download.
+    """A text file of the official repository at its pinned commit; see `pinned_text`."""
+    return pinned_text(_OFFICIAL_REPOSITORY, _OFFICIAL_COMMIT, path, sha256, data, instead="use --prompt-set builtin")
+
+
+def pinned_text(repository: str, commit: str, path: str, sha256: str, data: DataSource, *, instead: str) -> str:
+    """A text file of a public repository at a pinned commit: data root, then cache, then download.
 
     Args:
+        repository: `owner/name` on GitHub.
+        commit: or a tag.
         path: its place in the repository: `assets/seed_prompts.txt`.
         sha256: of its bytes, hex.
         data: where the data root is.
+        instead: what else the user can do, the end of an error's line.
 
     Raises:
         DataError: it cannot be had, or what was found is another file.
     """
     from almost_eval.nano.data import cache_dir
 
-    mirror = f"github/{_OFFICIAL_REPOSITORY}/{path}"
-    cached, url = cache_dir() / mirror, f"{_OFFICIAL_RAW}/{path}"
-    instead = f"pass --data-root DIR with DIR/{mirror}, or use --prompt-set builtin"
+    mirror = f"github/{repository}/{path}"
+    cached = cache_dir() / mirror
+    url = f"{_RAW}/{repository}/{commit}/{path}"
+    instead = f"pass --data-root DIR with DIR/{mirror}, or {instead}"
     file = next((f for f in ([data.root / mirror] if data.root else []) + [cached] if f.is_file()), None)
     try:
         if file:
@@ -346,8 +355,8 @@ def official_text(path: str, sha256: str, data: DataSource) -> str:
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise DataError(
-            f"{file or url} is not the file of {_OFFICIAL_REPOSITORY}@{_OFFICIAL_COMMIT[:7]} (sha256 {found[:12]}, "
-            f"expected {sha256[:12]}); remove that copy: {instead}"
+            f"{file or url} is not the file of {repository}@{commit[:7]} (sha256 {found[:12]}, expected "
+            f"{sha256[:12]}); remove that copy: {instead}"
         )
     if file is None:
         _keep(cached, content)

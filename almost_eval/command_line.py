@@ -24,7 +24,8 @@ class Commands(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         """click's, with a suggestion."""
-        if args and not args[0].startswith("-") and args[0] not in self.commands:
+        known = not args or args[0].startswith("-") or args[0] in self.commands
+        if not known and not ctx.resilient_parsing:  # a shell that completes a line wants no error
             raise InputError(f"unknown command or task {args[0]!r}; {did_you_mean(args[0], self.commands)}")
         return super().resolve_command(ctx, args)
 
@@ -47,6 +48,11 @@ def options(*groups: list[Any]) -> Callable[[Command], Command]:
         return command
 
     return decorate
+
+
+def comma_list(context: click.Context, param: click.Parameter, value: str | None) -> list[str]:
+    """A click callback: the names of an option such as `mc1,mc2`."""
+    return [name.strip() for name in (value or "").split(",") if name.strip()]
 
 
 def open_console() -> Any:

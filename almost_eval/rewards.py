@@ -9,34 +9,21 @@ them; nothing is cut to fit; each distinct text is computed once; and the pad to
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-from almost_eval.chat import ChatTemplate, encode_text, load_template, special_tokens
-from almost_eval.checkpoint import Checkpoint, context_length, find_checkpoint
-from almost_eval.engines.hf import ATTENTION, DTYPES, load_tokenizer, load_weights, pick_device, pick_dtype
+from almost_eval.chat import ChatTemplate
+from almost_eval.checkpoint import Checkpoint
+from almost_eval.engines.hf import ATTENTION, load_weights
 from almost_eval.errors import InputError, ModelError, RunError, did_you_mean
+from almost_eval.rewards_base import CheckpointRewardModel, TokenIds
+from almost_eval.rewards_base import RewardModel as RewardModel
 from almost_eval.types import Conversation
 
-TokenIds = tuple[int, ...]
 
-_HEAD = re.compile(r"(?:^|\.)(?:score|classifier|v_head|classification_head|logits_proj|sequence_summary)\.")
-"""A tensor of a score head, under the names that transformers' architectures and published reward models give it."""
-
-
-@runtime_checkable
-class RewardModel(Protocol):
-    """Says how good the last answer of a conversation is."""
-
-    def score(self, conversations: Sequence[Conversation]) -> list[float]:
-        """Raw logits, in order; higher is better, and only differences mean something."""
-        ...
-
-
-class HFRewardModel:
+class HFRewardModel(CheckpointRewardModel):
     """A transformers sequence classifier with one label. Config and tokenizer load at once, weights on first use.
 
     Args:
@@ -72,49 +59,20 @@ class HFRewardModel:
         allow_pickle: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
-        for value, known, flag in ((dtype, DTYPES, "dtype"), (attention, ATTENTION, "attention")):
-            if value not in known:
-                raise InputError(f"unknown {flag} {value!r}; {did_you_mean(value, known)}")
-        kinds = ("SequenceClassification", "RewardModel")
-        self.checkpoint = (
-            model
-            if isinstance(model, Checkpoint)
-            else find_checkpoint(model, allow_pickle=allow_pickle, architectures=kinds)
+        super().__init__(
+            model,
+            template=template,
+            dtype=dtype,
+            device=device,
+            max_length=max_length,
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
         )
+        if attention not in ATTENTION:
+            raise InputError(f"unknown attention {attention!r}; {did_you_mean(attention, ATTENTION)}")
         self.batch_size = batch_size
         self.batch_tokens = batch_tokens
-        self.warnings: list[str] = []
-        """What the last `stream` did that its caller should show."""
-        self._dtype = dtype
-        self._device = device
         self._attention = attention
-        self._trust_remote_code = trust_remote_code
-        _refuse_wrong_head(self.checkpoint, custom=trust_remote_code and "auto_map" in self.checkpoint.config)
-        self.tokenizer = load_tokenizer(self.checkpoint, trust_remote_code=trust_remote_code)
-        chosen = template or load_template("auto", self.tokenizer)
-        assert chosen is not None  # only `none` is
-        self.template: ChatTemplate = chosen
-        self.framed = _is_framed(self.tokenizer)
-        """Whether the tokenizer puts a text between markers of its own, as encoders' do: `[CLS] ... [SEP]`."""
-        own = context_length(self.checkpoint.config, self.tokenizer)
-        if self.framed:
-            # RoBERTa counts positions from its pad id + 1: of its 514 positions, 512 are usable, and only the
-            # tokenizer says so.
-            own = min(own, self.tokenizer.model_max_length)
-        if max_length is not None and max_length > own:
-            raise InputError(f"--max-length {max_length} is beyond the model's own context of {own} tokens")
-        self.context_length: int = max_length or own
-        """Tokens the model can attend to."""
-
-    @cached_property
-    def device(self) -> str:
-        """The device that `auto` stands for here."""
-        return pick_device(self._device)
-
-    @cached_property
-    def dtype(self) -> str:
-        """The dtype that `auto` stands for here."""
-        return pick_dtype(self._dtype, self.checkpoint, self.device)
 
     @cached_property
     def model(self) -> Any:
@@ -135,8 +93,6 @@ class HFRewardModel:
             trust_remote_code=self._trust_remote_code,
         )
 
-    # --- text ---
-
     def settings(self) -> dict[str, Any]:
         """What belongs in a run's spec; see `HFEngine.settings`."""
         return {
@@ -148,34 +104,6 @@ class HFRewardModel:
             "batch_tokens": self.batch_tokens,
             "context_length": self.context_length,
         }
-
-    def render(self, conversation: Conversation) -> str:
-        """What the model reads, special tokens that the template writes included."""
-        # An encoder's tokenizer adds its markers, EOS among them, around the text: the template must not add them too.
-        tokens = {} if self.framed else special_tokens(self.tokenizer)
-        return self.template.render(conversation, special_tokens=tokens)
-
-    def encode(self, conversations: Sequence[Conversation]) -> list[list[int]]:
-        """Token ids of every conversation, whole however long. Loads no weights."""
-        texts = [self.render(conversation) for conversation in conversations]
-        if self.framed:
-            return [list(self.tokenizer.encode(text)) for text in texts]
-        return [encode_text(self.tokenizer, text) for text in texts]
-
-    def lengths(self, conversations: Sequence[Conversation]) -> list[int]:
-        """Tokens of every conversation: `score` refuses those beyond `context_length`, so look first."""
-        return [len(ids) for ids in self.encode(conversations)]
-
-    # --- rewards ---
-
-    def score(self, conversations: Sequence[Conversation]) -> list[float]:
-        """Raw logits, in order; a reward that is not finite is returned as it is.
-
-        Raises:
-            InputError: a conversation longer than the context, or empty; nothing is cut.
-        """
-        rewards = dict(self.stream(conversations))
-        return [rewards[i] for i in range(len(conversations))]
 
     def stream(
         self, conversations: Sequence[Conversation], wanted: Collection[int] | None = None
@@ -191,16 +119,12 @@ class HFRewardModel:
         from almost_eval.engines.hf_loglikelihood import out_of_memory
 
         # 1. Distinct texts, longest first: similar lengths share a batch, and memory runs out at the start or never.
-        rows = [tuple(ids) for ids in self.encode(conversations)]
-        self._refuse_lengths(rows)
+        owners = self.distinct(conversations)
+        texts = list(owners)
         self.warnings = []
-        wanted = frozenset(range(len(rows)) if wanted is None else wanted)
+        wanted = frozenset(range(len(conversations)) if wanted is None else wanted)
         if not wanted:
             return
-        owners: dict[TokenIds, list[int]] = {}
-        for index, ids in enumerate(rows):
-            owners.setdefault(ids, []).append(index)
-        texts = sorted(owners, key=lambda ids: (-len(ids), ids))
 
         # 2. What one forward pass may hold.
         tokens = self.batch_tokens or (1024 if self.device == "cpu" else 16384)
@@ -232,18 +156,6 @@ class HFRewardModel:
                 for ids, reward in zip(batch, rewards, strict=True):
                     yield from ((index, reward) for index in owners[ids] if index in wanted)
             at += len(batch)
-
-    def _refuse_lengths(self, rows: Sequence[TokenIds]) -> None:
-        too_long = [index for index, ids in enumerate(rows) if len(ids) > self.context_length]
-        if too_long:
-            raise InputError(
-                f"{len(too_long)} of {len(rows)} conversations do not fit the context of {self.context_length} tokens, "
-                f"first number {too_long[0]} with {len(rows[too_long[0]])}; leave them out, or use a model with a "
-                "longer context"
-            )
-        empty = next((index for index, ids in enumerate(rows) if not ids), None)
-        if empty is not None:
-            raise InputError(f"conversation number {empty} is empty: the chat template gave no token for it")
 
     @property
     def _vocabulary(self) -> int:
@@ -324,32 +236,3 @@ def _padding_with(config: Any, pad: int) -> Iterator[None]:
     finally:
         for part, value in zip(configs, own, strict=True):
             part.pad_token_id = value
-
-
-def _refuse_wrong_head(checkpoint: Checkpoint, *, custom: bool) -> None:
-    """Raise ModelError where the checkpoint cannot give one trained number for a text; reads headers alone.
-
-    Args:
-        checkpoint: the model; its pickled weights are not opened.
-        custom: its own code runs, which may name its head and its labels as it likes.
-    """
-    config = checkpoint.config
-    stated = config.get("num_labels") or len(config.get("id2label") or ())
-    labels = stated or (1 if custom else 2)  # transformers leaves out the labels of a config that has two
-    if labels != 1:
-        raise ModelError(
-            f"{checkpoint.path} is a classifier with {labels} labels, not a reward model, which has one; give a "
-            "checkpoint trained with num_labels=1"
-        )
-    names = checkpoint.tensor_names()
-    if names and not custom and not any(_HEAD.search(name) for name in names):
-        raise ModelError(
-            f"{checkpoint.path} has no score head (no score.*, classifier.* or v_head.* among its {len(names)} "
-            "tensors); transformers would set it at random, so its rewards would mean nothing: give a trained reward "
-            "model"
-        )
-
-
-def _is_framed(tokenizer: Any) -> bool:
-    separator = tokenizer.special_tokens_map.get("sep_token")
-    return separator is not None and list(tokenizer.encode("a"))[-1:] == [tokenizer.sep_token_id]

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from almost_eval import provenance
+from almost_eval.engines.base import SamplingParams
 from almost_eval.errors import InputError
 from almost_eval.preflight import Prepared, describe, prepare
 from almost_eval.progress import Progress
+from almost_eval.prompt_file import Asked, Prompt, write_prompts
 from almost_eval.store import RunStore, digest_records
 from almost_eval.tasks.base import GenerationRequest, Task, loglikelihood_outputs, reward_outputs
 from almost_eval.types import LoglikelihoodRequest, Outputs, SampleRecord, Score
@@ -28,7 +30,7 @@ class Run:
 
     Args:
         task: what is asked.
-        model: an engine (HFEngine, ...) or a reward model (HFRewardModel), whichever the task requires.
+        model: an engine (HFEngine, ...) or a reward model (HFRewardModel, ...), whichever the task requires.
         seed: recorded, and of every text that is drawn.
         allowed: shares for the validity gate, or None for the defaults.
 
@@ -50,10 +52,13 @@ class Run:
         self.prepared: Prepared | None = None
         self.truncated: dict[int, int] = {}
         """Sample index -> tokens of dropped few-shot examples."""
+        self._fitted: dict[int, GenerationRequest | None] = {}
         if self.task.requires == "loglikelihood":
+            if hasattr(self.model, "check_scores"):  # an endpoint: not each can
+                self.model.check_scores()
             self.prepared = prepare(self.task, self.model, self.samples)
             self.truncated = dict(enumerate(self.prepared.truncated))
-        elif self.task.requires == "reward" and min(self._lengths) > self.model.context_length:
+        elif self.task.requires == "reward" and not any(self._fits(i) for i in range(len(self.samples))):
             raise InputError(
                 f"no sample fits: the shortest conversation has {min(self._lengths)} tokens, the context "
                 f"{self.model.context_length}; use a model with a longer context, or raise --max-length"
@@ -70,11 +75,17 @@ class Run:
         lengths = iter(self.model.lengths([c for mine in self._conversations for c in mine]))
         return [max(next(lengths) for _ in mine) for mine in self._conversations]
 
+    def _fits(self, index: int) -> bool:
+        """Whether a reward model can read all conversations of a sample; where it does not tell, it is asked."""
+        limit = self.model.context_length
+        return limit is None or self._lengths[index] <= limit
+
     def spec(self) -> dict[str, Any]:
         """Everything that decides the numbers, and the command that asked for them."""
         task, model = self.task, self.model
         if task.requires == "reward":
-            template, prompts, asked = model.template, None, model.template.name != "tokenizer"
+            template, prompts = model.template, None  # no template: the server writes the conversations
+            asked = template is not None and template.name != "tokenizer"
         else:
             template, prompts = task.prompting.template, task.prompting.prompt_set
             asked = task.prompting.asked
@@ -104,8 +115,8 @@ class Run:
         }
 
     @cached_property
-    def _weight_digest(self) -> str:
-        digest: str = self.model.checkpoint.weight_digest()
+    def _weight_digest(self) -> str | None:
+        digest: str | None = self.model.checkpoint.weight_digest()
         return digest
 
     def default_folder(self) -> Path:
@@ -124,9 +135,9 @@ class Run:
             return {
                 "samples": len(self.samples),
                 "prompt": self.model.render(self._conversations[0][0]),
-                "longest_prompt": max(self._lengths),
+                "longest_prompt": None if limit is None else max(self._lengths),
                 "context_length": limit,
-                "do_not_fit": sum(length > limit for length in self._lengths),
+                "do_not_fit": sum(not self._fits(i) for i in range(len(self.samples))),
             }
         request = self.task.generation(self.samples[0], self.task.max_shots)
         return {"samples": len(self.samples), "prompt": request.prompt}
@@ -149,6 +160,7 @@ class Run:
         started = time.perf_counter() if started is None else started
         spec = self.spec()
         with RunStore(folder, spec) as store:
+            write_prompts(folder, self.asked())
             missing = [i for i, sample in enumerate(self.samples) if sample.id not in store.done]
             earlier = store.results()
             if not missing and earlier is not None:
@@ -176,6 +188,22 @@ class Run:
             results = summarise(self.task, records, validity, store.spec, engine) | {"timing": timing}
             store.finish(results)
         return results, validity
+
+    def asked(self) -> Iterator[Asked]:
+        """What the model reads of each sample, as text: the content of `prompts.jsonl`."""
+        for index, sample in enumerate(self.samples):
+            yield Asked(sample.id, sample.choices, tuple(self._prompts(index)))
+
+    def _prompts(self, index: int) -> Iterator[Prompt]:
+        if self.prepared is not None:
+            for at in self.prepared.of_sample[index]:
+                request = self.prepared.requests[at].request
+                yield Prompt(request.context, request.continuations)
+        elif self.task.requires == "reward":
+            for conversation in self._conversations[index]:
+                yield Prompt(self.model.render(conversation))
+        elif (generation := self._fitting(index)) is not None:
+            yield Prompt(generation.prompt)
 
     def _engine_report(self) -> dict[str, Any]:
         if self.prepared is None:
@@ -216,7 +244,7 @@ class Run:
         asked = frozenset(missing)
         conversations, place = [], []  # what fits, and the (sample, choice) it belongs to
         for index, mine in enumerate(self._conversations):
-            if self._lengths[index] <= self.model.context_length:
+            if self._fits(index):
                 place += [(index, choice) for choice in range(len(mine))]
                 conversations += mine
             elif index in asked:
@@ -232,20 +260,29 @@ class Run:
                 yield index, outputs, self.task.score(self.samples[index], outputs)
 
     def _texts(self, missing: Sequence[int]) -> Iterator[tuple[int, Outputs, Score]]:
+        asked: dict[SamplingParams, list[tuple[int, str]]] = {}  # what may be generated together
         for index in missing:
             request = self._fitting(index)
             if request is None:
                 yield index, {}, Score(None, "context_too_long")
                 continue
-            (completions,) = self.model.generate([request.prompt], replace(request.params, seed=self.seed))
-            outputs = {
-                "completions": [c.text for c in completions],
-                "finish_reasons": [c.finish_reason for c in completions],
-            }
-            yield index, outputs, self.task.score(self.samples[index], outputs)
+            asked.setdefault(replace(request.params, seed=self.seed), []).append((index, request.prompt))
+        for params, prompts in asked.items():
+            for at, completions in self.model.stream_completions([prompt for _, prompt in prompts], params):
+                index = prompts[at][0]
+                outputs = {
+                    "completions": [c.text for c in completions],
+                    "finish_reasons": [c.finish_reason for c in completions],
+                }
+                yield index, outputs, self.task.score(self.samples[index], outputs)
 
     def _fitting(self, index: int) -> GenerationRequest | None:
         """What to have the model write, with as many examples as leave room for the answer; None where none do."""
+        if index not in self._fitted:
+            self._fitted[index] = self._fit(index)
+        return self._fitted[index]
+
+    def _fit(self, index: int) -> GenerationRequest | None:
         full = 0
         for shots in range(self.task.max_shots, -1, -1):
             request = self.task.generation(self.samples[index], shots)
@@ -292,8 +329,8 @@ def summarise(
             "prompt_set": spec["prompt_set"],
             "prompt_ids_digest": spec["prompt_ids_digest"],
             "samples_digest": digest_records(records),
-            "dtype": spec["engine"]["dtype"],
-            "device": spec["engine"]["device"],
+            "dtype": spec["engine"].get("dtype"),
+            "device": spec["engine"].get("device"),
             "seed": spec["seed"],
             "versions": spec["versions"],
             "command": spec["command"],

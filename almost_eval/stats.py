@@ -2,7 +2,8 @@
 
 Sources: Miller 2024, "Adding Error Bars to Evals" (arXiv 2411.00640) for (clustered) standard errors; Wilson 1927 for
 proportions near 0 and 1; McNemar 1947 in its exact form; Holm 1979; Hunter 2004, "MM algorithms for generalized
-Bradley-Terry models" (Annals of Statistics 32). Pure: values in, values out; randomness is handed in as a generator.
+Bradley-Terry models" (Annals of Statistics 32); Cohen 1960 for agreement beyond chance; Liang and Zeger 1986 for the
+clustered variance of a logistic model. Pure: values in, values out; randomness is handed in as a generator.
 
 Departures from Miller: the clustered variance carries the factor G/(G-1), so that it equals the plain one when every
 cluster has one member; and the interval is Wilson's where mean ± 1.96 stderr is known to be wrong (see `mean_metric`).
@@ -230,6 +231,124 @@ def bradley_terry(wins: NDArray[Any]) -> Floats:
         if np.abs(step).max() < 1e-11:
             return log_strength
     raise ValueError("strengths did not converge: some players are linked by too few comparisons")
+
+
+def bradley_terry_bootstrap(
+    wins: NDArray[Any], *, n_resamples: int = 1000, rng: np.random.Generator
+) -> tuple[Floats, int] | None:
+    """95 % percentile intervals of `bradley_terry` from resampling whole clusters with replacement.
+
+    `wins` is (clusters, players, players). Returns ((players, 2) low and high, resamples without finite strengths). The
+    latter are left out; None where they are more than 2.5 % of all (an end of the interval may then lie at infinity),
+    or where there are fewer than two clusters.
+    """
+    wins = np.asarray(wins, dtype=np.float64)
+    n_clusters = len(wins)
+    if n_clusters < 2:
+        return None
+    fitted, failed = [], 0
+    for _ in range(n_resamples):
+        times = rng.multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters))  # (G,) how often each is drawn
+        try:
+            fitted.append(bradley_terry(np.tensordot(times, wins, axes=1)))
+        except ValueError:
+            failed += 1
+            if failed > 0.025 * n_resamples:
+                return None
+    return np.quantile(np.array(fitted), [0.025, 0.975], axis=0).T, failed
+
+
+def cohen_kappa(
+    pairs: Sequence[tuple[str, str]],
+    clusters: Sequence[str],
+    *,
+    n_resamples: int = 2000,
+    rng: np.random.Generator,
+) -> Metric:
+    """Agreement of two raters beyond chance, (p_o - p_e) / (1 - p_e), unweighted, with a clustered bootstrap interval.
+
+    p_o is the share of pairs with equal labels, p_e what two raters with these shares of labels would reach by chance.
+    Where both use one and the same label throughout, p_e is 1 and kappa has no value: None. The interval is the
+    percentile one over resampled clusters, those without a value left out; stderr is their standard deviation.
+    """
+    if len(pairs) != len(clusters):
+        raise ValueError(f"{len(pairs)} pairs with {len(clusters)} clusters; each pair needs one cluster")
+    if not pairs:
+        return Metric(None, None, None, n=0)
+    labels = {label: k for k, label in enumerate(sorted({label for pair in pairs for label in pair}))}
+    codes = _codes(clusters)
+    n_clusters, n_labels = int(codes.max()) + 1, len(labels)
+    tables = np.zeros((n_clusters, n_labels, n_labels))
+    for code, (a, b) in zip(codes, pairs, strict=True):
+        tables[code, labels[a], labels[b]] += 1
+    value = float(_kappa(tables.sum(axis=0)[None])[0])
+    if math.isnan(value):
+        return Metric(None, None, None, n=len(pairs))
+    if n_clusters < 2:
+        return Metric(value, None, None, n=len(pairs))
+    times = rng.multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), size=n_resamples)  # (R, G)
+    resampled = _kappa(np.tensordot(times, tables, axes=1))
+    resampled = resampled[~np.isnan(resampled)]
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return Metric(value, float(resampled.std(ddof=1)), (float(low), float(high)), n=len(pairs))
+
+
+def _kappa(tables: NDArray[Any]) -> Floats:
+    """(R, K, K) counts to (R,) kappa, NaN where chance alone explains everything."""
+    shares = tables / tables.sum(axis=(1, 2), keepdims=True)
+    observed = np.trace(shares, axis1=1, axis2=2)
+    chance = (shares.sum(axis=1) * shares.sum(axis=2)).sum(axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(chance < 1.0 - _ROUNDING, (observed - chance) / (1.0 - chance), np.nan)
+
+
+@dataclass(frozen=True, slots=True)
+class LogisticFit:
+    """A logistic model of an outcome in [0, 1]: logit P = intercept + coefficients @ x, fitted without a penalty."""
+
+    coefficients: Floats
+    """(k + 1,) the intercept first."""
+    covariance: Floats
+    """(k + 1, k + 1) clustered sandwich with the factor G/(G-1)."""
+
+    def mean_probability(self, rows: NDArray[Any]) -> Metric:
+        """The mean of P over `rows` (m, k), with the delta method's standard error; `n` is not known here: 0."""
+        x = np.column_stack([np.ones(len(rows)), rows])
+        p = 1.0 / (1.0 + np.exp(-x @ self.coefficients))
+        gradient = (p * (1 - p)) @ x / len(x)
+        stderr = math.sqrt(max(float(gradient @ self.covariance @ gradient), 0.0))
+        return Metric(float(p.mean()), stderr, _normal(float(p.mean()), stderr, clip=True), n=0)
+
+
+def fit_logistic(x: NDArray[Any], outcome: Sequence[float], clusters: Sequence[str]) -> LogisticFit | None:
+    """Maximum likelihood by scikit-learn; x is (n, k), an outcome of 0.5 is half a win and half a loss.
+
+    None where there is no maximum or no variance to be had: fewer than two clusters, one outcome only, columns that
+    depend on each other, or outcomes that the columns separate.
+    """
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(outcome, dtype=np.float64)
+    codes = _codes(clusters)
+    if len(y) == 0 or int(codes.max()) < 1 or (y == 0.0).all() or (y == 1.0).all():
+        return None
+    full = np.column_stack([np.ones(len(y)), x])  # (n, k + 1)
+    if np.linalg.matrix_rank(full) < full.shape[1]:
+        return None
+    from sklearn.linear_model import LogisticRegression
+
+    twice = np.concatenate([x, x])
+    model = LogisticRegression(C=np.inf, solver="newton-cholesky", max_iter=200, tol=1e-10)
+    model.fit(twice, np.repeat([1, 0], len(y)), sample_weight=np.concatenate([y, 1 - y]))
+    coefficients = np.concatenate([model.intercept_, model.coef_[0]])
+    p = 1.0 / (1.0 + np.exp(-np.clip(full @ coefficients, -500, 500)))
+    gradient = full * (y - p)[:, None]  # (n, k + 1), sums to zero at a maximum
+    if np.abs(gradient.sum(axis=0)).max() > 1e-4 * len(y) or np.abs(coefficients).max() > 20:
+        return None
+    bread = np.linalg.inv((full * (p * (1 - p))[:, None]).T @ full)
+    by_cluster = np.zeros((int(codes.max()) + 1, full.shape[1]))
+    np.add.at(by_cluster, codes, gradient)
+    n_clusters = len(by_cluster)
+    covariance = n_clusters / (n_clusters - 1) * bread @ (by_cluster.T @ by_cluster) @ bread
+    return LogisticFit(coefficients, covariance)
 
 
 def is_binary(x: Floats) -> bool:

@@ -82,6 +82,26 @@ class RunStore:
             raise _cannot_go_on(self.folder, error) from None
         self.done[record.sample.id] = record
 
+    def forget(self, ids: Iterable[str]) -> None:
+        """Take out the lines of these samples, which are to be computed anew: what failed may succeed now.
+
+        Raises:
+            RunError: see `append`.
+        """
+        for id in ids:
+            del self.done[id]
+        file = self.folder / "samples.jsonl"
+        scratch = file.with_name(f".{file.name}.{os.getpid()}")
+        try:
+            with scratch.open("w", encoding="utf-8") as stream:
+                for record in self.done.values():
+                    stream.write(json.dumps(record_to_dict(record), ensure_ascii=False, allow_nan=False) + "\n")
+            self._stream.close()
+            scratch.replace(file)
+            self._stream = file.open("a", encoding="utf-8")
+        except OSError as error:
+            raise _cannot_go_on(self.folder, error) from None
+
     def results(self) -> dict[str, Any] | None:
         """What an earlier process wrote into `results.json`, or None."""
         file = self.folder / "results.json"

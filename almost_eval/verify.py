@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ def verify_run(folder: Path, data: DataSource) -> Verification:
         StoreError: not a finished run.
     """
     spec, results = read_spec(folder), read_results(folder)
+    if spec.get("requires") == "judge":
+        return _verify_judged(folder)
     task = build_task(spec["task"], spec["protocol"], spec["settings"], data)
     records = list(read_samples(folder))
     found = Verification(str(folder), len(records))
@@ -67,6 +70,27 @@ def verify_run(folder: Path, data: DataSource) -> Verification:
     found.metrics += len(allowed)
     for part, value in again_results.items():
         found.problems += _differences(part, results.get(part), value)
+    return found
+
+
+def _verify_judged(folder: Path) -> Verification:
+    """The same for a run of `vicuna`: its reviews are read again, its lengths and digests come from its answers."""
+    from almost_eval.judge.results import StoredRun
+
+    run = StoredRun(folder)
+    found = Verification(str(folder), len(run.records))
+    for record in run.records:
+        again = run.again(record)
+        found.problems += _score_differences(record, again.score)
+        found.problems += [
+            f"sample {record.sample.id}: {problem}"
+            for problem in _differences("outputs", record.outputs, again.outputs)
+            + _differences("sample", asdict(record.sample), asdict(again.sample))
+        ]
+    whole = run.summarise(run.records)
+    found.metrics = sum(len(whole[part]) for part in ("metrics", "judging", "details")) + len(whole["provenance"])
+    for part, value in whole.items():
+        found.problems += _differences(part, run.results.get(part), json.loads(json.dumps(value)))
     return found
 
 
@@ -91,15 +115,19 @@ def rescore(folder: Path, run: Run, found: Verification, *, n: int, seed: int) -
         }
         for of in (spec, mine)
     )
+    # An endpoint need not tell which weights it serves: what is not known differs from nothing.
+    unknown = {"weight_digest"} if None in (was["weight_digest"], now["weight_digest"]) else set()
     found.problems += [
-        f"{key} is not the run's: {str(now[key])[:16]}, was {str(was[key])[:16]}" for key in was if was[key] != now[key]
+        f"{key} is not the run's: {str(now[key])[:16]}, was {str(was[key])[:16]}"
+        for key in was
+        if was[key] != now[key] and key not in unknown
     ]
     stored = {record.sample.id: record for record in read_samples(folder) if record.outputs}
     if stored.keys() - {sample.id for sample in run.samples}:
         raise InputError(f"{folder} holds samples that the data does not; give the --data-root it was made with")
     order = [i for i, sample in enumerate(run.samples) if sample.id in stored]
     chosen = sorted(random.Random(seed).sample(order, min(n, len(order))))
-    tolerance = TOLERANCE.get(spec["engine"]["dtype"], HALF_TOLERANCE)
+    tolerance = TOLERANCE.get(spec["engine"].get("dtype"), HALF_TOLERANCE)
     for index, outputs, _ in run.answers(chosen):
         record = stored[run.samples[index].id]
         difference = _output_difference(record.outputs, outputs)

@@ -13,6 +13,7 @@ import click
 from almost_eval import __version__
 from almost_eval.command_line import Commands, open_console, run_command_line
 from almost_eval.errors import InputError, RunError, did_you_mean
+from almost_eval.trackers import LOG_TO, logging_to
 
 Command = Callable[..., Any]
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -69,7 +70,8 @@ class SettingsCommand(click.Command):
             )
         ctx.params["progress"] = progress_for()
         import_transformers()
-        return super().invoke(ctx)
+        with logging_to(ctx.params.pop("log_to", ())):
+            return super().invoke(ctx)
 
 
 _ENGINE_HELP = {
@@ -213,6 +215,7 @@ def comparisons(as_json: bool, **given: Any) -> int:
 @click.option("--eval-comparisons", type=click.Path(path_type=Path), help="Held-out pairs, in place of a share.")
 @click.option("--model", required=True, help="What to start from: a language model, encoder or classifier.")
 @OUTPUT
+@LOG_TO
 @JSON
 def reward(as_json: bool, **given: Any) -> int:
     """Train a reward model on preference pairs (Bradley-Terry).
@@ -254,6 +257,7 @@ def self_play(prompt_set: str, data_root: str | None, as_json: bool, **given: An
 @_path("--demonstrations", "Rows with messages.")
 @click.option("--model", required=True, help="The language model to fine-tune.")
 @OUTPUT
+@LOG_TO
 @JSON
 def sft(as_json: bool, **given: Any) -> int:
     """Fine-tune on demonstrations, loss on the answers alone.
@@ -272,6 +276,7 @@ def sft(as_json: bool, **given: Any) -> int:
 @click.option("--policy", required=True, help="The SFT checkpoint.")
 @click.option("--reward-model", required=True, help="The reward model's checkpoint.")
 @OUTPUT
+@LOG_TO
 @JSON
 def rlsf(as_json: bool, **given: Any) -> int:
     """Reinforcement learning from synthetic feedback: PPO, RLOO or GRPO.
@@ -301,6 +306,7 @@ def rlsf(as_json: bool, **given: Any) -> int:
 @click.option("--until", help="Stop after this stage.")
 @click.option("--data-root", help="Folder laid out like the hub, looked in first. [env: ALMOST_DATA_ROOT]")
 @click.option("--dry-run", is_flag=True, help="Check the recipe and list its stages; run nothing.")
+@LOG_TO
 @click.option("--json", "as_json", is_flag=True, help="Print the results of all stages instead of the tables.")
 def run(
     recipe: str,
@@ -309,6 +315,7 @@ def run(
     until: str | None,
     data_root: str | None,
     dry_run: bool,
+    log_to: tuple[str, ...],
     as_json: bool,
 ) -> int:
     """Run a recipe, whole: nano, smollm, llama-7b or a YAML file. Goes on where it was killed.
@@ -330,7 +337,8 @@ def run(
         for name, state in pipeline.states().items():
             console.print(f"{name:14} {state}")
         return 0
-    reports = pipeline.run(until)
+    with logging_to(log_to):
+        reports = pipeline.run(until)
     if as_json:
         click.echo(json.dumps({report.name: report.result for report in reports}, indent=1, ensure_ascii=False))
         return 0
@@ -420,6 +428,10 @@ def _yaml(file: Path) -> Any:
 
 
 def _show(result: Mapping[str, Any], as_json: bool) -> int:
+    from almost_train.processes import is_main
+
+    if not is_main():  # under `accelerate launch` the result is said once
+        return 0
     if as_json:
         click.echo(json.dumps(result, indent=1, ensure_ascii=False))
         return 0

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from almost_eval.errors import RunError
+from almost_eval.trackers import Trackers
 from almost_train.records import Row, RowLog, read_rows, write_rows
 
 SAMPLES = 4
@@ -111,7 +113,7 @@ def last_good_step(rows: Sequence[Row], why: str, window: int) -> int:
 
 
 class StepLog:
-    """`log.jsonl` and `samples.jsonl` of an output folder. A context manager.
+    """`log.jsonl` and `samples.jsonl` of an output folder, and the trackers asked for. A context manager.
 
     Args:
         folder: of the stage.
@@ -138,13 +140,15 @@ class StepLog:
             with RowLog(samples) as stored:
                 kept = [row for row in stored.rows if row["step"] < self._step]
             write_rows(samples, kept)
-            self._log, self._samples = RowLog(file).__enter__(), RowLog(samples).__enter__()
+        with ExitStack() as stack:
+            self._trackers = stack.enter_context(Trackers(self._folder, self.rows, active=self._active))
+            if self._active:
+                self._log, self._samples = (stack.enter_context(RowLog(name)) for name in (file, samples))
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if self._active:
-            self._log.__exit__(None, None, None)
-            self._samples.__exit__(None, None, None)
+        self._stack.close()
 
     def step(self, row: Row) -> None:
         """Add the row of a step, with its length-adjusted reward; a number that does not exist is null."""
@@ -153,6 +157,7 @@ class StepLog:
         self.rows.append(row)
         if self._active:
             self._log.append(row)
+            self._trackers.log(row)
 
     def samples(self, rows: Sequence[Row]) -> None:
         """Add some completions."""

@@ -4,7 +4,8 @@ The loop is TRL's (transformers' Trainer). Departures from how it is usually dri
 
 - The order of the data comes from `batches.py` and not from samplers.
 - Checkpoints for resuming count only once whole, live in `.work`, and go when the stage is done.
-- Nothing is sent anywhere (TRL's telemetry, trackers) and nothing is printed.
+- Nothing is printed, and nothing sent anywhere but to trackers that were asked for. Those get the rows of `log.jsonl`
+  from us and not through `report_to`, which after a resume would log some steps twice.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from almost_eval.chat import ChatTemplate, load_template
 from almost_eval.engines.hf import pick_device
 from almost_eval.errors import DataError, InputError, RunError
 from almost_eval.progress import Progress
+from almost_eval.trackers import Trackers
 from almost_eval.types import Conversation, Message
 from almost_train.config import option
 from almost_train.processes import WORK, SharedStage, from_main, is_main, wait_for_all, world_size
-from almost_train.records import RowLog, write_rows
+from almost_train.records import Row, RowLog, write_rows
 
 MODEL = "model"
 """The folder, inside the stage's, that holds the trained checkpoint."""
@@ -217,19 +219,27 @@ def _last_checkpoint(work: Path) -> str | None:
 
 
 @contextmanager
-def _step_log(file: Path, done: int) -> Iterator[RowLog | None]:
-    """The log of steps, cut back to the step that training goes on from; None in all but the main process."""
+def _step_log(file: Path, done: int) -> Iterator[Callable[[Row], None]]:
+    """Adds a row to the log, cut back to the step that training goes on from, then to the trackers asked for.
+
+    In all but the main process it does nothing.
+    """
     if not is_main():
-        yield None
+        yield lambda row: None
         return
     with RowLog(file) as log:
         kept = [row for row in log.rows if row["step"] <= done]
     write_rows(file, kept)
-    with RowLog(file) as log:
-        yield log
+    with RowLog(file) as log, Trackers(file.parent, kept) as trackers:
+
+        def add(row: Row) -> None:
+            log.append(row)
+            trackers.log(row)
+
+        yield add
 
 
-def _callback(log: RowLog | None, advance: Callable[[int], None]) -> Any:
+def _callback(log: Callable[[Row], None], advance: Callable[[int], None]) -> Any:
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):
@@ -249,8 +259,7 @@ def _callback(log: RowLog | None, advance: Callable[[int], None]) -> Any:
             self.time, self.tokens = now, tokens
             row = {"step": state.global_step, "loss": logs["loss"], "lr": logs["learning_rate"]}
             row |= {key: logs[key] for key in ("grad_norm", "accuracy", "margin") if key in logs}
-            if log is not None:
-                log.append({**row, "tokens_per_second": round(speed, 1)})
+            log({**row, "tokens_per_second": round(speed, 1)})
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             advance(1)

@@ -5,6 +5,9 @@ size that serves it best, found first on a small part. The same run checks that 
 
     python benchmarks/prefix_scoring.py --data-root ../shared/data/hub            (everything; lm-eval needs ~30 min)
     python benchmarks/prefix_scoring.py --data-root ../shared/data/hub --limit 20 --rounds 3
+    python benchmarks/prefix_scoring.py --data-root ../shared/data/hub --tasks mmlu --engine vllm --limit 20 --rounds 2
+
+With `--engine vllm` both sides run on vLLM: our engine, and lm-eval's `vllm` model.
 """
 
 from __future__ import annotations
@@ -67,8 +70,25 @@ def _text(data_root: Path) -> Iterator[str]:
 
 def ours(task: str, model: Path, data_root: Path, limit: int | None, _: int) -> dict[str, Any]:
     """Our engine on one task: what `almost-eval` runs, without the run folder."""
-    from almost_eval.assets import DataSource
     from almost_eval.engines.hf import HFEngine
+
+    engine = HFEngine(str(model))
+    return _ours(task, engine, lambda: engine.model, data_root, limit) | {
+        "parameters": sum(p.numel() for p in engine.model.parameters()),
+        "embedding": engine.model.get_input_embeddings().weight.numel(),
+    }
+
+
+def ours_vllm(task: str, model: Path, data_root: Path, limit: int | None, _: int) -> dict[str, Any]:
+    """Our engine on vLLM."""
+    from almost_eval.engines.vllm import VLLMEngine
+
+    engine = VLLMEngine(str(model))
+    return _ours(task, engine, lambda: engine.llm, data_root, limit)
+
+
+def _ours(task: str, engine: Any, load: Callable[[], Any], data_root: Path, limit: int | None) -> dict[str, Any]:
+    from almost_eval.assets import DataSource
     from almost_eval.runner import Run
     from almost_eval.tasks.base import Task, resolve_prompting
     from almost_eval.tasks.hhh import HHH
@@ -76,9 +96,8 @@ def ours(task: str, model: Path, data_root: Path, limit: int | None, _: int) -> 
     from almost_eval.tasks.truthfulqa import TruthfulQA
 
     data = DataSource("hub", data_root)
-    engine = HFEngine(str(model))
     started = time.perf_counter()
-    engine.model  # noqa: B018  # loads
+    load()
     loaded = time.perf_counter()
     prompting = resolve_prompting(data, None, "auto", engine.tokenizer, own_prompts=task != "hhh")
     made: Task
@@ -103,25 +122,63 @@ def ours(task: str, model: Path, data_root: Path, limit: int | None, _: int) -> 
         "load": loaded - started,
         "score": done - loaded,
         "report": engine.report.to_dict(),
-        "parameters": sum(p.numel() for p in engine.model.parameters()),
-        "embedding": engine.model.get_input_embeddings().weight.numel(),
         "scored": scored,
     }
 
 
 def lm_eval(task: str, model: Path, data_root: Path, limit: int | None, batch: int) -> dict[str, Any]:
     """lm-eval's `hf` model on the same task: request building and scoring, without its bootstrap."""
+
+    def load() -> Any:
+        from lm_eval.models.huggingface import HFLM
+
+        return HFLM(pretrained=str(model), dtype="float32", device="cpu", batch_size=batch)
+
+    return _lm_eval(load, task, data_root, limit)
+
+
+def lm_eval_vllm(task: str, model: Path, data_root: Path, limit: int | None, _: int) -> dict[str, Any]:
+    """lm-eval's `vllm` model, with what our engine sets for a CPU too; it chooses its own batches."""
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+    def load() -> Any:
+        from importlib import metadata
+
+        import vllm
+
+        own = metadata.version
+
+        def version(distribution_name: str) -> str:
+            # The CPU build is a distribution of another name than the one lm-eval asks for.
+            return vllm.__version__ if distribution_name == "vllm" else own(distribution_name)
+
+        metadata.version = version
+        from lm_eval.models.vllm_causallms import VLLM
+
+        return VLLM(
+            pretrained=str(model),
+            dtype="float32",
+            max_model_len=CONTEXT,
+            enforce_eager=True,
+            block_size=32,
+            enable_prefix_caching=True,
+            kv_cache_memory_bytes=1 << 30,
+        )
+
+    return _lm_eval(load, task, data_root, limit)
+
+
+def _lm_eval(load: Callable[[], Any], task: str, data_root: Path, limit: int | None) -> dict[str, Any]:
     import logging
 
     from lm_eval import evaluator
-    from lm_eval.models.huggingface import HFLM
 
     from almost_eval.assets import DataSource
     from almost_eval.tasks.harness import load_lm_eval_tasks
 
     logging.disable(logging.WARNING)
     started = time.perf_counter()
-    peer = HFLM(pretrained=str(model), dtype="float32", device="cpu", batch_size=batch)
+    peer = load()
     loaded = time.perf_counter()
     names = ["truthfulqa_mc1", "truthfulqa_mc2"] if task == "truthfulqa" else [f"mmlu_{s}" for s in SUBJECTS]
     tasks = load_lm_eval_tasks(names, DataSource("hub", data_root))
@@ -204,6 +261,8 @@ _HHH_BATCH = {"plain_hhh": 1, "lean_hhh": 1, "official_hhh": 2}
 SIDES: dict[str, Callable[..., dict[str, Any]]] = {
     "ours": ours,
     "lm_eval": lm_eval,
+    "ours_vllm": ours_vllm,
+    "lm_eval_vllm": lm_eval_vllm,
     "plain_hhh": plain_hhh,
     "lean_hhh": lean_hhh,
     "official_hhh": official_hhh,
@@ -278,6 +337,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--batch", type=int, default=0, help="lm-eval's batch size; found by trial by default")
+    parser.add_argument("--engine", default="hf", choices=("hf", "vllm"), help="vllm: truthfulqa and mmlu only")
     parser.add_argument("--peers", default=",".join(_HHH_BATCH), help="the HHH loops to compare with; all by default")
     for hidden in ("--side", "--task"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
@@ -303,12 +363,15 @@ def compare(given: argparse.Namespace) -> None:
     print(f"{platform.processor() or platform.machine()}, {given.threads} threads, float32 {rate / 1e9:.0f} GFLOP/s")
     for task in given.tasks.split(","):
         batches = {name: _HHH_BATCH[name] for name in given.peers.split(",")} if task == "hhh" else {}
-        if not batches:
+        side = "ours"
+        if given.engine == "vllm":
+            side, batches = "ours_vllm", {"lm_eval_vllm": 0}
+        elif not batches:
             batches = {"lm_eval": given.batch or best_batch(task, given, model)}
         mine: list[Any] = []
         peers: dict[str, list[Any]] = {name: [] for name in batches}
         for _ in range(given.rounds):
-            mine.append(measure("ours", task, given, model, limit=given.limit, batch=0))
+            mine.append(measure(side, task, given, model, limit=given.limit, batch=0))
             for name, batch in batches.items():
                 peers[name].append(measure(name, task, given, model, limit=given.limit, batch=batch))
         print(f"\n{task}: {len(mine[0]['scored'])} samples, {given.rounds} rounds of ours and each peer in turn")
@@ -324,14 +387,19 @@ def compare(given: argparse.Namespace) -> None:
                 )
         first = mine[0]
         report = first["report"]
-        flops = 2 * (first["parameters"] - first["embedding"]) * report["tokens_computed"]
-        fastest = min(m["score"] for m in mine)
         print(
             f"  tokens: plain {report['tokens_plain']:,}, in trie {report['tokens_in_trie']:,}, computed "
             f"{report['tokens_computed']:,} ({report['computed_over_trie']:.2f} x the trie, "
             f"{report['plain_over_computed']:.1f} x fewer than one by one)"
         )
-        print(f"  arithmetic limit {flops / rate:.1f} s, measured {fastest:.1f} s: {flops / rate / fastest:.0%} of it")
+        if given.engine == "hf":
+            flops = 2 * (first["parameters"] - first["embedding"]) * report["tokens_computed"]
+            fastest = min(m["score"] for m in mine)
+            print(
+                f"  arithmetic limit {flops / rate:.1f} s, measured {fastest:.1f} s: {flops / rate / fastest:.0%} of it"
+            )
+    if given.engine == "vllm":
+        return
     small = checkpoint(given.data_root, small=True)
     command = [
         str(Path(sys.executable).with_name("almost-eval")),

@@ -34,10 +34,14 @@ HEAVY = {
     "vllm": set(),
     "lm_eval": set(),
     "datasets": set(),
-    "gradio": set(),
+    "gradio": {f"serving/chat/{name}.py" for name in ("app", "tab_arena", "tab_chat", "tab_compare", "tab_report")},
     "matplotlib": set(),
     "trl": set(),
     "scipy": set(),
+    "sklearn": set(),
+    "openai": set(),
+    "tensorboard": set(),
+    "wandb": set(),
 }
 """Package -> the files that import it at module level: those that cannot be used without it, each imported late."""
 

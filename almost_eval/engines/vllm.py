@@ -13,11 +13,11 @@ from typing import Any
 
 from almost_eval.checkpoint import Checkpoint, context_length, find_checkpoint
 from almost_eval.engines.base import EngineReport, RequestScores, SamplingParams
-from almost_eval.engines.hf import DTYPES, _first_line, load_tokenizer, pick_device, pick_dtype
+from almost_eval.engines.hf import DTYPES, load_tokenizer, pick_device, pick_dtype
 from almost_eval.engines.prefix import EncodedRequest, Ids, TokenEncoder
 from almost_eval.engines.seeding import request_seed
-from almost_eval.engines.vllm_process import load, release
-from almost_eval.errors import InputError, RunError, did_you_mean
+from almost_eval.engines.vllm_process import device, load, release, run, version
+from almost_eval.errors import InputError, did_you_mean
 from almost_eval.types import Completion, LoglikelihoodRequest
 
 
@@ -128,7 +128,9 @@ class VLLMEngine:
         """What belongs in a run's spec; see `HFEngine.settings`."""
         return {
             "name": self.name,
+            "version": version(),
             "dtype": self.dtype,
+            "device": device(),
             "batch_size": self.batch_size,
             "batch_tokens": self.batch_tokens,
             "context_length": self.context_length,
@@ -167,25 +169,7 @@ class VLLMEngine:
 
     def results(self, requests: Mapping[str, tuple[Ids, Any]]) -> Iterator[tuple[str, Any]]:
         """Yield (name, vLLM's output) of each request (token ids, vLLM's sampling parameters) as it finishes."""
-        core = self.llm.llm_engine
-        if core.has_unfinished_requests():
-            raise RunError("this vLLM engine is in the middle of another stream; finish or close that one first")
-        running = set()
-        try:
-            inputs = self.llm.renderer.render_cmpl([{"prompt_token_ids": ids.tolist()} for ids, _ in requests.values()])
-            for (name, (_, params)), prompt in zip(requests.items(), inputs, strict=True):
-                core.add_request(name, prompt, params)
-                running.add(name)
-            while core.has_unfinished_requests():
-                for output in core.step():
-                    if output.finished:
-                        running.discard(output.request_id)
-                        yield output.request_id, output
-        except (RuntimeError, ValueError, AssertionError) as error:  # of a kernel, the scheduler, a full memory
-            raise RunError(f"vLLM stopped while it ran {self.checkpoint.path}: {_first_line(error)}") from None
-        finally:
-            if running:  # an error, or nobody wants the rest
-                core.abort_request(sorted(running))
+        return run(self.llm, requests, self.checkpoint.path)
 
     # --- log-likelihoods ---
 

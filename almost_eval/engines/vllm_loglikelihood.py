@@ -30,7 +30,7 @@ MAX_IDS = 128
 
 
 @dataclass(slots=True)
-class _Prompt:
+class Prompt:
     """What is asked of vLLM in one request, and for whom."""
 
     ids: Ids
@@ -53,12 +53,12 @@ def stream_scores(
     """Yield (index, scores) of each wanted request when its last continuation is known."""
     trie = build_trie(requests)
     report.tokens_plain, report.tokens_in_trie = trie.tokens_plain, len(trie)
-    prompts = _plan(requests, wanted)
+    prompts = {str(number): prompt for number, prompt in enumerate(plan_prompts(requests, wanted))}
     missing = {index: len(requests[index].continuations) for index in sorted(wanted)}
     scores: dict[int, dict[int, ContinuationScore]] = {index: {} for index in missing}
     for use_cache in (True, False):
         asked = {name: (prompt.ids, _sampling(prompt, use_cache)) for name, prompt in prompts.items()}
-        again: dict[str, _Prompt] = {}
+        again: dict[str, Prompt] = {}
         for name, output in engine.results(asked) if asked else ():
             prompt, cached = prompts[name], output.num_cached_tokens or 0
             report.tokens_computed += len(prompt.ids) - cached
@@ -77,17 +77,17 @@ def stream_scores(
         prompts = again
 
 
-def _plan(requests: Sequence[EncodedRequest], wanted: Collection[int]) -> dict[str, _Prompt]:
+def plan_prompts(requests: Sequence[EncodedRequest], wanted: Collection[int]) -> list[Prompt]:
     """Every distinct prompt once, in the order of their tokens: neighbours share the longest prefixes."""
-    open_prompts: dict[bytes, _Prompt] = {}
-    prompts: list[_Prompt] = []
+    open_prompts: dict[bytes, Prompt] = {}
+    prompts: list[Prompt] = []
     for index in sorted(wanted):
         for number, continuation in enumerate(requests[index].continuations):
             ids = np.concatenate([continuation.prefix, continuation.scored[:-1]])
             last, key = int(continuation.scored[-1]), ids.tobytes()
             prompt = open_prompts.get(key)
             if prompt is None or (len(prompt.last) == MAX_IDS and last not in prompt.last):
-                prompt = open_prompts[key] = _Prompt(ids)
+                prompt = open_prompts[key] = Prompt(ids)
                 prompts.append(prompt)
             prompt.last.add(last)
             prompt.owners.append((index, number))
@@ -95,10 +95,10 @@ def _plan(requests: Sequence[EncodedRequest], wanted: Collection[int]) -> dict[s
                 start = len(continuation.prefix)
                 prompt.first_row = start if prompt.first_row is None else min(start, prompt.first_row)
     prompts.sort(key=lambda prompt: prompt.ids.astype(">i4").tobytes())
-    return {str(number): prompt for number, prompt in enumerate(prompts)}
+    return prompts
 
 
-def _sampling(prompt: _Prompt, use_cache: bool) -> Any:
+def _sampling(prompt: Prompt, use_cache: bool) -> Any:
     import vllm
 
     return vllm.SamplingParams(

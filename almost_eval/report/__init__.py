@@ -1,1 +1,1 @@
-"""Results for people: tables in a terminal."""
+"""Results for people: in a terminal, as one page, as tables for other documents."""

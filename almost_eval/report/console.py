@@ -15,6 +15,12 @@ MANY_ROWS = 24
 
 def print_results(results: Mapping[str, Any], console: Console, *, folder: str | None = None) -> None:
     """The metrics with their intervals, the baselines, what was not scored, and where the run is."""
+    if "judging" in results:
+        from almost_eval.judge.printing import print_judged
+
+        print_judged(results, console)
+        _print_folder(folder, console)
+        return
     title = f"{results['task']} · {results['protocol']} · {results['model']}"
     table = Table(title=Text(title), title_justify="left", title_style="bold")
     table.add_column("metric")
@@ -53,6 +59,10 @@ def print_results(results: Mapping[str, Any], console: Console, *, folder: str |
         console.print(Text(f"{len(metrics) - len(shown)} more metrics in results.json", style="dim"))
     for line in _notes(results):
         console.print(line)
+    _print_folder(folder, console)
+
+
+def _print_folder(folder: str | None, console: Console) -> None:
     if folder:
         console.print(Text(f"run: {folder}"), soft_wrap=True)
 
@@ -67,7 +77,7 @@ def _notes(results: Mapping[str, Any]) -> list[Text]:
     counted += [
         f"{name} {value:.1%}" if isinstance(value, float) else f"{name} {value}"
         for name, value in results["details"].items()
-        if value
+        if value or isinstance(value, float)  # a count of nothing says nothing, a share of 0 does
     ]
     if counted:
         lines.append(Text("counted: " + ", ".join(counted)))

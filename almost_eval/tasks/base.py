@@ -177,4 +177,5 @@ def resolve_prompting(
     auto = template == "auto"
     as_is = auto and (name == "official" or own_prompts)
     resolved = None if as_is else load_template(template, tokenizer)
-    return Prompting(chosen, resolved, special_tokens(tokenizer), asked=not auto)
+    named = {} if tokenizer is None else special_tokens(tokenizer)  # an engine of one's own may have none
+    return Prompting(chosen, resolved, named, asked=not auto)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from almost_eval.compare import Comparison, Flip, compare_runs, render
+from almost_eval.comparison import Comparison, Flip, compare_runs, render
 from almost_eval.errors import DataError, InputError
 
 

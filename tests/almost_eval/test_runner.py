@@ -394,7 +394,7 @@ def test_the_seed_reaches_what_is_drawn(tmp_path: Path) -> None:
 
     engine.generate = generate  # type: ignore[method-assign]
     Run(Colours(2, requires="generation"), engine, seed=7).execute(tmp_path / "run")
-    assert seeds == [7, 7]
+    assert seeds == [7]  # both prompts in one call
 
 
 def test_stopped_by_an_error_and_resumed(tmp_path: Path) -> None:

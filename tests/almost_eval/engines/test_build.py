@@ -12,7 +12,15 @@ import pytest
 
 from almost_eval.engines import build
 from almost_eval.engines.base import GenerationEngine, LoglikelihoodEngine
-from almost_eval.engines.build import ENGINES, TAKES, EngineOptions, generation_engine, loglikelihood_engine
+from almost_eval.engines.build import (
+    ENGINES,
+    SCORERS,
+    SCORERS_TAKE,
+    TAKES,
+    EngineOptions,
+    generation_engine,
+    loglikelihood_engine,
+)
 from almost_eval.engines.hf import HFEngine
 from almost_eval.engines.vllm import VLLMEngine
 from almost_eval.errors import InputError, MissingDependencyError, ModelError
@@ -20,21 +28,24 @@ from almost_eval.errors import InputError, MissingDependencyError, ModelError
 FIELDS = {field.name for field in dataclasses.fields(EngineOptions)} - {"engine"}
 
 
+@pytest.mark.parametrize(("classes", "takes"), [(ENGINES, TAKES), (SCORERS, SCORERS_TAKE)], ids=["generate", "score"])
 @pytest.mark.parametrize("name", ENGINES)
-def test_the_table_names_classes_and_their_options(name: str) -> None:
-    module, _, cls = ENGINES[name].partition(":")
+def test_the_table_names_classes_and_their_options(
+    name: str, classes: dict[str, str], takes: dict[str, set[str]]
+) -> None:
+    module, _, cls = classes[name].partition(":")
     engine = getattr(importlib.import_module(module), cls)
     assert engine.name == name
-    assert TAKES[name] <= FIELDS
+    assert takes[name] <= FIELDS
     # Whatever an option says by default is what the engine does by itself.
     defaults: dict[str, Any] = engine.__init__.__kwdefaults__
-    assert {option: defaults[option] for option in TAKES[name]} == {
-        field.name: field.default for field in dataclasses.fields(EngineOptions) if field.name in TAKES[name]
+    assert {option: defaults[option] for option in takes[name]} == {
+        field.name: field.default for field in dataclasses.fields(EngineOptions) if field.name in takes[name]
     }
 
 
 def test_every_option_belongs_to_an_engine() -> None:
-    assert set().union(*TAKES.values()) == FIELDS
+    assert set().union(*SCORERS_TAKE.values()) == FIELDS
 
 
 def test_builds_what_was_asked_for(tiny_checkpoint: Callable[[str], Path]) -> None:
@@ -79,9 +90,12 @@ def test_a_checkpoint_is_looked_at_at_once(tmp_path: Path) -> None:
             generation_engine(str(tmp_path), EngineOptions(name))
 
 
-def test_an_endpoint_only_generates() -> None:
-    with pytest.raises(InputError, match="'openai' only generates; to score continuations use one of: hf, vllm"):
-        loglikelihood_engine("m", EngineOptions("openai", base_url="http://localhost:9/v1"))
+def test_only_a_scorer_takes_a_tokenizer() -> None:
+    given = EngineOptions("openai", base_url="http://localhost:9/v1", tokenizer="nano/almost")
+    with pytest.raises(InputError, match="'openai' takes no tokenizer; leave it out"):
+        generation_engine("m", given)
+    with pytest.raises(InputError, match="is not reachable"):
+        loglikelihood_engine("m", given)
 
 
 @pytest.mark.parametrize(("name", "line"), [("vllm", r"almost-toolkit\[vllm\]"), ("openai", "pip install 'openai")])

@@ -159,7 +159,7 @@ def test_finish_reasons(endpoint: Endpoint, said: str, meant: str) -> None:
 
 def test_no_more_requests_at_a_time_than_allowed(endpoint: Endpoint) -> None:
     def slow(request: dict[str, Any]) -> Answer:
-        time.sleep(0.02)
+        time.sleep(0.1)
         return completed(request)
 
     endpoint.answer = slow

@@ -1,0 +1,302 @@
+"""Log-likelihoods over HTTP, from servers whose `/v1/completions` takes token ids and tells log-probabilities.
+
+Context and continuation are encoded jointly here, as for every engine, and sent as ids: what is scored is exactly what
+the other engines score. One tiny request before the start shows what the server can do:
+
+- `ids`: vLLM's server. The last token of a continuation is scored as a *next* token (`logprob_token_ids`), those of all
+  continuations that differ in nothing else in one request, which reads the server's prefix cache. What lies between
+  context and last token comes of `prompt_logprobs`, for which vLLM's server reads the whole prompt anew: exact, slower.
+- `echo`: servers that repeat the prompt with its log-probabilities (`echo` with `logprobs`), as lm-eval asks them.
+- Anything else is refused: a server that takes no ids, or that tells nothing of the prompt, cannot score an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn
+
+from almost_eval.checkpoint import Checkpoint, find_checkpoint
+from almost_eval.engines.base import EngineReport, RequestScores
+from almost_eval.engines.hf import load_tokenizer
+from almost_eval.engines.openai import OpenAIEngine
+from almost_eval.engines.openai_client import ServedModel
+from almost_eval.engines.openai_routes import Whole, plan_wholes, read_echo, read_ids, token_name
+from almost_eval.engines.prefix import EncodedRequest, TokenEncoder, build_trie
+from almost_eval.engines.vllm_loglikelihood import Prompt, plan_prompts
+from almost_eval.errors import InputError
+from almost_eval.nano import BUILT_IN
+from almost_eval.types import ContinuationScore, LoglikelihoodRequest
+
+PROBE = "The cat sat on the mat, and 12 dogs barked at it."
+_BEYOND = {"ids": 1, "echo": 2}
+"""Route -> tokens that a request needs beyond the positions it scores: the one that is sampled, and with `echo` the
+continuation's last, which is then part of the prompt."""
+
+
+class OpenAIScorer(OpenAIEngine):
+    """`OpenAIEngine` that knows its tokens: it scores as well as it generates.
+
+    Args:
+        model: the name it is served under.
+        base_url: see `OpenAIClient`, as for the three that follow.
+        concurrency: see there.
+        timeout: see there.
+        retries: see there.
+        tokenizer: checkpoint directory, built-in name or hub id with the model's tokenizer; None is the model's own
+            where its name, or what the server says it has loaded, is a folder here.
+        max_length: a context length below the server's, or what it is where the server does not tell.
+
+    Raises:
+        InputError: see `OpenAIClient`.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        base_url: str | None = None,
+        concurrency: int = 32,
+        timeout: float = 600.0,
+        retries: int = 6,
+        tokenizer: str | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        super().__init__(model, base_url=base_url, concurrency=concurrency, timeout=timeout, retries=retries)
+        if max_length is not None and max_length < 1:
+            raise InputError(f"max length is {max_length}; it must be 1 or more")
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+        self._report = EngineReport()
+        self.route: str | None = None
+        """`ids` or `echo`, once `check_scores` has found out."""
+
+    # --- the model ---
+
+    @cached_property
+    def checkpoint(self) -> ServedModel:
+        """The served model, in the place of the files it was loaded from."""
+        self.check()
+        return self.served_model(("CausalLM", "LMHeadModel"))
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer.
+
+        Raises:
+            InputError: none was given, and the endpoint names no folder of this machine.
+            ModelError: there is none at that place.
+        """
+        self.check()
+        name = self._tokenizer or self._own_folder()
+        if name is None:
+            raise InputError(
+                f"the endpoint {self.endpoint} does not say where its tokenizer is, and prompts are encoded here: give "
+                "--tokenizer with the model's checkpoint directory or hub id"
+            )
+        path = find_checkpoint(name).path if name in BUILT_IN else Path(name).expanduser()
+        return load_tokenizer(Checkpoint(name, path, {}, ()))
+
+    def _own_folder(self) -> str | None:
+        try:
+            here = self.model in BUILT_IN or Path(self.model).is_dir()
+        except (OSError, ValueError):
+            here = False
+        return self.model if here else self.root
+
+    @cached_property
+    def encoder(self) -> TokenEncoder:
+        """Joint encoding on this tokenizer."""
+        return TokenEncoder(self.tokenizer)
+
+    @property
+    def context_length(self) -> int | None:
+        """Positions that can be scored, or None where the server does not say and nothing was given.
+
+        One or two below the server's own limit, which counts a sampled token too.
+
+        Raises:
+            InputError: `max_length` is beyond the server's limit; or see `check`.
+        """
+        self.check()
+        limit = self.context_limit
+        own = None if limit is None else limit - _BEYOND[self.route or "ids"]
+        if own is not None and self._max_length is not None and self._max_length > own:
+            raise InputError(f"--max-length {self._max_length} is beyond what {self.endpoint} can score, {own} tokens")
+        return self._max_length or own
+
+    @property
+    def report(self) -> EngineReport:
+        """What the last `stream` did; `tokens_computed` are those sent, less those the server says it had cached."""
+        return self._report
+
+    def settings(self) -> dict[str, Any]:
+        """What belongs in a run's spec: what decides the numbers, as far as the server tells."""
+        self.check()
+        return {
+            **super().settings(),
+            "server": self.server,
+            "dtype": None,
+            "device": None,
+            "context_length": self.context_length,
+            "route": self.route,
+        }
+
+    # --- what the server can do ---
+
+    def check_scores(self) -> None:
+        """Find out, once and by a tiny request, whether and how the server scores.
+
+        Raises:
+            InputError: it does not, or it reads other tokens than were sent; or see `check`.
+        """
+        import openai
+
+        if self.route is not None:
+            return
+        self.check()
+        ids = self.encoder.encode_texts([PROBE])[0].tolist()
+        asked = [ids[-1], ids[-2]]
+        plain = {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
+        more = {
+            "logprobs": len(set(asked)),
+            "logprob_token_ids": sorted(set(asked)),
+            "prompt_logprobs": 0,
+            "return_tokens_as_token_ids": True,
+        }
+        try:
+            try:
+                answer = self.post_json("completions", plain | more)
+            except (openai.BadRequestError, openai.UnprocessableEntityError):
+                answer = self.post_json("completions", plain)  # a strict server, to which the other fields are unknown
+            self._judge(answer, ids, asked)
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            self._refuse(f"it answers {error.status_code}: {self.words(error)}")
+        except openai.OpenAIError as error:
+            self.fail(error)
+        except (AttributeError, LookupError, TypeError, ValueError):
+            self._refuse("its answer to a prompt of token ids is no completion with log-probabilities")
+
+    def _judge(self, answer: Any, ids: list[int], asked: Collection[int]) -> None:
+        """Read the answer to the probe."""
+        [choice] = answer["choices"]
+        if (read := answer["usage"]["prompt_tokens"]) != len(ids):
+            self._refuse(f"it read {read} tokens where {len(ids)} were sent, so it takes no token ids as they are")
+        seen = " ".join(str(choice.get("text") or "").split())
+        ours = (PROBE, " ".join(self.tokenizer.decode(ids, skip_special_tokens=True).split()))
+        if not any(text in seen for text in ours):
+            raise InputError(
+                f"the endpoint {self.endpoint} reads the ids of {PROBE!r} as {seen[:60]!r}: the tokenizer is not the "
+                "served model's; give --tokenizer with its checkpoint directory or hub id"
+            )
+        logprobs = choice.get("logprobs") or {}
+        rows = choice.get("prompt_logprobs") or []
+        named = (logprobs.get("top_logprobs") or [{}])[-1] or {}
+        if len(rows) == len(ids) and all(token_name(token) in named for token in asked):
+            for row, token in zip(rows[1:], ids[1:], strict=True):
+                float(row[str(token)]["logprob"]), int(row[str(token)]["rank"])
+            self.route = "ids"
+            return
+        values = (logprobs.get("token_logprobs") or [])[1 : len(ids)]
+        if len(values) < len(ids) - 1 or any(value is None for value in values):
+            self._refuse("it tells no log-probabilities of a prompt's tokens")
+        self.route = "echo"
+
+    def _refuse(self, reason: str) -> NoReturn:
+        raise InputError(
+            f"the endpoint {self.endpoint} cannot score answers: {reason}; serve the model with vLLM (almost-serve "
+            "policy), or use the engine hf or vllm"
+        ) from None
+
+    # --- log-likelihoods ---
+
+    def encode(self, requests: Sequence[LoglikelihoodRequest]) -> list[EncodedRequest]:
+        """Token ids of every request.
+
+        Raises:
+            InputError: a rolling request where the context length is not known.
+        """
+        whole = iter(self.encoder.encode([request for request in requests if not request.rolling]))
+        return [self._encode_rolling(request) if request.rolling else next(whole) for request in requests]
+
+    def _encode_rolling(self, request: LoglikelihoodRequest) -> EncodedRequest:
+        self.check_scores()  # on which the length of a window depends
+        if self.context_length is None:
+            raise InputError(
+                f"the endpoint {self.endpoint} does not tell its context length, and a text is scored in windows of "
+                "it: give --max-length"
+            )
+        return self.encoder.encode_rolling(request, self.context_length)
+
+    def loglikelihood(self, requests: Sequence[LoglikelihoodRequest]) -> list[RequestScores]:
+        """Scores of all requests, in order; raises as `stream` does."""
+        scores = dict(self.stream(self.encode(requests)))
+        return [scores[i] for i in range(len(requests))]
+
+    def stream(
+        self, requests: Sequence[EncodedRequest], wanted: Collection[int] | None = None
+    ) -> Iterator[tuple[int, RequestScores]]:
+        """Yield (index, scores) of each wanted request as soon as it is known.
+
+        Which requests share a batch is the server's to decide: a resumed run is equal up to rounding.
+
+        Raises:
+            InputError: a request longer than the context; or see `check_scores`.
+            RunError: the endpoint still fails after the retries, or its answers cannot be read.
+        """
+        self._report = EngineReport("openai")
+        if not requests:
+            return
+        self.check_scores()
+        self._report.path = f"openai, {self.route}"
+        longest, limit = max(request.n_positions for request in requests), self.context_length
+        if limit is not None and longest > limit:
+            raise InputError(f"a request of {longest} tokens does not fit the context of {limit}")
+        trie = build_trie(requests)
+        self._report.tokens_plain, self._report.tokens_in_trie = trie.tokens_plain, len(trie)
+        wanted = sorted(range(len(requests)) if wanted is None else wanted)
+        missing = {index: len(requests[index].continuations) for index in wanted}
+        scores: dict[int, dict[int, ContinuationScore]] = {index: {} for index in wanted}
+        for (index, number), score in self._scores(requests, wanted):
+            scores[index][number] = score
+            missing[index] -= 1
+            if missing[index] == 0:
+                whole = scores.pop(index)
+                yield index, [whole[i] for i in range(len(whole))]
+
+    def _scores(
+        self, requests: Sequence[EncodedRequest], wanted: Sequence[int]
+    ) -> Iterator[tuple[tuple[int, int], ContinuationScore]]:
+        """((request, number of its continuation), score) as they arrive."""
+        jobs: list[Prompt | Whole] = []
+        jobs += plan_prompts(requests, wanted) if self.route == "ids" else plan_wholes(requests, wanted)
+        for job, answer in self.ask_all(iter(jobs), self._ask):
+            try:
+                [choice], usage = answer["choices"], answer["usage"]
+                cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+                self._report.tokens_computed += int(usage["prompt_tokens"]) - int(cached)
+                for index, number in job.owners:
+                    continuation = requests[index].continuations[number]
+                    read = read_ids if self.route == "ids" else read_echo
+                    yield (index, number), read(choice, len(continuation.prefix), continuation.scored)
+            except (AttributeError, LookupError, TypeError, ValueError):
+                raise self.unreadable("the log-probabilities it gave before") from None
+
+    def _ask(self, job: Prompt | Whole) -> Any:
+        import openai
+
+        body: dict[str, Any] = {"model": self.model, "prompt": job.ids.tolist(), "max_tokens": 1, "temperature": 0}
+        if isinstance(job, Prompt):
+            last = sorted(job.last)
+            body |= {"logprobs": len(last), "logprob_token_ids": last, "return_tokens_as_token_ids": True}
+            if job.first_row is not None:
+                body["prompt_logprobs"] = 0
+        else:
+            body |= {"echo": True, "logprobs": 1}
+        try:
+            return self.post_json("completions", body)
+        except openai.OpenAIError as error:
+            self.fail(error)
+        except ValueError:
+            raise self.unreadable("a completion") from None

@@ -1,0 +1,1 @@
+"""Pairwise judging: prompts, the client, verdicts, and what is made of them."""

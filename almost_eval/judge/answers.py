@@ -1,0 +1,334 @@
+"""The compared systems and their answers: read from a file, or sampled from a model and kept line by line.
+
+Answers are sampled as FastChat samples them (temperature 0.7, 1,024 new tokens), but each from a generator of its own,
+keyed by seed and prompt: neither batching nor a kill changes a draw. The lines are FastChat's answer JSONL, so a
+file of one run is a baseline of the next, here or there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from almost_eval import provenance
+from almost_eval.chat import ChatTemplate, load_template, special_tokens
+from almost_eval.engines.base import SamplingParams
+from almost_eval.engines.build import EngineOptions, generation_engine
+from almost_eval.errors import InputError, RunError, StoreError
+from almost_eval.judge.questions import answer_line, over_long, read_answers
+from almost_eval.judge.records import Answer, Question
+from almost_eval.progress import Progress
+from almost_eval.types import Message
+
+MAX_ANSWER_CHARS = 100_000
+"""Characters of the longest answer that is judged as it is: some 25,000 tokens, of which a judge reads two."""
+
+Answers = dict[str, Answer]
+"""Question id -> answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How answers are drawn. The defaults are the official ones."""
+
+    temperature: float = 0.7
+    top_p: float = 1.0
+    max_new_tokens: int = 1024
+    seed: int = 0
+    template: str = "auto"
+    """See `load_template`; its stop strings end an answer."""
+    stop: tuple[str, ...] = ()
+    """Strings that end an answer, besides the template's own and EOS."""
+
+
+class System(Protocol):
+    """One of the systems that are compared."""
+
+    name: str
+    """As it stands in reviews, tables and file names; unique in a run."""
+
+    def spec(self) -> dict[str, Any]:
+        """What decides its answers, as JSON."""
+        ...
+
+    def known(self) -> Answers | None:
+        """Its answers where they are there already; None where a model has yet to write them."""
+        ...
+
+    def write(self, file: Path, progress: Progress) -> Answers:
+        """Its answers to all questions; those that `file` lacks are made and appended, each before the next."""
+        ...
+
+
+class ArchivedSystem:
+    """Answers out of a FastChat answer file.
+
+    Args:
+        path: JSONL.
+        questions: what must be answered, each once.
+        subset: the questions are the first few of a file, so answers to others are passed over.
+        limit: characters of the longest answer that is taken; None where answers will be cut on purpose.
+
+    Raises:
+        DataError: the file does not answer exactly these questions; see `read_answers`.
+        InputError: an answer beyond `limit`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        questions: Sequence[Question],
+        *,
+        limit: int | None = MAX_ANSWER_CHARS,
+        subset: bool = False,
+    ) -> None:
+        self.name, self._answers = read_answers(path, questions, subset=subset)
+        self._questions = questions
+        if limit is not None and (long := over_long(self._answers, limit)):
+            longest = max(len(self._answers[question].text) for question in long)
+            raise InputError(
+                f"{path}: {len(long)} answers are longer than {limit:,} characters (question {long[0]}; the longest "
+                f"has {longest:,}); cut them with --max-answer-chars N, or leave them out"
+            )
+
+    def spec(self) -> dict[str, Any]:
+        """Name and digest: where the file lies decides nothing."""
+        return {"name": self.name, "source": "file", "digest": digest_answers(self._answers)}
+
+    def known(self) -> Answers:
+        """All of them."""
+        return self._answers
+
+    def write(self, file: Path, progress: Progress) -> Answers:
+        """A copy in the run folder, so that it holds all that its numbers were made of."""
+        lines = [answer_line(self._answers[question.id], question) for question in self._questions]
+        write_whole(file, lines)
+        return self._answers
+
+
+class ModelSystem:
+    """Answers that a model writes. Loads no weights until `write`.
+
+    Args:
+        model: a checkpoint directory, hub id or built-in name; for the engine `openai` the name it serves.
+        questions: asked as one user turn each.
+        sampling: how to draw.
+        options: which engine, and how.
+
+    Raises:
+        InputError: a prompt leaves no room for `max_new_tokens`; whatever the engine refuses.
+        TemplateError: see `load_template`.
+    """
+
+    def __init__(
+        self, model: str, questions: Sequence[Question], sampling: Sampling, options: EngineOptions | None = None
+    ) -> None:
+        self.name = Path(model).name if Path(model).is_dir() else model
+        self._questions = questions
+        self._sampling = sampling
+        engine: Any = generation_engine(model, options)
+        self.engine = engine
+        tokenizer = getattr(engine, "tokenizer", None)
+        self.template: ChatTemplate | None = load_template(sampling.template, tokenizer)
+        tokens = special_tokens(tokenizer) if tokenizer is not None else {}
+        self.prompts = [self._render(question, tokens) for question in questions]
+        self._refuse_long()
+        checkpoint = getattr(engine, "checkpoint", None)
+        self._spec = {
+            "name": self.name,
+            "source": "model",
+            "architecture": checkpoint.architecture if checkpoint else None,
+            "weight_digest": checkpoint.weight_digest() if checkpoint else None,
+            "engine": engine.settings(),
+            "template": {
+                "name": self.template.name,
+                "digest": self.template.digest,
+                "text": self.template.source,
+            }
+            if self.template
+            else None,
+            "sampling": {
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "max_new_tokens": sampling.max_new_tokens,
+                "seed": sampling.seed,
+                "stop": list(self._stop),
+            },
+        }
+
+    @property
+    def _stop(self) -> tuple[str, ...]:
+        return (*(self.template.stop if self.template else ()), *self._sampling.stop)
+
+    def spec(self) -> dict[str, Any]:
+        """Weights, engine, template and sampling."""
+        return self._spec
+
+    def known(self) -> None:
+        """None: they are yet to be written."""
+        return
+
+    def write(self, file: Path, progress: Progress) -> Answers:
+        """Sample what `file` lacks; a line is on disk before the next answer is waited for.
+
+        Raises:
+            StoreError: `file` holds lines that this run did not write.
+            RunError: out of memory, or the disk is full.
+        """
+        by_id = {question.id: question for question in self._questions}
+        answers = _kept(file, by_id)
+        todo = [i for i, question in enumerate(self._questions) if question.id not in answers]
+        if todo:
+            params = SamplingParams(
+                max_new_tokens=self._sampling.max_new_tokens,
+                temperature=self._sampling.temperature,
+                top_p=self._sampling.top_p,
+                stop=self._stop,
+                seed=self._sampling.seed,
+            )
+            with (
+                file.open("a", encoding="utf-8") as stream,
+                progress.track(f"answers of {self.name}", len(by_id), len(answers)) as advance,
+            ):
+                for place, [completion] in self.engine.stream_completions([self.prompts[i] for i in todo], params):
+                    question = self._questions[todo[place]]
+                    made = {"finish_reason": completion.finish_reason, "sampling": self._spec["sampling"]}
+                    answer = Answer(question.id, completion.text.strip(), self.name, made)
+                    _append(stream, answer_line(answer, question), file)
+                    answers[question.id] = answer
+                    advance(1)
+        self.engine = None  # two models need not fit in memory at a time
+        return {question.id: answers[question.id] for question in self._questions}
+
+    def _render(self, question: Question, tokens: Mapping[str, str]) -> str:
+        if self.template is None:
+            return question.text
+        return self.template.render(
+            (Message("user", question.text),), add_generation_prompt=True, special_tokens=tokens
+        )
+
+    def _refuse_long(self) -> None:
+        encoder, context = getattr(self.engine, "encoder", None), getattr(self.engine, "context_length", None)
+        if encoder is None or context is None:
+            return  # an endpoint tells neither; it refuses by itself
+        lengths = [len(ids) for ids in encoder.encode_texts(self.prompts)]
+        new = self._sampling.max_new_tokens
+        if (longest := max(lengths)) + new > context:
+            where = self._questions[lengths.index(longest)].id
+            raise InputError(
+                f"question {where} takes {longest} tokens, and {new} new ones do not fit the {context} of {self.name}; "
+                f"give --max-new-tokens {max(1, context - longest)} or fewer"
+            )
+
+
+def open_system(
+    given: str,
+    questions: Sequence[Question],
+    sampling: Sampling,
+    options: EngineOptions | None = None,
+    *,
+    limit: int | None = MAX_ANSWER_CHARS,
+    subset: bool = False,
+) -> System:
+    """What `--model`, `--baseline` and `--models` name: an answer file where there is one of that name, else a model.
+
+    Raises:
+        InputError: see `ArchivedSystem` and `ModelSystem`.
+    """
+    if is_answer_file(given):
+        return ArchivedSystem(Path(given), questions, limit=limit, subset=subset)
+    return ModelSystem(given, questions, sampling, options)
+
+
+def is_answer_file(given: str) -> bool:
+    """Whether a system is given by a file: a missing one must not be looked for on the hub, where no model ends so."""
+    return given.endswith((".jsonl", ".json")) or Path(given).is_file()
+
+
+def distinct(systems: Sequence[System]) -> Sequence[System]:
+    """The systems, once no two of them bear one name.
+
+    Raises:
+        InputError: two do, so that no table could tell them apart.
+    """
+    names = [system.name for system in systems]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(
+            f"two of the systems are called {twice!r}; rename a checkpoint's folder, or the model_id of an answer file"
+        )
+    return systems
+
+
+def answer_files(folder: Path, names: Sequence[str]) -> list[Path]:
+    """`answers/<system>.jsonl` of each system, the characters that file names lack replaced."""
+    readable = ["".join(c if c.isalnum() or c in "+-_." else "_" for c in name)[:80] for name in names]
+    return [
+        folder / "answers" / f"{name}{f'-{i}' if readable.count(name) > 1 else ''}.jsonl"
+        for i, name in enumerate(readable)
+    ]
+
+
+def digest_answers(answers: Mapping[str, Answer]) -> str:
+    """sha256 over (question id, text) in the order of the ids: what was judged, whoever wrote the lines and when."""
+    texts = sorted((question, answer.text) for question, answer in answers.items())
+    return provenance.digest({"answers": texts})
+
+
+def _kept(file: Path, questions: Mapping[str, Question]) -> Answers:
+    """What an earlier process wrote; half a last line is cut off."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not file.exists():
+        return {}
+    content = file.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        os.truncate(file, len(whole))
+    answers: Answers = {}
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            row = json.loads(line)
+            answer = Answer(str(row["question_id"]), str(row["text"]), str(row["model_id"]), row.get("metadata") or {})
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{file}, line {number} is not an answer ({error!r}); remove the line") from None
+        if answer.question_id not in questions or answer.question_id in answers:
+            raise StoreError(f"{file}, line {number}: question {answer.question_id} is not asked, or answered twice")
+        answers[answer.question_id] = answer
+    return answers
+
+
+def _append(stream: Any, line: Mapping[str, Any], file: Path) -> None:
+    try:
+        stream.write(json.dumps(line) + "\n")
+        stream.flush()
+    except OSError as error:
+        raise RunError(
+            f"cannot write to {file} ({error.strerror}); what was answered is kept: the same command goes on"
+        ) from None
+
+
+def question_line(question: Question) -> dict[str, Any]:
+    """A line of a question file, as FastChat's: `read_questions` gives the question back."""
+    line = {"question_id": question.id, "text": question.text, "category": question.category}
+    return line | ({"reference": question.reference} if question.reference is not None else {})
+
+
+def write_whole(file: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Write JSON Lines, whole or not at all.
+
+    Raises:
+        RunError: the disk is full, or gone.
+    """
+    scratch = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        scratch.replace(file)
+    except OSError as error:
+        with suppress(OSError):
+            scratch.unlink()
+        raise RunError(f"cannot write to {file} ({error.strerror}); the same command goes on") from None

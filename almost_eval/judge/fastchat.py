@@ -1,0 +1,45 @@
+"""Files of FastChat, pinned: the Vicuna questions and review prompts, and the MT-Bench prompts.
+
+They are other people's words, so they are read at run time: from the data root, then the cache, then the pinned tag,
+and taken only where their sha256 is the one written here.
+"""
+
+from __future__ import annotations
+
+from almost_eval.assets import DataSource, pinned_text
+
+REPOSITORY = "lm-sys/FastChat"
+PINNED = {
+    "fastchat/eval/table/question.jsonl": (
+        "v0.2.1",
+        "590c39157bc561eadd7f03cad4be18c2b597f93029780af65f86718f39eafa87",
+    ),
+    "fastchat/eval/table/prompt.jsonl": (
+        "v0.2.1",
+        "475f1ff9e2872fe0ffd43db38fd5c3277f46fe6b2d62fcd2f968a0c9e59391a3",
+    ),
+    "fastchat/eval/table/reviewer.jsonl": (
+        "v0.2.1",
+        "f9bbe8afca441761cbbe5ed3298101e63e8e2d42a2f1dea0ce2c5c991b8d5893",
+    ),
+    "fastchat/llm_judge/data/judge_prompts.jsonl": (
+        "v0.2.36",
+        "fd283293406d024f44c174b094ef48031d0687a4682fd3a56b29b138f80281b6",
+    ),
+}
+"""Path in the repository -> (tag, sha256 of the bytes)."""
+
+
+def fastchat_text(path: str, data: DataSource, *, instead: str) -> str:
+    """A pinned file.
+
+    Args:
+        path: one of `PINNED`.
+        data: where the data root is.
+        instead: what else the user can do, the end of an error's line.
+
+    Raises:
+        DataError: it cannot be had, or what was found is another file.
+    """
+    tag, sha256 = PINNED[path]
+    return pinned_text(REPOSITORY, tag, path, sha256, data, instead=instead)

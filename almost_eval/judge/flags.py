@@ -1,0 +1,101 @@
+"""The options of `vicuna` and of the judge's commands. Imported with the command line, so nothing heavy here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+MAX_NEW_TOKENS = 1024
+"""The official budget of an answer."""
+NANO_MAX_NEW_TOKENS = 128
+"""The nano world's answers have some twenty words."""
+FAMILIES = ["vicuna", "mt-bench"]
+
+PATH = click.Path(path_type=Path)
+JUDGE_OPTIONS = [
+    click.option("--judge", help="A model of the API (gpt-4), nano (the nano world's oracle) or reward:CKPT."),
+    click.option("--judge-base-url", help="Any OpenAI-compatible endpoint, up to and with /v1."),
+    click.option("--judge-prompt", type=PATH, help="A prompt file, instead of a prompt set."),
+    click.option(
+        "--prompt-family", type=click.Choice(FAMILIES), default="vicuna", show_default=True, help="Scores, or letters."
+    ),
+    click.option("--prompt-set", help="official (the default on real data) or builtin (our own wording)."),
+    click.option(
+        "--concurrency", default=32, show_default=True, type=click.IntRange(min=1), help="Requests at a time."
+    ),
+    click.option("--timeout", default=120.0, show_default=True, help="Seconds that one review may take."),
+    click.option("--max-cost", type=float, help="USD that all reviews may cost, at most."),
+    click.option("--price-in", type=float, help="USD per million prompt tokens, instead of the table's."),
+    click.option("--price-out", type=float, help="USD per million completion tokens."),
+]
+DATA_OPTIONS = [
+    click.option("--data", help="Data: hub (the real questions) or nano (built in; the default for built-in models)."),
+    click.option("--data-root", help="Folder laid out like the hub, looked in first. [env: ALMOST_DATA_ROOT]"),
+    click.option("--questions", type=PATH, help="A question file (Vicuna's, MT-Bench's or AlpacaEval's shape)."),
+    click.option("--limit", type=click.IntRange(min=1), help="Questions, the first so many."),
+]
+ENGINE_OPTIONS = [
+    click.option("--engine", default="hf", show_default=True, help="hf, vllm or openai, which write the answers."),
+    click.option("--base-url", help="openai: the endpoint that answers, up to and with /v1."),
+    click.option("--dtype", default="auto", show_default=True, help="hf, vllm: auto, float32, bfloat16 or float16."),
+    click.option("--device", default="auto", show_default=True, help="hf: auto, cpu, cuda, cuda:1, mps."),
+    click.option("--attention", default="auto", show_default=True, help="hf: auto, sdpa, eager, flash_attention_2."),
+    click.option("--batch-size", type=click.IntRange(min=1), help="hf, vllm: sequences in a forward pass."),
+    click.option("--batch-tokens", type=click.IntRange(min=1), help="hf, vllm: tokens in a forward pass."),
+    click.option("--max-length", type=click.IntRange(min=2), help="hf, vllm: context length, below the model's own."),
+    click.option("--tensor-parallel-size", type=click.IntRange(min=1), default=1, help="vllm: devices."),
+    click.option("--gpu-memory", type=float, help="vllm: share of the GPU's memory."),
+    click.option("--allow-pickle", is_flag=True, help="Accept pickled weights, which can run code."),
+    click.option("--trust-remote-code", is_flag=True, help="Run Python code that a checkpoint ships."),
+]
+LOADING_OPTIONS = [*ENGINE_OPTIONS[2:5], *ENGINE_OPTIONS[-2:]]
+"""How a reward model is loaded."""
+ANSWER_OPTIONS = [
+    click.option("--model", help="Checkpoint directory, hub id or built-in name; or an answer file."),
+    click.option("--baseline", help="What it is compared with: the same kinds."),
+    click.option("--answers", type=PATH, help="The model's answers, as FastChat writes them, instead of --model."),
+    click.option("--models", metavar="A B C ...", help="Each against each, instead of --model and --baseline."),
+    click.argument("more", nargs=-1, metavar=""),
+    click.option("--temperature", default=0.7, show_default=True, type=click.FloatRange(min=0), help="Of the answers."),
+    click.option(
+        "--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True), help="Nucleus."
+    ),
+    click.option(
+        "--max-new-tokens",
+        type=click.IntRange(min=1),
+        help=f"Tokens of an answer.  [{MAX_NEW_TOKENS}; nano data: {NANO_MAX_NEW_TOKENS}]",
+    ),
+    click.option("--stop", multiple=True, help="A string that ends an answer, besides the template's own."),
+    click.option(
+        "--template",
+        default="auto",
+        show_default=True,
+        help="auto, none, almost, alpaca, vicuna, dolly, oasst, a FILE.",
+    ),
+    click.option("--max-answer-chars", type=click.IntRange(min=1), help="Cut longer answers, and count them."),
+]
+TIES = click.option(
+    "--ties",
+    type=click.Choice(["half", "drop"]),
+    default="half",
+    show_default=True,
+    help="A tie is half a win, or none.",
+)
+ORDERS = click.option(
+    "--orders",
+    type=click.Choice(["both", "forward", "reverse"]),
+    default="both",
+    show_default=True,
+    help="forward: the baseline is Assistant 1.",
+)
+RUN_OPTIONS = [
+    ORDERS,
+    TIES,
+    click.option("--reask", is_flag=True, help="Ask once more for a review that cannot be read."),
+    click.option("--output", type=PATH, help="Run folder; the default is named by the run."),
+    click.option("--seed", default=0, show_default=True, help="Of the answers."),
+    click.option("--allow", multiple=True, metavar="CHECK=SHARE", help="Share of reviews a validity check may flag."),
+    click.option("--dry-run", is_flag=True, help="Show requests, tokens and price; send nothing, load no weights."),
+]
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")

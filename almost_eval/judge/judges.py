@@ -1,0 +1,297 @@
+"""What a judge is to a run: a name, what decides its verdicts, and a stream of judgements.
+
+Three kinds: a model behind an API (here), the nano world's oracle and a reward model (`local.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, overload
+
+from almost_eval.judge.client import JudgeClient, Stats
+from almost_eval.judge.cost import Budget, estimate, price_of
+from almost_eval.judge.endpoint import Endpoint
+from almost_eval.judge.journal import Journal
+from almost_eval.judge.prompts import JudgePrompts
+from almost_eval.judge.records import Failure, JudgeRequest, Pair, Question, Reply, Unparsed, Verdict
+from almost_eval.types import Message, SampleRecord
+
+UNPARSED = "unparsed"
+"""The reason of a review whose verdict cannot be read."""
+
+LASTING = frozenset({"content_filter", "refusal", "too_long", "context_too_long", "non_finite", UNPARSED})
+"""Reasons that asking the same again would not change. Any other is asked again when the command is repeated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What became of one pair."""
+
+    verdict: Verdict | None
+    """None: unscored, with `reason`."""
+    reason: str | None
+    """`unparsed`, or why there is no review: `timeout`, `http_500`, `context_too_long`, ..."""
+    outputs: dict[str, Any]
+    """The review and how it came about, as JSON."""
+
+
+class Judge(Protocol):
+    """Says which of two answers is better."""
+
+    name: str
+    """As `--judge` gave it."""
+    kind: str
+    """`model`, `reward` or `oracle`."""
+
+    def spec(self) -> dict[str, Any]:
+        """What decides its verdicts, as JSON."""
+        ...
+
+    def check(self, questions: Sequence[Question]) -> None:
+        """Refuse what can never be judged. Loads no weights, sends nothing.
+
+        Raises:
+            InputError: see each judge.
+        """
+        ...
+
+    def plan(self, pairs: Sequence[Pair], folder: Path | None, repeats: int = 1) -> dict[str, Any]:
+        """What judging these takes, at most, and what the first prompt is. Loads no weights, sends nothing."""
+        ...
+
+    def open(self, folder: Path) -> AbstractContextManager[Any]:
+        """Ready to judge inside; what it must remember is kept in the run folder."""
+        ...
+
+    def asks_again(self, record: SampleRecord) -> bool:
+        """Whether a stored review that has no verdict should be asked for anew."""
+        ...
+
+    def stream(self, pairs: Sequence[Pair], wanted: Sequence[int], attempt: int = 0) -> Iterator[tuple[int, Judgement]]:
+        """(index, judgement) of each wanted pair as soon as it is known, in any order.
+
+        `attempt` k asks the same for the k-th time on purpose; a judge that always says the same ignores it.
+        """
+        ...
+
+    def report(self) -> dict[str, Any]:
+        """What the `stream`s of this process took, as JSON; it belongs beside the times."""
+        ...
+
+    def warnings(self) -> Sequence[str]:
+        """What the reader of the results must know of how they came about."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """How a model behind an API is reached. None of it decides a verdict but the address."""
+
+    base_url: str | None = None
+    """The endpoint, up to and including `/v1`; None is OpenAI's, or `OPENAI_BASE_URL`."""
+    timeout: float = 120.0
+    """Seconds that one reply may take."""
+    concurrency: int = 32
+    """Requests on their way at a time, at most."""
+    max_cost: float | None = None
+    """USD, or None for no bound."""
+    price_in: float | None = None
+    """USD per million prompt tokens; None is the table's."""
+    price_out: float | None = None
+    """USD per million completion tokens."""
+    seed: int = 0
+    """Of the retries' jitter."""
+
+
+class ModelJudge:
+    """A model behind an API.
+
+    Args:
+        name: the model, as the provider calls it.
+        prompts: what it is asked, and how its reviews are read.
+        connection: how to reach it.
+        reask: whether a review that cannot be read is asked for once more.
+        dry: nothing will be sent, so that no key is needed.
+
+    Raises:
+        InputError: no key, a key in the address, an unknown price where one is needed.
+    """
+
+    kind = "model"
+
+    def __init__(
+        self, name: str, prompts: JudgePrompts, connection: Connection, *, reask: bool = False, dry: bool = False
+    ) -> None:
+        self.name = name
+        self.prompts = prompts
+        self.connection = connection
+        self._reask = reask
+        self._client: JudgeClient | None = None
+        self._stats = Stats()
+        Budget(connection.max_cost, connection.price_in, connection.price_out, judge=name)
+        if not dry:
+            Endpoint(name, connection.base_url, connection.timeout)
+
+    def spec(self) -> dict[str, Any]:
+        """What it is asked, and where."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "family": self.prompts.name,
+            "form": self.prompts.kind,
+            "prompt_set": {"name": self.prompts.prompt_set, "digest": self.prompts.digest},
+            "temperature": self.prompts.temperature,
+            "max_tokens": self.prompts.max_tokens,
+        }
+
+    def check(self, questions: Sequence[Question]) -> None:
+        """Nothing is refused here."""
+
+    def plan(self, pairs: Sequence[Pair], folder: Path | None, repeats: int = 1) -> dict[str, Any]:
+        """Requests that no reply in the folder's journal answers, their tokens and their price, at most."""
+        given = self.connection
+        places = range(len(pairs))
+        requests = (r for k in range(repeats) for r in Requests(self.name, self.prompts, pairs, places, k))
+        file = folder / "journal.sqlite" if folder else None
+        with Journal(file) if file and file.is_file() else nullcontext() as journal:
+            found = estimate(requests, price_in=given.price_in, price_out=given.price_out, journal=journal)
+        price = price_of(self.name, given.price_in, given.price_out)
+        source = f"{price.source} {price.date}".strip() if price else "unknown: give --price-in and --price-out"
+        return {
+            "requests": found.requests,
+            "answered_by_the_journal_or_the_same": len(pairs) * repeats - found.requests,
+            "prompt_tokens_at_most": found.prompt_tokens,
+            "completion_tokens_at_most": found.completion_tokens,
+            "price_usd_at_most": None if found.price is None else round(found.price, 4),
+            "price_from": source,
+            "prompt": shown(self.prompts.messages(pairs[0])),
+        }
+
+    @contextmanager
+    def open(self, folder: Path) -> Iterator[None]:
+        """Inside, there is a client, and every reply is kept in `journal.sqlite`."""
+        given = self.connection
+        with Journal(folder / "journal.sqlite") as journal:
+            budget = Budget(given.max_cost, given.price_in, given.price_out, judge=self.name)
+            if budget.price is not None:
+                budget.spent = budget.price.of(*journal.tokens())  # what was paid before counts
+            self._client = JudgeClient(
+                self.name,
+                journal,
+                base_url=given.base_url,
+                timeout=given.timeout,
+                concurrency=given.concurrency,
+                budget=budget,
+                seed=given.seed,
+            )
+            self._stats = self._client.stats
+            try:
+                yield
+            finally:
+                self._client = None
+
+    def asks_again(self, record: SampleRecord) -> bool:
+        """A review that could not be read, where `reask` says so and it was asked for once only."""
+        return self._reask and record.score.reason == UNPARSED and record.outputs.get("attempt") == 0
+
+    def stream(self, pairs: Sequence[Pair], wanted: Sequence[int], attempt: int = 0) -> Iterator[tuple[int, Judgement]]:
+        """See `Judge.stream`; what cannot be read is asked once more at the end, as `attempt` + 1."""
+        again = []
+        for index, judgement in self._ask(pairs, wanted, attempt):
+            if self._reask and judgement.reason == UNPARSED:
+                again.append(index)
+            else:
+                yield index, judgement
+        if again:
+            yield from self._ask(pairs, again, attempt + 1)
+
+    def report(self) -> dict[str, Any]:
+        """The client's counts: what was sent, stored already, sent again, and what it cost."""
+        stats = self._stats
+        return {
+            "requests_sent": stats.asked,
+            "replies_stored_before": stats.cached,
+            "sent_again": dict(stats.retried),
+            "cost_usd": None if stats.cost is None else round(stats.cost, 6),
+            "cost_uncertain_requests": stats.unmetered,
+        }
+
+    def warnings(self) -> Sequence[str]:
+        """None: what failed is in the lines."""
+        return ()
+
+    def _ask(self, pairs: Sequence[Pair], wanted: Sequence[int], attempt: int) -> Iterator[tuple[int, Judgement]]:
+        assert self._client is not None  # `open`
+        requests = Requests(self.name, self.prompts, pairs, wanted, attempt)
+        for place, answer in self._client.stream(requests):
+            yield wanted[place], judgement_of(self.prompts, pairs[wanted[place]], answer, attempt)
+
+
+class Requests(Sequence[JudgeRequest]):
+    """What is sent for the wanted pairs, each rendered when it is looked at: ten thousand prompts fill a memory."""
+
+    def __init__(
+        self, judge: str, prompts: JudgePrompts, pairs: Sequence[Pair], wanted: Sequence[int], attempt: int
+    ) -> None:
+        self._judge = judge
+        self._prompts = prompts
+        self._pairs = pairs
+        self._wanted = wanted
+        self._attempt = attempt
+
+    def __len__(self) -> int:
+        return len(self._wanted)
+
+    @overload
+    def __getitem__(self, place: int) -> JudgeRequest: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[JudgeRequest]: ...
+
+    def __getitem__(self, place: int | slice) -> JudgeRequest | Sequence[JudgeRequest]:
+        if isinstance(place, slice):
+            return Requests(self._judge, self._prompts, self._pairs, self._wanted[place], self._attempt)
+        return request_for(self._judge, self._prompts, self._pairs[self._wanted[place]], self._attempt)
+
+
+def request_for(judge: str, prompts: JudgePrompts, pair: Pair, attempt: int = 0) -> JudgeRequest:
+    """What a judge is sent for a pair."""
+    return JudgeRequest(judge, prompts.messages(pair), prompts.temperature, prompts.max_tokens, attempt)
+
+
+def shown(messages: Sequence[Message]) -> str:
+    """A conversation for people to read."""
+    return "\n\n".join(f"[{message.role}]\n{message.content}" for message in messages)
+
+
+def judgement_of(prompts: JudgePrompts, pair: Pair, answer: Reply | Failure, attempt: int = 0) -> Judgement:
+    """A reply read, or a failure as it is."""
+    if isinstance(answer, Failure):
+        return Judgement(None, answer.reason, {"review": None, "problem": answer.message, "attempt": attempt})
+    verdict = prompts.parse(answer.text, pair)
+    outputs = {
+        # A reply may hold half a surrogate pair, which no file can.
+        "review": answer.text.encode("utf-8", "replace").decode("utf-8"),
+        **verdict_fields(verdict),
+        "finish_reason": answer.finish_reason,
+        "judge_model": answer.model,
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": answer.completion_tokens,
+        "attempt": attempt,
+    }
+    if quoted := prompts.neutralised(pair):
+        outputs["markers_quoted"] = quoted
+    if isinstance(verdict, Unparsed):
+        return Judgement(None, UNPARSED, outputs | {"problem": verdict.reason})
+    return Judgement(verdict, None, outputs)
+
+
+def verdict_fields(verdict: Verdict | Unparsed) -> dict[str, Any]:
+    """`winner` and `scores`, by place in the prompt, as a line stores them."""
+    if isinstance(verdict, Unparsed):
+        return {"winner": None, "scores": None}
+    scored = verdict.score_1 is not None and verdict.score_2 is not None
+    return {"winner": verdict.winner, "scores": [verdict.score_1, verdict.score_2] if scored else None}

@@ -1,0 +1,167 @@
+"""Judges that need no key and no network: the nano world's oracle, and any reward model.
+
+Both score each answer on its own, so they have no position bias, ask nothing twice and always say the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from almost_eval.errors import InputError
+from almost_eval.judge.judges import Judgement, verdict_fields
+from almost_eval.judge.records import Pair, Question, Side, Verdict
+from almost_eval.types import Conversation, Message, SampleRecord
+
+if TYPE_CHECKING:
+    from almost_eval.rewards import HFRewardModel
+
+TIE_MARGIN = 0.05
+"""The oracle's marks are multiples of 0.1 before it counts repetition and length: closer answers are equally good."""
+
+
+class LocalJudge:
+    """What judges without a key have in common: nothing to open, to ask again, to pay or to say."""
+
+    def plan(self, pairs: Sequence[Pair], folder: Path | None, repeats: int = 1) -> dict[str, Any]:
+        """No request, no price."""
+        return {"requests": 0, "price_usd_at_most": 0.0, "prompt": pairs[0].question.text}
+
+    def open(self, folder: Path) -> AbstractContextManager[None]:
+        """Nothing to open."""
+        return nullcontext()
+
+    def asks_again(self, record: SampleRecord) -> bool:
+        """No: the answer would be the same."""
+        return False
+
+    def report(self) -> dict[str, Any]:
+        """Nothing: no token is billed."""
+        return {}
+
+    def warnings(self) -> Sequence[str]:
+        """None."""
+        return ()
+
+
+class NanoJudge(LocalJudge):
+    """The ground truth of the nano world, which is no model: the oracle's 0 to 1 as 1 to 10.
+
+    An answer has the score 1 + 9 x oracle; two whose oracle values are within `TIE_MARGIN` tie.
+    """
+
+    name = "nano"
+    kind = "oracle"
+
+    def spec(self) -> dict[str, Any]:
+        """The world's digest: its facts decide."""
+        from almost_eval.nano.world import World
+
+        return {"name": self.name, "kind": self.kind, "world": World().digest(), "tie_margin": TIE_MARGIN}
+
+    def check(self, questions: Sequence[Question]) -> None:
+        """Refuse questions that are none of the world's.
+
+        Raises:
+            InputError: there is no ground truth for one of them.
+        """
+        from almost_eval.nano.oracle import score_text
+
+        if unknown := next((q for q in questions if score_text(q.text, "") is None), None):
+            raise InputError(
+                f"question {unknown.id} is not of the nano world, and --judge nano knows no other; use --data nano, or "
+                "another --judge (reward:CKPT needs no key)"
+            )
+
+    def stream(self, pairs: Sequence[Pair], wanted: Sequence[int], attempt: int = 0) -> Iterator[tuple[int, Judgement]]:
+        """See `Judge.stream`; `attempt` changes nothing."""
+        for index in wanted:
+            yield index, judge_by_oracle(pairs[index])
+
+
+def judge_by_oracle(pair: Pair) -> Judgement:
+    """The oracle's judgement; needs nothing but the texts."""
+    from almost_eval.nano.oracle import score_text
+
+    found = [score_text(pair.question.text, answer.text) for answer in (pair.answer_1, pair.answer_2)]
+    first, second = (score.overall if score else 0.0 for score in found)  # `check` has refused what has none
+    winner: Side = "tie" if abs(first - second) < TIE_MARGIN else "1" if first > second else "2"
+    verdict = Verdict(winner, *(round(1 + 9 * value, 2) for value in (first, second)))
+    review = f"{verdict.score_1:g} {verdict.score_2:g}\nBy the facts of the nano world, each answer on its own."
+    return Judgement(verdict, None, {"review": review, **verdict_fields(verdict), "oracle": [first, second]})
+
+
+class RewardJudge(LocalJudge):
+    """A reward model: of two answers to a question the one with the larger raw logit. Weights load on first use.
+
+    Args:
+        model: the reward model.
+        name: as `--judge` gave it.
+    """
+
+    kind = "reward"
+
+    def __init__(self, model: HFRewardModel, name: str) -> None:
+        self._model = model
+        self.name = name
+        self._spec = {
+            "name": self.name,
+            "kind": self.kind,
+            "weight_digest": model.checkpoint.weight_digest(),
+            "template": model.template.digest,
+            "engine": model.settings(),
+        }
+
+    def spec(self) -> dict[str, Any]:
+        """Weights, template and engine."""
+        return self._spec
+
+    def check(self, questions: Sequence[Question]) -> None:
+        """Nothing is refused: a dialogue beyond the context is unscored and counted."""
+
+    def stream(self, pairs: Sequence[Pair], wanted: Sequence[int], attempt: int = 0) -> Iterator[tuple[int, Judgement]]:
+        """See `Judge.stream`; `attempt` changes nothing.
+
+        The batches depend on all pairs and never on `wanted`: a resumed run ends in the same bits.
+        """
+        conversations = list(dict.fromkeys(c for pair in pairs for c in _conversations(pair)))
+        lengths = self._model.lengths(conversations)
+        fits = [c for c, n in zip(conversations, lengths, strict=True) if n <= self._model.context_length]
+        place = {conversation: at for at, conversation in enumerate(fits)}
+        waiting: dict[int, list[int]] = {}  # place of a conversation -> the wanted pairs that it is part of
+        for index in wanted:
+            mine = _conversations(pairs[index])
+            if all(c in place for c in mine):
+                for c in set(mine):
+                    waiting.setdefault(place[c], []).append(index)
+            else:
+                yield index, Judgement(None, "context_too_long", {"review": None, "rewards": None})
+        known: dict[Conversation, float] = {}
+        for at, reward in self._model.stream(fits, waiting):
+            known[fits[at]] = reward
+            for index in waiting[at]:
+                mine = _conversations(pairs[index])
+                if all(c in known for c in mine):
+                    yield index, judge_by_reward(known[mine[0]], known[mine[1]])
+
+    def warnings(self) -> Sequence[str]:
+        """What the reward model had to do otherwise than planned."""
+        return self._model.warnings
+
+
+def judge_by_reward(first: float, second: float) -> Judgement:
+    """The judgement of two raw logits; one that is not finite is no number to compare."""
+    outputs: dict[str, Any] = {"review": None, "winner": None, "scores": None}
+    if not (math.isfinite(first) and math.isfinite(second)):
+        rewards = [r if math.isfinite(r) else None for r in (first, second)]
+        return Judgement(None, "non_finite", outputs | {"rewards": rewards})
+    verdict = Verdict("tie" if first == second else "1" if first > second else "2")
+    return Judgement(verdict, None, outputs | {"winner": verdict.winner, "rewards": [first, second]})
+
+
+def _conversations(pair: Pair) -> list[Conversation]:
+    asked = Message("user", pair.question.text)
+    return [(asked, Message("assistant", answer.text)) for answer in (pair.answer_1, pair.answer_2)]

@@ -1,0 +1,258 @@
+"""What a judge is asked: prompt families as data, and an answer in them as data too.
+
+Two families: `vicuna` (two scores; one prompt for each kind of question) and `mt-bench` (the letter of the winner).
+Each comes as `official`, FastChat's own words read at run time (see `fastchat.py`), or `builtin`, our wording in
+`prompts/*.yaml`; `--judge-prompt FILE` gives another one in the format of those files:
+
+    kind: scores                # or letters; says how the review is read (see verdicts.py)
+    temperature: 0.2            # optional
+    max_tokens: 1024            # optional, of the review
+    prompts:
+      general:                  # required; used for every category that has no prompt of its own
+        system: ...             # optional
+        user: ...               # holds {question}, {answer_1} and {answer_2}; may hold {fence}
+      coding: ...               # optional, by category of the question
+      reference: ...            # optional, holds {reference} too: math, reasoning and coding questions that have one
+
+Nothing in an answer can end its place in the frame. Where a prompt has a {fence}, that is a code which occurs in no
+text of the pair. The official prompts have fixed markers ("[The End of Assistant 1's Answer]"): an answer that holds
+one has it turned into "[quoted: The End of Assistant 1's Answer]". Any other answer goes in byte for byte.
+
+Departures from FastChat: an MT-Bench question without a reference answer gets `pair-v2`, where FastChat stops.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from almost_eval import provenance
+from almost_eval.assets import PROMPT_SET_NAMES, DataSource
+from almost_eval.errors import DataError, InputError, did_you_mean
+from almost_eval.judge.fastchat import fastchat_text
+from almost_eval.judge.records import Pair, Unparsed, Verdict
+from almost_eval.judge.verdicts import parse_letters, parse_scores
+from almost_eval.types import Message
+
+FAMILIES = ("vicuna", "mt-bench")
+Kind = Literal["scores", "letters"]
+PromptSetName = Literal["official", "builtin", "file"]
+SETTINGS: dict[str, tuple[float, int]] = {"scores": (0.2, 1024), "letters": (0.0, 2048)}
+"""Kind -> temperature and length of a review in tokens, FastChat's own, where a file names none."""
+
+REFERENCE = "reference"
+REFERENCE_CATEGORIES = frozenset({"math", "reasoning", "coding"})
+"""Questions that are judged against a reference answer, if there is one: FastChat's list."""
+
+_TABLE = "fastchat/eval/table"
+_MT_BENCH = "fastchat/llm_judge/data/judge_prompts.jsonl"
+_REQUIRED = ("question", "answer_1", "answer_2")
+_PLACES = re.compile(r"\{(question|answer_1|answer_2|reference|fence)\}")
+_MARKER = re.compile(r"\[([A-Z][^\[\]{}\n]*)\]")
+_QUOTED = "quoted: "
+
+
+class Template(NamedTuple):
+    """The two messages of a request, with places to fill."""
+
+    system: str
+    user: str
+
+
+@dataclass(frozen=True, slots=True)
+class JudgePrompts:
+    """One prompt family, ready to use."""
+
+    name: str
+    """The family, or the name of the file."""
+    prompt_set: PromptSetName
+    kind: Kind
+    temperature: float
+    max_tokens: int
+    """Of the review."""
+    templates: Mapping[str, Template]
+    """By category of the question; `general` for the rest, `reference` where there is a reference answer."""
+
+    @property
+    def digest(self) -> str:
+        """sha256 over everything that decides a request and how its reply is read."""
+        templates = {category: list(template) for category, template in self.templates.items()}
+        return provenance.digest(
+            {"kind": self.kind, "temperature": self.temperature, "max_tokens": self.max_tokens, "prompts": templates}
+        )
+
+    def messages(self, pair: Pair) -> tuple[Message, ...]:
+        """The request for one pair: the system message, if there is one, and the user's."""
+        template, (texts, _) = self._template(pair), self._texts(pair)
+        filled = Template(*(_PLACES.sub(lambda match: texts[match[1]], part) for part in template))
+        user = Message("user", filled.user)
+        return (Message("system", filled.system), user) if filled.system else (user,)
+
+    def neutralised(self, pair: Pair) -> int:
+        """How many frame markers were found in the texts of a pair and turned into quotations."""
+        return self._texts(pair)[1]
+
+    def parse(self, review: str, pair: Pair) -> Verdict | Unparsed:
+        """What a review of this pair says. Nothing that it quotes from the question or the answers is a verdict."""
+        quoted = "\n".join((pair.question.text, pair.answer_1.text, pair.answer_2.text))
+        return parse_scores(review, quoted) if self.kind == "scores" else parse_letters(review, quoted)
+
+    def _template(self, pair: Pair) -> Template:
+        category = pair.question.category
+        if REFERENCE in self.templates and pair.question.reference and category in REFERENCE_CATEGORIES:
+            return self.templates[REFERENCE]
+        return self.templates.get(category if category != REFERENCE else "general") or self.templates["general"]
+
+    def _texts(self, pair: Pair) -> tuple[dict[str, str], int]:
+        """What fills the places, and how many markers had to be neutralised."""
+        template = self._template(pair)
+        texts = {
+            "question": pair.question.text,
+            "answer_1": pair.answer_1.text,
+            "answer_2": pair.answer_2.text,
+            "reference": pair.question.reference or "",
+        }
+        if "{fence}" in template.user:
+            return texts | {"fence": _fence(texts)}, 0
+        markers = _marker_pattern(template.user)
+        if markers is None:
+            return texts, 0
+        counted = {place: markers.subn(rf"[{_QUOTED}\1]", text) for place, text in texts.items()}
+        used = set(_PLACES.findall(template.user))
+        return {place: text for place, (text, _) in counted.items()}, sum(counted[place][1] for place in used)
+
+
+def _fence(texts: Mapping[str, str]) -> str:
+    """A code that follows from the texts, so that the same pair is the same request, and occurs in none of them."""
+    whole = json.dumps(sorted(texts.items()))
+    for attempt in range(1000):
+        code = hashlib.sha256(f"{attempt}{whole}".encode()).hexdigest()[:12]
+        if not any(code in text for text in texts.values()):
+            return code
+    raise AssertionError("a text cannot hold a thousand of its own digests")
+
+
+def _marker_pattern(user: str) -> re.Pattern[str] | None:
+    """What would read as a marker of this frame, whatever its case, spaces and apostrophes."""
+    markers = []
+    for inner in dict.fromkeys(_MARKER.findall(user)):
+        words = (re.escape(word).replace("'", "['\u2018\u2019]") for word in inner.split())
+        markers.append(r"\s+".join(words))
+    if not markers:
+        return None
+    # With the mark of an earlier quotation, so that every change can be undone.
+    return re.compile(rf"\[(\s*(?:{_QUOTED})*(?:{'|'.join(markers)})\s*)\]", re.I)
+
+
+def load_judge_prompts(
+    family: str, prompt_set: str | None, data: DataSource, *, file: Path | None = None
+) -> JudgePrompts:
+    """A prompt family.
+
+    Args:
+        family: one of `FAMILIES`; not read where a file is given.
+        prompt_set: `official`, `builtin`, or None: official on real data, built-in on the nano world.
+        data: where the official prompts are looked for.
+        file: prompts of the user's own, in the format that this module's head describes.
+
+    Raises:
+        InputError: an unknown name, both a prompt set and a file, or a malformed file.
+        DataError: the official prompts cannot be had, or are not the pinned ones.
+    """
+    if file is not None:
+        if prompt_set is not None:
+            raise InputError("--judge-prompt FILE takes no --prompt-set: the file is the prompt; leave one of them out")
+        return _read(file, file.name, "file")
+    if family not in FAMILIES:
+        raise InputError(f"unknown prompt family {family!r}; {did_you_mean(family, FAMILIES)}")
+    prompt_set = prompt_set or ("builtin" if data.name == "nano" else "official")
+    if prompt_set == "builtin":
+        return _read(Path(__file__).parent / "prompts" / f"{family}.yaml", family, "builtin")
+    if prompt_set != "official":
+        raise InputError(f"unknown prompt set {prompt_set!r}; {did_you_mean(prompt_set, PROMPT_SET_NAMES)}")
+    return _official_vicuna(data) if family == "vicuna" else _official_mt_bench(data)
+
+
+def _official_vicuna(data: DataSource) -> JudgePrompts:
+    """A reviewer for each category names its prompt; the first reviewer takes every other category."""
+    prompts = {row["prompt_id"]: row for row in _official_rows(f"{_TABLE}/prompt.jsonl", data)}
+    reviewers = _official_rows(f"{_TABLE}/reviewer.jsonl", data)
+    templates = {}
+    for reviewer in reviewers:
+        row = prompts[reviewer["prompt_id"]]
+        user = row["prompt_template"].replace("{prompt}", row["defaults"]["prompt"])
+        templates[reviewer["category"]] = Template(row["system_prompt"], user)
+    settings = reviewers[0]["metadata"]
+    return JudgePrompts("vicuna", "official", "scores", settings["temperature"], settings["max_tokens"], templates)
+
+
+def _official_mt_bench(data: DataSource) -> JudgePrompts:
+    rows = {row["name"]: row for row in _official_rows(_MT_BENCH, data)}
+    templates = {}
+    for category, name in (("general", "pair-v2"), (REFERENCE, "pair-math-v1")):
+        user = rows[name]["prompt_template"]
+        for theirs, ours in (("answer_a", "answer_1"), ("answer_b", "answer_2"), ("ref_answer_1", "reference")):
+            user = user.replace(f"{{{theirs}}}", f"{{{ours}}}")
+        templates[category] = Template(rows[name]["system_prompt"], user)
+    return JudgePrompts("mt-bench", "official", "letters", *SETTINGS["letters"], templates)
+
+
+def _official_rows(path: str, data: DataSource) -> list[dict[str, Any]]:
+    text = fastchat_text(path, data, instead="use --prompt-set builtin")
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
+
+
+def _read(file: Path, name: str, prompt_set: PromptSetName) -> JudgePrompts:
+    """Prompts in our own format."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        problem = " ".join(str(error).split())[:160]
+        raise DataError(f"{file} cannot be read as judge prompts ({problem}); see the README for the format") from None
+    try:
+        kind, templates = _checked(found)
+        temperature, max_tokens = (
+            found.get(key, default) for key, default in zip(("temperature", "max_tokens"), SETTINGS[kind], strict=True)
+        )
+        if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature <= 2:
+            raise ValueError(f"temperature is {temperature!r}, no number from 0 to 2")
+        if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
+            raise ValueError(f"max_tokens is {max_tokens!r}, no positive whole number")
+    except ValueError as error:
+        raise DataError(f"{file} holds no judge prompts: {error}; see the README for the format") from None
+    return JudgePrompts(name, prompt_set, kind, float(temperature), max_tokens, templates)
+
+
+def _checked(found: Any) -> tuple[Kind, dict[str, Template]]:
+    """Kind and templates of a file; ValueError says what is wrong."""
+    if not isinstance(found, dict) or not isinstance(found.get("prompts"), dict):
+        raise ValueError("it needs `kind` and `prompts`, a mapping of categories to prompts")
+    if unknown := sorted(map(str, found.keys() - {"kind", "temperature", "max_tokens", "prompts"})):
+        raise ValueError(f"unknown key {unknown[0]!r}")
+    if found.get("kind") not in SETTINGS:
+        raise ValueError(f"kind is {found.get('kind')!r}, neither scores nor letters")
+    if "general" not in found["prompts"]:
+        raise ValueError("there is no prompt `general`, which every other category falls back on")
+    return found["kind"], {str(c): _checked_template(str(c), row) for c, row in found["prompts"].items()}
+
+
+def _checked_template(category: str, row: Any) -> Template:
+    if not isinstance(row, dict) or not isinstance(row.get("user"), str) or not row.keys() <= {"system", "user"}:
+        raise ValueError(f"prompt {category} must have a text `user`, and may have a text `system`")
+    system = row.get("system") or ""
+    if not isinstance(system, str):
+        raise ValueError(f"prompt {category}: system is no text")
+    needed = (*_REQUIRED, REFERENCE) if category == REFERENCE else _REQUIRED
+    if missing := [place for place in needed if f"{{{place}}}" not in row["user"]]:
+        raise ValueError(f"prompt {category} has no place {{{missing[0]}}}")
+    known = {*needed, "fence"}
+    if unknown := [place for place in re.findall(r"\{(\w+)\}", row["user"] + system) if place not in known]:
+        raise ValueError(f"prompt {category} has an unknown place {{{unknown[0]}}}; {did_you_mean(unknown[0], known)}")
+    return Template(system, row["user"])

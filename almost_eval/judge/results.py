@@ -1,0 +1,235 @@
+"""What a finished run of `vicuna` says: `results.json` from the lines, the same again, and the same in other words.
+
+All of it is a pure function of the run folder: no model, no data set and no judge is asked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from almost_eval.assets import DataSource
+from almost_eval.errors import InputError, StoreError
+from almost_eval.judge.aggregate import Orders, Ties, aggregate, round_robin
+from almost_eval.judge.answers import answer_files, digest_answers
+from almost_eval.judge.judges import UNPARSED, Judgement, verdict_fields
+from almost_eval.judge.lines import ORDERS, check_reviews, couples, record_of, reviews_of
+from almost_eval.judge.local import judge_by_oracle, judge_by_reward
+from almost_eval.judge.prompts import load_judge_prompts
+from almost_eval.judge.questions import read_answers, read_questions
+from almost_eval.judge.records import Pair, Review, Unparsed
+from almost_eval.stats import mean_metric
+from almost_eval.store import digest_records, read_results, read_samples, read_spec
+from almost_eval.types import Metric, SampleRecord
+from almost_eval.validity import Validity
+
+HEADLINE = "win_rate"
+FAMILIES = {"scores": "vicuna", "letters": "mt-bench"}
+"""Form of a review -> a prompt family whose parser reads it."""
+
+
+def summarise(
+    records: Sequence[SampleRecord],
+    spec: Mapping[str, Any],
+    validity: Validity,
+    engine: Mapping[str, Any],
+    digests: Mapping[str, str],
+    *,
+    ties: Ties | None = None,
+    orders: Orders = "both",
+) -> dict[str, Any]:
+    """`results.json` without its times.
+
+    Args:
+        records: the lines.
+        spec: the run's.
+        validity: the gate's verdict on the lines.
+        engine: `path` and `warnings`.
+        digests: system -> digest of its answers.
+        ties: `half` or `drop`; None is as the spec says.
+        orders: which of the lines' orders count.
+    """
+    settings = spec["settings"]
+    reviews, ties = reviews_of(records), ties or settings["ties"]
+    if len(settings["systems"]) > 2:
+        headline, metrics, judging = _round_robin(
+            reviews, [s["name"] for s in settings["systems"].values()], spec["seed"]
+        )
+    else:
+        found = aggregate(reviews, ties=ties, orders=orders)
+        headline, metrics, judging = HEADLINE, dict(found.metrics), found.to_dict()
+        del judging["metrics"]
+    stated = {name: metric.to_dict() for name, metric in metrics.items()}
+    if not validity.passed:
+        hidden = {"value": None, "stderr": None, "ci95": None, "withheld": validity.reason}
+        stated |= {name: m | hidden for name, m in stated.items() if name.startswith(("win_rate", "strength/"))}
+        judging |= {"length_controlled": None}
+    template = spec["template"] or {}
+    return {
+        "task": spec["task"],
+        "protocol": spec["protocol"],
+        "model": spec["model_name"],
+        "headline": headline,
+        "metrics": stated,
+        "baselines": {},
+        "details": _details(records),
+        "judging": judging,
+        "validity": validity.to_dict(),
+        "engine": dict(engine),
+        "provenance": {
+            "judge": settings["judge"],
+            "judge_models": sorted({r.outputs["judge_model"] for r in records if r.outputs.get("judge_model")}),
+            "systems": settings["systems"],
+            "answers": dict(digests),
+            "weight_digest": spec["weight_digest"],
+            "data_source": spec["data"]["source"],
+            "data_fingerprint": spec["data"]["fingerprint"],
+            "template": template.get("name"),
+            "template_digest": template.get("digest"),
+            "prompt_set": spec["prompt_set"],
+            "samples_digest": digest_records(records),
+            "dtype": spec["engine"].get("dtype"),
+            "device": spec["engine"].get("device"),
+            "seed": spec["seed"],
+            "versions": spec["versions"],
+            "command": spec["command"],
+            "commit": spec["commit"],
+        },
+    }
+
+
+def _round_robin(
+    reviews: Sequence[Review], names: Sequence[str], seed: int
+) -> tuple[str, dict[str, Metric], dict[str, Any]]:
+    """Headline, metrics and the rest of several systems; each one's win rate is over all its games."""
+    found = round_robin(reviews, rng=np.random.default_rng(seed))
+    metrics = {f"strength/{name}": metric for name, metric in found.strengths.items()}
+    for name in names:
+        games = [review for review in reviews if name in (review.baseline, review.model)]
+        scores = [
+            score if review.model == name or score is None else 1 - score
+            for review in games
+            for score in (review.model_score,)
+        ]
+        metrics[f"win_rate/{name}"] = mean_metric(scores, [review.question_id for review in games])
+    unparsed = sum(review.model_score is None for review in reviews)
+    metrics["unparsed"] = Metric(float(unparsed), None, None, len(reviews))
+    judging = {key: value for key, value in found.to_dict().items() if key != "strengths"}
+    return f"win_rate/{names[-1]}", metrics, judging
+
+
+def _details(records: Sequence[SampleRecord]) -> dict[str, Any]:
+    """What the lines say besides the verdicts; only what is not zero."""
+    reasons = Counter(r.score.reason for r in records if r.score.reason not in (None, UNPARSED))
+    problems = Counter(r.outputs.get("problem") for r in records if r.score.reason == UNPARSED)
+    counts = {
+        **{f"failed: {reason}": n for reason, n in sorted(reasons.items())},
+        **{f"unparsed: {problem}": n for problem, n in sorted(problems.items(), key=str)},
+        "asked twice": sum(bool(r.outputs.get("attempt")) for r in records),
+        "reviews cut at their token limit": sum(r.outputs.get("finish_reason") == "length" for r in records),
+        "reviews of cut answers": sum(any(r.outputs.get("cut", ())) for r in records),
+        "reviews of empty answers": sum(0 in r.outputs["lengths"] for r in records),
+        "reviews of texts with the prompt's own markers, quoted": sum("markers_quoted" in r.outputs for r in records),
+        "prompt tokens": sum(r.outputs.get("prompt_tokens") or 0 for r in records),
+        "completion tokens": sum(r.outputs.get("completion_tokens") or 0 for r in records),
+    }
+    return {name: count for name, count in counts.items() if count}
+
+
+# --- the same again
+
+
+class StoredRun:
+    """A finished run, read back from its folder.
+
+    Raises:
+        StoreError: not a finished run of `vicuna`.
+        DataError: its questions or answers were damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.spec, self.results = read_spec(folder), read_results(folder)
+        if self.spec.get("requires") != "judge":
+            raise StoreError(f"{folder} is a run of {self.spec['task']}, not of vicuna; use almost-eval report")
+        settings = self.spec["settings"]
+        # A parser is the same whatever words a family's prompts have.
+        self._reader = cache(lambda family: load_judge_prompts(family, "builtin", DataSource("nano", None)))
+        self.questions = read_questions(folder / "questions.jsonl")
+        names = [system["name"] for system in settings["systems"].values()]
+        self.answers = [read_answers(file, self.questions)[1] for file in answer_files(folder, names)]
+        self.digests = {name: digest_answers(mine) for name, mine in zip(names, self.answers, strict=True)}
+        ids, pairs, cuts = couples(self.questions, self.answers, settings["orders"], settings["max_answer_chars"])
+        self.pairs = {id: (pair, cut) for id, pair, cut in zip(ids, pairs, cuts, strict=True)}
+        stored = {record.sample.id: record for record in read_samples(folder)}
+        if unknown := next((id for id in stored if id not in self.pairs), None):
+            raise StoreError(f"{folder} has a line for {unknown!r}, which its questions and systems do not make")
+        self.records = [stored[id] for id in ids if id in stored]
+
+    def again(self, record: SampleRecord, family: str | None = None) -> SampleRecord:
+        """The line as its own outputs, and the answers, make it.
+
+        Args:
+            record: a line.
+            family: whose parser reads the review; None is as the run read it.
+        """
+        pair, cut = self.pairs[record.sample.id]
+        outputs = {key: value for key, value in record.outputs.items() if key not in ("lengths", "cut")}
+        return record_of(pair, self._judgement(pair, record, outputs, family), id=record.sample.id, cut=cut)
+
+    def _judgement(self, pair: Pair, record: SampleRecord, outputs: dict[str, Any], family: str | None) -> Judgement:
+        judge = self.spec["settings"]["judge"]
+        if judge["kind"] == "oracle":
+            return judge_by_oracle(pair)
+        if judge["kind"] == "reward" and outputs.get("rewards"):
+            first, second = (math.nan if r is None else r for r in outputs["rewards"])
+            return judge_by_reward(first, second)
+        if outputs.get("review") is None:  # there was none
+            return Judgement(None, record.score.reason, outputs)
+        verdict = self._reader(family or FAMILIES[judge["form"]]).parse(outputs["review"], pair)
+        outputs = {key: value for key, value in outputs.items() if key != "problem"} | verdict_fields(verdict)
+        if isinstance(verdict, Unparsed):
+            return Judgement(None, UNPARSED, outputs | {"problem": verdict.reason})
+        return Judgement(verdict, None, outputs)
+
+    def summarise(
+        self, records: Sequence[SampleRecord], *, ties: Ties | None = None, orders: Orders = "both"
+    ) -> dict[str, Any]:
+        """The results that these lines make."""
+        allowed = {name: entry["allowed"] for name, entry in self.results["validity"]["checks"].items()}
+        records = [r for r in records if r.sample.metadata["order"] in ORDERS[orders]]
+        expected = sum(pair.order in ORDERS[orders] for pair, _ in self.pairs.values())
+        validity = check_reviews(records, expected, allowed)
+        return summarise(records, self.spec, validity, self.results["engine"], self.digests, ties=ties, orders=orders)
+
+
+def redraw(
+    folder: Path, *, ties: Ties | None = None, orders: Orders = "both", family: str | None = None
+) -> dict[str, Any]:
+    """The results of a finished run in other words; nothing is asked and nothing is written.
+
+    Args:
+        folder: the run folder.
+        ties: `half` or `drop`; None is as the run had it.
+        orders: `both` (all there are), `forward` or `reverse`.
+        family: read the stored reviews by this prompt family's parser.
+
+    Raises:
+        InputError: the run has no lines of these orders, or no reviews to read.
+        StoreError: see `StoredRun`.
+    """
+    run = StoredRun(folder)
+    have = run.spec["settings"]["orders"]
+    if have not in ("both", orders) and orders != "both":
+        raise InputError(f"{folder} holds the order {have!r} only; leave --orders out")
+    records = run.records
+    if family is not None:
+        if run.spec["settings"]["judge"]["kind"] != "model":
+            raise InputError(f"--prompt-family: the judge {run.spec['protocol']!r} wrote no reviews to read")
+        records = [run.again(record, family) for record in records]
+    return run.summarise(records, ties=ties, orders=orders)

@@ -1,0 +1,210 @@
+"""The run that joins everything: questions -> answers -> pairs -> judgements -> lines -> results.
+
+What can be refused is refused before a weight is loaded or a request is sent. An answer is on disk before the next is
+made, a review before the next is waited for, and a killed run goes on with what is missing. What failed for a reason
+that may pass (a timeout, a budget) has a line that says so; the same command asks for it again, and for nothing else.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from almost_eval import provenance
+from almost_eval.judge.answers import (
+    Answers,
+    System,
+    answer_files,
+    digest_answers,
+    distinct,
+    question_line,
+    write_whole,
+)
+from almost_eval.judge.judges import LASTING, Judge, ModelJudge, shown
+from almost_eval.judge.lines import ORDERS, check_reviews, couples, record_of
+from almost_eval.judge.records import Answer, Question
+from almost_eval.judge.results import summarise
+from almost_eval.progress import Progress
+from almost_eval.prompt_file import Asked, Prompt, write_prompts
+from almost_eval.store import RunStore
+from almost_eval.types import SampleRecord
+from almost_eval.validity import ALLOWED, Validity
+
+TASK = "vicuna"
+
+
+class JudgeRun:
+    """Questions, systems and a judge, checked and ready.
+
+    Args:
+        questions: what was asked.
+        fingerprint: of the question file.
+        data_name: `hub` or `nano`.
+        systems: baseline and model; or more than two for a round robin, each against each.
+        judge: who decides.
+        orders: `both`, `forward` (the baseline is Assistant 1) or `reverse`.
+        ties: `half` (a tie is half a win) or `drop`.
+        max_answer_chars: cut longer answers, and count them; None cuts nothing.
+        seed: recorded, and of the bootstrap.
+        allowed: shares for the validity gate, or None for the defaults.
+
+    Raises:
+        InputError: two systems of one name; whatever the judge refuses.
+    """
+
+    def __init__(
+        self,
+        questions: Sequence[Question],
+        fingerprint: str,
+        data_name: str,
+        systems: Sequence[System],
+        judge: Judge,
+        *,
+        orders: Literal["both", "forward", "reverse"] = "both",
+        ties: Literal["half", "drop"] = "half",
+        max_answer_chars: int | None = None,
+        seed: int = 0,
+        allowed: Mapping[str, float] | None = None,
+    ) -> None:
+        self.questions = questions
+        self.fingerprint = fingerprint
+        self.data_name = data_name
+        self.systems = distinct(systems)
+        self.judge = judge
+        self.orders = orders
+        self.ties = ties
+        self.max_answer_chars = max_answer_chars
+        self.seed = seed
+        self.allowed = dict(allowed or ALLOWED)
+        judge.check(questions)
+
+    @property
+    def n_samples(self) -> int:
+        """Reviews of a whole run."""
+        n = len(self.systems)
+        return len(self.questions) * len(ORDERS[self.orders]) * n * (n - 1) // 2
+
+    def spec(self) -> dict[str, Any]:
+        """Everything that decides the numbers, and the command that asked for them."""
+        judge = self.judge.spec()
+        roles = ["baseline", "model"] if len(self.systems) == 2 else [system.name for system in self.systems]
+        systems = {role: system.spec() for role, system in zip(roles, self.systems, strict=True)}
+        settings = {
+            "orders": self.orders,
+            "ties": self.ties,
+            "max_answer_chars": self.max_answer_chars,
+            "judge": judge,
+            "systems": systems,
+        }
+        model = systems[roles[-1]]
+        return {
+            "schema": 1,
+            "task": TASK,
+            "task_version": 1,
+            "protocol": self.judge.name,
+            "settings": settings,
+            "requires": "judge",
+            "model_name": self.title(),
+            "architecture": model.get("architecture"),
+            "weight_digest": model.get("weight_digest"),
+            "engine": model.get("engine") or {"name": "file", "dtype": None, "device": None},
+            "template": model.get("template"),
+            "template_asked": True,
+            "prompt_set": judge.get("prompt_set"),
+            "prompt_ids_digest": None,
+            "data": {"source": self.data_name, "fingerprint": self.fingerprint},
+            "n_samples": self.n_samples,
+            "seed": self.seed,
+            "versions": provenance.versions(),
+            "command": provenance.command(),
+            "commit": provenance.commit(),
+        }
+
+    def title(self) -> str:
+        """`model vs baseline`, or all names of a round robin."""
+        names = [system.name for system in self.systems]
+        return f"{names[1]} vs {names[0]}" if len(names) == 2 else ", ".join(names)
+
+    def default_folder(self) -> Path:
+        """`runs/vicuna-<judge>-<model>-<digest of the spec>`: the same command goes on where it stopped."""
+        spec = {k: v for k, v in self.spec().items() if k not in ("command", "commit", "model_name")}
+        parts = (TASK, self.judge.name, Path(self.systems[-1].name).name)
+        readable = "-".join("".join(c if c.isalnum() or c in "+-_." else "_" for c in part)[:60] for part in parts)
+        return Path("runs") / f"{readable}-{provenance.digest(spec)[:10]}"
+
+    def execute(
+        self, folder: Path, progress: Progress | None = None, *, started: float | None = None
+    ) -> tuple[dict[str, Any], Validity]:
+        """Make what is missing, then write and return `results.json`'s content and the gate's verdict.
+
+        Args:
+            folder: the run folder.
+            progress: where to report to; nowhere by default.
+            started: `time.perf_counter()` when the program started, from which times count; now by default.
+
+        Raises:
+            StoreError: see `RunStore`.
+            InputError: the judge's provider refuses the judge, the key or the request.
+            RunError: out of memory or disk.
+        """
+        progress = progress or Progress()
+        started = time.perf_counter() if started is None else started
+        spec = self.spec()
+        with RunStore(folder, spec) as store, self.judge.open(folder):
+            write_whole(folder / "questions.jsonl", [question_line(question) for question in self.questions])
+            files = answer_files(folder, [system.name for system in self.systems])
+            answers = [s.write(file, progress) for s, file in zip(self.systems, files, strict=True)]
+            ids, pairs, cuts = couples(self.questions, answers, self.orders, self.max_answer_chars)
+            if isinstance(self.judge, ModelJudge):
+                prompts = self.judge.prompts
+                texts = (shown(prompts.messages(pair)) for pair in pairs)
+                write_prompts(folder, (Asked(id, (), (Prompt(text),)) for id, text in zip(ids, texts, strict=True)))
+            again = [id for id, record in store.done.items() if self._asks_again(record)]
+            if again:
+                progress.note(f"asking again for {len(again)} reviews that failed before")
+                store.forget(again)
+            missing = [at for at, id in enumerate(ids) if id not in store.done]
+            if known := len(ids) - len(missing):
+                progress.note(f"going on in {folder}: {known} of {len(ids)} reviews are there")
+            with progress.track(f"{TASK} {self.judge.name}", len(ids), known) as advance:
+                for at, judgement in self.judge.stream(pairs, missing):
+                    store.append(record_of(pairs[at], judgement, id=ids[at], cut=cuts[at]))
+                    advance(1)
+            records = [store.done[id] for id in ids]
+            validity = check_reviews(records, len(ids), self.allowed)
+            begun = store.spec
+            warnings = list(self.judge.warnings())
+            if spec["commit"] != begun["commit"]:
+                warnings.append(f"begun on commit {begun['commit']}, ended on {spec['commit']}")
+            digests = {s.name: digest_answers(a) for s, a in zip(self.systems, answers, strict=True)}
+            engine = {"path": "judge", "warnings": warnings}
+            results = summarise(records, begun, validity, engine, digests)
+            results["timing"] = {
+                "seconds": round(time.perf_counter() - started, 3),
+                "samples_computed_now": len(missing),
+                **self.judge.report(),
+            }
+            store.finish(results)
+        return results, validity
+
+    def _asks_again(self, record: SampleRecord) -> bool:
+        reason = record.score.reason
+        return reason is not None and (reason not in LASTING or self.judge.asks_again(record))
+
+    def describe(self, folder: Path | None = None) -> dict[str, Any]:
+        """What `--dry-run` prints; answers that are yet to be written count as long as they may become."""
+        unwritten = [system.name for system in self.systems if system.known() is None]
+        answers = [system.known() or self._longest(system) for system in self.systems]
+        _, pairs, _ = couples(self.questions, answers, self.orders, self.max_answer_chars)
+        facts: dict[str, Any] = {"questions": len(self.questions), "reviews": len(pairs), "judge": self.judge.name}
+        facts |= {"systems": ", ".join(system.name for system in self.systems)}
+        if unwritten:
+            facts["taken_as_long_as_they_may_become"] = f"answers of {', '.join(unwritten)}"
+        return facts | self.judge.plan(pairs, folder)
+
+    def _longest(self, system: System) -> Answers:
+        # Four letters are a token to the estimate, and to most tokenizers.
+        text = "long " * system.spec()["sampling"]["max_new_tokens"]
+        return {question.id: Answer(question.id, text, system.name) for question in self.questions}

@@ -1,0 +1,133 @@
+"""What `aggregate` found, as tables in a terminal. Names come from outside, so they are `Text`: "[b]x" is no markup."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from almost_eval.judge.aggregate import JudgeResults, RoundRobin
+from almost_eval.types import Metric
+
+ELO = 400 / math.log(10)
+"""Points per unit of log strength: 400 points are odds of 10 to 1."""
+ELO_MEAN = 1000
+
+
+def print_judge_results(results: JudgeResults, console: Console, *, title: str = "") -> None:
+    """Wins, win rate, categories, scores, biases, and what was not scored.
+
+    Args:
+        results: two systems compared.
+        console: where to.
+        title: judge, prompts and the like, put behind the names.
+    """
+    heading = f"{results.model} against {results.baseline}" + (f" · {title}" if title else "")
+    table = Table(title=Text(heading), title_justify="left", title_style="bold")
+    table.add_column("metric")
+    for column in ("value", "95 % interval", "n", "unscored"):
+        table.add_column(column, justify="right")
+    _add(
+        table, f"win rate, ties {'half' if results.ties == 'half' else 'dropped'}", results.metrics["win_rate"], "bold"
+    )
+    _add(table, "win rate at equal length", results.length_controlled)
+    categories = [name for name in results.metrics if name.startswith("win_rate/")]
+    if len(categories) > 1:
+        table.add_section()
+        for name in categories:
+            _add(table, f"  {name.removeprefix('win_rate/')}", results.metrics[name])
+    table.add_section()
+    one_order = results.combined.incomplete == results.n_questions
+    if not one_order:
+        _add(table, "both orders agree", results.consistency, "dim")
+    confounded = " (one order: the place or the system)" if one_order else ""
+    _add(table, f"Assistant 1 wins a decisive verdict{confounded}", results.first_wins, "dim")
+    _add(table, "the longer answer wins one", results.longer_wins, "dim")
+    console.print(table)
+    for line in _notes(results):
+        console.print(line)
+
+
+def _notes(results: JudgeResults) -> list[Text]:
+    wins, ties, losses, unparsed = (results.metrics[name] for name in ("wins", "ties", "losses", "unparsed"))
+    reviews = f"{unparsed.n} reviews of {results.n_questions} questions, orders: {results.orders}"
+    lines = [Text(f"{_count(wins)} wins, {_count(ties)} ties, {_count(losses)} losses in {reviews}")]
+    totals = [name for name in results.metrics if name.startswith("total_score/")]
+    if totals:  # FastChat prints the baseline, its Assistant 1, first
+        baseline, model = (results.metrics[name].value or 0.0 for name in reversed(totals))
+        lines.append(Text(f"total score: {results.baseline} {baseline:g} : {model:g} {results.model}"))
+    both = results.combined
+    if conflicts := both.conflict_first + both.conflict_second:
+        lines.append(
+            Text(
+                f"the two orders contradict each other on {conflicts} questions: Assistant 1 twice on "
+                f"{both.conflict_first}, Assistant 2 twice on {both.conflict_second}"
+            )
+        )
+    sign = results.sign_test
+    lines.append(Text(f"sign test over questions: {sign.model} against {sign.baseline}, p = {sign.p_value:.2g}"))
+    if unparsed.value and results.bounds:
+        low, high = results.bounds
+        why = ", ".join(f"{reason} {count}" for reason, count in results.reasons.items())
+        lines.append(
+            Text.assemble(
+                ("unscored:", "yellow"),
+                f" {_count(unparsed)} ({why}); were all of them losses or all wins, the win rate would be {low:.1%} or "
+                f"{high:.1%}",
+            )
+        )
+    return lines
+
+
+def print_round_robin(results: RoundRobin, console: Console, *, title: str = "") -> None:
+    """Ratings on a scale where 400 points are odds of 10 to 1 and the mean is 1,000, then who beat whom how often."""
+    table = Table(title=Text(f"round robin{f' · {title}' if title else ''}"), title_justify="left", title_style="bold")
+    table.add_column("system")
+    for column in ("rating", "95 % interval", "games"):
+        table.add_column(column, justify="right")
+    for name in results.names:
+        table.add_column(Text(f"beats {name}"), justify="right")
+    for name, row in zip(results.names, results.wins, strict=True):
+        strength = results.strengths.get(name)
+        against = [_won(row, results.wins, results.names.index(name), j) for j in range(len(results.names))]
+        table.add_row(
+            Text(name),
+            _points(strength.value) if strength else "-",
+            f"{_points(strength.ci95[0])} to {_points(strength.ci95[1])}" if strength and strength.ci95 else "-",
+            str(strength.n) if strength else "-",
+            *against,
+        )
+    console.print(table)
+    if results.problem:
+        console.print(
+            Text.assemble(("not ranked:" if not results.strengths else "no intervals:", "yellow"), " "), end=""
+        )
+        console.print(Text(results.problem))
+    if results.unscored:
+        console.print(
+            Text.assemble(("unscored:", "yellow"), f" {results.unscored} reviews, which are in no figure here")
+        )
+
+
+def _won(row: Sequence[float], wins: Sequence[Sequence[float]], i: int, j: int) -> str:
+    games = row[j] + wins[j][i]
+    return f"{row[j] / games:.1%}" if games else "-"
+
+
+def _points(strength: float | None) -> str:
+    return "-" if strength is None else f"{ELO_MEAN + ELO * strength:.0f}"
+
+
+def _add(table: Table, name: str, metric: Metric | None, style: str | None = None) -> None:
+    if metric is None or metric.value is None:
+        table.add_row(Text(name), "-", "-", str(metric.n) if metric else "-", "", style=style)
+        return
+    interval = f"{metric.ci95[0]:.1%} to {metric.ci95[1]:.1%}" if metric.ci95 else "-"
+    table.add_row(Text(name), f"{metric.value:.1%}", interval, str(metric.n), str(metric.unscored or ""), style=style)
+
+
+def _count(metric: Metric) -> str:
+    return f"{metric.value:g}"

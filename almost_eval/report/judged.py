@@ -1,0 +1,89 @@
+"""A judged run as the page shows it: wins, ties and losses in its parts, and against the length of the answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from almost_eval.report.runs import LoadedRun
+from almost_eval.stats import mean_metric
+from almost_eval.types import Metric, SampleRecord
+
+BINS = 5
+"""Of the length ratio, each with as many verdicts."""
+FEWEST = 10
+"""Verdicts in a bin, below which it would say nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Verdicts of a part of the reviews, as the model sees them."""
+
+    label: str
+    wins: int
+    ties: int
+    losses: int
+    unscored: int
+
+    @property
+    def n(self) -> int:
+        """Verdicts."""
+        return self.wins + self.ties + self.losses
+
+
+@dataclass(frozen=True, slots=True)
+class LengthBin:
+    """Reviews in which the model's answer is about so much longer than the other."""
+
+    ratio: float
+    """Geometric mean of model's over baseline's characters."""
+    share: Metric
+    """Of the verdicts that the model wins, a tie as half."""
+
+
+def outcomes(run: LoadedRun) -> list[Outcome]:
+    """All reviews, then each order, then each category."""
+    parts: list[tuple[str, Callable[[SampleRecord], bool]]] = [("all reviews", lambda _: True)]
+    parts += [(label, _in_order(order)) for order, label in ORDERS.items()]
+    groups = list(dict.fromkeys(record.sample.group for record in run.records))
+    parts += [(group, _in_group(group)) for group in groups if len(groups) > 1]
+    found = [_outcome(label, [record for record in run.records if keep(record)]) for label, keep in parts]
+    return [outcome for outcome in found if outcome.n + outcome.unscored]
+
+
+ORDERS = {"forward": "model shown second", "reverse": "model shown first"}
+
+
+def _in_order(order: str) -> Callable[[SampleRecord], bool]:
+    return lambda record: record.sample.metadata.get("order") == order
+
+
+def _in_group(group: str) -> Callable[[SampleRecord], bool]:
+    return lambda record: record.sample.group == group
+
+
+def _outcome(label: str, records: Sequence[SampleRecord]) -> Outcome:
+    scores = [record.score.value for record in records]
+    return Outcome(label, scores.count(1.0), scores.count(0.5), scores.count(0.0), scores.count(None))
+
+
+def length_bins(run: LoadedRun) -> list[LengthBin]:
+    """Verdicts in order of the length ratio, cut into bins of one size; empty where there are too few."""
+    scored = [(r, *_lengths(r)) for r in run.records if r.score.value is not None]
+    # An empty answer has no ratio.
+    ordered = sorted(((math.log(mine / other), r) for r, mine, other in scored if mine and other), key=lambda x: x[0])
+    n_bins = min(BINS, len(ordered) // FEWEST)
+    bins = []
+    for number in range(n_bins):
+        part = ordered[number * len(ordered) // n_bins : (number + 1) * len(ordered) // n_bins]
+        ratio = math.exp(math.fsum(log for log, _ in part) / len(part))
+        share = mean_metric([r.score.value for _, r in part], [r.sample.cluster for _, r in part])
+        bins.append(LengthBin(ratio, share))
+    return bins
+
+
+def _lengths(record: SampleRecord) -> tuple[int, int]:
+    """(the model's, the other's) characters."""
+    first, second = record.outputs["lengths"]
+    return (second, first) if record.sample.metadata["order"] == "forward" else (first, second)

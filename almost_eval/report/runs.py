@@ -1,0 +1,259 @@
+"""Finished runs as a report reads them: found, opened, named, and gathered by what they measured."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from almost_eval.errors import InputError
+from almost_eval.prompt_file import Asked, read_prompts
+from almost_eval.store import read_results, read_samples, read_spec
+from almost_eval.types import SampleRecord
+
+TITLES = {"hhh": "Static HHH", "truthfulqa": "TruthfulQA", "mmlu": "MMLU", "vicuna": "Vicuna", "harness": "lm-eval"}
+SHOWN_NAMES = 3
+"""Names that a label lists, of lm-eval tasks or of metrics."""
+NONE = "-"
+"""Shown where there is no value."""
+RIGHT = 0.5
+"""A score above it counts as right, as in `compare`."""
+
+Unit = Literal["share", "count", "number"]
+
+
+def unit_of(task: str, metric: str) -> Unit:
+    """How a metric reads: a share of 1 (shown in percent), a count, or a number in a unit of its own."""
+    if task == "harness" or metric.startswith(("total_score/", "strength/")):
+        return "number"
+    return "count" if metric in ("wins", "ties", "losses", "unparsed") else "share"
+
+
+def shown(value: float | None, unit: Unit) -> str:
+    """A value as text."""
+    if value is None:
+        return NONE
+    if unit == "share":
+        return f"{100 * value:.1f}"
+    return f"{value:,.0f}" if unit == "count" else f"{value:.4g}"
+
+
+@dataclass(slots=True, eq=False)
+class LoadedRun:
+    """A finished run folder, read."""
+
+    folder: Path
+    spec: dict[str, Any]
+    results: dict[str, Any]
+    records: list[SampleRecord]
+    asked: dict[str, Asked]
+    """Empty where the folder has no `prompts.jsonl`."""
+    label: str = ""
+    """The model's name, made unique among the runs of a report."""
+    series: int = 0
+    """Place of the model among those of a report; gives its colour."""
+
+    @property
+    def task(self) -> str:
+        """Name of the task."""
+        return str(self.results["task"])
+
+    @property
+    def headline(self) -> str:
+        """Name of the headline metric."""
+        return str(self.results["headline"])
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """Those of `results.json`."""
+        metrics: dict[str, Any] = self.results["metrics"]
+        return metrics
+
+    @property
+    def withheld(self) -> str | None:
+        """Why the headline is withheld, or None."""
+        if self.results["validity"]["passed"]:
+            return None
+        return str(self.results["validity"]["reason"] or "no samples")
+
+    @property
+    def model(self) -> tuple[str, Any]:
+        """Name and weight digest of what was measured; of two judged systems, the model and not its baseline."""
+        judged = (self.spec["settings"].get("systems") or {}).get("model")
+        name = judged["name"] if judged else self.spec.get("model_name") or self.results["model"]
+        return str(name), self.spec.get("weight_digest")
+
+    @property
+    def baseline_system(self) -> str | None:
+        """The system that a judged model was compared with."""
+        baseline = (self.spec["settings"].get("systems") or {}).get("baseline")
+        return str(baseline["name"]) if baseline else None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What two runs must share to stand in one column: the same questions, asked and scored the same way."""
+        prompts = self.spec.get("prompt_set") or {}
+        return (
+            self.task,
+            self.results["protocol"],
+            self.baseline_system,
+            self.spec["data"]["fingerprint"],
+            prompts.get("digest"),
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Benchmark:
+    """The runs of one benchmark, each of another model."""
+
+    label: str
+    runs: list[LoadedRun]
+
+    @property
+    def task(self) -> str:
+        """Name of the task."""
+        return self.runs[0].task
+
+    @property
+    def headline(self) -> str:
+        """Name of the headline metric."""
+        return self.runs[0].headline
+
+    @property
+    def unit(self) -> Unit:
+        """Of the headline."""
+        return unit_of(self.task, self.headline)
+
+
+@dataclass(slots=True, eq=False)
+class RunSet:
+    """All that a report is about."""
+
+    runs: list[LoadedRun]
+    models: list[str]
+    """Labels, in the order of the runs."""
+    benchmarks: list[Benchmark]
+    unfinished: list[str] = field(default_factory=list)
+    """Run folders found under a given one that have no results yet."""
+
+    @property
+    def comparable(self) -> bool:
+        """Whether any two models have a run of the same benchmark."""
+        return any(len(benchmark.runs) > 1 for benchmark in self.benchmarks)
+
+
+def load_runs(folders: Sequence[Path], *, prompts: bool = True) -> RunSet:
+    """Open run folders, and folders of run folders.
+
+    Args:
+        folders: what was given, in order.
+        prompts: whether to read what was asked, too.
+
+    Raises:
+        InputError: the same folder twice.
+        StoreError: a folder that holds no finished run.
+    """
+    found, unfinished = [], []
+    for folder in folders:
+        inside = _inside(folder)
+        found += [f for f in inside if (f / "results.json").exists()] if inside else [folder]
+        unfinished += [str(f) for f in inside if not (f / "results.json").exists()]
+    twice = [name for name, count in Counter(folder.resolve() for folder in found).items() if count > 1]
+    if twice:
+        raise InputError(f"{twice[0]} is given twice; name each run once")
+    runs = [_open(folder, prompts=prompts) for folder in found]
+    _label_models(runs)
+    return RunSet(runs, list(dict.fromkeys(run.label for run in runs)), _benchmarks(runs), unfinished)
+
+
+def _inside(folder: Path) -> list[Path]:
+    """The run folders in a folder that is none itself."""
+    if (folder / "spec.json").exists() or (folder / "results.json").exists() or not folder.is_dir():
+        return []
+    return sorted(spec.parent for spec in folder.glob("*/spec.json") if (spec.parent / "samples.jsonl").exists())
+
+
+def _open(folder: Path, *, prompts: bool) -> LoadedRun:
+    results, spec = read_results(folder), read_spec(folder)
+    return LoadedRun(folder, spec, results, list(read_samples(folder)), read_prompts(folder) if prompts else {})
+
+
+def _label_models(runs: Sequence[LoadedRun]) -> None:
+    """A label for each model: its name, with whatever tells it from another of that name."""
+    for run in runs:
+        run.label = run.model[0]
+    names = Counter(name for name, _ in {run.model for run in runs})
+    for run in runs:
+        name, digest = run.model
+        if names[name] > 1:
+            run.label = f"{name} ({str(digest)[:8] if digest else 'answers'})"
+    taken = Counter((run.label, run.key) for run in runs)
+    for run in runs:
+        if taken[run.label, run.key] > 1:  # one model, measured twice
+            run.label = f"{run.label} ({run.folder.name})"
+    order = {label: place for place, label in enumerate(dict.fromkeys(run.label for run in runs))}
+    for run in runs:
+        run.series = order[run.label]
+
+
+def _benchmarks(runs: Sequence[LoadedRun]) -> list[Benchmark]:
+    gathered: dict[tuple[Any, ...], list[LoadedRun]] = {}
+    for run in runs:
+        gathered.setdefault(run.key, []).append(run)
+    labels = [_label(members[0]) for members in gathered.values()]
+    for tell_apart in (_protocol, _data):
+        count = Counter(labels)
+        labels = [
+            f"{label} · {tell_apart(members[0])}" if count[label] > 1 else label
+            for label, members in zip(labels, gathered.values(), strict=True)
+        ]
+    return [Benchmark(label, members) for label, members in zip(labels, gathered.values(), strict=True)]
+
+
+def _label(run: LoadedRun) -> str:
+    title = TITLES.get(run.task, run.task)
+    if run.task == "vicuna":
+        parts = [f"{title} vs {run.baseline_system}" if run.baseline_system else title, f"judge {_protocol(run)}"]
+    else:  # TruthfulQA's protocol lists its metrics, which stand below each other anyway
+        parts = [title] if run.task == "truthfulqa" else [title, _protocol(run)]
+    if run.spec["data"]["source"] == "nano":
+        parts.append("nano data")
+    if limit := run.spec["settings"].get("limit"):
+        parts.append(f"limit {limit}")
+    return " · ".join(parts)
+
+
+def _protocol(run: LoadedRun) -> str:
+    names = str(run.results["protocol"]).split("+")
+    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return ", ".join(names[:SHOWN_NAMES]) + more
+
+
+def _data(run: LoadedRun) -> str:
+    prompts = (run.spec.get("prompt_set") or {}).get("name")
+    return f"data {str(run.spec['data']['fingerprint'])[:6]}" + (f", {prompts} prompts" if prompts else "")
+
+
+def readable(name: str) -> str:
+    """A metric or subject without its underscores."""
+    return re.sub(r"_+", " ", name)
+
+
+def right_or_wrong(score: float | None) -> bool | None:
+    """Whether a score counts as right; None where there is none."""
+    return None if score is None else score > RIGHT
+
+
+def counted(results: Mapping[str, Any]) -> list[str]:
+    """What the gate and the task counted, in words, as the console says it."""
+    checks: Iterable[tuple[str, Any]] = results["validity"]["checks"].items()
+    lines = [f"{readable(name)} {check['count']}" for name, check in checks if check["count"]]
+    for name, value in results["details"].items():
+        if isinstance(value, float):
+            lines.append(f"{readable(name)} {value:.1%}")
+        elif isinstance(value, int) and value:
+            lines.append(f"{readable(name)} {value}")
+    return lines

@@ -1,0 +1,372 @@
+"""What the page says, as plain values: every number is formatted here, every name is escaped by the template."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from almost_eval.report import judged, plots
+from almost_eval.report.matrix import Cell, Matrix
+from almost_eval.report.runs import NONE, Benchmark, LoadedRun, RunSet, Unit, counted, readable, shown, unit_of
+from almost_eval.tasks.hhh import CATEGORIES
+
+METRIC_NAMES = {
+    "mc1": "mc1, the one true answer is likeliest",
+    "mc2": "mc2, probability on true answers",
+    "mc1_true_prompt": "mc1, true-or-false prompt",
+    "accuracy_macro": "mean of subjects",
+}
+MARKS = {
+    "better": ("▲", "better than the baseline"),
+    "worse": ("▼", "worse than the baseline"),
+    "same": ("≈", "not distinguishable from the baseline"),
+    "unknown": ("?", "cannot be judged"),
+}
+"""How a comparison is shown, and what the sign means (5 % for the table as a whole, after Holm)."""
+
+MINUS = "\u2212"
+View = dict[str, Any]
+
+
+def headline_rows(found: RunSet) -> list[View]:
+    """One row a run: the headline, its interval, what it stands on, trivial baselines beside it."""
+    rows = []
+    for place, benchmark in enumerate(found.benchmarks):
+        for at, run in enumerate(benchmark.runs):
+            rows.append(
+                {
+                    "rows": len(benchmark.runs) if at == 0 else 0,
+                    "benchmark": benchmark.label,
+                    "anchor": f"b{place}",
+                    "model": run.label,
+                    "metric": METRIC_NAMES.get(run.headline, readable(run.headline)).split(",")[0],
+                    "bar": bar(run, run.headline),
+                    "n": f"{run.metrics[run.headline]['n']:,}",
+                    "unscored": run.metrics[run.headline]["unscored"],
+                    "baselines": [bar(run, name, baseline=True) for name in run.results["baselines"]],
+                    "withheld": run.withheld,
+                    "counted": [
+                        f"{readable(name)} {check['count']}"
+                        for name, check in run.results["validity"]["checks"].items()
+                        if check["count"]
+                    ],
+                }
+            )
+    return rows
+
+
+def bar(run: LoadedRun, name: str, *, baseline: bool = False) -> View:
+    """A metric of a run as a dot with its interval; `low`, `high`, `at` in percent of the track, None off it."""
+    metric = (run.results["baselines"] if baseline else run.metrics)[name]
+    unit: Unit = "share" if baseline and run.task != "harness" else unit_of(run.task, name)
+    value, interval = metric["value"], metric["ci95"]
+    on_track = unit == "share"
+    return {
+        "label": run.label,
+        "name": readable(name),
+        "series": run.series % plots.SERIES,
+        "text": shown(value, unit),
+        "unit": " %" if on_track and value is not None else "",
+        "interval": f"{shown(interval[0], unit)} to {shown(interval[1], unit)}" if interval else "",
+        "at": 100 * value if on_track and value is not None else None,
+        "low": 100 * interval[0] if on_track and interval else None,
+        "high": 100 * interval[1] if on_track and interval else None,
+        "n": metric["n"],
+        "unscored": metric["unscored"],
+        "withheld": bool(metric.get("withheld")),
+    }
+
+
+def matrix_view(matrix: Matrix) -> View:
+    """The table of several models."""
+    rows = []
+    for model in matrix.models:
+        cells = [matrix.cell(model, place) for place in range(len(matrix.benchmarks))]
+        rows.append({"model": model, "cells": [_cell(cell) if cell else None for cell in cells]})
+    return {
+        "benchmarks": [{"label": b.label, "anchor": f"b{place}"} for place, b in enumerate(matrix.benchmarks)],
+        "rows": rows,
+        "baseline": matrix.baseline,
+        "family": sum(delta.p_holm is not None for delta in matrix.deltas),
+        "marks": MARKS,
+        "deltas": [_delta(cell) for cell in matrix.cells.values() if cell.delta],
+    }
+
+
+def _cell(cell: Cell) -> View:
+    view = {"bar": bar(cell.run, cell.run.headline), "withheld": cell.run.withheld, "delta": None}
+    if cell.delta:
+        view["delta"] = _delta(cell)
+    return view
+
+
+def _delta(cell: Cell) -> View:
+    delta = cell.delta
+    assert delta is not None
+    metric, unit = delta.metric, delta.benchmark.unit
+    scale = 100 if unit == "share" else 1
+    form = "+.1f" if unit == "share" else "+.4g"
+
+    def signed(value: float | None) -> str:
+        return NONE if value is None else format(scale * value + 0.0, form).replace("-", MINUS)
+
+    flips = delta.comparison.flipped
+    return {
+        "benchmark": delta.benchmark.label,
+        "model": delta.run.label,
+        "mark": delta.mark,
+        "sign": MARKS[delta.mark][0],
+        "says": MARKS[delta.mark][1],
+        "text": signed(metric.difference),
+        "interval": f"{signed(metric.ci95[0])} to {signed(metric.ci95[1])}" if metric.ci95 else "",
+        "n": metric.n,
+        "left_out": metric.unscored + delta.comparison.only_in_a + delta.comparison.only_in_b,
+        "p": p_value(metric.p_value),
+        "p_holm": p_value(delta.p_holm),
+        "gained": sum(flip.b > flip.a for flip in flips),
+        "lost": sum(flip.b < flip.a for flip in flips),
+        "warnings": list(delta.comparison.warnings),
+    }
+
+
+def p_value(p: float | None) -> str:
+    """As text; small ones as a bound."""
+    if p is None:
+        return NONE
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def sections(found: RunSet) -> list[View]:
+    """One section a benchmark."""
+    return [_section(benchmark, f"b{place}") for place, benchmark in enumerate(found.benchmarks)]
+
+
+def _section(benchmark: Benchmark, anchor: str) -> View:
+    runs, drawn = benchmark.runs, _SECTIONS.get(benchmark.task, _plain)(benchmark, anchor)
+    names = list(dict.fromkeys(name for run in runs for name in run.metrics))
+    return {
+        "anchor": anchor,
+        "title": benchmark.label,
+        "legend": [{"label": run.label, "series": run.series % plots.SERIES} for run in runs],
+        "notes": [{"label": run.label, "counted": counted(run.results), "warnings": _warnings(run)} for run in runs],
+        "metrics": [
+            {"name": name, "bars": [bar(run, name) if name in run.metrics else None for run in runs]} for name in names
+        ],
+        "forests": [],
+        "plots": [],
+        "judged": [],
+        **drawn,
+    }
+
+
+def _warnings(run: LoadedRun) -> list[str]:
+    withheld = [f"headline withheld: {run.withheld}"] if run.withheld else []
+    return withheld + [str(warning) for warning in run.results["engine"].get("warnings", ())]
+
+
+def _rows(runs: Sequence[LoadedRun], names: Sequence[str], label: Callable[[str], str] = readable) -> list[View]:
+    """Rows of a forest plot: a metric, a dot for each run that has it."""
+    rows = []
+    for name in names:
+        bars = [bar(run, name) for run in runs if name in run.metrics]
+        if bars:
+            rows.append({"label": label(name), "bars": bars, "strong": name == runs[0].headline, "muted": False})
+    return rows
+
+
+def _baseline_rows(runs: Sequence[LoadedRun]) -> list[View]:
+    """Rules with no model, once: they depend on the data alone where all runs scored the same samples."""
+    names = dict.fromkeys(name for run in runs for name in run.results["baselines"])
+    rows = []
+    for name in names:
+        run = next(run for run in runs if name in run.results["baselines"])
+        rows.append({"label": readable(name), "bars": [bar(run, name, baseline=True)], "strong": False, "muted": True})
+    return rows
+
+
+def _after_slash(name: str) -> str:
+    return METRIC_NAMES.get(name, readable(name.rpartition("/")[2]))
+
+
+def _hhh(benchmark: Benchmark, anchor: str) -> View:
+    runs = benchmark.runs
+    categories = [n for n in dict.fromkeys(n for run in runs for n in run.metrics) if n.startswith("accuracy/")]
+    rows = _rows(runs, ["accuracy"]) + _baseline_rows(runs) + _rows(runs, categories, _after_slash)
+    # Only known names are drawn: what a file may call a category belongs into escaped text.
+    known = [f"accuracy/{category}" for category in CATEGORIES if f"accuracy/{category}" in categories]
+    series = [
+        plots.Series(
+            run.series,
+            [run.metrics.get(name, {}).get("value") for name in known],
+            [_pair(run.metrics.get(name, {}).get("ci95")) for name in known],
+        )
+        for run in runs
+    ]
+    drawn = []
+    if known:
+        labels = [name.partition("/")[2] for name in known]
+        svg = plots.profile(labels, series, ident=anchor, title="accuracy by category")
+        drawn.append({"title": "Profile", "caption": "accuracy by category, with 95 % intervals", "svg": svg})
+    return {"forests": [{"title": "Accuracy, better answer preferred", "rows": rows}], "plots": drawn}
+
+
+def _pair(interval: Sequence[float] | None) -> tuple[float, float] | None:
+    return (interval[0], interval[1]) if interval else None
+
+
+def _truthfulqa(benchmark: Benchmark, anchor: str) -> View:
+    runs = benchmark.runs
+    names = list(dict.fromkeys(name for run in runs for name in run.metrics))
+    rows = _rows(runs, names, _after_slash) + _baseline_rows(runs)
+    return {"forests": [{"title": "Multiple choice", "rows": rows}]}
+
+
+def _mmlu(benchmark: Benchmark, anchor: str) -> View:
+    runs = benchmark.runs
+    category_of = {r.sample.group: str(r.sample.metadata["category"]) for run in runs for r in run.records}
+    categories = list(dict.fromkeys(category_of.values()))
+    overall = _rows(runs, ["accuracy", "accuracy_macro"], _after_slash) + _baseline_rows(runs)
+    overall += _rows(runs, [f"accuracy/{category}" for category in categories], _after_slash)
+    forests: list[View] = [{"title": "Accuracy", "rows": overall}]
+    for category in categories:
+        subjects = [f"accuracy/{subject}" for subject, of in category_of.items() if of == category]
+        subjects.sort(key=lambda name: -_mean([run.metrics.get(name, {}).get("value") for run in runs]))
+        rows = _rows(runs, subjects, _after_slash)
+        forests.append({"title": f"Subjects: {readable(category)}", "rows": rows, "compact": True})
+    return {"forests": forests}
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else -1.0
+
+
+def _vicuna(benchmark: Benchmark, anchor: str) -> View:
+    runs = benchmark.runs
+    names = list(dict.fromkeys(name for run in runs for name in run.metrics))
+    shares = [name for name in names if unit_of(benchmark.task, name) == "share"]
+    views = [_judged(run, f"{anchor}r{place}") for place, run in enumerate(runs) if run.baseline_system]
+    return {"forests": [{"title": "Win rate", "rows": _rows(runs, shares, _after_slash)}], "judged": views}
+
+
+def _judged(run: LoadedRun, ident: str) -> View:
+    bins, by_length = judged.length_bins(run), None
+    if bins:
+        series = plots.Series(run.series, [b.share.value for b in bins], [b.share.ci95 for b in bins])
+        title = "share of verdicts won, by length of the answer"
+        by_length = plots.by_length([b.ratio for b in bins], [series], ident=ident, title=title)
+    parts, judging = judged.outcomes(run), run.results.get("judging") or {}
+    return {
+        "label": run.label,
+        "baseline": run.baseline_system,
+        "series": run.series % plots.SERIES,
+        "outcomes": [
+            {
+                "label": readable(part.label),
+                "wins": part.wins,
+                "ties": part.ties,
+                "losses": part.losses,
+                "unscored": part.unscored,
+                "shares": [100 * count / part.n for count in (part.wins, part.ties, part.losses)] if part.n else None,
+            }
+            for part in parts
+        ],
+        "bias": [_bias(judging.get(key), *words) for key, words in BIAS.items() if judging],
+        "by_length": by_length,
+    }
+
+
+BIAS = {
+    "first_wins": ("first shown preferred", "of the decisive verdicts; one half is fair"),
+    "longer_wins": ("longer answer preferred", "of the decisive verdicts"),
+    "consistency": ("both orders agree", "of the questions"),
+    "length_controlled": ("win rate at equal length", "by a logistic model"),
+}
+"""Entry of a judged run's `judging` -> what it is called, and what it is a share of."""
+
+
+def _bias(metric: Mapping[str, Any] | None, name: str, of: str) -> View:
+    metric = metric or {"value": None, "ci95": None, "n": 0}
+    value, interval = metric["value"], metric["ci95"]
+    return {
+        "name": name,
+        "of": of,
+        "text": shown(value, "share"),
+        "interval": f"{shown(interval[0], 'share')} to {shown(interval[1], 'share')}" if interval else "",
+        "at": None if value is None else 100 * value,
+        "low": 100 * interval[0] if interval else None,
+        "high": 100 * interval[1] if interval else None,
+        "n": metric["n"],
+    }
+
+
+def _plain(benchmark: Benchmark, anchor: str) -> View:
+    runs = benchmark.runs
+    names = [n for n in runs[0].metrics if unit_of(benchmark.task, n) == "share"]
+    return {"forests": [{"title": "Metrics", "rows": _rows(runs, names) + _baseline_rows(runs)}] if names else []}
+
+
+_SECTIONS: dict[str, Callable[[Benchmark, str], View]] = {
+    "hhh": _hhh,
+    "truthfulqa": _truthfulqa,
+    "mmlu": _mmlu,
+    "vicuna": _vicuna,
+}
+
+
+def provenance(found: RunSet) -> list[View]:
+    """Where each run comes from, and the command that makes it again."""
+    return [_provenance(run, f"command-{place}") for place, run in enumerate(found.runs)]
+
+
+def _provenance(run: LoadedRun, ident: str) -> View:
+    spec, results = run.spec, run.results
+    template, prompts = spec.get("template") or {}, spec.get("prompt_set") or {}
+    facts = {
+        "run folder": str(run.folder),
+        "model": spec.get("model_name"),
+        "architecture": spec.get("architecture"),
+        "weights": _digest(spec.get("weight_digest")),
+        "engine": _short(spec["engine"]),
+        "settings": _short(spec["settings"]),
+        "baseline": run.baseline_system,
+        "judge": _short(spec["settings"].get("judge") or {}),
+        "data": f"{spec['data']['source']}, {_digest(spec['data']['fingerprint'])}",
+        "prompt set": prompts and f"{prompts['name']}, {_digest(prompts.get('digest'))}",
+        "template": template and f"{template['name']}, {_digest(template['digest'])}",
+        "prompt tokens": _digest(spec.get("prompt_ids_digest")),
+        "samples": f"{spec['n_samples']:,}, {_digest(results['provenance'].get('samples_digest'))}",
+        "seed": spec.get("seed"),
+        "commit": spec.get("commit"),
+        "versions": _short(spec.get("versions") or {}),
+        "time": _time(results.get("timing") or {}),
+    }
+    return {
+        "ident": ident,
+        "label": run.label,
+        "task": f"{run.task}, {results['protocol']}",
+        "command": shlex.join(spec.get("command") or []),
+        "facts": [(name, str(value)) for name, value in facts.items() if value not in (None, "", {})],
+        "template": template.get("text"),
+    }
+
+
+def _digest(value: Any) -> str:
+    return f"sha256 {str(value)[:16]}" if value else ""
+
+
+def _short(value: Mapping[str, Any]) -> str:
+    """Settings in one line; what is itself an object has a line or a file of its own."""
+    parts = []
+    for name, item in value.items():
+        if isinstance(item, list) and not any(isinstance(inner, dict) for inner in item):
+            item = ", ".join(map(str, item))
+        if item is not None and not isinstance(item, dict | list):
+            parts.append(f"{readable(name)} {item}")
+    return "; ".join(parts)
+
+
+def _time(timing: Mapping[str, Any]) -> str:
+    seconds = timing.get("seconds")
+    return "" if seconds is None else f"{seconds:,.1f} s, {timing.get('samples_computed_now', 0):,} samples computed"
