@@ -1,0 +1,173 @@
+"""The page: four tabs, and around them an application that lets nothing in or out that the page does not need."""
+
+from __future__ import annotations
+
+import base64
+import hmac
+import re
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from fastapi import FastAPI
+from starlette.datastructures import MutableHeaders
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from almost_eval.arena import VoteStore
+from serving.chat.arena import Arena
+from serving.chat.session import Desk
+from serving.chat.tab_arena import ArenaTab
+from serving.chat.tab_chat import ChatTab
+from serving.chat.tab_compare import CompareTab
+from serving.chat.tab_report import ReportTab
+
+_ASSETS = Path(__file__).with_name("assets")
+
+_ROUTES = re.compile(
+    r"/(?:|config|theme\.css|favicon\.ico|robots\.txt|manifest\.json|(?:assets|static)/.*|"
+    r"gradio_api/(?:queue/join|queue/data|heartbeat/[\w-]+|cancel|reset|startup-events|run/predict|info))/?"
+)
+"""What the page asks for. gradio serves more (uploads, files, proxies, monitoring, code editing): none of it here."""
+
+_POLICY = "; ".join(
+    (
+        "default-src 'self'",
+        "script-src 'self' 'unsafe-inline' 'unsafe-eval'",  # gradio's page is an inline script; gr.HTML compiles
+        "style-src 'self' 'unsafe-inline'",
+        "img-src 'self' data: blob:",
+        "font-src 'self' data:",
+        "connect-src 'self'",
+        "frame-src 'self'",
+        "object-src 'none'",
+        "base-uri 'self'",
+        "form-action 'self'",
+        "frame-ancestors 'self'",
+    )
+)
+_HEADERS = {
+    "Content-Security-Policy": _POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
+}
+
+
+class Guard:
+    """ASGI middleware: the login, the routes of the page and no others, and headers that forbid other hosts.
+
+    Args:
+        app: the page.
+        login: `user:password`, or None to let everybody in.
+    """
+
+    def __init__(self, app: ASGIApp, login: str | None) -> None:
+        self._app = app
+        self._login = None if login is None else base64.b64encode(login.encode())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or pass the request on."""
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self._app(scope, receive, send)
+            return
+        if not self._admits(scope):
+            ask = {"WWW-Authenticate": 'Basic realm="almost-chat", charset="UTF-8"'}
+            await PlainTextResponse("This page needs a login.", 401, ask)(scope, receive, send)
+            return
+        if not _ROUTES.fullmatch(scope["path"]):
+            await PlainTextResponse("There is nothing here.", 404)(scope, receive, send)
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers[name] = value
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers)
+
+    def _admits(self, scope: Scope) -> bool:
+        if self._login is None:
+            return True
+        sent = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        scheme, _, token = sent.partition(b" ")
+        return hmac.compare_digest(token.strip(), self._login) and scheme.lower() == b"basic"
+
+
+def build_page(desk: Desk) -> gr.Blocks:
+    """The tabs, connected."""
+    arena = None
+    if len(desk.systems) > 1:
+        arena = Arena(desk.systems, VoteStore(desk.votes), desk.defaults, desk.seed)
+    with gr.Blocks(title="ALMoST chat", analytics_enabled=False, fill_width=True, delete_cache=None) as page:
+        gr.HTML(
+            '<header class="top"><h1>ALMoST <span>chat</span></h1>'
+            '<button type="button" id="theme" aria-label="Switch between dark and light">Dark</button></header>',
+            apply_default_css=False,
+            padding=False,
+        )
+        with gr.Tabs(elem_id="tabs"):
+            with gr.Tab("Chat", id="chat"):
+                chat = ChatTab(desk)
+            with gr.Tab("Side by side", id="compare"):
+                compare = CompareTab(desk)
+            with gr.Tab("Arena", id="arena"):
+                blind = ArenaTab(desk, arena)
+            with gr.Tab("Report", id="report"):
+                report = ReportTab(desk.reports)
+        chat.connect(page)
+        compare.connect(chat.settings)
+        blind.connect()
+        report.connect(page)
+
+        def leave(request: gr.Request) -> None:
+            desk.leave(request.session_hash)
+
+        page.unload(leave)
+    page.queue(max_size=desk.queue_size, default_concurrency_limit=desk.concurrency, api_open=False)
+    return page
+
+
+def create_app(desk: Desk, login: str | None = None) -> ASGIApp:
+    """The whole application.
+
+    Args:
+        desk: what is served.
+        login: `user:password`, or None.
+
+    Raises:
+        StoreError: the file of votes is something else.
+    """
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    gr.mount_gradio_app(
+        app,
+        build_page(desk),
+        path="/",
+        theme=_theme(),
+        css=(_ASSETS / "chat.css").read_text(encoding="utf-8"),
+        head=f"<script>{(_ASSETS / 'chat.js').read_text(encoding='utf-8')}</script>",
+        footer_links=[],
+        show_error=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        max_file_size=1,
+        run_history=False,
+    )
+    return Guard(app, login)
+
+
+def _theme() -> Any:
+    # Fonts of the visitor's own system: gradio's defaults come from another host, or are files more to load.
+    sans = ["ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif"]
+    mono = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]
+    return gr.themes.Base(
+        primary_hue="indigo",
+        neutral_hue="slate",
+        font=[gr.themes.Font(name) for name in sans],
+        font_mono=[gr.themes.Font(name) for name in mono],
+        radius_size="lg",
+    )

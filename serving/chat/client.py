@@ -1,0 +1,310 @@
+"""An OpenAI-compatible endpoint as the page sees it: what it can do, one answer as a stream, rewards, plain errors.
+
+httpx and not OpenAI's SDK: the page must be there in seconds, the SDK alone takes one of them to import, and of the
+protocol only a stream of chat chunks is needed. Leaving a stream closes the connection, which ends the work upstream.
+
+The key is read from `ALMOST_API_KEY`, else `OPENAI_API_KEY`; it is in no setting, log or sentence.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from almost_eval.engines.openai import KEYS
+from almost_eval.errors import InputError, RunError
+from serving.chat.conversation import Candidate, Settings
+
+Kind = Literal["down", "key", "context_full", "loading", "busy", "reward", "refused", "broken"]
+
+_CONTEXT = re.compile(r"context[ _](length|window|of|size)|maximum (context|model)|max_model_len|too long", re.I)
+_CONNECT_S = 5.0
+_QUICK_S = 20.0
+"""For everything but answers."""
+_SILENCE_S = 120.0
+"""Seconds without a byte after which an answer is given up. Best-of-N is silent until it is known."""
+
+
+class EndpointError(RunError):
+    """An endpoint did not do what was asked; the message is a sentence for the page."""
+
+    def __init__(self, kind: Kind, sentence: str) -> None:
+        super().__init__(sentence)
+        self.kind = kind
+
+
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """What an endpoint serves."""
+
+    models: tuple[str, ...] = ()
+    rewards: bool = False
+    """Whether it has `/v1/rewards`, as this toolkit's gateway does."""
+    best_of: int = 1
+    """The largest N of best-of-N; 1: it has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A piece of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The end of the answer."""
+
+    ending: str
+    tokens: int | None = None
+    """Of all candidates; None where the endpoint does not say."""
+    reward: float | None = None
+    candidates: tuple[Candidate, ...] = ()
+    fallback: str | None = None
+    """Why best-of-N was answered without rewards."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """`[NAME=]URL[#MODEL]`, taken apart."""
+
+    name: str
+    url: str
+    model: str | None
+
+    @classmethod
+    def parse(cls, given: str) -> Address:
+        """Read what `--base-url` was given.
+
+        Raises:
+            InputError: no http(s) address, or one that holds a password.
+        """
+        head, equals, rest = given.partition("=")
+        name, url = (head.strip(), rest) if equals and "://" not in head else ("", given)
+        url, _, model = url.partition("#")
+        try:
+            parts = urlsplit(url)
+            host, _ = parts.hostname, parts.port
+        except ValueError:
+            parts, host = urlsplit(""), None
+        if "@" in parts.netloc:
+            raise InputError(f"--base-url holds a user or a password; a key comes from the environment: {KEYS[0]}")
+        if parts.scheme not in ("http", "https") or not host or parts.query:
+            raise InputError("--base-url is not an http(s) address; it must look like http://127.0.0.1:8000/v1")
+        return cls(name or (model or parts.netloc), url.rstrip("/").removesuffix("/v1") + "/v1", model or None)
+
+
+@dataclass(slots=True)
+class Endpoint:
+    """One endpoint. Made anywhere, used in one event loop."""
+
+    url: str
+    """Up to and including `/v1`."""
+    key: str | None = field(default=None, repr=False)
+    local: bool = False
+    """Whether this program started it: then the sentences do not speak of a server that somebody should start."""
+    _client: Any = field(default=None, repr=False)
+
+    @classmethod
+    def with_key_of_environment(cls, url: str) -> Endpoint:
+        """An endpoint that is sent the key of the environment, if there is one."""
+        return cls(url, next((os.environ[name] for name in KEYS if os.environ.get(name)), None))
+
+    async def abilities(self) -> Abilities:
+        """Ask what it serves.
+
+        Raises:
+            EndpointError: it is down, refuses the key, or has no list of models.
+        """
+        listed = await self._json("GET", f"{self.url}/models")
+        try:
+            models = tuple(str(entry["id"]) for entry in listed["data"])
+        except (LookupError, TypeError):
+            raise self._broken() from None
+        try:
+            document = await self._json("GET", f"{self.url.removesuffix('/v1')}/openapi.json")
+        except EndpointError:
+            return Abilities(models)  # plain OpenAI-compatible endpoints publish none
+        return _read_abilities(models, document)
+
+    async def stream(
+        self, model: str, messages: Sequence[Mapping[str, str]], settings: Settings
+    ) -> AsyncIterator[Delta | End]:
+        """The answer to a conversation: `Delta`s, then one `End`.
+
+        Raises:
+            EndpointError: see `Kind`.
+        """
+        body: dict[str, Any] = {
+            "model": model,
+            "messages": list(messages),
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "max_tokens": settings.max_tokens,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if settings.best_of > 1:
+            body |= {"best_of": settings.best_of, "almost_candidates": True}
+        ending, tokens, almost = "", None, None
+        async for chunk in self._events(f"{self.url}/chat/completions", body):
+            if isinstance(chunk, dict) and chunk.get("error"):
+                raise self._refusal(500, chunk)
+            try:
+                almost = chunk.get("almost") or almost
+                tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
+                choices = [(choice.get("delta") or {}, choice.get("finish_reason")) for choice in chunk["choices"]]
+            except (AttributeError, LookupError, TypeError):
+                raise self._broken() from None
+            for delta, reason in choices:
+                if text := delta.get("content"):
+                    yield Delta(str(text))
+                ending = reason or ending
+        if not ending:
+            raise EndpointError("broken", "The answer broke off: the server closed the connection before its end.")
+        yield _end(ending, tokens, almost)
+
+    async def rewards(self, conversations: Sequence[Sequence[Mapping[str, str]]]) -> list[float]:
+        """Raw logits of conversations that end with an answer.
+
+        Raises:
+            EndpointError: see `Kind`.
+        """
+        body = {"conversations": [list(one) for one in conversations]}
+        answer = await self._json("POST", f"{self.url}/rewards", body)
+        try:
+            found = [float(reward) for reward in answer["rewards"]]
+        except (LookupError, TypeError, ValueError):
+            raise self._broken() from None
+        if len(found) != len(conversations):
+            raise self._broken()
+        return found
+
+    # --- HTTP ---
+
+    async def _json(self, method: str, url: str, body: Any = None) -> Any:
+        import httpx
+
+        try:
+            response = await self._open().request(method, url, json=body, timeout=_QUICK_S)
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from None
+        found = _parsed(response.content)
+        if response.status_code != 200:
+            raise self._refusal(response.status_code, found)
+        if found is None:
+            raise self._broken()
+        return found
+
+    async def _events(self, url: str, body: Any) -> AsyncIterator[Any]:
+        import httpx
+
+        try:
+            async with self._open().stream("POST", url, json=body) as response:
+                if response.status_code != 200:
+                    raise self._refusal(response.status_code, _parsed(await response.aread()))
+                async for line in response.aiter_lines():
+                    data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
+                    if data == "[DONE]":
+                        return
+                    if data:
+                        yield _parsed(data.encode())
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from None
+
+    def _open(self) -> Any:
+        import httpx
+
+        if self._client is None:
+            headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+            timeout = httpx.Timeout(_SILENCE_S, connect=_CONNECT_S)
+            limits = httpx.Limits(max_connections=256, max_keepalive_connections=32)
+            # trust_env: a proxy of the environment must not see what is said to a server of this machine.
+            local = urlsplit(self.url).hostname in ("127.0.0.1", "localhost", "::1")
+            self._client = httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits, trust_env=not local)
+        return self._client
+
+    # --- sentences ---
+
+    def _where(self) -> str:
+        return "The model" if self.local else f"The endpoint {self.url}"
+
+    def _unreachable(self, error: Exception) -> EndpointError:
+        import httpx
+
+        if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+            hint = "start almost-chat again" if self.local else "start the server, or check the address"
+            return EndpointError("down", f"{self._where()} is not reachable: {hint}, then press Retry.")
+        if isinstance(error, httpx.TimeoutException):
+            return EndpointError("down", f"{self._where()} was silent for too long, so the wait was given up.")
+        return EndpointError("broken", "The answer broke off: the connection was lost before its end.")
+
+    def _broken(self) -> EndpointError:
+        return EndpointError("broken", f"{self._where()} answered with something that is no OpenAI-compatible reply.")
+
+    def _refusal(self, status: int, body: Any) -> EndpointError:
+        details = body.get("error", body) if isinstance(body, dict) else {}
+        details = details if isinstance(details, dict) else {"message": details}
+        words = " ".join(str(details.get("message") or "no reason given").split())[:300].rstrip(".")
+        if self.key:
+            words = words.replace(self.key, "***")
+        code = str(details.get("code") or "")
+        if code == "context_length_exceeded" or (status in (400, 413, 422) and _CONTEXT.search(words)):
+            sentence = "The context is full: the conversation and the answer do not fit the model."
+            return EndpointError("context_full", sentence)
+        if status in (401, 403):
+            sentence = f"{self._where()} refuses the key: set {KEYS[0]} to a valid one and start almost-chat again."
+            return EndpointError("key", sentence)
+        if status == 404:
+            return EndpointError("refused", f"{self._where()} has no such model: {words}.")
+        if status == 429:
+            return EndpointError("busy", f"{self._where()} is busy: {words}. Try again in a moment.")
+        if code.startswith(("reward", "no_reward", "nothing_scored")):
+            return EndpointError("reward", f"The reward model cannot be used now: {words}. Set best-of to 1 to go on.")
+        if status == 503:
+            return EndpointError(
+                "loading", f"{self._where()} is not ready: the model is still loading. Try again soon."
+            )
+        if status in (502, 504) or code.startswith("policy"):
+            return EndpointError("down", f"The model's server does not answer: {words}.")
+        return EndpointError("refused", f"{self._where()} refuses the request ({status}): {words}.")
+
+
+def _parsed(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except ValueError:
+        return None
+
+
+def _read_abilities(models: tuple[str, ...], document: Any) -> Abilities:
+    """From the OpenAPI document, which names the routes a server has and the largest N it takes."""
+    try:
+        rewards = "/v1/rewards" in document["paths"]
+        field_ = document["components"]["schemas"]["ChatRequest"]["properties"].get("best_of") or {}
+        most = next((int(form["maximum"]) for form in field_.get("anyOf", [field_]) if "maximum" in form), 1)
+    except (LookupError, TypeError, AttributeError, ValueError):
+        return Abilities(models)
+    return Abilities(models, rewards, most if rewards else 1)
+
+
+def _end(ending: str, tokens: Any, almost: Any) -> End:
+    count = tokens if isinstance(tokens, int) else None
+    if not isinstance(almost, dict):
+        return End(ending, count)
+    chosen = set(almost.get("chosen") or ())
+    candidates = tuple(
+        Candidate(str(one.get("text") or "").strip(), _figure(one.get("reward")), one.get("index") in chosen)
+        for one in almost.get("candidates") or ()
+    )
+    return End(ending, count, _figure(almost.get("reward")), candidates, almost.get("fallback"))
+
+
+def _figure(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

@@ -1,0 +1,210 @@
+"""What all tabs share: the systems, who may ask how often, and one answer drawn step by step."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from serving.chat.client import Abilities, Delta, End, Endpoint, EndpointError
+from serving.chat.conversation import Reply, Settings
+
+TICK_S = 0.05
+"""Between two updates of a page: faster than one can read, and a fraction of the traffic of one for each token."""
+
+_FRESH_S = 60.0
+"""How long an endpoint's abilities are believed."""
+
+
+@dataclass(slots=True)
+class System:
+    """One of the things to talk to: an endpoint, and the model it serves."""
+
+    name: str
+    endpoint: Endpoint
+    model: str | None = None
+    """None: the first that the endpoint lists."""
+    _known: Abilities | None = None
+    _asked: float = 0.0
+
+    async def abilities(self) -> Abilities:
+        """What it can do, asked once a minute.
+
+        Raises:
+            EndpointError: see `Endpoint.abilities`.
+        """
+        if self._known is None or time.monotonic() - self._asked > _FRESH_S:
+            self._known = await self.endpoint.abilities()
+            self._asked = time.monotonic()
+        return self._known
+
+    async def served(self) -> str:
+        """The model's name at the endpoint.
+
+        Raises:
+            EndpointError: it is not known, and the endpoint cannot be asked.
+        """
+        if self.model:
+            return self.model
+        models = (await self.abilities()).models
+        if not models:
+            raise EndpointError("refused", "The endpoint serves no model.")
+        return models[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """How far an answer is."""
+
+    reply: Reply
+    done: bool = False
+    error: EndpointError | None = None
+    """Why it broke off; `reply` holds what had come."""
+    note: str = ""
+    """A sentence about an answer that is whole: no reward could be had, ..."""
+
+
+class RateLimit:
+    """So many questions a minute for each visitor."""
+
+    def __init__(self, per_minute: int) -> None:
+        self.per_minute = per_minute
+        self._asked: dict[str, deque[float]] = {}
+
+    def admits(self, visitor: str, now: float | None = None) -> bool:
+        """Count one question, unless it is one too many."""
+        now = time.monotonic() if now is None else now
+        if len(self._asked) > 10_000:  # visitors who left
+            self._asked = {who: times for who, times in self._asked.items() if times and now - times[-1] < 60}
+        times = self._asked.setdefault(visitor, deque())
+        while times and now - times[0] >= 60:
+            times.popleft()
+        if len(times) >= self.per_minute:
+            return False
+        times.append(now)
+        return True
+
+
+@dataclass(slots=True)
+class Desk:
+    """What the page serves, and what is going on. One for a server, in its one event loop."""
+
+    systems: list[System]
+    votes: Path
+    reports: Path
+    questions: list[tuple[str, str]] = field(default_factory=list)
+    """(id, text): the arena's question set."""
+    examples: tuple[str, ...] = ()
+    rate: RateLimit = field(default_factory=lambda: RateLimit(30))
+    concurrency: int = 8
+    """Answers at work at a time; those beyond wait in the queue."""
+    queue_size: int = 64
+    defaults: Settings = field(default_factory=Settings)
+    seed: int | None = None
+    """Of the arena's shuffling; None draws one."""
+    _stops: dict[str, asyncio.Event] = field(default_factory=dict)
+
+    def system(self, name: str | None) -> System:
+        """By name; the first for an unknown one, as a page of an earlier server may send."""
+        return next((system for system in self.systems if system.name == name), self.systems[0])
+
+    @contextmanager
+    def work(self, where: str, visitor: str | None) -> Any:
+        """Yields the event that `stop` sets; None where this visitor's earlier answer is still being written."""
+        key = f"{where}/{visitor}"
+        if key in self._stops:
+            yield None
+            return
+        self._stops[key] = stop = asyncio.Event()
+        try:
+            yield stop
+        finally:
+            del self._stops[key]
+
+    def stop(self, where: str, visitor: str | None) -> None:
+        """End what this visitor waits for, if anything."""
+        if stop := self._stops.get(f"{where}/{visitor}"):
+            stop.set()
+
+    def leave(self, visitor: str | None) -> None:
+        """The visitor's page is closed: end all of it."""
+        for key, stop in self._stops.items():
+            if key.endswith(f"/{visitor}"):
+                stop.set()
+
+
+async def draw(
+    system: System, messages: Sequence[Mapping[str, str]], settings: Settings, stop: asyncio.Event
+) -> AsyncIterator[Step]:
+    """One answer as it grows; the last step is `done`. Setting `stop`, or leaving early, ends the work upstream."""
+    began = time.perf_counter()
+    news: asyncio.Queue[Delta | End | EndpointError] = asyncio.Queue()
+    reply = Reply("", system.name)
+
+    async def read() -> None:
+        try:
+            stream = system.endpoint.stream(await system.served(), messages, settings)
+            async with aclosing(stream) as events:  # type: ignore[type-var]
+                async for event in events:
+                    news.put_nowait(event)
+        except EndpointError as error:
+            news.put_nowait(error)
+
+    reader = asyncio.create_task(read())
+    try:
+        while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), TICK_S)
+            before = reply.text
+            while not news.empty():
+                event = news.get_nowait()
+                if isinstance(event, Delta):
+                    reply = replace(reply, text=(reply.text + event.text) if reply.text else event.text.lstrip())
+                elif isinstance(event, EndpointError):
+                    yield Step(replace(reply, ending="broken", seconds=time.perf_counter() - began), True, event)
+                    return
+                else:
+                    yield await _finished(system, messages, _ended(reply, event, time.perf_counter() - began), event)
+                    return
+            if stop.is_set():
+                yield Step(replace(reply, ending="stopped", seconds=time.perf_counter() - began), True)
+                return
+            if reader.done() and news.empty():  # only a bug ends it without a word
+                reader.result()
+                raise RuntimeError("the stream ended without an end")
+            if reply.text != before:
+                yield Step(reply)
+    finally:
+        reader.cancel()
+        with suppress(asyncio.CancelledError):
+            await reader
+
+
+def _ended(reply: Reply, end: End, seconds: float) -> Reply:
+    return replace(
+        reply,
+        text=reply.text.rstrip(),
+        reward=end.reward,
+        candidates=end.candidates,
+        tokens=end.tokens,
+        seconds=seconds,
+        ending=end.ending,
+    )
+
+
+async def _finished(system: System, messages: Sequence[Mapping[str, str]], reply: Reply, end: End) -> Step:
+    """The whole answer with its reward, where one can be had."""
+    if end.fallback:
+        return Step(reply, True, note=f"Answered without best-of-N: {end.fallback}.")
+    try:
+        if reply.reward is None and reply.text and (await system.abilities()).rewards:
+            (reward,) = await system.endpoint.rewards([[*messages, {"role": "assistant", "content": reply.text}]])
+            reply = replace(reply, reward=reward)
+    except EndpointError as error:
+        return Step(reply, True, note=f"The answer has no reward. {error}")
+    return Step(reply, True)

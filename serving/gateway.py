@@ -1,0 +1,237 @@
+"""An OpenAI-compatible gateway before a policy and a reward model: what neither server has, best-of-N, keys, limits.
+
+    client -> gateway -> policy server (vLLM)
+                     \\-> reward server (vLLM, pooling)
+
+What a request asks of the policy alone is passed through: its body goes there and the answer comes back byte for byte,
+a stream as it is written. Only the paths below exist; no path, query or header of a client is forwarded, above all not
+its key. See `gateway_best_of` for what `best_of` does, `gateway_limits` for the limits, `gateway_schema` for what is
+accepted.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from almost_eval.errors import InputError
+from serving.gateway_best_of import BestOf, Rewards, answer_rewards
+from serving.gateway_errors import on_crash, on_refusal, refusal
+from serving.gateway_limits import KeyGuard, Limited, Slots
+from serving.gateway_metrics import Metrics, Observed
+from serving.gateway_render import renderer_of
+from serving.gateway_schema import ChatRequest, CompletionRequest, RewardRequest, check, openapi, parse_json
+from serving.gateway_settings import KEY, GatewaySettings
+from serving.gateway_streaming import EVENTS, Reply, notes_of, relay_events
+from serving.gateway_upstream import Upstream
+
+__all__ = ["GatewaySettings", "create_app", "run"]
+
+_REWARD_CONNECTIONS = 128
+"""Conversations at the reward server at a time; more wait here."""
+_GRACE_S = 10
+"""Seconds that requests at work have once the gateway is told to stop."""
+
+
+class Gateway:
+    """The routes of one gateway.
+
+    Args:
+        settings: see there.
+
+    Raises:
+        InputError: `reward_model` is no reward model.
+    """
+
+    def __init__(self, settings: GatewaySettings) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.policy = Upstream(
+            "policy", settings.policy_url, settings.policy_key, status=502, connections=0, metrics=self.metrics
+        )
+        self.rewards: Rewards | None = None
+        if settings.reward_url is not None:
+            upstream = Upstream(
+                "reward",
+                settings.reward_url,
+                settings.reward_key,
+                status=503,
+                connections=_REWARD_CONNECTIONS,
+                metrics=self.metrics,
+            )
+            render = renderer_of(settings.reward_model) if settings.reward_model is not None else None
+            self.rewards = Rewards(upstream, settings.reward_timeout_s, self.metrics, render)
+        self.best_of = BestOf(self.policy, self.rewards, self.metrics)
+
+    # --- what is work: within all limits ---
+
+    async def chat(self, body: bytes, reply: Reply) -> None:
+        """POST /v1/chat/completions."""
+        fields = parse_json(body)
+        request = check(ChatRequest, fields, self.settings)
+        if request.best_of is None:
+            await self._pass("/v1/chat/completions", body, reply)
+        else:
+            await self.best_of.answer(request, fields, reply)
+
+    async def complete(self, body: bytes, reply: Reply) -> None:
+        """POST /v1/completions."""
+        check(CompletionRequest, parse_json(body), self.settings)
+        await self._pass("/v1/completions", body, reply)
+
+    async def reward(self, body: bytes, reply: Reply) -> None:
+        """POST /v1/rewards."""
+        request = check(RewardRequest, parse_json(body), self.settings)
+        if self.rewards is None:
+            raise refusal(400, "this gateway has no reward server: there are no rewards", "no_reward_server")
+        await answer_rewards(self.rewards, request, reply)
+
+    async def _pass(self, path: str, body: bytes, reply: Reply) -> None:
+        async with self.policy.request("POST", path, body) as response:
+            if response.headers.get("Content-Type", "").startswith(EVENTS):
+                await relay_events(response, reply)
+                return
+            whole = await response.read()
+            self.policy.parsed(whole)  # an answer that is no JSON is told as a failure
+            await reply.whole(response.status, whole, notes_of(response))
+
+    # --- what is quick ---
+
+    async def models(self, request: Request) -> Response:
+        """GET /v1/models: the policy's."""
+        async with self.policy.request("GET", "/v1/models") as response:
+            whole = await response.read()
+            self.policy.parsed(whole)
+            return Response(whole, response.status, media_type="application/json")
+
+    async def health(self, request: Request) -> Response:
+        """GET /health: the gateway runs; says nothing of the servers behind."""
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self, request: Request) -> Response:
+        """GET /ready: 200 where both servers answer, else 503 and which does not."""
+        found = {"policy": await self.policy.ready()}
+        if self.rewards is not None:
+            found["reward"] = await self.rewards.upstream.ready()
+        return JSONResponse({"ready": all(found.values()), **found}, 200 if all(found.values()) else 503)
+
+    async def figures(self, request: Request) -> Response:
+        """GET /metrics."""
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def document(self, request: Request) -> Response:
+        """GET /openapi.json."""
+        return JSONResponse(openapi(self.settings))
+
+    async def close(self) -> None:
+        """Close the connections to both servers."""
+        await self.policy.close()
+        if self.rewards is not None:
+            await self.rewards.upstream.close()
+
+
+def create_app(settings: GatewaySettings) -> ASGIApp:
+    """The gateway as an ASGI application.
+
+    Raises:
+        InputError: `reward_model` cannot be found, or is no reward model.
+    """
+    gateway = Gateway(settings)
+    slots = Slots(settings.max_concurrent, gateway.metrics)
+    work = {
+        "/v1/chat/completions": gateway.chat,
+        "/v1/completions": gateway.complete,
+        "/v1/rewards": gateway.reward,
+    }
+    quick = {
+        "/v1/models": gateway.models,
+        "/health": gateway.health,
+        "/ready": gateway.ready,
+        "/metrics": gateway.figures,
+        "/openapi.json": gateway.document,
+    }
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        await gateway.close()
+
+    app = Starlette(
+        routes=[
+            *(
+                Route(path, Limited(handler, settings, slots, gateway.metrics), methods=["POST"])
+                for path, handler in work.items()
+            ),
+            *(Route(path, handler, methods=["GET"]) for path, handler in quick.items()),
+        ],
+        middleware=[
+            Middleware(Observed, gateway.metrics, frozenset((*work, *quick))),
+            Middleware(KeyGuard, settings.api_key),
+        ],
+        exception_handlers={HTTPException: on_refusal, Exception: on_crash},
+        lifespan=lifespan,
+    )
+    app.router.redirect_slashes = False  # a path with a slash too many is another path
+    return app
+
+
+def run(settings: GatewaySettings) -> None:
+    """Serve until SIGINT or SIGTERM; requests at work then have 10 s to end.
+
+    Raises:
+        InputError: the address cannot be listened on; or see `create_app`.
+    """
+    import uvicorn
+
+    listening = _listen(settings)
+    config = uvicorn.Config(
+        create_app(settings),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        ws="none",
+        timeout_graceful_shutdown=_GRACE_S,
+    )
+    host, port = listening.getsockname()[:2]
+    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    reward = settings.reward_url or "none, hence no best_of"
+    print(f"gateway on {address}/v1; policy {settings.policy_url}; reward {reward}", file=sys.stderr, flush=True)
+    if settings.api_key is None and host not in ("127.0.0.1", "::1"):
+        print(f"warning: no key is set ({KEY}): whoever reaches {address} may use it", file=sys.stderr, flush=True)
+    with _signals_are_the_servers(), listening:
+        uvicorn.Server(config).run(sockets=[listening])
+
+
+@contextmanager
+def _signals_are_the_servers() -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM are uvicorn's, which raises them once more when it is done: no failure, for us."""
+    guard = signal.set_wakeup_fd(-1)  # the command line's own guard would end us within two seconds
+    earlier = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(guard)
+
+
+def _listen(settings: GatewaySettings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        raise InputError(
+            f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}; give another --port "
+            "(0 takes a free one)"
+        ) from None

@@ -1,0 +1,72 @@
+"""What the gateway answers when it cannot answer: OpenAI's error form, with a status its SDKs know."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+
+
+def refusal(
+    status: int, message: str, code: str, *, param: str | None = None, headers: Mapping[str, str] | None = None
+) -> HTTPException:
+    """An exception that becomes an answer in OpenAI's error form.
+
+    Args:
+        status: HTTP status; 502 and up is an upstream's fault, 500 ours.
+        message: one line: what is wrong, what to do.
+        code: a word for programs, as `reward_unavailable`.
+        param: the field of the request that is at fault.
+        headers: more headers of the answer.
+    """
+    return HTTPException(status, error_text(status, message, code, param), dict(headers or {}))
+
+
+def error_text(status: int, message: str, code: str, param: str | None = None) -> str:
+    """`{"error": {...}}` as JSON."""
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return json.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}})
+
+
+def message_of(error: HTTPException) -> str:
+    """The message of a `refusal`."""
+    return str(json.loads(error.detail)["error"]["message"])
+
+
+async def on_refusal(request: Request, error: Exception) -> Response:
+    """Starlette's handler of HTTPException: our own refusals, and its 404 and 405."""
+    assert isinstance(error, HTTPException)
+    headers = dict(error.headers or {})
+    detail = error.detail
+    if error.status_code == 404 and not detail.startswith("{"):
+        detail = error_text(404, f"no such path; GET /openapi.json lists those of this gateway: {_PATHS}", "not_found")
+    elif error.status_code == 405 and not detail.startswith("{"):
+        detail = error_text(405, f"this path does not take {request.method[:16]}", "method_not_allowed")
+    return Response(detail, error.status_code, headers, "application/json")
+
+
+async def on_crash(request: Request, error: Exception) -> Response:
+    """Starlette's handler of everything else: our own bug, told without a word of the request in it."""
+    return Response(error_text(500, "the gateway failed; its log says how", "internal_error"), 500, None, _JSON)
+
+
+def upstream_words(body: bytes) -> str:
+    """The message in an upstream's error, in any of the forms that vLLM writes it; at most 500 characters."""
+    try:
+        found: Any = json.loads(body)
+    except (ValueError, RecursionError):
+        found = body.decode("utf-8", "replace")
+    for name in ("error", "message"):
+        if isinstance(found, dict) and name in found:
+            found = found[name]
+    return " ".join(str(found).split())[:500]
+
+
+_JSON = "application/json"
+_PATHS = "/v1/chat/completions, /v1/completions, /v1/models, /v1/rewards"

@@ -1,0 +1,190 @@
+"""Who is let in, how much at a time, for how long: the key, body size, concurrency, time-outs, clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from serving.gateway_errors import on_refusal, refusal
+from serving.gateway_metrics import Metrics
+from serving.gateway_settings import GatewaySettings
+from serving.gateway_streaming import Reply
+
+OPEN_PATHS = frozenset({"/health"})
+"""What needs no key."""
+
+Handler = Callable[[bytes, Reply], Awaitable[None]]
+"""Answers one request, given its body."""
+
+
+class KeyGuard:
+    """ASGI middleware: no key, no request, whatever the path but for OPEN_PATHS.
+
+    Args:
+        app: what answers those with the key.
+        key: the key, or None to let everybody in.
+    """
+
+    def __init__(self, app: ASGIApp, key: str | None) -> None:
+        self.app = app
+        # A digest: of one length whatever is sent, and bytes, since compare_digest refuses non-ASCII strings.
+        self._digest = None if key is None else _digest(key.encode("utf-8", "surrogateescape"))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let in, or answer 401."""
+        if scope["type"] != "http" or self._digest is None or scope["path"] in OPEN_PATHS or self._admits(scope):
+            return await self.app(scope, receive, send)
+        error = refusal(
+            401,
+            "no valid key: send the header 'Authorization: Bearer KEY' with this gateway's key",
+            "invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+        response = await on_refusal(Request(scope), error)
+        return await response(scope, receive, send)
+
+    def _admits(self, scope: Scope) -> bool:
+        sent = [value for name, value in scope["headers"] if name == b"authorization"]
+        scheme, _, token = (sent[0] if len(sent) == 1 else b"").partition(b" ")
+        assert self._digest is not None
+        return hmac.compare_digest(_digest(token.strip()), self._digest) and scheme.lower() == b"bearer"
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+class Slots:
+    """How many requests are at work; one beyond the limit is refused, not queued: the servers behind have queues."""
+
+    def __init__(self, limit: int, metrics: Metrics) -> None:
+        self._limit = limit
+        self._metrics = metrics
+        self.taken = 0
+
+    @contextmanager
+    def take(self) -> Iterator[None]:
+        """Hold one.
+
+        Raises:
+            HTTPException: 429 with Retry-After.
+        """
+        if self.taken >= self._limit:
+            message = f"{self._limit} requests are at work, as many as this gateway takes; try again in a second"
+            raise refusal(429, message, "too_many_requests", headers={"Retry-After": "1"})
+        self.taken += 1
+        self._metrics.running.set(self.taken)
+        try:
+            yield
+        finally:
+            self.taken -= 1
+            self._metrics.running.set(self.taken)
+
+
+class Limited:
+    """The ASGI app of one POST route: its handler, within all limits. Whatever happens ends in an answer or an error.
+
+    Args:
+        handler: the work.
+        settings: the limits.
+        slots: shared by all routes.
+        metrics: where clients that leave are counted.
+    """
+
+    def __init__(self, handler: Handler, settings: GatewaySettings, slots: Slots, metrics: Metrics) -> None:
+        self._handler = handler
+        self._settings = settings
+        self._slots = slots
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        reply = Reply(send)
+        seconds = self._settings.timeout_s
+        try:
+            with self._slots.take():
+                async with asyncio.timeout(seconds):
+                    _refuse_wrong_type(scope)
+                    body = await read_body(scope, receive, self._settings.max_body_bytes)
+                    async with ends_with_client(receive):
+                        await self._handler(body, reply)
+        except ClientDisconnect:
+            self._metrics.disconnects.inc()
+        except TimeoutError:
+            await reply.fail(refusal(504, f"no answer within {seconds:g} s", "timeout"))
+        except HTTPException as error:
+            await reply.fail(error)
+        except RecursionError:
+            await reply.fail(refusal(400, "the body is nested too deeply", "invalid_json"))
+        except asyncio.CancelledError:  # the server shuts down and has waited long enough
+            await reply.fail(refusal(503, "the gateway is shutting down", "shutting_down"))
+
+
+async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
+    """The request's body.
+
+    Raises:
+        HTTPException: 413: it is, or says it is, longer than `limit` bytes.
+        ClientDisconnect: the client left before its end.
+    """
+    too_long = refusal(413, f"the body is longer than {limit} bytes, the limit of this gateway", "body_too_large")
+    stated = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+    if int(stated) > limit:
+        raise too_long
+    parts: list[bytes] = []
+    length = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        part = message.get("body", b"")
+        length += len(part)
+        if length > limit:
+            raise too_long
+        parts.append(part)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+@asynccontextmanager
+async def ends_with_client(receive: Receive) -> AsyncIterator[None]:
+    """Cancel the body of the `with` when the client leaves; whatever it was waiting for upstream is cancelled too.
+
+    Raises:
+        ClientDisconnect: the client has left.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        task.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    except BaseException:  # what the cancelled work ended in does not matter
+        if not gone:
+            raise
+        task.uncancel()
+        raise ClientDisconnect from None
+    finally:
+        watcher.cancel()
+
+
+def _refuse_wrong_type(scope: Scope) -> None:
+    # Besides being what upstream reads: a page of another site can post text/plain to a port here, but not this.
+    sent = next((value for name, value in scope["headers"] if name == b"content-type"), b"")
+    if sent.partition(b";")[0].strip().lower() != b"application/json":
+        raise refusal(415, "the body must be sent as 'Content-Type: application/json'", "unsupported_media_type")

@@ -1,0 +1,80 @@
+"""What the gateway is told: addresses, keys and limits. Light to import: the command line reads it for its help."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from almost_eval.errors import InputError
+
+KEY = "ALMOST_API_KEY"
+POLICY_KEY = "ALMOST_POLICY_KEY"
+REWARD_KEY = "ALMOST_REWARD_KEY"
+
+
+def _key(name: str) -> str | None:
+    return os.environ.get(name) or None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewaySettings:
+    """Everything a gateway needs; the keys come from the environment and show in no repr.
+
+    Raises:
+        InputError: an address that is no http(s) address or holds a password; a limit out of range.
+    """
+
+    policy_url: str
+    """vLLM's OpenAI server, as in http://127.0.0.1:8001; a closing `/v1` is taken off."""
+    reward_url: str | None = None
+    """vLLM's pooling server with the reward model; None: no best-of-N and no /v1/rewards."""
+    reward_model: str | None = None
+    """The checkpoint behind `reward_url`; where it is told, all candidates are scored in one request."""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0 takes a free one."""
+    api_key: str | None = field(default_factory=lambda: _key(KEY), repr=False)
+    """What clients must send; None lets everybody in."""
+    policy_key: str | None = field(default_factory=lambda: _key(POLICY_KEY), repr=False)
+    """What the gateway sends to the policy server."""
+    reward_key: str | None = field(default_factory=lambda: _key(REWARD_KEY), repr=False)
+    """What the gateway sends to the reward server."""
+    max_best_of: int = 16
+    """The largest `best_of`, and the largest `n`."""
+    max_conversations: int = 256
+    """Conversations in one request to /v1/rewards."""
+    max_body_bytes: int = 4 << 20
+    max_concurrent: int = 256
+    """Requests at work at a time; those beyond are refused with 429."""
+    timeout_s: float = 600.0
+    """Seconds from a request's arrival to the last byte of its answer."""
+    reward_timeout_s: float = 60.0
+    """Seconds that the reward model may take for all candidates of one request."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "policy_url", _address("policy-url", self.policy_url))
+        if self.reward_url is not None:
+            object.__setattr__(self, "reward_url", _address("reward-url", self.reward_url))
+        for name in ("max_best_of", "max_conversations", "max_body_bytes", "max_concurrent"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name.replace('_', '-')} must be 1 or more, not {getattr(self, name)}")
+        for name in ("timeout_s", "reward_timeout_s"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise InputError(f"{name.removesuffix('_s').replace('_', '-')} must be above 0 seconds")
+        if not 0 <= self.port <= 65535:
+            raise InputError(f"port must be from 0 to 65535, not {self.port}")
+
+
+def _address(name: str, given: str) -> str:
+    try:
+        address = urlsplit(given)
+        host, _ = address.hostname, address.port
+    except ValueError:
+        address, host = urlsplit(""), None
+    plain = not (address.query or address.fragment)
+    if address.scheme not in ("http", "https") or not host or not plain:
+        raise InputError(f"--{name} is not an http(s) address; it must look like http://127.0.0.1:8001")
+    if "@" in address.netloc:
+        raise InputError(f"--{name} holds a user or a password: keys come from {POLICY_KEY} and {REWARD_KEY} alone")
+    return given.rstrip("/").removesuffix("/v1")

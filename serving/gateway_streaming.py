@@ -1,0 +1,129 @@
+"""Answers on their way to the client: whole ones, streams passed through, and one text told as a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import aiohttp
+from starlette.exceptions import HTTPException
+from starlette.types import Send
+
+EVENTS = "text/event-stream"
+_DONE = b"data: [DONE]\n\n"
+_EVENT_ENDS = (b"\n\n", b"\r\n\r\n")
+_SHARED = ("id", "created", "model", "system_fingerprint")
+_FAREWELL_S = 2.0
+
+
+Notes = Sequence[tuple[bytes, bytes]]
+"""Headers of an upstream's answer that are for the client."""
+
+
+def notes_of(response: aiohttp.ClientResponse) -> Notes:
+    """Those of this toolkit, such as `almost-default-stop`; all others end at the gateway."""
+    return [item for item in response.raw_headers if item[0].lower().startswith(b"almost-")]
+
+
+class Reply:
+    """One answer, sent whole or in pieces; knows how far it is, so that a failure can be told at any point."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._started = False
+        self._events = False
+        self._ended = False
+
+    async def whole(self, status: int, body: bytes, notes: Notes = ()) -> None:
+        """Send all of a JSON answer."""
+        await self.start(status, "application/json", notes, len(body))
+        await self.end(body)
+
+    async def start(self, status: int, kind: str, notes: Notes = (), length: int | None = None) -> None:
+        """Send the head: status, content type, further headers, length of the body where it is known."""
+        headers = [(b"content-type", kind.encode("latin-1")), *notes]
+        if length is not None:
+            headers.append((b"content-length", b"%d" % length))
+        self._started = True
+        self._events = kind.startswith(EVENTS)
+        if self._events:
+            headers.append((b"cache-control", b"no-cache"))
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def part(self, body: bytes) -> None:
+        """Send a piece."""
+        await self._send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def end(self, body: bytes = b"") -> None:
+        """Send the last piece."""
+        self._ended = True
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+
+    async def fail(self, error: HTTPException) -> None:
+        """Tell the failure: as the answer's status, or as the last event of a stream that has begun.
+
+        Raises:
+            HTTPException: nothing was sent yet; Starlette's handler answers.
+        """
+        if not self._started:
+            raise error from None
+        if self._events and not self._ended:
+            try:
+                async with asyncio.timeout(_FAREWELL_S):  # it may be the client who does not read
+                    await self.end(b"data: " + error.detail.encode() + b"\n\n" + _DONE)
+            except TimeoutError:
+                pass  # uvicorn closes the connection: the answer is not complete
+
+
+async def relay_events(response: aiohttp.ClientResponse, reply: Reply) -> None:
+    """Pass a stream through as it comes, byte for byte.
+
+    Only the beginning of an event that is not whole yet is held back: should the upstream die there, what the client
+    has can still be closed with a well-formed error.
+    """
+    await reply.start(response.status, response.headers["Content-Type"], notes_of(response))
+    held = b""
+    async for data in response.content.iter_any():
+        if held:
+            data = held + data
+        if data.endswith(_EVENT_ENDS):
+            held = b""
+            await reply.part(data)
+            continue
+        cut = max((at + len(end) for end in _EVENT_ENDS if (at := data.rfind(end)) >= 0), default=0)
+        held = data[cut:]
+        if cut:
+            await reply.part(data[:cut])
+    await reply.end(held)
+
+
+async def send_as_events(completion: dict[str, Any], reply: Reply, notes: Notes, *, include_usage: bool) -> None:
+    """Tell a finished chat completion as a stream: role, text and finish reason of each choice, `almost` at the end."""
+    await reply.start(200, f"{EVENTS}; charset=utf-8", notes)
+    for chunk in _chunks(completion, include_usage):
+        await reply.part(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+    await reply.end(_DONE)
+
+
+def _chunks(completion: dict[str, Any], include_usage: bool) -> Iterable[dict[str, Any]]:
+    shared: dict[str, Any] = {"object": "chat.completion.chunk"}
+    shared |= {name: completion[name] for name in _SHARED if name in completion}
+    if include_usage:
+        shared["usage"] = None  # as OpenAI does it: null on all chunks but the last
+
+    def chunk(index: int, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
+        return {**shared, "choices": [{"index": index, "delta": delta, "finish_reason": None, **more}]}
+
+    choices = completion["choices"]
+    for number, choice in enumerate(choices):
+        message = {name: value for name, value in choice["message"].items() if value is not None}
+        yield chunk(number, {"role": message.pop("role", "assistant"), "content": ""})
+        yield chunk(number, message, logprobs=choice.get("logprobs"))
+        last = chunk(number, {}, finish_reason=choice["finish_reason"], stop_reason=choice.get("stop_reason"))
+        if number == len(choices) - 1:
+            last["almost"] = completion["almost"]
+        yield last
+    if include_usage:
+        yield {**shared, "choices": [], "usage": completion.get("usage")}

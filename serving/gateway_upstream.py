@@ -1,0 +1,145 @@
+"""The servers behind the gateway: one client each, with a key of its own and failures told in OpenAI's form.
+
+aiohttp rather than httpx: 0.3 ms against 0.95 for a request, 2.7 against 3.9 for a stream of 100 chunks (CPU time of
+client and a small server together, one core).
+
+Nothing of a client's request but its body ever reaches an upstream. Nothing is sent twice: an answer that breaks off is
+told as a failure, and it is the client who knows whether to ask again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from time import monotonic
+from typing import Any
+
+import aiohttp
+from starlette.exceptions import HTTPException
+
+from serving.gateway_errors import refusal, upstream_words
+from serving.gateway_metrics import Metrics
+
+# Below the 5 s after which uvicorn, hence vLLM, closes an idle connection: ours must not be the one it is closing.
+_IDLE_S = 2.0
+_CONNECT_S = 10.0
+_HEALTH_S = 5.0
+
+
+class Upstream:
+    """A vLLM server.
+
+    Args:
+        name: `policy` or `reward`.
+        url: its address, without a closing slash.
+        key: what it wants as a bearer token.
+        status: what the client gets when it is down: 502 or 503.
+        connections: at most so many at a time; 0 is any number.
+        metrics: where its failures are counted.
+    """
+
+    def __init__(
+        self, name: str, url: str, key: str | None, *, status: int, connections: int, metrics: Metrics
+    ) -> None:
+        self.name = name
+        self.url = url
+        self.status = status
+        self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        if key:
+            self._headers["Authorization"] = f"Bearer {key}"
+        self._connections = connections
+        self._metrics = metrics
+        self._session: aiohttp.ClientSession | None = None
+        self._down_until = 0.0  # monotonic seconds
+
+    @property
+    def known_down(self) -> bool:
+        """Whether it refused a connection within the last second: no work is worth starting for it."""
+        return monotonic() < self._down_until
+
+    def unreachable(self) -> HTTPException:
+        """What the client gets while no connection can be made."""
+        message = f"the {self.name} server is not reachable; GET /ready says when it is back"
+        return refusal(self.status, message, f"{self.name}_unavailable", headers={"Retry-After": "1"})
+
+    @asynccontextmanager
+    async def request(self, method: str, path: str, body: bytes | None = None) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The upstream's answer, its body not yet read. Leaving early closes the connection, which ends its work.
+
+        Raises:
+            HTTPException: it is down, dies before the end of its answer, or fails (5xx), or refuses the gateway's key.
+        """
+        try:
+            async with self._open().request(
+                method, self.url + path, data=body, headers=self._headers, allow_redirects=False
+            ) as response:
+                if response.status >= 500:
+                    words = upstream_words(await response.read())
+                    raise self._failure("failed", f"failed ({response.status}): {words}")
+                if response.status in (401, 403):
+                    raise self._failure("key", f"refuses the gateway's key ({response.status})")
+                yield response
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
+            self._down_until = monotonic() + 1.0
+            self._count("unreachable")
+            raise self.unreachable() from None
+        except (aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError, ConnectionError) as error:
+            raise self._failure("broken", f"broke off its answer ({type(error).__name__})") from None
+
+    async def post(self, path: str, body: bytes) -> tuple[int, Any]:
+        """Status (below 500) and JSON of the answer.
+
+        Raises:
+            HTTPException: see `request`; or the answer is no JSON.
+        """
+        async with self.request("POST", path, body) as response:
+            whole = await response.read()
+            return response.status, self.parsed(whole)
+
+    def parsed(self, body: bytes) -> Any:
+        """The JSON of an answer.
+
+        Raises:
+            HTTPException: it is none.
+        """
+        try:
+            return json.loads(body)
+        except (ValueError, RecursionError):
+            raise self._failure("malformed", "gave an answer that is no JSON") from None
+
+    def malformed(self, what: str) -> HTTPException:
+        """For an answer that is JSON and still not what was asked for."""
+        return self._failure("malformed", f"gave an answer without {what}")
+
+    async def ready(self) -> bool:
+        """Whether it says itself that it is."""
+        try:
+            async with asyncio.timeout(_HEALTH_S), self.request("GET", "/health") as response:
+                return response.status == 200
+        except (HTTPException, TimeoutError):
+            return False
+
+    async def close(self) -> None:
+        """Close its connections."""
+        if self._session is not None:
+            await self._session.close()
+
+    def _failure(self, kind: str, what: str) -> HTTPException:
+        self._count(kind)
+        return refusal(self.status, f"the {self.name} server {what}", f"{self.name}_failed")
+
+    def _count(self, kind: str) -> None:
+        self._metrics.upstream_failures.labels(self.name, kind).inc()
+
+    def _open(self) -> aiohttp.ClientSession:
+        if self._session is None:  # made in the running event loop
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=self._connections, keepalive_timeout=_IDLE_S),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),  # the whole is timed elsewhere
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+                skip_auto_headers=("User-Agent",),
+            )
+        return self._session

@@ -1,0 +1,198 @@
+"""What is served: the checkpoint behind a name, its chat template, where an answer stops, and what memory it takes.
+
+Read from the checkpoint's files alone. transformers, which takes seconds to import, is asked one question only, and
+only where the files leave it open: whether the tokenizer puts a BOS token in front of a text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from almost_eval.chat import ChatTemplate, load_template, special_tokens
+from almost_eval.checkpoint import Checkpoint, context_length, find_checkpoint
+from almost_eval.errors import InputError
+from almost_eval.types import Message
+
+ARCHITECTURES = {
+    "policy": ("CausalLM", "LMHeadModel"),
+    "reward": ("SequenceClassification", "RewardModel"),
+}
+"""Kind of server -> parts of the class name in `config.json` that it can serve."""
+
+_BUILT_IN = Path(load_template.__code__.co_filename).with_name("templates")
+_SAMPLE = (Message("user", "a"), Message("assistant", "b"))
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A checkpoint and how it is to be served."""
+
+    kind: str
+    """`policy` or `reward`."""
+    checkpoint: Checkpoint
+    name: str
+    """What clients call it."""
+    template: ChatTemplate
+    chat_template: str | None
+    """Argument of vLLM's `--chat-template`: a file or Jinja; None where the tokenizer's own serves as it is."""
+    stop: tuple[str, ...]
+    """Default stop strings of a chat; EOS ends an answer besides."""
+    context_length: int
+    """Tokens, of the model itself."""
+
+    @property
+    def cache_bytes_per_token(self) -> int | None:
+        """Bytes of keys and values for one token in float32; None where `config.json` does not tell."""
+        text = self.checkpoint.config.get("text_config") or self.checkpoint.config
+
+        def first(*names: str) -> int | None:
+            return next((int(text[name]) for name in names if isinstance(text.get(name), int)), None)
+
+        layers = first("num_hidden_layers", "n_layer", "num_layers")
+        heads = first("num_attention_heads", "n_head", "num_heads")
+        width = first("hidden_size", "n_embd")
+        if not layers or not heads or not width:
+            return None
+        head_width = first("head_dim") or width // heads
+        return 2 * layers * (first("num_key_value_heads") or heads) * head_width * 4
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights in float32."""
+        stored = sum(file.stat().st_size for file in self.checkpoint.weight_files)
+        dtype = str(self.checkpoint.config.get("dtype") or self.checkpoint.config.get("torch_dtype") or "float32")
+        return stored * (1 if dtype == "float32" else 2)
+
+
+def find_model(
+    kind: str,
+    name: str,
+    *,
+    template: str = "auto",
+    stop: Sequence[str] | None = None,
+    served_name: str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> ServedModel:
+    """Find a checkpoint and settle how it is served.
+
+    Args:
+        kind: `policy` or `reward`.
+        name: a directory, a hub id, or a built-in name.
+        template: `auto` (the tokenizer's, else ALMoST's dialogue format), a built-in template, or a Jinja file.
+        stop: default stop strings of a chat; None takes those of the template.
+        served_name: what clients call the model; None is the name itself, of a directory its last part.
+        allow_pickle: accept pickled weights.
+        trust_remote_code: the checkpoint's own code runs.
+
+    Raises:
+        InputError: the template cannot be had or cannot render.
+        ModelError: see `find_checkpoint`; for a reward model also more labels than one, or no score head.
+    """
+    checkpoint = find_checkpoint(name, allow_pickle=allow_pickle, architectures=ARCHITECTURES[kind])
+    if kind == "reward":
+        from almost_eval.rewards_base import refuse_wrong_head
+
+        refuse_wrong_head(checkpoint, custom=trust_remote_code and "auto_map" in checkpoint.config)
+    tokenizer: Any = TokenizerFiles(checkpoint.path)
+    chosen = load_template(template, tokenizer)
+    if chosen is None:
+        raise InputError("a server needs a chat template: give --template auto, a built-in name or a Jinja file")
+    if stop is None:
+        stop = _stop_of(chosen)
+    if any(not text for text in stop):
+        stop = ()  # `--stop ""` asks for none
+    return ServedModel(
+        kind,
+        checkpoint,
+        served_name or (checkpoint.path.name if Path(name).expanduser().is_dir() else name),
+        chosen,
+        _chat_template(checkpoint, chosen, tokenizer, trust_remote_code),
+        tuple(stop),
+        context_length(checkpoint.config, tokenizer),
+    )
+
+
+def _stop_of(template: ChatTemplate) -> tuple[str, ...]:
+    """The template's stop strings; a tokenizer's template that is a built-in one, word for word, has that one's."""
+    if template.name != "tokenizer":
+        return template.stop
+    for file in sorted(_BUILT_IN.glob("*.jinja")):
+        built_in = load_template(file.stem)
+        if built_in and built_in.source == template.source:
+            return built_in.stop
+    return ()
+
+
+def _chat_template(
+    checkpoint: Checkpoint, template: ChatTemplate, tokenizer: TokenizerFiles, trust_remote_code: bool
+) -> str | None:
+    """What vLLM is given so that its server encodes a conversation as `almost_eval.chat.encode_text` does.
+
+    vLLM takes a rendered conversation to hold its special tokens already. Our templates leave BOS to the tokenizer, as
+    do checkpoints saved with them: there the template must write it, or the model would miss it in every chat.
+    """
+    tokens = special_tokens(tokenizer)  # type: ignore[arg-type]
+    bos = tokens.get("bos_token")
+    if bos and not template.render(_SAMPLE, special_tokens=tokens).lstrip().startswith(bos):
+        from almost_eval.engines.hf import load_tokenizer
+
+        whole = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
+        if list(whole.encode("a"))[:1] == [whole.bos_token_id]:
+            return "{{ bos_token }}" + template.source
+    if template.name == "tokenizer":
+        return None
+    file = _BUILT_IN / f"{template.name}.jinja"
+    return str(file if file.is_file() else Path(template.name).resolve())
+
+
+class TokenizerFiles:
+    """The parts of a tokenizer that stand in its files: chat template, special tokens, length."""
+
+    def __init__(self, folder: Path) -> None:
+        config = _json(folder / "tokenizer_config.json")
+        template = folder / "chat_template.jinja"
+        own = config.get("chat_template")
+        if isinstance(own, list):  # older checkpoints: several, with names
+            own = {entry["name"]: entry["template"] for entry in own}
+        self.chat_template: Any = template.read_text(encoding="utf-8") if template.is_file() else own
+        tokens = {**_json(folder / "special_tokens_map.json"), **config}
+        self.special_tokens_map: dict[str, str] = {
+            name: str(value["content"] if isinstance(value, dict) else value)
+            for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+            if (value := tokens.get(name))
+        }
+        limit = config.get("model_max_length")
+        self.model_max_length: int | None = int(limit) if isinstance(limit, int | float) else None
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} is not valid JSON ({error}); download or save the tokenizer again") from None
+    return content if isinstance(content, dict) else {}
+
+
+def available_memory() -> float:
+    """Bytes that this machine, or this container of it, could still give to a process; infinite where unknown."""
+    meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    left = math.inf
+    try:
+        entry = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
+        left = int(entry.split()[1]) * 1024
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            cache = next(x for x in (group / "memory.stat").read_text().splitlines() if x.startswith("inactive_file "))
+            used = int((group / "memory.current").read_text()) - int(cache.split()[1])  # a file's pages can be dropped
+            left = min(left, int(limit) - used)
+    except (OSError, StopIteration, ValueError, IndexError):
+        pass
+    return left

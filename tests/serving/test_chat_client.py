@@ -1,0 +1,295 @@
+"""The client of endpoints, against a scripted one over real HTTP; and the values that a conversation is."""
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import pytest
+
+from almost_eval.errors import InputError
+from serving.chat.client import Abilities, Address, Delta, End, Endpoint, EndpointError
+from serving.chat.conversation import Candidate, Conversation, Reply, Settings
+from serving.chat.scripted import Script, ScriptedEndpoint
+from serving.chat.session import RateLimit, Step, System, draw
+
+ASK = [{"role": "user", "content": "hello"}]
+
+
+def run(ask: Callable[[], Awaitable[Any]]) -> Any:
+    return asyncio.run(ask())  # type: ignore[arg-type]
+
+
+def answered(endpoint: Endpoint, settings: Settings = Settings()) -> tuple[str, End]:  # noqa: B008
+    async def ask() -> list[Delta | End]:
+        return [event async for event in endpoint.stream("scripted", ASK, settings)]
+
+    *deltas, end = run(ask)
+    assert isinstance(end, End)
+    return "".join(delta.text for delta in deltas), end
+
+
+def refused(script: Script, **more: Any) -> EndpointError:
+    with ScriptedEndpoint(script, **more) as server, pytest.raises(EndpointError) as error:
+        answered(Endpoint(server.url))
+    return error.value
+
+
+# --- addresses ---
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "url", "model"),
+    [
+        ("http://127.0.0.1:8000/v1", "127.0.0.1:8000", "http://127.0.0.1:8000/v1", None),
+        ("http://127.0.0.1:8000", "127.0.0.1:8000", "http://127.0.0.1:8000/v1", None),
+        ("ours=https://host/v1/#big/model", "ours", "https://host/v1", "big/model"),
+        ("http://host/v1#m", "m", "http://host/v1", "m"),
+    ],
+)
+def test_addresses(given: str, name: str, url: str, model: str | None) -> None:
+    assert Address.parse(given) == Address(name, url, model)
+
+
+@pytest.mark.parametrize("given", ["host:8000", "ftp://host/v1", "http://", "http://host:x/v1", "nonsense", "a=b"])
+def test_malformed_addresses_are_refused(given: str) -> None:
+    with pytest.raises(InputError, match="is not an http"):
+        Address.parse(given)
+
+
+def test_a_password_in_an_address_is_refused_and_not_repeated() -> None:
+    with pytest.raises(InputError) as error:
+        Address.parse("http://me:hunter2@host/v1")
+    assert "hunter2" not in str(error.value)
+
+
+# --- what an endpoint can do ---
+
+
+def test_a_plain_endpoint_has_no_rewards_and_a_gateway_has() -> None:
+    with ScriptedEndpoint() as plain, ScriptedEndpoint(rewards=len) as gateway:
+        assert run(Endpoint(plain.url).abilities) == Abilities(("scripted",), False, 1)
+        assert run(Endpoint(gateway.url).abilities) == Abilities(("scripted",), True, 8)
+
+
+def test_the_toolkits_own_gateway_is_recognised() -> None:
+    from serving.chat.client import _read_abilities
+    from serving.gateway_schema import openapi
+    from serving.gateway_settings import GatewaySettings
+
+    settings = GatewaySettings(policy_url="http://h", reward_url="http://r", max_best_of=12, api_key=None)
+    assert _read_abilities(("m",), openapi(settings)) == Abilities(("m",), True, 12)
+
+
+# --- answers ---
+
+
+def test_a_stream_is_told_piece_by_piece_with_what_was_asked() -> None:
+    with ScriptedEndpoint(Script(("One", " two", " three."))) as server:
+        text, end = answered(Endpoint(server.url), Settings(temperature=0.3, top_p=0.8, max_tokens=7))
+    assert text == "One two three."
+    assert (end.ending, end.tokens, end.candidates) == ("stop", 3, ())
+    (sent,) = server.requests
+    assert {name: sent[name] for name in ("messages", "temperature", "top_p", "max_tokens", "stream")} == {
+        "messages": ASK,
+        "temperature": 0.3,
+        "top_p": 0.8,
+        "max_tokens": 7,
+        "stream": True,
+    }
+    assert "best_of" not in sent
+
+
+def test_best_of_returns_every_candidate_with_its_reward() -> None:
+    with ScriptedEndpoint(Script(("short", "the longest", "longer")), rewards=len) as server:
+        text, end = answered(Endpoint(server.url), Settings(best_of=3))
+    assert text == "the longest"
+    assert end.reward == 11.0
+    assert end.candidates == (
+        Candidate("short", 5, False),
+        Candidate("the longest", 11, True),
+        Candidate("longer", 6, False),
+    )
+    assert server.requests[0]["best_of"] == 3
+    assert server.requests[0]["almost_candidates"] is True
+
+
+def test_leaving_a_stream_ends_it_upstream() -> None:
+    with ScriptedEndpoint(Script(["word "] * 200, delay_s=0.02)) as server:
+
+        async def ask() -> None:
+            stop, system = asyncio.Event(), System("s", Endpoint(server.url))
+            async for step in draw(system, ASK, Settings(), stop):
+                if step.reply.text.count("word") > 3:
+                    stop.set()
+                last = step
+            assert last.done
+            assert last.reply.ending == "stopped"
+            assert 3 < last.reply.text.count("word") < 100
+            for _ in range(100):
+                if server.unfinished:
+                    return
+                await asyncio.sleep(0.02)
+
+        run(ask)
+        assert server.unfinished == 1
+
+
+def test_an_answer_grows_before_its_end_and_has_a_reward_at_it() -> None:
+    with ScriptedEndpoint(Script(("a ", "b ", "c"), delay_s=0.12), rewards=lambda text: -len(text)) as server:
+
+        async def ask() -> list[Step]:
+            system = System("s", Endpoint(server.url))
+            return [step async for step in draw(system, ASK, Settings(), asyncio.Event())]
+
+        *growing, last = run(ask)
+    assert [step.reply.text for step in growing] == ["a ", "a b ", "a b c"][: len(growing)]
+    assert len(growing) >= 2
+    assert last.done
+    assert (last.reply.text, last.reply.reward, last.reply.tokens) == ("a b c", -5.0, 3)
+    assert last.reply.seconds is not None
+    assert last.reply.seconds >= 0.36
+
+
+# --- failures are sentences ---
+
+
+@pytest.mark.parametrize(
+    ("script", "kind", "words"),
+    [
+        (Script(status=400, error={"message": "full", "code": "context_length_exceeded"}), "context_full", "full"),
+        (
+            Script(status=400, error={"message": "This model's maximum context length is 2048 tokens."}),
+            "context_full",
+            "do not fit",
+        ),
+        (Script(status=404, error={"message": "no model x"}), "refused", "no such model"),
+        (Script(status=429, error={"message": "slow down"}), "busy", "busy"),
+        (Script(status=503, error={"message": "loading", "code": "x"}), "loading", "still loading"),
+        (Script(status=503, error={"message": "it is down", "code": "reward_unavailable"}), "reward", "reward model"),
+        (Script(status=502, error={"message": "policy down", "code": "policy_failed"}), "down", "does not answer"),
+        (Script(status=500, error={}), "refused", "(500)"),
+        (Script(cut=True), "broken", "broke off"),
+        (Script(garbage='data: {"choices": [7]}\n\n'), "broken", "no OpenAI-compatible reply"),
+        (Script(garbage="data: not JSON\n\n"), "broken", "no OpenAI-compatible reply"),
+        (Script(garbage='data: {"error": {"message": "out of memory"}}\n\n'), "refused", "out of memory"),
+    ],
+)
+def test_every_failure_is_a_sentence(script: Script, kind: str, words: str) -> None:
+    error = refused(script)
+    assert error.kind == kind
+    assert words in str(error)
+    assert str(error).endswith(".")
+    assert "\n" not in str(error)
+
+
+def test_an_endpoint_that_is_down_is_a_sentence_within_seconds() -> None:
+    with ScriptedEndpoint() as server:
+        url = server.url
+    began = time.perf_counter()
+    with pytest.raises(EndpointError) as error:
+        answered(Endpoint(url))
+    assert error.value.kind == "down"
+    assert time.perf_counter() - began < 6
+
+
+def test_a_wrong_key_is_a_sentence_without_the_key() -> None:
+    with ScriptedEndpoint(key="right") as server:
+        with pytest.raises(EndpointError) as error:
+            answered(Endpoint(server.url, "wrong-key-1"))
+        assert answered(Endpoint(server.url, "right"))[0] == "All is well."
+    assert error.value.kind == "key"
+    assert "wrong-key-1" not in str(error.value)
+    assert "wrong-key-1" not in repr(Endpoint(server.url, "wrong-key-1"))
+
+
+def test_a_key_that_the_server_repeats_is_struck_out() -> None:
+    script = Script(status=400, error={"message": "I got k3y"})
+    with ScriptedEndpoint(script) as server, pytest.raises(EndpointError) as error:
+        answered(Endpoint(server.url, "k3y"))
+    assert "k3y" not in str(error.value)
+
+
+def test_a_broken_stream_keeps_what_had_come() -> None:
+    with ScriptedEndpoint(Script(("Half an", " answer"), cut=True)) as server:
+
+        async def ask() -> list[Step]:
+            system = System("s", Endpoint(server.url))
+            return [step async for step in draw(system, ASK, Settings(), asyncio.Event())]
+
+        last = run(ask)[-1]
+    assert last.error is not None
+    assert (last.reply.text, last.reply.ending) == ("Half an answer", "broken")
+
+
+# --- conversations ---
+
+
+def talk(*pairs: tuple[str, str]) -> Conversation:
+    conversation = Conversation()
+    for question, answer in pairs:
+        conversation = conversation.ask(question).answer(Reply(answer))
+    return conversation
+
+
+def test_retry_edit_undo() -> None:
+    both = talk(("q1", "a1"), ("q2", "a2"))
+    assert both.reopen(1).messages("") == [*talk(("q1", "a1")).messages(""), {"role": "user", "content": "q2"}]
+    assert both.reopen(0, "other").messages("") == [{"role": "user", "content": "other"}]
+    assert both.undo() == (talk(("q1", "a1")), "q2")
+    assert Conversation().undo() == (Conversation(), "")
+
+
+def test_dropping_the_oldest_keeps_them_on_the_page_and_the_last_question_in_sight() -> None:
+    open_ = talk(("q1", "a1"), ("q2", "a2")).ask("q3")
+    shorter = open_.drop_oldest(5)
+    assert shorter.messages("s") == [{"role": "system", "content": "s"}, {"role": "user", "content": "q3"}]
+    assert len(shorter.turns) == 3
+
+
+def test_the_download_is_a_line_of_sft_data() -> None:
+    from datasets import Dataset
+
+    line = talk(("q1", "a1"), ("q2", 'with "quotes"\nand a line')).ask("open").jsonl("Be kind.")
+    (row,) = Dataset.from_list([json.loads(line)])
+    assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant", "user", "assistant"]
+    assert line.count("\n") == 1
+    assert Conversation().ask("open").jsonl("") == ""
+
+
+def test_a_conversation_survives_the_browser() -> None:
+    whole = (
+        talk(("q", "a"))
+        .ask("q2")
+        .answer(Reply("x", "m", 1.5, (Candidate("x", 1.5, True), Candidate("y", None)), 12, 0.5, "length"))
+    )
+    assert Conversation.from_dict(json.loads(json.dumps(whole.to_dict()))) == whole
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        7,
+        {},
+        {"turns": "x"},
+        {"turns": [{"user": 1}]},
+        {"turns": [{"user": "q"}, {"user": "q"}]},
+        {"turns": [{"user": "q", "reply": {"text": "a"}}]},
+    ],
+)
+def test_nonsense_from_the_browser_is_an_empty_conversation(value: object) -> None:
+    assert Conversation.from_dict(value) == Conversation()
+
+
+def test_settings_from_the_browser_stay_in_range() -> None:
+    assert Settings.checked("s", 9, -1, "x", float("nan"), most=4) == Settings("s", 2.0, 0.01, 256, 1)
+    assert Settings.checked(None, 0.5, 1, 10, 99, most=4) == Settings("", 0.5, 1.0, 10, 4)
+
+
+def test_the_rate_limit_is_each_visitors_own() -> None:
+    limit = RateLimit(2)
+    asked: Sequence[bool] = [limit.admits("a", now) for now in (0.0, 1.0, 2.0, 59.0, 60.5)]
+    assert list(asked) == [True, True, False, False, True]
+    assert limit.admits("b", 2.0)
