@@ -1,6 +1,7 @@
 # Everything runs in .venv, made from the pinned lock on first use.
 #   make demo      the main job on the built-in models: no GPU, no download of models or data
 #   make test      the tests           make test-all   and the slow ones
+#   make test-browser  the demo in a real chromium (Debian's, installed with apt where that can be done)
 #   make check     ruff and mypy       make clean      forget the environment
 
 PYTHON ?= python3
@@ -12,15 +13,12 @@ TORCH = $(shell grep '^torch==' requirements/cpu.lock)
 # The stamp's name is the digest of what the environment is made from: it is made anew when that changes.
 STAMP := .venv/.ready-$(shell cat requirements/cpu.lock pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: demo test test-all check format clean env
+.PHONY: demo test test-all test-browser check format clean env
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
 	@rm -rf runs/demo
-	$(BIN)/almost-eval hhh --protocol reward --output runs/demo/hhh-reward
-	$(BIN)/almost-eval hhh --output runs/demo/hhh
-	$(BIN)/almost-eval truthfulqa --output runs/demo/truthfulqa
-	$(BIN)/almost-eval mmlu --output runs/demo/mmlu
+	$(BIN)/almost-eval all --output runs/demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
@@ -28,10 +26,17 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m ""
 
+# Without chromium and without the right to install it, the tests are skipped and say why.
+test-browser: $(STAMP)
+	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } \
+	  >/dev/null 2>&1 || echo "chromium could not be installed: the browser tests will be skipped" >&2
+	$(BIN)/python -m pytest tests/browser -m browser
+
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python docs/make_cli_reference.py --check
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
