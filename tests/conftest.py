@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 import pytest
 
 VOCABULARY = 300
+CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 _COMMON: dict[str, Any] = {
     "hidden_size": 32,
@@ -65,6 +68,19 @@ TEXT = (
     "hello world, hello there; numbers 1 2 3 and 42.",
     "An answer that is true is a true answer; a false answer is false.",
 )
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A chromium, for the tests of one file: while it lives, no other test of this thread may run an event loop."""
+    program = os.environ.get("ALMOST_CHROMIUM") or next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
+    if program is None:
+        pytest.skip("no chromium on the path; install Debian's chromium, or set ALMOST_CHROMIUM")
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with api.sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=program, args=CHROMIUM_FLAGS)
+        yield running
+        running.close()
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,9 @@ def test_nothing_is_taken_from_the_question() -> None:
 
 def test_a_long_review_takes_no_long_time() -> None:
     for part in ("(8, 9) x", "Assistant 1: 8 ", "score of 8 ", "8 9\n", "((((", "****", "0 9\nAssistant 1 no "):
-        parse_scores(part * 20_000, "What is 8 9 in words?")  # the test's own timeout would tell
+        began = time.perf_counter()
+        parse_scores(part * 20_000, "What is 8 9 in words?")
+        assert time.perf_counter() - began < 20, part  # quadratic time would be minutes
 
 
 # --- letters

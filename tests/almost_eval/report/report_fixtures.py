@@ -1,4 +1,4 @@
-"""Real runs of the built-in models, runs of the real size, and a real browser.
+"""Real runs of the built-in models, runs of the real size, and tabs of a real browser.
 
 A plugin (`pytest_plugins`) and not a conftest.py: mypy takes two files of that name for one module.
 """
@@ -9,7 +9,6 @@ import contextlib
 import io
 import json
 import random
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,9 +23,6 @@ from almost_eval.store import record_to_dict, write_json
 from almost_eval.tasks.base import Prompting, Task
 from almost_eval.types import Sample, SampleRecord
 from almost_eval.validity import check
-
-CHROMIUM = "/usr/bin/chromium"
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 
 def evaluate(folder: Path, *arguments: object) -> Path:
@@ -176,18 +172,6 @@ def whole_runs(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def sample(id: str, *, group: str = "g", gold: int = 0, cluster: str = "", **metadata: Any) -> Sample:
     """A sample as a line stores it."""
     return Sample(id, (), (), gold, cluster or id, group, metadata=metadata)
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
-    """A chromium of its own."""
-    if not shutil.which(CHROMIUM):
-        pytest.skip(f"no {CHROMIUM}")
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield running
-        running.close()
 
 
 @pytest.fixture
