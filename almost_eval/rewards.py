@@ -16,7 +16,7 @@ from typing import Any
 
 from almost_eval.chat import ChatTemplate
 from almost_eval.checkpoint import Checkpoint
-from almost_eval.engines.hf import ATTENTION, load_weights
+from almost_eval.engines.loading import ATTENTION, load_weights
 from almost_eval.errors import InputError, ModelError, RunError, did_you_mean
 from almost_eval.rewards_base import CheckpointRewardModel, TokenIds
 from almost_eval.rewards_base import RewardModel as RewardModel

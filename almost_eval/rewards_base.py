@@ -6,13 +6,14 @@ Whoever computes the rewards (transformers, vLLM, a server) gets the same token 
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 from almost_eval.chat import ChatTemplate, encode_text, load_template, special_tokens
 from almost_eval.checkpoint import Checkpoint, context_length, find_checkpoint
-from almost_eval.engines.hf import DTYPES, load_tokenizer, pick_device, pick_dtype
+from almost_eval.engines.loading import DTYPES, load_tokenizer, pick_device, pick_dtype
 from almost_eval.errors import InputError, ModelError, did_you_mean
 from almost_eval.types import Conversation
 
@@ -34,7 +35,7 @@ class RewardModel(Protocol):
         ...
 
 
-class CheckpointRewardModel:
+class CheckpointRewardModel(ABC):
     """A reward model whose checkpoint is at hand: everything but the rewards, for which a subclass has `stream`.
 
     Args:
@@ -132,11 +133,11 @@ class CheckpointRewardModel:
         rewards = dict(self.stream(conversations))
         return [rewards[i] for i in range(len(conversations))]
 
+    @abstractmethod
     def stream(
         self, conversations: Sequence[Conversation], wanted: Collection[int] | None = None
     ) -> Iterator[tuple[int, float]]:
         """Yield (index, reward) of each wanted conversation as soon as it is known."""
-        raise NotImplementedError
 
     def distinct(self, conversations: Sequence[Conversation]) -> dict[TokenIds, list[int]]:
         """Every distinct text -> the conversations that are it, longest first.

@@ -5,7 +5,6 @@ vLLM puts a sigmoid on a one-label classifier unless told otherwise; here it is 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -14,13 +13,13 @@ import numpy as np
 
 from almost_eval.chat import ChatTemplate
 from almost_eval.checkpoint import Checkpoint
-from almost_eval.engines.vllm_process import device, load, release, run, version
-from almost_eval.errors import InputError, ModelError
+from almost_eval.engines.vllm_process import HoldsLLM, VLLMOptions, load, run
+from almost_eval.errors import ModelError
 from almost_eval.rewards_base import CheckpointRewardModel
 from almost_eval.types import Conversation
 
 
-class VLLMRewardModel(CheckpointRewardModel):
+class VLLMRewardModel(HoldsLLM, CheckpointRewardModel):
     """A sequence classifier with one label on vLLM. Config and tokenizer load at once, weights on first use.
 
     Args:
@@ -58,6 +57,9 @@ class VLLMRewardModel(CheckpointRewardModel):
         allow_pickle: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
+        self.options = VLLMOptions(
+            batch_size, batch_tokens, tensor_parallel_size, pipeline_parallel_size, gpu_memory, kv_cache_gib
+        )
         super().__init__(
             model,
             template=template,
@@ -67,32 +69,10 @@ class VLLMRewardModel(CheckpointRewardModel):
             allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
         )
-        for size in (batch_size, batch_tokens, tensor_parallel_size, pipeline_parallel_size):
-            if size is not None and size < 1:
-                raise InputError(f"a batch or parallel size is {size}; it must be 1 or more")
-        if (gpu_memory is not None and not 0 < gpu_memory <= 1) or (kv_cache_gib is not None and kv_cache_gib <= 0):
-            raise InputError("gpu_memory is a share above 0 and at most 1, kv_cache_gib a size above 0")
-        self.batch_size = batch_size
-        self.batch_tokens = batch_tokens
-        self.parallel = {
-            "tensor_parallel_size": tensor_parallel_size,
-            "pipeline_parallel_size": pipeline_parallel_size,
-        }
-        self._gpu_memory = gpu_memory
-        self._kv_cache_gib = kv_cache_gib
 
     def settings(self) -> dict[str, Any]:
         """What belongs in a run's spec; see `HFEngine.settings`."""
-        return {
-            "name": "vllm",
-            "version": version(),
-            "dtype": self.dtype,
-            "device": device(),
-            "batch_size": self.batch_size,
-            "batch_tokens": self.batch_tokens,
-            "context_length": self.context_length,
-            **self.parallel,
-        }
+        return self.options.settings(self.dtype, self.context_length)
 
     @cached_property
     def llm(self) -> Any:
@@ -101,27 +81,13 @@ class VLLMRewardModel(CheckpointRewardModel):
         Raises:
             ModelError: vLLM cannot run this model here.
         """
-        options = {
+        options = self.options.for_loading(
+            self.dtype, self.context_length, trust_remote_code=self._trust_remote_code
+        ) | {
             "runner": "pooling",
-            "dtype": self.dtype,
-            "max_model_len": self.context_length,
-            "max_num_seqs": self.batch_size,
-            "max_num_batched_tokens": self.batch_tokens,
-            "gpu_memory_utilization": self._gpu_memory,
-            "kv_cache_memory_bytes": int(self._kv_cache_gib * 2**30) if self._kv_cache_gib else None,
-            "trust_remote_code": self._trust_remote_code,
             "enable_prefix_caching": None if self.framed else True,  # an encoder reads both ways: vLLM decides
-            **self.parallel,
         }
-        llm = load(self.checkpoint.path, options)
-        self._release = weakref.finalize(self, release, llm)
-        return llm
-
-    def close(self) -> None:
-        """Give the memory back; the next use loads again."""
-        self.__dict__.pop("llm", None)
-        if give_back := self.__dict__.pop("_release", None):
-            give_back()
+        return self._hold(load(self.checkpoint.path, options))
 
     def stream(
         self, conversations: Sequence[Conversation], wanted: Collection[int] | None = None

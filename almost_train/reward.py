@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from almost_eval.checkpoint import Checkpoint, context_length, find_checkpoint
-from almost_eval.engines.hf import load_tokenizer
+from almost_eval.engines.loading import load_tokenizer
 from almost_eval.errors import DataError, ModelError
 from almost_eval.progress import Progress
 from almost_train.batches import BatchPlan, batch_plan, planned_dataset

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from almost_eval.checkpoint import Checkpoint
-from almost_eval.engines.hf import load_weights
+from almost_eval.engines.loading import load_weights
 from almost_eval.rewards import HFRewardModel
 from almost_train.rollouts import known_options, positions
 

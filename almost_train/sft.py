@@ -19,7 +19,7 @@ from typing import Any
 
 from almost_eval.chat import ChatTemplate, encode_with_completion_mask
 from almost_eval.checkpoint import Checkpoint, context_length, find_checkpoint
-from almost_eval.engines.hf import load_tokenizer, load_weights
+from almost_eval.engines.loading import load_tokenizer, load_weights
 from almost_eval.errors import DataError, ModelError
 from almost_eval.progress import Progress
 from almost_eval.types import Conversation

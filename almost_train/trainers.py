@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from almost_eval.chat import ChatTemplate, load_template
-from almost_eval.engines.hf import pick_device
+from almost_eval.engines.loading import pick_device
 from almost_eval.errors import DataError, InputError, RunError
 from almost_eval.progress import Progress
 from almost_eval.trackers import Trackers

@@ -140,7 +140,7 @@ def _chat_template(
     tokens = special_tokens(tokenizer)  # type: ignore[arg-type]
     bos = tokens.get("bos_token")
     if bos and not template.render(_SAMPLE, special_tokens=tokens).lstrip().startswith(bos):
-        from almost_eval.engines.hf import load_tokenizer
+        from almost_eval.engines.loading import load_tokenizer
 
         whole = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
         if list(whole.encode("a"))[:1] == [whole.bos_token_id]:

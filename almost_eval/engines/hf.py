@@ -6,22 +6,20 @@ logits are read at scored positions only; a prompt that does not fit is an error
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
-from almost_eval.checkpoint import Checkpoint, context_length, find_checkpoint
+from almost_eval.checkpoint import Checkpoint
 from almost_eval.engines.base import EngineReport, RequestScores, SamplingParams
-from almost_eval.engines.prefix import EncodedRequest, TokenEncoder, build_trie
-from almost_eval.errors import InputError, ModelError, RunError, did_you_mean
-from almost_eval.types import Completion, LoglikelihoodRequest
+from almost_eval.engines.checkpoint_engine import CheckpointEngine
+from almost_eval.engines.loading import ATTENTION, load_weights, pick_device, pick_dtype
+from almost_eval.engines.prefix import EncodedRequest, build_trie
+from almost_eval.errors import InputError, did_you_mean
+from almost_eval.types import Completion
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
 
-
-class HFEngine:
+class HFEngine(CheckpointEngine):
     """A transformers causal LM. Config and tokenizer load at once, weights on first use.
 
     Args:
@@ -59,45 +57,21 @@ class HFEngine:
         allow_pickle: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
-        for value, known, flag in ((dtype, DTYPES, "dtype"), (attention, ATTENTION, "attention")):
-            if value not in known:
-                raise InputError(f"unknown {flag} {value!r}; {did_you_mean(value, known)}")
-        for size, flag in ((batch_size, "batch size"), (batch_tokens, "batch tokens"), (max_length, "max length")):
-            if size is not None and size < 1:
-                raise InputError(f"{flag} is {size}; it must be 1 or more")
-        self.checkpoint = model if isinstance(model, Checkpoint) else find_checkpoint(model, allow_pickle=allow_pickle)
+        if attention not in ATTENTION:
+            raise InputError(f"unknown attention {attention!r}; {did_you_mean(attention, ATTENTION)}")
+        super().__init__(
+            model,
+            dtype=dtype,
+            max_length=max_length,
+            sizes={"batch size": batch_size, "batch tokens": batch_tokens},
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
+        )
         self.share_prefixes = share_prefixes
         self.batch_size = batch_size
         self.batch_tokens = batch_tokens
-        self._dtype = dtype
         self._device = device
         self._attention = attention
-        self._trust_remote_code = trust_remote_code
-        self._report = EngineReport()
-        own = context_length(self.checkpoint.config, self.tokenizer)
-        if max_length is not None and max_length > own:
-            raise InputError(f"--max-length {max_length} is beyond the model's own context of {own} tokens")
-        self._context_length = max_length or own
-
-    @property
-    def context_length(self) -> int:
-        """Tokens the model can attend to."""
-        return self._context_length
-
-    @property
-    def report(self) -> EngineReport:
-        """What the last `stream` did."""
-        return self._report
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The checkpoint's tokenizer."""
-        return load_tokenizer(self.checkpoint, trust_remote_code=self._trust_remote_code)
-
-    @cached_property
-    def encoder(self) -> TokenEncoder:
-        """Joint encoding on this tokenizer."""
-        return TokenEncoder(self.tokenizer)
 
     @cached_property
     def device(self) -> str:
@@ -145,24 +119,6 @@ class HFEngine:
             "context_length": self.context_length,
         }
 
-    def encode(self, requests: Sequence[LoglikelihoodRequest]) -> list[EncodedRequest]:
-        """Token ids of every request. Loads no weights."""
-        whole = iter(self.encoder.encode([request for request in requests if not request.rolling]))
-        return [
-            self.encoder.encode_rolling(request, self.context_length) if request.rolling else next(whole)
-            for request in requests
-        ]
-
-    def loglikelihood(self, requests: Sequence[LoglikelihoodRequest]) -> list[RequestScores]:
-        """Scores of all requests, in order.
-
-        Raises:
-            InputError: a request longer than the context; nothing is cut.
-        """
-        encoded = self.encode(requests)
-        scores = dict(self.stream(encoded))
-        return [scores[i] for i in range(len(requests))]
-
     def stream(
         self, requests: Sequence[EncodedRequest], wanted: Collection[int] | None = None
     ) -> Iterator[tuple[int, RequestScores]]:
@@ -172,9 +128,7 @@ class HFEngine:
         self._report = report = EngineReport()
         if not requests:
             return
-        longest = max(request.n_positions for request in requests)
-        if longest > self.context_length:
-            raise InputError(f"a request of {longest} tokens does not fit the context of {self.context_length}")
+        longest = self._refuse_long(requests)
         wanted = frozenset(range(len(requests)) if wanted is None else wanted)
         model, config = self.model, self.model.config
         window = scoring.AttentionWindow.of(config, longest)
@@ -238,13 +192,7 @@ class HFEngine:
 
         if not prompts:
             return
-        ids = [prompt if len(prompt) else self.encoder.stand_in() for prompt in self.encoder.encode_texts(prompts)]
-        longest = max(len(prompt) for prompt in ids)
-        if longest + params.max_new_tokens > self.context_length:
-            raise InputError(
-                f"a prompt of {longest} tokens and {params.max_new_tokens} new ones do not fit the context of "
-                f"{self.context_length}; lower max_new_tokens"
-            )
+        ids = self._prompt_ids(prompts, params)
         self._report = EngineReport("generate")
         done = generation.GenerationReport(self.batch_tokens or self._generation_tokens())
         yield from generation.stream_completions(
@@ -252,11 +200,6 @@ class HFEngine:
         )
         if done.halved:
             self._report.warnings.append(f"out of memory: went on with {done.max_tokens} tokens in a batch")
-
-    def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[list[Completion]]:
-        """`params.n` completions for each rendered prompt, in order; raises as `stream_completions` does."""
-        done = dict(self.stream_completions(prompts, params))
-        return [done[i] for i in range(len(prompts))]
 
     def _generation_tokens(self) -> int:
         """Tokens whose keys and values fit 1 GiB, between 4,096 and 65,536: small models get large batches."""
@@ -270,95 +213,3 @@ class HFEngine:
         size = getattr(text, "head_dim", None) or text.hidden_size // all_heads
         per_token = 2 * text.num_hidden_layers * heads * size * 4  # bytes of float32 keys and values
         return max(4096, min(65536, (1 << 30) // per_token))
-
-
-def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
-    """The checkpoint's tokenizer.
-
-    Raises:
-        ModelError: there is none, or it cannot be read.
-    """
-    from transformers import AutoTokenizer
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()  # it warns of long texts; we count them and refuse them ourselves
-    try:
-        return AutoTokenizer.from_pretrained(str(checkpoint.path), trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises half a dozen unrelated kinds here
-        raise ModelError(
-            f"{checkpoint.path} has no tokenizer that transformers can read ({_first_line(error)}); save the "
-            "tokenizer beside the weights"
-        ) from None
-
-
-def load_weights(
-    auto_class: Any, checkpoint: Checkpoint, *, dtype: Any, device: str, attention: str, trust_remote_code: bool
-) -> Any:
-    """A transformers model in eval mode with every weight from the checkpoint.
-
-    Raises:
-        ModelError: weights are missing (transformers would initialise them at random), or cannot be read.
-        RunError: not enough memory.
-    """
-    import torch
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    extra = {} if attention == "auto" else {"attn_implementation": attention}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model, info = auto_class.from_pretrained(
-                str(checkpoint.path),
-                dtype=dtype,
-                use_safetensors=checkpoint.weight_files[0].suffix == ".safetensors",
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                **extra,
-            )
-    except torch.OutOfMemoryError as error:
-        raise RunError(f"not enough memory for the weights of {checkpoint.name}: {_first_line(error)}") from None
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-        raise ModelError(f"transformers cannot load {checkpoint.path}: {_first_line(error)}") from None
-    lost = sorted({*info.get("missing_keys", ()), *(key for key, *_ in info.get("mismatched_keys", ()))})
-    if lost:
-        raise ModelError(
-            f"{checkpoint.path} lacks {len(lost)} weights of its own architecture, first {lost[0]!r}; transformers "
-            "would set them at random, so nothing it says would mean anything"
-        )
-    try:
-        return model.to(device).eval()
-    except torch.OutOfMemoryError:
-        raise RunError(f"not enough memory on {device} for {checkpoint.name}; use a smaller dtype or device") from None
-
-
-def pick_dtype(dtype: str, checkpoint: Checkpoint, device: str) -> str:
-    """`auto` -> float32 on a CPU, the checkpoint's own elsewhere."""
-    if dtype != "auto":
-        return dtype
-    own = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
-    return "float32" if device == "cpu" else str(own)
-
-
-def pick_device(device: str) -> str:
-    """`auto` -> the accelerator where there is one.
-
-    Raises:
-        InputError: a device that torch does not know or does not see.
-    """
-    import torch
-
-    if device == "auto":
-        if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=device).item()  # `meta` makes tensors, and has no values to read
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {device!r} is not usable here ({_first_line(error)}); use cpu or auto") from None
-    return device
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from almost_eval.checkpoint import Checkpoint, find_checkpoint
 from almost_eval.engines.base import EngineReport, RequestScores
-from almost_eval.engines.hf import load_tokenizer
+from almost_eval.engines.loading import load_tokenizer
 from almost_eval.engines.openai import OpenAIEngine
 from almost_eval.engines.openai_client import ServedModel
 from almost_eval.engines.openai_routes import Whole, plan_wholes, read_echo, read_ids, token_name

@@ -6,22 +6,22 @@ Reproducible up to rounding: every completion has a seed of its own, but which r
 from __future__ import annotations
 
 import json
-import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from almost_eval.checkpoint import Checkpoint, context_length, find_checkpoint
+from almost_eval.checkpoint import Checkpoint
 from almost_eval.engines.base import EngineReport, RequestScores, SamplingParams
-from almost_eval.engines.hf import DTYPES, load_tokenizer, pick_device, pick_dtype
-from almost_eval.engines.prefix import EncodedRequest, Ids, TokenEncoder
+from almost_eval.engines.checkpoint_engine import CheckpointEngine
+from almost_eval.engines.loading import pick_device, pick_dtype
+from almost_eval.engines.prefix import EncodedRequest, Ids
 from almost_eval.engines.seeding import request_seed
-from almost_eval.engines.vllm_process import device, load, release, run, version
-from almost_eval.errors import InputError, did_you_mean
-from almost_eval.types import Completion, LoglikelihoodRequest
+from almost_eval.engines.vllm_process import HoldsLLM, VLLMOptions, load, run
+from almost_eval.errors import InputError
+from almost_eval.types import Completion
 
 
-class VLLMEngine:
+class VLLMEngine(HoldsLLM, CheckpointEngine):
     """A causal language model on vLLM. Config and tokenizer load at once, weights on first use.
 
     vLLM sets the global random seeds of this process when it loads; nothing here draws from them.
@@ -63,61 +63,22 @@ class VLLMEngine:
         allow_pickle: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
-        if dtype not in DTYPES:
-            raise InputError(f"unknown dtype {dtype!r}; {did_you_mean(dtype, DTYPES)}")
-        sizes = {
-            "max length": max_length,
-            "batch size": batch_size,
-            "batch tokens": batch_tokens,
-            "tensor parallel size": tensor_parallel_size,
-            "pipeline parallel size": pipeline_parallel_size,
-        }
-        for flag, size in sizes.items():
-            if size is not None and size < 1:
-                raise InputError(f"{flag} is {size}; it must be 1 or more")
         if data_parallel_size != 1:
             raise InputError(
                 "vLLM replicates a model behind its server alone: start `vllm serve MODEL --data-parallel-size "
                 f"{data_parallel_size}` and use the engine openai with its address"
             )
-        if (gpu_memory is not None and not 0 < gpu_memory <= 1) or (kv_cache_gib is not None and kv_cache_gib <= 0):
-            raise InputError("gpu_memory is a share above 0 and at most 1, kv_cache_gib a size above 0")
-        self.checkpoint = model if isinstance(model, Checkpoint) else find_checkpoint(model, allow_pickle=allow_pickle)
-        self.batch_size = batch_size
-        self.batch_tokens = batch_tokens
-        self.parallel = {
-            "tensor_parallel_size": tensor_parallel_size,
-            "pipeline_parallel_size": pipeline_parallel_size,
-        }
-        self._dtype = dtype
-        self._gpu_memory = gpu_memory
-        self._kv_cache_gib = kv_cache_gib
-        self._trust_remote_code = trust_remote_code
-        self._report = EngineReport()
-        own = context_length(self.checkpoint.config, self.tokenizer)
-        if max_length is not None and max_length > own:
-            raise InputError(f"--max-length {max_length} is beyond the model's own context of {own} tokens")
-        self._context_length = max_length or own
-
-    @property
-    def context_length(self) -> int:
-        """Tokens the model can attend to."""
-        return self._context_length
-
-    @property
-    def report(self) -> EngineReport:
-        """What the last `stream` did; `tokens_computed` are those that no cache held."""
-        return self._report
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The checkpoint's tokenizer."""
-        return load_tokenizer(self.checkpoint, trust_remote_code=self._trust_remote_code)
-
-    @cached_property
-    def encoder(self) -> TokenEncoder:
-        """Joint encoding on this tokenizer."""
-        return TokenEncoder(self.tokenizer)
+        self.options = VLLMOptions(
+            batch_size, batch_tokens, tensor_parallel_size, pipeline_parallel_size, gpu_memory, kv_cache_gib
+        )
+        super().__init__(
+            model,
+            dtype=dtype,
+            max_length=max_length,
+            sizes={},
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
+        )
 
     @cached_property
     def dtype(self) -> str:
@@ -126,16 +87,7 @@ class VLLMEngine:
 
     def settings(self) -> dict[str, Any]:
         """What belongs in a run's spec; see `HFEngine.settings`."""
-        return {
-            "name": self.name,
-            "version": version(),
-            "dtype": self.dtype,
-            "device": device(),
-            "batch_size": self.batch_size,
-            "batch_tokens": self.batch_tokens,
-            "context_length": self.context_length,
-            **self.parallel,
-        }
+        return self.options.settings(self.dtype, self.context_length)
 
     # --- the model ---
 
@@ -146,45 +98,16 @@ class VLLMEngine:
         Raises:
             ModelError: vLLM cannot run this model here.
         """
-        options = {
-            "dtype": self.dtype,
-            # One more than the context: vLLM wants room for a new token even where a full context is only scored.
-            "max_model_len": self.context_length + 1,
-            "max_num_seqs": self.batch_size,
-            "max_num_batched_tokens": self.batch_tokens,
-            "gpu_memory_utilization": self._gpu_memory,
-            "kv_cache_memory_bytes": int(self._kv_cache_gib * 2**30) if self._kv_cache_gib else None,
-            "trust_remote_code": self._trust_remote_code,
-            **self.parallel,
-        }
-        llm = load(self.checkpoint.path, options)
-        self._release = weakref.finalize(self, release, llm)
-        return llm
-
-    def close(self) -> None:
-        """Give the memory back; the next use loads again."""
-        self.__dict__.pop("llm", None)
-        if give_back := self.__dict__.pop("_release", None):
-            give_back()
+        # One more than the context: vLLM wants room for a new token even where a full context is only scored.
+        longest = self.context_length + 1
+        options = self.options.for_loading(self.dtype, longest, trust_remote_code=self._trust_remote_code)
+        return self._hold(load(self.checkpoint.path, options))
 
     def results(self, requests: Mapping[str, tuple[Ids, Any]]) -> Iterator[tuple[str, Any]]:
         """Yield (name, vLLM's output) of each request (token ids, vLLM's sampling parameters) as it finishes."""
         return run(self.llm, requests, self.checkpoint.path)
 
     # --- log-likelihoods ---
-
-    def encode(self, requests: Sequence[LoglikelihoodRequest]) -> list[EncodedRequest]:
-        """Token ids of every request. Loads no weights."""
-        whole = iter(self.encoder.encode([request for request in requests if not request.rolling]))
-        return [
-            self.encoder.encode_rolling(request, self.context_length) if request.rolling else next(whole)
-            for request in requests
-        ]
-
-    def loglikelihood(self, requests: Sequence[LoglikelihoodRequest]) -> list[RequestScores]:
-        """Scores of all requests, in order; raises as `stream` does."""
-        scores = dict(self.stream(self.encode(requests)))
-        return [scores[i] for i in range(len(requests))]
 
     def stream(
         self, requests: Sequence[EncodedRequest], wanted: Collection[int] | None = None
@@ -202,9 +125,7 @@ class VLLMEngine:
         self._report = report = EngineReport("vllm")
         if not requests:
             return
-        longest = max(request.n_positions for request in requests)
-        if longest > self.context_length:
-            raise InputError(f"a request of {longest} tokens does not fit the context of {self.context_length}")
+        self._refuse_long(requests)
         yield from stream_scores(self, requests, range(len(requests)) if wanted is None else wanted, report)
 
     # --- generation ---
@@ -220,13 +141,7 @@ class VLLMEngine:
         """
         if not prompts:
             return
-        ids = [prompt if len(prompt) else self.encoder.stand_in() for prompt in self.encoder.encode_texts(prompts)]
-        longest = max(len(prompt) for prompt in ids)
-        if longest + params.max_new_tokens > self.context_length:
-            raise InputError(
-                f"a prompt of {longest} tokens and {params.max_new_tokens} new ones do not fit the context of "
-                f"{self.context_length}; lower max_new_tokens"
-            )
+        ids = self._prompt_ids(prompts, params)
         self._report = EngineReport("generate")
         end_ids = self._end_ids(params.stop)
         draws = params.n if params.temperature > 0 else 1  # greedy completions are all the same
@@ -242,11 +157,6 @@ class VLLMEngine:
             if len(done[p]) == draws:
                 whole = done.pop(p)
                 yield p, [whole[i % draws] for i in range(params.n)]
-
-    def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[list[Completion]]:
-        """`params.n` completions for each rendered prompt, in order; raises as `stream_completions` does."""
-        done = dict(self.stream_completions(prompts, params))
-        return [done[i] for i in range(len(prompts))]
 
     def _sampling(self, prompt: str, number: int, params: SamplingParams, end_ids: Collection[int]) -> Any:
         import vllm

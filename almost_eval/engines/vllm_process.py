@@ -11,12 +11,14 @@ import gc
 import logging
 import os
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from almost_eval.engines.hf import _first_line, pick_device
+from almost_eval.engines.loading import first_line, pick_device
 from almost_eval.engines.prefix import Ids
 from almost_eval.errors import InputError, ModelError, RunError
 
@@ -31,6 +33,85 @@ _CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # `auto` leaves a co
 
 _loaded: list[Any] = []
 """The `vllm.LLM`s of this process that hold memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class VLLMOptions:
+    """How a model is split and batched; what is None is vLLM's own choice.
+
+    Raises:
+        InputError: a size below 1, or a share or cache that cannot be.
+    """
+
+    batch_size: int | None = None
+    """Sequences in a step."""
+    batch_tokens: int | None = None
+    """Token positions in a step; on a CPU a whole context at least."""
+    tensor_parallel_size: int = 1
+    """Devices that share each layer."""
+    pipeline_parallel_size: int = 1
+    """Devices, or groups of them, that share the layers out."""
+    gpu_memory: float | None = None
+    """Share of the GPU's memory, above 0 and at most 1."""
+    kv_cache_gib: float | None = None
+    """GiB of keys and values; None is 1 on a CPU and what is free elsewhere."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "batch_tokens", "tensor_parallel_size", "pipeline_parallel_size"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise InputError(f"{name.replace('_', ' ')} is {size}; it must be 1 or more")
+        share, cache = self.gpu_memory, self.kv_cache_gib
+        if (share is not None and not 0 < share <= 1) or (cache is not None and cache <= 0):
+            raise InputError("gpu_memory is a share above 0 and at most 1, kv_cache_gib a size above 0")
+
+    @property
+    def parallel(self) -> dict[str, int]:
+        """Both parallel sizes, by vLLM's names."""
+        return {
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "pipeline_parallel_size": self.pipeline_parallel_size,
+        }
+
+    def settings(self, dtype: str, context_length: int) -> dict[str, Any]:
+        """What belongs in a run's spec; see `HFEngine.settings`."""
+        return {
+            "name": "vllm",
+            "version": version(),
+            "dtype": dtype,
+            "device": device(),
+            "batch_size": self.batch_size,
+            "batch_tokens": self.batch_tokens,
+            "context_length": context_length,
+            **self.parallel,
+        }
+
+    def for_loading(self, dtype: str, max_model_len: int, *, trust_remote_code: bool) -> dict[str, Any]:
+        """By the names of `vllm.LLM`, for `load`."""
+        return {
+            "dtype": dtype,
+            "max_model_len": max_model_len,
+            "max_num_seqs": self.batch_size,
+            "max_num_batched_tokens": self.batch_tokens,
+            "gpu_memory_utilization": self.gpu_memory,
+            "kv_cache_memory_bytes": int(self.kv_cache_gib * 2**30) if self.kv_cache_gib else None,
+            "trust_remote_code": trust_remote_code,
+            **self.parallel,
+        }
+
+
+class HoldsLLM:
+    """Has a `vllm.LLM` as its cached property `llm`, until it is closed or forgotten."""
+
+    def _hold(self, llm: Any) -> Any:
+        self._release = weakref.finalize(self, release, llm)
+        return llm
+
+    def close(self) -> None:
+        """Give the memory back; the next use loads again."""
+        self.__dict__.pop("llm", None)
+        if give_back := self.__dict__.pop("_release", None):
+            give_back()
 
 
 def load(path: Path, options: Mapping[str, Any]) -> Any:
@@ -66,7 +147,7 @@ def load(path: Path, options: Mapping[str, Any]) -> Any:
                 **{name: value for name, value in chosen.items() if value is not None},
             )
     except Exception as error:  # vLLM raises whatever its parts do
-        raise ModelError(f"vLLM cannot run {path}: {_first_line(error)}") from None
+        raise ModelError(f"vLLM cannot run {path}: {first_line(error)}") from None
     _loaded.append(llm)
     return llm
 
@@ -92,7 +173,7 @@ def run(llm: Any, requests: Mapping[str, tuple[Ids, Any]], path: Path) -> Iterat
                     running.discard(output.request_id)
                     yield output.request_id, output
     except (RuntimeError, ValueError, AssertionError) as error:  # of a kernel, the scheduler, a full memory
-        raise RunError(f"vLLM stopped while it ran {path}: {_first_line(error)}") from None
+        raise RunError(f"vLLM stopped while it ran {path}: {first_line(error)}") from None
     finally:
         if running:  # an error, or nobody wants the rest
             core.abort_request(sorted(running))

@@ -175,7 +175,7 @@ def test_vllm_gives_the_raw_logits_without_being_told(comparisons: Path, tmp_pat
 def test_training_reads_the_tokens_that_scoring_reads(
     base: Callable[[str], Path], comparisons: Path, tmp_path: Path
 ) -> None:
-    from almost_eval.engines.hf import load_tokenizer
+    from almost_eval.engines.loading import load_tokenizer
 
     folder = base("eos")
     train_reward(RewardSettings(**SETTINGS), comparisons, str(folder), tmp_path / "reward")
@@ -203,7 +203,7 @@ def test_the_loss_is_bradley_terry_over_the_real_pairs(
     pairs = [pair for pair in read_pairs(comparisons) if pair.prompt_id not in held_out]
     assert metrics["train_pairs"] == len(pairs) == 16
     model = load_classifier(find_checkpoint(str(folder)), seed=0)
-    from almost_eval.engines.hf import load_tokenizer
+    from almost_eval.engines.loading import load_tokenizer
 
     tokenizer = load_tokenizer(find_checkpoint(str(folder)))
     encode = reward_encoder(tokenizer, keep_template(tokenizer))

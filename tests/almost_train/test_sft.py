@@ -9,7 +9,8 @@ import torch
 from almost_eval.chat import load_template
 from almost_eval.checkpoint import find_checkpoint
 from almost_eval.engines.base import SamplingParams
-from almost_eval.engines.hf import HFEngine, load_tokenizer
+from almost_eval.engines.hf import HFEngine
+from almost_eval.engines.loading import load_tokenizer
 from almost_eval.errors import DataError, InputError, RunError
 from almost_eval.progress import Progress
 from almost_eval.types import Conversation, Message

@@ -60,7 +60,7 @@ def test_a_chat_is_encoded_as_everywhere_else(policy_server: VLLMServer) -> None
         Message("user", "?"),
     )
     answer, _ = post(policy_server, "/tokenize", messages=[message.to_dict() for message in messages])
-    from almost_eval.engines.hf import load_tokenizer
+    from almost_eval.engines.loading import load_tokenizer
 
     text = policy_server.served.template.render(messages, add_generation_prompt=True)
     assert answer["tokens"] == encode_text(load_tokenizer(policy_server.served.checkpoint), text)

@@ -56,7 +56,7 @@ def test_builds_what_was_asked_for(tiny_checkpoint: Callable[[str], Path]) -> No
     assert (hf.dtype, hf.context_length, hf.batch_size) == ("bfloat16", 64, 3)
     vllm = generation_engine(model, EngineOptions("vllm", tensor_parallel_size=2, pipeline_parallel_size=3))
     assert isinstance(vllm, VLLMEngine)
-    assert vllm.parallel == {"tensor_parallel_size": 2, "pipeline_parallel_size": 3}
+    assert vllm.options.parallel == {"tensor_parallel_size": 2, "pipeline_parallel_size": 3}
     for engine in (hf, vllm):
         assert isinstance(engine, GenerationEngine)
         assert isinstance(engine, LoglikelihoodEngine)

@@ -1,0 +1,136 @@
+"""What engines that hold a checkpoint share: its tokenizer, joint encoding, and the lengths that do not fit."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+from almost_eval.checkpoint import Checkpoint, context_length, find_checkpoint
+from almost_eval.engines.base import EngineReport, RequestScores, SamplingParams
+from almost_eval.engines.loading import DTYPES, load_tokenizer
+from almost_eval.engines.prefix import EncodedRequest, Ids, TokenEncoder
+from almost_eval.errors import InputError, did_you_mean
+from almost_eval.types import Completion, LoglikelihoodRequest
+
+
+class CheckpointEngine(ABC):
+    """A causal language model in this process, but for what computes it. Config and tokenizer load at once.
+
+    Args:
+        model: a checkpoint directory, hub id, built-in name, or a `Checkpoint` already found.
+        dtype: one of `DTYPES`.
+        max_length: a context length below the model's own.
+        sizes: name of a flag -> its value; each must be 1 or more, or None.
+        allow_pickle: accept pickled weights.
+        trust_remote_code: run Python code that the checkpoint ships.
+
+    Raises:
+        InputError: an unknown dtype, a size below 1, or a `max_length` beyond the model's own.
+        ModelError: see `find_checkpoint`.
+    """
+
+    def __init__(
+        self,
+        model: str | Checkpoint,
+        *,
+        dtype: str,
+        max_length: int | None,
+        sizes: dict[str, int | None],
+        allow_pickle: bool,
+        trust_remote_code: bool,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise InputError(f"unknown dtype {dtype!r}; {did_you_mean(dtype, DTYPES)}")
+        for flag, size in {"max length": max_length, **sizes}.items():
+            if size is not None and size < 1:
+                raise InputError(f"{flag} is {size}; it must be 1 or more")
+        self.checkpoint = model if isinstance(model, Checkpoint) else find_checkpoint(model, allow_pickle=allow_pickle)
+        self._dtype = dtype
+        self._trust_remote_code = trust_remote_code
+        self._report = EngineReport()
+        own = context_length(self.checkpoint.config, self.tokenizer)
+        if max_length is not None and max_length > own:
+            raise InputError(f"--max-length {max_length} is beyond the model's own context of {own} tokens")
+        self._context_length = max_length or own
+
+    @property
+    def context_length(self) -> int:
+        """Tokens the model can attend to."""
+        return self._context_length
+
+    @property
+    def report(self) -> EngineReport:
+        """What the last `stream` did."""
+        return self._report
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer."""
+        return load_tokenizer(self.checkpoint, trust_remote_code=self._trust_remote_code)
+
+    @cached_property
+    def encoder(self) -> TokenEncoder:
+        """Joint encoding on this tokenizer."""
+        return TokenEncoder(self.tokenizer)
+
+    # --- log-likelihoods ---
+
+    def encode(self, requests: Sequence[LoglikelihoodRequest]) -> list[EncodedRequest]:
+        """Token ids of every request. Loads no weights."""
+        whole = iter(self.encoder.encode([request for request in requests if not request.rolling]))
+        return [
+            self.encoder.encode_rolling(request, self.context_length) if request.rolling else next(whole)
+            for request in requests
+        ]
+
+    def loglikelihood(self, requests: Sequence[LoglikelihoodRequest]) -> list[RequestScores]:
+        """Scores of all requests, in order; raises as `stream` does."""
+        scores = dict(self.stream(self.encode(requests)))
+        return [scores[i] for i in range(len(requests))]
+
+    @abstractmethod
+    def stream(
+        self, requests: Sequence[EncodedRequest], wanted: Collection[int] | None = None
+    ) -> Iterator[tuple[int, RequestScores]]:
+        """Yield (index, scores) of each wanted request as soon as it is known; see `LoglikelihoodEngine.stream`."""
+
+    def _refuse_long(self, requests: Sequence[EncodedRequest]) -> int:
+        """Positions of the longest request.
+
+        Raises:
+            InputError: it does not fit; nothing is cut.
+        """
+        longest = max(request.n_positions for request in requests)
+        if longest > self.context_length:
+            raise InputError(f"a request of {longest} tokens does not fit the context of {self.context_length}")
+        return longest
+
+    # --- generation ---
+
+    @abstractmethod
+    def stream_completions(
+        self, prompts: Sequence[str], params: SamplingParams
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """Yield (index, `params.n` completions) of each rendered prompt; see `GenerationEngine.stream_completions`."""
+
+    def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[list[Completion]]:
+        """`params.n` completions for each rendered prompt, in order; raises as `stream_completions` does."""
+        done = dict(self.stream_completions(prompts, params))
+        return [done[i] for i in range(len(prompts))]
+
+    def _prompt_ids(self, prompts: Sequence[str], params: SamplingParams) -> list[Ids]:
+        """Token ids of each prompt.
+
+        Raises:
+            InputError: one that leaves no room for `max_new_tokens`.
+        """
+        ids = [prompt if len(prompt) else self.encoder.stand_in() for prompt in self.encoder.encode_texts(prompts)]
+        longest = max(len(prompt) for prompt in ids)
+        if longest + params.max_new_tokens > self.context_length:
+            raise InputError(
+                f"a prompt of {longest} tokens and {params.max_new_tokens} new ones do not fit the context of "
+                f"{self.context_length}; lower max_new_tokens"
+            )
+        return ids
