@@ -3,7 +3,8 @@
 A tracker shows what a run has written down itself, after it was written: the rows of a training stage's `log.jsonl`, or
 the metrics of a finished evaluation's `results.json`. So a run that goes on logs no step twice, whatever the tracker:
 the jsonl file is written anew from the rows that stand, TensorBoard is told the step from which older points are void,
-and W&B takes a run up under the id kept in the folder and ignores steps that it has.
+and W&B takes a run up under the id kept in the folder, from the last step of an orderly end; of steps that a killed
+process had sent it keeps the first, and they are equal.
 
 Keys are the packages' own business (`WANDB_API_KEY`): none is read or written here.
 """
@@ -23,6 +24,7 @@ from typing import Any, Protocol
 import click
 
 from almost_eval.errors import InputError, MissingDependencyError, RunError, did_you_mean
+from almost_eval.store import read_json, write_json
 
 JSONL = "metrics.jsonl"
 """File of the jsonl tracker in a run's folder: one line a step, `step` and numbers by name."""
@@ -221,32 +223,38 @@ class _WandB:
     def __init__(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         import wandb
 
-        kept = folder / ".wandb-id"
-        known = kept.is_file()
-        id = kept.read_text(encoding="utf-8").strip() if known else os.urandom(6).hex()
+        self._file = folder / ".wandb.json"
+        known = self._file.is_file()
+        kept: dict[str, Any] = {"id": os.urandom(6).hex(), "logged": -1}
+        if known:
+            kept = read_json(self._file, *kept)
+        self._id, self._logged = kept["id"], kept["logged"]
         try:
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT") or "almost",
                 name=folder.resolve().name,
                 dir=str(folder),
-                id=id,
+                id=self._id,
                 resume="allow",
                 settings=wandb.Settings(console="off", silent=True),  # stdout is for results
             )
         except Exception as error:  # no key, no network, a bad project: its errors share no base that can be relied on
             why = " ".join(str(error).split())[:200]
             raise RunError(f"--log-to wandb: no run could be opened ({why}); or set WANDB_MODE=offline") from None
-        kept.write_text(id, encoding="utf-8")
+        write_json(self._file, kept)
         for row in () if known else rows:
             self.log(*_split(row))
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Add a step; W&B ignores one that it has."""
-        self._run.log(dict(numbers), step=step)
+        """Add a step, unless it has it."""
+        if step > self._logged:
+            self._run.log(dict(numbers), step=step)
+            self._logged = step
 
     def close(self) -> None:
-        """Send what is queued."""
+        """Send what is queued, and note how far that is."""
         self._run.finish()
+        write_json(self._file, {"id": self._id, "logged": self._logged})
 
 
 _OPENERS: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _WandB, "jsonl": _JSONLines}

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tracked import tensorboard_scalars, wandb_rows
 
 from almost_eval.errors import InputError, MissingDependencyError, RunError
-from almost_eval.store import read_results
+from almost_eval.store import read_json, read_results
 from almost_eval.trackers import JSONL, Trackers, check_trackers, logging_to
 
 
@@ -77,17 +81,13 @@ def test_an_unknown_tracker_is_refused_with_the_nearest() -> None:
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_a_missing_package_is_said_with_its_install_line(name: str) -> None:
-    if find_spec(name):
-        pytest.skip(f"{name} is installed")
+def test_a_missing_package_is_said_with_its_install_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
     with pytest.raises(MissingDependencyError, match=f"--log-to {name} needs .* pip install {name}$"):
         check_trackers(["jsonl", name])
 
 
 def test_tensorboard_shows_each_step_once(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard", reason="pip install tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     rows = [{"step": step, "loss": float(step)} for step in range(6)]
     with Trackers(tmp_path, names=["tensorboard"]) as trackers:
         for row in rows[:5]:
@@ -95,19 +95,19 @@ def test_tensorboard_shows_each_step_once(tmp_path: Path) -> None:
     with Trackers(tmp_path, rows[:3], names=["tensorboard"]) as trackers:
         for row in rows[3:]:
             trackers.log(row)
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(s, float(s)) for s in range(6)]
+    assert tensorboard_scalars(tmp_path) == {"loss": [(step, float(step)) for step in range(6)]}
 
 
-def test_wandb_writes_offline_and_keeps_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb", reason="pip install wandb")
+def test_wandb_keeps_its_id_and_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
-    for _ in range(2):
+    rows = [{"step": step, "loss": 1.0 / (step + 1), "reward/mean": 2.0} for step in range(4)]
+    for part in (rows[:2], rows[2:]):
         with Trackers(tmp_path, names=["wandb"]) as trackers:
-            trackers.log({"step": 0, "loss": 1.0})
-    id = (tmp_path / ".wandb-id").read_text()
+            for row in part:
+                trackers.log(row)
+    assert wandb_rows(tmp_path) == rows
+    id = read_json(tmp_path / ".wandb.json")["id"]
     runs = list((tmp_path / "wandb").glob("offline-run-*"))
     assert runs
     assert all(run.name.endswith(id) for run in runs)
@@ -115,11 +115,27 @@ def test_wandb_writes_offline_and_keeps_its_id(tmp_path: Path, monkeypatch: pyte
     assert b"0123456789" * 4 not in written
 
 
+def test_wandb_without_a_key_is_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("wandb", reason="pip install wandb")
+    nowhere = {"WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9", "HOME": str(tmp_path)}
+    environment = {**os.environ, **nowhere}
+    environment.pop("WANDB_API_KEY", None)
+    command = [sys.executable, "-m", "almost_eval.cli", "hhh", "--limit", "1", "--output", str(tmp_path)]
+    command += ["--log-to", "wandb"]
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # W&B reads it once
+    assert told.returncode == 1
+    assert re.fullmatch(r"error: --log-to wandb: no run could be opened .*WANDB_MODE=offline\n", told.stderr)
+    assert read_results(tmp_path)["metrics"]
+
+
 # --- the command line ---
 
 
-def test_an_evaluation_logs_its_metrics_once(almost_eval: Callable[..., Any], tmp_path: Path) -> None:
-    command = ("hhh", "--limit", 2, "--output", tmp_path, "--log-to", "jsonl")
+def test_an_evaluation_logs_its_metrics_once(
+    almost_eval: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    command = ("hhh", "--limit", 2, "--output", tmp_path, "--log-to", "jsonl,tensorboard,wandb")
     assert almost_eval(*command).code == 0
     assert almost_eval(*command).code == 0  # goes on with nothing to do
     metrics = read_results(tmp_path)["metrics"]
@@ -127,16 +143,21 @@ def test_an_evaluation_logs_its_metrics_once(almost_eval: Callable[..., Any], tm
     assert row["step"] == 0
     assert row["hhh/choice/accuracy"] == metrics["accuracy"]["value"]
     assert row["hhh/choice/accuracy (stderr)"] == metrics["accuracy"]["stderr"]
+    assert wandb_rows(tmp_path) == [row]
+    curves = tensorboard_scalars(tmp_path)
+    assert [len(points) for points in curves.values()] == [1] * (len(row) - 1)
 
 
-def test_a_tracker_is_refused_before_the_model_is_looked_for(almost_eval: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_tracker_is_refused_before_the_model_is_looked_for(
+    almost_eval: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     nowhere = ("--model", tmp_path / "nowhere", "--output", tmp_path / "run")
     unknown = almost_eval("hhh", *nowhere, "--log-to", "jsonl,tracker")
     assert (unknown.code, unknown.out) == (2, "")
     assert unknown.err.count("\n") == 1
     assert "unknown tracker 'tracker'" in unknown.err
-    if find_spec("wandb") is None:
-        missing = almost_eval("hhh", *nowhere, "--log-to", "wandb")
-        assert missing.code == 2
-        assert missing.err.endswith("install it with: pip install wandb\n")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    missing = almost_eval("hhh", *nowhere, "--log-to", "wandb")
+    assert missing.code == 2
+    assert missing.err.endswith("install it with: pip install wandb\n")
     assert not (tmp_path / "run").exists()

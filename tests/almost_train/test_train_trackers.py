@@ -7,12 +7,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tracked import tensorboard_scalars, wandb_rows
 
 from almost_eval.checkpoint import find_checkpoint
 from almost_eval.progress import Progress
@@ -127,20 +127,27 @@ def almost_train(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_flag_reaches_the_trainer(
-    demonstrations: Path, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+    demonstrations: Path, tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
     output = tmp_path / "sft"
     made = almost_train(
         *("sft", "--demonstrations", demonstrations, "--model", tiny_checkpoint("llama-gqa"), "--output", output),
-        *("--epochs", 1, "--batch-size", 6, "--device", "cpu", "--log-to", "jsonl", "--json"),
+        *("--epochs", 1, "--batch-size", 6, "--device", "cpu", "--log-to", "jsonl,tensorboard,wandb", "--json"),
     )
     assert made.returncode == 0, made.stderr
-    assert json.loads(made.stdout)["stage"] == "sft"
+    assert json.loads(made.stdout)["stage"] == "sft"  # whatever a tracker has to say is not on stdout
     same_as_the_log(output, [1, 2])
+    logged = [numbers(row) for row in read_rows(output / "log.jsonl")]
+    assert wandb_rows(output) == logged
+    loss = [(row["step"], pytest.approx(row["loss"])) for row in logged]  # TensorBoard stores single precision
+    assert tensorboard_scalars(output)["loss"] == loss
 
 
 @pytest.mark.parametrize("command", ["reward", "sft", "rlsf", "run nano"])
-def test_a_tracker_is_refused_before_anything_is_read(command: str, tmp_path: Path) -> None:
+def test_a_tracker_is_refused_before_anything_is_read(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from almost_eval.errors import AlmostError
     from almost_train.cli import cli
 
@@ -155,7 +162,7 @@ def test_a_tracker_is_refused_before_anything_is_read(command: str, tmp_path: Pa
         cli.main([*arguments, "jsonl,mlflow"], standalone_mode=False)
     assert refused.value.exit_code == 2
     for package in ("tensorboard", "wandb"):
-        if find_spec(package) is None:
-            with pytest.raises(AlmostError, match=f"pip install {package}$"):
-                cli.main([*arguments, package], standalone_mode=False)
+        monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+        with pytest.raises(AlmostError, match=f"pip install {package}$"):
+            cli.main([*arguments, package], standalone_mode=False)
     assert not (tmp_path / "out").exists()
