@@ -3,6 +3,8 @@
 - `log.jsonl`: a row a step, of the policy *before* that step's update: `step`, `reward` (mean raw logit over the step's
   completions), `kl` (nats a completion, to the policy that training began with), `length` (tokens a completion).
 - `policy/` and `result.json`: the policy at the end, and `metrics.policy_step`.
+- `policies/step-000020/`, ...: with `--keep-every`, the policies on the way there, as `policy/`; those after a guard's
+  stop are there too.
 - `.work/`: while training goes on, checkpoints to resume from: `step-000020/policy.safetensors` (PPO: weights alone) or
   `checkpoint-20/` (RLOO, GRPO: whole folders).
 
@@ -66,7 +68,7 @@ def read_training(folder: Path) -> TrainingRun:
     stage = folder / "rlsf" if (folder / "rlsf" / "log.jsonl").exists() else folder
     if not (stage / "log.jsonl").exists():
         raise InputError(f"--run {folder} holds no log.jsonl; give the folder that almost-train rlsf (or run) wrote")
-    found = _in_work(stage / ".work")
+    found = _in_work(stage / ".work") | _kept(stage / "policies")
     if (stage / "policy" / "config.json").exists() and (stage / "result.json").exists():
         step = read_json(stage / "result.json", "metrics")["metrics"].get("policy_step")
         found[int(step) if isinstance(step, int) else _last_step(stage)] = stage / "policy"
@@ -118,6 +120,11 @@ def _in_work(work: Path) -> dict[int, Path]:
         if name and (folder / last[name[1]]).exists() and int(name[2]) > 0:
             found[int(name[2])] = folder
     return found
+
+
+def _kept(policies: Path) -> dict[int, Path]:
+    names = {folder: re.fullmatch(r"step-(\d+)", folder.name) for folder in policies.glob("step-*")}
+    return {int(name[1]): folder for folder, name in names.items() if name}
 
 
 def _last_step(stage: Path) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from almost_eval.engines.hf import pick_device
+from almost_eval.engines.loading import pick_device
 from almost_eval.errors import InputError
 from almost_train.stage import Stage
 
@@ -49,6 +50,8 @@ class SharedStage:
 def shared_stage(folder: Path, name: str, settings: Any, inputs: Mapping[str, Path | str]) -> Iterator[SharedStage]:
     """Open a stage in all processes: the main one locks and writes it, the others wait for what it finds.
 
+    Inside, stdout is stderr: it is for results, and trainers' libraries print there (transformers, of W&B's mode).
+
     Raises:
         InputError: the device cannot be used, or `Stage` refuses the folder; in all processes.
     """
@@ -59,6 +62,7 @@ def shared_stage(folder: Path, name: str, settings: Any, inputs: Mapping[str, Pa
         # The main process may evaluate for long while the others wait: the usual limit is 10 to 30 minutes.
         PartialState(cpu=device == "cpu", timeout=timedelta(hours=24))
     with ExitStack() as stack:
+        stack.enter_context(redirect_stdout(sys.stderr))
         stage, refusal = None, None
         if is_main():
             try:

@@ -4,15 +4,14 @@ ALMoST's third step (arXiv 2305.13735), which its authors did not release. PPO i
 RLOO and GRPO are TRL's trainers (`rlsf_trl`), with the same prompts, reward, logs, guards and result.
 
 Runs under `accelerate launch`: every size in the settings is that of all processes together, so a run on two processes
-is the run on one, up to rounding. The first process holds the stage's folder.
+is the run on one, up to rounding.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +21,9 @@ from almost_eval.checkpoint import Checkpoint, context_length, find_checkpoint
 from almost_eval.errors import DataError, InputError
 from almost_eval.progress import Progress
 from almost_train.config import option
+from almost_train.processes import WORK, is_main, shared_stage, world_size
 from almost_train.records import read_rows
-from almost_train.stage import Stage, model_input
+from almost_train.stage import model_input
 
 if TYPE_CHECKING:
     from almost_eval.rewards import HFRewardModel
@@ -82,6 +82,9 @@ class RLSFSettings:
     device: str = option("auto", "auto, cpu, cuda, cuda:1.")
     save_every: int = option(20, "Steps between checkpoints.", least=1)
     samples_every: int = option(10, "Steps between entries of samples.jsonl.", least=1)
+    keep_every: int = option(
+        0, "Steps between policies kept in policies/, each a whole model, for almost-eval tax; 0: none.", least=0
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +108,12 @@ class Job:
     @property
     def work(self) -> Path:
         """Checkpoints to resume from; removed at the end."""
-        return self.output / ".work"
+        return self.output / WORK
+
+    def keeps(self, step: int) -> bool:
+        """Whether the policy after `step` steps is one to keep; the last is, anyway."""
+        every = self.settings.keep_every
+        return bool(every and 0 < step < self.settings.steps and step % every == 0)
 
 
 def rlsf(
@@ -124,7 +132,8 @@ def rlsf(
         prompts: `prompts.jsonl`: `id`, `prompt`.
         policy: the SFT checkpoint: where training starts, and what KL is measured from.
         reward_model: a sequence classifier with one label; raw logits.
-        output: gets `policy/` (a Hugging Face folder with tokenizer and chat template), `log.jsonl`, `samples.jsonl`.
+        output: gets `policy/` (a Hugging Face folder with tokenizer and chat template), `log.jsonl`, `samples.jsonl`,
+            and with `keep_every` the same as `policy/` in `policies/step-000020/`, ...
         progress: where to report to.
 
     Returns:
@@ -135,38 +144,26 @@ def rlsf(
         InputError: settings that do not go together, prompts or models that cannot be used.
         RunError: a loss or a reward that is not finite.
     """
-    processes, first = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0")) == 0
-    _refuse_settings(settings, processes)
+    _refuse_settings(settings, world_size())
     inputs: dict[str, Path | str] = {
         "prompts": prompts,
         "policy": model_input(policy),
         "reward_model": model_input(reward_model),
     }
-    if processes == 1 and (output / "result.json").exists():
-        with Stage(output, "rlsf", settings, inputs) as stage:
-            if stage.result is not None:
-                return stage.result  # with no model or tokenizer looked at
-    job = _prepare(settings, prompts, policy, reward_model, output, processes, first, progress or Progress())
-    with _shared_stage(job, inputs) as (stage_or_none, done):
-        if done is not None:
-            return done
-        # 1. Train.
+    with shared_stage(output, "rlsf", settings, inputs) as stage:
+        if stage.result is not None:
+            return stage.result
+        job = _prepare(settings, prompts, policy, reward_model, output, progress or Progress())
         metrics = _trainer(settings.algorithm)(job)
-        # 2. Say what came out; the checkpoints to resume from are of no use any more.
         metrics = {
             "algorithm": settings.algorithm,
             **metrics,
             "prompts": len(job.prompts),
             "prompts_too_long": len(job.prompts_too_long),
             "prompts_too_long_ids": job.prompts_too_long[:20],
-            "processes": processes,
+            "processes": job.processes,
         }
-        result = None
-        if stage_or_none is not None:
-            outputs = {"policy": output / "policy", "samples": output / "samples.jsonl"}
-            result = stage_or_none.finish(metrics, outputs)
-            shutil.rmtree(job.work, ignore_errors=True)
-        return _from_first(result, settings.device)
+        return stage.finish(metrics, {"policy": output / "policy", "samples": output / "samples.jsonl"})
 
 
 def _trainer(algorithm: str) -> Callable[[Job], dict[str, Any]]:
@@ -216,14 +213,12 @@ def _prepare(
     policy: str,
     reward_model: str,
     output: Path,
-    processes: int,
-    first: bool,
     progress: Progress,
 ) -> Job:
     rows = read_rows(prompts, {"id": str, "prompt": str})
     checkpoint = find_checkpoint(policy)
     reward_checkpoint = find_checkpoint(reward_model, architectures=("SequenceClassification", "RewardModel"))
-    from almost_eval.engines.hf import load_tokenizer
+    from almost_eval.engines.loading import load_tokenizer
     from almost_eval.rewards import HFRewardModel
     from almost_train.rollouts import conversation, read_prompts
 
@@ -258,9 +253,9 @@ def _prepare(
         template=template,
         reward=reward,
         output=output,
-        processes=processes,
-        is_first=first,
-        progress=progress if first else Progress(),
+        processes=world_size(),
+        is_first=is_main(),
+        progress=progress if is_main() else Progress(),
     )
 
 
@@ -273,47 +268,25 @@ def _own_device(device: str) -> str:
     return device
 
 
-# --- one folder, several processes ---
-
-
-@contextmanager
-def _shared_stage(job: Job, inputs: dict[str, Path | str]) -> Iterator[tuple[Stage | None, dict[str, Any] | None]]:
-    """(the stage, on the first process), and its result where it is done already, on all."""
-    if not job.is_first:
-        yield None, _from_first(None, job.settings.device)
-        return
-    with Stage(job.output, "rlsf", job.settings, inputs) as stage:
-        yield stage, _from_first(stage.result, job.settings.device)
-
-
-def _from_first(value: Any, device: str) -> Any:
-    """The value that the first process has, on every process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return value
-    import torch
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
-
-    PartialState(cpu=device == "cpu" or not torch.cuda.is_available())  # joins the processes, once
-    box = [value]
-    broadcast_object_list(box)
-    return box[0]
-
-
 # --- at the end ---
 
 
-def save_policy(job: Job, model: Any) -> None:
-    """`output/policy`, whole or not at all: weights, configuration, tokenizer and chat template."""
+def save_policy(job: Job, model: Any, step: int | None = None) -> None:
+    """`policy/`, or that of a step, whole or not at all: weights, configuration, tokenizer and chat template.
+
+    With `bf16` the model itself is converted: pass a copy of one that goes on training.
+    """
     import torch
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    folder, scratch = job.output / "policy", job.output / ".policy"
+    folder = job.output / "policy" if step is None else job.output / "policies" / f"step-{step:06d}"
+    scratch = job.work / "policy"
     shutil.rmtree(scratch, ignore_errors=True)
     if not job.tokenizer.chat_template:
         job.tokenizer.chat_template = job.template.source
     (model.to(torch.bfloat16) if job.settings.bf16 else model).save_pretrained(scratch)
     job.tokenizer.save_pretrained(scratch)
+    folder.parent.mkdir(exist_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     scratch.replace(folder)

@@ -9,6 +9,7 @@ generator to keep.
 
 from __future__ import annotations
 
+import copy
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -85,6 +86,8 @@ def train(job: Job) -> dict[str, Any]:
                 break
             if step and step % settings.save_every == 0:
                 loop.save(state)
+            if job.is_first and job.keeps(step):
+                save_policy(job, copy.deepcopy(loop.plain_policy) if settings.bf16 else loop.plain_policy, step)
             # 3. Update.
             row |= loop.update(after, rollout)
             state = _next(settings, after, row)

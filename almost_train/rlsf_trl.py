@@ -13,6 +13,7 @@ import copy
 import json
 import math
 import random
+import shutil
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -79,6 +80,8 @@ class _Watch(TrainerCallback):
     def __init__(self, job: Job, log: StepLog, advance: Callable[[int], None], ends: Collection[int]) -> None:
         self.stopped: str | None = None
         """The guard that ended training."""
+        self.trainer: Any = None
+        """Whom it watches."""
         self._job, self._log, self._advance, self._ends = job, log, advance, ends
         self._pending: list[Row] = []
         self._began = time.monotonic()
@@ -125,6 +128,15 @@ class _Watch(TrainerCallback):
         self.stopped = verdict(self._log.rows, settings.kl_limit, settings.guard_window)
         control.should_training_stop = control.should_training_stop or self.stopped is not None
         self._advance(1)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """Keep the policy after this step's update, where that is asked for."""
+        if self._job.keeps(state.global_step):
+            scratch = self._job.work / "kept"
+            self.trainer.save_model(str(scratch))  # gathers what FSDP or DeepSpeed has spread out
+            if self._job.is_first:
+                save_policy(self._job, _saved(scratch), state.global_step)
+                shutil.rmtree(scratch)
 
 
 def _trainer(job: Job, log: StepLog, advance: Callable[[int], None]) -> tuple[Any, _Watch]:
@@ -180,6 +192,7 @@ def _trainer(job: Job, log: StepLog, advance: Callable[[int], None]) -> tuple[An
         processing_class=copy.deepcopy(job.tokenizer),
         callbacks=[watch],
     )
+    watch.trainer = trainer
     trainer.remove_callback(PrinterCallback)  # stdout is for results
     return trainer, watch
 

@@ -19,8 +19,8 @@ from almost_eval.store import read_json, write_json
 from almost_train.config import settings_to_dict
 from almost_train.records import digest
 
-FREE_SETTINGS = ("device", "save_every", "samples_every", "patience", "max_rounds", "accept_fewer")
-"""Settings that may differ when a stage goes on: where it runs, how often it saves, when it gives up."""
+FREE_SETTINGS = ("device", "save_every", "samples_every", "keep_every", "patience", "max_rounds", "accept_fewer")
+"""Settings that may differ when a stage goes on: where it runs, how often and what it saves, when it gives up."""
 
 
 def model_input(model: str) -> Path | str:

@@ -349,6 +349,9 @@ def test_a_finished_stage_gives_the_policy_at_its_step(training: Path) -> None:
     shutil.copytree(shipped("nano/almost"), stage / "policy")
     (stage / "result.json").write_text(json.dumps({"metrics": {"policy_step": 5}}))
     assert read_training(training).checkpoints == [(5, stage / "policy")]
+    kept = stage / "policies" / "step-000003"
+    shutil.copytree(shipped("nano/sft"), kept)
+    assert read_training(training).checkpoints == [(3, kept), (5, stage / "policy")]
 
 
 # --- refusals ---

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 
 from almost_eval.errors import DataError, InputError, RunError, StoreError
 from almost_eval.progress import Progress
+from almost_eval.tax_training import read_training
 from almost_train.config import settings_to_dict
 from almost_train.records import read_rows
 from almost_train.rlsf import RLSFSettings, rlsf
@@ -100,6 +102,9 @@ def world(tmp_path_factory: pytest.TempPathFactory, bpe_tokenizer: Any, tiny_che
         "policy": str(tiny_checkpoint("llama-tied")),
         "reward_model": str(make_reward_model(folder / "reward", bpe_tokenizer)),
     }
+
+
+SLOW_KEPT = [("ppo", True), ("rloo", False), ("grpo", True)]
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -183,6 +188,33 @@ def test_bf16_trains(world: dict[str, Any], tmp_path: Path) -> None:
     result = rlsf(settings(steps=2, bf16=True), **world, output=tmp_path)
     assert result["metrics"]["stopped"] is None
     assert load_file(tmp_path / "policy" / "model.safetensors")["model.embed_tokens.weight"].dtype == torch.bfloat16
+
+
+# --- policies on the way ---
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "bf16"), [("ppo", False), *(pytest.param(*p, marks=pytest.mark.slow) for p in SLOW_KEPT)]
+)
+def test_policies_on_the_way_are_kept_and_change_nothing(
+    algorithm: str, bf16: bool, world: dict[str, Any], tmp_path: Path
+) -> None:
+    chosen = settings(algorithm=algorithm, bf16=bf16, steps=4, save_every=3, warmup_ratio=0.0)
+    keeping = replace(chosen, keep_every=2)
+    rlsf(chosen, **world, output=tmp_path / "plain")
+    with pytest.raises(Killed):
+        rlsf(keeping, **world, output=tmp_path / "kept", progress=KillAfter(4))
+    rlsf(keeping, **world, output=tmp_path / "kept")
+    same_output(tmp_path / "plain", tmp_path / "kept")
+    assert not (tmp_path / "plain" / "policies").exists()
+    # The alignment tax finds them, in a run that is finished.
+    kept = tmp_path / "kept" / "policies" / "step-000002"
+    assert read_training(tmp_path / "kept").checkpoints == [(2, kept), (4, tmp_path / "kept" / "policy")]
+    # Each is what a run of so many steps ends with.
+    rlsf(replace(chosen, steps=2), **world, output=tmp_path / "short")
+    short = tmp_path / "short" / "policy"
+    assert sorted(file.name for file in kept.iterdir()) == sorted(file.name for file in short.iterdir())
+    assert (kept / "model.safetensors").read_bytes() == (short / "model.safetensors").read_bytes()
 
 
 def test_kl_control_and_normalisation(world: dict[str, Any], tmp_path: Path) -> None:
