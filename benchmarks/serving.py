@@ -4,6 +4,7 @@ Policy, reward model and gateway are processes of their own, started as users st
 closed loop: each client sends its next request when it has its answer.
 
     python benchmarks/serving.py                                (nano models on real vLLM; about 15 minutes on 2 cores)
+    python benchmarks/serving.py --parts overhead --pin         (the gateway has a core that no model computes on)
     python benchmarks/serving.py --parts overhead --clients 16 --rounds 2
     python benchmarks/serving.py --parts soak --soak 500 --kills 1
 """
@@ -340,19 +341,27 @@ def main() -> None:
     parser.add_argument("--soak", type=int, default=2000, help="requests")
     parser.add_argument("--soak-clients", type=int, default=16)
     parser.add_argument("--kills", type=int, default=2, help="of each server")
+    parser.add_argument(
+        "--pin", action="store_true", help="the last core is the gateway's and the load's, the others are the servers'"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     given = parser.parse_args()
     given.clients = [int(count) for count in given.clients.split(",")]
     parts = given.parts.split(",")
-    found: dict[str, Any] = {"machine": platform.platform(), "cores": os.cpu_count()}
+    found: dict[str, Any] = {"machine": platform.platform(), "cores": os.cpu_count(), "pinned": given.pin}
+    cores = sorted(os.sched_getaffinity(0))
     with ExitStack() as stack:
+        if given.pin:  # children inherit it
+            os.sched_setaffinity(0, cores[:-1])
         servers = {"policy": VLLMServer("policy", given.model), "reward": VLLMServer("reward", given.reward)}
         for server in servers.values():
             stack.enter_context(server)
         for server in servers.values():
             server.wait_ready()
         policy = servers["policy"].url
+        if given.pin:
+            os.sched_setaffinity(0, cores[-1:])
         gateway = stack.enter_context(gateway_process(policy, servers["reward"].url, given.reward))
         gateway.wait_ready()
         if "overhead" in parts:

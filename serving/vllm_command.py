@@ -21,6 +21,9 @@ KEY = "VLLM_API_KEY"
 """Where vLLM's server reads the key that clients must send."""
 GIB = 2**30
 _PROCESSES = 1.5 * GIB  # API server and engine, before any weight: 0.7 GB each, measured
+_ONE_THREAD = 16 * 2**20
+"""Bytes of weights in float32 up to which one thread computes faster than two (benchmarks/LOG.md: 8 MB 1.4x as fast with
+one, 32 MB the other way round)."""
 _OURS = {
     "model": "--model",
     "host": "--host",
@@ -101,6 +104,8 @@ def vllm_command(
             # `auto` leaves a core idle. Unbound, the engine needs no worker process of its own: one import of vLLM
             # less, which is a third of the start.
             variables |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        if model.weight_bytes <= _ONE_THREAD:
+            variables["OMP_NUM_THREADS"] = "1"
     arguments = [sys.executable, "-m", "serving.vllm_main", str(model.checkpoint.path)]
     arguments += ["--served-model-name", model.name, "--host", host, "--port", str(port)]
     for option, value in chosen.items():
@@ -158,6 +163,8 @@ def _cpu_options(
         "kv-cache-memory-bytes": f"{cache / GIB:g} GiB of keys and values",
     }
     ours = [text for option, text in said.items() if option in chosen and option not in given]
+    if model.weight_bytes <= _ONE_THREAD and "OMP_NUM_THREADS" not in environment:
+        ours.append("one thread")
     note = f"on a CPU: {', '.join(ours)}; this starts fastest, and any option of vLLM's overrides it" if ours else ""
     return chosen, note, needed
 

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from almost_eval.chat import STOP_STRINGS, encode_text, load_template, special_tokens
 from almost_eval.errors import InputError, ModelError, TemplateError
+from almost_eval.nano import shipped
 from almost_eval.types import Message
 from serving.models import available_memory, find_model
 from serving.vllm_command import GIB, VLLMCommand, given_options, option_value, vllm_command
@@ -43,7 +46,8 @@ def test_a_policy_on_a_cpu() -> None:
     assert {name: value(made, name) for name in wanted} == wanted
     assert {"--enforce-eager", "--no-enable-chunked-prefill"} <= set(made.arguments)
     assert made.environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
-    assert all(word in made.note for word in ("float32", "eager", "1 GiB", "blocks of 32"))
+    assert made.environment["OMP_NUM_THREADS"] == "1"  # it is a very small model
+    assert all(word in made.note for word in ("float32", "eager", "1 GiB", "blocks of 32", "one thread"))
 
 
 def test_a_gpu_keeps_vllms_own_defaults() -> None:
@@ -97,8 +101,20 @@ def test_what_the_environment_holds_stays() -> None:
     bound = command(environment={"VLLM_CPU_OMP_THREADS_BIND": "0-1"})
     assert "VLLM_CPU_OMP_THREADS_BIND" not in bound.environment
     assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in bound.environment  # threads are bound in a worker process only
+    threads = command(environment={"OMP_NUM_THREADS": "2"})
+    assert "OMP_NUM_THREADS" not in threads.environment
+    assert "one thread" not in threads.note
     sized = command(environment={"VLLM_CPU_KVCACHE_SPACE": "2"})
     assert value(sized, "kv-cache-memory-bytes") is None
+
+
+def test_a_model_of_some_size_has_all_threads(tmp_path: Path) -> None:
+    larger = tmp_path / "larger"
+    shutil.copytree(shipped("nano/almost"), larger)
+    save_file({"lm_head.weight": torch.zeros(4_200_000)}, larger / "model.safetensors")
+    made = vllm_command(find_model("policy", str(larger)), "127.0.0.1", 8000, cpu=True, memory=math.inf, environment={})
+    assert "OMP_NUM_THREADS" not in made.environment
+    assert "one thread" not in made.note
 
 
 def test_the_options_of_a_config_file_count_as_given(tmp_path: Path) -> None:
