@@ -1,4 +1,4 @@
-"""The gateway against bare vLLM on the same work, in turn; best-of-N against plain n; and a soak with kills.
+"""The gateway against bare vLLM (and a bare relay of bytes) on the same work, in turn; best-of-N; a soak with kills.
 
 Policy, reward model and gateway are processes of their own, started as users start them; this one makes the load. A
 closed loop: each client sends its next request when it has its answer.
@@ -47,6 +47,13 @@ def gateway_process(policy: str, reward: str, reward_model: str) -> ServerProces
     command = [sys.executable, "-m", "serving.cli", "gateway", "--policy-url", policy, "--reward-url", reward]
     command += ["--reward-model", reward_model, "--port", str(port)]
     return ServerProcess("gateway", command, ("127.0.0.1", port))
+
+
+def relay_process(policy: str) -> ServerProcess:
+    """The control: what it adds, any process between client and server adds."""
+    port = free_port()
+    command = [sys.executable, str(ROOT / "benchmarks" / "tcp_relay.py"), str(port), policy.rsplit(":", 1)[1]]
+    return ServerProcess("relay", command, ("127.0.0.1", port))
 
 
 def memory_mib(process: ServerProcess) -> float:
@@ -113,8 +120,8 @@ def in_turn(rounds: int, *sides: Callable[[], Any]) -> list[list[Any]]:
     return found
 
 
-def overhead(policy: str, gateway: str, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Latency and throughput through the gateway and without it."""
+def overhead(policy: str, gateway: str, relay: str, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Latency and throughput through the gateway, without it, and through a relay of bytes in its place."""
     for stream in (False, True):
         body = {"messages": QUESTION, "max_tokens": given.tokens, "ignore_eos": True, "temperature": 0, "stop": []}
         body["stream"] = stream
@@ -124,26 +131,25 @@ def overhead(policy: str, gateway: str, given: argparse.Namespace) -> Iterator[d
             def side(url: str, body: dict[str, Any], clients: int, requests: int) -> Load:
                 return asyncio.run(load(url, body, clients, requests))
 
-            asyncio.run(load(policy, body, clients, clients))
-            asyncio.run(load(gateway, body, clients, clients))
-            bare, ours = in_turn(
-                given.rounds,
-                partial(side, policy, body, clients, requests),
-                partial(side, gateway, body, clients, requests),
-            )
+            urls = (policy, gateway, relay)
+            for url in urls:
+                asyncio.run(load(url, body, clients, clients))
+            bare, *others = in_turn(given.rounds, *(partial(side, url, body, clients, requests) for url in urls))
             p50 = statistics.median(one.p50 for one in bare)
-            added = statistics.median(b.p50 - a.p50 for a, b in zip(bare, ours, strict=True))
-            throughput = statistics.median(b.per_second / a.per_second for a, b in zip(bare, ours, strict=True))
-            yield {
-                "work": f"{'stream' if stream else 'whole'}, {given.tokens} tokens",
-                "clients": clients,
-                "bare p50 ms": round(p50, 2),
-                "added p50 ms": round(added, 2),
-                "added %": round(100 * added / p50, 1),
-                "bare 1/s": round(statistics.median(one.per_second for one in bare), 2),
-                "throughput %": round(100 * throughput, 1),
-                "within bounds": bool((added <= 5 or added <= 0.05 * p50) and throughput >= 0.95),
-            }
+            for name, loads in zip(("gateway", "bare relay"), others, strict=True):
+                added = sorted(b.p50 - a.p50 for a, b in zip(bare, loads, strict=True))
+                shares = sorted(b.per_second / a.per_second for a, b in zip(bare, loads, strict=True))
+                middle, share = statistics.median(added), statistics.median(shares)
+                yield {
+                    "work": f"{'stream' if stream else 'whole'}, {given.tokens} tokens",
+                    "clients": clients,
+                    "bare p50 ms": round(p50, 1),
+                    "through": name,
+                    "added p50 ms": f"{middle:+.1f} ({added[0]:+.0f} to {added[-1]:+.0f})",
+                    "added %": round(100 * middle / p50, 1),
+                    "throughput %": f"{100 * share:.1f} ({100 * shares[0]:.0f} to {100 * shares[-1]:.0f})",
+                    "within bounds": bool((middle <= 5 or middle <= 0.05 * p50) and share >= 0.95),
+                }
 
 
 def best_of(policy: str, gateway: str, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -365,7 +371,9 @@ def main() -> None:
         gateway = stack.enter_context(gateway_process(policy, servers["reward"].url, given.reward))
         gateway.wait_ready()
         if "overhead" in parts:
-            found["overhead"] = list(overhead(policy, gateway.url, given))
+            with relay_process(policy) as relay:
+                relay.wait_ready(None, 20.0)
+                found["overhead"] = list(overhead(policy, gateway.url, relay.url, given))
             show("Overhead (bounds: 5 ms or 5 % on p50; throughput 95 %)", found["overhead"])
         if "best_of" in parts:
             found["best_of"] = list(best_of(policy, gateway.url, given))

@@ -76,17 +76,22 @@ class Rewards:
 
     async def _together(self, conversations: list[list[dict[str, Any]]], model: str | None) -> list[Scored] | None:
         """All in one request; None where the server has to render one, or refuses one."""
-        texts = [self._render(messages) for messages in conversations] if self._render else [None]
-        if any(text is None for text in texts):
+        fields = self._render.fields(conversations) if self._render else None
+        if fields is None:
             return None
-        scored = await self._classify({"input": texts, "add_special_tokens": False}, model, len(texts))
+        scored = await self._classify(fields, model, len(conversations))
         return None if isinstance(scored, str) else scored
 
     async def _apart(self, conversations: list[list[dict[str, Any]]], model: str | None) -> list[Scored]:
         """Each in a request of its own, so that one that is refused takes no other with it."""
 
         async def one(messages: list[dict[str, Any]]) -> Scored:
-            found = await self._classify({"messages": messages, "add_generation_prompt": False}, model, 1)
+            fields = self._render.fields([messages]) if self._render else None
+            if fields is None:
+                fields = {"messages": messages, "add_generation_prompt": False}
+                if self._render and self._render.framed:
+                    fields["add_special_tokens"] = True
+            found = await self._classify(fields, model, 1)
             return Scored(None, found) if isinstance(found, str) else found[0]
 
         try:

@@ -22,8 +22,7 @@ KEY = "VLLM_API_KEY"
 GIB = 2**30
 _PROCESSES = 1.5 * GIB  # API server and engine, before any weight: 0.7 GB each, measured
 _ONE_THREAD = 16 * 2**20
-"""Bytes of weights in float32 up to which one thread computes faster than two (benchmarks/LOG.md: 8 MB 1.4x as fast with
-one, 32 MB the other way round)."""
+"""Bytes of float32 weights up to which one thread beats two: at 8 MB it does, at 32 MB not (benchmarks/LOG.md)."""
 _OURS = {
     "model": "--model",
     "host": "--host",
@@ -165,7 +164,9 @@ def _cpu_options(
     ours = [text for option, text in said.items() if option in chosen and option not in given]
     if model.weight_bytes <= _ONE_THREAD and "OMP_NUM_THREADS" not in environment:
         ours.append("one thread")
-    note = f"on a CPU: {', '.join(ours)}; this starts fastest, and any option of vLLM's overrides it" if ours else ""
+    note = ""
+    if ours:
+        note = f"on a CPU: {', '.join(ours)}; this is fastest; options of vLLM's and OMP_NUM_THREADS override it"
     return chosen, note, needed
 
 

@@ -107,9 +107,9 @@ def print_archives(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     """One line for each archived review file."""
     table = Table(title=Text("archived reviews, aggregated anew"), title_justify="left", title_style="bold")
     for column in ("Assistant 1", "Assistant 2"):
-        table.add_column(column)
-    for column in ("totals", "2 won-tied-lost", "win rate of 2", "at equal length", "longer wins", "unparsed"):
-        table.add_column(column, justify="right")
+        table.add_column(column, overflow="fold")  # a name that is cut short may be another's
+    for column in ("totals", "2 won,\ntied, lost", "win rate\nof 2", "at equal\nlength", "longer\nwins", "unparsed"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         metrics, judging = row["metrics"], row["judging"]
         totals = [metrics.get(f"total_score/{row[side]}", {"value": None})["value"] for side in ("baseline", "model")]
@@ -118,7 +118,7 @@ def print_archives(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
             Text(row["baseline"].partition(":")[0]),
             Text(row["model"].partition(":")[0]),
             " : ".join(_number(total, ".6g") for total in totals),
-            "-".join(counts),
+            ", ".join(counts),
             _with_interval(metrics["win_rate"]),
             _with_interval(judging["length_controlled"]),
             _share(judging["longer_wins"]["value"]),
@@ -142,7 +142,7 @@ def print_archives(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
 def _with_interval(metric: Mapping[str, Any] | None) -> str:
     if metric is None or metric["value"] is None:
         return "-"
-    bounds = f" ({' to '.join(f'{100 * bound:.1f}' for bound in metric['ci95'])})" if metric["ci95"] else ""
+    bounds = f"\n{'-'.join(f'{100 * bound:.1f}' for bound in metric['ci95'])}" if metric["ci95"] else ""
     return _share(metric["value"]) + bounds
 
 

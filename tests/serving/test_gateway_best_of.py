@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,8 +13,11 @@ import pytest
 from fake_upstream import FakeUpstream, Served
 
 from almost_eval.errors import InputError
+from almost_eval.nano.seeded import train_tokenizer
 from almost_eval.types import Message
 from serving.gateway import GatewaySettings, create_app
+from serving.gateway_render import renderer_of
+from serving.server import VLLMServer
 
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -120,6 +124,80 @@ def test_a_reward_model_that_is_none_is_refused_at_the_start() -> None:
     for name in ("nano/almost", "nano/rewrad"):
         with pytest.raises(InputError):
             create_app(GatewaySettings(policy_url="http://h", reward_url="http://h", reward_model=name))
+
+
+# --- reward models that are encoders: their tokenizers put `[CLS] ... [SEP]` around a text ---
+
+TURNS: list[list[dict[str, str]]] = [
+    [*OTTER, {"role": "assistant", "content": answer}] for answer in ("Fish.", "The river is\n\nlong", "")
+]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT with a score head."""
+    import torch
+    import transformers
+    from tokenizers import processors
+
+    folder = tmp_path_factory.mktemp("encoder")
+    tokenizer = train_tokenizer(["What does the otter eat? Fish, by the river."], vocab_size=300, model_max_length=128)
+    tokenizer.add_special_tokens({"cls_token": "<s>", "sep_token": "</s>"})
+    ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=ends
+    )
+    config = transformers.AutoConfig.for_model(
+        "bert",
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.2,
+        num_labels=1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def conversations_of(turns: list[list[dict[str, str]]]) -> list[tuple[Message, ...]]:
+    return [tuple(Message(**turn) for turn in dialogue) for dialogue in turns]
+
+
+def test_a_text_is_encoded_as_the_reward_model_encodes_it(encoder: Path) -> None:
+    from tokenizers import Tokenizer
+
+    from almost_eval.rewards import HFRewardModel
+
+    for name in (str(encoder), "nano/reward"):
+        model = HFRewardModel(name)
+        fields = renderer_of(name).fields(TURNS)
+        assert fields is not None
+        assert fields["add_special_tokens"] is model.framed is (name != "nano/reward")
+        tokenizer = Tokenizer.from_file(str(model.checkpoint.path / "tokenizer.json"))
+        sent = [tokenizer.encode(text, add_special_tokens=model.framed).ids for text in fields["input"]]
+        assert sent == model.encode(conversations_of(TURNS))
+
+
+@pytest.mark.slow
+def test_an_encoder_on_vllm(encoder: Path) -> None:
+    from almost_eval.rewards import HFRewardModel
+
+    with VLLMServer("reward", str(encoder)) as server:
+        server.wait_ready(timeout_s=300)
+        settings = GatewaySettings(
+            policy_url=server.url, reward_url=server.url, reward_model=str(encoder), api_key=None, reward_key=None
+        )
+        with Served.of(create_app(settings)) as served, httpx.Client(base_url=served.url, timeout=60) as client:
+            found = client.post("/v1/rewards", json={"conversations": TURNS}).json()
+    expected = HFRewardModel(str(encoder)).score(conversations_of(TURNS))
+    assert found["rewards"] == pytest.approx(expected, abs=1e-3)
 
 
 # --- real vLLM ---
