@@ -12,6 +12,7 @@ import re
 import struct
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,9 @@ class Checkpoint:
         return str((self.config.get("architectures") or [""])[0])
 
     def weight_digest(self) -> str:
-        """sha256 over the weight files, in the order of their names."""
-        digest = hashlib.sha256()
-        for file in self.weight_files:
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 24):
-                    digest.update(block)
-        return digest.hexdigest()
+        """sha256 over the weight files, in the order of their names; read once by a process that leaves them alone."""
+        states = [(file, file.stat()) for file in self.weight_files]
+        return _sha256(tuple((file, state.st_size, state.st_mtime_ns) for file, state in states))
 
     def tensor_names(self) -> set[str]:
         """Names of all tensors, read from the safetensors headers alone; empty for pickles."""
@@ -58,6 +55,17 @@ class Checkpoint:
             if file.suffix == ".safetensors":
                 names |= _header(file).keys() - {"__metadata__"}
         return names
+
+
+@cache
+def _sha256(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Over the contents of files, each with its size and time of change, which tell it from an earlier state."""
+    digest = hashlib.sha256()
+    for file, _, _ in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def find_checkpoint(

@@ -1,7 +1,4 @@
-"""The loop: what it stores, that it survives being killed, and that it refuses what it must.
-
-Real processes are forked from one that has imported everything, so that each costs a second and not ten.
-"""
+"""The loop: what it stores, that it survives being killed, and that it refuses what it must."""
 
 import json
 import math
@@ -11,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from forked import Forks, forks
 
 from almost_eval.assets import DataSource
 from almost_eval.engines.base import SamplingParams
@@ -26,89 +24,20 @@ from almost_eval.runner import Run
 from almost_eval.tasks.base import GenerationRequest, Prompting, Task, choice_score
 from almost_eval.types import LoglikelihoodRequest, Message, Metric, Outputs, Sample, SampleRecord, Score
 
-ZYGOTE = """
-import json, os, sys
-from almost_eval.startup import import_transformers
-import_transformers()
-import transformers.models.llama.modeling_llama, almost_eval.engines.hf_loglikelihood, almost_eval.cli
-import almost_eval.runner, almost_eval.rewards, almost_eval.report.console, rich.progress, filelock
-from almost_eval.tasks import hhh, truthfulqa
-from almost_eval.nano import data, seeded
-almost_eval.provenance.commit = lambda: "0"  # this tree may be edited meanwhile, and a resumed run would say so
-print("ready", flush=True)
-for line in sys.stdin:
-    order = json.loads(line)
-    if "wait" in order:
-        print(os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1]), flush=True)
-        continue
-    child = os.fork()
-    if child == 0:
-        os.chdir(order["cwd"])
-        for stream, file in enumerate(["/dev/null", order["out"], order["err"]]):
-            os.dup2(os.open(file, os.O_RDWR | os.O_CREAT, 0o600), stream)
-        sys.argv = ["almost-eval", *order["arguments"]]
-        almost_eval.cli.main()
-    print(child, flush=True)
-"""
-
-
-class Process:
-    """`almost-eval ...` as a process of its own."""
-
-    def __init__(self, zygote: "subprocess.Popen[str]", arguments: Sequence[object], cwd: Path, err: str = "") -> None:
-        self._zygote = zygote
-        self.out, self.err = cwd.parent / f"{cwd.name}.out", Path(err or cwd.parent / f"{cwd.name}.err")
-        for file in (self.out, self.err):
-            if not file.is_char_device():
-                file.write_text("")
-        order = {"arguments": [str(a) for a in arguments], "cwd": str(cwd), "out": str(self.out), "err": str(self.err)}
-        self.pid = int(self._ask(order))
-        self.began = time.perf_counter()
-
-    def _ask(self, order: dict[str, Any]) -> str:
-        assert self._zygote.stdin
-        assert self._zygote.stdout
-        self._zygote.stdin.write(json.dumps(order) + "\n")
-        self._zygote.stdin.flush()
-        return self._zygote.stdout.readline()
-
-    def wait(self) -> int:
-        """Its exit code; minus the signal that ended it."""
-        return int(self._ask({"wait": self.pid}))
-
-    def send(self, number: int) -> None:
-        os.kill(self.pid, number)
-
-    def until_lines(self, samples: Path, wanted: int) -> bool:
-        """Wait for so many lines; False where the process ended before."""
-        while Path(f"/proc/{self.pid}/stat").read_text().split()[2] != "Z":
-            if samples.exists() and samples.read_bytes().count(b"\n") >= wanted:
-                return True
-            time.sleep(0.002)
-        return False
-
 
 @pytest.fixture(scope="module")
-def start() -> Iterator[Callable[..., Process]]:
+def start() -> Iterator[Forks]:
     from almost_eval.nano.data import data_root
     from almost_eval.nano.seeded import checkpoint
 
     for name in ("nano/seeded", "nano/seeded-reward"):
         checkpoint(name)
     data_root()
-    zygote = subprocess.Popen(
-        [sys.executable, "-c", ZYGOTE],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # as in `almost_eval`
-    )
-    assert zygote.stdin
-    assert zygote.stdout
-    assert zygote.stdout.readline() == "ready\n"
-    yield lambda *arguments, cwd, **options: Process(zygote, arguments, cwd, **options)
-    zygote.stdin.close()
-    zygote.wait()
+    modules = "transformers.models.llama.modeling_llama almost_eval.engines.hf_loglikelihood almost_eval.runner"
+    modules += " almost_eval.rewards almost_eval.report.console rich.progress almost_eval.tasks.hhh"
+    modules += " almost_eval.tasks.truthfulqa almost_eval.nano.data almost_eval.nano.seeded"
+    with forks(*modules.split()) as started:
+        yield started
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -131,7 +60,7 @@ CHOICE = ["hhh", "--limit", 6, "--batch-tokens", 64, "--output", "run"]
 
 
 @pytest.fixture(scope="module")
-def whole(start: Callable[..., Process], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(start: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing disturbed."""
     cwd = tmp_path_factory.mktemp("whole")
     process = start(*CHOICE, cwd=cwd)
@@ -139,7 +68,7 @@ def whole(start: Callable[..., Process], tmp_path_factory: pytest.TempPathFactor
     return cwd / "run"
 
 
-def test_killed_at_ten_points(start: Callable[..., Process], whole: Path, tmp_path: Path) -> None:
+def test_killed_at_ten_points(start: Forks, whole: Path, tmp_path: Path) -> None:
     samples = tmp_path / "run/samples.jsonl"
     n = len(ids(whole))
     for lines in [0, *sorted(random.Random(2).sample(range(1, n - 5), 9))]:
@@ -169,7 +98,7 @@ def test_killed_at_ten_points(start: Callable[..., Process], whole: Path, tmp_pa
         pytest.param("mmlu --batch-tokens 64", id="mmlu", marks=pytest.mark.slow),
     ],
 )
-def test_killed_under_other_protocols(command: str, start: Callable[..., Process], tmp_path: Path) -> None:
+def test_killed_under_other_protocols(command: str, start: Forks, tmp_path: Path) -> None:
     given = [*command.split(), "--output", "run"]
     undisturbed, killed = beside(tmp_path, "undisturbed"), beside(tmp_path, "killed")
     process = start(*given, cwd=undisturbed)
@@ -185,7 +114,7 @@ def test_killed_under_other_protocols(command: str, start: Callable[..., Process
     assert sorted(ids(killed / "run")) == sorted(ids(undisturbed / "run"))
 
 
-def test_one_process_holds_a_run(start: Callable[..., Process], whole: Path, tmp_path: Path) -> None:
+def test_one_process_holds_a_run(start: Forks, whole: Path, tmp_path: Path) -> None:
     first = start(*CHOICE, cwd=tmp_path)
     assert first.until_lines(tmp_path / "run/samples.jsonl", 3)
     first.send(signal.SIGSTOP)
@@ -203,7 +132,7 @@ def test_one_process_holds_a_run(start: Callable[..., Process], whole: Path, tmp
     assert results(tmp_path / "run") == results(whole)
 
 
-def test_interrupted(start: Callable[..., Process], whole: Path, tmp_path: Path) -> None:
+def test_interrupted(start: Forks, whole: Path, tmp_path: Path) -> None:
     process = start(*CHOICE, cwd=tmp_path)
     assert process.until_lines(tmp_path / "run/samples.jsonl", 5)
     interrupted = time.perf_counter()
@@ -221,7 +150,7 @@ def test_interrupted(start: Callable[..., Process], whole: Path, tmp_path: Path)
     assert results(tmp_path / "run") == results(whole)
 
 
-def test_streams(start: Callable[..., Process], tmp_path: Path) -> None:
+def test_streams(start: Forks, tmp_path: Path) -> None:
     """Stdout holds the result and nothing else, wherever it goes; a terminal sees the progress on stderr."""
     given = ["hhh", "--limit", 2, "--output", "run", "--json"]
     master, slave = os.openpty()
@@ -238,7 +167,7 @@ def test_streams(start: Callable[..., Process], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shown", ["", "--json"])
-def test_a_reader_that_has_gone(shown: str, start: Callable[..., Process], whole: Path, tmp_path: Path) -> None:
+def test_a_reader_that_has_gone(shown: str, start: Forks, whole: Path, tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)

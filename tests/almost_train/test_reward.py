@@ -5,17 +5,16 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from stopping import StopAfter, Stopped
 
 from almost_eval.checkpoint import find_checkpoint
 from almost_eval.errors import DataError, InputError, ModelError, StoreError
-from almost_eval.progress import Progress
 from almost_eval.rewards import HFRewardModel
 from almost_eval.types import Message
 from almost_train.records import digest, read_rows, write_rows
@@ -277,24 +276,6 @@ train_reward(RewardSettings(**eval(sys.argv[1])), Path(sys.argv[2]), sys.argv[3]
 """
 
 
-class Stopped(Exception):
-    pass
-
-
-class Stopper(Progress):
-    """Ends the process's work in the fifth step."""
-
-    @contextmanager
-    def track(self, description: str, total: int, done: int = 0) -> Iterator[Any]:
-        steps = iter(range(done + 1, 10**6))
-
-        def advance(count: int = 1) -> None:
-            if next(steps) == 5:
-                raise Stopped
-
-        yield advance
-
-
 @pytest.mark.parametrize("how", ["exception", pytest.param("SIGKILL", marks=pytest.mark.slow)])
 def test_stopped_and_run_again_ends_in_the_same_bits(
     base: Callable[[str], Path], comparisons: Path, tmp_path: Path, how: str
@@ -308,7 +289,7 @@ def test_stopped_and_run_again_ends_in_the_same_bits(
         assert (done.returncode, done.stdout) == (-signal.SIGKILL, ""), done.stderr
     else:
         with pytest.raises(Stopped):
-            train_reward(RewardSettings(**settings), comparisons, str(folder), killed, progress=Stopper())
+            train_reward(RewardSettings(**settings), comparisons, str(folder), killed, progress=StopAfter(5))
     assert sorted(p.name for p in (killed / ".work").iterdir()) == ["checkpoint-2", "checkpoint-4"]
     # A checkpoint that the kill left half-written has no `whole` in it, and does not count.
     (killed / ".work" / "checkpoint-6").mkdir()

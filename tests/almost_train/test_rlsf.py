@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from stopping import StopAfter, Stopped
 
 from almost_eval.errors import DataError, InputError, RunError, StoreError
-from almost_eval.progress import Progress
 from almost_eval.tax_training import read_training
 from almost_train.config import settings_to_dict
 from almost_train.records import read_rows
@@ -202,8 +201,8 @@ def test_policies_on_the_way_are_kept_and_change_nothing(
     chosen = settings(algorithm=algorithm, bf16=bf16, steps=4, save_every=3, warmup_ratio=0.0)
     keeping = replace(chosen, keep_every=2)
     rlsf(chosen, **world, output=tmp_path / "plain")
-    with pytest.raises(Killed):
-        rlsf(keeping, **world, output=tmp_path / "kept", progress=KillAfter(4))
+    with pytest.raises(Stopped):
+        rlsf(keeping, **world, output=tmp_path / "kept", progress=StopAfter(4))
     rlsf(keeping, **world, output=tmp_path / "kept")
     same_output(tmp_path / "plain", tmp_path / "kept")
     assert not (tmp_path / "plain" / "policies").exists()
@@ -229,32 +228,12 @@ def test_kl_control_and_normalisation(world: dict[str, Any], tmp_path: Path) -> 
 # --- resuming ---
 
 
-class Killed(Exception):
-    """Stands for a kill: nothing of the process but its files is used afterwards."""
-
-
-class KillAfter(Progress):
-    """Ends the run after some steps."""
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    @contextmanager
-    def track(self, description: str, total: int, done: int = 0) -> Iterator[Any]:
-        def advance(count: int = 1) -> None:
-            self.left -= count
-            if self.left <= 0:
-                raise Killed
-
-        yield advance
-
-
 @pytest.mark.parametrize("after", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4, 6))])
 def test_ppo_goes_on_to_the_same_bits(after: int, world: dict[str, Any], tmp_path: Path) -> None:
     chosen = settings(steps=6, save_every=2, samples_every=2, kl_controller="adaptive")
     whole = ppo_reference(chosen, world, tmp_path.parent)
-    with pytest.raises(Killed):
-        rlsf(chosen, **world, output=tmp_path, progress=KillAfter(after))
+    with pytest.raises(Stopped):
+        rlsf(chosen, **world, output=tmp_path, progress=StopAfter(after))
     with (tmp_path / "log.jsonl").open("a") as log:
         log.write('{"step": 9')  # a line cut short
     rlsf(chosen, **world, output=tmp_path)
@@ -272,8 +251,8 @@ def ppo_reference(chosen: RLSFSettings, world: dict[str, Any], folder: Path) -> 
 def test_trl_goes_on_to_the_same_bits(algorithm: str, world: dict[str, Any], tmp_path: Path) -> None:
     chosen = settings(algorithm=algorithm, steps=5, save_every=2, samples_every=1)
     rlsf(chosen, **world, output=tmp_path / "whole")
-    with pytest.raises(Killed):
-        rlsf(chosen, **world, output=tmp_path / "killed", progress=KillAfter(4))
+    with pytest.raises(Stopped):
+        rlsf(chosen, **world, output=tmp_path / "killed", progress=StopAfter(4))
     rlsf(chosen, **world, output=tmp_path / "killed")
     same_output(tmp_path / "whole", tmp_path / "killed")
 
@@ -285,14 +264,14 @@ def test_killed_just_before_the_policy_is_saved(
     algorithm: str, limit: float, world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def die(*_: Any) -> None:
-        raise Killed
+        raise Stopped
 
     chosen = settings(algorithm=algorithm, steps=8, learning_rate=3e-3, kl_limit=limit, save_every=1)
     whole = rlsf(chosen, **world, output=tmp_path / "whole")
     assert whole["metrics"]["stopped"] == ("kl" if limit == 5 else None)
     with monkeypatch.context() as patch:
         patch.setattr(f"almost_train.rlsf_{'ppo' if algorithm == 'ppo' else 'trl'}.save_policy", die)
-        with pytest.raises(Killed):
+        with pytest.raises(Stopped):
             rlsf(chosen, **world, output=tmp_path / "killed")
     assert rlsf(chosen, **world, output=tmp_path / "killed")["metrics"] == whole["metrics"]
     same_output(tmp_path / "whole", tmp_path / "killed")

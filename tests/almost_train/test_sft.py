@@ -1,10 +1,10 @@
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from stopping import StopAfter, Stopped
 
 from almost_eval.chat import load_template
 from almost_eval.checkpoint import find_checkpoint
@@ -12,7 +12,6 @@ from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.hf import HFEngine
 from almost_eval.engines.loading import load_tokenizer
 from almost_eval.errors import DataError, InputError, RunError
-from almost_eval.progress import Progress
 from almost_eval.types import Conversation, Message
 from almost_train.batches import NO_LOSS
 from almost_train.records import digest, read_rows, write_rows
@@ -189,26 +188,10 @@ def test_the_model_answers_and_stops(
     assert tokenizer.decode(written) == " The cat sat on the mat.</s>"
 
 
-class Stopped(Exception):
-    pass
-
-
-class Stopper(Progress):
-    @contextmanager
-    def track(self, description: str, total: int, done: int = 0) -> Iterator[Any]:
-        steps = iter(range(done + 1, 10**6))
-
-        def advance(count: int = 1) -> None:
-            if next(steps) == 4:
-                raise Stopped
-
-        yield advance
-
-
 def test_stopped_and_run_again_ends_in_the_same_bits(base: Path, demonstrations: Path, tmp_path: Path) -> None:
     settings = SETTINGS | {"save_every": 3}
     with pytest.raises(Stopped):
-        train_sft(SFTSettings(**settings), demonstrations, str(base), tmp_path / "stopped", progress=Stopper())
+        train_sft(SFTSettings(**settings), demonstrations, str(base), tmp_path / "stopped", progress=StopAfter(4))
     again = train_sft(SFTSettings(**settings), demonstrations, str(base), tmp_path / "stopped")
     whole = train_sft(SFTSettings(**settings), demonstrations, str(base), tmp_path / "whole")
     assert again["metrics"] == whole["metrics"]

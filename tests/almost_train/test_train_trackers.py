@@ -6,16 +6,15 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from stopping import StopAfter, Stopped
 from tracked import tensorboard_scalars, wandb_rows
 
 from almost_eval.checkpoint import find_checkpoint
-from almost_eval.progress import Progress
 from almost_eval.tax_training import as_checkpoint, read_training
 from almost_eval.trackers import JSONL, logging_to
 from almost_train.records import read_rows, write_rows
@@ -29,27 +28,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-class Killed(Exception):
-    """Stands for a kill: nothing of the process but its files is used afterwards."""
-
-
-class KillAfter(Progress):
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
-
-    @contextmanager
-    def track(self, description: str, total: int, done: int = 0) -> Iterator[Any]:
-        seen = 0
-
-        def advance(count: int = 1) -> None:
-            nonlocal seen
-            seen += count
-            if seen == self._steps:
-                raise Killed
-
-        yield advance
 
 
 def numbers(row: dict[str, Any]) -> dict[str, Any]:
@@ -77,8 +55,8 @@ def test_a_killed_sft_logs_each_step_once(
     model, output = str(tiny_checkpoint("llama-gqa")), tmp_path / "sft"
     settings = SFTSettings(epochs=3, batch_size=6, micro_batch_size=6, save_every=2, device="cpu")
     with logging_to(["jsonl"]):
-        with pytest.raises(Killed):
-            train_sft(settings, demonstrations, model, output, progress=KillAfter(4))
+        with pytest.raises(Stopped):
+            train_sft(settings, demonstrations, model, output, progress=StopAfter(4))
         assert [row["step"] for row in read_rows(output / JSONL)] == [1, 2, 3]
         train_sft(settings, demonstrations, model, output)
     same_as_the_log(output, [1, 2, 3, 4, 5, 6])
@@ -90,8 +68,8 @@ def test_a_killed_rlsf_logs_each_step_once_and_the_tax_can_read_it(tmp_path: Pat
     small = {"batch_size": 4, "mini_batch_size": 4, "micro_batch_size": 4, "max_new_tokens": 12, "ppo_epochs": 1}
     settings = RLSFSettings(steps=4, save_every=2, device="cpu", **small)  # type: ignore[arg-type]
     with logging_to(["jsonl"]):
-        with pytest.raises(Killed):
-            rlsf(settings, prompts, "nano/sft", "nano/reward", output, progress=KillAfter(4))
+        with pytest.raises(Stopped):
+            rlsf(settings, prompts, "nano/sft", "nano/reward", output, progress=StopAfter(4))
         assert [row["step"] for row in read_rows(output / JSONL)] == [0, 1, 2, 3]
         found = read_training(output)
         assert [step for step, _ in found.checkpoints] == [2]

@@ -222,7 +222,7 @@ def test_a_policy_gives_no_rewards(policy_server: VLLMServer) -> None:
 
 
 def test_a_reward_run_on_an_endpoint(reward_server: VLLMServer, almost_eval: Command, tmp_path: Path) -> None:
-    given = ["hhh", "--protocol", "reward", "--limit", 3, "--json"]
+    given = ["hhh", "--protocol", "reward", "--limit", 3, "--data", "nano", "--json"]
     served = [*given, "--engine", "openai", "--base-url", f"{reward_server.url}/v1", "--output", tmp_path / "there"]
     code, out, err = almost_eval(*served)
     assert (code, err) == (0, "")

@@ -1,90 +1,34 @@
-"""A whole run against real HTTP: killed and resumed, and every way in which an endpoint can fail.
-
-Real processes are forked from one that has imported everything, so that each costs a tenth of a second and not three.
-"""
+"""A whole run against real HTTP: killed and resumed, and every way in which an endpoint can fail."""
 
 import hashlib
 import json
-import os
 import random
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Forks, forks
 from replay_server import Archived, Call, Fault, ReplayServer
 
 Command = Callable[..., Any]
 N = 20
 """Questions; both orders, so 40 reviews."""
 
-ZYGOTE = """
-import json, os, sys
-from almost_eval.startup import import_transformers
-import_transformers()
-import transformers.models.llama.modeling_llama, almost_eval.engines.hf, almost_eval.engines.hf_generation
-import almost_eval.cli, almost_eval.judge.run, almost_eval.report.console, almost_eval.judge.printing, filelock, openai
-import openai.resources.chat.completions, almost_eval.nano.data, sklearn.linear_model
-from almost_eval import provenance
-provenance.commit = lambda: "0"  # this tree may be edited meanwhile, and a resumed run would say so
-print("ready", flush=True)
-for line in sys.stdin:
-    order = json.loads(line)
-    if "wait" in order:
-        print(os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1]), flush=True)
-        continue
-    child = os.fork()
-    if child == 0:
-        os.chdir(order["cwd"])
-        for stream, file in enumerate(["/dev/null", order["out"], order["err"]]):
-            os.dup2(os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), stream)
-        sys.argv = ["almost-eval", *order["arguments"]]
-        almost_eval.cli.main()
-    print(child, flush=True)
-"""
-
-
-class Zygote:
-    """Starts `almost-eval ...` as processes of their own."""
-
-    def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENAI_API_KEY": "none"}
-        command = [sys.executable, "-c", ZYGOTE]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline() == "ready\n"
-
-    def ask(self, order: dict[str, Any]) -> int:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def start(self, arguments: Sequence[object], cwd: Path) -> int:
-        """The id of the process."""
-        said = {"out": str(cwd / "out"), "err": str(cwd / "err")}
-        return self.ask({"arguments": [str(argument) for argument in arguments], "cwd": str(cwd), **said})
-
-    def wait(self, pid: int) -> int:
-        """Its exit code; minus the signal that ended it."""
-        return self.ask({"wait": pid})
-
 
 @pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    started = Zygote()
-    yield started
-    assert started.process.stdin is not None
-    started.process.stdin.close()
-    started.process.wait()
+def start() -> Iterator[Forks]:
+    modules = "transformers.models.llama.modeling_llama almost_eval.engines.hf almost_eval.engines.hf_generation"
+    modules += (
+        " almost_eval.judge.run almost_eval.report.console almost_eval.judge.printing openai sklearn.linear_model"
+    )
+    modules += " openai.resources.chat.completions almost_eval.nano.data"
+    with forks(*modules.split(), OPENAI_API_KEY="none") as started:
+        yield started
 
 
 def review(number: int) -> str:
@@ -136,28 +80,28 @@ def stored(folder: Path) -> set[str]:
     return {hashlib.sha256(json.dumps(request["messages"]).encode()).hexdigest() for request in requests}
 
 
-def test_killed_at_ten_points(zygote: Zygote, server: ReplayServer, tmp_path: Path) -> None:
+def test_killed_at_ten_points(start: Forks, server: ReplayServer, tmp_path: Path) -> None:
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    assert zygote.wait(zygote.start(command(server, undisturbed), undisturbed)) == 0
+    assert start(*command(server, undisturbed), cwd=undisturbed).wait() == 0
     assert server.count == 2 * N
     server.latency = 0.02
     given = command(server, killed, "--concurrency", 2)
     paid: set[str] = set()
     for wanted in sorted(random.Random(4).sample(range(1, 2 * N - 6), 10)):
         before = len(server.log)
-        pid = zygote.start(given, killed)
+        process = start(*given, cwd=killed)
         until = time.monotonic() + 30
         while len(stored(killed / "run") if (killed / "run/spec.json").exists() else ()) < wanted:
             assert time.monotonic() < until
             time.sleep(0.002)
-        os.kill(pid, signal.SIGKILL)
-        assert zygote.wait(pid) == -signal.SIGKILL
+        process.send(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
         assert not (killed / "run/results.json").exists()
         assert not paid & {call.digest for call in server.log[before:]}  # nothing that was stored is asked again
         paid = stored(killed / "run")
         assert len(lines_whole(killed / "run")) <= len(paid)
     before = len(server.log)
-    assert zygote.wait(zygote.start(given, killed)) == 0
+    assert start(*given, cwd=killed).wait() == 0
     asked = {call.digest for call in server.log[before:]}
     assert len(server.log) - before == len(asked) == 2 * N - len(paid)  # exactly what was missing
     assert not asked & paid
@@ -176,22 +120,22 @@ def lines_whole(folder: Path) -> list[bytes]:
     return file.read_bytes().split(b"\n")[:-1] if file.exists() else []
 
 
-def test_killed_while_it_answers(zygote: Zygote, tmp_path: Path) -> None:
+def test_killed_while_it_answers(start: Forks, tmp_path: Path) -> None:
     """The answers' own lines: the same answers, and none is written twice."""
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
     given = "vicuna --limit 16 --output run --batch-size 2".split()
-    assert zygote.wait(zygote.start(given, tmp_path / "whole")) == 0
+    assert start(*given, cwd=tmp_path / "whole").wait() == 0
     file = tmp_path / "killed/run/answers/nano_almost.jsonl"
     for wanted in (1, 6, 11):
-        pid = zygote.start(given, tmp_path / "killed")
+        process = start(*given, cwd=tmp_path / "killed")
         until = time.monotonic() + 60
         while not file.exists() or file.read_bytes().count(b"\n") < wanted:
             assert time.monotonic() < until
             time.sleep(0.002)
-        os.kill(pid, signal.SIGKILL)
-        zygote.wait(pid)
-    assert zygote.wait(zygote.start(given, tmp_path / "killed")) == 0
+        process.send(signal.SIGKILL)
+        process.wait()
+    assert start(*given, cwd=tmp_path / "killed").wait() == 0
     assert results(tmp_path / "killed/run") == results(tmp_path / "whole/run")
     assert sorted(file.read_text().splitlines()) == sorted(
         (tmp_path / "whole/run/answers/nano_almost.jsonl").read_text().splitlines()
