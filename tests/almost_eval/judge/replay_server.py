@@ -219,13 +219,14 @@ class ReplayServer:
             handler.send(fault.status, json.dumps({"error": error}).encode(), fault.headers)
         elif fault.kind == "body":
             handler.send(200, fault.body, fault.headers)
-        elif fault.kind == "hang":
-            self._over.wait(60)
-        elif fault.kind == "drip":
-            handler.drip(self._over)
-        elif fault.kind == "die":
-            self.close()
-        handler.close_connection = True  # `reset`, and what is left of the others
+        else:
+            if fault.kind == "hang":
+                self._over.wait(60)
+            elif fault.kind == "drip":
+                handler.drip(self._over)
+            elif fault.kind == "die":
+                self.close()
+            handler.close_connection = True  # not after a whole answer: the next request may be on its way already
 
     def _completion(self, call: Call, finish: str) -> bytes:
         prompt = "\n".join(message["content"] for message in call.body["messages"])
