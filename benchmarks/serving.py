@@ -5,6 +5,7 @@ closed loop: each client sends its next request when it has its answer.
 
     python benchmarks/serving.py                                (nano models on real vLLM; about 15 minutes on 2 cores)
     python benchmarks/serving.py --parts overhead --pin         (the gateway has a core that no model computes on)
+    python benchmarks/serving.py --parts overhead,best_of --model 30m --data-root ../shared/data/hub
     python benchmarks/serving.py --parts overhead --clients 16 --rounds 2
     python benchmarks/serving.py --parts soak --soak 500 --kills 1
 """
@@ -126,7 +127,7 @@ def overhead(policy: str, gateway: str, relay: str, given: argparse.Namespace) -
         body = {"messages": QUESTION, "max_tokens": given.tokens, "ignore_eos": True, "temperature": 0, "stop": []}
         body["stream"] = stream
         for clients in given.clients:
-            requests = max(40, given.requests_per_client * clients)
+            requests = max(20, given.requests_per_client * clients)
 
             def side(url: str, body: dict[str, Any], clients: int, requests: int) -> Load:
                 return asyncio.run(load(url, body, clients, requests))
@@ -337,7 +338,10 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="nano/almost", help="the policy")
+    parser.add_argument(
+        "--model", default="nano/almost", help="the policy; 30m is the seeded Llama of prefix_scoring.py (--data-root)"
+    )
+    parser.add_argument("--data-root", type=Path, help="what the tokenizer of 30m is made of")
     parser.add_argument("--reward", default="nano/reward", help="the reward model")
     parser.add_argument("--parts", default="overhead,best_of,soak", help="which to run")
     parser.add_argument("--clients", default="1,16,64", help="how many at a time, for overhead")
@@ -357,6 +361,12 @@ def main() -> None:
     parts = given.parts.split(",")
     found: dict[str, Any] = {"machine": platform.platform(), "cores": os.cpu_count(), "pinned": given.pin}
     cores = sorted(os.sched_getaffinity(0))
+    if given.model == "30m":
+        if given.data_root is None:
+            parser.error("--model 30m needs --data-root, a folder of benchmark data")
+        from prefix_scoring import checkpoint
+
+        given.model = str(checkpoint(given.data_root))
     with ExitStack() as stack:
         if given.pin:  # children inherit it
             os.sched_setaffinity(0, cores[:-1])

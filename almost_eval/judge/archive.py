@@ -55,6 +55,13 @@ class Archive:
                 )
         return found
 
+    def recorded_totals(self) -> list[float] | None:
+        """The sums of the file's own scores, of Assistant 1 and 2; None where a review has none."""
+        scores = [review.score for review in self.reviews]
+        if any(score is None for score in scores):
+            return None
+        return [sum(side) for side in zip(*(score for score in scores if score), strict=True)]
+
     def as_reviews(self, verdicts: Sequence[Verdict | Unparsed | None]) -> list[Review]:
         """What aggregation reads, with these verdicts; None is a review that could not be had."""
         return [as_review(r.pair, self.baseline, self.model, v) for r, v in zip(self.reviews, verdicts, strict=True)]
@@ -168,6 +175,7 @@ def aggregate_archives(
                 "model": archive.model,
                 "reviews": len(archive.reviews),
                 "other_scores_than_stored": archive.differing(verdicts),
+                "recorded_totals": archive.recorded_totals(),
                 "metrics": {name: metric.to_dict() for name, metric in found.metrics.items()},
                 "judging": found.to_dict(),
             }

@@ -132,6 +132,9 @@ def print_archives(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
             read, stored = (" ".join(f"{x:g}" for x in other[key] or ()) or "none" for key in ("read", "stored"))
             where = f"{row['file']}, question {other['question']}"
             console.print(Text(f"{where}: the text says {read}, the file's own score is {stored}"), soft_wrap=True)
+        if row["other_scores_than_stored"] and row["recorded_totals"]:
+            recorded = " : ".join(_number(total, ".6g") for total in row["recorded_totals"])
+            console.print(Text(f"{row['file']}: by its own scores, the totals are {recorded}"), soft_wrap=True)
     decisive = [row["judging"]["longer_wins"] for row in rows]
     n = sum(metric["n"] for metric in decisive)
     if n:
