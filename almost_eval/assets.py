@@ -53,7 +53,7 @@ class DataSource:
         """
         files = self._files(dataset, config, split)
         if files:
-            return [row for file in files for row in _read_file(file)]
+            return [row for file in files for row in read_rows(file)]
         splits = self._from_hub(dataset, config)
         if split not in splits:
             raise DataError(f"data set {dataset} ({config}) has no split {split!r}; it has {', '.join(sorted(splits))}")
@@ -203,7 +203,12 @@ def malformed(dataset: str, config: str, row: int, problem: str) -> DataError:
     return DataError(f"malformed data: {dataset}, {config}, row {row}: {problem}; mend the row or download it again")
 
 
-def _read_file(file: Path) -> list[dict[str, Any]]:
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a parquet or JSON-lines file.
+
+    Raises:
+        DataError: it cannot be read, or a row is no object.
+    """
     if file.suffix == ".parquet":
         import pyarrow.lib
         import pyarrow.parquet as parquet

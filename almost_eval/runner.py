@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from almost_eval import provenance
-from almost_eval.engines.base import SamplingParams
+from almost_eval.engines.base import Described, SamplingParams
 from almost_eval.errors import InputError
 from almost_eval.preflight import Prepared, describe, prepare
 from almost_eval.progress import Progress
@@ -38,9 +38,11 @@ class Run:
         InputError: no samples, or none that can be asked of this model; see `prepare`.
     """
 
-    def __init__(self, task: Task, model: Any, *, seed: int = 0, allowed: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self, task: Task, model: Described, *, seed: int = 0, allowed: Mapping[str, float] | None = None
+    ) -> None:
         self.task = task
-        self.model = model
+        self.model: Any = model  # which protocol it must meet is known only by `task.requires`
         self.seed = seed
         self.allowed = allowed
         self.samples = self.task.samples()

@@ -14,6 +14,7 @@ from almost_eval.assets import DataSource
 from almost_eval.errors import InputError
 from almost_eval.runner import Run, summarise
 from almost_eval.store import read_results, read_samples, read_spec
+from almost_eval.tasks.base import Task
 from almost_eval.tasks.build import build_task
 from almost_eval.types import SampleRecord, Score
 from almost_eval.validity import check
@@ -43,16 +44,22 @@ class Verification:
         return not self.problems
 
 
-def verify_run(folder: Path, data: DataSource) -> Verification:
+def verify_run(folder: Path, data: DataSource, task: Task | None = None) -> Verification:
     """Recompute every score from its stored outputs and every metric from the scores.
+
+    Args:
+        folder: a finished run.
+        data: where its data comes from.
+        task: what the run was of; None is one of this package's, made from the run's spec.
 
     Raises:
         StoreError: not a finished run.
+        InputError: the spec's task is none of this package's.
     """
     spec, results = read_spec(folder), read_results(folder)
     if spec.get("requires") == "judge":
         return _verify_judged(folder)
-    task = build_task(spec["task"], spec["protocol"], spec["settings"], data)
+    task = task or build_task(spec["task"], spec["protocol"], spec["settings"], data)
     records = list(read_samples(folder))
     found = Verification(str(folder), len(records))
     for at, record in enumerate(records):

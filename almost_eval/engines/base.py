@@ -59,8 +59,40 @@ class EngineReport:
         }
 
 
+class ModelIdentity(Protocol):
+    """Which model it is: a `Checkpoint`, or what an endpoint says of one."""
+
+    @property
+    def name(self) -> str:
+        """What it was asked for by."""
+        ...
+
+    @property
+    def architecture(self) -> str:
+        """The class its config names; empty where that is not at hand."""
+        ...
+
+    def weight_digest(self) -> str | None:
+        """sha256 over the weight files; None where they are not at hand."""
+        ...
+
+
 @runtime_checkable
-class LoglikelihoodEngine(Protocol):
+class Described(Protocol):
+    """What a run records of the model it asks, whatever it asks it for: engines and reward models alike."""
+
+    @property
+    def checkpoint(self) -> ModelIdentity:
+        """Which model."""
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """How it is run: everything that may change a number, as JSON."""
+        ...
+
+
+@runtime_checkable
+class LoglikelihoodEngine(Described, Protocol):
     """Scores continuations of contexts."""
 
     @property
@@ -93,7 +125,7 @@ class LoglikelihoodEngine(Protocol):
 
 
 @runtime_checkable
-class GenerationEngine(Protocol):
+class GenerationEngine(Described, Protocol):
     """Continues prompts."""
 
     def stream_completions(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from almost_eval.assets import read_rows
 from almost_eval.errors import DataError
 from almost_eval.judge.aggregate import Orders, Ties, aggregate
 from almost_eval.judge.records import Answer, Pair, Question, Review, Unparsed, Verdict
@@ -108,7 +109,7 @@ def find_archives(given: Sequence[Path], questions: Sequence[Question]) -> list[
 
 def _archive(file: Path, answers: Mapping[str, Answer], questions: Mapping[str, Question]) -> Archive:
     reviews: dict[str, ArchivedReview] = {}
-    for number, row in enumerate(_rows(file), 1):
+    for number, row in enumerate(read_rows(file), 1):
         where = f"{file}, line {number}"
         try:
             question = str(row["question_id"])
@@ -141,7 +142,7 @@ def _answers(folder: Path) -> dict[str, Answer]:
     """Answer id -> answer, of every file of the folder; lines without an id cannot be named by a review."""
     found = {}
     for file in sorted(folder.glob("*.jsonl")):
-        for number, row in enumerate(_rows(file), 1):
+        for number, row in enumerate(read_rows(file), 1):
             if "answer_id" not in row:
                 continue
             try:
@@ -150,14 +151,6 @@ def _answers(folder: Path) -> dict[str, Answer]:
                 raise DataError(f"malformed data: {file}, line {number} is not an answer: it lacks {error}") from None
             found[str(row["answer_id"])] = answer
     return found
-
-
-def _rows(file: Path) -> list[dict[str, Any]]:
-    from almost_eval.assets import _read_file
-
-    if not file.is_file():
-        raise DataError(f"{file} is not there")
-    return _read_file(file)
 
 
 def aggregate_archives(
