@@ -21,7 +21,7 @@ from almost_eval.list_cli import completion, list_all
 from almost_eval.parity_cli import parity
 from almost_eval.report.cli import report
 from almost_eval.run_options import DATA_OPTIONS, DATA_ROOT, MODEL_OPTIONS, RUN_OPTIONS, prepare_run
-from almost_eval.tax_cli import tax
+from almost_eval.tax.cli import tax
 
 STARTED = time.perf_counter()
 Command = Callable[..., Any]

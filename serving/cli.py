@@ -14,7 +14,7 @@ from almost_eval import __version__
 from almost_eval.command_line import Commands, options, run_command_line
 from almost_eval.errors import InputError
 from almost_eval.nano import DEFAULT_MODEL, DEFAULT_REWARD_MODEL
-from serving.gateway_cli import LIMITS, gateway
+from serving.gateway.cli import LIMITS, gateway
 
 _KEY = "ALMOST_API_KEY"
 _PASSED_ON = {"ignore_unknown_options": True, "help_option_names": ["--help"]}  # -h is part of an option of vLLM's

@@ -12,7 +12,7 @@ from typing import IO, Any
 import click
 
 from almost_eval.errors import InputError
-from serving.gateway_settings import KEY, POLICY_KEY, REWARD_KEY, GatewaySettings
+from serving.gateway.settings import KEY, POLICY_KEY, REWARD_KEY, GatewaySettings
 from serving.process import ServerProcess, check_port, free_port
 from serving.server import VLLMServer, runs_on_cpu
 from serving.supervisor import run_servers
@@ -83,7 +83,7 @@ def _model_server(
 def _gateway_command(
     policy: VLLMServer, reward: VLLMServer, reward_model: str, host: str, port: int, limits: dict[str, Any]
 ) -> list[str]:
-    from serving.gateway_cli import gateway
+    from serving.gateway.cli import gateway
 
     command = [sys.executable, "-m", "serving.cli", "gateway", "--policy-url", policy.url, "--reward-url", reward.url]
     # With the checkpoint at hand the gateway renders, and all candidates are scored in one request.

@@ -39,9 +39,9 @@ from almost_eval.engines.hf import HFEngine
 from almost_eval.errors import AlmostError, InputError, did_you_mean
 from almost_eval.rewards import HFRewardModel
 from almost_eval.types import Completion, Conversation, Message
-from serving.gateway_errors import error_text, on_crash, on_refusal, refusal
-from serving.gateway_limits import KeyGuard
-from serving.gateway_schema import StreamOptions, parse_json
+from serving.gateway.errors import error_text, on_crash, on_refusal, refusal
+from serving.gateway.limits import KeyGuard
+from serving.gateway.schema import StreamOptions, parse_json
 from serving.local_stepping import Cancelled, Turnstile, generate_in_turns
 
 KEY = "ALMOST_LOCAL_KEY"
@@ -426,8 +426,8 @@ def main() -> None:
 async def _serve(server: LocalServer, port: int, *, has_reward: bool) -> None:
     import uvicorn
 
-    from serving.gateway import create_app
-    from serving.gateway_settings import GatewaySettings
+    from serving.gateway.app import create_app
+    from serving.gateway.settings import GatewaySettings
 
     key = os.environ[KEY]
     inner, outer = (socket.create_server(("127.0.0.1", number), backlog=512) for number in (0, port))

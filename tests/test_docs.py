@@ -105,9 +105,9 @@ def test_the_validity_table_is_the_gate() -> None:
 
 
 def test_the_statuses_fields_and_limits_are_the_gateways() -> None:
-    from serving.gateway_cli import LIMITS
-    from serving.gateway_schema import Almost, ChatRequest, openapi
-    from serving.gateway_settings import GatewaySettings
+    from serving.gateway.cli import LIMITS
+    from serving.gateway.schema import Almost, ChatRequest, openapi
+    from serving.gateway.settings import GatewaySettings
 
     paths = openapi(GatewaySettings(policy_url="http://127.0.0.1:8001"))["paths"]
     assert [row[0] for row in rows("serve.md", "Statuses")[2:]] == sorted(
@@ -130,7 +130,7 @@ def test_the_statuses_fields_and_limits_are_the_gateways() -> None:
 
 
 def test_the_metrics_are_the_gateways() -> None:
-    from serving.gateway_metrics import Metrics
+    from serving.gateway.metrics import Metrics
 
     families = {
         (f"{family.name}_total" if family.type == "counter" else family.name, family.type)

@@ -12,7 +12,7 @@ from almost_eval.errors import InputError, RunError
 from serving.chat.client import Endpoint
 from serving.process import ServerProcess, free_port
 
-_LOCAL_KEY = "ALMOST_LOCAL_KEY"  # serving.local.KEY and serving.gateway_settings.KEY: those modules load too much
+_LOCAL_KEY = "ALMOST_LOCAL_KEY"  # serving.local.KEY and serving.gateway.settings.KEY: those modules load too much
 _GATEWAY_KEY = "ALMOST_API_KEY"
 _ERROR = "error: "
 

@@ -18,11 +18,11 @@ from almost_eval.errors import DataError, InputError
 from almost_eval.nano import shipped
 from almost_eval.report.tax_page import draw, html
 from almost_eval.store import read_samples
-from almost_eval.tax import Finding, Paired, Policy, Tax, adjusted, findings, judge, paired, sentence
-from almost_eval.tax_cli import tax
-from almost_eval.tax_measure import _named
-from almost_eval.tax_tasks import nano_prompts, read_prompts
-from almost_eval.tax_training import read_training
+from almost_eval.tax.cli import tax
+from almost_eval.tax.measure import _named
+from almost_eval.tax.tasks import nano_prompts, read_prompts
+from almost_eval.tax.tax import Finding, Paired, Policy, Tax, adjusted, findings, judge, paired, sentence
+from almost_eval.tax.training import read_training
 
 
 @pytest.fixture(autouse=True, scope="module")

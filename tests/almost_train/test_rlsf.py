@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from stopping import StopAfter, Stopped
 
 from almost_eval.errors import DataError, InputError, RunError, StoreError
-from almost_eval.tax_training import read_training
+from almost_eval.tax.training import read_training
 from almost_train.config import settings_to_dict
 from almost_train.records import read_rows
 from almost_train.rlsf import RLSFSettings, rlsf

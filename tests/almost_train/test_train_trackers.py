@@ -15,7 +15,7 @@ from stopping import StopAfter, Stopped
 from tracked import tensorboard_scalars, wandb_rows
 
 from almost_eval.checkpoint import find_checkpoint
-from almost_eval.tax_training import as_checkpoint, read_training
+from almost_eval.tax.training import as_checkpoint, read_training
 from almost_eval.trackers import JSONL, logging_to
 from almost_train.records import read_rows, write_rows
 from almost_train.rlsf import RLSFSettings, rlsf

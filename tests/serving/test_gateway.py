@@ -18,7 +18,7 @@ import httpx
 import pytest
 from fake_upstream import FakeUpstream, Served
 
-from serving.gateway import GatewaySettings, create_app
+from serving.gateway.app import GatewaySettings, create_app
 
 CHAT = "/v1/chat/completions"
 OTTER = [{"role": "user", "content": "What does the otter eat?"}]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from fake_upstream import Served
 
-from serving.gateway import GatewaySettings, create_app
+from serving.gateway.app import GatewaySettings, create_app
 
 KEY = "a-key"
 OTTER: Any = [{"role": "user", "content": "What does the otter eat?"}]

@@ -19,7 +19,7 @@ import httpx
 import pytest
 from fake_upstream import FakeUpstream, Served, event
 
-from serving.gateway import GatewaySettings, create_app
+from serving.gateway.app import GatewaySettings, create_app
 from serving.process import free_port
 
 HELLO = [{"role": "user", "content": "hello"}]

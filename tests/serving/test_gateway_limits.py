@@ -16,8 +16,8 @@ import pytest
 from fake_upstream import FakeUpstream, Served
 
 from almost_eval.errors import InputError
-from serving.gateway import GatewaySettings, create_app
-from serving.gateway_limits import KeyGuard
+from serving.gateway.app import GatewaySettings, create_app
+from serving.gateway.limits import KeyGuard
 
 HELLO = [{"role": "user", "content": "hello"}]
 CHAT = "/v1/chat/completions"

@@ -19,7 +19,7 @@ from schemathesis.specs.openapi.checks import (
     unsupported_method,
 )
 
-from serving.gateway import GatewaySettings, create_app
+from serving.gateway.app import GatewaySettings, create_app
 
 KEY = "a-key"
 HEADERS = {"Authorization": f"Bearer {KEY}"}

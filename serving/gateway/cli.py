@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from serving.gateway_settings import KEY, POLICY_KEY, REWARD_KEY, GatewaySettings
+from serving.gateway.settings import KEY, POLICY_KEY, REWARD_KEY, GatewaySettings
 
 _DEFAULTS = GatewaySettings(policy_url="http://127.0.0.1:8001", api_key=None, policy_key=None, reward_key=None)
 
@@ -61,7 +61,7 @@ def _with_limits(command: Any) -> Any:
 def gateway(**options: Any) -> None:
     """An OpenAI-compatible endpoint before both servers, with best-of-N."""
     settings = GatewaySettings(**options)
-    from serving.gateway import run
+    from serving.gateway.app import run
 
     run(settings)
 

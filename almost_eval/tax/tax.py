@@ -1,6 +1,6 @@
 """The alignment tax: what a policy gained and lost in training, and whether its reward has come apart from its worth.
 
-Pure: from finished runs and their comparisons to one table and one sentence. What runs the models is `tax_measure`.
+Pure: from finished runs and their comparisons to one table and one sentence. What runs the models is `measure`.
 
 The rule (see `judge`): a reward model is a stand-in for preference. Where training raises the stand-in while preference
 that had no part in training does not rise with it, the policy is over-optimised (Gao et al. 2023, arXiv 2210.10760).

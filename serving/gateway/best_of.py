@@ -4,9 +4,9 @@ The reward of a candidate is the raw logit that `almost_eval.rewards.HFRewardMod
 reward server renders it with its own chat template, no generation prompt, and reads the last token. The whitespace
 around a candidate is no part of what is scored, as in this toolkit's training; the reply holds the candidate as it is.
 
-All candidates go to the reward server in one request where the gateway knows the reward model's template
-(`gateway_render`). Else, or where that request is refused because one of them is too long, each has a request of its
-own, all at the same time. One that the server then refuses is unscored and never chosen.
+All candidates go to the reward server in one request where the gateway knows the reward model's template (`render`).
+Else, or where that request is refused because one of them is too long, each has a request of its own, all at the same
+time. One that the server then refuses is unscored and never chosen.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from serving.gateway_errors import message_of, refusal, upstream_words
-from serving.gateway_metrics import Metrics
-from serving.gateway_render import Renderer
-from serving.gateway_schema import ChatRequest, RewardRequest
-from serving.gateway_streaming import Reply, notes_of, send_as_events
-from serving.gateway_upstream import Upstream
+from serving.gateway.errors import message_of, refusal, upstream_words
+from serving.gateway.metrics import Metrics
+from serving.gateway.render import Renderer
+from serving.gateway.schema import ChatRequest, RewardRequest
+from serving.gateway.streaming import Reply, notes_of, send_as_events
+from serving.gateway.upstream import Upstream
 
 _OWN = ("best_of", "best_of_fallback", "almost_candidates", "stream", "stream_options")
 _CHANGES_THE_TURN = ("continue_final_message", "echo")

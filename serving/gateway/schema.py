@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Strict
 
 from almost_eval import __version__
 from almost_eval.errors import did_you_mean
-from serving.gateway_errors import refusal
-from serving.gateway_settings import GatewaySettings
+from serving.gateway.errors import refusal
+from serving.gateway.settings import GatewaySettings
 
 _Count = Annotated[StrictInt, Field(ge=1)]
 _TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]

@@ -19,8 +19,8 @@ from typing import Any
 import aiohttp
 from starlette.exceptions import HTTPException
 
-from serving.gateway_errors import refusal, upstream_words
-from serving.gateway_metrics import Metrics
+from serving.gateway.errors import refusal, upstream_words
+from serving.gateway.metrics import Metrics
 
 # Below the 5 s after which uvicorn, hence vLLM, closes an idle connection: ours must not be the one it is closing.
 _IDLE_S = 2.0

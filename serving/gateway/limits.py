@@ -12,10 +12,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serving.gateway_errors import on_refusal, refusal
-from serving.gateway_metrics import Metrics
-from serving.gateway_settings import GatewaySettings
-from serving.gateway_streaming import Reply
+from serving.gateway.errors import on_refusal, refusal
+from serving.gateway.metrics import Metrics
+from serving.gateway.settings import GatewaySettings
+from serving.gateway.streaming import Reply
 
 OPEN_PATHS = frozenset({"/health"})
 """What needs no key."""

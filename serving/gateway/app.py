@@ -5,8 +5,7 @@
 
 What a request asks of the policy alone is passed through: its body goes there and the answer comes back byte for byte,
 a stream as it is written. Only the paths below exist; no path, query or header of a client is forwarded, above all not
-its key. See `gateway_best_of` for what `best_of` does, `gateway_limits` for the limits, `gateway_schema` for what is
-accepted.
+its key. Beside this: `best_of` is what `best_of` does, `limits` who is let in, `schema` what is accepted.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from almost_eval.errors import InputError
-from serving.gateway_best_of import BestOf, Rewards, answer_rewards
-from serving.gateway_errors import on_crash, on_refusal, refusal
-from serving.gateway_limits import KeyGuard, Limited, Slots
-from serving.gateway_metrics import Metrics, Observed
-from serving.gateway_render import renderer_of
-from serving.gateway_schema import ChatRequest, CompletionRequest, RewardRequest, check, openapi, parse_json
-from serving.gateway_settings import KEY, GatewaySettings
-from serving.gateway_streaming import EVENTS, Reply, notes_of, relay_events
-from serving.gateway_upstream import Upstream
+from serving.gateway.best_of import BestOf, Rewards, answer_rewards
+from serving.gateway.errors import on_crash, on_refusal, refusal
+from serving.gateway.limits import KeyGuard, Limited, Slots
+from serving.gateway.metrics import Metrics, Observed
+from serving.gateway.render import renderer_of
+from serving.gateway.schema import ChatRequest, CompletionRequest, RewardRequest, check, openapi, parse_json
+from serving.gateway.settings import KEY, GatewaySettings
+from serving.gateway.streaming import EVENTS, Reply, notes_of, relay_events
+from serving.gateway.upstream import Upstream
 
 __all__ = ["GatewaySettings", "create_app", "run"]
 

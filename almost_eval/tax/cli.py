@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from almost_eval.tax import Paired, Tax
+    from almost_eval.tax.tax import Paired, Tax
 
 
 @click.command()
@@ -68,7 +68,7 @@ def tax(
     """
     from almost_eval.progress import progress_for
     from almost_eval.report.tax_page import write_page
-    from almost_eval.tax_measure import make_plan, measure
+    from almost_eval.tax.measure import make_plan, measure
 
     import_transformers()
     plan = make_plan(
@@ -97,7 +97,7 @@ def render(found: Tax, console: Console, files: list[Path]) -> None:
     """The tables, the sentence, and where the files are."""
     from rich.text import Text
 
-    from almost_eval.tax import KL_SOURCE, LOG_IS
+    from almost_eval.tax.tax import KL_SOURCE, LOG_IS
 
     console.print(_means(found))
     console.print(_differences(found))
@@ -116,7 +116,7 @@ def _means(found: Tax) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from almost_eval.tax import shown
+    from almost_eval.tax.tax import shown
 
     title = "Alignment tax, means with 95 % half-widths"
     # No rules between the columns: with them, ten columns do not fit a terminal.
@@ -134,7 +134,7 @@ def _differences(found: Tax) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from almost_eval.tax import BENCHMARKS, MEASURES
+    from almost_eval.tax.tax import BENCHMARKS, MEASURES
 
     before = found.policies[0].label
     table = Table(title=Text(f"Paired with {before}"), title_justify="left", title_style="bold")
@@ -151,7 +151,7 @@ def _differences(found: Tax) -> Table:
 
 
 def _figures(pair: Paired) -> tuple[str, str, str, str]:
-    from almost_eval.tax import SHARES
+    from almost_eval.tax.tax import SHARES
 
     scale, digits = (100, 1) if pair.measure in SHARES else (1, 2)
     difference = "-" if pair.difference is None else f"{scale * pair.difference:+.{digits}f}"

@@ -24,8 +24,8 @@ from almost_eval.run_options import prepare_run
 from almost_eval.stats import mean_metric
 from almost_eval.store import read_results, read_samples, write_json
 from almost_eval.tasks.base import Prompting
-from almost_eval.tax_tasks import AnswerLikelihoods, AnswerRewards, Answers, HeldOut, nano_prompts, read_prompts
-from almost_eval.tax_training import TrainingRun, as_checkpoint, read_training
+from almost_eval.tax.tasks import AnswerLikelihoods, AnswerRewards, Answers, HeldOut, nano_prompts, read_prompts
+from almost_eval.tax.training import TrainingRun, as_checkpoint, read_training
 
 _BARE = ("model", "policy", "final")
 """Folder names that say nothing without the one above them."""

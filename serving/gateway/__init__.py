@@ -1,0 +1,1 @@
+"""An OpenAI-compatible gateway before a policy and a reward model; `app` holds its routes."""
