@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from almost_eval import provenance
 from almost_eval.engines.base import Described, SamplingParams
@@ -42,7 +42,7 @@ class Run:
         self, task: Task, model: Described, *, seed: int = 0, allowed: Mapping[str, float] | None = None
     ) -> None:
         self.task = task
-        self.model: Any = model  # which protocol it must meet is known only by `task.requires`
+        self.model = cast(Any, model)  # which protocol it must meet is known only by `task.requires`
         self.seed = seed
         self.allowed = allowed
         self.samples = self.task.samples()

@@ -92,7 +92,7 @@ class Described(Protocol):
 
 
 @runtime_checkable
-class LoglikelihoodEngine(Described, Protocol):
+class LoglikelihoodEngine(Protocol):
     """Scores continuations of contexts."""
 
     @property
@@ -125,7 +125,7 @@ class LoglikelihoodEngine(Described, Protocol):
 
 
 @runtime_checkable
-class GenerationEngine(Described, Protocol):
+class GenerationEngine(Protocol):
     """Continues prompts."""
 
     def stream_completions(

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from almost_eval import provenance, tax
+from almost_eval import provenance
 from almost_eval.assets import DataSource, find_data
 from almost_eval.checkpoint import find_checkpoint
 from almost_eval.comparison import compare_runs
@@ -24,6 +24,7 @@ from almost_eval.run_options import prepare_run
 from almost_eval.stats import mean_metric
 from almost_eval.store import read_results, read_samples, write_json
 from almost_eval.tasks.base import Prompting
+from almost_eval.tax import tax
 from almost_eval.tax.tasks import AnswerLikelihoods, AnswerRewards, Answers, HeldOut, nano_prompts, read_prompts
 from almost_eval.tax.training import TrainingRun, as_checkpoint, read_training
 
