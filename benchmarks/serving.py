@@ -1,9 +1,11 @@
 """The gateway against bare vLLM (and a bare relay of bytes) on the same work, in turn; best-of-N; a soak with kills.
 
 Policy, reward model and gateway are processes of their own, started as users start them; this one makes the load. A
-closed loop: each client sends its next request when it has its answer.
+closed loop: each client sends its next request when it has its answer. Answers are of different lengths, the same for
+each side: were they all of one, clients would go in lock-step with the batch, and what arrives a little later than the
+others would wait for a whole step of its own.
 
-    python benchmarks/serving.py                                (nano models on real vLLM; about 15 minutes on 2 cores)
+    python benchmarks/serving.py                                (nano models on real vLLM; about 25 minutes on 2 cores)
     python benchmarks/serving.py --parts overhead --pin         (the gateway has a core that no model computes on)
     python benchmarks/serving.py --parts overhead,best_of --model 30m --data-root ../shared/data/hub
     python benchmarks/serving.py --parts overhead --clients 16 --rounds 2
@@ -22,7 +24,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -84,17 +86,17 @@ class Load:
         return statistics.median(self.latencies_ms)
 
 
-async def load(url: str, body: dict[str, Any], clients: int, requests: int) -> Load:
-    """`requests` times the same request from `clients` clients."""
+async def load(url: str, bodies: Sequence[dict[str, Any]], clients: int) -> Load:
+    """One request for each body, from `clients` clients."""
     import aiohttp
 
     latencies: list[float] = []
     first: list[float] = []
-    left = iter(range(requests))
+    left = iter(bodies)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
         async def client() -> None:
-            for _ in left:
+            for body in left:
                 began = time.perf_counter()
                 async with session.post(url + CHAT, json=body) as answer:
                     assert answer.status == 200, await answer.text()
@@ -108,7 +110,7 @@ async def load(url: str, body: dict[str, Any], clients: int, requests: int) -> L
 
         began = time.perf_counter()
         await asyncio.gather(*(client() for _ in range(clients)))
-        return Load(latencies, first, requests / (time.perf_counter() - began))
+        return Load(latencies, first, len(bodies) / (time.perf_counter() - began))
 
 
 def in_turn(rounds: int, *sides: Callable[[], Any]) -> list[list[Any]]:
@@ -124,33 +126,42 @@ def in_turn(rounds: int, *sides: Callable[[], Any]) -> list[list[Any]]:
 def overhead(policy: str, gateway: str, relay: str, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Latency and throughput through the gateway, without it, and through a relay of bytes in its place."""
     for stream in (False, True):
-        body = {"messages": QUESTION, "max_tokens": given.tokens, "ignore_eos": True, "temperature": 0, "stop": []}
-        body["stream"] = stream
         for clients in given.clients:
-            requests = max(20, given.requests_per_client * clients)
+            shared = {"messages": QUESTION, "ignore_eos": True, "temperature": 0, "stop": [], "stream": stream}
+            lengths = random.Random(given.seed).choices(
+                range(given.tokens // 2, given.tokens * 3 // 2 + 1), k=max(20, given.requests_per_client * clients)
+            )
+            bodies = [{**shared, "max_tokens": length} for length in lengths]
 
-            def side(url: str, body: dict[str, Any], clients: int, requests: int) -> Load:
-                return asyncio.run(load(url, body, clients, requests))
+            def side(url: str, bodies: list[dict[str, Any]], clients: int) -> Load:
+                return asyncio.run(load(url, bodies, clients))
 
             urls = (policy, gateway, relay)
             for url in urls:
-                asyncio.run(load(url, body, clients, clients))
-            bare, *others = in_turn(given.rounds, *(partial(side, url, body, clients, requests) for url in urls))
+                side(url, bodies[:clients], clients)
+            bare, *others = in_turn(given.rounds, *(partial(side, url, bodies, clients) for url in urls))
             p50 = statistics.median(one.p50 for one in bare)
             for name, loads in zip(("gateway", "bare relay"), others, strict=True):
-                added = sorted(b.p50 - a.p50 for a, b in zip(bare, loads, strict=True))
-                shares = sorted(b.per_second / a.per_second for a, b in zip(bare, loads, strict=True))
+                added = [b.p50 - a.p50 for a, b in zip(bare, loads, strict=True)]
+                shares = [100 * b.per_second / a.per_second for a, b in zip(bare, loads, strict=True)]
                 middle, share = statistics.median(added), statistics.median(shares)
                 yield {
-                    "work": f"{'stream' if stream else 'whole'}, {given.tokens} tokens",
+                    "work": f"{'stream' if stream else 'whole'}, {min(lengths)} to {max(lengths)} tokens",
                     "clients": clients,
                     "bare p50 ms": round(p50, 1),
                     "through": name,
-                    "added p50 ms": f"{middle:+.1f} ({added[0]:+.0f} to {added[-1]:+.0f})",
+                    "added p50 ms": with_interval(added, "+.1f"),
                     "added %": round(100 * middle / p50, 1),
-                    "throughput %": f"{100 * share:.1f} ({100 * shares[0]:.0f} to {100 * shares[-1]:.0f})",
-                    "within bounds": bool((middle <= 5 or middle <= 0.05 * p50) and share >= 0.95),
+                    "throughput %": with_interval(shares, ".1f"),
+                    "within bounds": bool((middle <= 5 or middle <= 0.05 * p50) and share >= 95),
                 }
+
+
+def with_interval(rounds: Sequence[float], form: str) -> str:
+    """The median over rounds and its 95 % interval, by resampling rounds."""
+    rng = random.Random(0)
+    medians = sorted(statistics.median(rng.choices(rounds, k=len(rounds))) for _ in range(2000))
+    return f"{statistics.median(rounds):{form}} ({medians[50]:{form}} to {medians[-51]:{form}})"
 
 
 def best_of(policy: str, gateway: str, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -161,13 +172,13 @@ def best_of(policy: str, gateway: str, given: argparse.Namespace) -> Iterator[di
     ):
         plain = {"messages": QUESTION, "n": 8, "seed": 1, **more}
         best = {"messages": QUESTION, "best_of": 8, "seed": 1, **more}
-        asyncio.run(load(policy, plain, 1, 3))
-        asyncio.run(load(gateway, best, 1, 3))
+        asyncio.run(load(policy, [plain] * 3, 1))
+        asyncio.run(load(gateway, [best] * 3, 1))
 
         def p50(url: str, body: dict[str, Any]) -> float:
-            return asyncio.run(load(url, body, 1, 10)).p50
+            return asyncio.run(load(url, [body] * 10, 1)).p50
 
-        one, other = in_turn(given.rounds * 2, partial(p50, policy, plain), partial(p50, gateway, best))
+        one, other = in_turn(given.rounds, partial(p50, policy, plain), partial(p50, gateway, best))
         ratio = statistics.median(b / a for a, b in zip(one, other, strict=True))
         yield {
             "work": name,
@@ -345,9 +356,11 @@ def main() -> None:
     parser.add_argument("--reward", default="nano/reward", help="the reward model")
     parser.add_argument("--parts", default="overhead,best_of,soak", help="which to run")
     parser.add_argument("--clients", default="1,16,64", help="how many at a time, for overhead")
-    parser.add_argument("--rounds", type=int, default=4, help="of each side, in turn")
-    parser.add_argument("--tokens", type=int, default=64, help="of one answer")
-    parser.add_argument("--requests-per-client", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=16, help="of each side, in turn")
+    parser.add_argument(
+        "--tokens", type=int, default=64, help="of one answer (overhead: from half to 1.5 times as many)"
+    )
+    parser.add_argument("--requests-per-client", type=int, default=4)
     parser.add_argument("--soak", type=int, default=2000, help="requests")
     parser.add_argument("--soak-clients", type=int, default=16)
     parser.add_argument("--kills", type=int, default=2, help="of each server")
