@@ -199,6 +199,7 @@ def run(settings: GatewaySettings) -> None:
         log_level="warning",
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # nothing here asks who the client is
         ws="none",
         timeout_graceful_shutdown=_GRACE_S,
     )
