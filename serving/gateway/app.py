@@ -10,19 +10,19 @@ its key. Beside this: `best_of` is what `best_of` does, `limits` who is let in, 
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from almost_eval.errors import InputError
 from serving.gateway.best_of import BestOf, Rewards, answer_rewards
@@ -98,7 +98,7 @@ class Gateway:
 
     async def _pass(self, path: str, body: bytes, reply: Reply) -> None:
         async with self.policy.request("POST", path, body) as response:
-            if response.headers.get("Content-Type", "").startswith(EVENTS):
+            if response.header(b"content-type").startswith(EVENTS.encode()):
                 await relay_events(response, reply)
                 return
             whole = await response.read()
@@ -166,23 +166,23 @@ def create_app(settings: GatewaySettings) -> ASGIApp:
         yield
         await gateway.close()
 
-    app = Starlette(
+    limited = {path: Limited(handler, settings, slots, gateway.metrics) for path, handler in work.items()}
+    rest = Starlette(
         routes=[
-            *(
-                Route(path, Limited(handler, settings, slots, gateway.metrics), methods=["POST"])
-                for path, handler in work.items()
-            ),
+            *(Route(path, handler, methods=["POST"]) for path, handler in limited.items()),  # here for their 405
             *(Route(path, handler, methods=["GET"]) for path, handler in quick.items()),
-        ],
-        middleware=[
-            Middleware(Observed, gateway.metrics, frozenset((*work, *quick))),
-            Middleware(KeyGuard, settings.api_key),
         ],
         exception_handlers={HTTPException: on_refusal, Exception: on_crash},
         lifespan=lifespan,
     )
-    app.router.redirect_slashes = False  # a path with a slash too many is another path
-    return app
+    rest.router.redirect_slashes = False  # a path with a slash too many is another path
+
+    async def front(scope: Scope, receive: Receive, send: Send) -> None:
+        # Work does not go through Starlette: a tenth of the gateway's own time was routing it (benchmarks/LOG.md).
+        at_work = limited.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        await (at_work or rest)(scope, receive, send)
+
+    return Observed(KeyGuard(front, settings.api_key), gateway.metrics, frozenset((*work, *quick)))
 
 
 def run(settings: GatewaySettings) -> None:
@@ -209,8 +209,20 @@ def run(settings: GatewaySettings) -> None:
     print(f"gateway on {address}/v1; policy {settings.policy_url}; reward {reward}", file=sys.stderr, flush=True)
     if settings.api_key is None and host not in ("127.0.0.1", "::1"):
         print(f"warning: no key is set ({KEY}): whoever reaches {address} may use it", file=sys.stderr, flush=True)
+    _give_way()
     with _signals_are_the_servers(), listening:
         uvicorn.Server(config).run(sockets=[listening])
+
+
+def _give_way() -> None:
+    """Let what comes in wait until a core is free or its turn has come, rather than take the model's at each token.
+
+    On a CPU that the model computes on, each wake-up would else interrupt it; so several tokens are passed on at once
+    (benchmarks/LOG.md). Nothing waits where a core is idle.
+    """
+    if hasattr(os, "SCHED_BATCH"):  # Linux
+        with suppress(OSError):  # a sandbox may forbid it
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 @contextmanager

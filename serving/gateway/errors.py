@@ -51,9 +51,14 @@ async def on_refusal(request: Request, error: Exception) -> Response:
     return Response(detail, error.status_code, headers, "application/json")
 
 
+def crashed() -> HTTPException:
+    """For a bug of our own, told without a word of the request in it."""
+    return refusal(500, "the gateway failed; its log says how", "internal_error")
+
+
 async def on_crash(request: Request, error: Exception) -> Response:
-    """Starlette's handler of everything else: our own bug, told without a word of the request in it."""
-    return Response(error_text(500, "the gateway failed; its log says how", "internal_error"), 500, None, _JSON)
+    """Starlette's handler of everything else."""
+    return await on_refusal(request, crashed())
 
 
 def upstream_words(body: bytes) -> str:
@@ -68,5 +73,4 @@ def upstream_words(body: bytes) -> str:
     return " ".join(str(found).split())[:500]
 
 
-_JSON = "application/json"
 _PATHS = "/v1/chat/completions, /v1/completions, /v1/models, /v1/rewards"

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serving.gateway.errors import on_refusal, refusal
+from serving.gateway.errors import crashed, on_refusal, refusal
 from serving.gateway.metrics import Metrics
 from serving.gateway.settings import GatewaySettings
 from serving.gateway.streaming import Reply
@@ -66,8 +66,8 @@ class Slots:
 
     def __init__(self, limit: int, metrics: Metrics) -> None:
         self._limit = limit
-        self._metrics = metrics
         self.taken = 0
+        metrics.running.set_function(lambda: self.taken)
 
     @contextmanager
     def take(self) -> Iterator[None]:
@@ -80,12 +80,10 @@ class Slots:
             message = f"{self._limit} requests are at work, as many as this gateway takes; try again in a second"
             raise refusal(429, message, "too_many_requests", headers={"Retry-After": "1"})
         self.taken += 1
-        self._metrics.running.set(self.taken)
         try:
             yield
         finally:
             self.taken -= 1
-            self._metrics.running.set(self.taken)
 
 
 class Limited:
@@ -125,6 +123,9 @@ class Limited:
             await reply.fail(refusal(400, "the body is nested too deeply", "invalid_json"))
         except asyncio.CancelledError:  # the server shuts down and has waited long enough
             await reply.fail(refusal(503, "the gateway is shutting down", "shutting_down"))
+        except Exception:
+            await reply.fail(crashed())
+            raise  # the server logs it
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
@@ -134,23 +135,20 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
         HTTPException: 413: it is, or says it is, longer than `limit` bytes.
         ClientDisconnect: the client left before its end.
     """
-    too_long = refusal(413, f"the body is longer than {limit} bytes, the limit of this gateway", "body_too_large")
-    stated = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-    if int(stated) > limit:
-        raise too_long
+    stated = int(next((value for name, value in scope["headers"] if name == b"content-length"), b"0"))
     parts: list[bytes] = []
     length = 0
-    while True:
+    more = stated <= limit
+    while more:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
-        part = message.get("body", b"")
-        length += len(part)
-        if length > limit:
-            raise too_long
-        parts.append(part)
-        if not message.get("more_body", False):
-            return b"".join(parts)
+        parts.append(message.get("body", b""))
+        length += len(parts[-1])
+        more = length <= limit and message.get("more_body", False)
+    if max(stated, length) > limit:
+        raise refusal(413, f"the body is longer than {limit} bytes, the limit of this gateway", "body_too_large")
+    return b"".join(parts)
 
 
 @asynccontextmanager

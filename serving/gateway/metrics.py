@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from time import perf_counter
 from typing import Any
 
@@ -59,11 +60,11 @@ class Observed:
         began = perf_counter()
         status = "none"  # the client left before there was any
 
-        async def observed(message: Message) -> None:
+        def observed(message: Message) -> Awaitable[None]:  # no coroutine of its own: it is called for every token
             nonlocal status
             if message["type"] == "http.response.start":
                 status = str(message["status"])
-            await send(message)
+            return send(message)
 
         try:
             await self.app(scope, receive, observed)

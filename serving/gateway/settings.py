@@ -22,7 +22,8 @@ class GatewaySettings:
     """Everything a gateway needs; the keys come from the environment and show in no repr.
 
     Raises:
-        InputError: an address that is no http(s) address or holds a password; a limit out of range.
+        InputError: an address that is no http(s) address or holds a password; a key of more than one line; a limit
+            out of range.
     """
 
     policy_url: str
@@ -56,6 +57,9 @@ class GatewaySettings:
         object.__setattr__(self, "policy_url", _address("policy-url", self.policy_url))
         if self.reward_url is not None:
             object.__setattr__(self, "reward_url", _address("reward-url", self.reward_url))
+        for name, key in ((KEY, self.api_key), (POLICY_KEY, self.policy_key), (REWARD_KEY, self.reward_key)):
+            if key is not None and any(character < " " or character == "\x7f" for character in key):
+                raise InputError(f"{name} holds a line end or another control character: no header can carry it")
         for name in ("max_best_of", "max_conversations", "max_body_bytes", "max_concurrent"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name.replace('_', '-')} must be 1 or more, not {getattr(self, name)}")

@@ -7,9 +7,10 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import aiohttp
 from starlette.exceptions import HTTPException
 from starlette.types import Send
+
+from serving.gateway.http_client import Answer
 
 EVENTS = "text/event-stream"
 _DONE = b"data: [DONE]\n\n"
@@ -22,9 +23,9 @@ Notes = Sequence[tuple[bytes, bytes]]
 """Headers of an upstream's answer that are for the client."""
 
 
-def notes_of(response: aiohttp.ClientResponse) -> Notes:
+def notes_of(answer: Answer) -> Notes:
     """Those of this toolkit, such as `almost-default-stop`; all others end at the gateway."""
-    return [item for item in response.raw_headers if item[0].lower().startswith(b"almost-")]
+    return [item for item in answer.headers if item[0].startswith(b"almost-")]
 
 
 class Reply:
@@ -62,30 +63,28 @@ class Reply:
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
 
     async def fail(self, error: HTTPException) -> None:
-        """Tell the failure: as the answer's status, or as the last event of a stream that has begun.
-
-        Raises:
-            HTTPException: nothing was sent yet; Starlette's handler answers.
-        """
+        """Tell the failure: as the answer's status, or as the last event of a stream that has begun."""
         if not self._started:
-            raise error from None
+            headers = [(name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items()]
+            return await self.whole(error.status_code, error.detail.encode(), headers)
         if self._events and not self._ended:
             try:
                 async with asyncio.timeout(_FAREWELL_S):  # it may be the client who does not read
                     await self.end(b"data: " + error.detail.encode() + b"\n\n" + _DONE)
             except TimeoutError:
                 pass  # uvicorn closes the connection: the answer is not complete
+        return None
 
 
-async def relay_events(response: aiohttp.ClientResponse, reply: Reply) -> None:
+async def relay_events(answer: Answer, reply: Reply) -> None:
     """Pass a stream through as it comes, byte for byte.
 
     Only the beginning of an event that is not whole yet is held back: should the upstream die there, what the client
     has can still be closed with a well-formed error.
     """
-    await reply.start(response.status, response.headers["Content-Type"], notes_of(response))
+    await reply.start(answer.status, answer.header(b"content-type").decode("latin-1"), notes_of(answer))
     held = b""
-    async for data in response.content.iter_any():
+    async for data in answer.parts():
         if held:
             data = held + data
         if data.endswith(_EVENT_ENDS):

@@ -167,6 +167,19 @@ def test_the_command_ends_what_it_began(number: signal.Signals) -> None:
             process.wait()
 
 
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="only Linux has this scheduling policy")
+def test_the_command_takes_no_core_from_a_model_at_work() -> None:
+    with FakeUpstream().served() as upstream:
+        process = command("--policy-url", upstream.url, "--port", "0")
+        try:
+            assert process.stderr is not None
+            process.stderr.readline()
+            until(lambda: os.sched_getscheduler(process.pid) == os.SCHED_BATCH, 5)
+        finally:
+            process.kill()
+            process.wait()
+
+
 def test_the_command_refuses_in_one_line() -> None:
     with FakeUpstream().served() as upstream:
         taken = command("--policy-url", upstream.url, "--port", str(upstream.port))

@@ -20,6 +20,9 @@ import pytest
 from fake_upstream import FakeUpstream, Served, event
 
 from serving.gateway.app import GatewaySettings, create_app
+from serving.gateway.limits import Limited, Slots
+from serving.gateway.metrics import Metrics
+from serving.gateway.streaming import EVENTS, Reply
 from serving.process import free_port
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -43,9 +46,9 @@ class Two:
 
 
 @pytest.fixture
-def two() -> Iterator[Two]:
+def two(request: pytest.FixtureRequest) -> Iterator[Two]:
     with ExitStack() as stack:
-        yield Two(stack, reward_timeout_s=0.5)
+        yield Two(stack, reward_timeout_s=getattr(request, "param", 0.5))
 
 
 def code(answer: httpx.Response) -> tuple[int, str]:
@@ -191,9 +194,39 @@ def test_no_reward_server_at_all() -> None:
         assert client.get("/ready").json() == {"ready": True, "policy": True}
 
 
+# --- the gateway itself ---
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_bug_of_ours_is_told_well_and_lets_its_slot_go(begun: bool) -> None:
+    settings = GatewaySettings(policy_url="http://127.0.0.1:1", api_key=None)
+    metrics = Metrics()
+    slots = Slots(1, metrics)
+
+    async def handler(body: bytes, reply: Reply) -> None:
+        if begun:
+            await reply.start(200, EVENTS)
+            await reply.part(event(0))
+        raise ZeroDivisionError(body)
+
+    with Served.of(Limited(handler, settings, slots, metrics)) as served:
+        for _ in range(2):
+            answer = httpx.post(served.url, json={"secret": 1})
+            told = answer.text
+            if begun:
+                first, told, done, rest = answer.text.split("\n\n")
+                assert (first + "\n\n", done, rest) == (event(0).decode(), "data: [DONE]", "")
+            assert answer.status_code == (200 if begun else 500)
+            error = json.loads(told.removeprefix("data: "))["error"]
+            assert (error["type"], error["code"]) == ("server_error", "internal_error")
+            assert "secret" not in told
+    assert slots.taken == 0
+
+
 # --- many at once ---
 
 
+@pytest.mark.parametrize("two", [15.0], indirect=True, ids=["patient"])  # 128 at once may take more than 0.5 s
 def test_a_thousand_requests_amid_faults(two: Two) -> None:
     """The small sister of the soak in benchmarks/serving.py: every request ends well, and nothing is left behind."""
     modes = ["good", "good", "garbage", "die", "fail", "half-event"]

@@ -78,7 +78,7 @@ def test_the_key_opens_and_goes_no_further(gateway: Gateway, fake: FakeUpstream)
     assert len(fake.seen) == 3  # one request for the candidates, one for each reward
     for path, seen, _ in fake.seen:
         secret = "reward-secret" if path == "/classify" else "policy-secret"
-        expected = {"host", "accept", "accept-encoding", "authorization", "content-type", "content-length"}
+        expected = {"host", "accept-encoding", "authorization", "content-type", "content-length"}
         assert set(seen) == expected
         assert seen["authorization"] == f"Bearer {secret}"
 
@@ -264,6 +264,7 @@ def test_time_out_in_a_stream(gateway: Gateway, fake: FakeUpstream) -> None:
         ("policy_url", "http://host:99999", "http"),
         ("policy_url", "http://user:pw@host", "ALMOST_POLICY_KEY"),
         ("reward_url", "http://h/?a=b", "reward-url"),
+        ("policy_key", "pw\r\nX-Evil: 1", "ALMOST_POLICY_KEY holds a line end"),
         ("max_best_of", 0, "max-best-of"),
         ("timeout_s", float("nan"), "timeout"),
         ("port", 70000, "port"),
