@@ -125,7 +125,7 @@ def in_turn(rounds: int, *sides: Callable[[], Any]) -> list[list[Any]]:
 
 def overhead(policy: str, gateway: str, relay: str, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Latency and throughput through the gateway, without it, and through a relay of bytes in its place."""
-    for stream in (False, True):
+    for stream in [kind == "stream" for kind in given.answers.split(",")]:
         for clients in given.clients:
             shared = {"messages": QUESTION, "ignore_eos": True, "temperature": 0, "stop": [], "stream": stream}
             lengths = random.Random(given.seed).choices(
@@ -356,6 +356,7 @@ def main() -> None:
     parser.add_argument("--reward", default="nano/reward", help="the reward model")
     parser.add_argument("--parts", default="overhead,best_of,soak", help="which to run")
     parser.add_argument("--clients", default="1,16,64", help="how many at a time, for overhead")
+    parser.add_argument("--answers", default="whole,stream", help="which kinds, for overhead")
     parser.add_argument("--rounds", type=int, default=16, help="of each side, in turn")
     parser.add_argument(
         "--tokens", type=int, default=64, help="of one answer (overhead: from half to 1.5 times as many)"

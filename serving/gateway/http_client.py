@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, nullcontext
 from time import monotonic
 from typing import cast
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import httptools
 
@@ -240,7 +240,7 @@ class HttpClient:
         self._host = address.hostname or ""
         self._port = address.port or (443 if tls else 80)
         self._tls = ssl.create_default_context() if tls else None
-        self._path = address.path
+        self._path = quote(address.path, safe="/%:@!$&'()*+,;=")
         self._headers = "".join(f"{name}: {value}\r\n" for name, value in lines)
         self._slots = asyncio.Semaphore(connections) if connections else None
         self._idle: deque[_Connection] = deque()  # the longest idle first

@@ -52,7 +52,7 @@ async def served(script: Script, tls: ssl.SSLContext | None = None, connections:
     server = Server(script)
     listening = await asyncio.start_server(server.serve, "127.0.0.1", 0, ssl=tls)
     port = listening.sockets[0].getsockname()[1]
-    client = HttpClient(f"http{'s' if tls else ''}://127.0.0.1:{port}/base", [("A-Key", "é")], connections)
+    client = HttpClient(f"http{'s' if tls else ''}://127.0.0.1:{port}/a b%20é", [("A-Key", "é")], connections)
     try:
         yield server, client
     finally:
@@ -91,7 +91,7 @@ def test_what_is_sent_and_what_comes_back() -> None:
                 assert answer.header(b"almost-note") == b"a"
                 assert answer.header(b"nothing") == b""
             host = f"127.0.0.1:{client._port}".encode()
-            head = b"POST /base/v1/x HTTP/1.1\r\nHost: " + host + "\r\nA-Key: é\r\n".encode()
+            head = b"POST /a%20b%20%C3%A9/v1/x HTTP/1.1\r\nHost: " + host + "\r\nA-Key: é\r\n".encode()
             assert server.requests[0] == head + b"Content-Length: 2\r\n\r\n{}"
             assert server.requests[1].endswith(b"\r\n\r\n" + b"\xff" * 300_000)
             assert server.connections == 1
