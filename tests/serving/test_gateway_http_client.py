@@ -6,12 +6,14 @@ import asyncio
 import shutil
 import ssl
 import subprocess
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
+import uvloop
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +22,16 @@ from serving.process import free_port
 
 Script = Callable[[asyncio.StreamWriter], Awaitable[None]]
 WHOLE = b'HTTP/1.1 200 OK\r\nContent-Type: text/x\r\nALMOST-Note: a\r\nContent-Length: 4\r\n\r\n{"a"'
+
+
+Run = Callable[[Coroutine[Any, Any, Any]], Any]
+
+
+@pytest.fixture(params=[asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+def run(request: pytest.FixtureRequest) -> Run:
+    """The gateway's loop is uvloop's where there is one."""
+    found: Run = request.param
+    return found
 
 
 class Server:
@@ -82,7 +94,7 @@ async def ask(client: HttpClient, body: bytes = b"{}") -> tuple[Answer, bytes]:
         return answer, await answer.read()
 
 
-def test_what_is_sent_and_what_comes_back() -> None:
+def test_what_is_sent_and_what_comes_back(run: Run) -> None:
     async def check() -> None:
         async with served(says(WHOLE)) as (server, client):
             for body in (b"{}", b"\xff" * 300_000):
@@ -96,7 +108,7 @@ def test_what_is_sent_and_what_comes_back() -> None:
             assert server.requests[1].endswith(b"\r\n\r\n" + b"\xff" * 300_000)
             assert server.connections == 1
 
-    asyncio.run(check())
+    run(check())
 
 
 CHUNKED = (
@@ -105,9 +117,9 @@ CHUNKED = (
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(cuts=st.lists(st.integers(1, len(CHUNKED) - 1), max_size=12, unique=True))
-def test_chunks_cut_anywhere(cuts: list[int]) -> None:
+def test_chunks_cut_anywhere(run: Run, cuts: list[int]) -> None:
     at = [0, *sorted(cuts), len(CHUNKED)]
 
     async def check() -> None:
@@ -118,10 +130,10 @@ def test_chunks_cut_anywhere(cuts: list[int]) -> None:
                 assert answer.headers == [(b"content-type", b"text/event-stream"), (b"transfer-encoding", b"chunked")]
             assert server.connections == 1
 
-    asyncio.run(check())
+    run(check())
 
 
-def test_a_part_is_there_as_soon_as_it_has_come() -> None:
+def test_a_part_is_there_as_soon_as_it_has_come(run: Run) -> None:
     async def check() -> None:
         more = asyncio.Event()
 
@@ -137,7 +149,7 @@ def test_a_part_is_there_as_soon_as_it_has_come() -> None:
                 more.set()
             assert seen == [b"one", b"two"]
 
-    asyncio.run(check())
+    run(check())
 
 
 @pytest.mark.parametrize(
@@ -150,7 +162,7 @@ def test_a_part_is_there_as_soon_as_it_has_come() -> None:
         ((b"HTTP/1.1 204 No Content\r\n\r\n",), True),
     ],
 )
-def test_a_connection_is_used_again_where_it_may_be(pieces: tuple[bytes, ...], reused: bool) -> None:
+def test_a_connection_is_used_again_where_it_may_be(run: Run, pieces: tuple[bytes, ...], reused: bool) -> None:
     async def check() -> None:
         async with served(says(*pieces)) as (server, client):
             for _ in range(3):
@@ -158,10 +170,10 @@ def test_a_connection_is_used_again_where_it_may_be(pieces: tuple[bytes, ...], r
                 await asyncio.sleep(0.01)
             assert server.connections == (1 if reused else 3)
 
-    asyncio.run(check())
+    run(check())
 
 
-def test_what_nobody_asked_for_closes_the_connection() -> None:
+def test_what_nobody_asked_for_closes_the_connection(run: Run) -> None:
     async def script(writer: asyncio.StreamWriter) -> None:
         writer.write(WHOLE)
         await asyncio.sleep(0.02)
@@ -174,15 +186,15 @@ def test_what_nobody_asked_for_closes_the_connection() -> None:
                 await asyncio.sleep(0.05)
                 assert server.connections == number
 
-    asyncio.run(check())
+    run(check())
 
 
-def test_a_body_without_a_length_ends_with_the_connection() -> None:
+def test_a_body_without_a_length_ends_with_the_connection(run: Run) -> None:
     async def check() -> None:
         async with served(says(b"HTTP/1.1 200 OK\r\n\r\nab", b"cd", close=True)) as (_, client):
             assert (await ask(client))[1] == b"abcd"
 
-    asyncio.run(check())
+    run(check())
 
 
 @pytest.mark.parametrize(
@@ -198,7 +210,7 @@ def test_a_body_without_a_length_ends_with_the_connection() -> None:
         (b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 50_000, "headers of more than"),
     ],
 )
-def test_what_breaks_off_is_an_error_that_says_why(said: bytes, why: str) -> None:
+def test_what_breaks_off_is_an_error_that_says_why(run: Run, said: bytes, why: str) -> None:
     async def check() -> None:
         async with served(says(said, close=True)) as (server, client):
             with pytest.raises(BrokenOff, match=why):
@@ -207,10 +219,24 @@ def test_what_breaks_off_is_an_error_that_says_why(said: bytes, why: str) -> Non
             server.script = says(WHOLE)
             assert (await ask(client))[1] == b'{"a"'
 
-    asyncio.run(asyncio.wait_for(check(), 10))
+    run(asyncio.wait_for(check(), 10))
 
 
-def test_who_leaves_closes_the_connection() -> None:
+def test_a_server_that_hangs_up_at_once(run: Run) -> None:
+    async def check() -> None:
+        async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.transport.abort()
+
+        listening = await asyncio.start_server(hang_up, "127.0.0.1", 0)
+        async with listening:
+            client = HttpClient(f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}", [])
+            ends = await asyncio.gather(*(ask(client) for _ in range(200)), return_exceptions=True)
+        assert {type(end) for end in ends} <= {BrokenOff, Unreachable}
+
+    run(asyncio.wait_for(check(), 10))
+
+
+def test_who_leaves_closes_the_connection(run: Run) -> None:
     async def hang(writer: asyncio.StreamWriter) -> None:
         writer.write(WHOLE[:-1])
         await asyncio.sleep(10)
@@ -226,10 +252,10 @@ def test_who_leaves_closes_the_connection() -> None:
             assert not client._idle
             assert server.connections == 2
 
-    asyncio.run(check())
+    run(check())
 
 
-def test_an_idle_connection_is_closed_before_the_server_would() -> None:
+def test_an_idle_connection_is_closed_before_the_server_would(run: Run) -> None:
     async def check() -> None:
         async with served(says(WHOLE)) as (server, client):
             await asyncio.gather(*(ask(client) for _ in range(5)))
@@ -241,10 +267,10 @@ def test_an_idle_connection_is_closed_before_the_server_would() -> None:
             await asyncio.sleep(1.2)
             assert (server.open, len(client._idle), client._sweeper) == (0, 0, None)
 
-    asyncio.run(check())
+    run(check())
 
 
-def test_a_slow_reader_lets_the_server_wait() -> None:
+def test_a_slow_reader_lets_the_server_wait(run: Run) -> None:
     total = 64 << 20
     sent = 0
 
@@ -262,10 +288,10 @@ def test_a_slow_reader_lets_the_server_wait() -> None:
             assert sent < 16 << 20  # what the sockets' buffers take, and a little
             assert sum([len(part) async for part in answer.parts()]) == total
 
-    asyncio.run(check())
+    run(check())
 
 
-def test_what_was_not_read_is_not_taken_for_the_next_answer() -> None:
+def test_what_was_not_read_is_not_taken_for_the_next_answer(run: Run) -> None:
     async def check() -> None:
         large = b"HTTP/1.1 200 OK\r\nContent-Length: 400000\r\n\r\n" + bytes(400_000)
         async with served(says(large)) as (server, client):
@@ -275,10 +301,10 @@ def test_what_was_not_read_is_not_taken_for_the_next_answer() -> None:
             server.script = says(WHOLE)
             assert (await ask(client))[1] == b'{"a"'
 
-    asyncio.run(asyncio.wait_for(check(), 10))
+    run(asyncio.wait_for(check(), 10))
 
 
-def test_no_more_requests_at_a_time_than_allowed() -> None:
+def test_no_more_requests_at_a_time_than_allowed(run: Run) -> None:
     most = 0
 
     async def check() -> None:
@@ -292,17 +318,17 @@ def test_no_more_requests_at_a_time_than_allowed() -> None:
             await asyncio.gather(*(ask(client) for _ in range(12)))
         assert (most, len(server.requests)) == (3, 12)
 
-    asyncio.run(check())
+    run(check())
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "no-such-host.invalid"])
-def test_no_connection_to_be_made(host: str) -> None:
+def test_no_connection_to_be_made(run: Run, host: str) -> None:
     with pytest.raises(Unreachable):
-        asyncio.run(ask(HttpClient(f"http://{host}:{free_port()}", [])))
+        run(ask(HttpClient(f"http://{host}:{free_port()}", [])))
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="a certificate is made by openssl, which is not installed")
-def test_tls_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tls_is_checked(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "2"]
     command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
@@ -315,6 +341,6 @@ def test_tls_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
             return (await ask(client))[1]
 
     with pytest.raises(Unreachable, match="CERTIFICATE_VERIFY_FAILED"):
-        asyncio.run(check())
+        run(check())
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    assert asyncio.run(check()) == b'{"a"'
+    assert run(check()) == b'{"a"'
