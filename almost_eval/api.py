@@ -7,13 +7,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from almost_eval.comparison import Comparison, compare_runs
+from almost_eval.cli.run_options import prepare_run
+from almost_eval.compare.comparison import Comparison, compare_runs
 from almost_eval.engines.build import EngineOptions
 from almost_eval.engines.hf import HFEngine as HFEngine
 from almost_eval.errors import InputError, did_you_mean
-from almost_eval.rewards import HFRewardModel as RewardModel
-from almost_eval.run_options import prepare_run
-from almost_eval.store import read_results, read_samples, read_spec
+from almost_eval.rewards.hf import HFRewardModel as RewardModel
+from almost_eval.run.store import read_results, read_samples, read_spec
 from almost_eval.types import SampleRecord
 
 __all__ = ["FinishedRun", "HFEngine", "RewardModel", "compare", "evaluate", "load_run"]
@@ -69,9 +69,9 @@ def evaluate(
         InputError: an unknown task or setting; whatever the model, the data or the folder refuse.
         RunError: the run could not finish; the same call goes on.
     """
-    from almost_eval.all_plan import PARTS, Part
     from almost_eval.progress import progress_for
-    from almost_eval.validity import parse_allowed
+    from almost_eval.run.validity import parse_allowed
+    from almost_eval.suite.plan import PARTS, Part
 
     parts = {**PARTS, "hhh": PARTS["hhh-choice"], "harness": Part("harness", {"tasks": (), "shots": None})}
     if task not in parts:

@@ -67,8 +67,8 @@ class Reviews(Sequence[JudgeRequest]):
 
 def ours(given: argparse.Namespace, requests: Reviews) -> dict[str, Any]:
     """The client with its defaults and a journal."""
-    from almost_eval.judge.client import JudgeClient
-    from almost_eval.judge.journal import Journal
+    from almost_eval.judge.api.client import JudgeClient
+    from almost_eval.judge.api.journal import Journal
 
     early = 0.0
     with tempfile.TemporaryDirectory() as scratch, Journal(Path(scratch) / "journal.sqlite") as journal:

@@ -17,23 +17,23 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from almost_eval.assets import DataSource, find_data
+from almost_eval.cli.startup import import_transformers
+from almost_eval.data.sources import DataSource, find_data
 from almost_eval.engines.build import generation_engine
 from almost_eval.engines.hf import HFEngine
 from almost_eval.nano import shipped
 from almost_eval.nano.data import data_root
 from almost_eval.nano.oracle import score_text
 from almost_eval.progress import Progress, progress_for
-from almost_eval.rewards import HFRewardModel
-from almost_eval.startup import import_transformers
-from almost_eval.store import read_json, write_json
+from almost_eval.rewards.hf import HFRewardModel
+from almost_eval.run.store import read_json, write_json
 from almost_eval.types import Message
-from almost_train.evaluation import EvaluationSettings, evaluate_policies
-from almost_train.nano_data import oracle, write_prompts
-from almost_train.nano_ladder import Configuration, oracle_ladder
-from almost_train.pipeline import Pipeline, Recipe, load_recipe
-from almost_train.records import Row, read_rows
-from almost_train.reward import RewardSettings, train_reward
+from almost_train.common.records import Row, read_rows
+from almost_train.nano.data import oracle, write_prompts
+from almost_train.nano.ladder import Configuration, oracle_ladder
+from almost_train.pipeline.evaluation import EvaluationSettings, evaluate_policies
+from almost_train.pipeline.run import Pipeline, Recipe, load_recipe
+from almost_train.reward.run import RewardSettings, train_reward
 from almost_train.synthetic.comparisons import ComparisonSettings, synthesize_comparisons
 from almost_train.synthetic.responses import Configuration as Configured
 from almost_train.synthetic.responses import ResponseSettings, read_configurations, synthesize_responses
@@ -285,7 +285,7 @@ def policies(recipe: Recipe, folder: Path, seed: int, progress: Progress) -> Fig
 
 def alignment_tax(folder: Path) -> Figures:
     """nano-MMLU, five shots: before and after."""
-    from almost_eval.runner import Run
+    from almost_eval.run.runner import Run
     from almost_eval.tasks.base import resolve_prompting
     from almost_eval.tasks.mmlu import MMLU
 

@@ -55,7 +55,7 @@ def checkpoint(data_root: Path, *, small: bool = False) -> Path:
 
 
 def _text(data_root: Path) -> Iterator[str]:
-    from almost_eval.assets import DataSource
+    from almost_eval.data.sources import DataSource
 
     data = DataSource("hub", data_root)
     for row in data.read("truthfulqa/truthful_qa", "multiple_choice", "validation"):
@@ -88,8 +88,8 @@ def ours_vllm(task: str, model: Path, data_root: Path, limit: int | None, _: int
 
 
 def _ours(task: str, engine: Any, load: Callable[[], Any], data_root: Path, limit: int | None) -> dict[str, Any]:
-    from almost_eval.assets import DataSource
-    from almost_eval.runner import Run
+    from almost_eval.data.sources import DataSource
+    from almost_eval.run.runner import Run
     from almost_eval.tasks.base import Task, resolve_prompting
     from almost_eval.tasks.hhh import HHH
     from almost_eval.tasks.mmlu import MMLU
@@ -175,7 +175,7 @@ def _lm_eval(load: Callable[[], Any], task: str, data_root: Path, limit: int | N
 
     from lm_eval import evaluator
 
-    from almost_eval.assets import DataSource
+    from almost_eval.data.sources import DataSource
     from almost_eval.tasks.harness import load_lm_eval_tasks
 
     logging.disable(logging.WARNING)

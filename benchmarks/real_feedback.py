@@ -18,17 +18,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from almost_eval.assets import DataSource
-from almost_eval.chat import parse_dialogue
+from almost_eval.cli.startup import import_transformers
+from almost_eval.data.sources import DataSource
+from almost_eval.models.chat import parse_dialogue
 from almost_eval.progress import progress_for
-from almost_eval.rewards import HFRewardModel
-from almost_eval.startup import import_transformers
+from almost_eval.rewards.hf import HFRewardModel
 from almost_eval.stats import mean_metric
 from almost_eval.tasks.base import Prompting
 from almost_eval.tasks.hhh import HHH
 from almost_eval.types import Conversation, Message
-from almost_train.records import write_rows
-from almost_train.reward import RewardSettings, train_reward
+from almost_train.common.records import write_rows
+from almost_train.reward.run import RewardSettings, train_reward
 from almost_train.synthetic.comparisons import ComparisonSettings, synthesize_comparisons
 
 MODELS = ("llama-2-70b-chat-hf", "llama-2-13b-chat-hf", "llama-2-7b-chat-hf")

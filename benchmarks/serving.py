@@ -34,8 +34,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # `python benchmarks/serving.py` from anywhere
 
-from serving.process import ServerProcess, free_port  # noqa: E402
-from serving.server import VLLMServer  # noqa: E402
+from serving.launch.process import ServerProcess, free_port  # noqa: E402
+from serving.vllm.launch import VLLMServer  # noqa: E402
 
 CHAT = "/v1/chat/completions"
 QUESTION = [{"role": "user", "content": "What does the otter eat?"}]

@@ -19,10 +19,10 @@ import click
 PAGE = Path(__file__).parent / "cli.md"
 MEND = "python docs/make_cli_reference.py"
 PROGRAMS = {
-    "almost-eval": "almost_eval.cli:cli",
-    "almost-train": "almost_train.cli:cli",
-    "almost-serve": "serving.cli:cli",
-    "almost-chat": "serving.chat.cli:chat",
+    "almost-eval": "almost_eval.cli.main:cli",
+    "almost-train": "almost_train.cli.main:cli",
+    "almost-serve": "serving.cli.main:cli",
+    "almost-chat": "serving.cli.chat:chat",
 }
 """Program -> where its click command is."""
 WIDTH = 100

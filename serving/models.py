@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from almost_eval.chat import ChatTemplate, load_template, special_tokens
-from almost_eval.checkpoint import Checkpoint, context_length, find_checkpoint
 from almost_eval.errors import InputError
+from almost_eval.models.chat import ChatTemplate, load_template, special_tokens
+from almost_eval.models.checkpoint import Checkpoint, context_length, find_checkpoint
 from almost_eval.types import Message
 
 ARCHITECTURES = {
@@ -96,7 +96,7 @@ def find_model(
     """
     checkpoint = find_checkpoint(name, allow_pickle=allow_pickle, architectures=ARCHITECTURES[kind])
     if kind == "reward":
-        from almost_eval.rewards_base import refuse_wrong_head
+        from almost_eval.rewards.base import refuse_wrong_head
 
         refuse_wrong_head(checkpoint, custom=trust_remote_code and "auto_map" in checkpoint.config)
     tokenizer: Any = TokenizerFiles(checkpoint.path)
@@ -132,7 +132,7 @@ def _stop_of(template: ChatTemplate) -> tuple[str, ...]:
 def _chat_template(
     checkpoint: Checkpoint, template: ChatTemplate, tokenizer: TokenizerFiles, trust_remote_code: bool
 ) -> str | None:
-    """What vLLM is given so that its server encodes a conversation as `almost_eval.chat.encode_text` does.
+    """What vLLM is given so that its server encodes a conversation as `almost_eval.models.chat.encode_text` does.
 
     vLLM takes a rendered conversation to hold its special tokens already. Our templates leave BOS to the tokenizer, as
     do checkpoints saved with them: there the template must write it, or the model would miss it in every chat.
@@ -140,7 +140,7 @@ def _chat_template(
     tokens = special_tokens(tokenizer)  # type: ignore[arg-type]
     bos = tokens.get("bos_token")
     if bos and not template.render(_SAMPLE, special_tokens=tokens).lstrip().startswith(bos):
-        from almost_eval.engines.loading import load_tokenizer
+        from almost_eval.models.loading import load_tokenizer
 
         whole = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
         if list(whole.encode("a"))[:1] == [whole.bos_token_id]:

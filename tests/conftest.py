@@ -173,7 +173,7 @@ def almost_eval(
     """`almost_eval("hhh", "--limit", 2)`: the command in this process, which has torch imported already."""
     import torch
 
-    from almost_eval.cli import main
+    from almost_eval.cli.main import main
 
     def run(*arguments: object) -> Outcome:
         monkeypatch.setattr("sys.argv", ["almost-eval", *map(str, arguments)])

@@ -14,10 +14,10 @@ from typing import Any
 
 _PARENT = """
 import json, os, sys
-from almost_eval.startup import import_transformers
+from almost_eval.cli.startup import import_transformers
 import_transformers()
-import almost_eval.cli, filelock
-from almost_eval import provenance
+import almost_eval.cli.main, filelock
+from almost_eval.run import provenance
 from importlib import import_module
 for name in sys.argv[1:]:
     import_module(name)
@@ -34,7 +34,7 @@ for line in sys.stdin:
         for stream, file in enumerate(["/dev/null", order["out"], order["err"]]):
             os.dup2(os.open(file, os.O_RDWR | os.O_CREAT, 0o600), stream)
         sys.argv = ["almost-eval", *order["arguments"]]
-        almost_eval.cli.main()
+        almost_eval.cli.main.main()
     print(child, flush=True)
 """
 

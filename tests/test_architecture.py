@@ -18,18 +18,18 @@ HEAVY = {
         "almost_eval/engines/hf_attention.py",
         "almost_eval/engines/hf_generation.py",
         "almost_eval/engines/hf_loglikelihood.py",
-        "almost_train/ppo.py",
-        "almost_train/rlsf_checkpoint.py",
-        "almost_train/rlsf_models.py",
-        "almost_train/rlsf_ppo.py",
-        "almost_train/rlsf_trl.py",
-        "almost_train/rollouts.py",
+        "almost_train/rlsf/ppo.py",
+        "almost_train/rlsf/checkpoint.py",
+        "almost_train/rlsf/models.py",
+        "almost_train/rlsf/loop.py",
+        "almost_train/rlsf/trl.py",
+        "almost_train/rlsf/rollouts.py",
     },
     "transformers": {
         "almost_eval/engines/hf_generation.py",
-        "almost_train/rlsf_models.py",
-        "almost_train/rlsf_trl.py",
-        "almost_train/rollouts.py",
+        "almost_train/rlsf/models.py",
+        "almost_train/rlsf/trl.py",
+        "almost_train/rlsf/rollouts.py",
     },
     "vllm": set(),
     "lm_eval": set(),
@@ -79,7 +79,7 @@ def imported_on_load(body: list[ast.stmt]) -> Iterator[str]:
 
 
 def test_there_is_something_to_walk() -> None:
-    assert {"almost_eval/cli.py", "almost_train/__init__.py", "serving/__init__.py"} <= set(map(relative, FILES))
+    assert {"almost_eval/cli/main.py", "almost_train/__init__.py", "serving/__init__.py"} <= set(map(relative, FILES))
 
 
 def relative(file: Path) -> str:
@@ -108,7 +108,9 @@ def test_no_relative_imports() -> None:
 @pytest.mark.parametrize("argument", ["--help", "--version"])
 def test_what_loads_for(argument: str) -> None:
     report = "import sys\nprint(*sorted({m.split('.')[0] for m in sys.modules}), file=sys.stderr)"
-    code = f"import atexit, sys\natexit.register(lambda: exec({report!r}))\nfrom almost_eval.cli import main\nmain()"
+    code = (
+        f"import atexit, sys\natexit.register(lambda: exec({report!r}))\nfrom almost_eval.cli.main import main\nmain()"
+    )
     done = subprocess.run([sys.executable, "-c", code, argument], capture_output=True, text=True, check=True)
     loaded = {m for m in done.stderr.split() if not m.startswith("__editable__")}
     assert loaded - sys.stdlib_module_names - START_UP == LIGHT

@@ -98,14 +98,14 @@ def test_every_program_of_the_package_is_in_the_reference() -> None:
 
 
 def test_the_validity_table_is_the_gate() -> None:
-    from almost_eval.validity import ALLOWED
+    from almost_eval.run.validity import ALLOWED
 
     found = {row[0]: row[1] for row in rows("evaluate.md", "When the headline is withheld")[2:]}
     assert found == {name: f"{share * 100:g} %" for name, share in ALLOWED.items()}
 
 
 def test_the_statuses_fields_and_limits_are_the_gateways() -> None:
-    from serving.gateway.cli import LIMITS
+    from serving.cli.gateway import LIMITS
     from serving.gateway.schema import Almost, ChatRequest, openapi
     from serving.gateway.settings import GatewaySettings
 
@@ -141,7 +141,7 @@ def test_the_metrics_are_the_gateways() -> None:
 
 
 def test_the_recipe_table_has_every_section() -> None:
-    from almost_train.pipeline import HEAD, SECTIONS
+    from almost_train.pipeline.run import HEAD, SECTIONS
 
     cells = [re.findall(r"[a-z_]+", row[0]) for row in rows("train.md", "A recipe")[2:]]
     assert sorted(name for names in cells for name in names) == sorted(HEAD + SECTIONS)
@@ -160,11 +160,11 @@ def write_files(text: str, folder: Path) -> None:
 def test_the_files_for_training_are_read_as_shown(tmp_path: Path) -> None:
     import yaml
 
-    from almost_train.records import read_rows
-    from almost_train.reward_pairs import read_pairs
+    from almost_train.common.records import read_rows
+    from almost_train.common.trainers import messages_of
+    from almost_train.reward.pairs import read_pairs
     from almost_train.synthetic.ranking import read_ranking
     from almost_train.synthetic.responses import read_configurations
-    from almost_train.trainers import messages_of
 
     write_files(PAGES["train.md"], tmp_path)
     assert [row["id"] for row in read_rows(tmp_path / "prompts.jsonl", {"id": str, "prompt": str})] == ["p00001"]

@@ -1,1 +1,3 @@
-"""What runs a model: transformers here; vLLM and OpenAI-compatible endpoints by the same protocols."""
+"""What runs a language model: log-likelihoods and text by transformers, vLLM, or an OpenAI-compatible endpoint, all by
+the protocols in `base`. Uses `models`. Start with `base`; then `prefix`, which is pure, and `hf`.
+"""

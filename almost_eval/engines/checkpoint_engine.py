@@ -7,11 +7,11 @@ from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
-from almost_eval.checkpoint import Checkpoint, context_length, find_checkpoint
 from almost_eval.engines.base import EngineReport, RequestScores, SamplingParams
-from almost_eval.engines.loading import DTYPES, load_tokenizer
 from almost_eval.engines.prefix import EncodedRequest, Ids, TokenEncoder
 from almost_eval.errors import InputError, did_you_mean
+from almost_eval.models.checkpoint import Checkpoint, context_length, find_checkpoint
+from almost_eval.models.loading import DTYPES, load_tokenizer
 from almost_eval.types import Completion, LoglikelihoodRequest
 
 

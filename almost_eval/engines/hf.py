@@ -10,12 +10,12 @@ from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
-from almost_eval.checkpoint import Checkpoint
 from almost_eval.engines.base import EngineReport, RequestScores, SamplingParams
 from almost_eval.engines.checkpoint_engine import CheckpointEngine
-from almost_eval.engines.loading import ATTENTION, load_weights, pick_device, pick_dtype
 from almost_eval.engines.prefix import EncodedRequest, build_trie
 from almost_eval.errors import InputError, did_you_mean
+from almost_eval.models.checkpoint import Checkpoint
+from almost_eval.models.loading import ATTENTION, load_weights, pick_device, pick_dtype
 from almost_eval.types import Completion
 
 

@@ -19,8 +19,8 @@ from threading import Thread
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
-from almost_eval.checkpoint import Checkpoint, find_checkpoint
 from almost_eval.errors import AlmostError, InputError, ModelError, RunError, did_you_mean
+from almost_eval.models.checkpoint import Checkpoint, find_checkpoint
 from almost_eval.nano import BUILT_IN
 
 KEYS = ("ALMOST_API_KEY", "OPENAI_API_KEY")

@@ -17,15 +17,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
-from almost_eval.checkpoint import Checkpoint, find_checkpoint
 from almost_eval.engines.base import EngineReport, RequestScores
-from almost_eval.engines.loading import load_tokenizer
 from almost_eval.engines.openai import OpenAIEngine
 from almost_eval.engines.openai_client import ServedModel
 from almost_eval.engines.openai_routes import Whole, plan_wholes, read_echo, read_ids, token_name
 from almost_eval.engines.prefix import EncodedRequest, TokenEncoder, build_trie
 from almost_eval.engines.vllm_loglikelihood import Prompt, plan_prompts
 from almost_eval.errors import InputError
+from almost_eval.models.checkpoint import Checkpoint, find_checkpoint
+from almost_eval.models.loading import load_tokenizer
 from almost_eval.nano import BUILT_IN
 from almost_eval.types import ContinuationScore, LoglikelihoodRequest
 

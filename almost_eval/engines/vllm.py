@@ -10,14 +10,14 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from almost_eval.checkpoint import Checkpoint
 from almost_eval.engines.base import EngineReport, RequestScores, SamplingParams
 from almost_eval.engines.checkpoint_engine import CheckpointEngine
-from almost_eval.engines.loading import pick_device, pick_dtype
 from almost_eval.engines.prefix import EncodedRequest, Ids
 from almost_eval.engines.seeding import request_seed
 from almost_eval.engines.vllm_process import HoldsLLM, VLLMOptions, load, run
 from almost_eval.errors import InputError
+from almost_eval.models.checkpoint import Checkpoint
+from almost_eval.models.loading import pick_device, pick_dtype
 from almost_eval.types import Completion
 
 

@@ -18,9 +18,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from almost_eval.engines.loading import first_line, pick_device
 from almost_eval.engines.prefix import Ids
 from almost_eval.errors import InputError, ModelError, RunError
+from almost_eval.models.loading import first_line, pick_device
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core in this process

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from almost_eval import provenance
-from almost_eval.chat import ChatTemplate, load_template, special_tokens
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.build import EngineOptions, generation_engine
 from almost_eval.errors import InputError, RunError, StoreError
 from almost_eval.judge.questions import answer_line, over_long, read_answers
 from almost_eval.judge.records import Answer, Question
+from almost_eval.models.chat import ChatTemplate, load_template, special_tokens
 from almost_eval.progress import Progress
+from almost_eval.run import provenance
 from almost_eval.types import Message
 
 MAX_ANSWER_CHARS = 100_000

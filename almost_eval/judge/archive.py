@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from almost_eval.assets import read_rows
+from almost_eval.data.sources import read_rows
 from almost_eval.errors import DataError
 from almost_eval.judge.aggregate import Orders, Ties, aggregate
 from almost_eval.judge.records import Answer, Pair, Question, Review, Unparsed, Verdict

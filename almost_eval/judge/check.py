@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from almost_eval import provenance
 from almost_eval.errors import DataError, InputError
 from almost_eval.judge.archive import Archive, as_review
 from almost_eval.judge.judges import LASTING, Judge
 from almost_eval.judge.lines import ORDERS, check_reviews, record_of, review_of, stored_verdict
 from almost_eval.judge.records import Pair, Review, Side, Verdict
 from almost_eval.progress import Progress
+from almost_eval.run import provenance
+from almost_eval.run.store import RunStore
+from almost_eval.run.validity import ALLOWED
 from almost_eval.stats import cohen_kappa, mean_metric
-from almost_eval.store import RunStore
 from almost_eval.types import Metric, SampleRecord
-from almost_eval.validity import ALLOWED
 
 if TYPE_CHECKING:
     from almost_eval.judge.prompts import JudgePrompts

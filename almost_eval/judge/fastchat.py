@@ -6,7 +6,7 @@ and taken only where their sha256 is the one written here.
 
 from __future__ import annotations
 
-from almost_eval.assets import DataSource, pinned_text
+from almost_eval.data.sources import DataSource, pinned_text
 
 REPOSITORY = "lm-sys/FastChat"
 PINNED = {

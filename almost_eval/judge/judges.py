@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, overload
 
-from almost_eval.judge.client import JudgeClient, Stats
-from almost_eval.judge.cost import Budget, estimate, price_of
-from almost_eval.judge.endpoint import Endpoint
-from almost_eval.judge.journal import Journal
+from almost_eval.judge.api.client import JudgeClient, Stats
+from almost_eval.judge.api.cost import Budget, estimate, price_of
+from almost_eval.judge.api.endpoint import Endpoint
+from almost_eval.judge.api.journal import Journal
 from almost_eval.judge.prompts import JudgePrompts
 from almost_eval.judge.records import Failure, JudgeRequest, Pair, Question, Reply, Unparsed, Verdict
 from almost_eval.types import Message, SampleRecord

@@ -9,8 +9,8 @@ from almost_eval.errors import StoreError
 from almost_eval.judge.judges import UNPARSED, Judgement
 from almost_eval.judge.questions import truncate_answers
 from almost_eval.judge.records import Answer, Order, Pair, Question, Review, Verdict
+from almost_eval.run.validity import Validity, check
 from almost_eval.types import Sample, SampleRecord, Score
-from almost_eval.validity import Validity, check
 
 ORDERS: dict[str, tuple[Order, ...]] = {
     "both": ("forward", "reverse"),

@@ -17,7 +17,7 @@ from almost_eval.judge.records import Pair, Question, Side, Verdict
 from almost_eval.types import Conversation, Message, SampleRecord
 
 if TYPE_CHECKING:
-    from almost_eval.rewards import HFRewardModel
+    from almost_eval.rewards.hf import HFRewardModel
 
 TIE_MARGIN = 0.05
 """The oracle's marks are multiples of 0.1 before it counts repetition and length: closer answers are equally good."""

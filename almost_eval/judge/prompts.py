@@ -31,12 +31,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from almost_eval import provenance
-from almost_eval.assets import PROMPT_SET_NAMES, DataSource
+from almost_eval.data.sources import PROMPT_SET_NAMES, DataSource
 from almost_eval.errors import DataError, InputError, did_you_mean
 from almost_eval.judge.fastchat import fastchat_text
 from almost_eval.judge.records import Pair, Unparsed, Verdict
 from almost_eval.judge.verdicts import parse_letters, parse_scores
+from almost_eval.run import provenance
 from almost_eval.types import Message
 
 FAMILIES = ("vicuna", "mt-bench")

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from almost_eval.assets import DataSource, fingerprint
+from almost_eval.data.sources import DataSource, fingerprint
 from almost_eval.errors import DataError, InputError
 from almost_eval.judge.fastchat import fastchat_text
 from almost_eval.judge.records import Answer, Question

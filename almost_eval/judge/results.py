@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from almost_eval.assets import DataSource
+from almost_eval.data.sources import DataSource
 from almost_eval.errors import InputError, StoreError
 from almost_eval.judge.aggregate import Orders, Ties, aggregate, round_robin
 from almost_eval.judge.answers import answer_files, digest_answers
@@ -24,10 +24,10 @@ from almost_eval.judge.local import judge_by_oracle, judge_by_reward
 from almost_eval.judge.prompts import load_judge_prompts
 from almost_eval.judge.questions import read_answers, read_questions
 from almost_eval.judge.records import Pair, Review, Unparsed
+from almost_eval.run.store import digest_records, read_results, read_samples, read_spec
+from almost_eval.run.validity import Validity
 from almost_eval.stats import mean_metric
-from almost_eval.store import digest_records, read_results, read_samples, read_spec
 from almost_eval.types import Metric, SampleRecord
-from almost_eval.validity import Validity
 
 HEADLINE = "win_rate"
 FAMILIES = {"scores": "vicuna", "letters": "mt-bench"}

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from almost_eval import provenance
 from almost_eval.judge.answers import (
     Answers,
     System,
@@ -27,10 +26,11 @@ from almost_eval.judge.lines import ORDERS, check_reviews, couples, record_of
 from almost_eval.judge.records import Answer, Question
 from almost_eval.judge.results import summarise
 from almost_eval.progress import Progress
-from almost_eval.prompt_file import Asked, Prompt, write_prompts
-from almost_eval.store import RunStore
+from almost_eval.run import provenance
+from almost_eval.run.prompt_log import Asked, Prompt, write_prompts
+from almost_eval.run.store import RunStore
+from almost_eval.run.validity import ALLOWED, Validity
 from almost_eval.types import SampleRecord
-from almost_eval.validity import ALLOWED, Validity
 
 TASK = "vicuna"
 

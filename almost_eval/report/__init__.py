@@ -1,1 +1,3 @@
-"""Results for people: in a terminal, as one page, as tables for other documents."""
+"""Results for people: in a terminal, as one page, as tables for other documents. Reads run folders, computes no score.
+Start with `runs`, then `page`.
+"""

@@ -16,7 +16,7 @@ MANY_ROWS = 24
 def print_results(results: Mapping[str, Any], console: Console, *, folder: str | None = None) -> None:
     """The metrics with their intervals, the baselines, what was not scored, and where the run is."""
     if "judging" in results:
-        from almost_eval.judge.printing import print_judged
+        from almost_eval.report.judge_console import print_judged
 
         print_judged(results, console)
         _print_folder(folder, console)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from almost_eval.errors import InputError
-from almost_eval.prompt_file import Asked, read_prompts
-from almost_eval.store import read_results, read_samples, read_spec
+from almost_eval.run.prompt_log import Asked, read_prompts
+from almost_eval.run.store import read_results, read_samples, read_spec
 from almost_eval.types import SampleRecord
 
 TITLES = {"hhh": "Static HHH", "truthfulqa": "TruthfulQA", "mmlu": "MMLU", "vicuna": "Vicuna", "harness": "lm-eval"}

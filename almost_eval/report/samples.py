@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from almost_eval.prompt_file import Asked
 from almost_eval.report.runs import Benchmark, LoadedRun, RunSet
+from almost_eval.run.prompt_log import Asked
 from almost_eval.types import SampleRecord
 
 CHUNK_CHARACTERS = 800_000

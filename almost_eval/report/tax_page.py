@@ -9,8 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from almost_eval.compare.tax.tax import BENCHMARKS, KL_SOURCE, LOG_IS, Policy, Tax, shown
 from almost_eval.errors import RunError
-from almost_eval.tax.tax import BENCHMARKS, KL_SOURCE, LOG_IS, Policy, Tax, shown
 
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1b1f24;"

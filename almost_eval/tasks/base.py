@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any, Literal
 
-from almost_eval.assets import DataSource, PromptSet, load_prompt_set
-from almost_eval.chat import ChatTemplate, load_template, special_tokens
+from almost_eval.data.sources import DataSource, PromptSet, load_prompt_set
 from almost_eval.engines.base import SamplingParams
 from almost_eval.errors import InputError
+from almost_eval.models.chat import ChatTemplate, load_template, special_tokens
 from almost_eval.types import (
     ContinuationScore,
     Conversation,

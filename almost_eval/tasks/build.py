@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from almost_eval.assets import DataSource
+from almost_eval.data.sources import DataSource
 from almost_eval.errors import InputError, did_you_mean
 from almost_eval.tasks.base import Prompting, Task
 

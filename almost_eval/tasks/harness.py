@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from almost_eval.assets import DataSource, fingerprint
+from almost_eval.data.sources import DataSource, fingerprint
 from almost_eval.engines.base import SamplingParams
 from almost_eval.errors import DataError, InputError, did_you_mean
 from almost_eval.stats import mean_metric

@@ -15,9 +15,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from almost_eval.assets import DataSource, fingerprint, malformed
-from almost_eval.chat import dialogue_text, parse_dialogue, render_prompt
+from almost_eval.data.sources import DataSource, fingerprint, malformed
 from almost_eval.errors import InputError, did_you_mean
+from almost_eval.models.chat import dialogue_text, parse_dialogue, render_prompt
 from almost_eval.stats import mean_metric
 from almost_eval.tasks.base import Prompting, Task, choice_score
 from almost_eval.types import (

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from almost_eval.assets import DataSource, fingerprint, malformed
-from almost_eval.chat import fill
+from almost_eval.data.sources import DataSource, fingerprint, malformed
 from almost_eval.errors import DataError, InputError, did_you_mean
+from almost_eval.models.chat import fill
 from almost_eval.stats import mean_metric, mean_of_means
 from almost_eval.tasks.base import Prompting, Task, choice_score
 from almost_eval.types import (

@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from almost_eval.checkpoint import Checkpoint, find_checkpoint
 from almost_eval.errors import DataError, RunError
+from almost_eval.models.checkpoint import Checkpoint, find_checkpoint
 from almost_eval.progress import Progress
 from almost_eval.types import Message
-from almost_train.config import option
-from almost_train.records import Row, RowLog, write_rows
-from almost_train.stage import Stage, model_input
+from almost_train.common.config import option
+from almost_train.common.records import Row, RowLog, write_rows
+from almost_train.common.stage import Stage, model_input
 from almost_train.synthetic.ranking import Answer, Pair, Ranking, ranked_pairs, read_ranking
 from almost_train.synthetic.responses import read_prompts
 from almost_train.synthetic.sampling import derived_rng
@@ -165,7 +165,7 @@ def _rewards(
     answers = {(p.prompt_id, a.configuration): a.text for p in pairs for a in (p.chosen, p.rejected)}
     if answers.keys() <= known.keys():
         return known
-    from almost_eval.rewards import HFRewardModel
+    from almost_eval.rewards.hf import HFRewardModel
 
     model = HFRewardModel(checkpoint, device=device)
     whole = {

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from almost_eval.assets import DataSource, official_text
-from almost_eval.chat import dialogue_text, parse_dialogue
+from almost_eval.data.sources import DataSource, official_text
 from almost_eval.errors import DataError, did_you_mean
+from almost_eval.models.chat import dialogue_text, parse_dialogue
 from almost_eval.types import Conversation
 
 PROMPT_SETS = ("official", "builtin", "nano")

@@ -14,7 +14,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from almost_eval.arena import VoteStore
+from almost_eval.arena.votes import VoteStore
 from serving.chat.arena import Arena
 from serving.chat.session import Desk
 from serving.chat.tab_arena import ArenaTab

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from almost_eval.arena import VOTES, Vote, VoteStore
+from almost_eval.arena.votes import VOTES, Vote, VoteStore
 from serving.chat.client import EndpointError, Kind
 from serving.chat.conversation import Reply, Settings
 from serving.chat.session import System

@@ -10,9 +10,11 @@ from typing import Any
 
 from almost_eval.errors import InputError, RunError
 from serving.chat.client import Endpoint
-from serving.process import ServerProcess, free_port
+from serving.launch.process import ServerProcess, free_port
 
-_LOCAL_KEY = "ALMOST_LOCAL_KEY"  # serving.local.KEY and serving.gateway.settings.KEY: those modules load too much
+_LOCAL_KEY = (
+    "ALMOST_LOCAL_KEY"  # serving.local.server.KEY and serving.gateway.settings.KEY: those modules load too much
+)
 _GATEWAY_KEY = "ALMOST_API_KEY"
 _ERROR = "error: "
 
@@ -66,7 +68,7 @@ class Models(ServerProcess):
 
 
 def with_transformers(models: Sequence[str], reward: str | None, options: Mapping[str, Any]) -> Models:
-    """All models in one process (`serving.local`).
+    """All models in one process (`serving.local.server`).
 
     Args:
         models: checkpoints, each served under the name it is given as.
@@ -74,7 +76,7 @@ def with_transformers(models: Sequence[str], reward: str | None, options: Mappin
         options: of `HFEngine` and `HFRewardModel`.
     """
     asked = json.dumps({"policies": list(models), "reward": reward, "options": dict(options)})
-    return Models(models, ["serving.local", asked], _LOCAL_KEY)
+    return Models(models, ["serving.local.server", asked], _LOCAL_KEY)
 
 
 def with_vllm(model: str, reward: str | None) -> Models:

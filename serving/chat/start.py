@@ -16,14 +16,14 @@ from typing import Any
 
 import click
 
-from almost_eval.arena import VoteStore
+from almost_eval.arena.votes import VoteStore
 from almost_eval.errors import InputError
-from serving.chat.cli import DEFAULT_MODELS
 from serving.chat.client import Address, Endpoint
 from serving.chat.conversation import Settings
 from serving.chat.launch import Models, with_transformers, with_vllm
 from serving.chat.session import Desk, RateLimit, System
-from serving.process import wait_ready
+from serving.cli.chat import DEFAULT_MODELS
+from serving.launch.process import wait_ready
 
 NANO_QUESTIONS = 100
 _KEYS = ("text", "prompt", "question", "turns", "instruction")
@@ -102,7 +102,7 @@ def _served(given: Mapping[str, Any], name: str) -> str | None:
 
 
 def _reward(models: list[str], asked: str | None) -> str | None:
-    from almost_eval.checkpoint import find_checkpoint
+    from almost_eval.models.checkpoint import find_checkpoint
     from almost_eval.nano import BUILT_IN, DEFAULT_REWARD_MODEL
 
     if asked and not models:

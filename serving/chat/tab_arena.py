@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from almost_eval.arena import VOTES
+from almost_eval.arena.votes import VOTES
 from almost_eval.errors import AlmostError
 from serving.chat.arena import Arena, Round, sentence, session_id
 from serving.chat.client import EndpointError

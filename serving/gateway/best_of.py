@@ -1,7 +1,7 @@
 """Best-of-N: N candidates from the policy in one request, all scored at once by the reward model, the best returned.
 
-The reward of a candidate is the raw logit that `almost_eval.rewards.HFRewardModel` gives for the same conversation: the
-reward server renders it with its own chat template, no generation prompt, and reads the last token. The whitespace
+The reward of a candidate is the raw logit that `almost_eval.rewards.hf.HFRewardModel` gives for the same conversation:
+the reward server renders it with its own chat template, no generation prompt, and reads the last token. The whitespace
 around a candidate is no part of what is scored, as in this toolkit's training; the reply holds the candidate as it is.
 
 All candidates go to the reward server in one request where the gateway knows the reward model's template (`render`).

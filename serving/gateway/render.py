@@ -1,7 +1,7 @@
 """How the gateway writes a conversation itself, so that all candidates go to the reward server in one request.
 
 vLLM's /classify takes many texts in one request, and only one conversation. Where the gateway knows the reward model's
-checkpoint, it renders the texts as `almost_eval.rewards` does: same template, same special tokens.
+checkpoint, it renders the texts as `almost_eval.rewards.hf` does: same template, same special tokens.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from almost_eval.chat import ChatTemplate, special_tokens
 from almost_eval.errors import InputError, TemplateError
+from almost_eval.models.chat import ChatTemplate, special_tokens
 from almost_eval.types import Message
 
 _WRITES_BOS = "{{ bos_token }}"
@@ -64,7 +64,7 @@ def renderer_of(checkpoint: str) -> Renderer:
 
 
 def _is_framed(folder: Path) -> bool:
-    """As `almost_eval.rewards_base` finds it, without transformers."""
+    """As `almost_eval.rewards.base` finds it, without transformers."""
     separator = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("sep_token")
     if not separator:
         return False

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from almost_train.batches import batch_plan
-from almost_train.records import digest, read_rows, write_rows
+from almost_train.common.batches import batch_plan
+from almost_train.common.records import digest, read_rows, write_rows
 
 CONFIGS = Path(__file__).parents[2] / "almost_train" / "accelerate"
 
@@ -18,8 +18,8 @@ import os, signal, sys
 from contextlib import contextmanager
 from pathlib import Path
 from almost_eval.progress import Progress
-from almost_train.reward import RewardSettings, train_reward
-from almost_train.sft import SFTSettings, train_sft
+from almost_train.reward.run import RewardSettings, train_reward
+from almost_train.sft.run import SFTSettings, train_sft
 
 class Killer(Progress):
     @contextmanager

@@ -32,7 +32,7 @@ def chat_server(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
         votes = votes or folder / "votes.db"
         reports = folder / "runs"
         reports.mkdir()
-        command = [sys.executable, "-m", "serving.chat.cli", "--port", "0", "--rate", "1000"]
+        command = [sys.executable, "-m", "serving.cli.chat", "--port", "0", "--rate", "1000"]
         command += ["--votes", str(votes), "--reports", str(reports), *arguments]
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, **environment}

@@ -9,7 +9,7 @@ from typing import Any
 
 from browser_fixtures import Server, Wire
 
-from almost_eval.arena import VoteStore
+from almost_eval.arena.votes import VoteStore
 from serving.chat.scripted import Script, ScriptedEndpoint
 
 SYSTEMS = ("nano/almost", "nano/sft", "nano/vanilla-large")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from serving.server import VLLMServer
+from serving.vllm.launch import VLLMServer
 
 START_S = 300.0
 

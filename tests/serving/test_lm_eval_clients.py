@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from almost_eval.assets import find_data
+from almost_eval.data.sources import find_data
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.hf import HFEngine
 from almost_eval.nano.data import data_root as nano_root
@@ -17,7 +17,7 @@ from almost_eval.tasks.base import resolve_prompting
 from almost_eval.tasks.mmlu import MMLU
 from almost_eval.tasks.truthfulqa import TruthfulQA
 from almost_eval.types import LoglikelihoodRequest
-from serving.server import VLLMServer
+from serving.vllm.launch import VLLMServer
 
 NATS = 1e-3
 STOP = "\n\nHuman:"
@@ -76,7 +76,7 @@ def test_a_whole_task_of_lm_eval(completions: Any, monkeypatch: pytest.MonkeyPat
     """lm-eval's `simple_evaluate` on its own TruthfulQA, with the nano world's questions, against `almost-eval`."""
     from lm_eval import simple_evaluate
 
-    from almost_eval.runner import Run
+    from almost_eval.run.runner import Run
 
     monkeypatch.chdir(nano_root())
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

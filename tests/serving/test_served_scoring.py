@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 
-from almost_eval.assets import find_data
-from almost_eval.checkpoint import find_checkpoint
+from almost_eval.data.sources import find_data
 from almost_eval.engines.base import GenerationEngine, LoglikelihoodEngine, SamplingParams
 from almost_eval.engines.build import EngineOptions, loglikelihood_engine
 from almost_eval.engines.hf import HFEngine
 from almost_eval.engines.openai_loglikelihood import OpenAIScorer
 from almost_eval.errors import InputError
-from almost_eval.rewards import HFRewardModel
-from almost_eval.rewards_http import HTTPRewardModel
+from almost_eval.models.checkpoint import find_checkpoint
+from almost_eval.rewards.hf import HFRewardModel
+from almost_eval.rewards.http import HTTPRewardModel
 from almost_eval.tasks.hhh import HHH
 from almost_eval.types import LoglikelihoodRequest
-from serving.server import VLLMServer
+from serving.vllm.launch import VLLMServer
 
 Command = Callable[..., Any]
 NATS = 1e-3

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from almost_eval.assets import find_data
+from almost_eval.data.sources import find_data
 from almost_eval.engines.build import EngineOptions
 from almost_eval.errors import DataError, InputError, StoreError
 from almost_eval.judge.answers import (

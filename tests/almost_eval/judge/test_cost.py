@@ -10,8 +10,8 @@ from replay_server import archive_beside, requests_for
 
 import almost_eval.judge
 from almost_eval.errors import InputError
-from almost_eval.judge.cost import Budget, Price, estimate, estimate_tokens, price_of
-from almost_eval.judge.journal import Journal
+from almost_eval.judge.api.cost import Budget, Price, estimate, estimate_tokens, price_of
+from almost_eval.judge.api.journal import Journal
 from almost_eval.judge.records import JudgeRequest, Reply
 from almost_eval.types import Message
 
@@ -24,7 +24,9 @@ def ask(text: str, judge: str = "gpt-4", max_tokens: int = 100) -> JudgeRequest:
 
 
 def test_every_price_says_where_and_when_it_was_read() -> None:
-    table = json.loads((Path(almost_eval.judge.__file__).parent / "prices.json").read_text(encoding="utf-8"))["prices"]
+    table = json.loads((Path(almost_eval.judge.__file__).parent / "api" / "prices.json").read_text(encoding="utf-8"))[
+        "prices"
+    ]
     names = [name for line in table for name in line["models"]]
     assert len(names) == len(set(names))
     assert all(0 < line["input"] <= line["output"] for line in table)

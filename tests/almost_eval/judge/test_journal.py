@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from almost_eval.errors import RunError, StoreError
-from almost_eval.judge.journal import Journal
+from almost_eval.judge.api.journal import Journal
 from almost_eval.judge.records import JudgeRequest, Reply
 from almost_eval.types import Message
 
@@ -21,7 +21,7 @@ REPLY = Reply("9 8\nAssistant 1 is \ud800 better. äöü 中 \x00", "stop", "gpt
 WRITER = """
 import sys
 from pathlib import Path
-from almost_eval.judge.journal import Journal
+from almost_eval.judge.api.journal import Journal
 from almost_eval.judge.records import JudgeRequest, Reply
 from almost_eval.types import Message
 with Journal(Path(sys.argv[1])) as journal:

@@ -23,13 +23,13 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    import almost_eval.rewards  # before anything is replaced, or it would keep the replacement
+    import almost_eval.rewards.hf  # before anything is replaced, or it would keep the replacement
 
     def loaded(*_: object, **__: object) -> None:
         raise AssertionError("weights were loaded")
 
     monkeypatch.setattr("almost_eval.engines.hf.load_weights", loaded)
-    monkeypatch.setattr(almost_eval.rewards, "load_weights", loaded)
+    monkeypatch.setattr(almost_eval.rewards.hf, "load_weights", loaded)
 
 
 @pytest.fixture

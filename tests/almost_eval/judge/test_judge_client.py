@@ -19,11 +19,11 @@ import pytest
 from replay_server import Archived, Fault, ReplayServer, archive_beside, requests_for
 
 from almost_eval.errors import InputError
-from almost_eval.judge.adaptive import MAX_PAUSE, AdaptiveLimit
-from almost_eval.judge.client import JudgeClient
-from almost_eval.judge.cost import Budget
-from almost_eval.judge.endpoint import Endpoint, retry_after
-from almost_eval.judge.journal import Journal
+from almost_eval.judge.api.adaptive import MAX_PAUSE, AdaptiveLimit
+from almost_eval.judge.api.client import JudgeClient
+from almost_eval.judge.api.cost import Budget
+from almost_eval.judge.api.endpoint import Endpoint, retry_after
+from almost_eval.judge.api.journal import Journal
 from almost_eval.judge.records import Failure, JudgeRequest, Reply
 
 SECRET = "sk-distinctive-0123456789-do-not-print-me"
@@ -258,9 +258,9 @@ def test_closing_ends_promptly_and_keeps_what_was_read(
 INTERRUPTED = """
 from pathlib import Path
 import click
-from almost_eval.command_line import Commands, run_command_line
-from almost_eval.judge.client import JudgeClient
-from almost_eval.judge.journal import Journal
+from almost_eval.cli.command_line import Commands, run_command_line
+from almost_eval.judge.api.client import JudgeClient
+from almost_eval.judge.api.journal import Journal
 from replay_server import read_archive, requests_for
 
 @click.group(cls=Commands)

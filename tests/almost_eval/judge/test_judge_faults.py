@@ -16,10 +16,10 @@ import pytest
 from replay_server import Archived, Call, Fault, ReplayServer, archive_beside, requests_for
 
 from almost_eval.errors import AlmostError, InputError, RunError
-from almost_eval.judge.client import JudgeClient
-from almost_eval.judge.journal import Journal
+from almost_eval.judge.api.client import JudgeClient
+from almost_eval.judge.api.journal import Journal
+from almost_eval.judge.api.session import BREAKER, REFUSALS
 from almost_eval.judge.records import Failure, Reply
-from almost_eval.judge.session import BREAKER, REFUSALS
 
 SECRET = "sk-distinctive-0123456789-do-not-print-me"
 N = 24
@@ -318,8 +318,8 @@ def test_a_journal_that_cannot_be_written_ends_the_run(
 CLIENT = """
 import sys
 from pathlib import Path
-from almost_eval.judge.client import JudgeClient
-from almost_eval.judge.journal import Journal
+from almost_eval.judge.api.client import JudgeClient
+from almost_eval.judge.api.journal import Journal
 from replay_server import read_archive, requests_for
 with Journal(Path(sys.argv[3])) as journal:
     client = JudgeClient("gpt-4", journal, base_url=sys.argv[2], concurrency=6)

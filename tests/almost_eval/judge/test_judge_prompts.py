@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from almost_eval.assets import DataSource
+from almost_eval.data.sources import DataSource
 from almost_eval.errors import DataError, InputError
 from almost_eval.judge.prompts import FAMILIES, JudgePrompts, load_judge_prompts
 from almost_eval.judge.records import Answer, Pair, Question, Unparsed, Verdict

@@ -24,7 +24,7 @@ N = 20
 def start() -> Iterator[Forks]:
     modules = "transformers.models.llama.modeling_llama almost_eval.engines.hf almost_eval.engines.hf_generation"
     modules += (
-        " almost_eval.judge.run almost_eval.report.console almost_eval.judge.printing openai sklearn.linear_model"
+        " almost_eval.judge.run almost_eval.report.console almost_eval.report.judge_console openai sklearn.linear_model"
     )
     modules += " openai.resources.chat.completions almost_eval.nano.data"
     with forks(*modules.split(), OPENAI_API_KEY="none") as started:
@@ -145,7 +145,7 @@ def test_killed_while_it_answers(start: Forks, tmp_path: Path) -> None:
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("OPENAI_API_KEY", "none")
-    monkeypatch.setattr("almost_eval.judge.adaptive._FIRST_PAUSE", 0.0)  # waiting is tested with the client
+    monkeypatch.setattr("almost_eval.judge.api.adaptive._FIRST_PAUSE", 0.0)  # waiting is tested with the client
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -236,7 +236,7 @@ def test_a_review_that_ran_out_of_tokens(almost_eval: Command, server: ReplaySer
 
 def test_many_reviews_keep_memory_flat_in_prompts(here: Path) -> None:
     """Requests are rendered when they are looked at, not held."""
-    from almost_eval.assets import DataSource
+    from almost_eval.data.sources import DataSource
     from almost_eval.judge.judges import Requests
     from almost_eval.judge.prompts import load_judge_prompts
     from almost_eval.judge.records import Answer, Pair, Question

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from almost_eval.assets import find_data
+from almost_eval.data.sources import find_data
 from almost_eval.errors import InputError
 from almost_eval.judge.judges import Judgement
 from almost_eval.judge.local import TIE_MARGIN, NanoJudge, RewardJudge, judge_by_oracle, judge_by_reward
@@ -12,7 +12,7 @@ from almost_eval.judge.questions import find_questions
 from almost_eval.judge.records import Answer, Order, Pair, Question, Verdict
 from almost_eval.nano.oracle import score_text
 from almost_eval.nano.world import World
-from almost_eval.rewards import HFRewardModel
+from almost_eval.rewards.hf import HFRewardModel
 from almost_eval.types import Message
 
 

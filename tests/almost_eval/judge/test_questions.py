@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from almost_eval.assets import DataSource, find_data
+from almost_eval.data.sources import DataSource, find_data
 from almost_eval.errors import DataError, InputError
 from almost_eval.judge.questions import (
     answer_line,

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from almost_eval.chat import ChatTemplate, load_template, parse_dialogue
 from almost_eval.errors import InputError
+from almost_eval.models.chat import ChatTemplate, load_template, parse_dialogue
 from almost_eval.nano.documents import exam_block, held_out, single
 from almost_eval.nano.lexicon import ANIMALS, ATTRIBUTES, GOODBYES
 from almost_eval.nano.queries import KINDS

@@ -16,20 +16,20 @@ from typing import Any
 
 import pytest
 
-from almost_eval.assets import DataSource, load_prompt_set
-from almost_eval.prompt_file import Asked, Prompt, write_prompts
-from almost_eval.runner import summarise
-from almost_eval.store import record_to_dict, write_json
+from almost_eval.data.sources import DataSource, load_prompt_set
+from almost_eval.run.prompt_log import Asked, Prompt, write_prompts
+from almost_eval.run.runner import summarise
+from almost_eval.run.store import record_to_dict, write_json
+from almost_eval.run.validity import check
 from almost_eval.tasks.base import Prompting, Task
 from almost_eval.types import Sample, SampleRecord
-from almost_eval.validity import check
 
 
 def evaluate(folder: Path, *arguments: object) -> Path:
     """`almost-eval ... --output folder` in this process."""
     import torch
 
-    from almost_eval.cli import main
+    from almost_eval.cli.main import main
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # these models are too small for two

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from report_fixtures import sample, write_run
 
-from almost_eval.command_line import run_command_line
-from almost_eval.report.cli import report as command
+from almost_eval.cli.command_line import run_command_line
+from almost_eval.cli.report import report as command
 from almost_eval.types import SampleRecord, Score
 
 pytest_plugins = ["report_fixtures"]
@@ -122,7 +122,7 @@ def test_help_loads_nothing_heavy() -> None:
     import subprocess
 
     code = (
-        "import sys\nfrom almost_eval.report.cli import report\n"
+        "import sys\nfrom almost_eval.cli.report import report\n"
         "assert not {'numpy', 'jinja2', 'matplotlib', 'scipy'} & sys.modules.keys()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from report_fixtures import sample, write_run
 
-from almost_eval.prompt_file import Asked, Prompt, read_prompts
-from almost_eval.report.html import write_page
+from almost_eval.report.page import write_page
+from almost_eval.run.prompt_log import Asked, Prompt, read_prompts
 from almost_eval.types import SampleRecord, Score
 
 pytest_plugins = ["report_fixtures"]

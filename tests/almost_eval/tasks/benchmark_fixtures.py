@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from almost_eval.assets import DataSource
+from almost_eval.data.sources import DataSource
 from almost_eval.nano.seeded import build_checkpoint
-from almost_eval.runner import Run
+from almost_eval.run.runner import Run
 from almost_eval.tasks.base import Task
 from almost_eval.types import SampleRecord
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from almost_eval.assets import DataSource
+from almost_eval.data.sources import DataSource
 from almost_eval.engines.hf import HFEngine
 from almost_eval.engines.scripted import ScriptedEngine
 from almost_eval.errors import DataError, InputError

@@ -12,15 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from almost_eval.assets import DataSource, load_prompt_set
-from almost_eval.chat import load_template
+from almost_eval.data.sources import DataSource, load_prompt_set
 from almost_eval.engines.hf import HFEngine
 from almost_eval.engines.scripted import ScriptedEngine
 from almost_eval.errors import DataError, InputError
+from almost_eval.models.chat import load_template
+from almost_eval.run.validity import check
 from almost_eval.tasks.base import Prompting
 from almost_eval.tasks.hhh import HHH
 from almost_eval.types import Message, Sample, SampleRecord
-from almost_eval.validity import check
 
 pytest_plugins = ["benchmark_fixtures"]
 

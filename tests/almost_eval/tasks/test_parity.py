@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from almost_eval.assets import DataSource
+from almost_eval.data.sources import DataSource
 from almost_eval.engines.hf import HFEngine
 from almost_eval.tasks.harness import Harness
 from almost_eval.tasks.mmlu import MMLU

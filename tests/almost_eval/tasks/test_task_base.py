@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from almost_eval.assets import DataSource, find_data
+from almost_eval.data.sources import DataSource, find_data
 from almost_eval.errors import DataError, InputError, TemplateError
 from almost_eval.tasks.base import choice_score, loglikelihood_outputs, resolve_prompting, reward_outputs
 from almost_eval.tasks.build import build_task

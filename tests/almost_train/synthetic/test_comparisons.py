@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from almost_eval.assets import DataSource
+from almost_eval.data.sources import DataSource
 from almost_eval.errors import DataError, InputError, RunError
-from almost_eval.rewards import HFRewardModel
+from almost_eval.rewards.hf import HFRewardModel
 from almost_eval.types import Message
 from almost_train.synthetic.comparisons import ComparisonSettings, synthesize_comparisons
 from almost_train.synthetic.prompts import PromptSettings, synthesize_prompts
@@ -189,7 +189,7 @@ def test_datasets_and_trl_read_it(three: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
     from trl.data_utils import is_conversational, maybe_apply_chat_template
 
-    from almost_eval.chat import load_template
+    from almost_eval.models.chat import load_template
     from almost_eval.nano.seeded import checkpoint
 
     synthesize_comparisons(ComparisonSettings(), three, rank(tmp_path, "a", "b", "c"), tmp_path / "out")
@@ -211,7 +211,7 @@ def test_trl_trains_on_it(three: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from trl import RewardConfig, RewardTrainer
 
-    from almost_eval.chat import load_template
+    from almost_eval.models.chat import load_template
     from almost_eval.nano.seeded import checkpoint
 
     synthesize_comparisons(ComparisonSettings(), three, rank(tmp_path, "a", "b", "c"), tmp_path / "out")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from almost_eval import assets
-from almost_eval.assets import DataSource
+from almost_eval.data import sources as assets
+from almost_eval.data.sources import DataSource
 from almost_eval.errors import DataError
 from almost_eval.types import Message
 from almost_train.synthetic.filters import broken_rule

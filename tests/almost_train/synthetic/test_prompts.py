@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from almost_eval.assets import DataSource
+from almost_eval.data.sources import DataSource
 from almost_eval.engines.base import GenerationEngine, SamplingParams
 from almost_eval.engines.scripted import ScriptedEngine
 from almost_eval.errors import InputError, RunError, StoreError
 from almost_eval.types import Completion
-from almost_train.config import settings_from
+from almost_train.common.config import settings_from
 from almost_train.synthetic.prompt_sets import load_seed_set
 from almost_train.synthetic.prompts import PromptSettings, read_query, request_text, synthesize_prompts
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from almost_eval.assets import DataSource
+from almost_eval.data.sources import DataSource
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.scripted import ScriptedEngine
 from almost_eval.errors import DataError, InputError

@@ -1,0 +1,109 @@
+"""`almost-eval arena`: what the votes of the blind arena say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from almost_eval.cli.command_line import Commands, open_console
+
+PATH = click.Path(path_type=Path)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+def arena() -> None:
+    """Votes of the blind arena (the Arena tab of almost-chat): report and export."""
+
+
+@arena.command()
+@click.argument("db", type=PATH)
+@click.option("--judge", "judges", multiple=True, type=PATH, help="A judge's run over the files of `arena export`.")
+@click.option("--seed", default=0, show_default=True, help="Of the resamples behind the intervals.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def report(db: Path, judges: tuple[Path, ...], seed: int, as_json: bool) -> int:
+    """Win rates, strengths, position bias, and agreement with the reward model and with judges.
+
+    \b
+    Example:
+      almost-eval arena report runs/arena.db
+      almost-eval arena report runs/arena.db --judge runs/judged
+    """
+    from almost_eval.arena import votes
+
+    found = votes.report(
+        votes.VoteStore(db).votes(), {str(run): votes.judge_verdicts(run) for run in judges}, seed=seed
+    )
+    if as_json:
+        click.echo(json.dumps(found.to_dict(), indent=1, ensure_ascii=False))
+    else:
+        _print(found, db)
+    return 0
+
+
+@arena.command()
+@click.argument("db", type=PATH)
+@click.option("--output", type=PATH, required=True, help="Folder to write.")
+def export(db: Path, output: Path) -> int:
+    """All votes as JSONL, and their pairs as question and answer files for a judge.
+
+    \b
+    Example:
+      almost-eval arena export runs/arena.db --output runs/arena
+      almost-eval vicuna --questions runs/arena/questions.jsonl --answers runs/arena/answers-b.jsonl \\
+          --baseline runs/arena/answers-a.jsonl --judge gpt-4 --output runs/judged
+    """
+    from almost_eval.arena import votes
+
+    for file in votes.export(votes.VoteStore(db).votes(), output):
+        click.echo(file)
+    return 0
+
+
+def _print(found: Any, db: Path) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    console = open_console()
+    table = Table(title=Text(f"arena · {db.name}"), title_justify="left", title_style="bold")
+    for name in ("system", "against", "wins", "losses", "ties", "both bad", "win rate", "95 % interval"):
+        table.add_column(name, justify="left" if name in ("system", "against") else "right")
+    for pair in found.pairs:
+        counts = (pair.wins, pair.losses, pair.ties, pair.both_bad)
+        rate = pair.win_rate
+        table.add_row(Text(pair.system), Text(pair.other), *map(str, counts), _share(rate.value), _interval(rate.ci95))
+    table.add_section()
+    for name, rate in found.systems.items():
+        table.add_row(Text(name), "all", *[""] * 4, _share(rate.value), _interval(rate.ci95), style="dim")
+    console.print(table)
+    console.print(
+        f"{found.votes} votes of {found.sessions} sessions; intervals are clustered by session; a tie counts half"
+    )
+    if found.strengths is None:
+        console.print(f"Bradley-Terry: {found.strengths_reason}")
+    else:
+        ranked = sorted(found.strengths, key=lambda name: -found.strengths[name])
+        ends = found.strengths_ci95 or {}
+        parts = [
+            f"{name} {found.strengths[name]:+.2f}"
+            + (f" [{ends[name][0]:+.2f}, {ends[name][1]:+.2f}]" if name in ends else "")
+            for name in ranked
+        ]
+        console.print(Text(f"Bradley-Terry log strength: {', '.join(parts)}"), soft_wrap=True)
+    position = found.position
+    console.print(f"position: side A won {_share(position.value)} of {position.n} decided {_interval(position.ci95)}")
+    for one in found.agreement:
+        kappa = "not defined" if one.kappa is None else f"{one.kappa:.2f}"
+        ends_ = "" if one.kappa_ci95 is None else f" [{one.kappa_ci95[0]:.2f}, {one.kappa_ci95[1]:.2f}]"
+        rate = f"{_share(one.rate.value)} of {one.decisive} decided {_interval(one.rate.ci95)}"
+        console.print(Text(f"agreement with {one.source}: kappa {kappa}{ends_} over {one.n} pairs, same winner {rate}"))
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def _interval(ends: tuple[float, float] | None) -> str:
+    return "" if ends is None else f"[{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]"

@@ -1,0 +1,143 @@
+"""`--config FILE.yaml`: a command's options in a file, under the names of its flags.
+
+What stands on the command line wins. The file is read as text, value by value, and each value goes through the same
+check as a flag's: YAML's own ideas (`no` is false, `007` is 7) do not come into it. A run records the flags that a
+file stood for, not the file's name, as the file may change.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from almost_eval.cli.command_line import comma_list
+from almost_eval.errors import InputError, did_you_mean
+
+NAME = "config"
+
+
+def add_config(group: click.Group) -> None:
+    """Give every command below a group the option `--config`."""
+    for command in group.commands.values():
+        if isinstance(command, click.Group):
+            add_config(command)
+        elif NAME not in {param.name for param in command.params}:
+            command.params.append(
+                click.Option(
+                    [f"--{NAME}"],
+                    type=click.Path(path_type=Path),
+                    metavar="FILE.yaml",
+                    is_eager=True,  # the other options ask for what it says
+                    expose_value=False,
+                    callback=_apply,
+                    help="Options from a file, named as here (limit: 10); a flag on the command line wins.",
+                )
+            )
+
+
+def _apply(context: click.Context, param: click.Parameter, file: Path | None) -> None:
+    if file is None or context.resilient_parsing:
+        return
+    found = read_config(file, context)
+    context.default_map = {**(context.default_map or {}), **{str(o.name): value for o, value in found.items()}}
+    sys.argv[:] = spelled_out(sys.argv, context, found)
+
+
+def read_config(file: Path, context: click.Context) -> dict[click.Option, Any]:
+    """The options that a file sets, with values as the command line would hold them.
+
+    Args:
+        file: YAML: one mapping from names of flags, without the dashes in front, to values.
+        context: of the command whose options they are.
+
+    Raises:
+        InputError: no such file, not a mapping, an unknown name, or a value that the option does not take.
+    """
+    known = {
+        name.removeprefix("--"): param
+        for param in context.command.params
+        if isinstance(param, click.Option) and param.name != NAME
+        for name in param.opts
+        if name.startswith("--")
+    }
+    found = {}
+    for key, value in _read(file).items():
+        option = known.get(key.replace("_", "-"))
+        if option is None:
+            raise InputError(f"{file}: {context.info_name} has no option {key!r}; {did_you_mean(key, known)}")
+        found[option] = _value(option, value, context, f"{file}: {key}")
+    return found
+
+
+def spelled_out(argv: list[str], context: click.Context, found: dict[click.Option, Any]) -> list[str]:
+    """`argv` with a file's options as flags in place of `--config`; as it was where it is another program's.
+
+    They stand before the other flags, so that those still win; of an option that may be repeated, which would add up,
+    they stand only where no other flag names it.
+    """
+    command = context.command_path.split()[1:]
+    if argv[1 : 1 + len(command)] != command:
+        return argv
+    rest, given = [], iter(argv[1 + len(command) :])
+    for word in given:
+        if word == f"--{NAME}":
+            next(given, None)
+        elif not word.startswith(f"--{NAME}="):
+            rest.append(word)
+    flags: list[str] = []
+    for option, value in found.items():
+        name = next(name for name in option.opts if name.startswith("--"))
+        if option.is_flag:
+            flags += [name] if value else [no for no in option.secondary_opts[:1] if no]
+        elif not option.multiple:
+            flags += [name, value]
+        elif not any(word == own or word.startswith(f"{own}=") for word in rest for own in option.opts):
+            flags += [word for one in value for word in (name, one)]
+    return [argv[0], *command, *flags, *rest]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        text = file.read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.BaseLoader)
+        found = yaml.load(text, Loader=yaml.BaseLoader)  # every value as it is written; makes no objects
+    except OSError as error:
+        raise InputError(f"--{NAME} {file} cannot be read ({error.strerror}); give a YAML file of options") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"--{NAME} {file} is not YAML: {error}") from None
+    if root is None:
+        return {}
+    if not isinstance(found, dict):
+        raise InputError(f"--{NAME} {file} holds no options; write one a line, as in limit: 10")
+    count = Counter(str(key.value) for key, _ in root.value)  # a dict has forgotten which of two it dropped
+    if twice := [name for name in count if count[name] > 1]:
+        raise InputError(f"{file}: {twice[0]} stands there twice; keep one")
+    return {str(key): value for key, value in found.items()}
+
+
+def _value(option: click.Option, value: Any, context: click.Context, where: str) -> Any:
+    def refuse(message: str) -> NoReturn:
+        raise InputError(f"{where}: {message}")
+
+    items = value if isinstance(value, list) else [value]
+    if any(not isinstance(item, str) for item in items):
+        refuse("is nested, and an option has a plain value")
+    if any(item == "" for item in items):
+        refuse("has no value; leave it out, or give one")
+    if option.callback is comma_list:
+        value = ",".join(items)
+    elif option.multiple:
+        value = tuple(items)
+    elif isinstance(value, list):
+        refuse("takes one value, not a list")
+    try:
+        checked = option.type_cast_value(context, value)
+    except click.BadParameter as error:
+        refuse(f"{error.message} (see --help)")
+    return checked if option.is_flag else value

@@ -1,0 +1,182 @@
+"""`almost-eval list` and `almost-eval completion`: what there is, read from where it is used."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from importlib.util import find_spec
+from math import prod
+from typing import Any
+
+import click
+
+from almost_eval.cli.command_line import open_console
+from almost_eval.errors import InputError, did_you_mean
+
+SHELLS = ("bash", "zsh", "fish")
+
+
+@click.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the tables.")
+def list_all(as_json: bool) -> int:
+    """What there is: tasks, data, prompts, templates, engines, judges, built-in models.
+
+    \b
+    Example:
+      almost-eval list
+      almost-eval list --json | jq -r '.models[].name'
+    """
+    found = inventory()
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+        return 0
+    from rich.table import Table
+    from rich.text import Text
+
+    console = open_console()
+    for title, rows in found.items():
+        table = Table(title=Text(title.replace("_", " ")), title_justify="left", title_style="bold")
+        for heading in rows[0]:
+            table.add_column(heading)
+        for row in rows:
+            table.add_row(*(Text(_cell(value)) for value in row.values()))
+        console.print(table)
+    return 0
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def inventory() -> dict[str, list[dict[str, Any]]]:
+    """All of it, as JSON: kind -> rows with the same keys."""
+    from almost_eval.engines.build import ENGINES, PACKAGES
+    from almost_eval.models.chat import STOP_STRINGS
+
+    return {
+        "tasks": _tasks(),
+        "data": _data(),
+        "prompt_sets": _prompt_sets(),
+        "templates": [{"name": name, "stop": [repr(s)[1:-1] for s in stop]} for name, stop in STOP_STRINGS.items()],
+        "engines": [
+            {
+                "name": name,
+                "package": (package := PACKAGES.get(name, ("transformers", ""))[0]),
+                "installed": _is(package),
+            }
+            for name in ENGINES
+        ],
+        "judges": [
+            {"name": "MODEL", "what": "a model of an OpenAI-compatible endpoint, with two families of prompts"},
+            {"name": "reward:CKPT", "what": "a reward model: the higher reward wins"},
+            {"name": "nano", "what": "the oracle of the built-in world, on its questions"},
+        ],
+        "models": _models(),
+    }
+
+
+def _is(package: str) -> bool:
+    return find_spec(package) is not None
+
+
+def _tasks() -> list[dict[str, Any]]:
+    from almost_eval.cli.judge_options import FAMILIES
+    from almost_eval.judge.results import HEADLINE
+    from almost_eval.tasks import hhh, mmlu, truthfulqa
+
+    return [
+        {
+            "name": "hhh",
+            "protocols": list(hhh.PROTOCOLS),
+            "metrics": ["accuracy", *(f"accuracy/{name}" for name in hhh.CATEGORIES)],
+            "data": hhh.DATASET,
+        },
+        {
+            "name": "truthfulqa",
+            "protocols": ["likelihood", "true or false"],
+            "metrics": list(truthfulqa.METRICS),
+            "data": truthfulqa.DATASET,
+        },
+        {
+            "name": "mmlu",
+            "protocols": ["letters, 0 to 5 examples"],
+            "metrics": ["accuracy", "accuracy_macro", *(f"accuracy/{name}" for name in (*mmlu.CATEGORIES, "SUBJECT"))],
+            "data": mmlu.DATASET,
+        },
+        {"name": "harness", "protocols": ["lm-eval's"], "metrics": ["lm-eval's"], "data": "each task's own"},
+        {"name": "vicuna", "protocols": FAMILIES, "metrics": [HEADLINE, "wins", "ties", "losses"], "data": "FastChat"},
+    ]
+
+
+def _data() -> list[dict[str, Any]]:
+    from almost_eval.data.sources import DATA_NAMES
+
+    what = {
+        "hub": "the real sets, from --data-root or the hub",
+        "nano": "the built-in world in the same schemas; nothing to download",
+    }
+    return [{"name": name, "what": what[name]} for name in DATA_NAMES]
+
+
+def _prompt_sets() -> list[dict[str, Any]]:
+    from almost_eval.data.sources import PROMPT_SET_NAMES
+
+    what = {
+        "official": "the words of the ALMoST repository, of lm-eval and of FastChat",
+        "builtin": "our own wording of the same protocols",
+    }
+    return [{"name": name, "what": what[name]} for name in PROMPT_SET_NAMES]
+
+
+def _models() -> list[dict[str, Any]]:
+    from almost_eval.nano import SEEDED, SHIPPED, shipped
+
+    rows = []
+    for name in SHIPPED:
+        file = shipped(name) / "model.safetensors"
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+        shapes = [tensor["shape"] for key, tensor in header.items() if key != "__metadata__"]
+        rows.append(
+            {"name": name, "parameters": sum(map(prod, shapes)), "bytes": file.stat().st_size, "weights": "trained"}
+        )
+    # Made on first use, which `list` is not.
+    rows += [
+        {"name": name, "parameters": None, "bytes": None, "weights": "random, made on first use"} for name in SEEDED
+    ]
+    return rows
+
+
+@click.command()
+@click.argument("shell", required=False, metavar="bash|zsh|fish")
+@click.pass_context
+def completion(context: click.Context, shell: str | None) -> int:
+    """The script with which a shell completes commands and options.
+
+    \b
+    To install it:
+      bash   add to ~/.bashrc:  eval "$(almost-eval completion bash)"
+      zsh    add to ~/.zshrc:   eval "$(almost-eval completion zsh)"
+      fish   once:  almost-eval completion fish > ~/.config/fish/completions/almost-eval.fish
+
+    \b
+    Example:
+      almost-eval completion bash
+    """
+    from click.shell_completion import get_completion_class
+
+    shell = shell or os.path.basename(os.environ.get("SHELL", ""))
+    if shell not in SHELLS:
+        raise InputError(f"there is no completion for the shell {shell!r}; {did_you_mean(shell, SHELLS)}")
+    root = context.find_root()
+    name = str(root.info_name)
+    cls = get_completion_class(shell)
+    assert cls is not None  # these three are click's own
+    click.echo(cls(root.command, {}, name, f"_{name.replace('-', '_')}_COMPLETE".upper()).source())
+    return 0

@@ -1,0 +1,181 @@
+"""`almost-eval report`: finished runs as a table, a page, or a table for another document."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from almost_eval.cli.command_line import open_console
+from almost_eval.errors import InputError
+
+if TYPE_CHECKING:
+    from almost_eval.report.matrix import Matrix
+    from almost_eval.report.runs import RunSet
+
+FORMATS = {".md": "markdown", ".csv": "csv", ".tex": "latex", ".yaml": "model_index", ".yml": "model_index"}
+"""Suffix of a file -> what is written into it; `.html` is the page."""
+PAGES = (".html", ".htm")
+
+
+@click.command()
+@click.argument("folders", nargs=-1, required=True, metavar="DIR...", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    "outputs",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="File to write: .html is the page; .md, .csv, .tex, .yaml a table. May be repeated.",
+)
+@click.option("--markdown", is_flag=True, help="Print a Markdown table.")
+@click.option("--csv", is_flag=True, help="Print every metric as CSV.")
+@click.option("--latex", is_flag=True, help="Print a LaTeX table (booktabs).")
+@click.option("--model-index", is_flag=True, help="Print the model-index block of a Hugging Face model card.")
+@click.option("--baseline", metavar="MODEL", help="Model that the others are compared with.  [the first]")
+@click.option("--samples/--no-samples", default=True, help="Put every sample into the page.")
+@click.option("--seed", default=0, show_default=True, help="Of the bootstrap.")
+@click.option("--json", "as_json", is_flag=True, help="Print results.json; of several runs, all and their comparison.")
+def report(folders: tuple[Path, ...], outputs: tuple[Path, ...], **given: Any) -> int:
+    """Show finished runs: in the terminal, as one HTML page, as a table for a paper or a model card.
+
+    \b
+    DIR is a run folder, or a folder of run folders. Several models are compared with the first on the samples both
+    scored; marks hold at 5 % for the whole table (Holm).
+
+    \b
+    Example:
+      almost-eval report runs/my-run
+      almost-eval report runs/base runs/tuned -o report.html -o table.tex
+      almost-eval report runs/all-of-my-model --model-index
+    """
+    from almost_eval.report.runs import load_runs
+
+    for file in outputs:
+        if file.suffix.lower() not in (*PAGES, *FORMATS):
+            raise InputError(f"--output {file}: what it should hold is told by its suffix: .html, {', '.join(FORMATS)}")
+    asked = [name for name in dict.fromkeys(FORMATS.values()) if given[name]]
+    if given["as_json"] and asked:
+        raise InputError("--json and a table would both go to the standard output; ask for one, or use --output")
+    found = load_runs(folders, prompts=given["samples"] and any(f.suffix.lower() in PAGES for f in outputs))
+    if not found.runs:
+        raise InputError(f"{folders[0]} holds no finished run; unfinished: {', '.join(found.unfinished) or 'none'}")
+    if given["baseline"] and not found.comparable:
+        raise InputError(f"--baseline {given['baseline']}: no two models have a run of the same benchmark")
+    matrix = None
+    if found.comparable:
+        from almost_eval.report.matrix import build_matrix
+
+        matrix = build_matrix(found, baseline=given["baseline"], seed=given["seed"])
+    for file in outputs:
+        _write(file, found, matrix, samples=given["samples"])
+    for name in asked:
+        click.echo(_table(name, found, matrix), nl=False)
+    if given["as_json"]:
+        click.echo(json.dumps(_as_json(found, matrix), indent=1, ensure_ascii=False))
+    elif not asked:
+        _print(found, matrix)
+    return 0 if all(run.withheld is None for run in found.runs) else 3
+
+
+def _table(name: str, found: RunSet, matrix: Matrix | None) -> str:
+    from almost_eval.report import exports
+
+    if name == "model_index":
+        return exports.to_model_index(found)
+    make: dict[str, Callable[[RunSet, Matrix | None], str]] = {
+        "markdown": exports.to_markdown,
+        "csv": exports.to_csv,
+        "latex": exports.to_latex,
+    }
+    return make[name](found, matrix)
+
+
+def _write(file: Path, found: RunSet, matrix: Matrix | None, *, samples: bool) -> None:
+    if file.suffix.lower() in PAGES:
+        from almost_eval.report.page import write_report
+
+        page = write_report(found, matrix, file, samples=samples)
+        size = f"{page.size / 1e6:.1f} MB" if page.size >= 1e5 else f"{page.size / 1e3:.0f} kB"
+        click.echo(f"page: {file} ({size}, {page.n_samples:,} samples)", err=True)
+        return
+    text = _table(FORMATS[file.suffix.lower()], found, matrix)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(text.encode("utf-8", "replace"))
+    except OSError as error:
+        raise InputError(f"cannot write {file} ({error.strerror}); choose another --output") from None
+    click.echo(f"table: {file}", err=True)
+
+
+def _as_json(found: RunSet, matrix: Matrix | None) -> dict[str, Any]:
+    if len(found.runs) == 1:
+        return found.runs[0].results
+    comparisons = [
+        {
+            "benchmark": delta.benchmark.label,
+            "model": delta.run.label,
+            "baseline": delta.baseline.label,
+            "metric": delta.metric.name,
+            "mark": delta.mark,
+            "p_holm": delta.p_holm,
+            **delta.comparison.to_dict(),
+        }
+        for delta in (matrix.deltas if matrix else ())
+    ]
+    runs = [{"folder": str(run.folder), "label": run.label, **run.results} for run in found.runs]
+    return {"runs": runs, "comparisons": comparisons}
+
+
+def _print(found: RunSet, matrix: Matrix | None) -> None:
+    from almost_eval.report.console import print_results
+
+    console = open_console()
+    if len(found.runs) == 1:
+        print_results(found.runs[0].results, console, folder=str(found.runs[0].folder))
+        return
+    print_overview(found, matrix, console)
+
+
+def print_overview(found: RunSet, matrix: Matrix | None, console: Any) -> None:
+    """Several runs as one table: headlines, and where there are several models, their differences from the first."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from almost_eval.report.runs import shown
+    from almost_eval.report.views import matrix_view
+
+    table = Table()
+    for heading, justify in (("benchmark", "left"), ("model", "left"), ("score", "right"), ("95 % interval", "right")):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    table.add_column("n", justify="right")
+    for benchmark in found.benchmarks:
+        for run in benchmark.runs:
+            metric, unit = run.metrics[run.headline], benchmark.unit
+            bounds = " to ".join(shown(bound, unit) for bound in metric["ci95"] or ())
+            value = "withheld" if run.withheld else shown(metric["value"], unit)
+            table.add_row(Text(benchmark.label), Text(run.label), value, bounds or "-", str(metric["n"]))
+    console.print(table)
+    if matrix and matrix.deltas:
+        view = matrix_view(matrix)
+        deltas = Table(title=Text(f"differences from {matrix.baseline}"), title_justify="left", title_style="bold")
+        for heading in ("benchmark", "model", "difference", "95 % interval", "p, Holm", "flipped", ""):
+            deltas.add_column(heading, justify="left" if heading in ("benchmark", "model", "") else "right")
+        for row in view["deltas"]:
+            flips = f"+{row['gained']} -{row['lost']}"
+            says = f"{row['sign']} {row['says'].split(' the ')[0]}"
+            cells = (row["text"], row["interval"], row["p_holm"], flips, says)
+            deltas.add_row(Text(row["benchmark"]), Text(row["model"]), *cells)
+        console.print(deltas)
+        for warning in dict.fromkeys(warning for row in view["deltas"] for warning in row["warnings"]):
+            console.print(Text.assemble(("warning:", "yellow"), f" {warning}"), soft_wrap=True)
+        marks = f"marks hold at 5 % over {view['family']} comparisons (Holm)"
+        console.print(Text(marks, style="dim"))
+    for run in found.runs:
+        if run.withheld:
+            console.print(Text.assemble(("headline withheld:", "red"), f" {run.label}, {run.task}: {run.withheld}"))
+    for folder in found.unfinished:
+        console.print(Text.assemble(("not finished:", "yellow"), f" {folder}"), soft_wrap=True)

@@ -1,0 +1,230 @@
+"""What the alignment tax asks beside the benchmarks: answers to held-out prompts, their reward, their likelihood.
+
+Each is a task like any other, so its run is a run folder like any other: it resumes, and two of them compare.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from almost_eval.data.sources import DataSource, fingerprint
+from almost_eval.engines.base import SamplingParams
+from almost_eval.errors import DataError
+from almost_eval.run.store import read_samples
+from almost_eval.stats import mean_metric
+from almost_eval.tasks.base import GenerationRequest, Prompting, Task
+from almost_eval.types import (
+    Conversation,
+    LoglikelihoodRequest,
+    Message,
+    Metric,
+    Outputs,
+    Sample,
+    SampleRecord,
+    Score,
+)
+
+_PATIENCE = 10_000
+"""Fruitless draws in a row after which the nano world counts as exhausted."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """A prompt that no policy was trained on."""
+
+    id: str
+    text: str
+
+
+def read_prompts(file: Path, limit: int | None = None) -> list[HeldOut]:
+    """The first `limit` prompts of a JSON Lines file with `id` and `prompt`.
+
+    Raises:
+        DataError: absent, malformed, empty, or an id that is there twice.
+    """
+    found: dict[str, HeldOut] = {}
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--prompts {file} cannot be read ({error}); give JSON Lines with id and prompt") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            prompt = HeldOut(row["id"], row["prompt"])
+        except (ValueError, KeyError, TypeError):
+            prompt = None
+        if prompt is None or not isinstance(prompt.id, str) or not isinstance(prompt.text, str):
+            raise DataError(f"malformed data: {file}, row {number}: a prompt is an object with the texts id and prompt")
+        if prompt.id in found:
+            raise DataError(f"malformed data: {file}, row {number}: the id {prompt.id!r} is there twice")
+        found[prompt.id] = prompt
+    if not found:
+        raise DataError(f"{file} holds no prompts")
+    return list(found.values())[:limit]
+
+
+def nano_prompts(count: int, seed: int) -> list[HeldOut]:
+    """Up to `count` different queries of the nano world's `eval` pool, which alignment never trains on."""
+    from almost_eval.nano.world import World
+
+    world, rng = World(), random.Random(f"{seed}/tax/prompts")
+    texts: dict[str, None] = {}
+    fruitless = 0
+    while len(texts) < count and fruitless < _PATIENCE:
+        query = world.query(rng, "eval").text
+        fruitless = fruitless + 1 if query in texts else 0
+        texts[query] = None
+    return [HeldOut(f"eval-{number:04d}", text) for number, text in enumerate(texts)]
+
+
+class _OverPrompts(Task):
+    """What the three have in common: the prompts, which are all the data there is."""
+
+    protocol = "held-out"
+
+    def __init__(self, prompts: Sequence[HeldOut], data: DataSource, prompting: Prompting) -> None:
+        self.prompts = prompts
+        self.data = data
+        self.prompting = prompting
+
+    def data_fingerprint(self) -> str:
+        """Of the prompts."""
+        return fingerprint([[prompt.id, prompt.text] for prompt in self.prompts])
+
+    def metrics(self, records: Sequence[SampleRecord]) -> dict[str, Metric]:
+        """The mean of each per-sample metric over the samples that have it."""
+        names = dict.fromkeys(name for record in records for name in record.score.metrics)
+        names[self.headline] = None  # also where nothing could be scored
+        return {name: mean_metric([r.score.metrics.get(name) for r in records]) for name in names}
+
+    def _render(self, prompt: HeldOut) -> str:
+        template = self.prompting.template
+        assert template is not None  # a policy is asked in a dialogue
+        return template.render(
+            (Message("user", prompt.text),),
+            add_generation_prompt=True,
+            special_tokens=self.prompting.special_tokens,
+        )
+
+
+class Answers(_OverPrompts):
+    """One answer to each prompt, sampled at temperature 1, zero-shot: how long, whether it ends, and how good.
+
+    Args:
+        prompts: what is asked.
+        data: where they are from; on `nano` the oracle judges every answer.
+        prompting: its template writes the dialogue.
+        max_new_tokens: of an answer.
+    """
+
+    name = "answers"
+    requires = "generation"
+    headline = "characters"
+
+    def __init__(
+        self, prompts: Sequence[HeldOut], data: DataSource, prompting: Prompting, *, max_new_tokens: int
+    ) -> None:
+        super().__init__(prompts, data, prompting)
+        self.max_new_tokens = max_new_tokens
+
+    def samples(self) -> list[Sample]:
+        """A sample for each prompt."""
+        return [
+            Sample(p.id, (Message("user", p.text),), (), 0, p.id, metadata={"prompt": p.text}) for p in self.prompts
+        ]
+
+    def generation(self, sample: Sample, shots: int) -> GenerationRequest:
+        """The prompt as a first turn."""
+        template = self.prompting.template
+        params = SamplingParams(self.max_new_tokens, temperature=1.0, stop=template.stop if template else ())
+        return GenerationRequest(self._render(HeldOut(sample.id, sample.metadata["prompt"])), params)
+
+    def score(self, sample: Sample, outputs: Outputs) -> Score:
+        """`characters`, `finished` (0 or 1) and on nano `oracle`, which is 0 for an answer that was cut off."""
+        text, finished = outputs["completions"][0].strip(), outputs["finish_reasons"][0] == "stop"
+        metrics: dict[str, float | None] = {"characters": float(len(text)), "finished": float(finished)}
+        if self.data.name == "nano":
+            from almost_eval.nano.oracle import score_text
+
+            found = score_text(sample.metadata["prompt"], text)
+            # A beginning is not an answer: the oracle would read it as the whole.
+            metrics["oracle"] = None if found is None else found.overall if finished else 0.0
+        return Score(metrics["characters"], None, metrics)
+
+    def settings(self) -> dict[str, Any]:
+        """See `Task.settings`."""
+        return {"max_new_tokens": self.max_new_tokens, "temperature": 1.0, "n_prompts": len(self.prompts)}
+
+
+class OfAnswers(_OverPrompts):
+    """What somebody says of the answers in a finished `Answers` run.
+
+    Args:
+        prompts: what was asked.
+        data: see `Answers`.
+        prompting: as the answers were asked for.
+        answers: the run's folder.
+    """
+
+    def __init__(self, prompts: Sequence[HeldOut], data: DataSource, prompting: Prompting, answers: Path) -> None:
+        super().__init__(prompts, data, prompting)
+        self.answers: Mapping[str, str] = {
+            record.sample.id: record.outputs["completions"][0]
+            for record in read_samples(answers)
+            if record.outputs.get("completions")
+        }
+
+    def samples(self) -> list[Sample]:
+        """A sample for each answer; an empty one has none here, and is counted by who compares."""
+        return [
+            Sample(p.id, (Message("user", p.text),), (self.answers[p.id],), 0, p.id)
+            for p in self.prompts
+            if self.answers.get(p.id, "").strip() or (p.id in self.answers and self.requires == "reward")
+        ]
+
+    def settings(self) -> dict[str, Any]:
+        """The answers belong to the spec: others are another run."""
+        return {"answers_digest": fingerprint(sorted(self.answers.items()))}
+
+
+class AnswerRewards(OfAnswers):
+    """The reward model's raw logit of each answer, an empty one too."""
+
+    name = "answer-rewards"
+    requires = "reward"
+    headline = "reward"
+
+    def conversations(self, sample: Sample) -> list[Conversation]:
+        """The prompt and its answer."""
+        return [(*sample.context, Message("assistant", sample.choices[0].strip()))]
+
+    def score(self, sample: Sample, outputs: Outputs) -> Score:
+        """The logit; unscored where it is not finite."""
+        value = outputs["rewards"][0]
+        return Score(value, "non_finite" if value is None else None, {"reward": value})
+
+
+class AnswerLikelihoods(OfAnswers):
+    """log p(answer | prompt) in nats, of the text as the policy that wrote it was asked: the two halves of KL."""
+
+    name = "answer-likelihoods"
+    headline = "nats"
+
+    def requests(self, sample: Sample, shots: int) -> list[LoglikelihoodRequest]:
+        """The answer as it was sampled, its leading space included; the end token is no part of it."""
+        prompt, answer = self._render(HeldOut(sample.id, sample.context[0].content)), sample.choices[0]
+        # Some tokenizers lose the space of a text's first token when they decode it.
+        seam = "" if prompt[-1:].isspace() or answer[0].isspace() else " "
+        return [LoglikelihoodRequest(prompt, (seam + answer,))]
+
+    def score(self, sample: Sample, outputs: Outputs) -> Score:
+        """The sum over the answer's tokens."""
+        value = outputs["loglikelihoods"][0][0]
+        return Score(value, "non_finite" if value is None else None, {"nats": value})

@@ -1,0 +1,354 @@
+"""Files that survive a kill: JSON lines, whole-file writes and folder locks. The one place for all three packages.
+
+Three rules. A line that was appended is handed to the kernel before the call returns, and a last line that a kill cut
+short is removed when the file is opened again. A file that is written at once goes through a scratch file beside it,
+so a reader sees the old content or the new, never half. A folder of work is held by one process at a time.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from almost_eval.errors import AlmostError, DataError, InputError, RunError, StoreError
+
+Row = dict[str, Any]
+"""One JSON object, a line of a file."""
+
+
+# --- JSON lines ---
+
+
+def json_line(value: Any, *, ascii_only: bool = False) -> str:
+    """A JSON value as one line, with its line end. Text stays as it is, unless `ascii_only`.
+
+    Raises:
+        ValueError: NaN or infinity, which JSON has not.
+    """
+    return json.dumps(value, ensure_ascii=ascii_only, allow_nan=False) + "\n"
+
+
+def iterate_lines(file: Path, *, torn_end: bool = False) -> Iterator[tuple[int, Any]]:
+    """Line number and JSON value of each line, read as a stream; blank lines are passed over.
+
+    Args:
+        file: UTF-8 text, with or without a byte order mark.
+        torn_end: leave out a last line without its end, which a kill may have cut short; else it is read too.
+
+    Raises:
+        DataError: the file is absent or no UTF-8, or a line is no JSON; with file and row.
+    """
+    try:
+        with file.open("rb") as stream:  # bytes: half a line may end inside a character
+            for number, line in enumerate(stream, 1):
+                if torn_end and not line.endswith(b"\n"):
+                    return
+                text = _decoded(file, number, line)
+                if text.strip():
+                    yield number, parse_line(file, number, text)
+    except FileNotFoundError:
+        raise DataError(f"{file} is not there") from None
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror})") from None
+
+
+def _decoded(file: Path, number: int, line: bytes) -> str:
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}, row {number} is not UTF-8 ({error.reason} at byte {error.start} of it)") from None
+
+
+def parse_line(file: Path, number: int, text: str) -> Any:
+    """The JSON value of one line.
+
+    Raises:
+        DataError: it is no JSON; with file and row.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise DataError(f"malformed data: {file}, row {number}: nested too deeply") from None
+    except ValueError as error:
+        raise DataError(f"malformed data: {file}, row {number}: not JSON ({error})") from None
+
+
+def read_rows(file: Path, required: Mapping[str, type] = {}, *, torn_end: bool = False) -> list[Row]:
+    """All rows of a JSON Lines file.
+
+    Args:
+        file: see `iterate_lines`.
+        required: keys that every row must have, and the type of each.
+        torn_end: see `iterate_lines`.
+
+    Raises:
+        DataError: no such file, or a row that is not an object with those keys; with file and row.
+    """
+    rows: list[Row] = []
+    for number, row in iterate_lines(file, torn_end=torn_end):
+        if not isinstance(row, dict):
+            raise DataError(f"malformed data: {file}, row {number}: not a JSON object")
+        for key, kind in required.items():
+            if not isinstance(row.get(key), kind):
+                has = type(row[key]).__name__ if key in row else "nothing"
+                raise DataError(f"malformed data: {file}, row {number}: {key!r} must be {kind.__name__}, and is {has}")
+        rows.append(row)
+    return rows
+
+
+def repair_end(file: Path) -> None:
+    """Cut off a last line without its end: the process was killed while it wrote it."""
+    if not file.exists():
+        return
+    with file.open("rb+") as stream:
+        content = stream.read()
+        if content and not content.endswith(b"\n"):
+            stream.truncate(content.rfind(b"\n") + 1)
+
+
+class LineWriter:
+    """An append-only JSON Lines file, open. Use as a context manager; a torn last line is removed on entry.
+
+    A line is handed to the kernel before `append` returns, so a killed process loses none.
+
+    Args:
+        file: made if absent, its folder too.
+        ascii_only: see `json_line`.
+        advice: the end of the error of a disk that is full: what is kept, and what to do.
+    """
+
+    def __init__(
+        self, file: Path, *, ascii_only: bool = False, advice: str = "what was done is kept: the same command goes on"
+    ) -> None:
+        self.file = file
+        self._ascii_only = ascii_only
+        self._advice = advice
+
+    def __enter__(self) -> LineWriter:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        repair_end(self.file)
+        self._stream = self.file.open("a", encoding="utf-8")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        with suppress(OSError):  # a full disk has been reported by then
+            self._stream.close()
+
+    def append(self, *values: Any) -> None:
+        """Add a line for each value.
+
+        Raises:
+            RunError: the disk is full, or gone.
+        """
+        lines = "".join(json_line(value, ascii_only=self._ascii_only) for value in values)
+        try:
+            self._stream.write(lines)
+            self._stream.flush()
+        except OSError as error:
+            raise self.failure(error) from None
+
+    def rewrite(self, values: Iterable[Any]) -> None:
+        """Put these lines in the place of all, whole or not at all.
+
+        Raises:
+            RunError: the disk is full, or gone.
+        """
+        try:
+            with whole_file(self.file) as scratch:
+                scratch.writelines(json_line(value, ascii_only=self._ascii_only).encode() for value in values)
+            self._stream.close()
+            self._stream = self.file.open("a", encoding="utf-8")
+        except OSError as error:
+            raise self.failure(error) from None
+
+    def sync(self) -> None:
+        """Return when all lines are on the disk itself.
+
+        Raises:
+            RunError: the disk is full, or gone.
+        """
+        try:
+            os.fsync(self._stream.fileno())
+        except OSError as error:
+            raise self.failure(error) from None
+
+    def failure(self, error: OSError) -> RunError:
+        """What to raise where the file's folder cannot be written."""
+        return RunError(f"cannot write to {self.file.parent} ({error.strerror}); {self._advice}")
+
+
+class RowLog(LineWriter):
+    """A `LineWriter` that knows what an earlier process wrote: its `rows`, to which `append` adds."""
+
+    def __enter__(self) -> RowLog:
+        super().__enter__()
+        self.rows: list[Row] = read_rows(self.file)
+        return self
+
+    def append(self, *values: Row) -> None:
+        """Add rows; see `LineWriter.append`."""
+        super().append(*values)
+        self.rows.extend(values)
+
+
+# --- whole files and folders ---
+
+
+@contextmanager
+def whole_file(file: Path) -> Iterator[IO[bytes]]:
+    """A scratch file that becomes `file` when the block ends well, and is removed otherwise.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with scratch.open("wb") as stream:
+            yield stream
+        scratch.replace(file)
+    except BaseException:
+        with suppress(OSError):
+            scratch.unlink()
+        raise
+
+
+def write_rows(
+    file: Path, rows: Iterable[Any], *, key: Callable[[Any], Any] | None = None, ascii_only: bool = False
+) -> None:
+    """Write JSON lines whole or not at all, sorted by `key` where one is passed.
+
+    Raises:
+        RunError: the disk is full, or gone.
+    """
+    ordered = sorted(rows, key=key) if key else rows
+    try:
+        with whole_file(file) as stream:
+            stream.writelines(json_line(row, ascii_only=ascii_only).encode() for row in ordered)
+    except OSError as error:
+        raise RunError(f"cannot write to {file} ({error.strerror}); the same command goes on") from None
+
+
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object, indented, whole or not at all.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    content = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    with whole_file(file) as stream:
+        stream.write(content.encode())
+
+
+def read_json(file: Path, *keys: str, absent: str = "give the folder that holds it") -> dict[str, Any]:
+    """A JSON object, with `keys` in it.
+
+    Args:
+        file: the file.
+        keys: those it must have.
+        absent: the end of the error of a file that is not there: what to do.
+
+    Raises:
+        StoreError: absent, or not such an object.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StoreError(f"{file} is not there; {absent}") from None
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{file} cannot be read as JSON ({error})") from None
+    lacking = [key for key in keys if key not in value] if isinstance(value, dict) else ["a JSON object"]
+    if lacking:
+        raise StoreError(f"{file} is not a run's: it lacks {', '.join(lacking)}")
+    return dict(value)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A scratch folder that becomes `path` when the block ends well; `path` is never seen half-written.
+
+    Raises:
+        InputError: `path` is there, and is no empty folder.
+    """
+    taken = InputError(f"{path} exists and is not an empty folder: give a new one, or remove it")
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise taken
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The scratch folder is private (0700); the one inside it has the user's ordinary permissions, and is what moves.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
+        folder = Path(scratch) / "whole"
+        folder.mkdir()
+        yield folder
+        try:
+            folder.rename(path)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
+            raise taken from None
+
+
+@contextmanager
+def locked_folder(folder: Path, of: str) -> Iterator[None]:
+    """Hold a folder of work, made if absent, until the block ends.
+
+    Args:
+        folder: the folder; its lock is the file `.lock` inside.
+        of: whose folder it is, for the error: `run`, `stage`.
+
+    Raises:
+        StoreError: another process holds it, or it cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise StoreError(f"{folder} is in use by another process; wait for it, or choose another --output") from None
+    except FileExistsError:
+        raise StoreError(f"{folder} is a file; --output names the folder of a {of}") from None
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _unwritable(folder: Path, error: OSError) -> AlmostError:
+    return StoreError(f"cannot write to {folder} ({error.strerror}); choose another --output")
+
+
+# --- digests ---
+
+
+def digest_path(path: Path) -> str:
+    """sha256 of a file, or of a folder's files by name (hidden files, logs and `README.md` left out): hex.
+
+    Raises:
+        DataError: there is no such file or folder.
+    """
+    if path.is_file():
+        return _digest_file(path)
+    if not path.is_dir():
+        raise DataError(f"{path} is not there; run the stage that writes it first")
+    whole = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")):
+        name = file.relative_to(path).as_posix()
+        if name != "README.md" and file.suffix != ".log":
+            whole.update(f"{name}\0{_digest_file(file)}\n".encode())
+    return whole.hexdigest()
+
+
+def _digest_file(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,106 @@
+"""The online judge: many requests to one endpoint, each reply in the journal before anything else is done with it.
+
+The caller reads a plain iterator. An event loop in a thread of its own holds the requests on their way, so that they
+go on while the caller works, and Ctrl-C in the caller ends all of it at once. At most `concurrency` requests are
+under way, and twice as many outcomes wait to be read: memory does not grow with the number of requests.
+
+What is asked again: timeouts, lost connections, 408, 409, 5xx, answers that are cut, no JSON or no completion; up to
+`max_attempts` times in all, after an exponential back-off with full jitter. A 429 is asked again when there is a place
+(see `adaptive`), and counts as an attempt only if nothing at all was answered since the request's last one: an
+endpoint that works through its queue refuses nobody for good.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+
+from almost_eval.errors import InputError
+from almost_eval.judge.api.cost import Budget
+from almost_eval.judge.api.endpoint import Endpoint
+from almost_eval.judge.api.journal import Journal
+from almost_eval.judge.api.session import Session, Stats
+from almost_eval.judge.records import Failure, JudgeRequest, Reply
+from almost_eval.progress import Progress
+
+
+class JudgeClient:
+    """A judge at OpenAI or any compatible endpoint.
+
+    Args:
+        judge: the model's name; requests to another one are refused.
+        journal: open; where replies are kept and looked up.
+        base_url: the endpoint, up to and including `/v1`; None is `OPENAI_BASE_URL`, else OpenAI's.
+        timeout: seconds that one answer may take.
+        max_attempts: sendings of one request, the first included.
+        concurrency: requests on their way at a time, at most; fewer where the endpoint refuses.
+        budget: what may be spent; by default no bound, at the price of the table.
+        progress: where it is shown.
+        seed: of the jitter.
+
+    Raises:
+        InputError: no key for OpenAI's endpoint, a `base_url` that is no address or holds anything secret, a number
+            out of range.
+    """
+
+    def __init__(
+        self,
+        judge: str,
+        journal: Journal,
+        *,
+        base_url: str | None = None,
+        timeout: float = 120.0,
+        max_attempts: int = 6,
+        concurrency: int = 32,
+        budget: Budget | None = None,
+        progress: Progress | None = None,
+        seed: int = 0,
+    ) -> None:
+        if timeout <= 0 or max_attempts < 1 or concurrency < 1:
+            raise InputError("timeout must be above 0 seconds, max_attempts and concurrency 1 or more")
+        self.judge = judge
+        self.endpoint = Endpoint(judge, base_url, timeout)
+        self.journal = journal
+        self.max_attempts = max_attempts
+        self.concurrency = concurrency
+        self.budget = budget or Budget(judge=judge)
+        self.progress = progress or Progress()
+        self.random = random.Random(seed)
+        self.stats = Stats(cost=None if self.budget.price is None else 0.0)
+
+    def stream(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[int, Reply | Failure]]:
+        """Yield (index, outcome) of every request: first what is stored, then each as its reply is committed.
+
+        Closing the iterator, or an interrupt, ends everything that is under way; what was committed is kept.
+
+        Raises:
+            InputError: the endpoint refuses the key, the judge or the settings, or is not there at all.
+            RunError: the endpoint stopped working, or a reply cannot be written down.
+            StoreError: the journal was damaged.
+        """
+        with self.progress.track("judging", len(requests)) as advance:
+            missing: dict[str, list[int]] = {}
+            for i in range(len(requests)):
+                request = requests[i]
+                if request.judge != self.judge:
+                    raise InputError(f"a request for the judge {request.judge!r} was given to {self.judge!r}")
+                digest = request.digest
+                stored = None if digest in missing else self.journal.get(digest)
+                if stored is None:
+                    missing.setdefault(digest, []).append(i)
+                    continue
+                self.stats.cached += 1
+                advance()
+                yield i, stored
+            if not missing:
+                return
+            with closing(Session(self, requests, list(missing.values())).outcomes()) as outcomes:
+                for indices, outcome in outcomes:
+                    for copy, i in enumerate(indices):
+                        if copy and isinstance(outcome, Reply):
+                            self.stats.cached += 1
+                            outcome = replace(outcome, cached=True)
+                        advance()
+                        yield i, outcome

@@ -1,0 +1,268 @@
+"""One call of `JudgeClient.stream`: the workers in their thread, and what they do about what goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import Counter
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from almost_eval.errors import InputError, RunError
+from almost_eval.judge.api.adaptive import MAX_PAUSE, AdaptiveLimit, backoff
+from almost_eval.judge.api.endpoint import Trouble
+from almost_eval.judge.records import Failure, JudgeRequest, Reply
+
+if TYPE_CHECKING:
+    from almost_eval.judge.api.client import JudgeClient
+
+BREAKER = 20
+"""Requests that fail for good in a row, all for the endpoint's sake, before the run ends instead of trying the rest."""
+
+REFUSALS = 3
+"""Requests refused as invalid (400) before anything passes, until it is taken for the settings' fault."""
+
+CLOSING = 1.0
+"""Seconds that the loop has to close its connections when the caller has had enough."""
+
+_KEPT = "what was done is kept: the same command goes on"
+
+
+@dataclass
+class Stats:
+    """What a client did. Sendings are `asked` plus all of `retried`."""
+
+    asked: int = 0
+    """Different requests that were sent."""
+    replied: int = 0
+    """... and got a reply now."""
+    cached: int = 0
+    """Requests answered by the journal, or by another one of the same call that is identical."""
+    retried: Counter[str] = field(default_factory=Counter)
+    """Sendings after the first of a request, by the reason of the one before."""
+    failed: Counter[str] = field(default_factory=Counter)
+    """Requests without a reply, by reason: each counts, identical ones too."""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    """As the provider bills them, failures included."""
+    unmetered: int = 0
+    """Sendings that may be billed though nobody says for how much; in `cost` at their worst case."""
+    cost: float | None = None
+    """USD of this client's sendings; None where the price is unknown."""
+
+
+_Outcome = tuple[list[int], Reply | Failure]
+
+
+class Session:
+    """One call of `stream`: the workers, in their thread."""
+
+    def __init__(self, client: JudgeClient, requests: Sequence[JudgeRequest], groups: list[list[int]]) -> None:
+        self.client = client
+        self.stats = client.stats
+        self.budget = client.budget
+        self.requests = requests
+        self.groups = groups
+        self.ready: SimpleQueue[_Outcome | BaseException | None] = SimpleQueue()
+        """Outcomes; then None, or what ended it."""
+        self.ending: BaseException | None = None
+        self.undecided: list[tuple[list[int], Trouble]] = []
+        self.lost_in_a_row = 0
+        self.sending: set[asyncio.Task[None]] = set()
+        self.workers: list[asyncio.Task[None]] = []
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.main: asyncio.Task[None] | None = None
+
+    def outcomes(self) -> Generator[_Outcome, None, None]:
+        """Run until all is asked, in the caller's thread; outcomes as they come."""
+        started = threading.Event()
+        thread = threading.Thread(target=self._thread, args=(started,), name="judge", daemon=True)
+        thread.start()
+        try:
+            started.wait()
+            while True:
+                outcome = self.ready.get()
+                if isinstance(outcome, BaseException):
+                    raise outcome
+                if outcome is None:
+                    return
+                yield outcome
+                self._call(self.room.release)
+        finally:
+            if self.main is not None:
+                self._call(self.main.cancel)
+            thread.join(CLOSING)  # a daemon: a connection that does not close holds nothing up
+
+    def _call(self, function: Any) -> None:
+        with suppress(RuntimeError):  # the loop has ended
+            assert self.loop is not None  # `_thread` has begun
+            self.loop.call_soon_threadsafe(function)
+
+    def _thread(self, started: threading.Event) -> None:
+        async def main() -> None:
+            self.loop = asyncio.get_running_loop()
+            self.main = asyncio.current_task()
+            self.room = asyncio.Semaphore(2 * self.client.concurrency)
+            self.settled = asyncio.Event()
+            started.set()
+            await self._run()
+
+        try:
+            asyncio.run(main())
+            self.ready.put(self.ending)
+        except BaseException as error:  # it is raised where somebody reads it
+            self.ready.put(error)
+        finally:
+            started.set()
+
+    async def _run(self) -> None:
+        self.limit = AdaptiveLimit(self.client.concurrency, self.client.random)
+        todo = iter(self.groups)
+        async with self.client.endpoint.connect() as self.connection:
+            count = min(self.client.concurrency, len(self.groups))
+            self.workers = [asyncio.create_task(self._work(todo)) for _ in range(count)]
+            await asyncio.gather(*self.workers, return_exceptions=True)
+        if self.undecided and self.ending is None:
+            self.ending = self.undecided[0][1].refused
+
+    def _end(self, error: BaseException) -> None:
+        """Send nothing more; what is on its way is awaited, for it is paid for."""
+        self.ending = self.ending or error
+        for worker in self.workers:
+            if worker not in self.sending:
+                worker.cancel()
+
+    async def _work(self, todo: Iterator[list[int]]) -> None:
+        """Ask one request after the other until there are none."""
+        try:
+            for indices in todo:
+                await self.room.acquire()
+                outcome = await self._ask(self.requests[indices[0]])
+                if isinstance(outcome, Reply):
+                    self.stats.replied += 1
+                    self.lost_in_a_row = 0
+                    self.ready.put((indices, outcome))
+                    while self.undecided:
+                        self._fail(*self.undecided.pop())
+                elif outcome is not None:
+                    self._decide(indices, outcome)
+                if self.ending is not None:
+                    return
+        except Exception as error:
+            self._end(error)
+
+    def _decide(self, indices: list[int], trouble: Trouble) -> None:
+        """Is it this request, or all of them?"""
+        proven = self.stats.replied + self.stats.cached > 0
+        if trouble.fatal is not None:
+            self._end(trouble.fatal)
+        elif trouble.refused is not None and not proven:
+            self.undecided.append((indices, trouble))
+            if len(self.undecided) >= REFUSALS:
+                self._end(trouble.refused)
+        elif trouble.reason == "connection" and not proven:
+            where = self.client.endpoint.base_url
+            self._end(InputError(f"the endpoint {where} is not reachable; start it, or check --judge-base-url"))
+        else:
+            self._fail(indices, trouble)
+
+    def _fail(self, indices: list[int], trouble: Trouble) -> None:
+        self.stats.failed[trouble.reason] += len(indices)
+        self.ready.put((indices, Failure(trouble.reason, trouble.message)))
+        if trouble.again:
+            self.lost_in_a_row += 1
+            if self.lost_in_a_row >= BREAKER:
+                self._end(
+                    RunError(
+                        f"the endpoint {self.client.endpoint.base_url} has stopped answering: the last "
+                        f"{self.lost_in_a_row} requests failed ({trouble.message}); {_KEPT}"
+                    )
+                )
+
+    async def _ask(self, request: JudgeRequest) -> Reply | Trouble | None:
+        """Send until there is a reply or no hope; None where it was stopped in between."""
+        worst = self.budget.worst(request)
+        attempts, answered_before, sent = 0, self.stats.replied, False
+        why = ""
+        while True:
+            if not await self._afford(worst):
+                return Trouble(
+                    "budget", f"not sent: it may cost {worst:.4f} USD, and {self.budget.spent:.4f} USD are spent"
+                )
+            try:
+                await self.limit.acquire()
+            except asyncio.CancelledError:
+                self.budget.settle(worst, 0.0)
+                raise
+            if sent:
+                self.stats.retried[why] += 1
+            else:
+                self.stats.asked += 1
+            sent = True
+            outcome = await self._send(request, worst)
+            if isinstance(outcome, Reply) or not outcome.again:
+                return outcome
+            if outcome.reason != "rate_limited" or self.stats.replied == answered_before:
+                attempts += 1
+            answered_before = self.stats.replied
+            if attempts >= self.client.max_attempts:
+                return outcome
+            if self.ending is not None:
+                return None
+            why = outcome.reason
+            if why != "rate_limited":
+                await asyncio.sleep(
+                    max(backoff(attempts, self.client.random), min(outcome.retry_after or 0.0, MAX_PAUSE))
+                )
+
+    async def _send(self, request: JudgeRequest, worst: float) -> Reply | Trouble:
+        """Send once, and commit the reply."""
+        task: asyncio.Task[None] = asyncio.current_task()  # type: ignore[assignment]
+        self.sending.add(task)
+        outcome: Reply | Trouble | None = None
+        try:
+            outcome = await self.client.endpoint.ask(self.connection, request)
+            if isinstance(outcome, Reply):
+                self.client.journal.put(request, outcome)
+        finally:
+            self.sending.discard(task)
+            self._settle(outcome, worst)
+        return outcome
+
+    def _settle(self, outcome: Reply | Trouble | None, worst: float) -> None:
+        """Book what was billed, and give the place back. `outcome` is None where it was cancelled on its way."""
+        tokens: tuple[int, int] | None = None
+        unsure = outcome is None
+        if isinstance(outcome, Reply):
+            tokens = (outcome.prompt_tokens, outcome.completion_tokens)
+            unsure = not any(tokens)
+        elif outcome is not None:
+            tokens, unsure = outcome.tokens, outcome.tokens is None and outcome.may_be_billed
+        prompt, completion = tokens or (0, 0)
+        self.stats.prompt_tokens += prompt
+        self.stats.completion_tokens += completion
+        self.stats.unmetered += unsure
+        price = self.budget.price
+        cost = worst if unsure else price.of(prompt, completion) if price else 0.0
+        self.budget.settle(worst, cost)
+        if self.stats.cost is not None:
+            self.stats.cost += cost
+        self.settled.set()
+        if isinstance(outcome, Reply):
+            self.limit.answered()
+        elif outcome is not None and outcome.reason == "rate_limited":
+            self.limit.refused(outcome.retry_after)
+        else:
+            self.limit.release()
+
+    async def _afford(self, worst: float) -> bool:
+        """Set the worst case aside. What is on its way may turn out cheaper: it is awaited before the answer is no."""
+        while not self.budget.reserve(worst):
+            if not self.budget.pending:
+                return False
+            self.settled.clear()
+            await self.settled.wait()
+        return True

@@ -1,0 +1,108 @@
+"""What every engine and reward model does before it computes: tokenizer, weights, dtype, device.
+
+Whatever cannot be loaded is refused in one line that says what to do.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from almost_eval.errors import InputError, ModelError, RunError
+from almost_eval.models.checkpoint import Checkpoint
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
+
+
+def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()  # it warns of long texts; we count them and refuse them ourselves
+    try:
+        return AutoTokenizer.from_pretrained(str(checkpoint.path), trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises half a dozen unrelated kinds here
+        raise ModelError(
+            f"{checkpoint.path} has no tokenizer that transformers can read ({first_line(error)}); save the "
+            "tokenizer beside the weights"
+        ) from None
+
+
+def load_weights(
+    auto_class: Any, checkpoint: Checkpoint, *, dtype: Any, device: str, attention: str, trust_remote_code: bool
+) -> Any:
+    """A transformers model in eval mode with every weight from the checkpoint.
+
+    Raises:
+        ModelError: weights are missing (transformers would initialise them at random), or cannot be read.
+        RunError: not enough memory.
+    """
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    extra = {} if attention == "auto" else {"attn_implementation": attention}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model, info = auto_class.from_pretrained(
+                str(checkpoint.path),
+                dtype=dtype,
+                use_safetensors=checkpoint.weight_files[0].suffix == ".safetensors",
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                **extra,
+            )
+    except torch.OutOfMemoryError as error:
+        raise RunError(f"not enough memory for the weights of {checkpoint.name}: {first_line(error)}") from None
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        raise ModelError(f"transformers cannot load {checkpoint.path}: {first_line(error)}") from None
+    lost = sorted({*info.get("missing_keys", ()), *(key for key, *_ in info.get("mismatched_keys", ()))})
+    if lost:
+        raise ModelError(
+            f"{checkpoint.path} lacks {len(lost)} weights of its own architecture, first {lost[0]!r}; transformers "
+            "would set them at random, so nothing it says would mean anything"
+        )
+    try:
+        return model.to(device).eval()
+    except torch.OutOfMemoryError:
+        raise RunError(f"not enough memory on {device} for {checkpoint.name}; use a smaller dtype or device") from None
+
+
+def pick_dtype(dtype: str, checkpoint: Checkpoint, device: str) -> str:
+    """`auto` -> float32 on a CPU, the checkpoint's own elsewhere."""
+    if dtype != "auto":
+        return dtype
+    own = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
+    return "float32" if device == "cpu" else str(own)
+
+
+def pick_device(device: str) -> str:
+    """`auto` -> the accelerator where there is one.
+
+    Raises:
+        InputError: a device that torch does not know or does not see.
+    """
+    import torch
+
+    if device == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device).item()  # `meta` makes tensors, and has no values to read
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device {device!r} is not usable here ({first_line(error)}); use cpu or auto") from None
+    return device
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, at most 200 characters: libraries explain themselves over many lines."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

@@ -1,0 +1,157 @@
+"""`results.json` of judged runs in a terminal. Everything is read from the results; nothing is computed here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from almost_eval.judge.aggregate import Combined, JudgeResults, RoundRobin, SignTest
+from almost_eval.report.judge_tables import print_judge_results, print_round_robin
+from almost_eval.types import Metric
+
+CHECK_ROWS = {
+    "kappa": "kappa with the archived verdicts",
+    "agreement": "same verdict",
+    "kappa/decisive": "kappa, neither calls a tie",
+    "agreement/decisive": "same verdict, neither calls a tie",
+    "self_consistency": "same verdict when asked again",
+    "consistency": "same verdict in both orders",
+    "first_wins": "Assistant 1 wins a decisive verdict",
+    "longer_wins": "the longer answer wins one",
+    "archived/first_wins": "archived: Assistant 1 wins one",
+    "archived/longer_wins": "archived: the longer answer wins one",
+}
+"""Metric -> what it is called in a table."""
+
+
+def print_judged(results: Mapping[str, Any], console: Console) -> None:
+    """The table of a run of `vicuna` or of a judge's check."""
+    title = f"judge {results['protocol']}"
+    if results["task"] == "judge-check":
+        _print_check(results, console)
+    elif "names" in results["judging"]:
+        print_round_robin(_round_robin(results), console, title=title)
+    else:
+        print_judge_results(_two(results), console, title=title)
+    if details := ", ".join(f"{name} {count:,}" for name, count in results["details"].items() if count):
+        console.print(Text(f"counted: {details}"))
+    if not results["validity"]["passed"]:
+        console.print(Text.assemble(("headline withheld:", "red"), f" {results['validity']['reason']}"))
+    for warning in results["engine"]["warnings"]:
+        console.print(Text.assemble(("warning:", "yellow"), f" {warning}"))
+
+
+def _two(results: Mapping[str, Any]) -> JudgeResults:
+    stored: dict[str, Any] = dict(results["judging"])
+    stored["metrics"] = {name: _metric(metric) for name, metric in results["metrics"].items()}
+    for name in ("consistency", "first_wins", "longer_wins", "length_controlled"):
+        stored[name] = stored[name] and _metric(stored[name])
+    stored["combined"] = Combined(**stored["combined"])
+    stored["sign_test"] = SignTest(**stored["sign_test"])
+    return JudgeResults(**stored)
+
+
+def _round_robin(results: Mapping[str, Any]) -> RoundRobin:
+    stored = results["judging"]
+    strengths = {
+        name.removeprefix("strength/"): _metric(metric)
+        for name, metric in results["metrics"].items()
+        if name.startswith("strength/")
+    }
+    wins = tuple(tuple(row) for row in stored["wins"])
+    return RoundRobin(tuple(stored["names"]), strengths, wins, stored["unscored"], stored["problem"])
+
+
+def _metric(stored: Mapping[str, Any]) -> Metric:
+    interval = stored["ci95"]
+    return Metric(
+        stored["value"],
+        stored["stderr"],
+        (interval[0], interval[1]) if interval else None,
+        stored["n"],
+        stored["unscored"],
+    )
+
+
+def _print_check(results: Mapping[str, Any], console: Console) -> None:
+    table = Table(title=Text(f"judge {results['model']} on archived pairs"), title_justify="left", title_style="bold")
+    table.add_column("metric")
+    for column in ("value", "95 % interval", "n", "unscored"):
+        table.add_column(column, justify="right")
+    for name, called in CHECK_ROWS.items():
+        metric = results["metrics"].get(name)
+        if metric is None:
+            continue
+        show = _number if name.startswith("kappa") else _share
+        table.add_row(
+            called,
+            "withheld" if metric.get("withheld") else show(metric["value"]),
+            " to ".join(map(show, metric["ci95"])) if metric["ci95"] else "-",
+            str(metric["n"]),
+            str(metric["unscored"] or ""),
+            style="bold" if name == results["headline"] else None,
+        )
+    console.print(table)
+    if cost := results["timing"].get("cost_usd"):
+        asked = results["timing"]["requests_sent"]
+        console.print(
+            Text(f"price: {cost:.4f} USD for {asked} requests, {1000 * cost / max(1, asked):.2f} per thousand")
+        )
+
+
+def print_archives(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """One line for each archived review file."""
+    table = Table(title=Text("archived reviews, aggregated anew"), title_justify="left", title_style="bold")
+    for column in ("Assistant 1", "Assistant 2"):
+        table.add_column(column, overflow="fold")  # a name that is cut short may be another's
+    for column in ("totals", "2 won,\ntied, lost", "win rate\nof 2", "at equal\nlength", "longer\nwins", "unparsed"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        metrics, judging = row["metrics"], row["judging"]
+        totals = [metrics.get(f"total_score/{row[side]}", {"value": None})["value"] for side in ("baseline", "model")]
+        counts = (f"{metrics[name]['value']:g}" for name in ("wins", "ties", "losses"))
+        table.add_row(
+            Text(row["baseline"].partition(":")[0]),
+            Text(row["model"].partition(":")[0]),
+            " : ".join(_number(total, ".6g") for total in totals),
+            ", ".join(counts),
+            _with_interval(metrics["win_rate"]),
+            _with_interval(judging["length_controlled"]),
+            _share(judging["longer_wins"]["value"]),
+            f"{metrics['unparsed']['value']:g}",
+        )
+    console.print(table)
+    reviews = sum(row["reviews"] for row in rows)
+    console.print(Text(f"{reviews} reviews, scores read from their text"))
+    for row in rows:
+        for other in row["other_scores_than_stored"]:
+            read, stored = (" ".join(f"{x:g}" for x in other[key] or ()) or "none" for key in ("read", "stored"))
+            where = f"{row['file']}, question {other['question']}"
+            console.print(Text(f"{where}: the text says {read}, the file's own score is {stored}"), soft_wrap=True)
+        if row["other_scores_than_stored"] and row["recorded_totals"]:
+            recorded = " : ".join(_number(total, ".6g") for total in row["recorded_totals"])
+            console.print(Text(f"{row['file']}: by its own scores, the totals are {recorded}"), soft_wrap=True)
+    decisive = [row["judging"]["longer_wins"] for row in rows]
+    n = sum(metric["n"] for metric in decisive)
+    if n:
+        share = sum(metric["value"] * metric["n"] for metric in decisive if metric["n"]) / n
+        console.print(Text(f"the longer answer wins {share:.1%} of all {n} decisive verdicts between unequal lengths"))
+
+
+def _with_interval(metric: Mapping[str, Any] | None) -> str:
+    if metric is None or metric["value"] is None:
+        return "-"
+    bounds = f"\n{'-'.join(f'{100 * bound:.1f}' for bound in metric['ci95'])}" if metric["ci95"] else ""
+    return _share(metric["value"]) + bounds
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _number(value: float | None, form: str = ".3f") -> str:
+    return "-" if value is None else f"{value:{form}}"

@@ -1,0 +1,125 @@
+"""One run, or several, as one HTML file: no network, no other file, nothing that a run says taken for markup.
+
+The tables and plots are in the document itself and read without a script; the samples travel packed (`samples.pack`)
+and are shown by the page's script. A content security policy lets only that script run, and lets nothing be fetched.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from almost_eval import __version__
+from almost_eval.errors import InputError
+from almost_eval.report import views
+from almost_eval.report.matrix import Matrix, build_matrix
+from almost_eval.report.reference import reference_rows
+from almost_eval.report.runs import RunSet, load_runs
+from almost_eval.report.samples import Payload, pack
+
+_PAGE = Path(__file__).with_name("assets")
+SCRIPTS = ("bzip2.js", "page.js")
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """What was written."""
+
+    file: Path
+    size: int
+    """Bytes."""
+    n_samples: int
+    """Distinct samples in its browser."""
+
+
+def write_page(
+    folders: Sequence[Path], file: Path, *, baseline: str | None = None, seed: int = 0, samples: bool = True
+) -> Page:
+    """The page of some run folders; see `write_report`."""
+    found = load_runs(folders, prompts=samples)
+    matrix = build_matrix(found, baseline=baseline, seed=seed) if found.comparable else None
+    return write_report(found, matrix, file, samples=samples)
+
+
+def write_report(found: RunSet, matrix: Matrix | None, file: Path, *, samples: bool = True) -> Page:
+    """Write the page, whole or not at all.
+
+    Args:
+        found: the runs.
+        matrix: their comparison, where there are several models.
+        file: where to.
+        samples: whether the samples travel with it.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    payload = pack(found) if samples else Payload()
+    content = render(found, matrix, payload).encode("utf-8", "replace")
+    scratch = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_bytes(content)
+        scratch.replace(file)
+    except OSError as error:
+        with suppress(OSError):
+            scratch.unlink()
+        raise InputError(f"cannot write {file} ({error.strerror}); choose another --output") from None
+    return Page(file, len(content), payload.n_samples)
+
+
+def render(found: RunSet, matrix: Matrix | None, payload: Payload) -> str:
+    """The document."""
+    import jinja2
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_PAGE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    script = "\n".join((_PAGE / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    return environment.get_template("page.html.jinja").render(
+        title=_title(found),
+        version=__version__,
+        style=Markup((_PAGE / "style.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_digest=_digest(script),
+        models=[{"label": label, "series": at % views.plots.SERIES} for at, label in enumerate(found.models)],
+        headlines=views.headline_rows(found),
+        matrix=views.matrix_view(matrix) if matrix else None,
+        sections=_with_svg(views.sections(found), Markup),
+        provenance=views.provenance(found),
+        references=reference_rows(),
+        unfinished=found.unfinished,
+        blobs=[(Markup(packed), size) for packed, size in payload.blobs],
+        n_samples=payload.n_samples,
+    )
+
+
+def _with_svg(sections: list[dict[str, Any]], markup: Any) -> list[dict[str, Any]]:
+    """Marks the plots, which are drawn here and hold no name of a run, as markup."""
+    for section in sections:
+        for plot in section["plots"]:
+            plot["svg"] = markup(plot["svg"])
+        for judged in section["judged"]:
+            judged["by_length"] = judged["by_length"] and markup(judged["by_length"])
+    return sections
+
+
+def _title(found: RunSet) -> str:
+    if len(found.models) == 1:
+        return found.models[0]
+    return f"{len(found.models)} models, {len(found.benchmarks)} benchmark{'s' * (len(found.benchmarks) > 1)}"
+
+
+def _digest(script: str) -> str:
+    """As a content security policy names an inline script; the element holds it between two newlines."""
+    return base64.b64encode(hashlib.sha256(f"\n{script}\n".encode()).digest()).decode()

@@ -1,0 +1,194 @@
+"""What every reward model shares: which checkpoints are one, and what it reads of a conversation.
+
+Whoever computes the rewards (transformers, vLLM, a server) gets the same token ids, so the rewards are equal.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
+
+from almost_eval.errors import InputError, ModelError, did_you_mean
+from almost_eval.models.chat import ChatTemplate, encode_text, load_template, special_tokens
+from almost_eval.models.checkpoint import Checkpoint, context_length, find_checkpoint
+from almost_eval.models.loading import DTYPES, load_tokenizer, pick_device, pick_dtype
+from almost_eval.types import Conversation
+
+TokenIds = tuple[int, ...]
+
+ARCHITECTURES = ("SequenceClassification", "RewardModel")
+"""Parts of the class name that the config of a reward model holds."""
+
+_HEAD = re.compile(r"(?:^|\.)(?:score|classifier|v_head|classification_head|logits_proj|sequence_summary)\.")
+"""A tensor of a score head, under the names that transformers' architectures and published reward models give it."""
+
+
+@runtime_checkable
+class RewardModel(Protocol):
+    """Says how good the last answer of a conversation is."""
+
+    def score(self, conversations: Sequence[Conversation]) -> list[float]:
+        """Raw logits, in order; higher is better, and only differences mean something."""
+        ...
+
+
+class CheckpointRewardModel(ABC):
+    """A reward model whose checkpoint is at hand: everything but the rewards, for which a subclass has `stream`.
+
+    Args:
+        model: a checkpoint directory, hub id, built-in name, or a `Checkpoint` already found.
+        template: how a conversation is written; None is the tokenizer's own template, else ALMoST's dialogue format,
+            whose last answer ends with EOS as the official reward model reads it.
+        dtype: `auto` is float32 on a CPU and the checkpoint's own elsewhere.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
+        max_length: a context length below the model's own.
+        allow_pickle: accept pickled weights.
+        trust_remote_code: run Python code that the checkpoint ships.
+
+    Raises:
+        InputError: an unknown dtype, or a `max_length` beyond the model's own.
+        ModelError: see `find_checkpoint`; or more than one label, or no score head in the checkpoint.
+    """
+
+    def __init__(
+        self,
+        model: str | Checkpoint,
+        *,
+        template: ChatTemplate | None,
+        dtype: str,
+        device: str,
+        max_length: int | None,
+        allow_pickle: bool,
+        trust_remote_code: bool,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise InputError(f"unknown dtype {dtype!r}; {did_you_mean(dtype, DTYPES)}")
+        self.checkpoint = (
+            model
+            if isinstance(model, Checkpoint)
+            else find_checkpoint(model, allow_pickle=allow_pickle, architectures=ARCHITECTURES)
+        )
+        self.warnings: list[str] = []
+        """What the last `stream` did that its caller should show."""
+        self._dtype = dtype
+        self._device = device
+        self._trust_remote_code = trust_remote_code
+        refuse_wrong_head(self.checkpoint, custom=trust_remote_code and "auto_map" in self.checkpoint.config)
+        self.tokenizer = load_tokenizer(self.checkpoint, trust_remote_code=trust_remote_code)
+        chosen = template or load_template("auto", self.tokenizer)
+        assert chosen is not None  # only `none` is
+        self.template: ChatTemplate = chosen
+        self.framed = _is_framed(self.tokenizer)
+        """Whether the tokenizer puts a text between markers of its own, as encoders' do: `[CLS] ... [SEP]`."""
+        own = context_length(self.checkpoint.config, self.tokenizer)
+        if self.framed:
+            # RoBERTa counts positions from its pad id + 1: of its 514 positions, 512 are usable, and only the
+            # tokenizer says so.
+            own = min(own, self.tokenizer.model_max_length)
+        if max_length is not None and max_length > own:
+            raise InputError(f"--max-length {max_length} is beyond the model's own context of {own} tokens")
+        self.context_length: int = max_length or own
+        """Tokens the model can attend to."""
+
+    @cached_property
+    def device(self) -> str:
+        """The device that `auto` stands for here."""
+        return pick_device(self._device)
+
+    @cached_property
+    def dtype(self) -> str:
+        """The dtype that `auto` stands for here."""
+        return pick_dtype(self._dtype, self.checkpoint, self.device)
+
+    # --- text ---
+
+    def render(self, conversation: Conversation) -> str:
+        """What the model reads, special tokens that the template writes included."""
+        # An encoder's tokenizer adds its markers, EOS among them, around the text: the template must not add them too.
+        tokens = {} if self.framed else special_tokens(self.tokenizer)
+        return self.template.render(conversation, special_tokens=tokens)
+
+    def encode(self, conversations: Sequence[Conversation]) -> list[list[int]]:
+        """Token ids of every conversation, whole however long. Loads no weights."""
+        texts = [self.render(conversation) for conversation in conversations]
+        if self.framed:
+            return [list(self.tokenizer.encode(text)) for text in texts]
+        return [encode_text(self.tokenizer, text) for text in texts]
+
+    def lengths(self, conversations: Sequence[Conversation]) -> list[int]:
+        """Tokens of every conversation: `score` refuses those beyond `context_length`, so look first."""
+        return [len(ids) for ids in self.encode(conversations)]
+
+    # --- rewards ---
+
+    def score(self, conversations: Sequence[Conversation]) -> list[float]:
+        """Raw logits, in order; a reward that is not finite is returned as it is.
+
+        Raises:
+            InputError: a conversation longer than the context, or empty; nothing is cut.
+        """
+        rewards = dict(self.stream(conversations))
+        return [rewards[i] for i in range(len(conversations))]
+
+    @abstractmethod
+    def stream(
+        self, conversations: Sequence[Conversation], wanted: Collection[int] | None = None
+    ) -> Iterator[tuple[int, float]]:
+        """Yield (index, reward) of each wanted conversation as soon as it is known."""
+
+    def distinct(self, conversations: Sequence[Conversation]) -> dict[TokenIds, list[int]]:
+        """Every distinct text -> the conversations that are it, longest first.
+
+        Raises:
+            InputError: a conversation longer than the context, or empty.
+        """
+        rows = [tuple(ids) for ids in self.encode(conversations)]
+        self._refuse_lengths(rows)
+        owners: dict[TokenIds, list[int]] = {}
+        for index, ids in enumerate(rows):
+            owners.setdefault(ids, []).append(index)
+        return {ids: owners[ids] for ids in sorted(owners, key=lambda ids: (-len(ids), ids))}
+
+    def _refuse_lengths(self, rows: Sequence[TokenIds]) -> None:
+        too_long = [index for index, ids in enumerate(rows) if len(ids) > self.context_length]
+        if too_long:
+            raise InputError(
+                f"{len(too_long)} of {len(rows)} conversations do not fit the context of {self.context_length} tokens, "
+                f"first number {too_long[0]} with {len(rows[too_long[0]])}; leave them out, or use a model with a "
+                "longer context"
+            )
+        empty = next((index for index, ids in enumerate(rows) if not ids), None)
+        if empty is not None:
+            raise InputError(f"conversation number {empty} is empty: the chat template gave no token for it")
+
+
+def refuse_wrong_head(checkpoint: Checkpoint, *, custom: bool) -> None:
+    """Raise ModelError where the checkpoint cannot give one trained number for a text; reads headers alone.
+
+    Args:
+        checkpoint: the model; its pickled weights are not opened.
+        custom: its own code runs, which may name its head and its labels as it likes.
+    """
+    config = checkpoint.config
+    stated = config.get("num_labels") or len(config.get("id2label") or ())
+    labels = stated or (1 if custom else 2)  # transformers leaves out the labels of a config that has two
+    if labels != 1:
+        raise ModelError(
+            f"{checkpoint.path} is a classifier with {labels} labels, not a reward model, which has one; give a "
+            "checkpoint trained with num_labels=1"
+        )
+    names = checkpoint.tensor_names()
+    if names and not custom and not any(_HEAD.search(name) for name in names):
+        raise ModelError(
+            f"{checkpoint.path} has no score head (no score.*, classifier.* or v_head.* among its {len(names)} "
+            "tensors); transformers would set it at random, so its rewards would mean nothing: give a trained reward "
+            "model"
+        )
+
+
+def _is_framed(tokenizer: Any) -> bool:
+    separator = tokenizer.special_tokens_map.get("sep_token")
+    return separator is not None and list(tokenizer.encode("a"))[-1:] == [tokenizer.sep_token_id]

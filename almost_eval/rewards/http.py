@@ -1,0 +1,273 @@
+"""Rewards over HTTP, of two kinds of servers behind one class.
+
+- `rewards`: ALMoST's gateway, or whatever answers `POST /v1/rewards` with `{"rewards": [...]}` to
+  `{"conversations": [[{"role", "content"}, ...], ...]}`. The server writes the conversations as text.
+- `classify`: vLLM's server of a reward model (`/classify` beside `/v1`). The conversations are encoded here, where the
+  checkpoint is at hand, and sent as token ids with `use_activation: false`; else the server's own template writes them.
+
+The server is asked once, before the start, which kind it is, and that its rewards are raw logits.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property
+from typing import Any, NoReturn
+
+from almost_eval.engines.openai_client import OpenAIClient, ServedModel
+from almost_eval.errors import InputError, ModelError
+from almost_eval.models.chat import ChatTemplate, dialogue_text
+from almost_eval.rewards.base import ARCHITECTURES
+from almost_eval.rewards.hf import HFRewardModel
+from almost_eval.types import Conversation, Message
+
+PROBE: Conversation = (
+    Message("user", "What is the capital of France?"),
+    Message("assistant", "The capital of France is Paris."),
+)
+_ABSENT = (404, 405, 501)
+
+
+class HTTPRewardModel(OpenAIClient):
+    """A reward model behind an address.
+
+    Args:
+        model: the name it is served under, or None for whatever is served.
+        base_url: see `OpenAIClient`, as for the three that follow.
+        concurrency: see there.
+        timeout: see there.
+        retries: see there.
+        tokenizer: the reward model's checkpoint, from which conversations are encoded here; None is the model's own
+            where its name, or what vLLM's server says it has loaded, is a folder here. Only for `classify`.
+        template: how a conversation is written; only where it is encoded here.
+        max_length: a context length below the server's.
+
+    Raises:
+        InputError: see `OpenAIClient`.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        base_url: str | None = None,
+        concurrency: int = 32,
+        timeout: float = 600.0,
+        retries: int = 6,
+        tokenizer: str | None = None,
+        template: ChatTemplate | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        super().__init__(model, base_url=base_url, concurrency=concurrency, timeout=timeout, retries=retries)
+        self._tokenizer = tokenizer
+        self._template = template
+        self._max_length = max_length
+        self.kind = ""
+        """`rewards` or `classify`; known after `check`."""
+        self.warnings: list[str] = []
+        """What the last `stream` did that its caller should show."""
+
+    # --- the server ---
+
+    def check(self) -> None:
+        """Find out which kind of server this is, once.
+
+        Raises:
+            InputError: it is down, serves no such model, gives no rewards, or gives probabilities in their place.
+        """
+        import openai
+
+        if self.kind:
+            return
+        served = self._served()
+        # A gateway lists its policy; the reward model behind it shows in the answer alone.
+        self.card = served.get(self.model) or (next(iter(served.values())) if len(served) == 1 else {})
+        try:
+            found = self._probe_rewards() or self._probe_classify()
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            self._refuse(f"it answers {error.status_code}: {self.words(error)}")
+        except openai.NotFoundError as error:
+            self._refuse(f"it knows neither /v1/rewards nor /classify, or no such model ({self.words(error)})")
+        except openai.OpenAIError as error:
+            self.fail(error, "/rewards")
+        except (AttributeError, LookupError, TypeError, ValueError):
+            self._refuse("it answers with something else than one number for a conversation")
+        kind, name = found
+        if self.model and name and name != self.model:
+            raise InputError(f"the endpoint {self.endpoint} serves the reward model {name!r}, not {self.model!r}")
+        if kind == "rewards":
+            self.card = served.get(name, {})
+            if self._template or self._tokenizer or self._max_length:
+                raise InputError(
+                    f"{self.endpoint} writes the conversations itself: leave out --template, --tokenizer, --max-length"
+                )
+        self.model = self.model or name
+        self.kind = kind
+
+    def _probe_rewards(self) -> tuple[str, str] | None:
+        import openai
+
+        try:
+            answer = self.post_json("rewards", self._fields() | {"conversations": [_messages(PROBE)]})
+        except openai.APIStatusError as error:
+            code = error.body.get("code") if isinstance(error.body, dict) else None
+            if error.status_code in _ABSENT and code != "model_not_found":
+                return None
+            raise
+        [reward] = answer["rewards"]
+        float(reward)
+        return "rewards", str(answer.get("model") or "")
+
+    def _probe_classify(self) -> tuple[str, str]:
+        url = self.root_url("/classify")
+        body = self._fields() | {"messages": _messages(PROBE)}
+        answers = [self.post_json(url, body | {"use_activation": on}) for on in (False, True)]
+        raw, activated = (_one_number(answer) for answer in answers)
+        # A server that does not know the field gives a sigmoid, or a raw logit, both times: which, cannot be told
+        # from a number between 0 and 1. (One that was started without a sigmoid gives none when asked for it either.)
+        obeyed = abs(activated - 1 / (1 + math.exp(-max(raw, -700.0)))) <= 1e-3 < abs(activated - raw)
+        if not obeyed and 0 <= raw <= 1 and not self._knows_the_field():
+            self._refuse(f"its rewards seem to be probabilities ({raw:.3f}), and raw logits cannot be asked of it")
+        return "classify", str(answers[0].get("model") or "")
+
+    def _knows_the_field(self) -> bool:
+        """Whether this is a vLLM that has `use_activation`: 0.31 and later, read in its source."""
+        found = re.match(r"(\d+)\.(\d+)", self.server["version"] or "")
+        return found is not None and (int(found[1]), int(found[2])) >= (0, 31)
+
+    def _fields(self) -> dict[str, Any]:
+        return {"model": self.model} if self.model else {}
+
+    def _refuse(self, reason: str) -> NoReturn:
+        raise InputError(
+            f"the endpoint {self.endpoint} gives no rewards: {reason}; give the address of almost-serve gateway or of "
+            "almost-serve reward, up to and with /v1"
+        ) from None
+
+    @cached_property
+    def checkpoint(self) -> ServedModel:
+        """The served model, in the place of the files it was loaded from."""
+        self.check()
+        return self.served_model(ARCHITECTURES)
+
+    # --- text ---
+
+    @cached_property
+    def reader(self) -> HFRewardModel | None:
+        """What encodes the conversations here, or None where the server does; it loads no weights.
+
+        Raises:
+            ModelError: `tokenizer` is no reward model.
+        """
+        self.check()
+        if self.kind == "rewards":
+            return None
+        name = self._tokenizer or self.root
+        if name is None:
+            if self._template:
+                raise InputError("--template needs the reward model's checkpoint here: give it with --tokenizer")
+            return None
+        try:
+            return HFRewardModel(name, template=self._template, device="cpu")
+        except ModelError:
+            if self._tokenizer or self._template:
+                raise
+            return None  # what the server names cannot be read here (pickles, say): its own template has to do
+
+    @property
+    def template(self) -> ChatTemplate | None:
+        """How conversations are written, or None where the server writes them."""
+        return self.reader.template if self.reader else None
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens that the server takes, or None where it does not say or counts them itself."""
+        if self.reader is None:
+            return None
+        known = [n for n in (self._max_length, self.context_limit, self.reader.context_length) if n is not None]
+        return min(known)
+
+    def settings(self) -> dict[str, Any]:
+        """What belongs in a run's spec: what decides the numbers, as far as the server tells."""
+        self.check()
+        return {
+            "name": self.name,
+            "base_url": self.endpoint,
+            "model": self.model,
+            "server": self.server,
+            "dtype": None,
+            "device": None,
+            "context_length": self.context_length,
+            "route": self.kind,
+        }
+
+    def render(self, conversation: Conversation) -> str:
+        """What the model reads; the bare dialogue where the server writes it."""
+        return self.reader.render(conversation) if self.reader else dialogue_text(conversation)
+
+    def lengths(self, conversations: Sequence[Conversation]) -> list[int]:
+        """Tokens of every conversation; 0 where the server counts them."""
+        return self.reader.lengths(conversations) if self.reader else [0] * len(conversations)
+
+    # --- rewards ---
+
+    def score(self, conversations: Sequence[Conversation]) -> list[float]:
+        """Raw logits, in order; NaN for a conversation that the server refuses, which `warnings` then tells.
+
+        Raises:
+            InputError: see `check`.
+            RunError: the server still fails after the retries.
+        """
+        rewards = dict(self.stream(conversations))
+        return [rewards[i] for i in range(len(conversations))]
+
+    def stream(
+        self, conversations: Sequence[Conversation], wanted: Collection[int] | None = None
+    ) -> Iterator[tuple[int, float]]:
+        """Yield (index, reward) of each wanted conversation as soon as it is known; raises as `score` does."""
+        self.warnings = []
+        owners: dict[Conversation, list[int]] = {}
+        for index in sorted(range(len(conversations)) if wanted is None else wanted):
+            owners.setdefault(tuple(conversations[index]), []).append(index)
+        if not owners:
+            return
+        self.check()
+        reader = self.reader  # made here, not in the threads
+        refused: list[str] = []
+        for conversation, (reward, reason) in self.ask_all(iter(owners), lambda one: self._ask(one, reader)):
+            if reason is not None:
+                refused.append(reason)
+            yield from ((index, reward) for index in owners[conversation])
+        if refused:
+            self.warnings.append(f"the server refused {len(refused)} conversations, first: {refused[0]}")
+
+    def _ask(self, conversation: Conversation, reader: HFRewardModel | None) -> tuple[float, str | None]:
+        """(reward, None), or (NaN, the server's reason)."""
+        import openai
+
+        try:
+            if self.kind == "rewards":
+                body = self._fields() | {"conversations": [_messages(conversation)]}
+                [reward] = self.post_json("rewards", body)["rewards"]
+                return float(reward), None
+            body = {"input": reader.encode([conversation])[0]} if reader else {"messages": _messages(conversation)}
+            body |= self._fields() | {"use_activation": False}
+            return _one_number(self.post_json(self.root_url("/classify"), body)), None
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            return math.nan, self.words(error)
+        except openai.OpenAIError as error:
+            self.fail(error, f"/{self.kind}")
+        except (AttributeError, LookupError, TypeError, ValueError):
+            raise self.unreadable("rewards") from None
+
+
+def _messages(conversation: Conversation) -> list[dict[str, str]]:
+    return [message.to_dict() for message in conversation]
+
+
+def _one_number(answer: Any) -> float:
+    [data] = answer["data"]
+    [value] = data["probs"]
+    return float(value)

@@ -1,0 +1,122 @@
+"""Rewards by vLLM in this process: its pooling runner on the token ids that transformers would get.
+
+vLLM puts a sigmoid on a one-label classifier unless told otherwise; here it is told: rewards are raw logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from almost_eval.engines.vllm_process import HoldsLLM, VLLMOptions, load, run
+from almost_eval.errors import ModelError
+from almost_eval.models.chat import ChatTemplate
+from almost_eval.models.checkpoint import Checkpoint
+from almost_eval.rewards.base import CheckpointRewardModel
+from almost_eval.types import Conversation
+
+
+class VLLMRewardModel(HoldsLLM, CheckpointRewardModel):
+    """A sequence classifier with one label on vLLM. Config and tokenizer load at once, weights on first use.
+
+    Args:
+        model: a checkpoint directory, hub id, built-in name, or a `Checkpoint` already found.
+        template: see `CheckpointRewardModel`.
+        dtype: `auto` is float32 on a CPU and the checkpoint's own elsewhere.
+        max_length: a context length below the model's own.
+        batch_size: sequences in a step, or None for vLLM's own choice.
+        batch_tokens: token positions in a step, or None for vLLM's own choice; on a CPU a whole context at least.
+        tensor_parallel_size: devices that share each layer.
+        pipeline_parallel_size: devices, or groups of them, that share the layers out.
+        gpu_memory: share of the GPU's memory, 0 to 1, or None for vLLM's own choice.
+        kv_cache_gib: GiB of keys and values; None is 1 on a CPU and what is free elsewhere.
+        allow_pickle: accept pickled weights.
+        trust_remote_code: run Python code that the checkpoint ships.
+
+    Raises:
+        InputError: see `CheckpointRewardModel`; or a size below 1.
+        ModelError: see `CheckpointRewardModel`; raised on first use where vLLM cannot run the model.
+    """
+
+    def __init__(
+        self,
+        model: str | Checkpoint,
+        *,
+        template: ChatTemplate | None = None,
+        dtype: str = "auto",
+        max_length: int | None = None,
+        batch_size: int | None = None,
+        batch_tokens: int | None = None,
+        tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
+        gpu_memory: float | None = None,
+        kv_cache_gib: float | None = None,
+        allow_pickle: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.options = VLLMOptions(
+            batch_size, batch_tokens, tensor_parallel_size, pipeline_parallel_size, gpu_memory, kv_cache_gib
+        )
+        super().__init__(
+            model,
+            template=template,
+            dtype=dtype,
+            device="auto",
+            max_length=max_length,
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """What belongs in a run's spec; see `HFEngine.settings`."""
+        return self.options.settings(self.dtype, self.context_length)
+
+    @cached_property
+    def llm(self) -> Any:
+        """The `vllm.LLM`, loaded.
+
+        Raises:
+            ModelError: vLLM cannot run this model here.
+        """
+        options = self.options.for_loading(
+            self.dtype, self.context_length, trust_remote_code=self._trust_remote_code
+        ) | {
+            "runner": "pooling",
+            "enable_prefix_caching": None if self.framed else True,  # an encoder reads both ways: vLLM decides
+        }
+        return self._hold(load(self.checkpoint.path, options))
+
+    def stream(
+        self, conversations: Sequence[Conversation], wanted: Collection[int] | None = None
+    ) -> Iterator[tuple[int, float]]:
+        """Yield (index, reward) of each wanted conversation as soon as it is known.
+
+        Unlike `HFRewardModel`, vLLM forms its batches from what is wanted: a resumed run is equal up to rounding.
+
+        Raises:
+            InputError: see `score`; raised before any weight is loaded.
+            ModelError: vLLM cannot run the model, or it gives more than one number for a text.
+        """
+        owners = self.distinct(conversations)
+        wanted = frozenset(range(len(conversations)) if wanted is None else wanted)
+        asked = {ids: mine for ids, indices in owners.items() if (mine := [i for i in indices if i in wanted])}
+        if not asked:
+            return
+        names = {str(number): ids for number, ids in enumerate(asked)}
+        requests = {name: (np.array(ids, dtype=np.int32), self._params()) for name, ids in names.items()}
+        for name, output in run(self.llm, requests, self.checkpoint.path):
+            values = output.outputs.data.float().flatten().tolist()
+            if len(values) != 1:
+                raise ModelError(
+                    f"{self.checkpoint.path} gives {len(values)} numbers for a text; a reward model gives one"
+                )
+            yield from ((index, values[0]) for index in asked[names[name]])
+
+    @staticmethod
+    def _params() -> Any:
+        import vllm
+
+        return vllm.PoolingParams(task="classify", use_activation=False)

@@ -1,0 +1,63 @@
+"""Where a number comes from: everything needed to say that two runs are the same run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("almost-toolkit", "torch", "transformers", "tokenizers", "lm_eval", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes and of what defines the tasks."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def commit() -> str | None:
+    """The commit of the source tree this runs from, `+changes` where files differ from it; None when installed."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return None
+    try:
+        head = _git(here, "rev-parse", "HEAD")
+        return head + (
+            "+changes" if _git(here, "--no-optional-locks", "status", "--porcelain", "--untracked-files=no") else ""
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=10,
+        stdin=subprocess.DEVNULL,
+    )
+    return done.stdout.strip()
+
+
+def command() -> list[str]:
+    """The command line, the program without its folder. Keys come from the environment, so it holds none."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]
+
+
+def digest(value: Mapping[str, Any]) -> str:
+    """sha256 of a JSON object."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

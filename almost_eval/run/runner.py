@@ -1,0 +1,341 @@
+"""The one loop: spec -> samples -> requests -> scores -> records -> results.
+
+Each step is refused as early as it can be: data, prompts and lengths are checked before a weight is loaded, and a
+sample's line is on disk before the next batch starts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+from almost_eval.engines.base import Described, SamplingParams
+from almost_eval.errors import InputError
+from almost_eval.progress import Progress
+from almost_eval.run import provenance
+from almost_eval.run.preflight import Prepared, describe, prepare
+from almost_eval.run.prompt_log import Asked, Prompt, write_prompts
+from almost_eval.run.store import RunStore, digest_records
+from almost_eval.run.validity import ALLOWED, Validity, check
+from almost_eval.tasks.base import GenerationRequest, Task, loglikelihood_outputs, reward_outputs
+from almost_eval.types import LoglikelihoodRequest, Outputs, SampleRecord, Score
+
+
+class Run:
+    """A task and the model it is asked of, checked and ready.
+
+    Args:
+        task: what is asked.
+        model: an engine (HFEngine, ...) or a reward model (HFRewardModel, ...), whichever the task requires.
+        seed: recorded, and of every text that is drawn.
+        allowed: shares for the validity gate, or None for the defaults.
+
+    Raises:
+        InputError: no samples, or none that can be asked of this model; see `prepare`.
+    """
+
+    def __init__(
+        self, task: Task, model: Described, *, seed: int = 0, allowed: Mapping[str, float] | None = None
+    ) -> None:
+        self.task = task
+        self.model = cast(Any, model)  # which protocol it must meet is known only by `task.requires`
+        self.seed = seed
+        self.allowed = allowed
+        self.samples = self.task.samples()
+        if not self.samples:
+            raise InputError(f"{self.task.name} has no samples with these settings")
+        duplicates = len(self.samples) - len({sample.id for sample in self.samples})
+        if duplicates:
+            raise InputError(f"{self.task.name} has {duplicates} samples with an id that is not unique")
+        self.prepared: Prepared | None = None
+        self.truncated: dict[int, int] = {}
+        """Sample index -> tokens of dropped few-shot examples."""
+        self._fitted: dict[int, GenerationRequest | None] = {}
+        if self.task.requires == "loglikelihood":
+            if hasattr(self.model, "check_scores"):  # an endpoint: not each can
+                self.model.check_scores()
+            self.prepared = prepare(self.task, self.model, self.samples)
+            self.truncated = dict(enumerate(self.prepared.truncated))
+        elif self.task.requires == "reward" and not any(self._fits(i) for i in range(len(self.samples))):
+            raise InputError(
+                f"no sample fits: the shortest conversation has {min(self._lengths)} tokens, the context "
+                f"{self.model.context_length}; use a model with a longer context, or raise --max-length"
+            )
+
+    @cached_property
+    def _conversations(self) -> list[list[Any]]:
+        """Sample index -> what a reward model is asked."""
+        return [self.task.conversations(sample) for sample in self.samples]
+
+    @cached_property
+    def _lengths(self) -> list[int]:
+        """Sample index -> tokens of its longest conversation."""
+        lengths = iter(self.model.lengths([c for mine in self._conversations for c in mine]))
+        return [max(next(lengths) for _ in mine) for mine in self._conversations]
+
+    def _fits(self, index: int) -> bool:
+        """Whether a reward model can read all conversations of a sample; where it does not tell, it is asked."""
+        limit = self.model.context_length
+        return limit is None or self._lengths[index] <= limit
+
+    def spec(self) -> dict[str, Any]:
+        """Everything that decides the numbers, and the command that asked for them."""
+        task, model = self.task, self.model
+        if task.requires == "reward":
+            template, prompts = model.template, None  # no template: the server writes the conversations
+            asked = template is not None and template.name != "tokenizer"
+        else:
+            template, prompts = task.prompting.template, task.prompting.prompt_set
+            asked = task.prompting.asked
+        return {
+            "schema": 1,
+            "task": task.name,
+            "task_version": task.version,
+            "protocol": task.protocol,
+            "settings": task.settings(),
+            "requires": task.requires,
+            "model_name": model.checkpoint.name,
+            "architecture": model.checkpoint.architecture,
+            "weight_digest": self._weight_digest,
+            "engine": model.settings(),
+            "template": {"name": template.name, "digest": template.digest, "text": template.source}
+            if template
+            else None,
+            "template_asked": asked,
+            "prompt_set": {"name": prompts.name, "digest": prompts.digest} if prompts else None,
+            "prompt_ids_digest": self.prepared.digest() if self.prepared else None,
+            "data": {"source": task.data.name, "fingerprint": task.data_fingerprint()},
+            "n_samples": len(self.samples),
+            "seed": self.seed,
+            "versions": provenance.versions(),
+            "command": provenance.command(),
+            "commit": provenance.commit(),
+        }
+
+    @cached_property
+    def _weight_digest(self) -> str | None:
+        digest: str | None = self.model.checkpoint.weight_digest()
+        return digest
+
+    def default_folder(self) -> Path:
+        """`runs/<task>-<protocol>-<model>-<digest of the spec>`: the same command goes on where it stopped."""
+        spec = {k: v for k, v in self.spec().items() if k not in ("command", "commit", "model_name")}
+        parts = (self.task.name, self.task.protocol, Path(self.model.checkpoint.name).name)
+        readable = "-".join("".join(c if c.isalnum() or c in "+-_." else "_" for c in part)[:60] for part in parts)
+        return Path("runs") / f"{readable}-{provenance.digest(spec)[:10]}"
+
+    def describe(self) -> dict[str, Any]:
+        """What `--dry-run` prints."""
+        if self.prepared is not None:
+            return describe(self.task, self.prepared, self.model)
+        if self.task.requires == "reward":
+            limit = self.model.context_length
+            return {
+                "samples": len(self.samples),
+                "prompt": self.model.render(self._conversations[0][0]),
+                "longest_prompt": None if limit is None else max(self._lengths),
+                "context_length": limit,
+                "do_not_fit": sum(not self._fits(i) for i in range(len(self.samples))),
+            }
+        request = self.task.generation(self.samples[0], self.task.max_shots)
+        return {"samples": len(self.samples), "prompt": request.prompt}
+
+    def execute(
+        self, folder: Path, progress: Progress | None = None, *, started: float | None = None
+    ) -> tuple[dict[str, Any], Validity]:
+        """Run what is missing, then write and return `results.json`'s content and the gate's verdict.
+
+        Args:
+            folder: the run folder.
+            progress: where to report to; nowhere by default.
+            started: `time.perf_counter()` when the program started, from which times count; now by default.
+
+        Raises:
+            StoreError: see `RunStore`.
+            RunError: out of memory or disk.
+        """
+        progress = progress or Progress()
+        started = time.perf_counter() if started is None else started
+        spec = self.spec()
+        with RunStore(folder, spec) as store:
+            write_prompts(folder, self.asked())
+            missing = [i for i, sample in enumerate(self.samples) if sample.id not in store.done]
+            earlier = store.results()
+            if not missing and earlier is not None:
+                engine, timing = earlier["engine"], earlier["timing"]
+            else:
+                known = len(self.samples) - len(missing)
+                if known:
+                    progress.note(f"going on in {folder}: {known} of {len(self.samples)} samples are there")
+                first: float | None = None
+                with progress.track(f"{self.task.name} {self.task.protocol}", len(self.samples), known) as advance:
+                    for index, outputs, score in self.answers(missing):
+                        first = first or time.perf_counter() - started
+                        store.append(SampleRecord(self.samples[index], outputs, score, self.truncated.get(index, 0)))
+                        advance(1)
+                engine = self._engine_report()
+                if spec["commit"] != store.spec["commit"]:
+                    engine["warnings"].append(f"begun on commit {store.spec['commit']}, ended on {spec['commit']}")
+                timing = {
+                    "seconds": round(time.perf_counter() - started, 3),
+                    "seconds_to_first_sample": round(first, 3) if first else None,
+                    "samples_computed_now": len(missing),
+                }
+            records = [store.done[sample.id] for sample in self.samples if sample.id in store.done]
+            validity = check(records, len(self.samples), self.allowed or ALLOWED)
+            results = summarise(self.task, records, validity, store.spec, engine) | {"timing": timing}
+            store.finish(results)
+        return results, validity
+
+    def asked(self) -> Iterator[Asked]:
+        """What the model reads of each sample, as text: the content of `prompts.jsonl`."""
+        for index, sample in enumerate(self.samples):
+            yield Asked(sample.id, sample.choices, tuple(self._prompts(index)))
+
+    def _prompts(self, index: int) -> Iterator[Prompt]:
+        if self.prepared is not None:
+            for at in self.prepared.of_sample[index]:
+                request = self.prepared.requests[at].request
+                yield Prompt(request.context, request.continuations)
+        elif self.task.requires == "reward":
+            for conversation in self._conversations[index]:
+                yield Prompt(self.model.render(conversation))
+        elif (generation := self._fitting(index)) is not None:
+            yield Prompt(generation.prompt)
+
+    def _engine_report(self) -> dict[str, Any]:
+        if self.prepared is None:
+            return {"path": self.task.requires, "warnings": list(getattr(self.model, "warnings", ()))}
+        report: dict[str, Any] = self.model.report.to_dict()
+        merges = getattr(getattr(self.model, "encoder", None), "boundary_merges", 0)
+        if merges:
+            report["warnings"].append(f"the tokenizer merges across the boundary of {merges} continuations")
+        return report
+
+    def answers(self, missing: Sequence[int]) -> Iterator[tuple[int, Outputs, Score]]:
+        """(sample index, outputs, score) of each missing sample, as they become known."""
+        if self.task.requires == "reward":
+            yield from self._rewards(missing)
+        elif self.task.requires == "generation":
+            yield from self._texts(missing)
+        else:
+            yield from self._loglikelihoods(missing)
+
+    def _loglikelihoods(self, missing: Sequence[int]) -> Iterator[tuple[int, Outputs, Score]]:
+        prepared = self.prepared
+        assert prepared is not None
+        for index in missing:
+            if index in prepared.too_long:
+                yield index, {}, Score(None, "context_too_long")
+        owner = {r: index for index in missing for r in prepared.of_sample[index]}
+        found: dict[int, Any] = {}
+        # Streamed even where nothing is missing: the report of the whole run's plan belongs in the results.
+        for request, scores in self.model.stream(prepared.requests, owner.keys()):
+            found[request] = scores
+            mine = prepared.of_sample[owner[request]]
+            if all(r in found for r in mine):
+                index = owner[request]
+                outputs = loglikelihood_outputs([found.pop(r) for r in mine])
+                yield index, outputs, self.task.score(self.samples[index], outputs)
+
+    def _rewards(self, missing: Sequence[int]) -> Iterator[tuple[int, Outputs, Score]]:
+        asked = frozenset(missing)
+        conversations, place = [], []  # what fits, and the (sample, choice) it belongs to
+        for index, mine in enumerate(self._conversations):
+            if self._fits(index):
+                place += [(index, choice) for choice in range(len(mine))]
+                conversations += mine
+            elif index in asked:
+                yield index, {}, Score(None, "context_too_long")
+        wanted = {at for at, (index, _) in enumerate(place) if index in asked}
+        found: dict[int, dict[int, float]] = {}
+        for at, reward in self.model.stream(conversations, wanted):
+            index, choice = place[at]
+            mine_found = found.setdefault(index, {})
+            mine_found[choice] = reward
+            if len(mine_found) == len(self.samples[index].choices):
+                outputs = reward_outputs([mine_found[c] for c in sorted(found.pop(index))])
+                yield index, outputs, self.task.score(self.samples[index], outputs)
+
+    def _texts(self, missing: Sequence[int]) -> Iterator[tuple[int, Outputs, Score]]:
+        asked: dict[SamplingParams, list[tuple[int, str]]] = {}  # what may be generated together
+        for index in missing:
+            request = self._fitting(index)
+            if request is None:
+                yield index, {}, Score(None, "context_too_long")
+                continue
+            asked.setdefault(replace(request.params, seed=self.seed), []).append((index, request.prompt))
+        for params, prompts in asked.items():
+            for at, completions in self.model.stream_completions([prompt for _, prompt in prompts], params):
+                index = prompts[at][0]
+                outputs = {
+                    "completions": [c.text for c in completions],
+                    "finish_reasons": [c.finish_reason for c in completions],
+                }
+                yield index, outputs, self.task.score(self.samples[index], outputs)
+
+    def _fitting(self, index: int) -> GenerationRequest | None:
+        """What to have the model write, with as many examples as leave room for the answer; None where none do."""
+        if index not in self._fitted:
+            self._fitted[index] = self._fit(index)
+        return self._fitted[index]
+
+    def _fit(self, index: int) -> GenerationRequest | None:
+        full = 0
+        for shots in range(self.task.max_shots, -1, -1):
+            request = self.task.generation(self.samples[index], shots)
+            # A continuation stands in for the answer: what follows may merge with the prompt's last character.
+            (encoded,) = self.model.encode([LoglikelihoodRequest(request.prompt, (" a",))])
+            needed = len(encoded.continuations[0].prefix) + len(encoded.continuations[0].scored)
+            full = full or needed
+            limit = self.model.context_length
+            if limit is None or needed + request.params.max_new_tokens <= limit:
+                self.truncated[index] = full - needed
+                return request
+        return None
+
+
+def summarise(
+    task: Task,
+    records: Sequence[SampleRecord],
+    validity: Validity,
+    spec: Mapping[str, Any],
+    engine: Mapping[str, Any],
+) -> dict[str, Any]:
+    """`results.json` without its times: a pure function of the records and the spec."""
+    metrics = {name: metric.to_dict() for name, metric in task.metrics(records).items()}
+    if not validity.passed:
+        metrics[task.headline] |= {"value": None, "stderr": None, "ci95": None, "withheld": validity.reason}
+    template = spec["template"] or {}
+    return {
+        "task": spec["task"],
+        "protocol": spec["protocol"],
+        "model": spec["model_name"],
+        "headline": task.headline,
+        "metrics": metrics,
+        "baselines": {name: metric.to_dict() for name, metric in task.baselines(records).items()},
+        "details": task.details(records),
+        "validity": validity.to_dict(),
+        "engine": engine,
+        "provenance": {
+            "weight_digest": spec["weight_digest"],
+            "data_source": spec["data"]["source"],
+            "data_fingerprint": spec["data"]["fingerprint"],
+            "template": template.get("name"),
+            "template_digest": template.get("digest"),
+            "template_text": template.get("text"),
+            "prompt_set": spec["prompt_set"],
+            "prompt_ids_digest": spec["prompt_ids_digest"],
+            "samples_digest": digest_records(records),
+            "dtype": spec["engine"].get("dtype"),
+            "device": spec["engine"].get("device"),
+            "seed": spec["seed"],
+            "versions": spec["versions"],
+            "command": spec["command"],
+            "commit": spec["commit"],
+        },
+    }

@@ -1,0 +1,94 @@
+"""One stage in several processes, as `accelerate launch` starts them: the main one writes, the others follow."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from almost_eval.errors import InputError
+from almost_eval.models.loading import pick_device
+from almost_train.common.stage import Stage
+
+WORK = ".work"
+"""The hidden folder that holds what resuming needs; gone when the stage is done."""
+
+
+def world_size() -> int:
+    """How many processes `accelerate launch` started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+class SharedStage:
+    """A `Stage` that the main process holds and all processes follow."""
+
+    def __init__(self, folder: Path, stage: Stage | None, result: dict[str, Any] | None) -> None:
+        self.folder = folder
+        self.result = result
+        """What `finish` wrote, the same in every process; None while the stage is not done."""
+        self._stage = stage
+
+    def finish(self, metrics: Mapping[str, Any], outputs: Mapping[str, Path]) -> dict[str, Any]:
+        """`Stage.finish` in the main process; every process gets its result. `metrics` of the others are not read."""
+        self.result = from_main(self._stage.finish(metrics, outputs) if self._stage else None)
+        assert self.result is not None
+        shutil.rmtree(self.folder / WORK, ignore_errors=True)
+        return self.result
+
+
+@contextmanager
+def shared_stage(folder: Path, name: str, settings: Any, inputs: Mapping[str, Path | str]) -> Iterator[SharedStage]:
+    """Open a stage in all processes: the main one locks and writes it, the others wait for what it finds.
+
+    Inside, stdout is stderr: it is for results, and trainers' libraries print there (transformers, of W&B's mode).
+
+    Raises:
+        InputError: the device cannot be used, or `Stage` refuses the folder; in all processes.
+    """
+    device = pick_device(settings.device)
+    if world_size() > 1:
+        from accelerate import PartialState
+
+        # The main process may evaluate for long while the others wait: the usual limit is 10 to 30 minutes.
+        PartialState(cpu=device == "cpu", timeout=timedelta(hours=24))
+    with ExitStack() as stack:
+        stack.enter_context(redirect_stdout(sys.stderr))
+        stage, refusal = None, None
+        if is_main():
+            try:
+                stage = stack.enter_context(Stage(folder, name, settings, inputs))
+            except InputError as error:
+                refusal = error
+        refusal, result = from_main((refusal, stage.result if stage else None))
+        if refusal is not None:  # in every process, or the others would wait for one that is gone
+            raise refusal
+        if result is not None and is_main():  # killed in its very last moment, it left this
+            shutil.rmtree(folder / WORK, ignore_errors=True)
+        yield SharedStage(folder, stage, result)
+
+
+def from_main(value: Any) -> Any:
+    """The main process's value, in every process."""
+    if world_size() == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value], from_process=0)[0]
+
+
+def wait_for_all() -> None:
+    """Go on when every process is here."""
+    if world_size() > 1:
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()

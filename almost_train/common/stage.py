@@ -1,0 +1,141 @@
+"""A stage's folder: `stage.json` (what is made, of what), its outputs, `result.json` (written last: the stage is done).
+
+The same command on the same folder goes on where it was killed and does nothing where it is done; other settings or
+other inputs are refused. A pipeline decides by these files what to skip.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from almost_eval import __version__
+from almost_eval.errors import InputError, StoreError
+from almost_eval.run.store import read_json, write_json
+from almost_train.common.config import settings_to_dict
+from almost_train.common.records import digest
+
+FREE_SETTINGS = ("device", "save_every", "samples_every", "keep_every", "patience", "max_rounds", "accept_fewer")
+"""Settings that may differ when a stage goes on: where it runs, how often and what it saves, when it gives up."""
+
+
+def model_input(model: str) -> Path | str:
+    """A model as an input of a stage: a folder and a built-in model count by their content, a hub id by its name."""
+    from almost_eval.nano import SHIPPED, shipped
+
+    if model in SHIPPED:
+        return shipped(model)
+    return Path(model) if Path(model).is_dir() else model
+
+
+class StageChanged(StoreError):
+    """The folder holds this stage, made with other settings or inputs. A pipeline makes it anew."""
+
+
+class Stage:
+    """An open stage folder. Use as a context manager: the lock is held inside.
+
+    Args:
+        folder: where the stage writes; made if absent.
+        name: of the stage: `reward`.
+        settings: its settings dataclass (see `config.option`); seeds are among them.
+        inputs: name -> file or folder it reads, or a built-in or hub name of a model, which stands for itself.
+
+    Raises:
+        StageChanged: the folder holds this stage with other settings or inputs.
+        StoreError: the folder is in use, or holds something else.
+        DataError: an input that is not there.
+    """
+
+    def __init__(self, folder: Path, name: str, settings: Any, inputs: Mapping[str, Path | str] = {}) -> None:
+        self.folder = folder
+        self.name = name
+        given = {k: v for k, v in settings_to_dict(settings).items() if k not in FREE_SETTINGS}
+        # Inputs by content, not by place: a moved or copied pipeline is the same pipeline.
+        digests = {k: digest(v) if isinstance(v, Path) else str(v) for k, v in sorted(inputs.items())}
+        self.spec: dict[str, Any] = {"stage": name, "settings": given, "inputs": digests}
+        self.result: dict[str, Any] | None = None
+        """What `finish` wrote, here or in an earlier process; None while the stage is not done."""
+
+    def __enter__(self) -> Stage:
+        from filelock import FileLock, Timeout
+
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(self.folder / ".lock", timeout=0)
+            self._lock.acquire()
+        except Timeout:
+            raise StoreError(f"{self.folder} is in use by another process; wait, or choose another --output") from None
+        except FileExistsError:
+            raise StoreError(f"{self.folder} is a file; --output names the folder of a stage") from None
+        except OSError as error:
+            raise StoreError(f"cannot write to {self.folder} ({error.strerror}); choose another --output") from None
+        try:
+            self._adopt()
+        except BaseException:
+            self._lock.release()
+            raise
+        self._began = time.monotonic()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if isinstance(error, InputError) and self._nothing_done():
+            # Refused before any work: the corrected command must not be told that the folder is another's.
+            (self.folder / "stage.json").unlink(missing_ok=True)
+        self._lock.release()
+
+    def _nothing_done(self) -> bool:
+        files = [p for p in self.folder.rglob("*") if p.is_file() and p.name not in ("stage.json", ".lock")]
+        return all(p.stat().st_size == 0 for p in files)
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.result is not None
+
+    def finish(self, metrics: Mapping[str, Any], outputs: Mapping[str, Path] = {}) -> dict[str, Any]:
+        """Write `result.json` and return it: metrics (JSON), the digests of the outputs, seconds of this process."""
+        self.result = {
+            "stage": self.name,
+            "metrics": dict(metrics),
+            "outputs": {
+                name: {"path": str(path.relative_to(self.folder)), "digest": digest(path)}
+                for name, path in outputs.items()
+            },
+            "seconds": round(time.monotonic() - self._began, 1),
+            "version": __version__,
+        }
+        write_json(self.folder / "result.json", self.result)
+        return self.result
+
+    def _adopt(self) -> None:
+        file = self.folder / "stage.json"
+        if not file.exists():
+            if any(p for p in self.folder.iterdir() if not p.name.startswith(".")):
+                raise StoreError(f"{self.folder} holds files but no stage.json; choose another --output")
+            write_json(file, self.spec)
+            return
+        stored = read_json(file, "stage", "settings", "inputs")
+        if stored["stage"] != self.name:
+            raise StoreError(f"{self.folder} holds the stage {stored['stage']!r}, not {self.name!r}; choose another")
+        for part in ("settings", "inputs"):
+            was, now = stored[part], self.spec[part]
+            differ = [key for key in {**now, **was} if was.get(key) != now.get(key)]
+            if differ:
+                key = differ[0]
+                more = f", and {len(differ) - 1} more" if len(differ) > 1 else ""
+                # A digest says nothing to a reader; the name of the input does.
+                what = f"{key} was {_short(was.get(key))}, is {_short(now.get(key))}" if part == "settings" else key
+                what += more
+                raise StageChanged(f"{self.folder} was made with other {part} ({what}); choose another --output")
+        with suppress(StoreError):  # absent: not finished
+            self.result = read_json(self.folder / "result.json", "metrics", "outputs")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."

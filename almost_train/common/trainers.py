@@ -1,0 +1,297 @@
+"""What the reward model's and the policy's training share: settings, the order of the data, TRL set-up, exact resume.
+
+The loop is TRL's (transformers' Trainer). Departures from how it is usually driven:
+
+- The order of the data comes from `batches.py` and not from samplers.
+- Checkpoints for resuming count only once whole, live in `.work`, and go when the stage is done.
+- Nothing is printed, and nothing sent anywhere but to trackers that were asked for. Those get the rows of `log.jsonl`
+  from us and not through `report_to`, which after a resume would log some steps twice.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from almost_eval.errors import DataError, InputError, RunError
+from almost_eval.models.chat import ChatTemplate, load_template
+from almost_eval.models.loading import pick_device
+from almost_eval.progress import Progress
+from almost_eval.run.trackers import Trackers
+from almost_eval.types import Conversation, Message
+from almost_train.common.config import option
+from almost_train.common.processes import WORK, SharedStage, from_main, is_main, wait_for_all, world_size
+from almost_train.common.records import Row, RowLog, write_rows
+
+MODEL = "model"
+"""The folder, inside the stage's, that holds the trained checkpoint."""
+WHOLE = "whole"
+"""A file that says that the checkpoint beside it was written to the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSettings:
+    """What every trainer takes; the defaults differ between them."""
+
+    learning_rate: float = option(2e-5, "peak learning rate of AdamW", above=0)
+    weight_decay: float = option(0.0, "AdamW's weight decay", least=0)
+    warmup_share: float = option(
+        0.03, "share of the steps in which the rate rises; then it falls as a cosine", least=0, most=1
+    )
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
+    epochs: int = option(1, "passes over the data", least=1)
+    max_length: int = option(1024, "longest text, tokens; longer ones are dropped and counted, never cut", least=8)
+    batch_size: int = option(128, "items of one optimiser step, over all devices", least=1)
+    micro_batch_size: int = option(8, "items of one forward pass on one device", least=1)
+    seed: int = option(0, "of the order of the data, of new weights and of dropout", least=0)
+    bf16: bool = option(False, "compute in bfloat16; the weights stay float32")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
+    device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda", "mps"))
+    save_every: int = option(200, "optimiser steps between two checkpoints to resume from; 0 for none", least=0)
+
+
+# --- models and texts ---
+
+
+def messages_of(items: Sequence[Any], where: str) -> Conversation:
+    """Messages of a JSON list of `{"role", "content"}`.
+
+    Raises:
+        DataError: an item is not one; `where` says where it stands.
+    """
+    for item in items:
+        if not (isinstance(item, dict) and isinstance(item.get("role"), str) and isinstance(item.get("content"), str)):
+            raise DataError(f"malformed data: {where}: a message must be {{'role', 'content'}}, and is {item!r:.60}")
+    return tuple(Message(item["role"], item["content"]) for item in items)
+
+
+def keep_template(tokenizer: Any) -> ChatTemplate:
+    """The tokenizer's own chat template, or ALMoST's dialogue format, which is then set in the tokenizer.
+
+    The one that is set writes BOS where the tokenizer would add it: other programs (transformers, TRL, vLLM) render a
+    chat and add no special token of their own, and so read the same ids as were trained on.
+    """
+    template = load_template("auto", tokenizer)
+    assert template is not None  # only `none` is
+    if not getattr(tokenizer, "chat_template", None):
+        bos = tokenizer.special_tokens_map.get("bos_token")
+        adds_bos = bos is not None and list(tokenizer.encode("a"))[:1] == [tokenizer.bos_token_id]
+        tokenizer.chat_template = ("{{- bos_token -}}\n" if adds_bos else "") + template.source
+        template = load_template("auto", tokenizer)
+        assert template is not None
+    return template
+
+
+# --- training ---
+
+
+class QuietTrainer:
+    """Mixed into TRL's trainers: they send usage figures to the hub and write a model card into every checkpoint."""
+
+    def _send_telemetry(self) -> None:
+        """Nothing is sent."""
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """No card: what was made, of what, is in `stage.json`."""
+
+
+def check_batches(settings: TrainSettings) -> int:
+    """Items of one forward pass on one device: `micro_batch_size`, or less where the batch has fewer for each.
+
+    Raises:
+        InputError: `batch_size` cannot be shared by the processes, or several GPUs are seen by one process.
+    """
+    import torch
+
+    processes = world_size()
+    micro = min(settings.micro_batch_size, max(1, settings.batch_size // processes))
+    if settings.batch_size % (micro * processes):
+        raise InputError(
+            f"batch_size {settings.batch_size} is not a multiple of {micro} (micro_batch_size) x {processes} "
+            "(processes); change one of them"
+        )
+    if pick_device(settings.device) == "cuda" and processes == 1 and torch.cuda.device_count() > 1:
+        raise InputError(
+            f"{torch.cuda.device_count()} GPUs are visible to one process; start it with `accelerate launch`, or set "
+            "CUDA_VISIBLE_DEVICES to one of them"
+        )
+    return micro
+
+
+def trainer_arguments(settings: TrainSettings, folder: Path, steps: int) -> dict[str, Any]:
+    """What `RewardConfig` and `SFTConfig` have in common."""
+    micro = check_batches(settings)
+    return {
+        "output_dir": str(folder / WORK),
+        "learning_rate": settings.learning_rate,
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "lr_scheduler_type": "cosine",
+        # Rounded down: the rate of the first of them is 0, which a run of few steps need not spend.
+        "warmup_steps": int(settings.warmup_share * steps),
+        "optim": "adamw_torch",
+        "num_train_epochs": 1,  # the plan holds all epochs
+        "train_sampling_strategy": "sequential",
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": settings.batch_size // (micro * world_size()),
+        "max_length": None,  # what is too long has been left out and counted
+        "remove_unused_columns": False,
+        "seed": settings.seed,
+        "bf16": settings.bf16,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "use_cpu": pick_device(settings.device) == "cpu",
+        "ddp_find_unused_parameters": False,
+        "logging_steps": 1,  # a mean over several steps would depend on where a run was resumed
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps" if settings.save_every else "no",
+        "save_steps": settings.save_every or 1,
+        "save_total_limit": 2,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def fit(make_trainer: Callable[[], Any], stage: SharedStage, steps: int, progress: Progress) -> None:
+    """Train to the end, from the last whole checkpoint if there is one, and leave the result in `model/`.
+
+    Does nothing where `model/` exists: it is put there in one move, last.
+
+    Args:
+        make_trainer: builds the TRL trainer on the plan's data set; called with torch's random state seeded apart.
+        stage: its folder gets `log.jsonl`, one line a step: step, loss, lr, grad_norm (before clipping) and
+            tokens_per_second (over all processes); for pairs accuracy and margin too.
+        steps: optimiser steps.
+        progress: the main process's; the others are silent.
+
+    Raises:
+        RunError: the loss is not finite.
+    """
+    import torch
+    from transformers import PrinterCallback
+
+    if from_main((stage.folder / MODEL).exists()):
+        return
+    work = stage.folder / WORK
+    resume = from_main(_last_checkpoint(work) if is_main() else None)
+    done = int(resume.rsplit("-", 1)[1]) if resume else 0
+    progress = progress if is_main() else Progress()
+    with (
+        _random_state_kept(),
+        _step_log(stage.folder / "log.jsonl", done) as log,
+        progress.track("training", steps, done) as advance,
+    ):
+        trainer = make_trainer()
+        trainer.remove_callback(PrinterCallback)  # it prints on stdout
+        trainer.add_callback(_callback(log, advance))
+        if trainer.args.device.type == "cpu":
+            # Of several processes on CPUs each is told "cpu:0", where torch.load refuses to put an optimiser's state.
+            vars(trainer.args)["_setup_devices"] = torch.device("cpu")
+        trainer.train(resume_from_checkpoint=resume)
+        for config in (trainer.model.config, trainer.model.config.get_text_config()):
+            if hasattr(config, "use_cache"):
+                config.use_cache = True  # the Trainer turned it off, for good
+        trainer.save_model(str(work / MODEL))
+        trainer.accelerator.free_memory()
+    wait_for_all()
+    if is_main():
+        (work / MODEL / "training_args.bin").unlink(missing_ok=True)  # a pickle
+        (work / MODEL).rename(stage.folder / MODEL)
+    wait_for_all()
+
+
+def _last_checkpoint(work: Path) -> str | None:
+    """The last whole checkpoint; what a killed process left half-written is removed."""
+    whole = []
+    for folder in work.glob("checkpoint-*"):
+        if (folder / WHOLE).exists():
+            whole.append(folder)
+        else:
+            shutil.rmtree(folder)
+    shutil.rmtree(work / MODEL, ignore_errors=True)
+    return str(max(whole, key=lambda folder: int(folder.name.rsplit("-", 1)[1]))) if whole else None
+
+
+@contextmanager
+def _step_log(file: Path, done: int) -> Iterator[Callable[[Row], None]]:
+    """Adds a row to the log, cut back to the step that training goes on from, then to the trackers asked for.
+
+    In all but the main process it does nothing.
+    """
+    if not is_main():
+        yield lambda row: None
+        return
+    with RowLog(file) as log:
+        kept = [row for row in log.rows if row["step"] <= done]
+    write_rows(file, kept)
+    with RowLog(file) as log, Trackers(file.parent, kept) as trackers:
+
+        def add(row: Row) -> None:
+            log.append(row)
+            trackers.log(row)
+
+        yield add
+
+
+def _callback(log: Callable[[Row], None], advance: Callable[[int], None]) -> Any:
+    from transformers import TrainerCallback
+
+    class Watch(TrainerCallback):
+        """Writes the log, shows the progress, marks whole checkpoints."""
+
+        def __init__(self) -> None:
+            self.tokens, self.time = 0.0, time.monotonic()
+
+        def on_log(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            logs = rest["logs"]
+            if "loss" not in logs:  # the summary at the end
+                return
+            if not math.isfinite(logs["loss"]):
+                raise RunError(f"the loss is {logs['loss']} at step {state.global_step}; use a lower learning rate")
+            now, tokens = time.monotonic(), logs["num_tokens"]
+            speed = (tokens - self.tokens) / (now - self.time)
+            self.time, self.tokens = now, tokens
+            row = {"step": state.global_step, "loss": logs["loss"], "lr": logs["learning_rate"]}
+            row |= {key: logs[key] for key in ("grad_norm", "accuracy", "margin") if key in logs}
+            log({**row, "tokens_per_second": round(speed, 1)})
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            advance(1)
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            wait_for_all()  # every process has written its share
+            if is_main():
+                (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).touch()
+
+    return Watch()
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Torch's CPU generator at `seed` inside, as it was outside: new weights do not depend on who drew before."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """The global generators, which transformers seeds, are as they were afterwards."""
+    import numpy as np
+    import torch
+
+    python, legacy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)

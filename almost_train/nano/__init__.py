@@ -1,0 +1,1 @@
+"""Pre-trains the nano family, the built-in models, and measures them by ground truth. Start with `pretrain`."""

@@ -1,0 +1,254 @@
+"""The stages of a recipe as calls: what each reads of the recipe, which folders it reads, which one it writes.
+
+`plan` checks every section of a recipe and gives the steps in order; nothing has run by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from almost_eval.data.sources import find_data
+from almost_eval.engines.base import GenerationEngine
+from almost_eval.engines.build import EngineOptions, generation_engine
+from almost_eval.errors import InputError, did_you_mean
+from almost_eval.progress import Progress
+from almost_train.pipeline.evaluation import EvaluationSettings, evaluate_policies
+from almost_train.pipeline.run import Recipe
+from almost_train.reward.run import RewardSettings, train_reward
+from almost_train.rlsf.run import RLSFSettings, rlsf
+from almost_train.self_play.run import SelfPlaySettings, self_play
+from almost_train.sft.run import SFTSettings, train_sft
+from almost_train.synthetic.comparisons import ComparisonSettings, synthesize_comparisons
+from almost_train.synthetic.prompt_sets import load_seed_set
+from almost_train.synthetic.prompts import PromptSettings, synthesize_prompts
+from almost_train.synthetic.ranking import as_ranking
+from almost_train.synthetic.responses import ResponseSettings, read_configurations, synthesize_responses
+
+Step = Callable[[], dict[str, Any]]
+
+
+def plan(recipe: Recipe, folder: Path, data_root: str | None, progress: Progress) -> dict[str, Step]:
+    """Name -> step, in the order of the recipe's stages.
+
+    Raises:
+        InputError: a section with an unknown or impossible setting, or a stage whose input no stage makes.
+    """
+    return _Plan(recipe, folder, data_root, progress).steps()
+
+
+class _Plan:
+    def __init__(self, recipe: Recipe, folder: Path, data_root: str | None, progress: Progress) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        self.progress = progress
+        nano = recipe.prompt_set == "nano"
+        self.data = find_data("nano" if nano else None, None if nano else data_root)
+        self.seeds = load_seed_set(recipe.prompt_set, self.data)
+        self.options = engine_options(recipe.engine, f"recipe {recipe.name}, engine")
+
+    def steps(self) -> dict[str, Step]:
+        """Every section that the recipe has, checked."""
+        makers: dict[str, Callable[[], Step]] = {
+            "prompts": self.prompts,
+            "responses": self.responses,
+            "votes": self.votes,
+            "as_is_reward": self.as_is_reward,
+            "comparisons": self.comparisons,
+            "reward": self.reward,
+            "self_play": self.self_play,
+            "sft": self.sft,
+            "rlsf": self.rlsf,
+            "evaluation": self.evaluation,
+        }
+        return {name: make() for name, make in makers.items() if name in self.recipe.sections}
+
+    # --- synthetic feedback ---
+
+    def prompts(self) -> Step:
+        settings = self._settings("prompts", PromptSettings, "model", prompt_set=self.recipe.prompt_set)
+        model = self._text("prompts", "model")
+        return lambda: synthesize_prompts(
+            settings,
+            model,
+            self.folder / "prompts",
+            data=self.data,
+            engine_for=self.engine,
+            held_out=self.held_out(),
+            progress=self.progress,
+        )
+
+    def responses(self) -> Step:
+        settings = self._settings("responses", ResponseSettings, "configurations", prompt_set=self.recipe.prompt_set)
+        where = f"recipe {self.recipe.name}, responses"
+        configurations = read_configurations(self.recipe.value("responses", "configurations"), where)
+        for configuration in configurations:
+            self.seeds.demonstration_set(configuration.demonstrations)
+        return partial(
+            synthesize_responses,
+            settings,
+            self._made("prompts", "prompts.jsonl"),
+            configurations,
+            self.folder / "responses",
+            data=self.data,
+            engine_for=self.engine,
+            progress=self.progress,
+        )
+
+    def votes(self) -> Step:
+        """The nano world's other preference source: see `nano_data.write_votes`."""
+        from almost_train.nano.data import VoteSettings, votes
+
+        return partial(votes, self._settings("votes", VoteSettings), self.folder / "votes")
+
+    def as_is_reward(self) -> Step:
+        settings = self._settings("as_is_reward", RewardSettings, "model", "comparisons")
+        given = self.recipe.sections["as_is_reward"].get("comparisons")
+        comparisons = Path(str(given)) if given else self._made("votes", "comparisons.jsonl")
+        model = self._text("as_is_reward", "model")
+        output = self.folder / "as_is_reward"
+        return partial(train_reward, settings, comparisons, model, output, progress=self.progress)
+
+    def comparisons(self) -> Step:
+        settings = self._settings("comparisons", ComparisonSettings, "ranking", "as_is_reward_model")
+        ranking = as_ranking(self.recipe.value("comparisons", "ranking"), f"recipe {self.recipe.name}, comparisons")
+        given = self.recipe.sections["comparisons"].get("as_is_reward_model")
+        as_is = str(given) if given else None
+        if as_is is None and "as_is_reward" in self.recipe.sections:
+            as_is = str(self.folder / "as_is_reward" / "model")
+        responses, output = self._made("responses", ""), self.folder / "comparisons"
+
+        def step() -> dict[str, Any]:
+            # The stage reads a ranking file: the recipe's section becomes one beside the stage's folder.
+            file = self.folder / "ranking.yaml"
+            file.write_text("\n".join(f"- [{', '.join(group)}]" for group in ranking) + "\n", encoding="utf-8")
+            return synthesize_comparisons(
+                settings, responses, file, output, as_is_reward_model=as_is, progress=self.progress
+            )
+
+        return step
+
+    # --- training ---
+
+    def reward(self) -> Step:
+        settings = self._settings("reward", RewardSettings, "model")
+        comparisons, model = self._made("comparisons", "comparisons.jsonl"), self._text("reward", "model")
+        return partial(train_reward, settings, comparisons, model, self.folder / "reward", progress=self.progress)
+
+    def self_play(self) -> Step:
+        settings = self._settings("self_play", SelfPlaySettings)
+        for name in (settings.assistant_demonstrations, settings.user_demonstrations):
+            self.seeds.demonstration_set(name)
+        return lambda: self_play(
+            settings,
+            self._made("prompts", "prompts.jsonl"),
+            str(self._made("reward", "model")),
+            self.folder / "self_play",
+            engine_for=self.engine,
+            demonstrations=self.seeds.demonstrations,
+            held_out=self.held_out(),
+            progress=self.progress,
+        )
+
+    def sft(self) -> Step:
+        settings = self._settings("sft", SFTSettings, "model")
+        demonstrations, model = self._made("self_play", "demonstrations.jsonl"), self._text("sft", "model")
+        return partial(train_sft, settings, demonstrations, model, self.folder / "sft", progress=self.progress)
+
+    def rlsf(self) -> Step:
+        return partial(
+            rlsf,
+            self._settings("rlsf", RLSFSettings),
+            self._made("prompts", "prompts.jsonl"),
+            str(self._made("sft", "model")),
+            str(self._made("reward", "model")),
+            self.folder / "rlsf",
+            progress=self.progress,
+        )
+
+    # --- evaluation ---
+
+    def evaluation(self) -> Step:
+        """Held-out prompts: a file, or the nano world's evaluation pool with its oracle as judge."""
+        own = ("prompts", "vanilla", "nano_prompts")
+        settings = self._settings("evaluation", EvaluationSettings, *own)
+        section = self.recipe.sections["evaluation"]
+        policies: dict[str, Path | str] = {}
+        if "vanilla" in section:
+            policies["vanilla"] = str(section["vanilla"])
+        policies["sft"] = self._made("sft", "model")
+        if "rlsf" in self.recipe.sections:
+            policies["rlsf"] = self.folder / "rlsf" / "policy"
+        nano = section.get("nano_prompts")
+        given = section.get("prompts")
+        if (nano is None) == (given is None):
+            raise InputError(
+                f"recipe {self.recipe.name}, evaluation: give either prompts (a file) or nano_prompts (how many)"
+            )
+
+        def step() -> dict[str, Any]:
+            judge, judge_name = None, ""
+            prompts = Path(str(given))
+            if nano is not None:
+                from almost_train.nano.data import oracle, write_prompts
+
+                judge, judge_name = oracle, "nano oracle"
+                prompts = write_prompts(
+                    self.folder / "evaluation-prompts.jsonl", int(nano), pool="test", seed=self.recipe.seed
+                )
+            return evaluate_policies(
+                settings,
+                prompts,
+                policies,
+                self.folder / "evaluation",
+                reward_model=self._made("reward", "model"),
+                reference="sft",
+                judge=judge,
+                judge_name=judge_name,
+                progress=self.progress,
+            )
+
+        return step
+
+    # --- what they share ---
+
+    def engine(self, model: str) -> GenerationEngine:
+        """The recipe's engine on a model."""
+        return generation_engine(model, self.options)
+
+    def held_out(self) -> Path | None:
+        """The prompts that no stage may train on; the nano world's are written here."""
+        if self.recipe.held_out != "nano":
+            return Path(self.recipe.held_out) if self.recipe.held_out else None
+        from almost_train.nano.data import write_held_out
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return write_held_out(self.folder / "held-out.jsonl")
+
+    def _settings(self, section: str, cls: Any, *drop: str, **fixed: Any) -> Any:
+        return self.recipe.settings(section, cls, *drop, **fixed)
+
+    def _text(self, section: str, key: str) -> str:
+        return str(self.recipe.value(section, key))
+
+    def _made(self, stage: str, name: str) -> Path:
+        """What another stage makes."""
+        if stage not in self.recipe.sections:
+            raise InputError(f"recipe {self.recipe.name}: a stage needs the section {stage!r}, which is missing")
+        return self.folder / stage / name if name else self.folder / stage
+
+
+def engine_options(given: Mapping[str, Any], where: str) -> EngineOptions:
+    """Engine options from a mapping.
+
+    Raises:
+        InputError: an unknown option.
+    """
+    known = [field.name for field in fields(EngineOptions)]
+    for key in given:
+        if key.replace("-", "_") not in known:
+            raise InputError(f"{where}: unknown option {key!r}; {did_you_mean(key, known, 30)}")
+    return EngineOptions(**{key.replace("-", "_"): value for key, value in given.items()})

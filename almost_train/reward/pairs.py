@@ -1,0 +1,166 @@
+"""Comparisons for a reward model: read, split by prompt, turned into token ids; and what the rewards of pairs say."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from almost_eval.errors import DataError
+from almost_eval.models.chat import ChatTemplate, encode_text, special_tokens
+from almost_eval.stats import mean_metric
+from almost_eval.types import Conversation
+from almost_train.common.records import Row, read_rows
+from almost_train.common.trainers import messages_of
+
+CALIBRATION_BINS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One comparison."""
+
+    prompt_id: str
+    prompt: Conversation
+    chosen: Conversation
+    """Prompt and better answer."""
+    rejected: Conversation
+    chosen_ids: tuple[int, ...] = ()
+    """(T,) what the model reads; empty until encoded."""
+    rejected_ids: tuple[int, ...] = ()
+
+    def chars(self, conversation: Conversation) -> int:
+        """Characters of the answer: what `conversation`, chosen or rejected, has beyond the prompt."""
+        return sum(len(message.content) for message in conversation[len(self.prompt) :])
+
+
+def read_pairs(file: Path) -> list[Pair]:
+    """The comparisons of a file, in order.
+
+    Raises:
+        InputError: there is none, or a row is not in the conversational preference format.
+    """
+    rows = read_rows(file, {"prompt": list, "chosen": list, "rejected": list})
+    if not rows:
+        raise DataError(f"{file} holds no comparisons")
+    pairs = []
+    for number, row in enumerate(rows, 1):
+        where = f"{file}, row {number}"
+        prompt, chosen, rejected = (messages_of(row[key], where) for key in ("prompt", "chosen", "rejected"))
+        if not prompt or any(not part or part[-1].role != "assistant" for part in (chosen, rejected)):
+            raise DataError(f"malformed data: {where}: needs a prompt, and answers that end in an assistant's message")
+        pair = Pair("", prompt, prompt + chosen, prompt + rejected)
+        prompt_id = row.get("prompt_id") or hashlib.sha256(_key(pair).encode()).hexdigest()[:12]
+        pairs.append(replace(pair, prompt_id=str(prompt_id)))
+    return pairs
+
+
+def split_pairs(
+    pairs: Sequence[Pair], held_out: Sequence[Pair] | None, eval_share: float, seed: int
+) -> tuple[list[Pair], list[Pair], Counter[str]]:
+    """(for training, held out, dropped by reason): no prompt is on both sides, whatever its id."""
+    dropped: Counter[str] = Counter()
+    if held_out is None:
+        prompts = sorted({_key(pair) for pair in pairs})
+        random.Random(seed).shuffle(prompts)
+        count = round(eval_share * len(prompts))
+        out = set(prompts[: max(count, 1 if eval_share and len(prompts) > 1 else 0)])
+        return [p for p in pairs if _key(p) not in out], [p for p in pairs if _key(p) in out], dropped
+    out = {_key(pair) for pair in held_out}
+    train = [pair for pair in pairs if _key(pair) not in out]
+    if len(train) < len(pairs):
+        dropped["prompt_in_eval"] = len(pairs) - len(train)
+    return train, list(held_out), dropped
+
+
+def _key(pair: Pair) -> str:
+    return json.dumps([message.to_dict() for message in pair.prompt])
+
+
+def encode_pairs(
+    pairs: Sequence[Pair], encode: Callable[[Conversation], list[int]], limit: int, pad: int
+) -> tuple[list[Pair], Counter[str]]:
+    """The pairs with their token ids, and how many could not be used, by reason."""
+    dropped: Counter[str] = Counter()
+    usable = []
+    for pair in pairs:
+        chosen, rejected = tuple(encode(pair.chosen)), tuple(encode(pair.rejected))
+        if chosen == rejected:
+            dropped["same_text"] += 1
+        elif max(len(chosen), len(rejected)) > limit:
+            dropped["too_long"] += 1
+        elif pad in (chosen[-1], rejected[-1]):  # transformers would take it for padding
+            dropped["ends_in_pad_token"] += 1
+        else:
+            usable.append(replace(pair, chosen_ids=chosen, rejected_ids=rejected))
+    return usable, dropped
+
+
+# --- tokens ---
+
+
+def reward_encoder(tokenizer: Any, template: ChatTemplate) -> Callable[[Conversation], list[int]]:
+    """Conversation -> token ids, as `almost_eval.rewards.hf.HFRewardModel` reads it."""
+    separator = tokenizer.special_tokens_map.get("sep_token")
+    framed = separator is not None and list(tokenizer.encode("a"))[-1:] == [tokenizer.sep_token_id]
+    if framed:  # an encoder's tokenizer adds its own markers, [CLS] ... [SEP]
+        return lambda conversation: list(tokenizer.encode(template.render(conversation)))
+    tokens = special_tokens(tokenizer)
+    return lambda conversation: encode_text(tokenizer, template.render(conversation, special_tokens=tokens))
+
+
+# --- how good the rewards are ---
+
+
+def pair_metrics(rows: Sequence[Row]) -> dict[str, Any]:
+    """What the rewards of held-out pairs say.
+
+    A pair is right where the chosen answer's reward is the higher; equal rewards are wrong, and counted as `ties`.
+    Accuracies have Wilson's interval over pairs; `accuracy_by_prompt` has the one that counts only prompts as
+    independent. `longer_wins` is the accuracy of choosing the longer answer (characters; equal lengths count half).
+    `calibration_error` is the expected one over ten bins of confidence sigmoid(|margin|), 0.5 to 1.
+    """
+    margins = [row["chosen_reward"] - row["rejected_reward"] for row in rows]
+    longer = [row["chosen_chars"] - row["rejected_chars"] for row in rows]
+    right = [float(margin > 0) for margin in margins]
+    every = [row[f"{side}_reward"] for row in rows for side in ("chosen", "rejected")]
+    chars = [row[f"{side}_chars"] for row in rows for side in ("chosen", "rejected")]
+    return {
+        "pairs": len(rows),
+        "accuracy": mean_metric(right).to_dict(),
+        "accuracy_by_prompt": mean_metric(right, [row["prompt_id"] for row in rows]).to_dict(),
+        "accuracy_chosen_shorter": mean_metric([r for r, d in zip(right, longer, strict=True) if d < 0]).to_dict(),
+        "accuracy_chosen_longer": mean_metric([r for r, d in zip(right, longer, strict=True) if d > 0]).to_dict(),
+        "longer_wins": mean_metric([0.5 if d == 0 else float(d > 0) for d in longer]).to_dict(),
+        "ties": sum(margin == 0 for margin in margins),
+        "calibration_error": calibration_error(margins),
+        "length_correlation": _pearson(every, chars),
+        "mean_margin": math.fsum(margins) / len(margins) if margins else None,
+    }
+
+
+def calibration_error(margins: Sequence[float], bins: int = CALIBRATION_BINS) -> float | None:
+    """Sum over bins of share * |accuracy - mean confidence|, with confidence sigmoid(|margin|); None for no pairs."""
+    if not margins:
+        return None
+    held: dict[int, list[tuple[float, bool]]] = {}
+    for margin in margins:
+        confidence = 1 / (1 + math.exp(-min(abs(margin), 700.0)))
+        held.setdefault(min(int((confidence - 0.5) * 2 * bins), bins - 1), []).append((confidence, margin > 0))
+    gaps = (abs(sum(right for _, right in each) - math.fsum(sure for sure, _ in each)) for each in held.values())
+    return math.fsum(gaps) / len(margins)
+
+
+def _pearson(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """None where either is constant."""
+    import numpy as np
+
+    if len(x) < 2 or not np.ptp(x) or not np.ptp(y):
+        return None
+    return float(np.corrcoef(x, y)[0, 1])

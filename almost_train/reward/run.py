@@ -1,0 +1,280 @@
+"""The reward model: Bradley-Terry training on comparisons (ALMoST, arXiv 2305.13735, section 3.1), and how good it is.
+
+The loss is -log sigmoid(r_chosen - r_rejected); the model is a transformers sequence classifier with one label, trained
+by TRL's RewardTrainer. The defaults are the official settings.
+
+Departures from the official script: pairs that are too long are dropped and counted, not cut; the score is read at the
+last real token whatever a batch is padded with, which a pad token equal to EOS would prevent; and the accuracy is shown
+beside what "the longer answer wins" gets on the same pairs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from almost_eval.errors import DataError, ModelError
+from almost_eval.models.checkpoint import Checkpoint, context_length, find_checkpoint
+from almost_eval.models.loading import load_tokenizer
+from almost_eval.progress import Progress
+from almost_train.common.batches import BatchPlan, batch_plan, planned_dataset
+from almost_train.common.config import option
+from almost_train.common.processes import is_main, shared_stage
+from almost_train.common.records import Row, read_rows, write_rows
+from almost_train.common.stage import model_input
+from almost_train.common.trainers import (
+    MODEL,
+    QuietTrainer,
+    TrainSettings,
+    check_batches,
+    fit,
+    keep_template,
+    seeded,
+    trainer_arguments,
+)
+from almost_train.reward.pairs import Pair, encode_pairs, pair_metrics, read_pairs, reward_encoder, split_pairs
+
+KINDS = ("CausalLM", "LMHeadModel", "SequenceClassification", "MaskedLM", "ForPreTraining", "Model")
+"""What a reward model can start from: parts of the class name in `config.json`."""
+
+_NEW_WEIGHTS = re.compile(r"(?:^|\.)(?:score|classifier|pre_classifier|classification_head|pooler)\.")
+"""Weights that a language model lacks and a classifier needs: they start at random, from the seed."""
+
+
+@dataclass(frozen=True, slots=True)
+class RewardSettings(TrainSettings):
+    """Settings of `train_reward`."""
+
+    weight_decay: float = option(0.1, "AdamW's weight decay", least=0)
+    eval_share: float = option(0.1, "share of the prompts held out, where no file of comparisons is", least=0, most=0.5)
+
+
+def train_reward(
+    settings: RewardSettings,
+    comparisons: Path,
+    model: str,
+    output: Path,
+    *,
+    eval_comparisons: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Train a reward model and measure it on held-out pairs.
+
+    Args:
+        settings: see `RewardSettings`.
+        comparisons: rows in TRL's conversational preference format: `prompt`, `chosen`, `rejected`, lists of messages.
+        model: a causal LM, an encoder or a one-label classifier: a directory, a built-in name or a hub id.
+        output: the stage's folder: `model/` (the checkpoint), `eval.jsonl` (a line per held-out pair), `log.jsonl`.
+        eval_comparisons: held-out pairs, in place of a share of the prompts; pairs for training on one of their
+            prompts are dropped.
+        progress: where to show the steps.
+
+    Returns:
+        `result.json`. Under `accelerate launch` every process calls this and gets the same.
+
+    Raises:
+        InputError: settings, data or model that cannot be used; before any weight is loaded.
+        RunError: the loss is not finite.
+    """
+    progress = progress or Progress()
+
+    # 1. What is refused without weights.
+    checkpoint = find_checkpoint(model, architectures=KINDS)
+    _refuse_other_labels(checkpoint)
+    check_batches(settings)
+    pairs = read_pairs(comparisons)
+    eval_pairs = read_pairs(eval_comparisons) if eval_comparisons else None
+    inputs: dict[str, Path | str] = {"comparisons": comparisons, "model": model_input(model)}
+    if eval_comparisons:
+        inputs["eval_comparisons"] = eval_comparisons
+    with shared_stage(output, "reward", settings, inputs) as stage:
+        if stage.result is not None:
+            return stage.result
+
+        # 2. Pairs as token ids.
+        tokenizer = load_tokenizer(checkpoint)
+        encode = reward_encoder(tokenizer, keep_template(tokenizer))
+        set_pad_token(tokenizer)
+        limit = _length_limit(settings, checkpoint, tokenizer)
+        train, held_out, dropped = split_pairs(pairs, eval_pairs, settings.eval_share, settings.seed)
+        train, unusable = encode_pairs(train, encode, limit, tokenizer.pad_token_id)
+        held_out, eval_unusable = encode_pairs(held_out, encode, limit, tokenizer.pad_token_id)
+        dropped += unusable
+        if not train:
+            raise DataError(f"{comparisons} leaves no pair to train on (dropped: {dict(dropped)}); see --max-length")
+        lengths = [max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in train]
+        plan = batch_plan(lengths, batch_size=settings.batch_size, epochs=settings.epochs, seed=settings.seed)
+
+        # 3. Training.
+        progress.note(f"reward: {len(train)} pairs, {plan.steps} steps of {settings.batch_size}")
+        fit(lambda: _trainer(settings, checkpoint, tokenizer, train, plan, output), stage, plan.steps, progress)
+
+        # 4. How good it is, through the checkpoint as others will load it.
+        metrics: dict[str, Any] = {}
+        if is_main():
+            rows = _score(output / MODEL, held_out, settings.device, progress)
+            write_rows(output / "eval.jsonl", rows)
+            metrics = {
+                "train_pairs": len(train),
+                "steps": plan.steps,
+                "max_length": limit,
+                "dropped": dict(sorted(dropped.items())),
+                "eval_dropped": dict(sorted(eval_unusable.items())),
+                "loss_last_step": read_rows(output / "log.jsonl")[-1]["loss"],
+                "eval": pair_metrics(rows),
+            }
+        return stage.finish(metrics, {MODEL: output / MODEL, "eval": output / "eval.jsonl"})
+
+
+# --- tokens ---
+
+
+def set_pad_token(tokenizer: Any) -> None:
+    """Give the tokenizer a pad token that ends no text.
+
+    transformers' classifiers of decoder type read a text's score at its rightmost token that is not
+    `config.pad_token_id`, whatever the attention mask says (transformers 5.17, `GenericForSequenceClassification`).
+    Texts end in EOS: where that is the pad token too, the score would be read one token too early in training, and at
+    the right one by vLLM. In its place comes `unk_token`, or else a new token (`_trainer` adds a row for it if there
+    is none to spare). Not an ordinary token: as a pad token it would be split off in any text.
+    """
+    tokens = tokenizer.special_tokens_map
+    pad, eos = tokens.get("pad_token"), tokens.get("eos_token")
+    if pad is not None and pad != eos:
+        return
+    unknown = tokens.get("unk_token")
+    tokenizer.pad_token = unknown if unknown not in (None, eos, tokens.get("bos_token")) else "<pad>"
+    if tokenizer.pad_token_id is None or tokenizer.pad_token not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+
+
+def _length_limit(settings: RewardSettings, checkpoint: Checkpoint, tokenizer: Any) -> int:
+    """Tokens that a text may have: the setting, or less where the model takes less."""
+    own = context_length(checkpoint.config, tokenizer)
+    if tokenizer.special_tokens_map.get("sep_token"):  # RoBERTa's positions start after its pad id: 512 of 514 count
+        own = min(own, tokenizer.model_max_length)
+    return min(settings.max_length, own)
+
+
+# --- the model ---
+
+
+def _refuse_other_labels(checkpoint: Checkpoint) -> None:
+    if "SequenceClassification" not in checkpoint.architecture:
+        return
+    labels = checkpoint.config.get("num_labels") or len(checkpoint.config.get("id2label") or ()) or 2
+    if labels != 1:
+        raise ModelError(
+            f"{checkpoint.path} is a classifier with {labels} labels; a reward model starts from one with a single "
+            "label, or from a language model"
+        )
+
+
+def load_classifier(checkpoint: Checkpoint, seed: int) -> Any:
+    """The model in float32, its score head from the checkpoint or, where there is none, drawn from `seed`.
+
+    Raises:
+        ModelError: transformers has no classifier of this architecture, or other weights than the head's are missing.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # it warns of the new head
+    try:
+        with seeded(seed):
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                str(checkpoint.path),
+                num_labels=1,
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(f"no reward model can be made of {checkpoint.path}: {first:.200}") from None
+    lost = [name for name in info.get("missing_keys", ()) if not _NEW_WEIGHTS.search(name)]
+    lost += [name for name, *_ in info.get("mismatched_keys", ())]
+    if lost:
+        raise ModelError(f"{checkpoint.path} lacks {len(lost)} weights of its architecture, first {sorted(lost)[0]!r}")
+    # vLLM puts a sigmoid on a classifier's output unless the configuration calls it a regression.
+    model.config.problem_type = "regression"
+    return model
+
+
+def _trainer(
+    settings: RewardSettings,
+    checkpoint: Checkpoint,
+    tokenizer: Any,
+    pairs: Sequence[Pair],
+    plan: BatchPlan,
+    output: Path,
+) -> Any:
+    import torch
+    from trl import RewardConfig, RewardTrainer
+    from trl.trainer.reward_trainer import DataCollatorForPreference
+
+    class PairTrainer(QuietTrainer, RewardTrainer):
+        """TRL's trainer, with a weight for each pair: see `BatchPlan`."""
+
+        def compute_loss(
+            self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            weight = inputs.pop("weight")  # (B,)
+            outputs = model(**inputs, use_cache=False)
+            chosen, rejected = outputs.logits.squeeze(-1).float().chunk(2)  # (B,) each
+            margin = chosen - rejected
+            loss = -(weight * torch.nn.functional.logsigmoid(margin)).mean()
+            with torch.no_grad():
+                seen = {"accuracy": (weight * (margin > 0)).mean(), "margin": (weight * margin).mean()}
+                for name, value in seen.items():
+                    self._metrics["train"][name].append(self.accelerator.gather(value).mean().item())
+                self._total_train_tokens += self.accelerator.gather(inputs["attention_mask"].sum()).sum().item()
+                self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+            return (loss, outputs) if return_outputs else loss
+
+    pad = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**pad(rows), "weight": torch.tensor([row["weight"] for row in rows])}
+
+    model = load_classifier(checkpoint, settings.seed)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # for the pad token; nothing attends to it
+    model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    filler = pairs[0].chosen_ids[-1:]
+    rows = [{"chosen_ids": list(pair.chosen_ids), "rejected_ids": list(pair.rejected_ids)} for pair in pairs]
+    return PairTrainer(
+        model=model,
+        args=RewardConfig(**trainer_arguments(settings, output, plan.steps), disable_dropout=True),
+        data_collator=collate,
+        train_dataset=planned_dataset(rows, {"chosen_ids": filler, "rejected_ids": filler}, plan),
+        processing_class=tokenizer,
+    )
+
+
+# --- how good it is ---
+
+
+def _score(model: Path, pairs: Sequence[Pair], device: str, progress: Progress) -> list[Row]:
+    from almost_eval.rewards.hf import HFRewardModel
+
+    if not pairs:
+        return []
+    scorer = HFRewardModel(str(model), dtype="float32", device=device)
+    conversations = [conversation for pair in pairs for conversation in (pair.chosen, pair.rejected)]
+    rewards: dict[int, float] = {}
+    with progress.track("held-out answers", len(conversations)) as advance:
+        for index, reward in scorer.stream(conversations):
+            rewards[index] = reward
+            advance(1)
+    rows = []
+    for number, pair in enumerate(pairs):
+        chosen, rejected = rewards[2 * number], rewards[2 * number + 1]
+        row: Row = {"prompt_id": pair.prompt_id, "chosen_reward": chosen, "rejected_reward": rejected}
+        rows.append(row | {"chosen_chars": pair.chars(pair.chosen), "rejected_chars": pair.chars(pair.rejected)})
+    return rows

@@ -1,0 +1,353 @@
+"""The PPO loop: sample, score, compare, update; checkpoints that resume to the same bits.
+
+Departures from TRL's PPO trainer, which it has removed: the policy and the value model are two models with an optimizer
+each; losses are divided by the tokens of the whole mini-batch, so micro-batches and processes change nothing but
+rounding; no dropout; a checkpoint is taken after a step's batch was measured and before its update, so every checkpoint
+is of a policy known to be within bounds. Random numbers come from (seed, step, row) alone, so there is no state of a
+generator to keep.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from torch import Tensor
+
+from almost_eval.errors import InputError
+from almost_train.common.records import Row
+from almost_train.rlsf import checkpoint as checkpoints
+from almost_train.rlsf import ppo
+from almost_train.rlsf.log import (
+    SAMPLES,
+    StepLog,
+    batch_row,
+    last_good_step,
+    refuse_non_finite,
+    sample_row,
+    summary,
+    verdict,
+)
+from almost_train.rlsf.models import completion_values, load_policy, load_value_model
+from almost_train.rlsf.ppo import Moments, Rollout
+from almost_train.rlsf.rollouts import (
+    batch_prompts,
+    collate,
+    completion_logits,
+    completion_logprobs,
+    conversation,
+    sample,
+    uniforms,
+)
+from almost_train.rlsf.run import Job, RLSFSettings, save_policy
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What changes from step to step, beside the weights."""
+
+    step: int
+    kl_coefficient: float
+    moments: Moments
+    """Of the raw rewards, for `normalise_rewards`."""
+
+
+def train(job: Job) -> dict[str, Any]:
+    """Run the loop to its end and save the policy; returns metrics."""
+    settings = job.settings
+    loop = _Loop(job)
+    state = loop.resume() or State(0, settings.kl_coefficient, Moments())
+    stopped, policy_step = None, settings.steps
+    with (
+        StepLog(job.output, state.step, active=job.is_first) as log,
+        job.progress.track("RLSF (PPO)", settings.steps, state.step) as advance,
+    ):
+        for step in range(state.step, settings.steps + 1):
+            began = time.monotonic()
+            # 1. Sample, score and measure the policy as it is now.
+            rollout, samples, after = loop.collect(state)
+            row = _measured(step, rollout, state)
+            if step % settings.samples_every == 0 or step == settings.steps:
+                log.samples(samples)
+            # 2. Go on only within bounds; the batch after the last update is there to be measured.
+            stopped = verdict([*log.rows, row], settings.kl_limit, settings.guard_window)
+            if stopped:
+                policy_step = loop.go_back(last_good_step([*log.rows, row], stopped, settings.guard_window))
+            if stopped or step == settings.steps:
+                log.step(row)
+                break
+            if step and step % settings.save_every == 0:
+                loop.save(state)
+            if job.is_first and job.keeps(step):
+                save_policy(job, copy.deepcopy(loop.plain_policy) if settings.bf16 else loop.plain_policy, step)
+            # 3. Update.
+            row |= loop.update(after, rollout)
+            state = _next(settings, after, row)
+            seconds = time.monotonic() - began
+            tokens = row["length"] * settings.batch_size
+            log.step({**row, "seconds": round(seconds, 3), "tokens_per_second": round(tokens / seconds, 1)})
+            advance(1)
+        done = len(log.rows) - 1
+        metrics = {"steps": done, "policy_step": policy_step, "stopped": stopped, "value_model": loop.value_origin}
+        metrics |= summary(log.rows)
+    if job.is_first:
+        save_policy(job, loop.plain_policy)
+    loop.accelerator.wait_for_everyone()
+    return metrics
+
+
+def _measured(step: int, rollout: Rollout, state: State) -> Row:
+    mask = rollout.completion_mask
+    lengths = mask.sum(-1)
+    row = batch_row(step, rollout.rewards.tolist(), lengths.tolist(), rollout.ended.tolist())
+    k1 = ppo.masked_sum(ppo.kl_k1(rollout.logprobs, rollout.reference_logprobs), mask)
+    k3 = ppo.masked_sum(ppo.kl_k3(rollout.logprobs, rollout.reference_logprobs), mask)
+    row |= {"kl": float(k1) / len(mask), "kl_k3": float(k3) / len(mask)}  # nats a completion
+    refuse_non_finite(step, "KL", [row["kl"]])
+    return row | {"entropy": float(ppo.masked_mean(rollout.entropy, mask)), "kl_coefficient": state.kl_coefficient}
+
+
+def _next(settings: RLSFSettings, state: State, row: Row) -> State:
+    coefficient = state.kl_coefficient
+    if settings.kl_controller == "adaptive":
+        coefficient = ppo.adapted_kl_coefficient(
+            coefficient, row["kl"], settings.kl_target, settings.kl_horizon, settings.batch_size
+        )
+    return replace(state, step=state.step + 1, kl_coefficient=coefficient)
+
+
+class _Loop:
+    """The models of one process, and what is done with them."""
+
+    def __init__(self, job: Job) -> None:
+        settings = job.settings
+        self.job, self.settings = job, settings
+        if job.processes == 1:
+            AcceleratorState._reset_state(reset_partial_state=True)  # what an earlier stage of this process left behind
+            if settings.device.startswith("cuda:"):
+                torch.cuda.set_device(settings.device)
+        precision = "bf16" if settings.bf16 else "no"
+        self.accelerator = Accelerator(mixed_precision=precision, cpu=settings.device == "cpu")
+        kind = self.accelerator.distributed_type
+        if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+            raise InputError(
+                f"PPO trains two models at once, which {kind.value} is not set up for here; launch it with plain data "
+                "parallelism, or use --algorithm rloo or grpo"
+            )
+        device = str(self.accelerator.device)
+        self.reference = load_policy(job.policy, device).requires_grad_(False)
+        policy = load_policy(job.policy, device)
+        value, self.value_origin = load_value_model(job.reward, job.policy, job.tokenizer, device)
+        if settings.gradient_checkpointing:
+            for model in (policy, value.trunk):
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        rates = (settings.learning_rate, settings.value_learning_rate or settings.learning_rate)
+        optimizers = [
+            torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=settings.weight_decay)
+            for model, rate in zip((policy, value), rates, strict=True)
+        ]
+        self.rates, self.plain_policy, self.plain_value = rates, policy, value
+        self.policy, self.value, *self.optimizers = self.accelerator.prepare(policy, value, *optimizers)
+        self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
+
+    # --- sampling ---
+
+    def collect(self, state: State) -> tuple[Rollout, list[Row], State]:
+        """The batch of a step, whole on every process; some of its texts; the state with its rewards' moments."""
+        settings, step = self.settings, state.step
+        self.policy.eval()
+        self.value.eval()
+        share = settings.batch_size // self.processes
+        rows = range(self.rank * share, (self.rank + 1) * share)
+        everyone = batch_prompts(self.job.prompts, settings.seed, step, settings.batch_size)
+        prompts = [everyone[row] for row in rows]
+        # 1. Completions and their rewards.
+        with self.accelerator.autocast():
+            completions = sample(
+                self.plain_policy,
+                self.job.tokenizer,
+                [prompt.token_ids for prompt in prompts],
+                uniforms(settings.seed, step, rows, settings.max_new_tokens),
+                temperature=settings.temperature,
+                stop=settings.stop,
+                max_rows=settings.sampling_batch_size,
+            )
+        rewards = self.job.reward.score(
+            [conversation(p.text, c.text) for p, c in zip(prompts, completions, strict=True)]
+        )
+        samples = [
+            sample_row(step, p.id, p.text, c.text, r, c.ended)
+            for p, c, r in list(zip(prompts, completions, rewards, strict=True))[:SAMPLES]
+        ]
+        refuse_non_finite(step, "reward", rewards)
+        # 2. Tensors, as wide on every process.
+        width = self._most(max(len(c.token_ids) for c in completions))
+        widths = (max(len(p.token_ids) for p in everyone), width)
+        ids = [prompt.token_ids for prompt in prompts]
+        batch = collate(ids, [c.token_ids for c in completions], self.job.tokenizer, widths=widths)
+        tensors = {
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+            "completion_mask": batch.completion_mask,
+            "ended": torch.tensor([c.ended for c in completions]),
+            "rewards": torch.tensor(rewards, dtype=torch.float32),
+        }
+        tensors = {name: tensor.to(self.accelerator.device) for name, tensor in tensors.items()}
+        gathered = self.accelerator.gather(tensors["rewards"])
+        # 3. Moments; a value model that was the reward model begins in the units of the normalised reward.
+        if settings.normalise_rewards == "running" or (settings.normalise_rewards == "sft" and step == 0):
+            state = replace(state, moments=state.moments.with_batch(gathered))
+        if step == 0 and self.value_origin == "reward model" and settings.normalise_rewards != "none":
+            self.plain_value.rescale(state.moments.mean, state.moments.std)
+        # 4. What the models say of the tokens.
+        tensors |= self._said(tensors, width)
+        return Rollout(**{name: self.accelerator.gather(tensor) for name, tensor in tensors.items()}), samples, state
+
+    @torch.no_grad()
+    def _said(self, tensors: dict[str, Tensor], width: int) -> dict[str, Tensor]:
+        parts: dict[str, list[Tensor]] = {"logprobs": [], "reference_logprobs": [], "entropy": [], "values": []}
+        for begin in range(0, len(tensors["input_ids"]), self.settings.micro_batch_size):
+            some = slice(begin, begin + self.settings.micro_batch_size)
+            ids, attention = tensors["input_ids"][some], tensors["attention_mask"][some]
+            with self.accelerator.autocast():
+                logits = completion_logits(self.policy, ids, attention, width, self.settings.temperature)
+                logprobs, entropy = ppo.token_logprobs(logits, ids[:, -width:]), ppo.entropy(logits)
+                del logits  # (B, T, V): one at a time
+                reference = completion_logprobs(self.reference, ids, attention, width, self.settings.temperature)
+                values = completion_values(self.value, ids, attention, width)
+            for name, part in zip(parts, (logprobs, reference, entropy, values), strict=True):
+                parts[name].append(part.float().masked_fill(~tensors["completion_mask"][some], 0.0))
+        return {name: torch.cat(part) for name, part in parts.items()}
+
+    def _most(self, number: int) -> int:
+        return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
+
+    # --- updating ---
+
+    def update(self, state: State, rollout: Rollout) -> Row:
+        """All epochs over a batch; what they did."""
+        settings, mask = self.settings, rollout.completion_mask
+        scores = rollout.rewards
+        if settings.normalise_rewards != "none":
+            scores = (scores - state.moments.mean) / state.moments.std
+        scores = scores - settings.eos_penalty * (~rollout.ended).to(scores.dtype)
+        kl = ppo.kl_k1(rollout.logprobs, rollout.reference_logprobs)
+        shaped = ppo.shaped_rewards(scores, kl, mask, state.kl_coefficient)
+        target = ppo.gae(shaped, rollout.values, mask, settings.gamma, settings.gae_lambda)
+        advantages = ppo.whiten(target.advantages, mask) if settings.whiten_advantages else target.advantages
+        if settings.gradient_checkpointing:
+            self.policy.train()
+            self.value.train()
+        totals, updates = torch.zeros(5, device=mask.device), 0
+        first_error, minis = 0.0, settings.batch_size // settings.mini_batch_size
+        for epoch in range(settings.ppo_epochs):
+            order = np.random.default_rng((settings.seed, state.step, settings.batch_size + epoch))
+            for rows in np.split(order.permutation(settings.batch_size), minis):
+                rate = self._set_rates(state.step * settings.ppo_epochs * minis + updates)
+                sums, error = self._mini_batch(state.step, rollout, advantages, target.returns, rows)
+                totals += sums
+                first_error = error if updates == 0 else first_error
+                updates += 1
+        clipped, value_clipped, tokens, policy_loss, value_loss = totals.tolist()
+        return {
+            "score": float(scores.mean()),
+            "policy_loss": policy_loss / updates,
+            "value_loss": value_loss / updates,
+            "clip_share": clipped / tokens,
+            "value_clip_share": value_clipped / tokens,
+            "explained_variance": ppo.explained_variance(rollout.values, target.returns, mask),
+            "first_ratio_error": first_error,
+            "learning_rate": rate,
+        }
+
+    def _mini_batch(
+        self, step: int, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: Any
+    ) -> tuple[Tensor, float]:
+        """One update of both models. Returns sums over all processes, and the largest ratio error."""
+        settings = self.settings
+        tokens = float(rollout.completion_mask[rows].sum())
+        mine = rows[self.rank :: self.processes]
+        sums, error = torch.zeros(5, device=advantages.device), 0.0
+        for begin in range(0, len(mine), settings.micro_batch_size):
+            some, last = mine[begin : begin + settings.micro_batch_size], begin + settings.micro_batch_size >= len(mine)
+            mask, width = rollout.completion_mask[some], rollout.completion_mask.shape[1]
+            ids, attention = rollout.input_ids[some], rollout.attention_mask[some]
+            with ExitStack() as stack:
+                if not last:  # gradients are summed over processes once, with the last micro-batch
+                    stack.enter_context(self.accelerator.no_sync(self.policy))
+                    stack.enter_context(self.accelerator.no_sync(self.value))
+                with self.accelerator.autocast():
+                    logprobs = completion_logprobs(self.policy, ids, attention, width, settings.temperature)
+                policy = ppo.policy_loss(
+                    logprobs, rollout.logprobs[some], advantages[some], mask, settings.clip, tokens
+                )
+                # Data parallelism takes the mean over processes; the loss is a share of the whole already.
+                self.accelerator.backward(policy.loss * self.processes)
+                with self.accelerator.autocast():
+                    values = completion_values(self.value, ids, attention, width)
+                value = ppo.value_loss(values, rollout.values[some], returns[some], mask, settings.value_clip, tokens)
+                self.accelerator.backward(value.loss * self.processes)
+            sums += torch.stack([policy.clipped, value.clipped, mask.sum(), policy.loss.detach(), value.loss.detach()])
+            error = max(error, float(policy.largest_ratio_error))
+        sums = self.accelerator.reduce(sums, "sum")
+        norms = [
+            float(self.accelerator.clip_grad_norm_(m.parameters(), settings.max_grad_norm))
+            for m in (self.policy, self.value)
+        ]
+        refuse_non_finite(step, "loss and gradient", [*sums.tolist(), *norms])
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return sums, error
+
+    def _set_rates(self, update: int) -> float:
+        s = self.settings
+        total = s.steps * s.ppo_epochs * (s.batch_size // s.mini_batch_size)
+        factor = ppo.learning_rate_factor(update, total, s.warmup_ratio, s.schedule)
+        for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * factor
+        return self.rates[0] * factor
+
+    # --- checkpoints ---
+
+    def save(self, state: State) -> None:
+        """A checkpoint of this moment; older ones that no guard would go back to are removed."""
+        if self.job.is_first:
+            oldest_wanted = state.step - self.settings.guard_window
+            checkpoints.save(self.job.work, state.step, self._parts(), asdict(state), oldest_wanted)
+
+    def resume(self) -> State | None:
+        """The newest checkpoint's state, with its weights loaded; None where there is none."""
+        found = checkpoints.found(self.job.work)
+        if not found:
+            return None
+        stored = checkpoints.load(found[-1][1], self._parts())
+        return State(stored["step"], stored["kl_coefficient"], Moments(**stored["moments"]))
+
+    def go_back(self, step: int) -> int:
+        """Load the policy of the newest checkpoint up to `step`, else the one training began with; says its step."""
+        self.accelerator.wait_for_everyone()
+        good = [(at, folder) for at, folder in checkpoints.found(self.job.work) if at <= step]
+        if good:
+            checkpoints.load_weights(self.plain_policy, good[-1][1] / "policy.safetensors")
+            return good[-1][0]
+        with torch.no_grad():
+            for mine, first in zip(self.plain_policy.parameters(), self.reference.parameters(), strict=True):
+                mine.copy_(first)
+        return 0
+
+    def _parts(self) -> list[checkpoints.Part]:
+        policy, value = (optimizer.optimizer for optimizer in self.optimizers)
+        return [
+            checkpoints.Part("policy", self.plain_policy, policy),
+            checkpoints.Part("value", self.plain_value, value),
+        ]

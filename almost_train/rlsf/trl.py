@@ -1,0 +1,253 @@
+"""RLOO (arXiv 2402.14740) and GRPO (arXiv 2402.03300) through TRL's trainers, with the prompts, reward, logs and guards
+of our PPO.
+
+What differs from PPO, because TRL's trainers work so: one update a step, over all completions at once; only EOS ends a
+completion, so one that opens the next turn goes on to EOS or the token limit, yet is judged as if cut there, and takes
+the EOS penalty; KL is in TRL's estimator (RLOO: k1 in the reward, GRPO: k3 in the loss); rewards are not normalised,
+being compared within a prompt; resuming uses the Trainer's own checkpoints, which include a pickle of generator states.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import random
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from transformers import PrinterCallback, TrainerCallback
+
+from almost_eval.errors import TemplateError
+from almost_eval.models.chat import special_tokens
+from almost_train.common.records import Row
+from almost_train.rlsf.log import (
+    SAMPLES,
+    StepLog,
+    batch_row,
+    last_good_step,
+    refuse_non_finite,
+    sample_row,
+    summary,
+    verdict,
+)
+from almost_train.rlsf.models import load_policy
+from almost_train.rlsf.rollouts import batch_prompts, conversation, end_ids
+from almost_train.rlsf.run import Job, save_policy
+
+
+def train(job: Job) -> dict[str, Any]:
+    """Run TRL's trainer to its end and save the policy; returns metrics."""
+    settings, work = job.settings, job.work
+    begin = max(_checkpoints(work), default=0)
+    with (
+        _own_random_state(),
+        StepLog(job.output, begin, active=job.is_first) as log,
+        job.progress.track(f"RLSF ({settings.algorithm.upper()})", settings.steps, begin) as advance,
+    ):
+        trainer, watch = _trainer(job, log, advance)
+        # 1. Train, unless an earlier process came to the end, or to where a guard stops, and no further.
+        watch.stopped = verdict(log.rows, settings.kl_limit, settings.guard_window)
+        if watch.stopped is None and begin < settings.steps:
+            trainer.train(resume_from_checkpoint=str(work / f"checkpoint-{begin}") if begin else None)
+        # 2. The last policy, or after a guard's stop the last good one.
+        policy_step, final = settings.steps, work / f"checkpoint-{settings.steps}"
+        if watch.stopped is not None:
+            # A row tells of the policy before its update, and checkpoint n is the policy before row n.
+            good = last_good_step(log.rows, watch.stopped, settings.guard_window)
+            policy_step = max((at for at in _checkpoints(work) if at <= good), default=0)
+            final = work / f"checkpoint-{policy_step}" if policy_step else job.policy.path
+        elif begin < settings.steps:
+            final = work / "final"
+            trainer.save_model(str(final))  # gathers what FSDP or DeepSpeed has spread out
+        metrics = {"steps": len(log.rows), "policy_step": policy_step, "stopped": watch.stopped}
+        trainer.accelerator.wait_for_everyone()
+        if job.is_first:
+            save_policy(job, _saved(final))
+        return metrics | summary(log.rows)
+
+
+class _Watch(TrainerCallback):
+    """Collects what the reward function sees, and makes a row of it with what the trainer logs."""
+
+    def __init__(self, job: Job, log: StepLog, advance: Callable[[int], None], ends: Collection[int]) -> None:
+        self.stopped: str | None = None
+        """The guard that ended training."""
+        self.trainer: Any = None
+        """Whom it watches."""
+        self._job, self._log, self._advance, self._ends = job, log, advance, ends
+        self._pending: list[Row] = []
+        self._began = time.monotonic()
+
+    def reward(
+        self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any
+    ) -> list[float]:
+        """TRL's reward function: raw logits, less the EOS penalty where it is due."""
+        settings, step = self._job.settings, columns["trainer_state"].global_step
+        answers, ended = [], []
+        for text, ids in zip(completions, completion_ids, strict=True):
+            cut = min((at for stop in settings.stop if (at := text.find(stop)) >= 0), default=None)
+            answers.append(text[:cut].strip())
+            ended.append(cut is None and ids[-1] in self._ends)
+        texts = columns["text"]
+        rewards = self._job.reward.score([conversation(t, a) for t, a in zip(texts, answers, strict=True)])
+        refuse_non_finite(step, "reward", rewards)
+        tokens = [len(ids) for ids in completion_ids]
+        self._pending += [
+            {**sample_row(step, *sample), "tokens": n}
+            for *sample, n in zip(columns["id"], texts, answers, rewards, ended, tokens, strict=True)
+        ]
+        return [r - settings.eos_penalty * (not e) for r, e in zip(rewards, ended, strict=True)]
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Row | None = None, **rest: Any) -> None:
+        """One step is over: its row, its samples, the guards' verdict."""
+        if logs is None or "loss" not in logs:  # the summary at the end
+            return
+        batch = gather_object(self._pending)
+        self._pending = []
+        settings, step = self._job.settings, state.global_step - 1
+        row = batch_row(step, *([sample[key] for sample in batch] for key in ("reward", "tokens", "ended")))
+        # TRL's KL is the mean over tokens, ours is of a completion.
+        row |= {"kl": logs["kl"] * row["length"], "entropy": logs.get("entropy")}
+        row |= {"kl_coefficient": settings.kl_coefficient, "policy_loss": logs["loss"]}
+        row |= {"clip_share": logs.get("clip_ratio/region_mean"), "learning_rate": logs.get("learning_rate")}
+        refuse_non_finite(step, "loss, KL and gradient", [logs["loss"], row["kl"], logs.get("grad_norm", 0.0)])
+        seconds = time.monotonic() - self._began
+        row |= {"seconds": round(seconds, 3), "tokens_per_second": round(row["length"] * len(batch) / seconds, 1)}
+        self._began = time.monotonic()
+        self._log.step(row)
+        if step % settings.samples_every == 0 or step == settings.steps - 1:
+            self._log.samples([{k: v for k, v in sample.items() if k != "tokens"} for sample in batch[:SAMPLES]])
+        self.stopped = verdict(self._log.rows, settings.kl_limit, settings.guard_window)
+        control.should_training_stop = control.should_training_stop or self.stopped is not None
+        self._advance(1)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """Keep the policy after this step's update, where that is asked for."""
+        if self._job.keeps(state.global_step):
+            scratch = self._job.work / "kept"
+            self.trainer.save_model(str(scratch))  # gathers what FSDP or DeepSpeed has spread out
+            if self._job.is_first:
+                save_policy(self._job, _saved(scratch), state.global_step)
+                shutil.rmtree(scratch)
+
+
+def _trainer(job: Job, log: StepLog, advance: Callable[[int], None]) -> tuple[Any, _Watch]:
+    from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+    settings = job.settings
+    # 1. Settings in TRL's words; everything that it would set otherwise is said.
+    warmup = math.ceil(settings.steps * settings.warmup_ratio)
+    arguments: dict[str, Any] = {
+        "output_dir": str(job.work),
+        "max_steps": settings.steps,
+        "per_device_train_batch_size": settings.micro_batch_size,
+        "gradient_accumulation_steps": settings.batch_size // (settings.micro_batch_size * job.processes),
+        "num_generations": settings.num_generations,
+        "num_iterations": 1,
+        "shuffle_dataset": False,
+        "max_completion_length": settings.max_new_tokens,
+        "temperature": settings.temperature,
+        "beta": settings.kl_coefficient,
+        "epsilon": settings.clip,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": {"constant": "constant_with_warmup"}.get(settings.schedule, settings.schedule),
+        "warmup_steps": warmup,
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "optim": "adamw_torch",
+        "bf16": settings.bf16,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "disable_dropout": True,
+        "ddp_find_unused_parameters": False,
+        "use_cpu": settings.device == "cpu",
+        "dataloader_pin_memory": torch.cuda.is_available(),  # without an accelerator torch warns of it
+        "seed": settings.seed,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": settings.save_every,
+        "save_total_limit": settings.guard_window // settings.save_every + 3,  # as far back as a guard may go
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    if settings.algorithm == "rloo":
+        arguments["normalize_advantages"] = settings.whiten_advantages
+    config, trainer_class = {"rloo": (RLOOConfig, RLOOTrainer), "grpo": (GRPOConfig, GRPOTrainer)}[settings.algorithm]
+    # 2. Models and data. TRL pads, and so changes the tokenizer: it gets a copy.
+    policy = load_policy(job.policy, "cpu")
+    watch = _Watch(job, log, advance, frozenset(end_ids(policy, job.tokenizer)))
+    trainer = trainer_class(
+        model=policy,
+        reward_funcs=watch.reward,
+        args=config(**arguments),
+        train_dataset=_dataset(job),
+        processing_class=copy.deepcopy(job.tokenizer),
+        callbacks=[watch],
+    )
+    watch.trainer = trainer
+    trainer.remove_callback(PrinterCallback)  # stdout is for results
+    return trainer, watch
+
+
+def _dataset(job: Job) -> Any:
+    """The prompts of all steps in our order, as one epoch: in a second, TRL's own order would not resume as it was."""
+    from datasets import Dataset
+
+    bos, texts = special_tokens(job.tokenizer).get("bos_token", ""), {}
+    for prompt in job.prompts:
+        # TRL lets the tokenizer add its BOS, also where the template has written one.
+        forms = (prompt.rendered, prompt.rendered.lstrip().removeprefix(bos))
+        text = next((f for f in forms if tuple(job.tokenizer(text=f)["input_ids"]) == prompt.token_ids), None)
+        if text is None:
+            raise TemplateError(
+                f"TRL would give the policy other tokens for prompt {prompt.id} than the chat template does (the "
+                "tokenizer adds BOS or EOS in its own way); use --algorithm ppo"
+            )
+        texts[prompt.token_ids] = text
+    size = job.settings.batch_size // job.settings.num_generations
+    return Dataset.from_list(
+        [
+            {"prompt": texts[prompt.token_ids], "id": prompt.id, "text": prompt.text}
+            for step in range(job.settings.steps)
+            for prompt in batch_prompts(job.prompts, job.settings.seed, step, size)
+        ]
+    )
+
+
+# --- checkpoints ---
+
+
+def _checkpoints(work: Path) -> list[int]:
+    """Steps of the Trainer's checkpoints that were written to their end, oldest first."""
+    steps = []
+    for state in work.glob("checkpoint-*/trainer_state.json"):  # written last
+        with suppress(ValueError):
+            json.loads(state.read_text(encoding="utf-8"))
+            steps.append(int(state.parent.name.split("-")[1]))
+    return sorted(steps)
+
+
+def _saved(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@contextmanager
+def _own_random_state() -> Iterator[None]:
+    """The Trainer seeds every global generator; afterwards they are as they were."""
+    python, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy_state)

@@ -1,0 +1,255 @@
+"""RMSP, reward-model-guided self-play: two vanilla models talk, and of N answers the reward model's best is kept.
+
+The second step of ALMoST (arXiv 2305.13735), whose official code never released this step. User and assistant are
+pre-trained models with demonstrations in front of the dialogue: `header`, then conversations separated by lines of
+`-----`, then the dialogue so far and the marker of the turn that is due. At every assistant turn N candidates are
+sampled, those that break a rule of `self_play_rules` are out, and the one with the highest reward of the whole
+conversation goes on. What is played becomes the demonstrations of supervised fine-tuning.
+
+All dialogues take a turn together, so an engine always gets as many prompts as there are live dialogues. Every
+completion and every reward is in `turns.jsonl` as soon as it is known; the outputs are made of it at the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from almost_eval.errors import DataError, InputError, did_you_mean
+from almost_eval.models.chat import dialogue_text
+from almost_eval.progress import Progress
+from almost_eval.rewards.hf import RewardModel
+from almost_eval.types import Conversation, Message
+from almost_train.common.config import option
+from almost_train.common.held_out import HeldOut, is_held_out, read_held_out
+from almost_train.common.records import Row, RowLog, read_rows, write_rows
+from almost_train.common.stage import Stage, model_input
+from almost_train.self_play.turns import Dialogue, Play
+from almost_train.synthetic.sampling import EngineFactory
+
+SEPARATOR = "\n\n-----"
+"""Ends a dialogue in a document of demonstrations; the next turn brings its own blank line."""
+
+
+@dataclass(frozen=True, slots=True)
+class SelfPlaySettings:
+    """How self-play is played."""
+
+    assistant_model: str = option("nano/vanilla-large", "Model that answers: checkpoint, hub id or built-in name.")
+    user_model: str = option("nano/vanilla-large", "Model that asks.")
+    assistant_demonstrations: str = option("HHH", "Demonstrations of the assistant: a name in the prompt set.")
+    user_demonstrations: str = option("HHH", "Demonstrations of the user: a name in the prompt set.")
+    shots: int = option(3, "Demonstrations in front of a dialogue: the first of the set.", least=0)
+    candidates: int = option(4, "Answers to choose from at each assistant turn.", least=1)
+    max_turns: int = option(2, "Assistant turns of the longest dialogues.", least=1)
+    unguided: bool = option(False, "Keep the first valid candidate, not the best: the comparison to guided play.")
+    min_reward: float | None = option(None, "Reject dialogues whose last answer has a lower reward (raw logit).")
+    temperature: float = option(1.0, "Sampling temperature of both; 0 is greedy.", least=0)
+    top_p: float = option(0.9, "Nucleus of both.", above=0, most=1)
+    max_new_tokens: int = option(384, "Token budget of one answer.", least=1)
+    user_max_new_tokens: int = option(128, "Token budget of one user turn.", least=1)
+    goodbyes: tuple[str, ...] = option(
+        ("bye", "goodbye", "thanks", "thank you", "that is all", "that's all", "see you"),
+        "Phrases that end a dialogue, in a short user turn without a question.",
+    )
+    seed: int = option(0, "Seed of every draw.", least=0)
+
+
+class Demonstrations(Protocol):
+    """What is needed of a demonstration set."""
+
+    @property
+    def header(self) -> str:
+        """Text in front of the demonstrations."""
+        ...
+
+    @property
+    def conversations(self) -> tuple[Conversation, ...]:
+        """The demonstrations."""
+        ...
+
+
+def self_play(
+    settings: SelfPlaySettings,
+    prompts: Path,
+    reward_model: str | None,
+    output: Path,
+    *,
+    engine_for: EngineFactory,
+    demonstrations: Mapping[str, Demonstrations],
+    reward_for: Callable[[str], RewardModel] | None = None,
+    held_out: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Play one dialogue for each prompt and write `demonstrations.jsonl`; go on where an earlier process was killed.
+
+    Outputs, in the order of the prompts: `demonstrations.jsonl` ({"id", "messages", "rewards", "ended"}; a dialogue
+    ends with an answer, and `rewards` holds one for each), `demonstrations.rejected.jsonl` (the same with "reason"),
+    `candidates.jsonl` ({"id", "turn", "candidates", "chosen"}) and `user_turns.jsonl` ({"id", "turn", "text",
+    "finish_reason", "ended"}).
+
+    With `unguided`, the same N candidates are sampled and the first valid one is kept, whatever its reward: up to the
+    first choice that differs, guided and unguided dialogues are the same, so the comparison is paired.
+
+    Args:
+        settings: see `SelfPlaySettings`.
+        prompts: `prompts.jsonl`, the first user turns; one that repeats an earlier one is left out and counted.
+        reward_model: its checkpoint; None plays without rewards, which only `unguided` can.
+        output: the stage's folder.
+        engine_for: model name -> engine; asked once for each model, before anything is generated.
+        demonstrations: name -> demonstration set.
+        reward_for: checkpoint -> reward model; `HFRewardModel` by default.
+        held_out: a `prompts.jsonl` that an evaluation asks: a dialogue ends where the user says one of them.
+        progress: where to report to.
+
+    Raises:
+        InputError: settings that cannot work together, unknown demonstrations, or no room in the model's context.
+        DataError: prompts that are missing, empty or malformed.
+    """
+    progress = progress or Progress()
+    roles = {
+        "assistant": _few_shot(settings.assistant_demonstrations, settings.shots, demonstrations),
+        "user": _few_shot(settings.user_demonstrations, settings.shots, demonstrations),
+    }
+    if reward_model is None and (not settings.unguided or settings.min_reward is not None):
+        raise InputError("self-play needs a reward model to choose by; give one, or play with unguided and no floor")
+    kept_out = read_held_out(held_out)
+    dialogues, duplicates = _first_turns(prompts, kept_out)
+    inputs: dict[str, Path | str] = {
+        "prompts": prompts,
+        "assistant_model": model_input(settings.assistant_model),
+        "user_model": model_input(settings.user_model),
+        "reward_model": model_input(reward_model) if reward_model else "none",
+        **{f"{role}_demonstrations": hashlib.sha256(text.encode()).hexdigest() for role, text in roles.items()},
+    }
+    if held_out is not None:
+        inputs["held_out"] = held_out
+    with Stage(output, "self_play", settings, inputs) as stage:
+        turns = output / "turns.jsonl"
+        if stage.result is not None:
+            turns.unlink(missing_ok=True)
+            return stage.result
+        # 1. Every model is looked at, none is loaded.
+        names = {"assistant": settings.assistant_model, "user": settings.user_model}
+        engines = {name: engine_for(name) for name in dict.fromkeys(names.values())}
+        judge = (reward_for or _hf_reward)(reward_model) if reward_model else None
+        # 2. Turn by turn, all dialogues at once.
+        with RowLog(turns) as log:
+            play = Play(settings, roles, {role: engines[names[role]] for role in names}, judge, log, progress, kept_out)
+            for turn in range(1, settings.max_turns + 1):
+                play.assistant_turn(turn, dialogues)
+                if turn < settings.max_turns:
+                    play.user_turn(turn, dialogues)
+        # 3. What came of it.
+        kept, rejected = _outcome(dialogues, settings.min_reward)
+        files = {
+            "demonstrations": kept,
+            "demonstrations.rejected": rejected,
+            "candidates": play.candidates,
+            "user_turns": play.user_turns,
+        }
+        for name, rows in files.items():
+            write_rows(output / f"{name}.jsonl", rows)
+        metrics = {"dialogues": len(dialogues), "duplicate_prompts": duplicates}
+        metrics |= _metrics(dialogues, kept, rejected, play.candidates)
+        result = stage.finish(metrics, {name: output / f"{name}.jsonl" for name in files})
+        turns.unlink()  # all of it is in the outputs
+        return result
+
+
+def _outcome(dialogues: Sequence[Dialogue], floor: float | None) -> tuple[list[Row], list[Row]]:
+    """(demonstrations, rejected dialogues)."""
+    kept, rejected = [], []
+    for dialogue in dialogues:
+        messages = list(dialogue.messages)
+        if len(messages) > 1 and messages[-1].role == "user":
+            messages.pop()  # what nothing valid answered
+        row = {
+            "id": dialogue.id,
+            "messages": [message.to_dict() for message in messages],
+            "rewards": dialogue.rewards,
+            "ended": dialogue.ended,
+        }
+        if not dialogue.rewards:
+            rejected.append({**row, "reason": dialogue.ended})
+        elif floor is not None and (dialogue.rewards[-1] is None or dialogue.rewards[-1] < floor):
+            rejected.append({**row, "reason": "low_reward"})
+        else:
+            kept.append(row)
+    return kept, rejected
+
+
+def _metrics(
+    dialogues: Sequence[Dialogue], kept: Sequence[Row], rejected: Sequence[Row], turns: Sequence[Row]
+) -> dict[str, Any]:
+    candidates = [candidate for row in turns for candidate in row["candidates"]]
+    valid = [[c for c in row["candidates"] if c["rejected"] is None] for row in turns]
+    by_turn: dict[str, list[Any]] = {}
+    for row in turns:
+        if row["chosen"] is not None:
+            by_turn.setdefault(str(row["turn"]), []).append(row["candidates"][row["chosen"]]["reward"])
+    return {
+        "demonstrations": len(kept),
+        "rejected": _counts(row["reason"] for row in rejected),
+        "ended": _counts(dialogue.ended for dialogue in dialogues),
+        "answers": _counts(str(len(dialogue.rewards)) for dialogue in dialogues),
+        "candidates": len(candidates),
+        "rejected_candidates": _counts(c["rejected"] for c in candidates if c["rejected"]),
+        "reward": {
+            "chosen": _mean([reward for rewards in by_turn.values() for reward in rewards]),
+            "first_valid": _mean([row[0]["reward"] for row in valid if row]),
+            "all_valid": _mean([c["reward"] for row in valid for c in row]),
+            "chosen_by_turn": {turn: _mean(rewards) for turn, rewards in by_turn.items()},
+        },
+    }
+
+
+def _counts(names: Any) -> dict[str, int]:
+    return dict(sorted(Counter(names).items()))
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
+
+
+def _few_shot(name: str, shots: int, sets: Mapping[str, Demonstrations]) -> str:
+    """The document in front of a dialogue."""
+    if name not in sets:
+        raise InputError(f"no demonstrations {name!r}; {did_you_mean(name, sets)}")
+    chosen = sets[name].conversations[:shots]
+    if len(chosen) < shots:
+        raise InputError(f"demonstrations {name!r} hold {len(chosen)} conversations, fewer than {shots} shots")
+    parts = [sets[name].header.strip(), *map(dialogue_text, chosen)]
+    return "".join(part + SEPARATOR for part in parts if part)
+
+
+def _first_turns(prompts: Path, held_out: HeldOut) -> tuple[list[Dialogue], int]:
+    """(dialogues with their first turn, prompts that repeat an earlier one)."""
+    dialogues: dict[str, Dialogue] = {}
+    ids: set[str] = set()
+    rows = read_rows(prompts, {"id": str, "prompt": str})
+    for number, row in enumerate(rows, 1):
+        text = row["prompt"].strip()
+        if not text or row["id"] in ids:
+            problem = f"the id {row['id']!r} is there twice" if text else "an empty prompt"
+            raise DataError(f"malformed data: {prompts}, prompt {number}: {problem}")
+        if is_held_out(text, held_out):
+            raise DataError(f"{prompts}, prompt {number} is held out ({text[:60]!r}); mine prompts with --held-out too")
+        ids.add(row["id"])
+        # The same prompt would be answered with the same draws, by the same words.
+        dialogues.setdefault(text, Dialogue(row["id"], [Message("user", text)]))
+    if not dialogues:
+        raise DataError(f"{prompts} holds no prompt; run the stage that writes it first")
+    return list(dialogues.values()), len(rows) - len(dialogues)
+
+
+def _hf_reward(name: str) -> RewardModel:
+    from almost_eval.rewards.hf import HFRewardModel
+
+    return HFRewardModel(name)

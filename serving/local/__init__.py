@@ -1,0 +1,3 @@
+"""Policies and a reward model of transformers behind HTTP, in one process: the chat page without any server. Start with
+`server`.
+"""

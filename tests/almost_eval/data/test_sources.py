@@ -1,0 +1,366 @@
+"""Data sets and prompt sets: what is found, in which order, and what is said when it is not."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+
+from almost_eval.data import sources as assets
+from almost_eval.data.sources import DataSource, PromptSet, find_data, fingerprint, load_prompt_set
+from almost_eval.errors import DataError, InputError
+
+MIRROR = "github/naver-ai/ALMoST/eval/eval_prompt.json"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, and a download that is not to be had."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("ALMOST_CACHE", str(folder))
+    monkeypatch.setattr(assets, "_OFFICIAL_URL", "http://127.0.0.1:9/eval_prompt.py")
+    return folder
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub that no connection reaches."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(assets, "_reachable", lambda url: False)
+
+
+@pytest.fixture(scope="module")
+def official(data_root: Path) -> dict[str, str]:
+    prompts: dict[str, str] = json.loads((data_root / MIRROR).read_text(encoding="utf-8"))
+    return prompts
+
+
+def one_line(error: BaseException) -> str:
+    assert "\n" not in str(error)
+    return str(error)
+
+
+class TestFindData:
+    def test_real_data_by_default_and_nano_for_built_in_models(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("ALMOST_DATA_ROOT", raising=False)
+        assert find_data(None, None) == DataSource("hub", None)
+        assert find_data(None, None, built_in_model=True).name == "nano"
+        assert find_data("hub", None, built_in_model=True).name == "hub"
+        assert find_data("nano", None).name == "nano"
+
+    def test_a_root_means_real_data(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert find_data(None, tmp_path, built_in_model=True) == DataSource("hub", tmp_path.resolve())
+        monkeypatch.setenv("ALMOST_DATA_ROOT", str(tmp_path))
+        assert find_data(None, None) == DataSource("hub", tmp_path.resolve())
+
+    def test_root_is_no_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        for path in (tmp_path / "absent", tmp_path / "file"):
+            with pytest.raises(DataError, match=rf"data root {re.escape(str(path))} is not a folder") as caught:
+                find_data(None, path)
+            one_line(caught.value)
+
+    def test_unknown(self) -> None:
+        with pytest.raises(DataError, match="unknown data 'nanno'; did you mean 'nano'"):
+            find_data("nanno", None)
+
+
+class TestRead:
+    def test_parquet_and_jsonl_and_several_files(self, tmp_path: Path) -> None:
+        rows = [{"a": i, "b": ["x", "y"]} for i in range(6)]
+        parts = tmp_path / "org/name/parts"
+        parts.mkdir(parents=True)
+        for i in (1, 0):
+            table = pa.Table.from_pylist(rows[3 * i : 3 * i + 3])
+            parquet.write_table(table, parts / f"test-0000{i}-of-00002.parquet")
+        lines = tmp_path / "org/name/lines"
+        lines.mkdir()
+        (lines / "test.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+        source = DataSource("hub", tmp_path)
+        assert source.read("org/name", "parts", "test") == source.read("org/name", "lines", "test") == rows
+        assert source.configs("org/name") == ["lines", "parts"]
+        assert source.configs("org/other") == []
+
+    def test_a_line_separator_inside_a_string_ends_no_line(self, tmp_path: Path) -> None:
+        folder = tmp_path / "org/name/c"
+        folder.mkdir(parents=True)
+        rows = [{"text": "one\u2028two\x85three"}, {"text": "four"}]
+        text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        (folder / "test.jsonl").write_text(text, encoding="utf-8")
+        assert DataSource("hub", tmp_path).read("org/name", "c", "test") == rows
+
+    @pytest.mark.parametrize(
+        ("content", "problem"),
+        [
+            (b'{"a": 1}\n\n{"a": \n', r"malformed data: .*test\.jsonl, row 3: "),
+            (b'{"a": 1}\n[2]\n', r"malformed data: .*test\.jsonl, row 2: not a JSON object"),
+            (b'{"a": "\xff"}\n', r"test\.jsonl is not UTF-8 \(invalid start byte at byte 7\)"),
+        ],
+    )
+    def test_malformed_jsonl(self, tmp_path: Path, content: bytes, problem: str) -> None:
+        folder = tmp_path / "org/name/c"
+        folder.mkdir(parents=True)
+        (folder / "test.jsonl").write_bytes(content)
+        with pytest.raises(DataError, match=problem) as caught:
+            DataSource("hub", tmp_path).read("org/name", "c", "test")
+        one_line(caught.value)
+
+    @pytest.mark.parametrize("content", [b"", b"PAR1 this is not parquet PAR1"])
+    def test_malformed_parquet(self, tmp_path: Path, content: bytes) -> None:
+        folder = tmp_path / "org/name/c"
+        folder.mkdir(parents=True)
+        (folder / "test-00000-of-00001.parquet").write_bytes(content)
+        with pytest.raises(DataError, match=r"test-00000-of-00001\.parquet is not a readable parquet file") as caught:
+            DataSource("hub", tmp_path).read("org/name", "c", "test")
+        one_line(caught.value)
+
+    @pytest.mark.usefixtures("no_hub")
+    def test_absent_and_hub_unreachable(self, tmp_path: Path) -> None:
+        for root, where in ((None, "no data root is set"), (tmp_path, f"{tmp_path / 'org/name'} is not there")):
+            with pytest.raises(DataError, match=re.escape(where)) as caught:
+                DataSource("hub", root).read("org/name", "c", "test")
+            message = one_line(caught.value)
+            assert message.startswith("data set org/name (c) not found: ")
+            assert "pass --data-root DIR with DIR/org/name inside, or use --data nano" in message
+
+    @pytest.mark.usefixtures("no_hub")
+    def test_a_root_without_that_split(self, tmp_path: Path) -> None:
+        (tmp_path / "org/name/c").mkdir(parents=True)
+        with pytest.raises(DataError, match="holds no such rows"):
+            DataSource("hub", tmp_path).read("org/name", "c", "test")
+
+    def test_a_hub_without_that_split(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_: {"train": [], "dev": [{"a": 1}]})
+        monkeypatch.setattr(assets, "_reachable", lambda url: True)
+        assert DataSource("hub", None).read("org/name", "c", "dev") == [{"a": 1}]
+        with pytest.raises(DataError, match="has no split 'test'; it has dev, train"):
+            DataSource("hub", None).read("org/name", "c", "test")
+
+    def test_nano_holds_its_own_alone(self) -> None:
+        nano = find_data("nano", None)
+        assert nano.read("HuggingFaceH4/hhh_alignment", "harmless", "test")
+        with pytest.raises(DataError, match="the nano data holds no org/name"):
+            nano.read("org/name", "c", "test")
+
+
+def test_fingerprint_is_of_the_content() -> None:
+    assert fingerprint([{"a": 1, "b": "é"}]) == fingerprint([{"b": "é", "a": 1}])
+    assert fingerprint([{"a": 1}, {"a": 2}]) != fingerprint([{"a": 2}, {"a": 1}])
+
+
+class TestServingLmEval:
+    def write(self, root: Path, name: str = "org/name/c") -> DataSource:
+        folder = root / name
+        folder.mkdir(parents=True)
+        table = pa.table({"a": [1, 2]})
+        for split in ("test", "dev"):
+            parquet.write_table(table, folder / f"{split}-00000-of-00001.parquet")
+        return DataSource("hub", root)
+
+    def test_rows_come_from_the_root(self, tmp_path: Path) -> None:
+        source = self.write(tmp_path)
+        with source.serving_lm_eval():
+            found = datasets.load_dataset(path="org/name", name="c")
+        assert set(found) == {"test", "dev"}
+        assert list(found["test"]) == [{"a": 1}, {"a": 2}]
+
+    def test_options_are_honoured(self, tmp_path: Path) -> None:
+        source = self.write(tmp_path)
+        with source.serving_lm_eval():
+            rows = datasets.load_dataset("org/name", data_dir="c", split="test")
+        assert isinstance(rows, datasets.Dataset)
+        assert rows["a"][:] == [1, 2]
+
+    def test_it_is_put_back(self, tmp_path: Path) -> None:
+        original = datasets.load_dataset
+        with self.write(tmp_path).serving_lm_eval():
+            assert datasets.load_dataset is not original
+        assert datasets.load_dataset is original
+        with pytest.raises(ZeroDivisionError), DataSource("hub", tmp_path).serving_lm_eval():
+            raise ZeroDivisionError
+        assert datasets.load_dataset is original
+
+    @pytest.mark.usefixtures("no_hub")
+    def test_absent(self, tmp_path: Path) -> None:
+        original = datasets.load_dataset
+        with (
+            pytest.raises(DataError, match=r"data set org/other \(c\) not found: .*--data-root DIR") as caught,
+            self.write(tmp_path).serving_lm_eval(),
+        ):
+            datasets.load_dataset(path="org/other", name="c")
+        one_line(caught.value)
+        assert datasets.load_dataset is original
+
+    def test_broken(self, tmp_path: Path) -> None:
+        source = self.write(tmp_path)
+        (tmp_path / "org/name/c/test-00000-of-00001.parquet").write_bytes(b"no parquet")
+        with pytest.raises(DataError, match=r"org/name \(c\) cannot be read") as caught, source.serving_lm_eval():
+            datasets.load_dataset(path="org/name", name="c")
+        one_line(caught.value)
+
+
+class TestOffline:
+    """The hub client would try for 25 seconds, one warning after another."""
+
+    def test_no_answer_means_its_cache_alone(self, no_hub: None) -> None:
+        import datasets.config
+        from huggingface_hub import constants
+
+        before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+        with assets._offline_where_unreachable():
+            assert datasets.config.HF_HUB_OFFLINE
+            assert constants.HF_HUB_OFFLINE
+        after = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+        assert after == before
+
+    def test_reachable(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(assets.urllib.request, "getproxies", dict)
+        assert not assets._reachable("http://127.0.0.1:9")
+        server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
+        assert assets._reachable(f"http://127.0.0.1:{server.server_port}")
+        server.server_close()
+
+    def test_a_proxy_is_taken_at_its_word(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(assets.urllib.request, "getproxies", lambda: {"https": "http://proxy:3128"})
+        assert assets._reachable("https://127.0.0.1:9")
+
+
+class TestPromptSets:
+    def test_builtin(self) -> None:
+        builtin = load_prompt_set("builtin", DataSource("hub", None))
+        assert {"static_HHH_prompt", "truthfulQA_prompt", "mmlu_question"} <= set(builtin.prompts)
+        assert re.fullmatch("[0-9a-f]{64}", builtin.digest)
+        assert builtin.prompts["static_HHH_prompt"].endswith("Reply")
+
+    def test_unknown(self) -> None:
+        with pytest.raises(DataError, match="unknown prompt set 'offical'; did you mean 'official'"):
+            load_prompt_set("offical", DataSource("hub", None))
+
+    @pytest.mark.usefixtures("cache")
+    def test_official_from_the_data_root(self, data_root: Path, official: dict[str, str]) -> None:
+        found = load_prompt_set("official", DataSource("hub", data_root))
+        assert found == PromptSet("official", official)
+        assert found.digest == assets._OFFICIAL_DIGEST
+
+    def test_a_changed_prompt_is_refused(self, tmp_path: Path, cache: Path, official: dict[str, str]) -> None:
+        mirror = tmp_path / "root" / MIRROR
+        for file in (mirror, cache / MIRROR):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            changed = {**official, "static_HHH_prompt": official["static_HHH_prompt"] + " "}
+            file.write_text(json.dumps(changed), encoding="utf-8")
+            with pytest.raises(DataError, match="does not hold the official prompts of naver-ai/ALMoST@4ed89fa") as e:
+                load_prompt_set("official", DataSource("hub", tmp_path / "root"))
+            assert str(file) in one_line(e.value)  # the copy to remove
+            file.unlink()
+
+    @pytest.mark.parametrize("content", ["{", "[1, 2]"])
+    def test_a_broken_copy(self, tmp_path: Path, cache: Path, content: str) -> None:
+        file = tmp_path / MIRROR
+        file.parent.mkdir(parents=True)
+        file.write_text(content)
+        with pytest.raises(DataError, match="is not the JSON of a prompt set") as caught:
+            load_prompt_set("official", DataSource("hub", tmp_path))
+        one_line(caught.value)
+
+    @pytest.mark.usefixtures("cache")
+    def test_nowhere(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="its download failed") as caught:
+            load_prompt_set("official", DataSource("hub", tmp_path))
+        message = one_line(caught.value)
+        assert f"--data-root DIR with DIR/{MIRROR}, or use --prompt-set builtin" in message
+
+
+def as_python(prompts: dict[str, str]) -> str:
+    """Constants of a Python file, among what must be neither read nor run."""
+    lines = ['"""A docstring."""', "import os", "LIMIT = 3", 'raise SystemExit("this file was run")']
+    return "\n".join([*lines, *(f"{name} = {value!r}" for name, value in prompts.items())])
+
+
+class TestDownload:
+    @pytest.fixture
+    def serve(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], list[str]]]:
+        """`serve(text)`: the pinned address gives that text; the list holds the requests."""
+        body, asked = [""], list[str]()
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                asked.append(self.path)
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(body[0].encode())
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_port}/eval_prompt.py"
+        monkeypatch.setattr(assets, "_OFFICIAL_URL", url)
+
+        def give(text: str) -> list[str]:
+            body[0] = text
+            return asked
+
+        yield give
+        server.shutdown()
+        server.server_close()
+
+    def test_the_address_is_pinned(self) -> None:
+        assert re.fullmatch(
+            r"https://raw\.githubusercontent\.com/naver-ai/ALMoST/[0-9a-f]{40}/eval/eval_prompt\.py",
+            assets._OFFICIAL_URL,
+        )
+
+    def test_read_as_data_and_cached(
+        self, serve: Callable[[str], list[str]], cache: Path, official: dict[str, str]
+    ) -> None:
+        asked = serve(as_python(official))
+        source = DataSource("hub", None)
+        assert load_prompt_set("official", source).prompts == official
+        assert json.loads((cache / MIRROR).read_text(encoding="utf-8")) == official
+        assert [p.name for p in (cache / MIRROR).parent.iterdir()] == ["eval_prompt.json"]  # no scratch file
+        assert load_prompt_set("official", source).prompts == official
+        assert len(asked) == 1
+
+    def test_a_changed_file_is_refused_and_not_kept(
+        self, serve: Callable[[str], list[str]], cache: Path, official: dict[str, str]
+    ) -> None:
+        serve(as_python({**official, "vicuna_prompt": "another"}))
+        with pytest.raises(DataError, match="does not hold the official prompts"):
+            load_prompt_set("official", DataSource("hub", None))
+        assert not (cache / MIRROR).exists()
+
+    def test_a_page_that_is_no_python(self, serve: Callable[[str], list[str]]) -> None:
+        serve("<html><body>Sign in to the network</body></html>")
+        with pytest.raises(DataError, match=r"gave no Python file \(a proxy's page\?\)") as caught:
+            load_prompt_set("official", DataSource("hub", None))
+        one_line(caught.value)
+
+    def test_a_cache_that_cannot_be_written(
+        self, serve: Callable[[str], list[str]], cache: Path, official: dict[str, str]
+    ) -> None:
+        serve(as_python(official))
+        cache.write_text("a file where the folder should be")
+        assert load_prompt_set("official", DataSource("hub", None)).prompts == official
+
+
+def test_data_errors_are_input_errors() -> None:
+    assert issubclass(DataError, InputError)
+    assert DataError.exit_code == 2
+
+
+def test_nano_takes_no_data_root(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="--data nano is built in and takes no --data-root"):
+        find_data("nano", tmp_path)

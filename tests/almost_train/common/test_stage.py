@@ -1,0 +1,81 @@
+"""The folder of a stage: done, resumed or refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from almost_eval.errors import DataError, InputError, StoreError
+from almost_train.common.config import option
+from almost_train.common.stage import Stage, StageChanged
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    seed: int = option(0, "Seed.")
+    device: str = option("auto", "Where.")
+
+
+def test_a_stage_is_done_once_its_result_is_there(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text("{}\n")
+    folder = tmp_path / "stage"
+    with Stage(folder, "reward", Settings(), {"rows": source, "model": "nano/vanilla-small"}) as stage:
+        assert not stage.done
+        (folder / "out.jsonl").write_text("{}\n")
+        result = stage.finish({"accuracy": 0.5}, {"out": folder / "out.jsonl"})
+    assert json.loads((folder / "result.json").read_text()) == result
+    assert result["outputs"]["out"]["path"] == "out.jsonl"
+    moved = tmp_path / "moved.jsonl"
+    source.rename(moved)  # the same content elsewhere, on another device: the same stage
+    inputs: dict[str, Path | str] = {"rows": moved, "model": "nano/vanilla-small"}
+    with Stage(folder, "reward", Settings(device="cpu"), inputs) as stage:
+        assert stage.result == result
+
+
+def test_other_settings_inputs_or_stages_are_refused(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text("{}\n")
+    folder = tmp_path / "stage"
+    with Stage(folder, "reward", Settings(), {"rows": source}):
+        pass
+    with pytest.raises(StoreError, match=r"made with other settings \(seed was 0, is 1\)"):
+        Stage(folder, "reward", Settings(seed=1), {"rows": source}).__enter__()
+    with pytest.raises(StoreError, match="holds the stage 'reward', not 'sft'"):
+        Stage(folder, "sft", Settings(), {"rows": source}).__enter__()
+    source.write_text("{} \n")
+    with pytest.raises(StoreError, match=r"made with other inputs \(rows\)"):
+        Stage(folder, "reward", Settings(), {"rows": source}).__enter__()
+    with pytest.raises(DataError, match="is not there"):
+        Stage(folder, "reward", Settings(), {"rows": tmp_path / "none"})
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(StoreError, match=r"holds files but no stage\.json"):
+        Stage(tmp_path, "reward", Settings()).__enter__()
+    with pytest.raises(StoreError, match="is a file"):
+        Stage(tmp_path / "thesis.tex", "reward", Settings()).__enter__()
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    held, other = (Stage(tmp_path / "stage", "reward", Settings()) for _ in range(2))
+    with held, pytest.raises(StoreError, match="in use by another process"):
+        other.__enter__()
+    with Stage(tmp_path / "stage", "reward", Settings()) as stage:
+        assert not stage.done
+
+
+def test_a_refused_command_leaves_the_folder_free(tmp_path: Path) -> None:
+    folder = tmp_path / "stage"
+    with pytest.raises(InputError), Stage(folder, "reward", Settings(seed=1)):
+        raise InputError("no such model")
+    with Stage(folder, "reward", Settings(seed=2)):
+        (folder / "log.jsonl").write_text("{}\n")
+    with pytest.raises(InputError), Stage(folder, "reward", Settings(seed=2)):
+        raise InputError("no such model")
+    with pytest.raises(StageChanged, match="seed was 2, is 3"):  # there is work in it
+        Stage(folder, "reward", Settings(seed=3)).__enter__()
