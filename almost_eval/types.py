@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-Outputs = dict[str, Any]
+JSONObject = dict[str, Any]
+"""A JSON object as `json` reads it."""
+
+Outputs = JSONObject
 """What a model gave for one sample, as JSON: `loglikelihoods`, `rewards` or `completions`."""
 
 
