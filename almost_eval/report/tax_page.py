@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from almost_eval.compare.tax.tax import BENCHMARKS, KL_SOURCE, LOG_IS, Policy, Tax, shown
+from almost_eval.compare.tax.tax import KL_SOURCE, LOG_IS, MeasuredPolicy, Tax, benchmarks, shown
 from almost_eval.errors import RunError
 
 _STYLE = (
@@ -92,7 +92,7 @@ def draw(found: Tax) -> tuple[str, bytes]:
 def _panels(found: Tax) -> list[tuple[str, Callable[[Any], None]]]:
     measured = found.columns
     panels: list[tuple[str, Callable[[Any], None]]] = []
-    judged = [name for name in (*BENCHMARKS, "oracle") if name in measured]
+    judged = [name for name in (*benchmarks(), "oracle") if name in measured]
     if judged:
         panels.append(("Benchmarks, %", partial(_shares, found=found, names=judged)))
     titles = {
@@ -110,7 +110,7 @@ def _panels(found: Tax) -> list[tuple[str, Callable[[Any], None]]]:
 
 def _shares(axes: Any, found: Tax, names: Sequence[str]) -> None:
     for place, name in enumerate(names):
-        label = BENCHMARKS.get(name, "oracle, of the answers")
+        label = benchmarks().get(name, "oracle, of the answers")
         shift = (place - (len(names) - 1) / 2) * 0.012 * _span(found)
         _points(axes, found.policies, name, _COLOURS[name], _MARKERS[name], 100, shift, label)
 
@@ -128,7 +128,7 @@ def _logged(axes: Any, found: Tax, name: str, *, label: str | None) -> None:
 
 def _points(
     axes: Any,
-    policies: Sequence[Policy],
+    policies: Sequence[MeasuredPolicy],
     name: str,
     colour: str,
     marker: str,
