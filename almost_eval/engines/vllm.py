@@ -14,6 +14,7 @@ from almost_eval.engines.base import EngineReport, RequestScores, SamplingParams
 from almost_eval.engines.checkpoint_engine import CheckpointEngine
 from almost_eval.engines.prefix import EncodedRequest, Ids
 from almost_eval.engines.seeding import request_seed
+from almost_eval.engines.vllm_loglikelihood import stream_scores
 from almost_eval.engines.vllm_process import HoldsLLM, VLLMOptions, load, run
 from almost_eval.errors import InputError
 from almost_eval.models.checkpoint import Checkpoint
@@ -120,13 +121,11 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
             InputError: a request longer than the context; nothing is cut.
             ModelError: vLLM cannot run the model.
         """
-        from almost_eval.engines.vllm_loglikelihood import stream_scores
-
         self._report = report = EngineReport("vllm")
         if not requests:
             return
         self._refuse_long(requests)
-        yield from stream_scores(self, requests, range(len(requests)) if wanted is None else wanted, report)
+        yield from stream_scores(self.results, requests, range(len(requests)) if wanted is None else wanted, report)
 
     # --- generation ---
 
