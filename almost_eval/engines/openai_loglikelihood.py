@@ -21,7 +21,7 @@ from almost_eval.engines.base import EngineReport, RequestScores
 from almost_eval.engines.openai import OpenAIEngine
 from almost_eval.engines.openai_client import ServedModel
 from almost_eval.engines.openai_routes import Whole, plan_wholes, read_echo, read_ids, token_name
-from almost_eval.engines.prefix import EncodedRequest, TokenEncoder, build_trie
+from almost_eval.engines.prefix import EncodedRequest, TokenEncoder, build_trie, scores_of_nothing
 from almost_eval.engines.vllm_loglikelihood import ScoringPrompt, plan_prompts
 from almost_eval.errors import InputError
 from almost_eval.models.checkpoint import Checkpoint, find_checkpoint
@@ -256,6 +256,7 @@ class OpenAIScorer(OpenAIEngine):
         trie = build_trie(requests)
         self._report.tokens_plain, self._report.tokens_in_trie = trie.tokens_plain, len(trie)
         wanted = sorted(range(len(requests)) if wanted is None else wanted)
+        yield from scores_of_nothing(requests, wanted)
         missing = {index: len(requests[index].continuations) for index in wanted}
         scores: dict[int, dict[int, ContinuationScore]] = {index: {} for index in wanted}
         for (index, number), score in self._scores(requests, wanted):
