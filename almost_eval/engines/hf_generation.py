@@ -31,7 +31,9 @@ from almost_eval.errors import RunError
 from almost_eval.types import Completion
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+    from almost_eval.models.loading import CausalLM
 
 
 class GumbelNoise(LogitsProcessor):
@@ -93,7 +95,7 @@ class GenerationReport:
 
 
 def stream_completions(
-    model: PreTrainedModel,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[NDArray[np.int32]],
     params: SamplingParams,
@@ -147,7 +149,7 @@ def stream_completions(
 
 @torch.inference_mode()
 def _batch(
-    model: PreTrainedModel,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[NDArray[np.int32]],
     batch: Sequence[tuple[int, int]],
@@ -194,7 +196,7 @@ def _generator(seed: int, prompt: NDArray[np.int32], completion: int) -> np.rand
     return np.random.default_rng((seed, key, completion))
 
 
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> set[int]:
+def _end_ids(model: CausalLM, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> set[int]:
     end = model.generation_config.eos_token_id
     ids = set(end if isinstance(end, list) else [end]) | {tokenizer.eos_token_id}
     # A stop string that is a special token never shows in the text: it ends by its id.
@@ -220,7 +222,7 @@ def _completion(
 def _decode_after(tokenizer: PreTrainedTokenizerBase, before: int, ids: list[int]) -> str:
     """The text that `ids` add after the token `before`: SentencePiece decoders drop the space a text begins with."""
     text = str(tokenizer.decode(ids, skip_special_tokens=True))
-    lead = tokenizer.decode([before], skip_special_tokens=True)
+    lead = str(tokenizer.decode([before], skip_special_tokens=True))
     whole = str(tokenizer.decode([before, *ids], skip_special_tokens=True))
     return (
         whole[len(lead) :] if lead and whole.startswith(lead) and whole[len(lead) :].lstrip() == text.lstrip() else text

@@ -491,7 +491,7 @@ def test_the_decoded_tokens_grow_with_the_completion_and_not_with_its_square(eng
     engine = engines("llama-gqa")
     counts = []
     for n in (50, 100, 200):
-        tokenizer = CountingTokenizer(engine.tokenizer)
+        tokenizer: Any = CountingTokenizer(engine.tokenizer)
         params = SamplingParams(max_new_tokens=n, temperature=1.0, stop=("never said",), seed=2)
         prompt = np.array([0, 5], dtype=np.int32)
         with pytest.MonkeyPatch.context() as patch:  # a special token's probability is not 0
@@ -520,7 +520,12 @@ def test_a_row_ends_at_the_token_at_which_its_whole_text_holds_a_stop_string(
         ids = [*noise[:at], *spoken, *noise[at:]] if rng.random() < 0.7 else noise
         text = tokenizer.decode(ids, skip_special_tokens=True)
         begin = int(rng.integers(0, len(text) - 6))
-        stops = (text[begin : begin + int(rng.integers(1, 6))], "\n\nHuman:", "\U0001f989\u00e9", "\u7b54\u3048 is")
+        stops: tuple[str, ...] = (
+            text[begin : begin + int(rng.integers(1, 6))],
+            "\n\nHuman:",
+            "\U0001f989\u00e9",
+            "\u7b54\u3048 is",
+        )
         stops = stops[int(rng.integers(0, 2)) :]
         expected = next(
             (
