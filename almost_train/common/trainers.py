@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from almost_eval.errors import DataError, InputError, RunError
+from almost_eval.files import Row, RowLog, write_rows
 from almost_eval.models.chat import ChatTemplate, load_template
 from almost_eval.models.loading import pick_device
 from almost_eval.progress import Progress
@@ -28,7 +29,6 @@ from almost_eval.run.trackers import Trackers
 from almost_eval.types import Conversation, Message
 from almost_train.common.config import option
 from almost_train.common.processes import WORK, SharedStage, from_main, is_main, wait_for_all, world_size
-from almost_train.common.records import Row, RowLog, write_rows
 
 MODEL = "model"
 """The folder, inside the stage's, that holds the trained checkpoint."""

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from almost_eval.errors import InputError, did_you_mean
-from almost_eval.nano.data import whole_folder
+from almost_eval.files import whole_folder
 from almost_eval.nano.documents import single
 from almost_eval.nano.world import World
 from almost_eval.progress import Progress, progress_for

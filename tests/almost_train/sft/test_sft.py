@@ -9,12 +9,12 @@ from stopping import StopAfter, Stopped
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.hf import HFEngine
 from almost_eval.errors import DataError, InputError, RunError
+from almost_eval.files import digest_path, read_rows, write_rows
 from almost_eval.models.chat import load_template
 from almost_eval.models.checkpoint import find_checkpoint
 from almost_eval.models.loading import load_tokenizer
 from almost_eval.types import Conversation, Message
 from almost_train.common.batches import NO_LOSS
-from almost_train.common.records import digest, read_rows, write_rows
 from almost_train.common.trainers import keep_template
 from almost_train.sft.run import SFTSettings, TrainingRow, train_sft, training_rows
 
@@ -195,7 +195,7 @@ def test_stopped_and_run_again_ends_in_the_same_bits(base: Path, demonstrations:
     again = train_sft(SFTSettings(**settings), demonstrations, str(base), tmp_path / "stopped")
     whole = train_sft(SFTSettings(**settings), demonstrations, str(base), tmp_path / "whole")
     assert again["metrics"] == whole["metrics"]
-    assert digest(tmp_path / "stopped" / "model") == digest(tmp_path / "whole" / "model")
+    assert digest_path(tmp_path / "stopped" / "model") == digest_path(tmp_path / "whole" / "model")
     assert not (tmp_path / "stopped" / ".work").exists()
 
 
