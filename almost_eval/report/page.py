@@ -24,7 +24,6 @@ from almost_eval.report.runs import RunSet, load_runs
 from almost_eval.report.samples import Payload, pack
 
 _PAGE = Path(__file__).with_name("assets")
-SCRIPTS = ("bzip2.js", "page.js")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +84,7 @@ def render(found: RunSet, matrix: Matrix | None, payload: Payload) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    script = "\n".join((_PAGE / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    script = (_PAGE / "page.js").read_text(encoding="utf-8")
     return environment.get_template("page.html.jinja").render(
         title=_title(found),
         version=__version__,
@@ -99,7 +98,7 @@ def render(found: RunSet, matrix: Matrix | None, payload: Payload) -> str:
         provenance=views.provenance(found),
         references=reference_rows(),
         unfinished=found.unfinished,
-        blobs=[(Markup(packed), size) for packed, size in payload.blobs],
+        blobs=[Markup(packed) for packed in payload.blobs],
         n_samples=payload.n_samples,
     )
 
