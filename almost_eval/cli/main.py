@@ -187,7 +187,7 @@ def verify(run_folder: Path, samples: int, seed: int, **given: Any) -> int:
     data = find_data(spec["data"]["source"], given["data_root"])
     found = verify_run(run_folder, data)
     if given["model"]:
-        from almost_eval.tasks.build import build_task
+        from almost_eval.tasks.registry import build_task
 
         prompts = (spec["prompt_set"] or {}).get("name")
 

@@ -25,7 +25,7 @@ from almost_eval.run import provenance
 from almost_eval.run.runner import Run
 from almost_eval.run.store import read_samples, read_spec, write_json
 from almost_eval.tasks.base import Prompting, Task, resolve_prompting
-from almost_eval.tasks.build import build_task
+from almost_eval.tasks.registry import build_task
 from almost_eval.types import SampleRecord
 
 if TYPE_CHECKING:

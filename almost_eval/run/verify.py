@@ -16,7 +16,7 @@ from almost_eval.run.runner import Run, summarise
 from almost_eval.run.store import read_results, read_samples, read_spec
 from almost_eval.run.validity import check
 from almost_eval.tasks.base import Task
-from almost_eval.tasks.build import build_task
+from almost_eval.tasks.registry import build_task
 from almost_eval.types import SampleRecord, Score
 
 TOLERANCE = {"float32": 1e-4}

@@ -48,7 +48,7 @@ class Part:
 
     def builder(self, limit: int | None) -> Callable[[Any, Any], Task]:
         """Makes the task of a data source and its prompting."""
-        from almost_eval.tasks.build import build_task
+        from almost_eval.tasks.registry import build_task
 
         settings = {**self.settings, "limit": limit}
         return lambda data, prompting: build_task(self.task, self.protocol, settings, data, prompting)

@@ -328,7 +328,7 @@ def test_groups_are_expanded(hub: DataSource) -> None:
 
 
 def test_settings_rebuild_the_task(hub: DataSource) -> None:
-    from almost_eval.tasks.build import build_task
+    from almost_eval.tasks.registry import build_task
 
     task = Harness(["mmlu_anatomy"], hub, shots=2, limit=3)
     task.samples()
