@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from almost_eval.cli.engine_options import ENGINE_OPTIONS, engine_options, reward_model
+from almost_eval.cli.engine_options import ENGINE_OPTIONS, engine_options
 from almost_eval.cli.startup import import_transformers
 from almost_eval.errors import InputError
 from almost_eval.run.trackers import LOG_TO
@@ -81,6 +81,8 @@ def prepare_run(
         if given["prompt_set"]:
             raise InputError("--prompt-set: a reward model reads the dialogue itself, so it takes no prompts")
         served = chosen.engine == "openai"  # a server has one, whatever its name
+        from almost_eval.rewards.build import reward_model
+
         template = _reward_template(given["template"])
         scorer = model or reward_model(given["model"] if served else name, chosen, template)
         return Run(build(data, Prompting()), scorer, seed=given["seed"], allowed=allowed)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from almost_eval.cli.engine_options import engine_options, reward_model
+from almost_eval.cli.engine_options import engine_options
 from almost_eval.cli.run_options import prepare_run
 from almost_eval.cli.startup import import_transformers
 from almost_eval.errors import AlmostError, InputError, did_you_mean
@@ -198,6 +198,8 @@ def _benchmark(
 ) -> Run:
     model = engine
     if part.reward:  # its own template and context; an endpoint serves the model alone
+        from almost_eval.rewards.build import reward_model
+
         own = type(options)() if options.engine == "openai" else replace(options, max_length=None)
         model = reward_model(given["reward_model"], own)
         given = {**given, "template": "auto", "prompt_set": None}

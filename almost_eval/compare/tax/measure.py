@@ -245,7 +245,8 @@ def _other_tokens(asked: Mapping[str, Asked], before: str) -> list[str]:
 def _reward_model(plan: Plan) -> Any:
     if plan.reward_model is None:
         return None
-    from almost_eval.cli.engine_options import engine_options, reward_model
+    from almost_eval.cli.engine_options import engine_options
+    from almost_eval.rewards.build import reward_model
 
     # --max-length is about the policies; what does not fit the reward model's own context is counted.
     return reward_model(plan.reward_model, replace(engine_options(plan.given), max_length=None))
