@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from almost_eval.report import judged, plots
 from almost_eval.report.matrix import Cell, Matrix
@@ -12,12 +12,6 @@ from almost_eval.tasks.facts import MetricGroup
 from almost_eval.tasks.registry import stated_by
 from almost_eval.types import JSONObject
 
-METRIC_NAMES = {
-    "mc1": "mc1, the one true answer is likeliest",
-    "mc2": "mc2, probability on true answers",
-    "mc1_true_prompt": "mc1, true-or-false prompt",
-    "accuracy_macro": "mean of subjects",
-}
 MARKS = {
     "better": ("▲", "better than the baseline"),
     "worse": ("▼", "worse than the baseline"),
@@ -42,7 +36,7 @@ def headline_rows(run_set: RunSet) -> list[View]:
                     "benchmark": benchmark.label,
                     "anchor": f"b{place}",
                     "model": run.label,
-                    "metric": METRIC_NAMES.get(run.headline, readable(run.headline)).split(",")[0],
+                    "metric": _metric_title(run.task, run.headline, whole=True).split(",")[0],
                     "bar": bar(run, run.headline),
                     "n": f"{run.metrics[run.headline]['n']:,}",
                     "unscored": run.metrics[run.headline]["unscored"],
@@ -180,22 +174,20 @@ def _warnings(run: LoadedRun) -> list[str]:
 
 
 def _group_rows(runs: Sequence[LoadedRun], group: MetricGroup) -> list[View]:
-    """Rows of a forest plot, the rules with no model in their place."""
-    label = readable if group.full_names else _after_slash
-    at = group.baselines_at
-    if at is None:
-        return _rows(runs, group.metrics, label)
-    return _rows(runs, group.metrics[:at], label) + _baseline_rows(runs) + _rows(runs, group.metrics[at:], label)
+    """Rows of a forest plot: a metric each, and the rules with no model in their place."""
+    at = len(group.metrics) if group.baselines_at is None else group.baselines_at
+    before, after = ([_row(runs, name, group) for name in names] for names in (group.metrics[:at], group.metrics[at:]))
+    rules = [] if group.baselines_at is None else _baseline_rows(runs)
+    return [row for row in (*before, *rules, *after) if row]
 
 
-def _rows(runs: Sequence[LoadedRun], names: Sequence[str], label: Callable[[str], str]) -> list[View]:
-    """A row for each share: a dot for each run that has it. Counts and other numbers have no place on the track."""
-    rows = []
-    for name in names:
-        bars = [bar(run, name) for run in runs if name in run.metrics]
-        if bars and unit_of(runs[0].task, name) == "share":
-            rows.append({"label": label(name), "bars": bars, "strong": name == runs[0].headline, "muted": False})
-    return rows
+def _row(runs: Sequence[LoadedRun], name: str, group: MetricGroup) -> View | None:
+    """A dot for each run that has the metric. Only shares have a place on the track."""
+    bars = [bar(run, name) for run in runs if name in run.metrics]
+    if not bars or unit_of(runs[0].task, name) != "share":
+        return None
+    label = _metric_title(runs[0].task, name, whole=group.full_names)
+    return {"label": label, "bars": bars, "strong": name == runs[0].headline, "muted": False}
 
 
 def _baseline_rows(runs: Sequence[LoadedRun]) -> list[View]:
@@ -208,8 +200,9 @@ def _baseline_rows(runs: Sequence[LoadedRun]) -> list[View]:
     return rows
 
 
-def _after_slash(name: str) -> str:
-    return METRIC_NAMES.get(name, readable(name.rpartition("/")[2]))
+def _metric_title(task: str, name: str, *, whole: bool) -> str:
+    title = stated_by(task).metric_titles.get(name)
+    return title or readable(name if whole else name.rpartition("/")[2])
 
 
 def _profile(runs: Sequence[LoadedRun], group: MetricGroup, ident: str) -> View:

@@ -103,7 +103,7 @@ def hostile_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         task="vicuna",
         headline="win_rate",
         protocol=HOSTILE[0],
-        spec={"settings": {"systems": systems}},
+        spec={"settings": {"systems": systems}, "requires": "judge"},
     )
     (judged / "answers").mkdir()
     (judged / "questions.jsonl").write_text(json.dumps({"question_id": "q", "text": HOSTILE[0]}) + "\n")
