@@ -36,12 +36,13 @@ def json_line(value: Any, *, ascii_only: bool = False) -> str:
     return json.dumps(value, ensure_ascii=ascii_only, allow_nan=False) + "\n"
 
 
-def iterate_lines(file: Path, *, torn_end: bool = False) -> Iterator[tuple[int, Any]]:
+def iterate_lines(file: Path, *, torn_end: bool = False, absent: str = "") -> Iterator[tuple[int, Any]]:
     """Line number and JSON value of each line, read as a stream; blank lines are passed over.
 
     Args:
         file: UTF-8 text, with or without a byte order mark.
         torn_end: leave out a last line without its end, which a kill may have cut short; else it is read too.
+        absent: the end of the error of a file that is not there: what to do.
 
     Raises:
         DataError: the file is absent or no UTF-8, or a line is no JSON; with file and row.
@@ -55,7 +56,7 @@ def iterate_lines(file: Path, *, torn_end: bool = False) -> Iterator[tuple[int, 
                 if text.strip():
                     yield number, parse_line(file, number, text)
     except FileNotFoundError:
-        raise DataError(f"{file} is not there") from None
+        raise DataError(f"{file} is not there" + (f"; {absent}" if absent else "")) from None
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror})") from None
 
@@ -81,19 +82,25 @@ def parse_line(file: Path, number: int, text: str) -> Any:
         raise DataError(f"malformed data: {file}, row {number}: not JSON ({error})") from None
 
 
-def read_rows(file: Path, required: Mapping[str, type] = {}, *, torn_end: bool = False) -> list[Row]:
+def read_rows(
+    file: Path,
+    required: Mapping[str, type] = {},
+    *,
+    torn_end: bool = False,
+    absent: str = "run the stage that writes it first",
+) -> list[Row]:
     """All rows of a JSON Lines file.
 
     Args:
         file: see `iterate_lines`.
         required: keys that every row must have, and the type of each.
-        torn_end: see `iterate_lines`.
+        torn_end, absent: see `iterate_lines`.
 
     Raises:
         DataError: no such file, or a row that is not an object with those keys; with file and row.
     """
     rows: list[Row] = []
-    for number, row in iterate_lines(file, torn_end=torn_end):
+    for number, row in iterate_lines(file, torn_end=torn_end, absent=absent):
         if not isinstance(row, dict):
             raise DataError(f"malformed data: {file}, row {number}: not a JSON object")
         for key, kind in required.items():

@@ -84,6 +84,8 @@ class Task(ABC):
     protocols: ClassVar[tuple[str, ...]] = ()
     """In words."""
     metric_names: ClassVar[tuple[str, ...]] = ()
+    metric_titles: ClassVar[Mapping[str, str]] = {}
+    """For people, of metrics whose name says too little; what stands before a comma is the short form."""
     task_settings: ClassVar[tuple[Setting, ...]] = ()
     """What, besides model, data and limit, one may choose."""
     presets: ClassVar[tuple[Preset, ...]] = ()

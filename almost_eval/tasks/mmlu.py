@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from almost_eval.data.sources import DataSource, fingerprint, malformed
 from almost_eval.errors import DataError, InputError, did_you_mean
@@ -58,6 +58,7 @@ class MMLU(Task):
     dataset = HubDataset(DATASET, "MMLU", "test")
     protocols = ("letters, 0 to 5 examples",)
     metric_names = ("accuracy", "accuracy_macro", *(f"accuracy/{name}" for name in (*CATEGORIES, "SUBJECT")))
+    metric_titles: ClassVar[Mapping[str, str]] = {"accuracy_macro": "mean of subjects"}
     task_settings = (
         Setting("shots", "count", "Examples before a question.", SHOTS, minimum=0, maximum=SHOTS),
         Setting("subjects", "names", "Subjects, or stem, humanities, social_sciences, other.  [all]", ()),

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from almost_eval.data.sources import DataSource, fingerprint, malformed
 from almost_eval.errors import InputError, did_you_mean
@@ -62,6 +62,11 @@ class TruthfulQA(Task):
     dataset = HubDataset(DATASET, "TruthfulQA (multiple choice)", "validation")
     protocols = ("likelihood", "true or false")
     metric_names = METRICS
+    metric_titles: ClassVar[Mapping[str, str]] = {
+        "mc1": "mc1, the one true answer is likeliest",
+        "mc2": "mc2, probability on true answers",
+        "mc1_true_prompt": "mc1, true-or-false prompt",
+    }
     task_settings = (Setting("metrics", "names", "mc1, mc2, mc1_true_prompt.", ("mc1", "mc2")),)
     presets = (Preset("truthfulqa", settings={"metrics": METRICS}),)
     comparison = Preset("truthfulqa", "likelihood", {"metrics": ("mc1", "mc2")})

@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from almost_eval.errors import DataError, InputError, RunError
-from almost_eval.models.chat import ChatTemplate, load_template
+from almost_eval.files import Row, RowLog, write_rows
+from almost_eval.models.chat import BOS_LINE, ChatTemplate, load_template
 from almost_eval.models.loading import pick_device
 from almost_eval.progress import Progress
 from almost_eval.run.trackers import Trackers
 from almost_eval.types import Conversation, Message
 from almost_train.common.config import option
 from almost_train.common.processes import WORK, SharedStage, from_main, is_main, wait_for_all, world_size
-from almost_train.common.records import Row, RowLog, write_rows
 
 MODEL = "model"
 """The folder, inside the stage's, that holds the trained checkpoint."""
@@ -83,7 +83,7 @@ def keep_template(tokenizer: Any) -> ChatTemplate:
     if not getattr(tokenizer, "chat_template", None):
         bos = tokenizer.special_tokens_map.get("bos_token")
         adds_bos = bos is not None and list(tokenizer.encode("a"))[:1] == [tokenizer.bos_token_id]
-        tokenizer.chat_template = ("{{- bos_token -}}\n" if adds_bos else "") + template.source
+        tokenizer.chat_template = (BOS_LINE if adds_bos else "") + template.source
         template = load_template("auto", tokenizer)
         assert template is not None
     return template

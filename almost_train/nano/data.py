@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from almost_eval.errors import InputError
+from almost_eval.files import Row, write_rows
 from almost_eval.nano.lexicon import (
     ADVICE,
     ANIMALS,
@@ -31,7 +32,6 @@ from almost_eval.nano.queries import Query
 from almost_eval.nano.responses import Level
 from almost_eval.nano.world import STYLES, World
 from almost_train.common.config import option
-from almost_train.common.records import Row, write_rows
 from almost_train.common.stage import Stage
 
 _PATIENCE = 3000  # draws without a new query: rare kinds (comparisons) take many

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from almost_eval.engines.base import SamplingParams
+from almost_eval.files import Row, RowLog, read_rows
 from almost_eval.models.chat import ChatTemplate, load_template
 from almost_eval.progress import Progress
 from almost_eval.rewards.hf import HFRewardModel
 from almost_eval.stats import mean_metric
 from almost_eval.types import LoglikelihoodRequest, Message
 from almost_train.common.config import option
-from almost_train.common.records import Row, RowLog, read_rows
 from almost_train.common.stage import Stage
 
 Judge = Callable[[str, str], Mapping[str, float | None]]

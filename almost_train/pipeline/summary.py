@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from almost_train.common.records import read_rows
+from almost_eval.files import read_rows
 from almost_train.pipeline.run import StageReport
 
 Results = Mapping[str, Mapping[str, Any]]

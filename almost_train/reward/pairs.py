@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from almost_eval.errors import DataError
+from almost_eval.files import Row, read_rows
 from almost_eval.models.chat import ChatTemplate, encode_text, special_tokens
 from almost_eval.stats import mean_metric
 from almost_eval.types import Conversation
-from almost_train.common.records import Row, read_rows
 from almost_train.common.trainers import messages_of
 
 CALIBRATION_BINS = 10

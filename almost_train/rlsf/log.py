@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from almost_eval.errors import RunError
+from almost_eval.files import Row, RowLog, read_rows, write_rows
 from almost_eval.run.trackers import Trackers
-from almost_train.common.records import Row, RowLog, read_rows, write_rows
 
 SAMPLES = 4
 """Completions of a step that go to samples.jsonl."""

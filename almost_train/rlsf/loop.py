@@ -23,7 +23,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 
 from almost_eval.errors import InputError
-from almost_train.common.records import Row
+from almost_eval.files import Row
 from almost_train.rlsf import checkpoint as checkpoints
 from almost_train.rlsf import ppo
 from almost_train.rlsf.log import (

@@ -27,9 +27,9 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from almost_eval.files import Row
 from almost_eval.models.chat import ChatTemplate, encode_text, special_tokens
 from almost_eval.types import Conversation, Message
-from almost_train.common.records import Row
 from almost_train.rlsf.ppo import token_logprobs
 
 TokenIds = tuple[int, ...]

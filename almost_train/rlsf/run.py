@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from almost_eval.errors import DataError, InputError
+from almost_eval.files import read_rows
 from almost_eval.models.chat import ChatTemplate, load_template
 from almost_eval.models.checkpoint import Checkpoint, context_length, find_checkpoint
 from almost_eval.progress import Progress
 from almost_train.common.config import option
 from almost_train.common.processes import WORK, is_main, shared_stage, world_size
-from almost_train.common.records import read_rows
 from almost_train.common.stage import model_input
 
 if TYPE_CHECKING:

@@ -26,8 +26,8 @@ from accelerate.utils import gather_object
 from transformers import PrinterCallback, TrainerCallback
 
 from almost_eval.errors import TemplateError
+from almost_eval.files import Row
 from almost_eval.models.chat import special_tokens
-from almost_train.common.records import Row
 from almost_train.rlsf.log import (
     SAMPLES,
     StepLog,

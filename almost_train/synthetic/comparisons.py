@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from almost_eval.errors import DataError, RunError
+from almost_eval.files import Row, RowLog, write_rows
 from almost_eval.models.checkpoint import Checkpoint, find_checkpoint
 from almost_eval.progress import Progress
 from almost_eval.types import Message
 from almost_train.common.config import option
-from almost_train.common.records import Row, RowLog, write_rows
 from almost_train.common.stage import Stage, model_input
 from almost_train.synthetic.ranking import Answer, Pair, Ranking, ranked_pairs, read_ranking
 from almost_train.synthetic.responses import read_prompts

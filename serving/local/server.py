@@ -36,7 +36,7 @@ from starlette.types import ASGIApp
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.hf import HFEngine
 from almost_eval.errors import AlmostError, InputError, did_you_mean
-from almost_eval.models.chat import STOP_STRINGS, load_template, special_tokens
+from almost_eval.models.chat import load_template, special_tokens, stop_strings
 from almost_eval.rewards.hf import HFRewardModel
 from almost_eval.types import Completion, Conversation, Message
 from serving.gateway.errors import error_text, on_crash, on_refusal, refusal
@@ -103,11 +103,10 @@ class Policy:
         return template.render(conversation, add_generation_prompt=True, special_tokens=tokens)
 
     def stop(self) -> tuple[str, ...]:
-        """The strings at which an answer is over: those of the built-in format, where the model uses that."""
-        own, almost = load_template("auto", self.engine.tokenizer), load_template("almost")
-        assert own is not None
-        assert almost is not None
-        return STOP_STRINGS["almost"] if own.digest == almost.digest else own.stop
+        """The strings at which an answer is over: those of the built-in format that the model uses."""
+        template = load_template("auto", self.engine.tokenizer)
+        assert template is not None
+        return stop_strings(template)
 
     def room(self, prompt: str) -> int:
         """Tokens of the context that the prompt leaves."""

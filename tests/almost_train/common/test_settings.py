@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
-from click.testing import CliRunner
 
 from almost_eval.errors import InputError
-from almost_train.common.config import option, settings_from, settings_to_dict, with_options
+from almost_train.common.config import option, settings_from, settings_to_dict
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,22 +71,3 @@ def test_refusals(given: dict[str, Any], message: str) -> None:
         settings_from(Settings, given, "recipe, reward")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_flags() -> None:
-    found: list[Settings] = []
-
-    @click.command()
-    @with_options(Settings)
-    def command(**given: Any) -> None:
-        found.append(settings_from(Settings, given, "reward"))
-
-    arguments = ["--learning-rate", "1e-4", "--bf16", "--stop", "a", "--stop", "b", "--evaluation", "x", "--limit", "3"]
-    assert CliRunner().invoke(command, arguments).exit_code == 0
-    assert CliRunner().invoke(command, []).exit_code == 0
-    wanted = Settings(learning_rate=1e-4, bf16=True, stop=("a", "b"), evaluation=Path("x"), limit=3)
-    assert found == [wanted, Settings()]
-    help = CliRunner().invoke(command, ["--help"]).output
-    assert "--learning-rate FLOAT" in help
-    assert "[cosine|linear]" in help
-    assert "2e-05" in help

@@ -22,8 +22,8 @@ from stopping import StopAfter, Stopped
 
 from almost_eval.compare.tax.training import read_training
 from almost_eval.errors import DataError, InputError, RunError, StoreError
+from almost_eval.files import read_rows
 from almost_train.common.config import settings_to_dict
-from almost_train.common.records import read_rows
 from almost_train.rlsf.run import RLSFSettings, rlsf
 
 SMALL: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""JSON Lines between stages, and the digests that tell whether they changed."""
+"""JSON Lines that survive a kill, and the digests that tell whether they changed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from almost_eval.errors import DataError
-from almost_train.common.records import RowLog, digest, read_rows, write_rows
+from almost_eval.files import RowLog, digest_path, read_rows, write_rows
 
 
 def test_rows_come_back(tmp_path: Path) -> None:
@@ -27,7 +27,7 @@ def test_rows_come_back(tmp_path: Path) -> None:
         (b'{"id": "a"}\n\n{}\n', "row 3: 'id' must be str, and is nothing"),
         (b'{"id": "a"}\n{"id"', "row 2: not JSON"),
         (b"[1]\n", "row 1: not a JSON object"),
-        (b"\xff\n", "cannot be read as UTF-8"),
+        (b"\xff\n", "row 1 is not UTF-8"),
     ],
 )
 def test_malformed_rows_are_named(tmp_path: Path, content: bytes, message: str) -> None:
@@ -64,12 +64,12 @@ def test_digests_follow_content_not_place(tmp_path: Path) -> None:
         (folder / "deep").mkdir(parents=True)
         (folder / "config.json").write_text("{}")
         (folder / "deep" / "weights").write_bytes(b"\0\1")
-    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+    assert digest_path(tmp_path / "a") == digest_path(tmp_path / "b")
     (tmp_path / "b" / "README.md").write_text("a card")
     (tmp_path / "b" / ".lock").write_text("")
-    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+    assert digest_path(tmp_path / "a") == digest_path(tmp_path / "b")
     (tmp_path / "b" / "deep" / "weights").write_bytes(b"\0\2")
-    assert digest(tmp_path / "a") != digest(tmp_path / "b")
-    assert digest(tmp_path / "a" / "config.json") == digest(tmp_path / "b" / "config.json")
+    assert digest_path(tmp_path / "a") != digest_path(tmp_path / "b")
+    assert digest_path(tmp_path / "a" / "config.json") == digest_path(tmp_path / "b" / "config.json")
     with pytest.raises(DataError, match="is not there"):
-        digest(tmp_path / "c")
+        digest_path(tmp_path / "c")

@@ -1,0 +1,131 @@
+"""`almost-train synthesize`: prompts, responses, comparisons."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from almost_eval.cli.command_line import Commands
+from almost_eval.errors import InputError
+from almost_train.cli.options import CONTEXT, DATA_ROOT, HELD_OUT, JSON, OUTPUT, data_for, path_option, show
+from almost_train.cli.settings import settings_command
+
+if TYPE_CHECKING:
+    from almost_eval.progress import Progress
+    from almost_train.synthetic.comparisons import ComparisonSettings
+    from almost_train.synthetic.prompts import PromptSettings
+    from almost_train.synthetic.responses import ResponseSettings
+    from almost_train.synthetic.sampling import EngineFactory
+
+
+@click.group(cls=Commands, context_settings=CONTEXT)
+def synthesize() -> None:
+    """Synthetic feedback: prompts, responses, comparisons."""
+
+
+@settings_command("almost_train.synthetic.prompts:PromptSettings", engine=True)
+@click.option("--model", required=True, help="A vanilla language model: folder, hub id or built-in name.")
+@HELD_OUT
+@OUTPUT
+@DATA_ROOT
+@JSON
+def prompts(
+    settings: PromptSettings,
+    model: str,
+    held_out: Path | None,
+    output: Path,
+    data_root: str | None,
+    as_json: bool,
+    engine_for: EngineFactory,
+    progress: Progress,
+) -> int:
+    """Mine prompts, self-instruct style.
+
+    \b
+    Example:
+      almost-train synthesize prompts --model nano/vanilla-large --prompt-set nano --count 50 --output runs/prompts
+    """
+    from almost_train.synthetic.prompts import synthesize_prompts
+
+    data = data_for(settings.prompt_set, data_root)
+    result = synthesize_prompts(
+        settings, model, output, data=data, engine_for=engine_for, held_out=held_out, progress=progress
+    )
+    return show(result, as_json)
+
+
+@settings_command("almost_train.synthetic.responses:ResponseSettings", engine=True)
+@path_option("--prompts", "prompts.jsonl.")
+@path_option("--configurations", "YAML: a list of {name, model, demonstrations, shots}.")
+@OUTPUT
+@DATA_ROOT
+@JSON
+def responses(
+    settings: ResponseSettings,
+    prompts: Path,
+    configurations: Path,
+    output: Path,
+    data_root: str | None,
+    as_json: bool,
+    engine_for: EngineFactory,
+    progress: Progress,
+) -> int:
+    """Answer every prompt in every configuration.
+
+    \b
+    Example:
+      almost-train synthesize responses --prompts runs/prompts/prompts.jsonl --configurations configurations.yaml \\
+        --output runs/responses
+    """
+    from almost_train.synthetic.responses import read_configurations, synthesize_responses
+
+    data = data_for(settings.prompt_set, data_root)
+    listed = read_configurations(_yaml(configurations), str(configurations))
+    result = synthesize_responses(
+        settings, prompts, listed, output, data=data, engine_for=engine_for, progress=progress
+    )
+    return show(result, as_json)
+
+
+@settings_command("almost_train.synthetic.comparisons:ComparisonSettings")
+@path_option("--responses", "The folder of synthesize responses.")
+@path_option("--ranking", "YAML: a list of configurations, or of lists of equal rank, best first.")
+@click.option("--as-is-reward-model", help="Keep only pairs with which this reward model agrees.")
+@OUTPUT
+@JSON
+def comparisons(
+    settings: ComparisonSettings,
+    responses: Path,
+    ranking: Path,
+    as_is_reward_model: str | None,
+    output: Path,
+    as_json: bool,
+    progress: Progress,
+) -> int:
+    """Make preference pairs of ranked configurations, and filter them.
+
+    \b
+    Example:
+      almost-train synthesize comparisons --responses runs/responses --ranking ranking.yaml --output runs/comparisons
+    """
+    from almost_train.synthetic.comparisons import synthesize_comparisons
+
+    result = synthesize_comparisons(
+        settings, responses, ranking, output, as_is_reward_model=as_is_reward_model, progress=progress
+    )
+    return show(result, as_json)
+
+
+for command in (prompts, responses, comparisons):
+    synthesize.add_command(command)
+
+
+def _yaml(file: Path) -> object:
+    import yaml
+
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{file} cannot be read as YAML ({' '.join(str(error).split())[:160]})") from None
