@@ -15,8 +15,6 @@ from almost_eval.files import whole_file
 from almost_eval.types import JSONObject
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from almost_eval.report.matrix import Matrix
     from almost_eval.report.runs import RunSet
 
@@ -144,50 +142,10 @@ def _as_json(run_set: RunSet, matrix: Matrix | None) -> JSONObject:
 
 def _print(run_set: RunSet, matrix: Matrix | None) -> None:
     from almost_eval.report.console import print_results
+    from almost_eval.report.overview import print_overview
 
     console = open_console()
     if len(run_set.runs) == 1:
         print_results(run_set.runs[0].results, console, folder=str(run_set.runs[0].folder))
-        return
-    print_overview(run_set, matrix, console)
-
-
-def print_overview(run_set: RunSet, matrix: Matrix | None, console: Console) -> None:
-    """Several runs as one table: headlines, and where there are several models, their differences from the first."""
-    from rich.table import Table
-    from rich.text import Text
-
-    from almost_eval.report.runs import shown
-    from almost_eval.report.views import matrix_view
-
-    table = Table()
-    for heading, justify in (("benchmark", "left"), ("model", "left"), ("score", "right"), ("95 % interval", "right")):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
-    table.add_column("n", justify="right")
-    for benchmark in run_set.benchmarks:
-        for run in benchmark.runs:
-            metric, unit = run.metrics[run.headline], benchmark.unit
-            bounds = " to ".join(shown(bound, unit) for bound in metric["ci95"] or ())
-            value = "withheld" if run.withheld else shown(metric["value"], unit)
-            table.add_row(Text(benchmark.label), Text(run.label), value, bounds or "-", str(metric["n"]))
-    console.print(table)
-    if matrix and matrix.deltas:
-        view = matrix_view(matrix)
-        deltas = Table(title=Text(f"differences from {matrix.baseline}"), title_justify="left", title_style="bold")
-        for heading in ("benchmark", "model", "difference", "95 % interval", "p, Holm", "flipped", ""):
-            deltas.add_column(heading, justify="left" if heading in ("benchmark", "model", "") else "right")
-        for row in view["deltas"]:
-            flips = f"+{row['gained']} -{row['lost']}"
-            says = f"{row['sign']} {row['says'].split(' the ')[0]}"
-            cells = (row["text"], row["interval"], row["p_holm"], flips, says)
-            deltas.add_row(Text(row["benchmark"]), Text(row["model"]), *cells)
-        console.print(deltas)
-        for warning in dict.fromkeys(warning for row in view["deltas"] for warning in row["warnings"]):
-            console.print(Text.assemble(("warning:", "yellow"), f" {warning}"), soft_wrap=True)
-        marks = f"marks hold at 5 % over {view['family']} comparisons (Holm)"
-        console.print(Text(marks, style="dim"))
-    for run in run_set.runs:
-        if run.withheld:
-            console.print(Text.assemble(("headline withheld:", "red"), f" {run.label}, {run.task}: {run.withheld}"))
-    for folder in run_set.unfinished:
-        console.print(Text.assemble(("not finished:", "yellow"), f" {folder}"), soft_wrap=True)
+    else:
+        print_overview(run_set, matrix, console)
