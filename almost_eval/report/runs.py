@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -260,13 +260,17 @@ def right_or_wrong(score: float | None) -> bool | None:
     return None if score is None else score > RIGHT
 
 
+def gate_counts(results: JSONObject) -> list[str]:
+    """What the validity checks counted, in words."""
+    checks: dict[str, JSONObject] = results["validity"]["checks"]
+    return [f"{readable(name)} {check['count']}" for name, check in checks.items() if check["count"]]
+
+
 def counted(results: JSONObject) -> list[str]:
-    """What the gate and the task counted, in words, as the console says it."""
-    checks: Iterable[tuple[str, JSONObject]] = results["validity"]["checks"].items()
-    lines = [f"{readable(name)} {check['count']}" for name, check in checks if check["count"]]
-    for name, value in results["details"].items():
-        if isinstance(value, float):
-            lines.append(f"{readable(name)} {value:.1%}")
-        elif isinstance(value, int) and value:
-            lines.append(f"{readable(name)} {value}")
-    return lines
+    """What the validity checks and the task counted, in words. A count of 0 says nothing, a share of 0 does."""
+    details: dict[str, float | int] = results["details"]
+    return gate_counts(results) + [
+        f"{readable(name)} {value:.1%}" if isinstance(value, float) else f"{readable(name)} {value}"
+        for name, value in details.items()
+        if value or isinstance(value, float)
+    ]

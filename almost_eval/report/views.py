@@ -7,7 +7,18 @@ from collections.abc import Sequence
 
 from almost_eval.report import judged, plots
 from almost_eval.report.matrix import Cell, Matrix
-from almost_eval.report.runs import NONE, Benchmark, LoadedRun, RunSet, Unit, counted, readable, shown, unit_of
+from almost_eval.report.runs import (
+    NONE,
+    Benchmark,
+    LoadedRun,
+    RunSet,
+    Unit,
+    counted,
+    gate_counts,
+    readable,
+    shown,
+    unit_of,
+)
 from almost_eval.tasks.facts import MetricGroup
 from almost_eval.tasks.registry import stated_by
 from almost_eval.types import JSONObject
@@ -26,7 +37,7 @@ View = JSONObject
 
 
 def headline_rows(run_set: RunSet) -> list[View]:
-    """One row a run: the headline, its interval, what it stands on, trivial baselines beside it."""
+    """One row a run: the headline with its interval, the validity checks, and the trivial baselines."""
     rows = []
     for place, benchmark in enumerate(run_set.benchmarks):
         for at, run in enumerate(benchmark.runs):
@@ -42,11 +53,7 @@ def headline_rows(run_set: RunSet) -> list[View]:
                     "unscored": run.metrics[run.headline]["unscored"],
                     "baselines": [bar(run, name, baseline=True) for name in run.results["baselines"]],
                     "withheld": run.withheld,
-                    "counted": [
-                        f"{readable(name)} {check['count']}"
-                        for name, check in run.results["validity"]["checks"].items()
-                        if check["count"]
-                    ],
+                    "counted": gate_counts(run.results),
                 }
             )
     return rows
