@@ -19,9 +19,6 @@ SHOWN_NAMES = 3
 """Names that a label lists, of lm-eval tasks or of metrics."""
 NONE = "-"
 """Shown where there is no value."""
-RIGHT = 0.5
-"""A score above it counts as right, as in `compare`."""
-
 JUDGED_COUNTS = ("wins", "ties", "losses", "unparsed")
 JUDGED_NUMBERS = ("total_score/", "strength/")
 """Beginnings of the names of a judged run's metrics that are in a unit of their own."""
@@ -143,7 +140,7 @@ class Benchmark:
 
 @dataclass(slots=True, eq=False)
 class RunSet:
-    """All that a report is about."""
+    """The runs of a report, with their models and benchmarks."""
 
     runs: list[LoadedRun]
     models: list[str]
@@ -183,7 +180,7 @@ def load_runs(folders: Sequence[Path], *, prompts: bool = True) -> RunSet:
 
 
 def _inside(folder: Path) -> list[Path]:
-    """The run folders in a folder that is none itself."""
+    """Run folders inside a folder that is not itself a run folder."""
     if (folder / "spec.json").exists() or (folder / "results.json").exists() or not folder.is_dir():
         return []
     return sorted(spec.parent for spec in folder.glob("*/spec.json") if (spec.parent / "samples.jsonl").exists())
@@ -253,11 +250,6 @@ def _data(run: LoadedRun) -> str:
 def readable(name: str) -> str:
     """A metric or subject without its underscores."""
     return re.sub(r"_+", " ", name)
-
-
-def right_or_wrong(score: float | None) -> bool | None:
-    """Whether a score counts as right; None where there is none."""
-    return None if score is None else score > RIGHT
 
 
 def gate_counts(results: JSONObject) -> list[str]:

@@ -198,7 +198,7 @@ def _row(runs: Sequence[LoadedRun], name: str, group: MetricGroup) -> View | Non
 
 
 def _baseline_rows(runs: Sequence[LoadedRun]) -> list[View]:
-    """Rules with no model, once: they depend on the data alone where all runs scored the same samples."""
+    """The rules with no model, from the first run that has them: all runs scored the same samples."""
     names = dict.fromkeys(name for run in runs for name in run.results["baselines"])
     rows = []
     for name in names:
@@ -282,7 +282,7 @@ def _bias(metric: JSONObject | None, name: str, of: str) -> View:
 
 
 def provenance(run_set: RunSet) -> list[View]:
-    """Where each run comes from, and the command that makes it again."""
+    """Origin of each run, and the command that repeats it."""
     return [_provenance(run, f"command-{place}") for place, run in enumerate(run_set.runs)]
 
 
@@ -323,7 +323,7 @@ def _digest(value: object) -> str:
 
 
 def _short(value: JSONObject) -> str:
-    """Settings in one line; what is itself an object has a line or a file of its own."""
+    """Settings in one line. Objects inside them are left out: they have a line or a file of their own."""
     parts = []
     for name, item in value.items():
         if isinstance(item, list) and not any(isinstance(inner, dict) for inner in item):
