@@ -12,8 +12,9 @@ import click
 
 from almost_eval import __version__
 from almost_eval.cli.command_line import Commands, open_console, run_command_line
+from almost_eval.cli.options import LOG_TO
 from almost_eval.errors import InputError, RunError, did_you_mean
-from almost_eval.run.trackers import LOG_TO, logging_to
+from almost_eval.run.trackers import logging_to
 
 Command = Callable[..., Any]
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from almost_eval.compare.tax.tax import Policy, Tax
+from almost_eval.compare.tax.tax import MeasuredPolicy, Tax
 from almost_eval.report.tax_page import draw, html
 
 COLOURS = {"hhh": "#0b62a4", "truthfulqa": "#b5522b", "mmlu": "#3b7d3a", "oracle": "#7a4fa3"}
@@ -10,7 +10,7 @@ COLOURS = {"hhh": "#0b62a4", "truthfulqa": "#b5522b", "mmlu": "#3b7d3a", "oracle
 
 def measured(*names: str) -> Tax:
     metric = {"value": 0.5, "stderr": 0.1, "ci95": [0.4, 0.6], "n": 9, "unscored": 0}
-    policies = [Policy(f"p{step}", "m", step, None, dict.fromkeys(names, metric)) for step in (0.0, 1.0)]
+    policies = [MeasuredPolicy(f"p{step}", "m", step, None, dict.fromkeys(names, metric)) for step in (0.0, 1.0)]
     return Tax(policies, "checkpoints", [], [], "A sentence <b>.")
 
 
