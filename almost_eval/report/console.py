@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from almost_eval.report.runs import counted
 from almost_eval.tasks.registry import stated_by
 from almost_eval.types import JSONObject
 
@@ -71,18 +72,8 @@ def _print_folder(folder: str | None, console: Console) -> None:
 
 def _notes(results: JSONObject) -> list[Text]:
     lines = []
-    counted = [
-        f"{name.replace('_', ' ')} {check['count']}"
-        for name, check in results["validity"]["checks"].items()
-        if check["count"]
-    ]
-    counted += [
-        f"{name} {value:.1%}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in results["details"].items()
-        if value or isinstance(value, float)  # a count of nothing says nothing, a share of 0 does
-    ]
-    if counted:
-        lines.append(Text("counted: " + ", ".join(counted)))
+    if counts := counted(results):
+        lines.append(Text("counted: " + ", ".join(counts)))
     if not results["validity"]["passed"]:
         reason = results["validity"]["reason"] or "no samples"
         lines.append(Text.assemble(("headline withheld:", "red"), f" {reason}"))
