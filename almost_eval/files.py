@@ -94,7 +94,8 @@ def read_rows(
     Args:
         file: see `iterate_lines`.
         required: keys that every row must have, and the type of each.
-        torn_end, absent: see `iterate_lines`.
+        torn_end: see `iterate_lines`.
+        absent: see `iterate_lines`.
 
     Raises:
         DataError: no such file, or a row that is not an object with those keys; with file and row.
