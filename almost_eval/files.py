@@ -92,9 +92,10 @@ def read_rows(
     """All rows of a JSON Lines file.
 
     Args:
-        file: see `iterate_lines`.
+        file: as in `iterate_lines`.
         required: keys that every row must have, and the type of each.
-        torn_end, absent: see `iterate_lines`.
+        torn_end: as in `iterate_lines`.
+        absent: as in `iterate_lines`.
 
     Raises:
         DataError: no such file, or a row that is not an object with those keys; with file and row.

@@ -14,19 +14,18 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from almost_eval.errors import DataError, InputError, RunError
+from almost_eval.errors import InputError, RunError
 from almost_eval.files import Row, RowLog, write_rows
 from almost_eval.models.chat import BOS_LINE, ChatTemplate, load_template
 from almost_eval.models.loading import pick_device
 from almost_eval.progress import Progress
 from almost_eval.run.trackers import Trackers
-from almost_eval.types import Conversation, Message
 from almost_train.common.config import option
 from almost_train.common.processes import WORK, SharedStage, from_main, is_main, wait_for_all, world_size
 
@@ -58,18 +57,6 @@ class TrainSettings:
 
 
 # --- models and texts ---
-
-
-def messages_of(items: Sequence[Any], where: str) -> Conversation:
-    """Messages of a JSON list of `{"role", "content"}`.
-
-    Raises:
-        DataError: an item is not one; `where` says where it stands.
-    """
-    for item in items:
-        if not (isinstance(item, dict) and isinstance(item.get("role"), str) and isinstance(item.get("content"), str)):
-            raise DataError(f"malformed data: {where}: a message must be {{'role', 'content'}}, and is {item!r:.60}")
-    return tuple(Message(item["role"], item["content"]) for item in items)
 
 
 def keep_template(tokenizer: Any) -> ChatTemplate:

@@ -27,6 +27,7 @@ from almost_eval.types import Conversation
 from almost_train.common.batches import NO_LOSS, BatchPlan, batch_plan, planned_dataset
 from almost_train.common.config import option
 from almost_train.common.processes import is_main, shared_stage
+from almost_train.common.records import messages_of
 from almost_train.common.stage import model_input
 from almost_train.common.trainers import (
     MODEL,
@@ -35,7 +36,6 @@ from almost_train.common.trainers import (
     check_batches,
     fit,
     keep_template,
-    messages_of,
     trainer_arguments,
 )
 
