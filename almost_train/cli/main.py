@@ -271,7 +271,7 @@ def sft(as_json: bool, **given: Any) -> int:
     return _show(train_sft(**given), as_json)
 
 
-@_settings_command(cli, "almost_train.rlsf.run:RLSFSettings")
+@_settings_command(cli, "almost_train.rlsf.job:RLSFSettings")
 @_path("--prompts", "prompts.jsonl.")
 @click.option("--policy", required=True, help="The SFT checkpoint.")
 @click.option("--reward-model", required=True, help="The reward model's checkpoint.")

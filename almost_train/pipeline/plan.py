@@ -19,7 +19,8 @@ from almost_eval.progress import Progress
 from almost_train.pipeline.evaluation import EvaluationSettings, evaluate_policies
 from almost_train.pipeline.run import Recipe
 from almost_train.reward.run import RewardSettings, train_reward
-from almost_train.rlsf.run import RLSFSettings, rlsf
+from almost_train.rlsf.job import RLSFSettings
+from almost_train.rlsf.run import rlsf
 from almost_train.self_play.run import SelfPlaySettings, self_play
 from almost_train.sft.run import SFTSettings, train_sft
 from almost_train.synthetic.comparisons import ComparisonSettings, synthesize_comparisons
