@@ -32,7 +32,8 @@ from almost_train.common.records import Row, read_rows
 from almost_train.nano.data import oracle, write_prompts
 from almost_train.nano.ladder import Configuration, oracle_ladder
 from almost_train.pipeline.evaluation import EvaluationSettings, evaluate_policies
-from almost_train.pipeline.run import Pipeline, Recipe, load_recipe
+from almost_train.pipeline.recipe import Recipe, load_recipe
+from almost_train.pipeline.run import Pipeline
 from almost_train.reward.run import RewardSettings, train_reward
 from almost_train.synthetic.comparisons import ComparisonSettings, synthesize_comparisons
 from almost_train.synthetic.responses import Configuration as Configured
