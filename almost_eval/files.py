@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -301,6 +302,22 @@ def whole_folder(path: Path) -> Iterator[Path]:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise
             raise taken from None
+
+
+@contextmanager
+def replaced_folder(path: Path, scratch: Path) -> Iterator[Path]:
+    """An empty `scratch` that takes the place of the folder `path` when the block ends well.
+
+    Args:
+        path: the folder; what it held is removed, if it is there.
+        scratch: a folder on the same disk; what a killed process left in it is removed.
+    """
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    yield scratch
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+    scratch.replace(path)
 
 
 @contextmanager

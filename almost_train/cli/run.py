@@ -39,7 +39,8 @@ def run(
     """
     from almost_eval.cli.startup import import_transformers
     from almost_eval.progress import progress_for
-    from almost_train.pipeline.run import Pipeline, load_recipe
+    from almost_train.pipeline.recipe import load_recipe
+    from almost_train.pipeline.run import Pipeline
 
     loaded = load_recipe(recipe, seed=seed)
     import_transformers()

@@ -115,7 +115,7 @@ def _refuse_stopped(result: JSONObject) -> None:
         )
 
 
-@settings_command("almost_train.rlsf.run:RLSFSettings", check=_refuse_stopped)
+@settings_command("almost_train.rlsf.job:RLSFSettings", check=_refuse_stopped)
 @path_option("--prompts", "prompts.jsonl.")
 @click.option("--policy", required=True, help="The SFT checkpoint.")
 @click.option("--reward-model", required=True, help="The reward model's checkpoint.")
