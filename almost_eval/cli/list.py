@@ -76,6 +76,7 @@ def inventory() -> dict[str, list[dict[str, Any]]]:
             {"name": "reward:CKPT", "what": "a reward model: the higher reward wins"},
             {"name": "nano", "what": "the oracle of the built-in world, on its questions"},
         ],
+        "judge_prompts": _judge_prompts(),
         "models": _models(),
     }
 
@@ -85,7 +86,7 @@ def _is(package: str) -> bool:
 
 
 def _tasks() -> list[dict[str, Any]]:
-    from almost_eval.cli.judge_options import FAMILIES
+    from almost_eval.judge.families import FAMILIES
     from almost_eval.judge.results import HEADLINE
     from almost_eval.tasks import hhh, mmlu, truthfulqa
 
@@ -109,7 +110,12 @@ def _tasks() -> list[dict[str, Any]]:
             "data": mmlu.DATASET,
         },
         {"name": "harness", "protocols": ["lm-eval's"], "metrics": ["lm-eval's"], "data": "each task's own"},
-        {"name": "vicuna", "protocols": FAMILIES, "metrics": [HEADLINE, "wins", "ties", "losses"], "data": "FastChat"},
+        {
+            "name": "vicuna",
+            "protocols": list(FAMILIES),
+            "metrics": [HEADLINE, "wins", "ties", "losses"],
+            "data": "FastChat",
+        },
     ]
 
 
@@ -131,6 +137,13 @@ def _prompt_sets() -> list[dict[str, Any]]:
         "builtin": "our own wording of the same protocols",
     }
     return [{"name": name, "what": what[name]} for name in PROMPT_SET_NAMES]
+
+
+def _judge_prompts() -> list[dict[str, Any]]:
+    from almost_eval.judge.families import FAMILIES
+    from almost_eval.judge.prompts import load_family
+
+    return [{"name": name, "reviews": load_family(name).title} for name in FAMILIES]
 
 
 def _models() -> list[dict[str, Any]]:

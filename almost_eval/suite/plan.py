@@ -6,7 +6,7 @@ What can be refused is known before a weight is read, and so are the tokens that
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +99,7 @@ def with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: a baseline that nobody judges, or a judge with nothing to compare with.
     """
-    from almost_eval.cli.judge import DEFAULT_BASELINE
+    from almost_eval.judge.build import DEFAULT_BASELINE
     from almost_eval.nano import BUILT_IN, DEFAULT_MODEL, DEFAULT_REWARD_MODEL
 
     model = given["model"] or DEFAULT_MODEL
@@ -214,19 +214,19 @@ def _benchmark(
 def _vicuna(
     given: Mapping[str, Any], data: DataSource, engine: Any, options: EngineOptions, allowed: Mapping[str, float]
 ) -> JudgeRun:
-    from almost_eval.cli.judge import open_judge
-    from almost_eval.cli.judge_options import MAX_NEW_TOKENS, NANO_MAX_NEW_TOKENS
     from almost_eval.judge.answers import ModelSystem, Sampling, open_system
+    from almost_eval.judge.build import JudgeOptions, answer_budget, open_judge
     from almost_eval.judge.questions import find_questions
     from almost_eval.judge.run import JudgeRun
 
     questions, fingerprint = find_questions(None, data, limit=given["limit"])
     local = given["judge"] == "nano" or given["judge"].startswith("reward:")
     # The engine's requests at a time and its patience are not the judge's.
-    own = {"concurrency": 32, "timeout": 120.0} | ({"prompt_set": None} if local else {})
-    judge = open_judge({**given, **own}, data)
+    names = {field.name for field in fields(JudgeOptions)} - {"concurrency", "timeout"}
+    names -= {"prompt_set"} if local else set()
+    judge = open_judge(JudgeOptions(**{name: given[name] for name in names if name in given}), data)
     sampling = Sampling(
-        max_new_tokens=NANO_MAX_NEW_TOKENS if data.name == "nano" else MAX_NEW_TOKENS,
+        max_new_tokens=answer_budget(data.name),
         seed=given["seed"],
         template=given["template"],
     )
