@@ -69,18 +69,29 @@ def _decoded(file: Path, number: int, line: bytes) -> str:
         raise DataError(f"{file}, row {number} is not UTF-8 ({error.reason} at byte {error.start} of it)") from None
 
 
-def parse_line(file: Path, number: int, text: str) -> Any:
+def parse_line(file: Path | str, number: int, text: str, *, unit: str = "row") -> Any:
     """The JSON value of one line.
 
     Raises:
-        DataError: it is no JSON; with file and row.
+        DataError: it is no JSON; with file and row (or what `unit` calls it).
     """
     try:
         return json.loads(text)
     except RecursionError:
-        raise DataError(f"malformed data: {file}, row {number}: nested too deeply") from None
+        raise DataError(f"malformed data: {file}, {unit} {number}: nested too deeply") from None
     except ValueError as error:
-        raise DataError(f"malformed data: {file}, row {number}: not JSON ({error})") from None
+        raise DataError(f"malformed data: {file}, {unit} {number}: not JSON ({error})") from None
+
+
+def parse_lines(file: Path | str, text: str, *, unit: str = "row") -> Iterator[tuple[int, Any]]:
+    """`iterate_lines` of a text that is in memory already; `file` and `unit` are for errors.
+
+    Raises:
+        DataError: see `parse_line`.
+    """
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a JSON string may hold U+2028
+        if line.strip():
+            yield number, parse_line(file, number, line, unit=unit)
 
 
 def read_rows(
