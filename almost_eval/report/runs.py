@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from almost_eval.errors import InputError
-from almost_eval.run.prompt_log import Asked, read_prompts
+from almost_eval.run.prompt_log import SamplePrompts, read_prompts
 from almost_eval.run.store import read_results, read_samples, read_spec
 from almost_eval.tasks.facts import Unit
 from almost_eval.tasks.registry import stated_by
@@ -49,7 +49,7 @@ class LoadedRun:
     spec: JSONObject
     results: JSONObject
     records: list[SampleRecord]
-    prompts: dict[str, Asked]
+    prompts: dict[str, SamplePrompts]
     """By sample id; empty where the folder has no `prompts.jsonl`."""
     label: str = ""
     """The model's name, made unique among the runs of a report."""
