@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,6 +17,7 @@ from almost_eval.cli.options import DATA_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, Va
 from almost_eval.progress import Progress
 
 if TYPE_CHECKING:
+    from almost_eval.judge.build import JudgeOptions
     from almost_eval.suite.plan import Planned
     from almost_eval.suite.run import Outcome
 
@@ -64,11 +65,10 @@ def all_tasks(reward_model: str | None, baseline: str | None, tasks: list[str], 
         base=run_request(values, ""),
         tasks=tasks,
         reward_model=reward_model,
-        judge=values["judge"],
+        judge=_judge_options(values),
         baseline=baseline,
     )
     request = with_defaults(named)
-    request = replace(request, judge_flags=_judge_flags(request.judge, values))
     names = choose(request)
     refuse_unused(names, named)
     planned, folder = plan(names, request)
@@ -92,12 +92,12 @@ def all_tasks(reward_model: str | None, baseline: str | None, tasks: list[str], 
     return code
 
 
-def _judge_flags(judge: str | None, values: Values) -> Values:
-    """What `vicuna` would be told about the judge."""
-    local = judge is not None and (judge == "nano" or judge.startswith("reward:"))
-    # The engine's requests at a time and its patience are not the judge's.
-    own = {"judge": judge, "reask": False, "concurrency": 32, "timeout": 120.0}
-    return {**values, **own} | ({"prompt_set": None} if local else {})
+def _judge_options(values: Values) -> JudgeOptions:
+    """The flags about the judge; the engine's requests at a time and its patience are not the judge's."""
+    from almost_eval.judge.build import JudgeOptions
+
+    names = {field.name for field in fields(JudgeOptions)} - {"concurrency", "timeout"}
+    return JudgeOptions(**{name: value for name, value in values.items() if name in names})
 
 
 def _stderr() -> Any:

@@ -5,13 +5,15 @@ What can be refused is known before a weight is read, and so are the tokens that
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from almost_eval.errors import AlmostError, InputError, did_you_mean
+from almost_eval.judge.build import DEFAULT_BASELINE, NANO_JUDGE, JudgeOptions, answer_budget, open_judge
+from almost_eval.nano import BUILT_IN, DEFAULT_MODEL, DEFAULT_REWARD_MODEL
 from almost_eval.run.request import RunRequest, open_run
 from almost_eval.run.store import RunStore
 from almost_eval.tasks.facts import Preset
@@ -34,11 +36,10 @@ class SuiteRequest:
     tasks: Sequence[str] = ()
     """Names of presets, or what several begin with (`hhh`); empty is all that have what they need."""
     reward_model: str | None = None
-    judge: str | None = None
+    judge: JudgeOptions = field(default_factory=JudgeOptions)
+    """Without a name, nobody judges."""
     baseline: str | None = None
     """Checkpoint or answer file that the judge compares the model with."""
-    judge_flags: Mapping[str, Any] = field(default_factory=dict)
-    """More about the judge: see `judge.open`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +103,8 @@ def with_defaults(request: SuiteRequest) -> SuiteRequest:
     Raises:
         InputError: a baseline that nobody judges, or a judge with nothing to compare with.
     """
-    from almost_eval.cli.judge import DEFAULT_BASELINE
-    from almost_eval.nano import BUILT_IN, DEFAULT_MODEL, DEFAULT_REWARD_MODEL
-
     base = replace(request.base, model=request.base.model or DEFAULT_MODEL)
-    reward_model, judge, baseline = request.reward_model, request.judge, request.baseline
+    reward_model, judge, baseline = request.reward_model, request.judge.judge, request.baseline
     if base.model in BUILT_IN:
         own_data = base.data == "nano" or not (base.data or base.data_root)
         if own_data:
@@ -114,12 +112,15 @@ def with_defaults(request: SuiteRequest) -> SuiteRequest:
         if base.model != DEFAULT_BASELINE:  # which has nothing to be compared with, unless something is named
             baseline = baseline or DEFAULT_BASELINE
         if own_data and baseline:
-            judge = judge or "nano"
+            judge = judge or NANO_JUDGE
     if request.baseline and not judge:
         raise InputError(f"--baseline {request.baseline}: somebody must compare the two; name one with --judge")
     if judge and not baseline:
         raise InputError("--judge: it compares the model with another; give a checkpoint or answer file as --baseline")
-    return replace(request, base=base, reward_model=reward_model, judge=judge, baseline=baseline)
+    options = replace(request.judge, judge=judge)
+    if judge == NANO_JUDGE or options.is_reward_model:  # these read no prompts: the prompt set is the tasks'
+        options = replace(options, prompt_set=None)
+    return replace(request, base=base, reward_model=reward_model, judge=options, baseline=baseline)
 
 
 def choose(request: SuiteRequest) -> list[str]:
@@ -130,7 +131,7 @@ def choose(request: SuiteRequest) -> list[str]:
     """
     names, tasks = suite_names(), suite_tasks()
     lacking = {name for name, task in tasks.items() if task.asks_reward_model and not request.reward_model}
-    if not request.judge:
+    if not request.judge.judge:
         lacking.add(JUDGED)
     chosen = set()
     for name in request.tasks:
@@ -147,7 +148,7 @@ def choose(request: SuiteRequest) -> list[str]:
 
 def refuse_unused(names: Sequence[str], request: SuiteRequest) -> None:
     """Raise InputError where a model or judge was named for a task that `--tasks` leaves out."""
-    needs: dict[str, list[str | None]] = {JUDGED: [request.judge and "judge", request.baseline and "baseline"]}
+    needs: dict[str, list[str | None]] = {JUDGED: [request.judge.judge and "judge", request.baseline and "baseline"]}
     for name, task in suite_tasks().items():
         if task.asks_reward_model:
             needs[name] = [request.reward_model and "reward-model"]
@@ -211,8 +212,6 @@ def _data(base: RunRequest) -> str:
 
 
 def _judged(request: SuiteRequest, engine: Any) -> JudgeRun:
-    from almost_eval.cli.judge import open_judge
-    from almost_eval.cli.judge_options import MAX_NEW_TOKENS, NANO_MAX_NEW_TOKENS
     from almost_eval.judge.answers import ModelSystem, Sampling, open_system
     from almost_eval.judge.questions import find_questions
     from almost_eval.judge.run import JudgeRun
@@ -220,9 +219,9 @@ def _judged(request: SuiteRequest, engine: Any) -> JudgeRun:
     base, data = request.base, request.base.source()
     assert base.model is not None
     questions, fingerprint = find_questions(None, data, limit=base.limit)
-    judge = open_judge({**request.judge_flags}, data)
+    judge = open_judge(request.judge, data)
     sampling = Sampling(
-        max_new_tokens=NANO_MAX_NEW_TOKENS if data.name == "nano" else MAX_NEW_TOKENS,
+        max_new_tokens=answer_budget(data.name),
         seed=base.seed,
         template=base.template,
     )
