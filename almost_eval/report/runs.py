@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from almost_eval.errors import InputError
 from almost_eval.run.prompt_log import SamplePrompts, read_prompts
@@ -19,6 +20,8 @@ SHOWN_NAMES = 3
 """Names that a label lists, of lm-eval tasks or of metrics."""
 NONE = "-"
 """Shown where there is no value."""
+Results = Mapping[str, Any]
+"""Content of `results.json`."""
 JUDGED_COUNTS = ("wins", "ties", "losses", "unparsed")
 JUDGED_NUMBERS = ("total_score/", "strength/")
 """Beginnings of the names of a judged run's metrics that are in a unit of their own."""
@@ -252,13 +255,13 @@ def readable(name: str) -> str:
     return re.sub(r"_+", " ", name)
 
 
-def gate_counts(results: JSONObject) -> list[str]:
+def gate_counts(results: Results) -> list[str]:
     """What the validity checks counted, in words."""
     checks: dict[str, JSONObject] = results["validity"]["checks"]
     return [f"{readable(name)} {check['count']}" for name, check in checks.items() if check["count"]]
 
 
-def counted(results: JSONObject) -> list[str]:
+def counted(results: Results) -> list[str]:
     """What the validity checks and the task counted, in words. A count of 0 says nothing, a share of 0 does."""
     details: dict[str, float | int] = results["details"]
     return gate_counts(results) + [
