@@ -177,7 +177,7 @@ def read_spec(folder: Path) -> dict[str, Any]:
         StoreError: absent, or not a run's.
     """
     keys = ("task", "protocol", "settings", "engine", "data", "n_samples")
-    return read_json(folder / "spec.json", *keys, absent=_RUN_FOLDER)
+    return read_json(folder / "spec.json", *keys)
 
 
 def read_results(folder: Path) -> dict[str, Any]:
@@ -190,10 +190,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     if not file.exists() and (folder / "spec.json").exists():
         raise StoreError(f"{folder} is not finished; run its command again, and it goes on")
     keys = ("task", "metrics", "headline", "validity", "engine", "provenance")
-    return read_json(file, *keys, absent=_RUN_FOLDER)
-
-
-_RUN_FOLDER = "give the folder of a run (spec.json, samples.jsonl)"
+    return read_json(file, *keys)
 
 
 def _flat(value: Any, at: str = "") -> dict[str, Any]:

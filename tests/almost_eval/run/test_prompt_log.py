@@ -86,8 +86,9 @@ def test_a_damaged_file_is_named(tmp_path: Path, line: str) -> None:
 
 
 def test_a_disk_that_takes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"cannot write to .*; the same command goes on"):
-        write_prompts(tmp_path / "absent", [SamplePrompts("1", (), ())])
+        write_prompts(tmp_path / "file", [SamplePrompts("1", (), ())])
 
 
 # --- through the command
