@@ -36,7 +36,8 @@ from starlette.types import ASGIApp
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.hf import HFEngine
 from almost_eval.errors import AlmostError, InputError, did_you_mean
-from almost_eval.models.chat import load_template, special_tokens, stop_strings
+from almost_eval.models.chat import load_template, special_tokens
+from almost_eval.models.stops import stop_strings
 from almost_eval.rewards.hf import HFRewardModel
 from almost_eval.types import Completion, Conversation, Message
 from serving.gateway.errors import error_text, on_crash, on_refusal, refusal
