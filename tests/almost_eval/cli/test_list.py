@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from almost_eval.data.sources import DATA_NAMES, PROMPT_SET_NAMES
+from almost_eval.data.prompt_sets import PROMPT_SET_NAMES
+from almost_eval.data.sources import DATA_NAMES
 from almost_eval.engines.build import ENGINES
 from almost_eval.models.chat import load_template
 from almost_eval.models.stops import STOP_STRINGS

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from almost_eval.data.sources import DataSource, load_prompt_set
+from almost_eval.data.prompt_sets import load_prompt_set
+from almost_eval.data.sources import DataSource
 from almost_eval.run.prompt_log import Asked, Prompt, write_prompts
 from almost_eval.run.runner import summarise
 from almost_eval.run.store import record_to_dict, write_json
