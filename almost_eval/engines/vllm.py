@@ -18,7 +18,6 @@ from almost_eval.engines.vllm_loglikelihood import stream_scores
 from almost_eval.engines.vllm_process import HoldsLLM, VLLMOptions, load, run
 from almost_eval.errors import InputError
 from almost_eval.models.checkpoint import Checkpoint
-from almost_eval.models.loading import pick_device, pick_dtype
 from almost_eval.models.stops import end_ids
 from almost_eval.types import Completion
 
@@ -81,11 +80,6 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
             allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
         )
-
-    @cached_property
-    def dtype(self) -> str:
-        """The dtype that `auto` stands for here."""
-        return pick_dtype(self._dtype, self.checkpoint, pick_device("auto"))
 
     def settings(self) -> dict[str, Any]:
         """What belongs in a run's spec; see `HFEngine.settings`."""
