@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from almost_eval.data.sources import read_rows
+from almost_eval.data.sources import read_table
 from almost_eval.errors import DataError
 from almost_eval.judge.aggregate import Orders, Ties, aggregate
 from almost_eval.judge.records import Answer, Pair, Question, Review, Unparsed, Verdict
@@ -109,7 +109,7 @@ def find_archives(given: Sequence[Path], questions: Sequence[Question]) -> list[
 
 def _archive(file: Path, answers: Mapping[str, Answer], questions: Mapping[str, Question]) -> Archive:
     reviews: dict[str, ArchivedReview] = {}
-    for number, row in enumerate(read_rows(file), 1):
+    for number, row in enumerate(read_table(file), 1):
         where = f"{file}, line {number}"
         try:
             question = str(row["question_id"])
@@ -142,7 +142,7 @@ def _answers(folder: Path) -> dict[str, Answer]:
     """Answer id -> answer, of every file of the folder; lines without an id cannot be named by a review."""
     found = {}
     for file in sorted(folder.glob("*.jsonl")):
-        for number, row in enumerate(read_rows(file), 1):
+        for number, row in enumerate(read_table(file), 1):
             if "answer_id" not in row:
                 continue
             try:

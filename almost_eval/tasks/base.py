@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any, ClassVar, Literal
 
-from almost_eval.data.sources import DataSource, PromptSet, load_prompt_set
+from almost_eval.data.prompt_sets import PromptSet, load_prompt_set
+from almost_eval.data.sources import DataSource
 from almost_eval.engines.base import SamplingParams
 from almost_eval.errors import InputError
 from almost_eval.models.chat import ChatTemplate, load_template, special_tokens

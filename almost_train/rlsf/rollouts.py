@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from almost_eval.files import Row
+from almost_eval.models import stops
 from almost_eval.models.chat import ChatTemplate, encode_text, special_tokens
 from almost_eval.types import Conversation, Message
 from almost_train.rlsf.ppo import token_logprobs
@@ -102,9 +103,7 @@ def conversation(prompt: str, answer: str) -> Conversation:
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids that end a completion: the tokenizer's EOS and those of the model's generation settings."""
-    own = model.generation_config.eos_token_id
-    ids = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
-    return sorted(int(i) for i in ids if i is not None)
+    return sorted(stops.end_ids(model.generation_config.eos_token_id, tokenizer))
 
 
 # --- sampling ---
@@ -208,7 +207,7 @@ def as_sampled(
     last = next((at for at, token in enumerate(ids) if token in ends), None)
     body = ids[:last]
     text = str(tokenizer.decode(body, skip_special_tokens=True))
-    cut = min((at for end in stop if (at := text.find(end)) >= 0), default=None)
+    cut = stops.first_stop(text, stop)
     if cut is not None:
         # The tokens that opened the next turn stay: they are what the penalty for not ending is for. Without them it
         # would fall on the answer's last word, and going on would never be unlearnt.

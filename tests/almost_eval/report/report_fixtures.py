@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from almost_eval.data.sources import DataSource, load_prompt_set
+from almost_eval.data.prompt_sets import load_prompt_set
+from almost_eval.data.sources import DataSource
 from almost_eval.files import write_json
 from almost_eval.run.prompt_log import Prompt, SamplePrompts, write_prompts
 from almost_eval.run.runner import summarise

@@ -95,7 +95,8 @@ def test_a_disk_that_takes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_run_keeps_what_its_model_read(almost_eval: Command, tmp_path: Path) -> None:
-    from almost_eval.data.sources import find_data, load_prompt_set
+    from almost_eval.data.prompt_sets import load_prompt_set
+    from almost_eval.data.sources import find_data
     from almost_eval.engines.hf import HFEngine
     from almost_eval.models.chat import load_template, special_tokens
     from almost_eval.tasks.hhh import HHH
@@ -144,7 +145,7 @@ def test_a_reward_model_reads_conversations(almost_eval: Command, tmp_path: Path
 def test_all_of_mmlu_is_no_burden(data_root: Path, tmp_path: Path) -> None:
     import time
 
-    from almost_eval.data.sources import load_prompt_set
+    from almost_eval.data.prompt_sets import load_prompt_set
     from almost_eval.tasks.mmlu import MMLU
 
     data = DataSource("hub", data_root)
