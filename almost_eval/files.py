@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -36,12 +37,13 @@ def json_line(value: Any, *, ascii_only: bool = False) -> str:
     return json.dumps(value, ensure_ascii=ascii_only, allow_nan=False) + "\n"
 
 
-def iterate_lines(file: Path, *, torn_end: bool = False) -> Iterator[tuple[int, Any]]:
+def iterate_lines(file: Path, *, torn_end: bool = False, absent: str = "") -> Iterator[tuple[int, Any]]:
     """Line number and JSON value of each line, read as a stream; blank lines are passed over.
 
     Args:
         file: UTF-8 text, with or without a byte order mark.
         torn_end: leave out a last line without its end, which a kill may have cut short; else it is read too.
+        absent: the end of the error of a file that is not there: what to do.
 
     Raises:
         DataError: the file is absent or no UTF-8, or a line is no JSON; with file and row.
@@ -55,7 +57,7 @@ def iterate_lines(file: Path, *, torn_end: bool = False) -> Iterator[tuple[int, 
                 if text.strip():
                     yield number, parse_line(file, number, text)
     except FileNotFoundError:
-        raise DataError(f"{file} is not there") from None
+        raise DataError(f"{file} is not there" + (f"; {absent}" if absent else "")) from None
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror})") from None
 
@@ -92,19 +94,26 @@ def parse_lines(file: Path | str, text: str, *, unit: str = "row") -> Iterator[t
             yield number, parse_line(file, number, line, unit=unit)
 
 
-def read_rows(file: Path, required: Mapping[str, type] = {}, *, torn_end: bool = False) -> list[Row]:
+def read_rows(
+    file: Path,
+    required: Mapping[str, type] = {},
+    *,
+    torn_end: bool = False,
+    absent: str = "run the stage that writes it first",
+) -> list[Row]:
     """All rows of a JSON Lines file.
 
     Args:
-        file: see `iterate_lines`.
+        file: as in `iterate_lines`.
         required: keys that every row must have, and the type of each.
-        torn_end: see `iterate_lines`.
+        torn_end: as in `iterate_lines`.
+        absent: as in `iterate_lines`.
 
     Raises:
         DataError: no such file, or a row that is not an object with those keys; with file and row.
     """
     rows: list[Row] = []
-    for number, row in iterate_lines(file, torn_end=torn_end):
+    for number, row in iterate_lines(file, torn_end=torn_end, absent=absent):
         if not isinstance(row, dict):
             raise DataError(f"malformed data: {file}, row {number}: not a JSON object")
         for key, kind in required.items():
@@ -304,6 +313,22 @@ def whole_folder(path: Path) -> Iterator[Path]:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise
             raise taken from None
+
+
+@contextmanager
+def replaced_folder(path: Path, scratch: Path) -> Iterator[Path]:
+    """An empty `scratch` that takes the place of the folder `path` when the block ends well.
+
+    Args:
+        path: the folder; what it held is removed, if it is there.
+        scratch: a folder on the same disk; what a killed process left in it is removed.
+    """
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    yield scratch
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+    scratch.replace(path)
 
 
 @contextmanager
