@@ -61,7 +61,7 @@ CANDIDATE_RULES: dict[str, Callable[[Completion, Sequence[str]], bool]] = {
     "repeats_itself": lambda completion, _: repeats_itself(completion.text),
     "repeats_turn": lambda completion, turns: repeats_turn(completion.text, turns),
 }
-"""Name -> whether an assistant's candidate breaks the rule, given all turns before it. The first broken one counts."""
+"""Name -> whether an assistant's candidate breaks the rule, after all turns before it. The first broken one counts."""
 
 
 def broken_rule(completion: Completion, turns: Sequence[str]) -> str | None:

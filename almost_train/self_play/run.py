@@ -3,7 +3,7 @@
 The second step of ALMoST (arXiv 2305.13735), whose official code never released this step. User and assistant are
 pre-trained models with demonstrations in front of the dialogue: `header`, then conversations separated by lines of
 `-----`, then the dialogue so far and the marker of the turn that is due. At every assistant turn N candidates are
-sampled, those that break a rule of `self_play_rules` are out, and the one with the highest reward of the whole
+sampled, those that break a rule of `rules` are out, and the one with the highest reward of the whole
 conversation goes on. What is played becomes the demonstrations of supervised fine-tuning.
 
 All dialogues take a turn together, so an engine always gets as many prompts as there are live dialogues. Every
@@ -15,16 +15,16 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from almost_eval.errors import DataError, InputError, did_you_mean
 from almost_eval.files import Row, RowLog, read_rows, write_rows
 from almost_eval.models.chat import dialogue_text
 from almost_eval.progress import Progress
-from almost_eval.rewards.hf import RewardModel
-from almost_eval.types import Conversation, Message
+from almost_eval.rewards.base import RewardModel
+from almost_eval.types import Conversation, JSONObject, Message
 from almost_train.common.held_out import HeldOut, is_held_out, read_held_out
 from almost_train.common.stage import Stage, model_input
 from almost_train.self_play.settings import SelfPlaySettings
@@ -60,7 +60,7 @@ def self_play(
     reward_for: Callable[[str], RewardModel] | None = None,
     held_out: Path | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> JSONObject:
     """Play one dialogue for each prompt and write `demonstrations.jsonl`; go on where an earlier process was killed.
 
     Outputs, in the order of the prompts: `demonstrations.jsonl` ({"id", "messages", "rewards", "ended"}; a dialogue
@@ -76,7 +76,7 @@ def self_play(
         prompts: `prompts.jsonl`, the first user turns; one that repeats an earlier one is left out and counted.
         reward_model: its checkpoint; None plays without rewards, which only `unguided` can.
         output: the stage's folder.
-        engine_for: model name -> engine; asked once for each model, before anything is generated.
+        engine_for: model name -> engine; called once for each model, before anything is generated.
         demonstrations: name -> demonstration set.
         reward_for: checkpoint -> reward model; `HFRewardModel` by default.
         held_out: a `prompts.jsonl` that an evaluation asks: a dialogue ends where the user says one of them.
@@ -161,17 +161,17 @@ def _outcome(dialogues: Sequence[Dialogue], floor: float | None) -> tuple[list[R
 
 def _metrics(
     dialogues: Sequence[Dialogue], kept: Sequence[Row], rejected: Sequence[Row], turns: Sequence[Row]
-) -> dict[str, Any]:
+) -> JSONObject:
     candidates = [candidate for row in turns for candidate in row["candidates"]]
     valid = [[c for c in row["candidates"] if c["rejected"] is None] for row in turns]
-    by_turn: dict[str, list[Any]] = {}
+    by_turn: dict[str, list[float | None]] = {}
     for row in turns:
         if row["chosen"] is not None:
             by_turn.setdefault(str(row["turn"]), []).append(row["candidates"][row["chosen"]]["reward"])
     return {
         "demonstrations": len(kept),
         "rejected": _counts(row["reason"] for row in rejected),
-        "ended": _counts(dialogue.ended for dialogue in dialogues),
+        "ended": _counts(dialogue.ended for dialogue in dialogues if dialogue.ended),
         "answers": _counts(str(len(dialogue.rewards)) for dialogue in dialogues),
         "candidates": len(candidates),
         "rejected_candidates": _counts(c["rejected"] for c in candidates if c["rejected"]),
@@ -184,7 +184,7 @@ def _metrics(
     }
 
 
-def _counts(names: Any) -> dict[str, int]:
+def _counts(names: Iterable[str]) -> dict[str, int]:
     return dict(sorted(Counter(names).items()))
 
 

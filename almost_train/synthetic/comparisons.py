@@ -18,13 +18,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from almost_eval.errors import DataError, RunError
 from almost_eval.files import Row, RowLog, write_rows
 from almost_eval.models.checkpoint import Checkpoint, find_checkpoint
 from almost_eval.progress import Progress
-from almost_eval.types import Message
+from almost_eval.types import JSONObject, Message
 from almost_train.common.config import option
 from almost_train.common.records import Preference
 from almost_train.common.stage import Stage, model_input
@@ -58,7 +57,7 @@ def synthesize_comparisons(
     *,
     as_is_reward_model: str | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> JSONObject:
     """Write `comparisons.jsonl` and `comparisons.rejected.jsonl` (the same with `reason`) under `output`.
 
     A row has prompt, chosen and rejected as messages, chosen_source, rejected_source and prompt_id; after the as-is
@@ -221,7 +220,7 @@ class _Funnel:
         self.rewards: dict[tuple[str, str], float | None] = {}
         self.kept = list(range(len(pairs)))
         self._reasons: dict[int, str] = {}
-        self._table: dict[str, Any] = {}
+        self._table: JSONObject = {}
 
     def longer(self, index: int) -> int:
         """Characters by which the chosen answer is the longer."""
@@ -241,7 +240,7 @@ class _Funnel:
             "chosen_longer_out": self._share(self.kept),
         }
 
-    def finish(self, stage: Stage, more: Mapping[str, Any]) -> dict[str, Any]:
+    def finish(self, stage: Stage, more: Mapping[str, object]) -> JSONObject:
         """Write the outputs; `more` goes into the metrics.
 
         Raises:

@@ -90,9 +90,9 @@ class OverlapIndex:
             wanted = self._least_common(total, best.score if best else 0.0)
             if wanted > min(known, length):  # the upper bound: an LCS is no longer than either
                 continue
-            found = self._extract_one(query, self._encoded[length], scorer=self._lcs, score_cutoff=wanted)
-            if found is not None and found[1] >= wanted:
-                best = Overlap(self._texts[length][found[2]], 2 * found[1] / total)
+            match = self._extract_one(query, self._encoded[length], scorer=self._lcs, score_cutoff=wanted)
+            if match is not None and match[1] >= wanted:
+                best = Overlap(self._texts[length][match[2]], 2 * match[1] / total)
         return best
 
     def _least_common(self, total: int, beaten: float) -> int:

@@ -1,7 +1,7 @@
 """Seed prompts and demonstrations: what makes a vanilla language model ask and answer.
 
 A prompt set holds an instruction, seed prompts and named sets of demonstrations. `official` is ALMoST's own
-(naver-ai/ALMoST `assets/`), found at run time and checked by sha256; `builtin` is our wording, in
+(naver-ai/ALMoST `assets/`), read at run time and checked by sha256; `builtin` is our wording, in
 `almost_train/prompts`; `nano` is drawn from the built-in world, whose qualities are the names of its sets.
 
 Departures from the official code: a demonstration is a list of turns, so a turn is written with one space after

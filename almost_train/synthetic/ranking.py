@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -57,21 +56,21 @@ def read_ranking(file: Path) -> Ranking:
     import yaml
 
     try:
-        given = yaml.safe_load(file.read_text(encoding="utf-8"))
+        groups = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{file} is not there; it lists the configurations, best first") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise DataError(f"{file} is not readable YAML ({' '.join(str(error).split())[:120]})") from None
-    return as_ranking(given, str(file))
+    return as_ranking(groups, str(file))
 
 
-def as_ranking(given: Any, where: str) -> Ranking:
-    """The groups that YAML gives.
+def as_ranking(items: object, where: str) -> Ranking:
+    """The groups of a list, as YAML holds it.
 
     Raises:
         InputError: not a list of names and lists of names, fewer than two groups, or a name twice; with `where`.
     """
-    groups = [[item] if isinstance(item, str) else item for item in given] if isinstance(given, list) else []
+    groups = [[item] if isinstance(item, str) else item for item in items] if isinstance(items, list) else []
     if not groups or not all(
         isinstance(g, list) and g and all(isinstance(name, str) and name for name in g) for g in groups
     ):

@@ -17,14 +17,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from almost_eval.data.sources import DataSource
 from almost_eval.engines.base import GenerationEngine, SamplingParams
 from almost_eval.errors import DataError, InputError
 from almost_eval.files import Row, RowLog, read_rows, write_rows
 from almost_eval.progress import Progress
-from almost_eval.types import Completion, Message
+from almost_eval.types import Completion, JSONObject, Message
 from almost_train.common.config import option, settings_from
 from almost_train.common.stage import Stage, model_input
 from almost_train.synthetic.filters import RULES, STOPS, broken_rule, read_response
@@ -65,16 +64,16 @@ class Configuration:
     top_p: float | None = option(None, "In place of the stage's.", above=0, most=1)
 
 
-def read_configurations(given: Any, where: str) -> tuple[Configuration, ...]:
-    """Configurations from what YAML gives: a list of mappings.
+def read_configurations(items: object, where: str) -> tuple[Configuration, ...]:
+    """Configurations from a list of mappings, as YAML holds it.
 
     Raises:
         InputError: not such a list, an unknown or missing setting, a name twice or unfit for a file; with `where`.
     """
-    if not isinstance(given, list) or not given:
+    if not isinstance(items, list) or not items:
         raise InputError(f"{where} must be a list of configurations (name, model, demonstrations, shots)")
-    found: list[Configuration] = []
-    for number, item in enumerate(given, 1):
+    configurations: list[Configuration] = []
+    for number, item in enumerate(items, 1):
         at = f"{where}, configuration {number}"
         if not isinstance(item, Mapping):
             raise InputError(f"{at} is {item!r}; it must be a mapping with name, model, demonstrations and shots")
@@ -84,10 +83,10 @@ def read_configurations(given: Any, where: str) -> tuple[Configuration, ...]:
                 raise InputError(f"{at} has no {key}")
         if not _NAME.fullmatch(configuration.name):
             raise InputError(f"{at}: name {configuration.name!r} names a file; use letters, digits, '.', '_' and '-'")
-        if configuration.name in {c.name for c in found}:
+        if configuration.name in {c.name for c in configurations}:
             raise InputError(f"{at}: the name {configuration.name!r} is taken by an earlier one")
-        found.append(configuration)
-    return tuple(found)
+        configurations.append(configuration)
+    return tuple(configurations)
 
 
 def synthesize_responses(
@@ -99,7 +98,7 @@ def synthesize_responses(
     data: DataSource,
     engine_for: EngineFactory,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> JSONObject:
     """Answer every prompt in every configuration: `<configuration>.jsonl` under `output`, in the order of the prompts.
 
     A row is id, prompt, response, finish_reason, configuration, and `rejected`: the rule it breaks, or null. One model
@@ -135,7 +134,7 @@ def synthesize_responses(
     with Stage(output, "synthesize-responses", settings, inputs) as stage:
         if stage.result is not None:
             return stage.result
-        metrics: dict[str, Any] = {}
+        metrics: JSONObject = {}
         for model, group in _by_model(configurations):
             engine: GenerationEngine | None = None  # made for the first configuration that lacks an answer
             for c in group:
@@ -226,7 +225,7 @@ def _by_model(configurations: Sequence[Configuration]) -> list[tuple[str, list[C
     return list(groups.items())
 
 
-def _metrics(rows: Sequence[Row]) -> dict[str, Any]:
+def _metrics(rows: Sequence[Row]) -> JSONObject:
     kept = [row for row in rows if row["rejected"] is None]
     rejected = Counter(row["rejected"] for row in rows if row["rejected"] is not None)
     return {
