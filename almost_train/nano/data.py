@@ -77,7 +77,7 @@ def write_held_out(file: Path) -> Path:
 
 
 def _all_texts() -> Iterator[str]:
-    """Every query that the world can draw, and a few that it cannot (`World.parse` tells)."""
+    """Every query that the world can draw, and a few that it cannot: `World.parse` tells them apart."""
     names = (*ANIMALS, *(head + tail for head in NAME_HEADS for tail in NAME_TAILS))
     for attribute in ATTRIBUTES.values():
         for name, question in product(names, attribute.questions):

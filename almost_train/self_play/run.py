@@ -1,13 +1,13 @@
 """RMSP, reward-model-guided self-play: two vanilla models talk, and of N answers the reward model's best is kept.
 
-The second step of ALMoST (arXiv 2305.13735), whose official code never released this step. User and assistant are
-pre-trained models with demonstrations in front of the dialogue: `header`, then conversations separated by lines of
-`-----`, then the dialogue so far and the marker of the turn that is due. At every assistant turn N candidates are
-sampled, those that break a rule of `rules` are out, and the one with the highest reward of the whole
-conversation goes on. What is played becomes the demonstrations of supervised fine-tuning.
+The second step of ALMoST (arXiv 2305.13735); the authors did not release its code. User and assistant are pre-trained
+models with demonstrations in front of the dialogue: `header`, then conversations separated by lines of `-----`, then
+the dialogue so far and the marker of the next turn. At every assistant turn N candidates are sampled. Those that break
+a rule of `rules` are rejected, and of the others the one with the highest reward of the whole conversation is kept. The
+dialogues become the demonstrations of supervised fine-tuning.
 
-All dialogues take a turn together, so an engine always gets as many prompts as there are live dialogues. Every
-completion and every reward is in `turns.jsonl` as soon as it is known; the outputs are made of it at the end.
+All dialogues take a turn together, so an engine gets all live dialogues at once. Every completion and every reward is
+in `turns.jsonl` as soon as it is known; the outputs are made from it at the end.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SEPARATOR = "\n\n-----"
 
 
 class Demonstrations(Protocol):
-    """What is needed of a demonstration set."""
+    """A demonstration set, as self-play uses it."""
 
     @property
     def header(self) -> str:
@@ -68,8 +68,8 @@ def self_play(
     `candidates.jsonl` ({"id", "turn", "candidates", "chosen"}) and `user_turns.jsonl` ({"id", "turn", "text",
     "finish_reason", "ended"}).
 
-    With `unguided`, the same N candidates are sampled and the first valid one is kept, whatever its reward: up to the
-    first choice that differs, guided and unguided dialogues are the same, so the comparison is paired.
+    With `unguided`, the same N candidates are sampled and the first valid one is kept, whatever its reward. Up to the
+    first choice that differs, guided and unguided dialogues are the same, so the two can be compared in pairs.
 
     Args:
         settings: see `SelfPlaySettings`.
@@ -143,7 +143,7 @@ def _outcome(dialogues: Sequence[Dialogue], floor: float | None) -> tuple[list[R
     for dialogue in dialogues:
         messages = list(dialogue.messages)
         if len(messages) > 1 and messages[-1].role == "user":
-            messages.pop()  # what nothing valid answered
+            messages.pop()  # a user turn without a valid answer
         row = {
             "id": dialogue.id,
             "messages": [message.to_dict() for message in messages],
@@ -217,7 +217,7 @@ def _first_turns(prompts: Path, held_out: HeldOut) -> tuple[list[Dialogue], int]
         if is_held_out(text, held_out):
             raise DataError(f"{prompts}, prompt {number} is held out ({text[:60]!r}); mine prompts with --held-out too")
         ids.add(row["id"])
-        # The same prompt would be answered with the same draws, by the same words.
+        # The same prompt would get the same draws, and so the same dialogue.
         dialogues.setdefault(text, Dialogue(row["id"], [Message("user", text)]))
     if not dialogues:
         raise DataError(f"{prompts} holds no prompt; run the stage that writes it first")

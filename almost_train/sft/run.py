@@ -69,7 +69,7 @@ def train_sft(
         `result.json`. Under `accelerate launch` every process calls this and gets the same.
 
     Raises:
-        InputError: settings, data or model that cannot be used; before any weight is loaded.
+        InputError: the settings, the data or the model cannot be used; before any weight is loaded.
         RunError: the loss is not finite.
     """
     progress = progress or Progress()
@@ -90,7 +90,7 @@ def train_sft(
                 f"the tokenizer of {checkpoint.path} has no EOS token, so no answer could ever end; set it"
             )
         if tokenizer.special_tokens_map.get("pad_token") is None:
-            tokenizer.pad_token = tokenizer.eos_token  # labels and mask say what is padding: EOS itself stays learnt
+            tokenizer.pad_token = tokenizer.eos_token  # labels and mask mark the padding, so EOS itself is still learnt
         limit = min(settings.max_length, context_length(checkpoint.config, tokenizer))
         rows, dropped = training_rows(tokenizer, keep_template(tokenizer), dialogues, limit)
         if not rows:
@@ -102,6 +102,7 @@ def train_sft(
         progress.note(f"sft: {len(rows)} answers, {plan.steps} steps of {settings.batch_size}")
         fit(lambda: _trainer(settings, checkpoint, tokenizer, rows, plan, output), stage, plan.steps, progress)
 
+        # 4. Figures of the log.
         metrics: JSONObject = {}
         if is_main():
             log = read_rows(output / "log.jsonl")

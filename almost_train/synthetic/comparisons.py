@@ -1,14 +1,15 @@
 """`synthesize comparisons`: pairs of answers by rank, filtered, in TRL's preference format.
 
-ALMoST (arXiv 2305.13735, section 2.1). The filters, in order; every pair that one drops is kept with its reason:
+ALMoST (arXiv 2305.13735, section 2.1). The filters are applied in this order; a dropped pair is kept in a file of its
+own, with the reason:
 
 1. `responses`, `length`, `one_win_a_rank`: the heuristic filter, see `ranking`.
 2. `identical`: both answers are the same text (ours; the official code keeps such a pair).
-3. `as_is`: a reward model trained on another source of preferences must agree (the paper's second filter, which the
-   official code lacks).
-4. `balance`: ours, and a departure, off by default. The length rule trades label noise for length bias: what it drops
-   are pairs whose chosen answer is the shorter. `balance_length` draws as many pairs with the longer answer chosen as
-   with the shorter, so that length says nothing.
+3. `as_is`: a reward model trained on another source of preferences must agree (the paper's second filter; the official
+   code does not have it).
+4. `balance`: a departure of ours, off by default. The length rule drops only pairs whose chosen answer is the shorter:
+   labels get better, but longer answers win more often. `balance_length` keeps as many pairs with the longer answer
+   chosen as with the shorter, so that length tells nothing about the label.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def synthesize_comparisons(
         RunError: no pair is left.
     """
     checkpoint: Checkpoint | None = None
-    if as_is_reward_model:  # refused now if it is none; its weights are read when the first pair needs them
+    if as_is_reward_model:  # a wrong checkpoint is refused here; the weights are loaded when the first pair needs them
         checkpoint = find_checkpoint(as_is_reward_model, architectures=("SequenceClassification", "RewardModel"))
     groups = read_ranking(ranking)
     files = _files(groups, responses)
@@ -110,6 +111,7 @@ def synthesize_comparisons(
         if settings.balance_length:
             funnel.drop("balance", _surplus(funnel, settings.seed))
         not_ranked = sorted({file.stem for file in responses.glob("*.jsonl")} - files.keys())
+        # 4. The outputs.
         result = funnel.finish(stage, {"not_ranked": not_ranked})
         (output / ".as_is.jsonl").unlink(missing_ok=True)
         return result
@@ -186,7 +188,7 @@ def _rewards(
 
 
 def _disagreements(funnel: _Funnel) -> dict[int, str]:
-    """Kept pairs in which the reward model does not prefer the chosen answer, or cannot say."""
+    """Kept pairs in which the reward model does not prefer the chosen answer, or has no reward for one of the two."""
     reasons: dict[int, str] = {}
     for i in funnel.kept:
         pair = funnel.pairs[i]
@@ -203,7 +205,7 @@ def _disagreements(funnel: _Funnel) -> dict[int, str]:
 
 
 def _surplus(funnel: _Funnel, seed: int) -> dict[int, str]:
-    """Kept pairs to leave out, so that the chosen answer is the longer as often as the shorter."""
+    """Kept pairs to drop, so that the chosen answer is as often the longer as the shorter."""
     longer = [i for i in funnel.kept if funnel.longer(i) > 0]
     shorter = [i for i in funnel.kept if funnel.longer(i) < 0]
     more, fewer = (longer, shorter) if len(longer) > len(shorter) else (shorter, longer)

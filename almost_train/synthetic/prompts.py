@@ -1,17 +1,17 @@
 """`synthesize prompts`: queries mined from a vanilla language model, in the manner of self-instruct.
 
 ALMoST (arXiv 2305.13735, section 2.1; naver-ai/ALMoST `generator.py`): ten shots are drawn from the seed prompts and
-those mined so far, each on a line after `Query:`; the model writes the next one; it is dropped where it is too short,
-too long, or repeats an earlier prompt (ROUGE-L F1 of 0.5 or more).
+those mined so far, each on a line after `Query:`. The model writes the next query. It is dropped if it is too short,
+too long, or too similar to an earlier prompt (ROUGE-L F1 of 0.5 or more).
 
 Departures from the official code:
 
-- It reads the model's *second* query: the line that completes the open `Query:` is passed over for the next line that
-  begins with one. Here the completion itself is read and generation stops at its end, which needs half the tokens and
-  never takes a query that the token budget cut. `reading: official` is the official way.
-- Its rule for prompts above 250 characters lets those through that do not end in punctuation; here all are dropped.
-- Shots are drawn by (seed, round), and the prompts of a round do not see each other, as in an official batch; so a
-  round is what a killed run repeats.
+- The official code reads the model's *second* query: it skips the line that completes the open `Query:` and takes the
+  next line that begins with one. Here the completion itself is read, and generation stops at its end. This needs half
+  the tokens, and never takes a query that the token budget cut. `reading: official` is the official way.
+- The official rule for prompts above 250 characters accepts those that do not end in punctuation; here all are dropped.
+- Shots are drawn by (seed, round), and a round does not use its own prompts as shots, as in an official batch. A killed
+  run repeats at most one round.
 - ROUGE-L: see `overlap`.
 """
 
@@ -123,7 +123,7 @@ def synthesize_prompts(
 
 @dataclass
 class _Mine:
-    """What is known so far; made again from the journal after a kill."""
+    """The state of the mining; after a kill it is made again from the journal."""
 
     settings: PromptSettings
     seeds: SeedSet
@@ -143,7 +143,7 @@ class _Mine:
 
     @property
     def stopped(self) -> bool:
-        """Whether too many rounds in a row gave nothing, or there were too many in all."""
+        """Whether too many rounds in a row brought nothing new, or the rounds are over."""
         patience, rounds = self.settings.patience, self.log.rows
         fruitless = len(rounds) >= patience and not any(row["new"] for row in rounds[-patience:])
         return fruitless or len(rounds) == self.settings.max_rounds
@@ -155,7 +155,7 @@ class _Mine:
         rng = derived_rng(s.seed, f"shots/{number}")
         pool = [*self.seeds.seed_prompts, *self.prompts]
         requests = [request_text(self.seeds.instruction, rng.sample(pool, s.shots)) for _ in range(s.round_size)]
-        # 2. All at once.
+        # 2. All requests at once.
         params = SamplingParams(
             s.max_new_tokens,
             s.temperature,
@@ -164,7 +164,7 @@ class _Mine:
             seed=derived_seed(s.seed, f"sampling/{number}"),
         )
         completions = dict(engine.stream_completions(requests, params))
-        # 3. Judged in the order of the requests, which does not depend on the engine's.
+        # 3. Judge in the order of the requests: the engine may finish them in another order.
         before = len(self.prompts)
         candidates = [self._judge(completions[i][0]) for i in range(len(requests))]
         self.log.append({"round": number, "new": len(self.prompts) - before, "candidates": candidates})

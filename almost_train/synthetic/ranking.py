@@ -4,10 +4,10 @@ ALMoST (arXiv 2305.13735, section 2.1; naver-ai/ALMoST `synthetic_feedback.py`).
 
 1. Configurations of different rank make pairs; the answer of the better rank is `chosen`.
 2. Answers that broke a rule (BAD) take part in no pair and in no length.
-3. A pair goes where the chosen answer is shorter than the rejected one *and* shorter than mean - std / 2 of this
+3. A pair is dropped if the chosen answer is shorter than the rejected one *and* shorter than mean - std / 2 of this
    prompt's answers (characters; the population's deviation).
-4. Of the pairs whose chosen answer has the same rank only the first is kept, best configurations first: each rank
-   wins at most once, against the best answer below it that step 3 lets through. (`pairs: all` leaves this out.)
+4. Of the pairs whose chosen answer has the same rank only the first is kept, best configurations first. So each rank
+   wins at most once, against the best answer below it that step 3 keeps. (`pairs: all` skips this step.)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Ranking = tuple[tuple[str, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class RankedAnswer:
-    """What one configuration answered."""
+    """The answer of one configuration."""
 
     configuration: str
     text: str
@@ -128,6 +128,6 @@ def _long_enough(answers: Sequence[RankedAnswer]) -> dict[str, bool]:
     lengths = [len(answer.text) for answer in answers if answer.rejected is None]
     if not lengths:
         return {answer.configuration: False for answer in answers}
-    # numpy's own mean and std, as in the official code: a length on the very bound falls on the same side.
+    # numpy's mean and std, as in the official code: a length equal to the bound is then treated in the same way.
     bound = float(np.mean(lengths) - np.std(lengths) / 2)
     return {answer.configuration: len(answer.text) >= bound for answer in answers}

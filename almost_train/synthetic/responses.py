@@ -1,12 +1,15 @@
 """`synthesize responses`: answers to every prompt from several configurations of vanilla language models.
 
 ALMoST (arXiv 2305.13735, section 2.1; naver-ai/ALMoST `generator.py`): a configuration is a model, a set of
-demonstrations and how many of them are shown; the first n of the set stand before every prompt. Which rules an answer
-must keep: see `filters`.
+demonstrations and how many of them are shown. The first n of the set stand before every prompt. `filters` has the rules
+for answers.
 
-Departures from the official code: the whole list of prompts goes to the engine at once (it sends four); an answer that
-breaks a rule keeps its text, with the reason, where the official file says BAD; no shots means no shots (its `0` shows
-the whole set); and `draw_shots` shows each prompt other demonstrations.
+Departures from the official code:
+
+- The whole list of prompts goes to the engine at once; the official code sends four.
+- An answer that breaks a rule keeps its text and gets the reason; the official file says BAD.
+- No shots means no shots; the official `0` shows the whole set.
+- `draw_shots` shows other demonstrations for each prompt.
 """
 
 from __future__ import annotations
@@ -153,7 +156,7 @@ def synthesize_responses(
                 write_rows(file, in_order)
                 metrics[c.name] = _metrics(in_order)
             del engine
-            gc.collect()  # the next model must find the memory of this one free
+            gc.collect()  # frees this model's memory for the next one
         files = {c.name: output / f"{c.name}.jsonl" for c in configurations}
         return stage.finish({"prompts": len(rows), "configurations": metrics}, files)
 
@@ -192,7 +195,7 @@ class _Source:
         """What the model reads for one prompt."""
         shots = self.demonstrations.conversations[: self.configuration.shots]
         if self.settings.draw_shots:
-            # Without the configuration's name: configurations that share a set differ in model and number alone.
+            # The name of the configuration is not in the seed: with one set, two configurations draw the same shots.
             rng = derived_rng(self.settings.seed, f"shots/{self.configuration.demonstrations}/{row['id']}")
             order = rng.sample(self.demonstrations.conversations, len(self.demonstrations.conversations))
             shots = tuple(order[: self.configuration.shots])
