@@ -32,7 +32,8 @@ from almost_eval.types import Message
 from almost_train.nano.data import oracle, write_prompts
 from almost_train.nano.ladder import Respondent, oracle_ladder
 from almost_train.pipeline.evaluation import EvaluationSettings, evaluate_policies
-from almost_train.pipeline.run import Pipeline, Recipe, load_recipe
+from almost_train.pipeline.recipe import Recipe, load_recipe
+from almost_train.pipeline.run import Pipeline
 from almost_train.reward.run import RewardSettings, train_reward
 from almost_train.synthetic.comparisons import ComparisonSettings, synthesize_comparisons
 from almost_train.synthetic.responses import Configuration, ResponseSettings, read_configurations, synthesize_responses
@@ -84,18 +85,24 @@ def run_seed(seed: int, folder: Path, progress: Progress) -> Figures:
     return figures
 
 
+PPO_SETTINGS = ("mini_batch_size", "sampling_batch_size", "ppo_epochs", "kl_controller")
+"""What the recipe sets of PPO alone: RLOO does not take it."""
+
 ARMS: dict[str, Mapping[str, Mapping[str, Any]]] = {
     "unguided": {"self_play": {"unguided": True}},
-    "rloo": {"rlsf": {"algorithm": "rloo", "num_generations": 4}},
+    "rloo": {"rlsf": {"algorithm": "rloo", "num_generations": 4, **dict.fromkeys(PPO_SETTINGS)}},
 }
-"""Arm -> what differs from the recipe; stages before the first difference are shared with the recipe's own run."""
+"""Arm -> what differs from the recipe (None: left out). Stages before the first difference are the recipe's own."""
 
 
 def run_arm(
     recipe: Recipe, folder: Path, arm: str, changes: Mapping[str, Mapping[str, Any]], progress: Progress
 ) -> None:
     """Run the recipe with changes, up to the last stage that the comparison reads."""
-    sections = {name: {**section, **changes.get(name, {})} for name, section in recipe.sections.items()}
+    sections = {
+        name: {key: value for key, value in {**section, **changes.get(name, {})}.items() if value is not None}
+        for name, section in recipe.sections.items()
+    }
     first = next(iter(changes))
     target = folder / arm
     target.mkdir(parents=True, exist_ok=True)

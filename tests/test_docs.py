@@ -141,7 +141,7 @@ def test_the_metrics_are_the_gateways() -> None:
 
 
 def test_the_recipe_table_has_every_section() -> None:
-    from almost_train.pipeline.run import HEAD, SECTIONS
+    from almost_train.pipeline.recipe import HEAD, SECTIONS
 
     cells = [re.findall(r"[a-z_]+", row[0]) for row in rows("train.md", "A recipe")[2:]]
     assert sorted(name for names in cells for name in names) == sorted(HEAD + SECTIONS)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from almost_eval.cli.options import LOG_TO
 from almost_eval.errors import RunError
-from almost_eval.run.trackers import LOG_TO
 from almost_train.cli.options import DATA_ROOT, HELD_OUT, OUTPUT, data_for, path_option
 from almost_train.cli.settings import settings_command
 
@@ -115,7 +115,7 @@ def _refuse_stopped(result: JSONObject) -> None:
         )
 
 
-@settings_command("almost_train.rlsf.run:RLSFSettings", check=_refuse_stopped)
+@settings_command("almost_train.rlsf.job:RLSFSettings", check=_refuse_stopped)
 @path_option("--prompts", "prompts.jsonl.")
 @click.option("--policy", required=True, help="The SFT checkpoint.")
 @click.option("--reward-model", required=True, help="The reward model's checkpoint.")
