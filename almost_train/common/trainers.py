@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from almost_eval.errors import InputError, RunError
-from almost_eval.files import Row, RowLog, write_rows
+from almost_eval.files import Row, RowLog
 from almost_eval.models.chat import BOS_LINE, ChatTemplate, load_template
 from almost_eval.models.loading import pick_device
 from almost_eval.progress import Progress
@@ -222,14 +222,14 @@ def _step_log(file: Path, done: int) -> Iterator[Callable[[Row], None]]:
         return
     with RowLog(file) as log:
         kept = [row for row in log.rows if row["step"] <= done]
-    write_rows(file, kept)
-    with RowLog(file) as log, Trackers(file.parent, kept) as trackers:
+        log.rewrite(kept)
+        with Trackers(file.parent, kept) as trackers:
 
-        def add(row: Row) -> None:
-            log.append(row)
-            trackers.log(row)
+            def add(row: Row) -> None:
+                log.append(row)
+                trackers.log(row)
 
-        yield add
+            yield add
 
 
 def _callback(log: Callable[[Row], None], advance: Callable[[int], None]) -> TrainerCallback:
