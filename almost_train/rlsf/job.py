@@ -180,8 +180,6 @@ def save_policy(job: Job, model: PreTrainedModel, step: int | None = None) -> No
 
     transformers_logging.disable_progress_bar()
     folder = job.output / "policy" if step is None else job.output / "policies" / f"step-{step:06d}"
-    if not job.tokenizer.chat_template:
-        job.tokenizer.chat_template = job.template.source
     with replaced_folder(folder, job.work / "policy") as scratch:
         if job.settings.bf16:
             model.bfloat16()
