@@ -37,12 +37,13 @@ def json_line(value: Any, *, ascii_only: bool = False) -> str:
     return json.dumps(value, ensure_ascii=ascii_only, allow_nan=False) + "\n"
 
 
-def iterate_lines(file: Path, *, torn_end: bool = False) -> Iterator[tuple[int, Any]]:
+def iterate_lines(file: Path, *, torn_end: bool = False, absent: str = "") -> Iterator[tuple[int, Any]]:
     """Line number and JSON value of each line, read as a stream; blank lines are passed over.
 
     Args:
         file: UTF-8 text, with or without a byte order mark.
         torn_end: leave out a last line without its end, which a kill may have cut short; else it is read too.
+        absent: the end of the error of a file that is not there: what to do.
 
     Raises:
         DataError: the file is absent or no UTF-8, or a line is no JSON; with file and row.
@@ -56,7 +57,7 @@ def iterate_lines(file: Path, *, torn_end: bool = False) -> Iterator[tuple[int, 
                 if text.strip():
                     yield number, parse_line(file, number, text)
     except FileNotFoundError:
-        raise DataError(f"{file} is not there") from None
+        raise DataError(f"{file} is not there" + (f"; {absent}" if absent else "")) from None
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror})") from None
 
@@ -68,33 +69,51 @@ def _decoded(file: Path, number: int, line: bytes) -> str:
         raise DataError(f"{file}, row {number} is not UTF-8 ({error.reason} at byte {error.start} of it)") from None
 
 
-def parse_line(file: Path, number: int, text: str) -> Any:
+def parse_line(file: Path | str, number: int, text: str, *, unit: str = "row") -> Any:
     """The JSON value of one line.
 
     Raises:
-        DataError: it is no JSON; with file and row.
+        DataError: it is no JSON; with file and row (or what `unit` calls it).
     """
     try:
         return json.loads(text)
     except RecursionError:
-        raise DataError(f"malformed data: {file}, row {number}: nested too deeply") from None
+        raise DataError(f"malformed data: {file}, {unit} {number}: nested too deeply") from None
     except ValueError as error:
-        raise DataError(f"malformed data: {file}, row {number}: not JSON ({error})") from None
+        raise DataError(f"malformed data: {file}, {unit} {number}: not JSON ({error})") from None
 
 
-def read_rows(file: Path, required: Mapping[str, type] = {}, *, torn_end: bool = False) -> list[Row]:
+def parse_lines(file: Path | str, text: str, *, unit: str = "row") -> Iterator[tuple[int, Any]]:
+    """`iterate_lines` of a text that is in memory already; `file` and `unit` are for errors.
+
+    Raises:
+        DataError: see `parse_line`.
+    """
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a JSON string may hold U+2028
+        if line.strip():
+            yield number, parse_line(file, number, line, unit=unit)
+
+
+def read_rows(
+    file: Path,
+    required: Mapping[str, type] = {},
+    *,
+    torn_end: bool = False,
+    absent: str = "run the stage that writes it first",
+) -> list[Row]:
     """All rows of a JSON Lines file.
 
     Args:
-        file: see `iterate_lines`.
+        file: as in `iterate_lines`.
         required: keys that every row must have, and the type of each.
-        torn_end: see `iterate_lines`.
+        torn_end: as in `iterate_lines`.
+        absent: as in `iterate_lines`.
 
     Raises:
         DataError: no such file, or a row that is not an object with those keys; with file and row.
     """
     rows: list[Row] = []
-    for number, row in iterate_lines(file, torn_end=torn_end):
+    for number, row in iterate_lines(file, torn_end=torn_end, absent=absent):
         if not isinstance(row, dict):
             raise DataError(f"malformed data: {file}, row {number}: not a JSON object")
         for key, kind in required.items():

@@ -129,15 +129,3 @@ class Metric:
             "n": self.n,
             "unscored": self.unscored,
         }
-
-
-@dataclass(frozen=True, slots=True)
-class Preference:
-    """A pair of answers to one prompt, the better one named."""
-
-    prompt: Conversation
-    chosen: str
-    rejected: str
-    chosen_source: str
-    """The configuration, model or person that wrote `chosen`."""
-    rejected_source: str

@@ -162,8 +162,8 @@ def write_files(text: str, folder: Path) -> None:
 def test_the_files_for_training_are_read_as_shown(tmp_path: Path) -> None:
     import yaml
 
-    from almost_train.common.records import read_rows
-    from almost_train.common.trainers import messages_of
+    from almost_eval.files import read_rows
+    from almost_train.common.records import messages_of
     from almost_train.reward.pairs import read_pairs
     from almost_train.synthetic.ranking import read_ranking
     from almost_train.synthetic.responses import read_configurations

@@ -24,8 +24,14 @@ from typing import Any
 
 from almost_eval.errors import DataError, did_you_mean
 
-DATA_NAMES = ("hub", "nano")
-PROMPT_SET_NAMES = ("official", "builtin")
+DATA_NAMES = {
+    "hub": "the real sets, from --data-root or the hub",
+    "nano": "the built-in world in the same schemas; nothing to download",
+}
+PROMPT_SET_NAMES = {
+    "official": "the words of the ALMoST repository, of lm-eval and of FastChat",
+    "builtin": "our own wording of the same protocols",
+}
 
 _OFFICIAL_REPOSITORY = "naver-ai/ALMoST"
 _OFFICIAL_COMMIT = "4ed89fa94a55a1cafd28234ce9da4320d79fb796"

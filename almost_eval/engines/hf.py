@@ -12,7 +12,7 @@ from typing import Any
 
 from almost_eval.engines.base import EngineReport, RequestScores, SamplingParams
 from almost_eval.engines.checkpoint_engine import CheckpointEngine
-from almost_eval.engines.prefix import EncodedRequest, build_trie
+from almost_eval.engines.prefix import EncodedRequest, build_trie, scores_of_nothing
 from almost_eval.errors import InputError, did_you_mean
 from almost_eval.models.checkpoint import Checkpoint
 from almost_eval.models.loading import ATTENTION, load_weights, pick_device, pick_dtype
@@ -126,10 +126,11 @@ class HFEngine(CheckpointEngine):
         from almost_eval.engines import hf_loglikelihood as scoring
 
         self._report = report = EngineReport()
-        if not requests:
+        wanted = frozenset(range(len(requests)) if wanted is None else wanted)
+        yield from scores_of_nothing(requests, wanted)
+        if not any(request.continuations for request in requests):
             return
         longest = self._refuse_long(requests)
-        wanted = frozenset(range(len(requests)) if wanted is None else wanted)
         model, config = self.model, self.model.config
         window = scoring.AttentionWindow.of(config, longest)
         probe = self._probe(window)

@@ -12,8 +12,9 @@ from typing import Any
 
 from almost_eval.engines.base import EngineReport, RequestScores, SamplingParams
 from almost_eval.engines.checkpoint_engine import CheckpointEngine
-from almost_eval.engines.prefix import EncodedRequest, Ids
+from almost_eval.engines.prefix import EncodedRequest, Ids, scores_of_nothing
 from almost_eval.engines.seeding import request_seed
+from almost_eval.engines.vllm_loglikelihood import stream_scores
 from almost_eval.engines.vllm_process import HoldsLLM, VLLMOptions, load, run
 from almost_eval.errors import InputError
 from almost_eval.models.checkpoint import Checkpoint
@@ -120,13 +121,13 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
             InputError: a request longer than the context; nothing is cut.
             ModelError: vLLM cannot run the model.
         """
-        from almost_eval.engines.vllm_loglikelihood import stream_scores
-
         self._report = report = EngineReport("vllm")
-        if not requests:
+        wanted = range(len(requests)) if wanted is None else wanted
+        yield from scores_of_nothing(requests, wanted)
+        if not any(request.continuations for request in requests):
             return
         self._refuse_long(requests)
-        yield from stream_scores(self, requests, range(len(requests)) if wanted is None else wanted, report)
+        yield from stream_scores(self.results, requests, wanted, report)
 
     # --- generation ---
 

@@ -8,20 +8,18 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from almost_eval.data.sources import DataSource
 from almost_eval.errors import InputError, StoreError
 from almost_eval.judge.aggregate import Orders, Ties, aggregate, round_robin
 from almost_eval.judge.answers import answer_files, digest_answers
 from almost_eval.judge.judges import UNPARSED, Judgement, verdict_fields
 from almost_eval.judge.lines import ORDERS, check_reviews, couples, record_of, reviews_of
 from almost_eval.judge.local import judge_by_oracle, judge_by_reward
-from almost_eval.judge.prompts import load_judge_prompts
+from almost_eval.judge.prompts import load_family, parse_review
 from almost_eval.judge.questions import read_answers, read_questions
 from almost_eval.judge.records import Pair, Review, Unparsed
 from almost_eval.run.store import digest_records, read_results, read_samples, read_spec
@@ -30,8 +28,6 @@ from almost_eval.stats import mean_metric
 from almost_eval.types import Metric, SampleRecord
 
 HEADLINE = "win_rate"
-FAMILIES = {"scores": "vicuna", "letters": "mt-bench"}
-"""Form of a review -> a prompt family whose parser reads it."""
 
 
 def summarise(
@@ -158,8 +154,6 @@ class StoredRun:
         if self.spec.get("requires") != "judge":
             raise StoreError(f"{folder} is a run of {self.spec['task']}, not of vicuna; use almost-eval report")
         settings = self.spec["settings"]
-        # A parser is the same whatever words a family's prompts have.
-        self._reader = cache(lambda family: load_judge_prompts(family, "builtin", DataSource("nano", None)))
         self.questions = read_questions(folder / "questions.jsonl")
         names = [system["name"] for system in settings["systems"].values()]
         self.answers = [read_answers(file, self.questions)[1] for file in answer_files(folder, names)]
@@ -191,7 +185,8 @@ class StoredRun:
             return judge_by_reward(first, second)
         if outputs.get("review") is None:  # there was none
             return Judgement(None, record.score.reason, outputs)
-        verdict = self._reader(family or FAMILIES[judge["form"]]).parse(outputs["review"], pair)
+        form = judge["form"] if family is None else load_family(family).form
+        verdict = parse_review(form, outputs["review"], pair)
         outputs = {key: value for key, value in outputs.items() if key != "problem"} | verdict_fields(verdict)
         if isinstance(verdict, Unparsed):
             return Judgement(None, UNPARSED, outputs | {"problem": verdict.reason})

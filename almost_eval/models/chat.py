@@ -43,6 +43,10 @@ STOP_STRINGS: dict[str, tuple[str, ...]] = {
 """Built-in template name -> the text at which an answer is over, besides EOS: a model may open the next turn itself,
 the user's or another of its own."""
 
+BOS_LINE = "{{- bos_token -}}\n"
+"""Training puts this in front of a built-in template where the tokenizer adds BOS: other programs render a chat and add
+no special token of their own."""
+
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
@@ -158,6 +162,15 @@ def load_template(choice: str, tokenizer: PreTrainedTokenizerBase | None = None)
     except (OSError, UnicodeDecodeError) as error:
         raise TemplateError(f"chat template {choice!r} cannot be read as UTF-8 text: {error}") from error
     return ChatTemplate(choice, source).check()
+
+
+def stop_strings(template: ChatTemplate) -> tuple[str, ...]:
+    """The strings that end an answer, besides EOS.
+
+    A tokenizer's own template has those of the built-in one whose text it is, with or without `BOS_LINE`.
+    """
+    source = template.source.removeprefix(BOS_LINE)
+    return template.stop or next((own.stop for own in map(_built_in, STOP_STRINGS) if own.source == source), ())
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:

@@ -15,7 +15,7 @@ from almost_eval.errors import InputError, ModelError, did_you_mean
 from almost_eval.models.chat import ChatTemplate, encode_text, load_template, special_tokens
 from almost_eval.models.checkpoint import Checkpoint, context_length, find_checkpoint
 from almost_eval.models.loading import DTYPES, load_tokenizer, pick_device, pick_dtype
-from almost_eval.types import Conversation
+from almost_eval.types import Conversation, JSONObject
 
 TokenIds = tuple[int, ...]
 
@@ -132,6 +132,10 @@ class CheckpointRewardModel(ABC):
         """
         rewards = dict(self.stream(conversations))
         return [rewards[i] for i in range(len(conversations))]
+
+    @abstractmethod
+    def settings(self) -> JSONObject:
+        """What belongs in a run's spec; see `HFEngine.settings`."""
 
     @abstractmethod
     def stream(

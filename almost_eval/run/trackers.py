@@ -21,8 +21,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-import click
-
 from almost_eval.errors import InputError, MissingDependencyError, RunError, did_you_mean
 from almost_eval.run.store import read_json, write_json
 
@@ -62,20 +60,6 @@ def check_trackers(names: Sequence[str]) -> tuple[str, ...]:
                 f"--log-to {name} needs the package {package!r}; install it with: pip install {package}"
             )
     return tuple(dict.fromkeys(names))
-
-
-def _named(context: click.Context, param: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...]:
-    return check_trackers([name.strip() for item in given for name in item.split(",") if name.strip()])
-
-
-LOG_TO = click.option(
-    "--log-to",
-    multiple=True,
-    callback=_named,
-    metavar="TRACKER",
-    help="tensorboard, wandb or jsonl, by commas or repeated: figures go there too.  [none]",
-)
-"""The option of every command that trains or evaluates; refused before anything is loaded."""
 
 
 @contextmanager

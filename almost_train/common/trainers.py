@@ -14,21 +14,20 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from almost_eval.errors import DataError, InputError, RunError
-from almost_eval.models.chat import ChatTemplate, load_template
+from almost_eval.errors import InputError, RunError
+from almost_eval.files import Row, RowLog, write_rows
+from almost_eval.models.chat import BOS_LINE, ChatTemplate, load_template
 from almost_eval.models.loading import pick_device
 from almost_eval.progress import Progress
 from almost_eval.run.trackers import Trackers
-from almost_eval.types import Conversation, Message
 from almost_train.common.config import option
 from almost_train.common.processes import WORK, SharedStage, from_main, is_main, wait_for_all, world_size
-from almost_train.common.records import Row, RowLog, write_rows
 
 MODEL = "model"
 """The folder, inside the stage's, that holds the trained checkpoint."""
@@ -60,18 +59,6 @@ class TrainSettings:
 # --- models and texts ---
 
 
-def messages_of(items: Sequence[Any], where: str) -> Conversation:
-    """Messages of a JSON list of `{"role", "content"}`.
-
-    Raises:
-        DataError: an item is not one; `where` says where it stands.
-    """
-    for item in items:
-        if not (isinstance(item, dict) and isinstance(item.get("role"), str) and isinstance(item.get("content"), str)):
-            raise DataError(f"malformed data: {where}: a message must be {{'role', 'content'}}, and is {item!r:.60}")
-    return tuple(Message(item["role"], item["content"]) for item in items)
-
-
 def keep_template(tokenizer: Any) -> ChatTemplate:
     """The tokenizer's own chat template, or ALMoST's dialogue format, which is then set in the tokenizer.
 
@@ -83,7 +70,7 @@ def keep_template(tokenizer: Any) -> ChatTemplate:
     if not getattr(tokenizer, "chat_template", None):
         bos = tokenizer.special_tokens_map.get("bos_token")
         adds_bos = bos is not None and list(tokenizer.encode("a"))[:1] == [tokenizer.bos_token_id]
-        tokenizer.chat_template = ("{{- bos_token -}}\n" if adds_bos else "") + template.source
+        tokenizer.chat_template = (BOS_LINE if adds_bos else "") + template.source
         template = load_template("auto", tokenizer)
         assert template is not None
     return template

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import permutations, product
 from pathlib import Path
-from typing import Any
 
 from almost_eval.errors import InputError
+from almost_eval.files import Row, write_rows
 from almost_eval.nano.lexicon import (
     ADVICE,
     ANIMALS,
@@ -30,8 +30,9 @@ from almost_eval.nano.oracle import score_text
 from almost_eval.nano.queries import Query
 from almost_eval.nano.responses import Level
 from almost_eval.nano.world import STYLES, World
+from almost_eval.types import JSONObject, Message
 from almost_train.common.config import option
-from almost_train.common.records import Row, write_rows
+from almost_train.common.records import Preference
 from almost_train.common.stage import Stage
 
 _PATIENCE = 3000  # draws without a new query: rare kinds (comparisons) take many
@@ -100,7 +101,7 @@ class VoteSettings:
     seed: int = option(0, "Of queries, answers and votes.", least=0)
 
 
-def votes(settings: VoteSettings, output: Path) -> dict[str, Any]:
+def votes(settings: VoteSettings, output: Path) -> JSONObject:
     """The votes as a stage of a recipe: writes `comparisons.jsonl`."""
     with Stage(output, "votes", settings) as stage:
         if stage.result is not None:
@@ -126,16 +127,13 @@ def write_votes(file: Path, n: int, *, wrong: float, seed: int) -> Path:
         better, worse = (world.respond(rng, query, level) for level in sorted(levels, reverse=True))
         if rng.random() < wrong:
             better, worse = worse, better
-        rows.append(
-            {
-                "prompt": [{"role": "user", "content": query.text}],
-                "chosen": [{"role": "assistant", "content": better}],
-                "rejected": [{"role": "assistant", "content": worse}],
-                "chosen_source": "votes",
-                "rejected_source": "votes",
-                "prompt_id": f"vote-{len(rows):05d}",
-            }
+        prompt, chosen, rejected = (
+            Message("user", query.text),
+            Message("assistant", better),
+            Message("assistant", worse),
         )
+        vote = Preference((prompt,), (chosen,), (rejected,), "votes", "votes", f"vote-{len(rows):05d}")
+        rows.append(vote.to_row())
     write_rows(file, rows)
     return file
 

@@ -24,7 +24,7 @@ OPENING = "\n\nHuman: {}\n\nAssistant:"
 
 
 @dataclass(frozen=True, slots=True)
-class Configuration:
+class Respondent:
     """Who answers, after which demonstrations."""
 
     model: str
@@ -38,10 +38,10 @@ class Configuration:
 
 
 LADDER = (
-    Configuration("large", "good", 5),
-    Configuration("large", "good", 1),
-    Configuration("medium", "good", 1),
-    Configuration("small", "weak", 1),
+    Respondent("large", "good", 5),
+    Respondent("large", "good", 1),
+    Respondent("medium", "good", 1),
+    Respondent("small", "weak", 1),
 )
 """The order that the synthetic comparisons assume, best first."""
 
@@ -87,7 +87,7 @@ def fact_accuracy(model: Any, tokenizer: Any, world: World | None = None) -> flo
 def oracle_ladder(
     models: Mapping[str, LlamaForCausalLM],
     tokenizer: PreTrainedTokenizerFast,
-    configurations: Sequence[Configuration] = LADDER,
+    configurations: Sequence[Respondent] = LADDER,
     *,
     n: int = 1000,
     pool: Pool | None = "eval",

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from almost_eval.errors import InputError, did_you_mean
-from almost_eval.nano.data import whole_folder
-from almost_eval.nano.documents import single
+from almost_eval.files import whole_folder
+from almost_eval.nano.documents import document, single
 from almost_eval.nano.world import World
 from almost_eval.progress import Progress, progress_for
 from almost_train.nano.ladder import fact_accuracy
@@ -292,7 +292,7 @@ def _batches(
     tokens = 0
     parts: list[tuple[Callable[[], str], int, float]] = [
         (lambda: single(world, rng), curriculum.single_rows, curriculum.singles),
-        (lambda: world.document(rng), curriculum.document_rows, 1.0),
+        (lambda: document(world, rng), curriculum.document_rows, 1.0),
     ]
     for draw, rows_per_batch, until in parts:
         while tokens < curriculum.tokens * until:

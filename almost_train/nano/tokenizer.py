@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from almost_eval.nano.documents import document as world_document
 from almost_eval.nano.world import SEPARATOR, World
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def make_tokenizer(world: World, *, vocab_size: int = VOCAB_SIZE) -> PreTrainedT
     rng = world.generator("tokenizer")
     text = []
     for _ in range(4000):
-        document = world.document(rng)
+        document = world_document(world, rng)
         for marker in (SEPARATOR, HUMAN, ASSISTANT):
             document = document.replace(marker, "\n")  # tokens of their own: nothing is to be merged across them
         text.append(document)

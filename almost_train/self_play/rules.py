@@ -10,21 +10,16 @@ import re
 from collections.abc import Callable, Sequence
 
 from almost_eval.types import Completion
+from almost_train.common.held_out import words_of
 
 _TURN = re.compile(r"(?:^|\n)[ \t]*(?:Human|Assistant|User|AI)[ \t]*:|(?:^|\n)-----")
-_WORD = re.compile(r"\w+(?:'\w+)*")
 _LOOP_WORDS = 4
 _LONGEST_GOODBYE = 12  # words: "thank you" in a longer turn is most often part of a request
 
 
-def words_of(text: str) -> tuple[str, ...]:
-    """The words of a text in lower case: two turns with the same words say the same."""
-    return tuple(word.lower() for word in _WORD.findall(text.replace("\u2019", "'")))
-
-
 def is_empty(text: str) -> bool:
     """Not a single word or digit."""
-    return not _WORD.search(text)
+    return not words_of(text)
 
 
 def has_another_turn(text: str) -> bool:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from almost_eval.errors import DataError, ModelError
+from almost_eval.files import read_rows
 from almost_eval.models.chat import ChatTemplate, encode_with_completion_mask
 from almost_eval.models.checkpoint import Checkpoint, context_length, find_checkpoint
 from almost_eval.models.loading import load_tokenizer, load_weights
@@ -26,7 +27,7 @@ from almost_eval.types import Conversation
 from almost_train.common.batches import NO_LOSS, BatchPlan, batch_plan, planned_dataset
 from almost_train.common.config import option
 from almost_train.common.processes import is_main, shared_stage
-from almost_train.common.records import read_rows
+from almost_train.common.records import messages_of
 from almost_train.common.stage import model_input
 from almost_train.common.trainers import (
     MODEL,
@@ -35,7 +36,6 @@ from almost_train.common.trainers import (
     check_batches,
     fit,
     keep_template,
-    messages_of,
     trainer_arguments,
 )
 

@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from almost_eval.errors import DataError, RunError
+from almost_eval.files import Row, RowLog, write_rows
 from almost_eval.models.checkpoint import Checkpoint, find_checkpoint
 from almost_eval.progress import Progress
 from almost_eval.types import Message
 from almost_train.common.config import option
-from almost_train.common.records import Row, RowLog, write_rows
+from almost_train.common.records import Preference
 from almost_train.common.stage import Stage, model_input
-from almost_train.synthetic.ranking import Answer, Pair, Ranking, ranked_pairs, read_ranking
+from almost_train.synthetic.ranking import RankedAnswer, RankedPair, Ranking, ranked_pairs, read_ranking
 from almost_train.synthetic.responses import read_prompts
 from almost_train.synthetic.sampling import derived_rng
 
@@ -128,10 +129,10 @@ def _files(ranking: Ranking, responses: Path) -> dict[str, Path]:
     return files
 
 
-def _read_answers(files: Mapping[str, Path]) -> tuple[dict[str, str], dict[str, dict[str, Answer]]]:
+def _read_answers(files: Mapping[str, Path]) -> tuple[dict[str, str], dict[str, dict[str, RankedAnswer]]]:
     """Prompt id -> prompt, and prompt id -> configuration -> answer; ids in the order of the first file."""
     prompts: dict[str, str] = {}
-    answers: dict[str, dict[str, Answer]] = {}
+    answers: dict[str, dict[str, RankedAnswer]] = {}
     for name, file in files.items():
         rows = {row["id"]: row for row in read_prompts(file)}
         prompts = prompts or {id: row["prompt"] for id, row in rows.items()}
@@ -141,14 +142,16 @@ def _read_answers(files: Mapping[str, Path]) -> tuple[dict[str, str], dict[str, 
         for id, row in rows.items():
             if not isinstance(row.get("response"), str) or "rejected" not in row:
                 raise DataError(f"{file}: the row of {id!r} has no 'response' or no 'rejected'; redo its responses")
-            answers.setdefault(id, {})[name] = Answer(name, row["response"], row["rejected"])
+            answers.setdefault(id, {})[name] = RankedAnswer(name, row["response"], row["rejected"])
     return prompts, answers
 
 
 # --- the filters ---
 
 
-def _ranked(settings: ComparisonSettings, ranking: Ranking, answers: Mapping[str, Mapping[str, Answer]]) -> list[Pair]:
+def _ranked(
+    settings: ComparisonSettings, ranking: Ranking, answers: Mapping[str, Mapping[str, RankedAnswer]]
+) -> list[RankedPair]:
     rules = {"length_rule": settings.length_rule, "one_win_a_rank": settings.pairs == "official"}
     return [pair for id, own in answers.items() for pair in ranked_pairs(id, own, ranking, **rules)]
 
@@ -212,7 +215,7 @@ def _surplus(funnel: _Funnel, seed: int) -> dict[int, str]:
 class _Funnel:
     """All pairs, and which filter dropped which."""
 
-    def __init__(self, prompts: Mapping[str, str], pairs: Sequence[Pair]) -> None:
+    def __init__(self, prompts: Mapping[str, str], pairs: Sequence[RankedPair]) -> None:
         self.prompts = prompts
         self.pairs = pairs
         self.rewards: dict[tuple[str, str], float | None] = {}
@@ -264,14 +267,14 @@ class _Funnel:
 
     def _row(self, index: int) -> Row:
         pair = self.pairs[index]
-        row: Row = {
-            "prompt": [{"role": "user", "content": self.prompts[pair.prompt_id]}],
-            "chosen": [{"role": "assistant", "content": pair.chosen.text}],
-            "rejected": [{"role": "assistant", "content": pair.rejected.text}],
-            "chosen_source": pair.chosen.configuration,
-            "rejected_source": pair.rejected.configuration,
-            "prompt_id": pair.prompt_id,
-        }
+        row = Preference(
+            prompt=(Message("user", self.prompts[pair.prompt_id]),),
+            chosen=(Message("assistant", pair.chosen.text),),
+            rejected=(Message("assistant", pair.rejected.text),),
+            chosen_source=pair.chosen.configuration,
+            rejected_source=pair.rejected.configuration,
+            prompt_id=pair.prompt_id,
+        ).to_row()
         if self.rewards:
             for role, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
                 row[f"{role}_as_is_reward"] = self.rewards.get((pair.prompt_id, answer.configuration))

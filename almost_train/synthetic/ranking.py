@@ -27,7 +27,7 @@ Ranking = tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class RankedAnswer:
     """What one configuration answered."""
 
     configuration: str
@@ -37,12 +37,12 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class RankedPair:
     """Two answers to one prompt, by rank."""
 
     prompt_id: str
-    chosen: Answer
-    rejected: Answer
+    chosen: RankedAnswer
+    rejected: RankedAnswer
     reason: str | None = None
     """Why the pair is dropped: `bad_response`, `length_rule`, `rank_has_pair`; or None."""
 
@@ -89,12 +89,12 @@ def as_ranking(given: Any, where: str) -> Ranking:
 
 def ranked_pairs(
     prompt_id: str,
-    answers: Mapping[str, Answer],
+    answers: Mapping[str, RankedAnswer],
     ranking: Ranking,
     *,
     length_rule: bool = True,
     one_win_a_rank: bool = True,
-) -> list[Pair]:
+) -> list[RankedPair]:
     """Every pair of configurations of different rank, with the reason where it is dropped.
 
     Args:
@@ -106,7 +106,7 @@ def ranked_pairs(
     """
     ordered = [(rank, answers[name]) for rank, group in enumerate(ranking) for name in group]
     long_enough = _long_enough([answer for _, answer in ordered])
-    pairs: list[Pair] = []
+    pairs: list[RankedPair] = []
     won: set[int] = set()
     for (rank, chosen), (other_rank, rejected) in combinations(ordered, 2):
         if rank == other_rank:
@@ -120,11 +120,11 @@ def ranked_pairs(
             reason = "rank_has_pair"
         else:
             won.add(rank)
-        pairs.append(Pair(prompt_id, chosen, rejected, reason))
+        pairs.append(RankedPair(prompt_id, chosen, rejected, reason))
     return pairs
 
 
-def _long_enough(answers: Sequence[Answer]) -> dict[str, bool]:
+def _long_enough(answers: Sequence[RankedAnswer]) -> dict[str, bool]:
     """Configuration -> whether its answer has at least mean - std / 2 characters, of those that broke no rule."""
     lengths = [len(answer.text) for answer in answers if answer.rejected is None]
     if not lengths:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import secrets
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict
 
 from almost_eval.errors import InputError, RunError
 from serving.chat.client import Endpoint
+from serving.gateway.settings import KEY
 from serving.launch.process import ServerProcess, free_port
+from serving.local.settings import KEY as LOCAL_KEY
+from serving.local.settings import LocalModels
 
-_LOCAL_KEY = (
-    "ALMOST_LOCAL_KEY"  # serving.local.server.KEY and serving.gateway.settings.KEY: those modules load too much
-)
-_GATEWAY_KEY = "ALMOST_API_KEY"
 _ERROR = "error: "
 
 
@@ -67,20 +66,23 @@ class Models(ServerProcess):
         return kind(words.removeprefix(_ERROR))
 
 
-def with_transformers(models: Sequence[str], reward: str | None, options: Mapping[str, Any]) -> Models:
-    """All models in one process (`serving.local.server`).
+def with_transformers(
+    models: Sequence[str], reward: str | None, *, dtype: str = "auto", device: str = "auto"
+) -> Models:
+    """All models in one process (`serving.local`).
 
     Args:
-        models: checkpoints, each served under the name it is given as.
+        models: checkpoints, each served under this very name.
         reward: the reward model, or None.
-        options: of `HFEngine` and `HFRewardModel`.
+        dtype: of `HFEngine` and `HFRewardModel`.
+        device: of both, too.
     """
-    asked = json.dumps({"policies": list(models), "reward": reward, "options": dict(options)})
-    return Models(models, ["serving.local.server", asked], _LOCAL_KEY)
+    settings = LocalModels(tuple(models), reward, dtype, device)
+    return Models(models, ["serving.cli.local", json.dumps(asdict(settings))], LOCAL_KEY)
 
 
 def with_vllm(model: str, reward: str | None) -> Models:
     """One model, with vLLM: `almost-serve all`, or `almost-serve policy` without a reward model."""
     if reward:
-        return Models([model], ["serving.cli", "all", "--model", model, "--reward", reward], _GATEWAY_KEY)
-    return Models([model], ["serving.cli", "policy", "--model", model], _GATEWAY_KEY, "/health")
+        return Models([model], ["serving.cli", "all", "--model", model, "--reward", reward], KEY)
+    return Models([model], ["serving.cli", "policy", "--model", model], KEY, "/health")

@@ -14,7 +14,8 @@ from almost_eval import __version__
 from almost_eval.cli.command_line import Commands, options, run_command_line
 from almost_eval.errors import InputError
 from almost_eval.nano import DEFAULT_MODEL, DEFAULT_REWARD_MODEL
-from serving.cli.gateway import LIMITS, gateway
+from serving.cli.gateway import LIMIT_HELP, LIMITS, gateway
+from serving.gateway.settings import GatewayLimits
 
 _KEY = "ALMOST_API_KEY"
 _PASSED_ON = {"ignore_unknown_options": True, "help_option_names": ["--help"]}  # -h is part of an option of vLLM's
@@ -58,17 +59,17 @@ def cli() -> None:
 @cli.command(context_settings=_PASSED_ON, epilog=_EPILOG)
 @_model(DEFAULT_MODEL, "Checkpoint directory, hub id or built-in name.")
 @options(_SERVER, [_STOP], _RUN, [_REST])
-def policy(**given: Any) -> None:
+def policy(**values: Any) -> None:
     """Serve a causal language model: vLLM's OpenAI-compatible server."""
-    _serve_one("policy", **given)
+    _serve_one("policy", **values)
 
 
 @cli.command(context_settings=_PASSED_ON, epilog=_EPILOG)
 @_model(DEFAULT_REWARD_MODEL, "Checkpoint directory, hub id or built-in name.")
 @options(_SERVER, _RUN, [_REST])
-def reward(**given: Any) -> None:
+def reward(**values: Any) -> None:
     """Serve a reward model: raw logits at /classify, for conversations, texts or token ids."""
-    _serve_one("reward", **given)
+    _serve_one("reward", **values)
 
 
 cli.add_command(gateway)
@@ -82,12 +83,13 @@ cli.add_command(gateway)
 @click.option("--policy-options", default="", help="vLLM's options for the policy, in one string.")
 @click.option("--reward-options", default="", help="vLLM's options for the reward model, in one string.")
 @options(LIMITS, _RUN)
-def everything(**given: Any) -> None:
+def everything(*, log: str | None, **values: Any) -> None:
     """Serve a policy, a reward model and the gateway before them, supervised: if one ends, all end."""
     from serving.all import serve_everything
 
-    with _log(given.pop("log")) as log:
-        serve_everything(log=log, **given)
+    limits = GatewayLimits(**{option: values.pop(option) for option in LIMIT_HELP})
+    with _log(log) as stream:
+        serve_everything(log=stream, limits=limits, **values)
 
 
 def _serve_one(
@@ -123,10 +125,10 @@ def _serve_one(
         run_servers([server], ready, timeout_s=start_timeout)
 
 
-def _refuse_words(given: Sequence[str]) -> None:
+def _refuse_words(words: Sequence[str]) -> None:
     """A word before the first option is no option's value: most likely the model, without `--model`."""
-    if given and not given[0].startswith("-"):
-        raise InputError(f"unexpected argument {given[0]!r}; give the checkpoint with --model")
+    if words and not words[0].startswith("-"):
+        raise InputError(f"unexpected argument {words[0]!r}; give the checkpoint with --model")
 
 
 @contextlib.contextmanager

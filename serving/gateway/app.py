@@ -10,6 +10,8 @@ its key. Beside this: `best_of` is what `best_of` does, `limits` who is let in, 
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
 import signal
 import socket
@@ -210,8 +212,14 @@ def run(settings: GatewaySettings) -> None:
     if settings.api_key is None and host not in ("127.0.0.1", "::1"):
         print(f"warning: no key is set ({KEY}): whoever reaches {address} may use it", file=sys.stderr, flush=True)
     _give_way()
+    # What the shutdown cancels has been told to its client; uvicorn would print a traceback for each.
+    logging.getLogger("uvicorn.error").addFilter(lambda record: not _is_cancellation(record))
     with _signals_are_the_servers(), listening:
         uvicorn.Server(config).run(sockets=[listening])
+
+
+def _is_cancellation(record: logging.LogRecord) -> bool:
+    return bool(record.exc_info) and isinstance(record.exc_info[1], asyncio.CancelledError)
 
 
 def _give_way() -> None:

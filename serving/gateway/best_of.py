@@ -177,7 +177,7 @@ class BestOf:
         scored: list[Scored] = []
         if isinstance(rewards, Rewards):
             try:
-                scored = await self._score(rewards, fields["messages"], texts)
+                scored = await self._score(rewards, fields["messages"], texts, wanted)
             except HTTPException as error:
                 if not request.best_of_fallback:
                     raise
@@ -232,18 +232,26 @@ class BestOf:
             raise error
         return message_of(error)
 
-    async def _score(self, rewards: Rewards, messages: list[Any], texts: list[Any]) -> list[Scored]:
-        """One result for each candidate, one of them at least with a reward."""
+    async def _score(self, rewards: Rewards, messages: list[Any], texts: list[Any], wanted: int) -> list[Scored]:
+        """One result for each candidate, `wanted` of them at least with a reward.
+
+        Raises:
+            HTTPException: fewer have one; or see `Rewards.score`.
+        """
         with_text = [i for i, text in enumerate(texts) if isinstance(text, str)]
-        found = await rewards.score(
+        results = await rewards.score(
             [[*messages, {"role": "assistant", "content": texts[i].strip()}] for i in with_text]
         )
         scored = [Scored(None, "it has no text")] * len(texts)
-        for i, one in zip(with_text, found, strict=True):
+        for i, one in zip(with_text, results, strict=True):
             scored[i] = one
-        if all(one.reward is None for one in scored):
-            message = f"none of the {len(scored)} candidates could be scored: {scored[0].reason}"
+        reasons = [one.reason for one in scored if one.reward is None]
+        if len(reasons) == len(scored):
+            message = f"none of the {len(scored)} candidates could be scored: {reasons[0]}"
             raise refusal(400, message, "nothing_scored")
+        if (count := len(scored) - len(reasons)) < wanted:
+            message = f"only {count} of the {len(scored)} candidates could be scored, and n is {wanted}: {reasons[0]}"
+            raise refusal(400, message, "too_few_scored", param="n")
         return scored
 
     def _count(self, scored: list[Scored], fallback: str | None, drawn: int) -> None:

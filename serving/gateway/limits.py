@@ -123,6 +123,7 @@ class Limited:
             await reply.fail(refusal(400, "the body is nested too deeply", "invalid_json"))
         except asyncio.CancelledError:  # the server shuts down and has waited long enough
             await reply.fail(refusal(503, "the gateway is shutting down", "shutting_down"))
+            raise
         except Exception:
             await reply.fail(crashed())
             raise  # the server logs it
@@ -160,7 +161,7 @@ async def ends_with_client(receive: Receive) -> AsyncIterator[None]:
     """
     task = asyncio.current_task()
     assert task is not None
-    gone = False
+    gone, others = False, task.cancelling()
 
     async def watch() -> None:
         nonlocal gone
@@ -175,7 +176,8 @@ async def ends_with_client(receive: Receive) -> AsyncIterator[None]:
     except BaseException:  # what the cancelled work ended in does not matter
         if not gone:
             raise
-        task.uncancel()
+        if task.uncancel() > others:  # the server, or a time-out, cancels it too
+            raise
         raise ClientDisconnect from None
     finally:
         watcher.cancel()

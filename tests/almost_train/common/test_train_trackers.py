@@ -15,9 +15,9 @@ from stopping import StopAfter, Stopped
 from tracked import tensorboard_scalars, wandb_rows
 
 from almost_eval.compare.tax.training import as_checkpoint, read_training
+from almost_eval.files import read_rows, write_rows
 from almost_eval.models.checkpoint import find_checkpoint
 from almost_eval.run.trackers import JSONL, logging_to
-from almost_train.common.records import read_rows, write_rows
 from almost_train.rlsf.job import RLSFSettings
 from almost_train.rlsf.run import rlsf
 from almost_train.sft.run import SFTSettings, train_sft
