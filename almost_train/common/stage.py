@@ -38,6 +38,11 @@ def model_input(model: str) -> Path | str:
 class StageChanged(StoreError):
     """The folder holds this stage, made with other settings or inputs. A pipeline makes it anew."""
 
+    def __init__(self, message: str, difference: str = "") -> None:
+        super().__init__(message)
+        self.difference = difference
+        """`settings (steps was 1, is 2)`."""
+
 
 class Stage:
     """An open stage folder. Use as a context manager: the lock is held inside.
@@ -123,7 +128,9 @@ class Stage:
                 # Of an input only the name is shown: its digest says nothing to a reader.
                 what = f"{key} was {_short(was.get(key))}, is {_short(now.get(key))}" if part == "settings" else key
                 what += more
-                raise StageChanged(f"{self.folder} was made with other {part} ({what}); choose another --output")
+                raise StageChanged(
+                    f"{self.folder} was made with other {part} ({what}); choose another --output", f"{part} ({what})"
+                )
         with suppress(StoreError):  # absent: not finished
             self.result = read_json(self.folder / "result.json", "metrics", "outputs")
 

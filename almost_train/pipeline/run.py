@@ -79,8 +79,8 @@ class Pipeline:
             result, note = step(), ""
         except StageChanged as change:
             self._set_aside(name)
-            note, was_done = str(change).partition(" was made with other ")[2].rpartition(";")[0], False
-            result = step()
+            was_done = False
+            result, note = step(), change.difference
         state = "kept" if was_done else ("made anew" if note else "made")
         return StageReport(name, state, time.monotonic() - began, result, note)
 

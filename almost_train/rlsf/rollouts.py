@@ -307,7 +307,7 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def positions(attention_mask: Tensor) -> Tensor:
-    """(B, L) places of the tokens, the first real one at 0: transformers counts the padding too unless told."""
+    """(B, L) position of each token, the first real one at 0. By default transformers would count the padding too."""
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
