@@ -256,7 +256,7 @@ def _default_folder(planned: Sequence[Planned], request: SuiteRequest) -> Path:
 
 
 def _count(one: Planned) -> None:
-    """Fill in samples and tokens; a folder that holds another run is found here too."""
+    """Fill in samples and tokens; a folder that holds another run is refused here too."""
     run = one.run
     if run is None:
         return

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from almost_eval.errors import InputError
-from almost_eval.files import whole_folder
+from almost_eval.files import read_json, whole_folder
 from almost_eval.models.checkpoint import find_checkpoint
-from almost_eval.run.store import read_json
 
 
 @dataclass(frozen=True, slots=True)
