@@ -175,6 +175,7 @@ def sample(
     """
     ends = end_ids(model, tokenizer)
     pad = _pad_id(tokenizer)
+    generate = cast(Any, model).generate  # transformers types it for a protocol of its own
     completions = []
     own = model.generation_config
     model.generation_config = GenerationConfig(eos_token_id=ends)  # no repetition penalty, no top-k of the checkpoint's
@@ -183,9 +184,7 @@ def sample(
             batch = prompts[begin : begin + max_rows]
             width = max(len(ids) for ids in batch)
             input_ids, mask = _left_padded(batch, width, pad)
-            output: Tensor = cast(
-                Any, model
-            ).generate(  # (B, P + T)
+            output: Tensor = generate(  # (B, P + T)
                 input_ids=input_ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 max_new_tokens=numbers.shape[1],
@@ -307,7 +306,7 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def positions(attention_mask: Tensor) -> Tensor:
-    """(B, L) places of the tokens, the first real one at 0: transformers counts the padding too unless told."""
+    """(B, L) position of each token, the first real one at 0. By default transformers would count the padding too."""
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
