@@ -17,15 +17,15 @@ _DEPTH = 4
 
 def runs_with_report(root: Path) -> list[str]:
     """Folders below `root` that hold a report, newest first, as paths from there."""
-    found: list[tuple[float, str]] = []
+    reports: list[tuple[float, str]] = []
     for folder, inner, files in os.walk(root):
         relative = Path(folder).relative_to(root)
         if len(relative.parts) >= _DEPTH:
             inner.clear()
         inner[:] = [name for name in inner if not name.startswith(".")]
         if PAGE in files:
-            found.append((Path(folder, PAGE).stat().st_mtime, relative.as_posix()))
-    return [name for _, name in sorted(found, reverse=True)]
+            reports.append((Path(folder, PAGE).stat().st_mtime, relative.as_posix()))
+    return [name for _, name in sorted(reports, reverse=True)]
 
 
 def report_html(root: Path, run: str) -> str:

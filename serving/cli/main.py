@@ -11,7 +11,7 @@ from typing import IO, Any, NoReturn
 import click
 
 from almost_eval import __version__
-from almost_eval.cli.command_line import Commands, options, run_command_line
+from almost_eval.cli.command_line import Command, Commands, options, run_command_line
 from almost_eval.errors import InputError
 from almost_eval.nano import DEFAULT_MODEL, DEFAULT_REWARD_MODEL
 from serving.cli.gateway import LIMIT_HELP, LIMITS, gateway
@@ -25,11 +25,11 @@ _EPILOG = (
 )
 
 
-def _model(default: str, what: str) -> Any:
+def _model(default: str, what: str) -> Command:
     return click.option("--model", default=default, show_default=True, help=what)
 
 
-_SERVER: list[Any] = [
+_SERVER: list[Command] = [
     click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on."),
     click.option("--port", type=int, default=8000, show_default=True, help="0 takes a free one."),
     click.option("--served-model-name", help="What clients call it; default the name, of a directory its last part."),
@@ -39,7 +39,7 @@ _SERVER: list[Any] = [
     click.option("--allow-pickle", is_flag=True, help="Accept pickled weights, which can run code when loaded."),
     click.option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint ships."),
 ]
-_RUN: list[Any] = [
+_RUN: list[Command] = [
     click.option("--log", metavar="FILE", help="Append the servers' output to this file; - for stderr."),
     click.option("--start-timeout", type=float, default=1800.0, show_default=True, help="Seconds the start may take."),
     click.option("--dry-run", is_flag=True, help="Print the vLLM command and end."),

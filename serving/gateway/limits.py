@@ -15,13 +15,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serving.gateway.errors import crashed, on_refusal, refusal
 from serving.gateway.metrics import Metrics
 from serving.gateway.settings import GatewaySettings
-from serving.gateway.streaming import Reply
+from serving.gateway.streaming import ReplyWriter
 
 OPEN_PATHS = frozenset({"/health"})
 """What needs no key."""
 
-Handler = Callable[[bytes, Reply], Awaitable[None]]
-"""Answers one request, given its body."""
+Handler = Callable[[bytes, ReplyWriter], Awaitable[None]]
+"""Takes a request's body and answers it."""
 
 
 class KeyGuard:
@@ -104,7 +104,7 @@ class Limited:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        reply = Reply(send)
+        reply = ReplyWriter(send)
         seconds = self._settings.timeout_s
         try:
             with self._slots.take():

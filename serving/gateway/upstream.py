@@ -16,7 +16,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 
 from serving.gateway.errors import refusal, upstream_words
-from serving.gateway.http_client import Answer, BrokenOff, HttpClient, Unreachable
+from serving.gateway.http_client import BrokenOff, HttpClient, HttpResponse, Unreachable
 from serving.gateway.metrics import Metrics
 
 _HEALTH_S = 5.0
@@ -58,7 +58,7 @@ class Upstream:
         return refusal(self.status, message, f"{self.name}_unavailable", headers={"Retry-After": "1"})
 
     @asynccontextmanager
-    async def request(self, method: str, path: str, body: bytes = b"") -> AsyncIterator[Answer]:
+    async def request(self, method: str, path: str, body: bytes = b"") -> AsyncIterator[HttpResponse]:
         """The upstream's answer, its body not yet read. Leaving early closes the connection, which ends its work.
 
         Raises:
@@ -101,7 +101,7 @@ class Upstream:
             raise self._failure("malformed", "gave an answer that is no JSON") from None
 
     def malformed(self, what: str) -> HTTPException:
-        """For an answer that is JSON and still not what was asked for."""
+        """For an answer that is JSON and still no answer to the request."""
         return self._failure("malformed", f"gave an answer without {what}")
 
     async def ready(self) -> bool:

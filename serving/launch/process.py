@@ -78,6 +78,26 @@ def _bind(host: str, port: int) -> int:
         return int(listening.getsockname()[1])
 
 
+def listen(host: str, port: int, backlog: int) -> socket.socket:
+    """A socket that listens; port 0 takes a free one.
+
+    Raises:
+        InputError: the address is taken, or is none of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=backlog)
+    except OSError as error:
+        raise InputError(
+            f"cannot listen on {host} port {port}: {error.strerror or error}; give another --port (0 takes a free one)"
+        ) from None
+
+
+def url_of(host: str, port: int, scheme: str = "http") -> str:
+    """An address as a URL, without a closing slash."""
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
 class ServerProcess:
     """A child that serves HTTP on a known address. A context manager that starts it and, whatever happens, ends it.
 
@@ -126,7 +146,7 @@ class ServerProcess:
         """Where it can be reached from this machine, without a closing slash."""
         host, port = self._address
         host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
-        return f"{self._scheme}://[{host}]:{port}" if ":" in host else f"{self._scheme}://{host}:{port}"
+        return url_of(host, port, self._scheme)
 
     @property
     def pid(self) -> int | None:
@@ -205,7 +225,7 @@ class ServerProcess:
         how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
         # Once it served, an error among its lines need not be why it ended.
         lines = [] if self.was_ready else list(self._lines)
-        causes = [found[1] for line in lines if (found := _EXCEPTION.search(line))]
+        causes = [match[1] for line in lines if (match := _EXCEPTION.search(line))]
         cause = next((text for text in causes if not any(word in text for word in _CONSEQUENCE)), "")
         return RunError(f"{self.name} {how}" + (f": {cause}" if cause else "; its last lines say why"))
 

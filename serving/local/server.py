@@ -54,7 +54,7 @@ class LocalServer:
         """A server of these models, their weights loaded.
 
         Raises:
-            ModelError: a model that cannot be found or loaded.
+            ModelError: a model that does not exist, or cannot be loaded.
         """
         policies = {name: HFEngine(name, dtype=models.dtype, device=models.device) for name in models.policies}
         reward = HFRewardModel(models.reward, dtype=models.dtype, device=models.device) if models.reward else None
