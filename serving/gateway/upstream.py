@@ -79,16 +79,6 @@ class Upstream:
         except BrokenOff as error:
             raise self._failure("broken", f"broke off its answer ({error})") from None
 
-    async def post(self, path: str, body: bytes) -> tuple[int, Any]:
-        """Status (below 500) and JSON of the answer.
-
-        Raises:
-            HTTPException: see `request`; or the answer is no JSON.
-        """
-        async with self.request("POST", path, body) as answer:
-            whole = await answer.read()
-            return answer.status, self.parsed(whole)
-
     def parsed(self, body: bytes) -> Any:
         """The JSON of an answer.
 

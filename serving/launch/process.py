@@ -110,6 +110,8 @@ class ServerProcess:
         scheme: http, or https for a server with a certificate of its own (which our health check does not verify).
         log: takes every line of the child's output, beside the last ones that are kept anyway.
         grace_s: seconds between SIGTERM and SIGKILL.
+        health: the path that answers 200 once it serves.
+        key: what that path wants as a bearer token.
     """
 
     def __init__(
@@ -123,6 +125,8 @@ class ServerProcess:
         scheme: str = "http",
         log: IO[str] | None = None,
         grace_s: float = 15.0,
+        health: str = "/health",
+        key: str | None = None,
     ) -> None:
         self.name = name
         self.command = list(command)
@@ -137,6 +141,8 @@ class ServerProcess:
         self._scheme = scheme
         self._log = log
         self._grace_s = grace_s
+        self._health = health
+        self._key = key
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._process: subprocess.Popen[str] | None = None
         self._reader: threading.Thread | None = None
@@ -200,15 +206,17 @@ class ServerProcess:
                     self._log.flush()
 
     def is_healthy(self, timeout_s: float = 2.0) -> bool:
-        """Whether `/health` answers 200 now."""
+        """Whether the health path answers 200 now."""
         import ssl
         import urllib.error
         import urllib.request
 
         context = ssl._create_unverified_context() if self._scheme == "https" else None
         handlers = [urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)]
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        request = urllib.request.Request(self.url + self._health, headers=headers)
         try:
-            with urllib.request.build_opener(*handlers).open(f"{self.url}/health", timeout=timeout_s) as answer:
+            with urllib.request.build_opener(*handlers).open(request, timeout=timeout_s) as answer:
                 return bool(answer.status == 200)
         except (OSError, ValueError):  # URLError is an OSError
             return False
