@@ -1,4 +1,4 @@
-"""The page: four tabs, and around them an application that lets nothing in or out that the page does not need."""
+"""The page with its four tabs, and middleware around it: the login, the routes that the page needs, safe headers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A blind round: two systems drawn and shuffled on the server, named to nobody before the vote.
+"""A blind round: two systems in random order, whose names the page gets after the vote.
 
-What the page gets before the vote is two texts and the letters A and B; the round itself, with the names, stays in the
-server's memory. Errors are told without an address or a name.
+Before the vote the page gets two texts and the letters A and B. The round with the names stays in the server's memory.
+Errors are told without an address or a name.
 """
 
 from __future__ import annotations

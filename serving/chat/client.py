@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint as the page sees it: what it can do, one answer as a stream, rewards, plain errors.
+"""One OpenAI-compatible endpoint: what it can do, an answer as a stream, rewards. Every failure is a plain sentence.
 
 httpx and not OpenAI's SDK: the page must be there in seconds, the SDK alone takes one of them to import, and of the
 protocol only a stream of chat chunks is needed. Leaving a stream closes the connection, which ends the work upstream.
@@ -27,9 +27,9 @@ Kind = Literal["down", "key", "context_full", "loading", "busy", "reward", "refu
 _CONTEXT = re.compile(r"context[ _](length|window|of|size)|maximum (context|model)|max_model_len|too long", re.I)
 _CONNECT_S = 5.0
 _QUICK_S = 20.0
-"""For everything but answers."""
+"""Seconds for a request that is no answer."""
 _SILENCE_S = 120.0
-"""Seconds without a byte after which an answer is given up. Best-of-N is silent until it is known."""
+"""Seconds without a byte after which the client gives up. Best-of-N is silent until the best is known."""
 
 
 class EndpointError(RunError):

@@ -1,6 +1,6 @@
-"""What was said, as frozen values: every change is a new conversation, so nobody's page can change another's.
+"""A conversation as a frozen value: every change makes a new one, so no visitor's page can change another's.
 
-Comes back from the visitor's own browser after a reload, so what is read is checked like any other input.
+It comes back from the visitor's own browser after a reload, so it is checked like any other input.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Models in processes of their own: they load while the page is being imported, and a crash of one is a sentence."""
+"""Starts models in processes of their own, which load while the page is imported. If one fails, its last line says
+why.
+"""
 
 from __future__ import annotations
 

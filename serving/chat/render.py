@@ -1,8 +1,8 @@
-"""Conversations as HTML that can do nothing: what a model or a visitor wrote is data, whatever it looks like.
+"""Conversations as HTML. What a model or a visitor wrote is shown as text and can do nothing, whatever it looks like.
 
-Answers are Markdown without HTML and without images: markdown-it writes every tag itself, escapes all text,
-and refuses `javascript:`, `data:` and their like in links. An image would fetch from wherever an answer says. Questions
-are plain text. The page's Content-Security-Policy forbids the same things once more.
+Answers are Markdown without HTML and without images: markdown-it writes every tag itself, escapes all text, and
+refuses `javascript:`, `data:` and their like in links. An image would fetch from whatever address an answer names.
+Questions are plain text. The page's Content-Security-Policy forbids the same things once more.
 """
 
 from __future__ import annotations

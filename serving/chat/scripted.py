@@ -1,4 +1,4 @@
-"""A scripted OpenAI-compatible endpoint: the test double of everything that speaks to one. Real HTTP, no model."""
+"""A scripted OpenAI-compatible endpoint, for tests of everything that speaks to one. Real HTTP, no model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all tabs share: the systems, who may ask how often, and one answer drawn step by step."""
+"""What all tabs share: the systems, the limits of a visitor, and one answer drawn step by step."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from serving.chat.client import Abilities, Delta, End, Endpoint, EndpointError
 from serving.chat.conversation import ChatReply, Settings
 
 TICK_S = 0.05
-"""Between two updates of a page: faster than one can read, and a fraction of the traffic of one for each token."""
+"""Seconds between two updates of a page: faster than people read, and less traffic than one for each token."""
 
 TOO_FAST = "That is more questions a minute than this server takes from one visitor: wait a moment, then press Retry."
 BUSY = "The last answer is still being written: stop it first, or wait."
 
 _FRESH_S = 60.0
-"""How long an endpoint's abilities are believed."""
+"""Seconds for which an endpoint's abilities are taken as known."""
 
 
 @dataclass(slots=True)

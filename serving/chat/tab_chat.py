@@ -27,8 +27,8 @@ element.addEventListener('click', (event) => {
 
 PLACEHOLDER = "Ask something"
 KEY = "almost-chat"
-"""The conversation stays in the visitor's own browser under this name, enciphered with it: that hides nothing, and must
-outlive a server."""
+"""Name under which the visitor's browser keeps the conversation, and the secret it is encoded with. The secret protects
+nothing; it is fixed so that a conversation can still be read after the server was started again."""
 
 
 class ChatTab:

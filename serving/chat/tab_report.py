@@ -1,4 +1,4 @@
-"""The Report tab: the one-page report of a run, from below one folder, in a frame that can do nothing to the page."""
+"""The Report tab: the report of a run, from below one folder, in a frame that cannot reach the page."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""An OpenAI-compatible gateway before a policy and a reward model: what neither server has, best-of-N, keys, limits.
+"""An OpenAI-compatible gateway before a policy and a reward model. It adds best-of-N, keys and limits.
 
     client -> gateway -> policy server (vLLM)
                      \\-> reward server (vLLM, pooling)
 
-What a request asks of the policy alone is passed through: its body goes there and the answer comes back byte for byte,
-a stream as it is written. Only the paths below exist; no path, query or header of a client is forwarded, above all not
-its key. Beside this: `best_of` is what `best_of` does, `limits` who is let in, `schema` what is accepted.
+A request that needs the policy alone is passed through: its body goes there, and the answer comes back byte for byte,
+a stream as it is written. Only the paths below exist. No path, query or header of a client is forwarded, so no key
+either. `best_of` does best-of-N, `limits` decides who is let in, `schema` says what is accepted.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""Best-of-N: N candidates from the policy in one request, all scored at once by the reward model, the best returned.
+"""Best-of-N: draws N candidates from the policy in one request, scores them with the reward model, returns the best.
 
 The reward of a candidate is the raw logit that `almost_eval.rewards.hf.HFRewardModel` gives for the same conversation:
-the reward server renders it with its own chat template, no generation prompt, and reads the last token. The whitespace
-around a candidate is no part of what is scored, as in this toolkit's training; the reply holds the candidate as it is.
+the reward server renders it with its own chat template, no generation prompt, and reads the last token. A candidate is
+scored without the whitespace around it, as in this toolkit's training; the reply holds it unchanged.
 
 All candidates go to the reward server in one request where the gateway knows the reward model's template (`render`).
 Else, or where that request is refused because one of them is too long, each has a request of its own, all at the same
-time. One that the server then refuses is unscored and never chosen.
+time. A candidate that the server then refuses is unscored and never chosen. Where fewer than `n` are scored, the whole
+request is an error.
 """
 
 from __future__ import annotations

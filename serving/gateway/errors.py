@@ -1,4 +1,4 @@
-"""What the gateway answers when it cannot answer: OpenAI's error form, with a status its SDKs know."""
+"""Errors in OpenAI's form, with a status that its SDKs know."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ _IDLE_S = 2.0
 _CONNECT_S = 10.0
 _HEAD_BYTES = 64 << 10
 _UNREAD_BYTES = 256 << 10
-"""So much of an answer waits in memory for its reader, then the server waits."""
+"""Bytes of an answer that are kept in memory until they are read; beyond that the server has to wait."""
 
 
 class Unreachable(Exception):

@@ -1,4 +1,4 @@
-"""Who is let in, how much at a time, for how long: the key, body size, concurrency, time-outs, clients that leave."""
+"""What a request must meet before it is worked on: the key, body size, concurrency, time-outs, a client that stays."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from serving.gateway.settings import GatewaySettings
 from serving.gateway.streaming import ReplyWriter
 
 OPEN_PATHS = frozenset({"/health"})
-"""What needs no key."""
+"""Paths that need no key."""
 
 Handler = Callable[[bytes, ReplyWriter], Awaitable[None]]
 """Takes a request's body and answers it."""

@@ -1,4 +1,4 @@
-"""Answers on their way to the client: whole ones, streams passed through, and one text told as a stream."""
+"""Sends answers to the client: a whole one, a stream passed through, or a finished text as a stream."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The servers behind the gateway: one client each, with a key of its own and failures told in OpenAI's form.
+"""The servers behind the gateway. Each has a client and a key of its own; failures are told in OpenAI's form.
 
-Nothing of a client's request but its body ever reaches an upstream. Nothing is sent twice: an answer that breaks off is
-told as a failure, and it is the client who knows whether to ask again.
+Only the body of a client's request reaches an upstream. Nothing is sent twice: an answer that breaks off is a failure,
+and the client decides whether to ask again.
 """
 
 from __future__ import annotations

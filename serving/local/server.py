@@ -29,7 +29,7 @@ from serving.gateway.errors import on_crash, on_refusal, refusal
 from serving.gateway.limits import KeyGuard
 from serving.gateway.schema import parse_json, validated
 from serving.local.generation import Turnstile
-from serving.local.job import Job
+from serving.local.job import ChatJob
 from serving.local.policy import Policy
 from serving.local.rewards import RewardWorker
 from serving.local.schema import LocalChat, LocalClassify, conversation_of
@@ -97,7 +97,7 @@ class LocalServer:
             prompt = policy.prompt(conversation_of(fields.messages))
         except InputError as error:
             raise refusal(400, str(error), "invalid_value", param="messages") from None
-        job = Job(policy, prompt, policy.sampling(fields, prompt), self._turnstile)
+        job = ChatJob(policy, prompt, policy.sampling(fields, prompt), self._turnstile)
         if fields.stream:
             usage = fields.stream_options is not None and bool(fields.stream_options.include_usage)
             return StreamingResponse(job.events(include_usage=usage), media_type="text/event-stream")

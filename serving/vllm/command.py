@@ -1,7 +1,7 @@
-"""How vLLM's server is started for a model: its options, its environment, and why each is what it is.
+"""The command that starts vLLM's server for a model: its options, its environment, and why each is what it is.
 
-Pure: nothing here looks at the machine or starts anything. Whatever the user gave among vLLM's own options stays, and
-takes the place of what would have been chosen here.
+Pure: nothing here looks at the machine or starts anything. An option of vLLM's that the user sets replaces the one that
+would be chosen here.
 """
 
 from __future__ import annotations
