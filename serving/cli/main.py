@@ -15,12 +15,11 @@ from almost_eval.cli.command_line import Command, Commands, options, run_command
 from almost_eval.errors import InputError
 from almost_eval.nano import DEFAULT_MODEL, DEFAULT_REWARD_MODEL
 from serving.cli.gateway import LIMIT_HELP, LIMITS, gateway
-from serving.gateway.settings import GatewayLimits
+from serving.gateway.settings import KEY, GatewayLimits
 
-_KEY = "ALMOST_API_KEY"
 _PASSED_ON = {"ignore_unknown_options": True, "help_option_names": ["--help"]}  # -h is part of an option of vLLM's
 _EPILOG = (
-    f"Every other option is vLLM's and is passed on as it is. The key that clients must send is read from {_KEY}. "
+    f"Every other option is vLLM's and is passed on as it is. The key that clients must send is read from {KEY}. "
     "Exit codes: 0 ended by a signal, 1 the server failed, 2 bad usage or input."
 )
 
@@ -107,16 +106,16 @@ def _serve_one(
     from serving.vllm.launch import VLLMServer
 
     _refuse_words(vllm_options)
-    key = os.environ.get(_KEY) or None
+    key = os.environ.get(KEY) or None
     with _log(log) as stream:
         server = VLLMServer(kind, model, stop=stop or None, options=vllm_options, api_key=key, log=stream, **settings)
         if dry_run:
-            click.echo(server.vllm.shown(f'"${_KEY}"' if key else ""))
+            click.echo(server.vllm.shown(f'"${KEY}"' if key else ""))
             return
         if server.vllm.note:
             click.echo(server.vllm.note, err=True)
         if not server.has_key and settings["host"] not in ("127.0.0.1", "::1", "localhost"):
-            click.echo(f"warning: no key is set ({_KEY}): whoever reaches {settings['host']} may use it", err=True)
+            click.echo(f"warning: no key is set ({KEY}): whoever reaches {settings['host']} may use it", err=True)
 
         def ready() -> None:
             where = "as a node without an address" if server.vllm.headless else f"at {server.url}"

@@ -188,25 +188,14 @@ class BestOf:
             fallback = rewards
         self._count(scored, fallback, len(choices))
 
-        # 3. The best; of equal ones the first drawn. Without rewards, the first drawn.
-        order = [i for i, one in enumerate(scored) if one.reward is not None]
-        order.sort(key=lambda i: -(scored[i].reward or 0.0))
-        chosen = order[:wanted] if fallback is None else list(range(wanted))
-        values = [one.reward for one in scored]
-        almost: JSONObject = {
-            "best_of": drawn,
-            "reward": values[chosen[0]] if fallback is None else None,
-            "rewards": values if fallback is None else [None] * drawn,
-            "chosen": chosen,
-            "unscored": [{"index": i, "reason": one.reason} for i, one in enumerate(scored) if one.reward is None],
-            "fallback": fallback,
-        }
+        # 3. The best.
+        almost = _almost(scored, drawn, wanted, fallback)
         if request.almost_candidates:
             almost["candidates"] = [
                 {"index": i, "text": text, "reward": reward, "finish_reason": choice.get("finish_reason")}
                 for i, (text, reward, choice) in enumerate(zip(texts, almost["rewards"], choices, strict=True))
             ]
-        completion["choices"] = [{**choices[i], "index": rank} for rank, i in enumerate(chosen)]
+        completion["choices"] = [{**choices[i], "index": rank} for rank, i in enumerate(almost["chosen"])]
         completion["almost"] = almost
         if request.stream:
             usage = request.stream_options is not None and bool(request.stream_options.include_usage)
@@ -264,6 +253,21 @@ class BestOf:
         rewarded = sum(one.reward is not None for one in scored)
         self._metrics.candidates.labels("scored").inc(rewarded)
         self._metrics.candidates.labels("unscored").inc(drawn - rewarded)
+
+
+def _almost(scored: Sequence[Scored], drawn: int, wanted: int, fallback: str | None) -> JSONObject:
+    """The field `almost` of the reply: the `wanted` best. Of equal ones, and without rewards, the first drawn."""
+    rewards = [one.reward for one in scored] if fallback is None else [None] * drawn
+    order = sorted((i for i in range(drawn) if rewards[i] is not None), key=lambda i: -(rewards[i] or 0.0))
+    chosen = order[:wanted] if fallback is None else list(range(wanted))
+    return {
+        "best_of": drawn,
+        "reward": rewards[chosen[0]],
+        "rewards": rewards,
+        "chosen": chosen,
+        "unscored": [{"index": i, "reason": one.reason} for i, one in enumerate(scored) if one.reward is None],
+        "fallback": fallback,
+    }
 
 
 async def answer_rewards(rewards: Rewards, request: RewardRequest, reply: ReplyWriter) -> None:
