@@ -102,8 +102,8 @@ def _print(results: ArenaReport, db: Path) -> None:
     for one in results.agreement:
         kappa = "not defined" if one.kappa is None else f"{one.kappa:.2f}"
         ends_ = "" if one.kappa_ci95 is None else f" [{one.kappa_ci95[0]:.2f}, {one.kappa_ci95[1]:.2f}]"
-        rate = f"{_share(one.rate.value)} of {one.decisive} decided {_interval(one.rate.ci95)}"
-        console.print(Text(f"agreement with {one.source}: kappa {kappa}{ends_} over {one.n} pairs, same winner {rate}"))
+        same = f"{_share(one.rate.value)} of {one.decisive} decided {_interval(one.rate.ci95)}"
+        console.print(Text(f"agreement with {one.source}: kappa {kappa}{ends_} over {one.n} pairs, same winner {same}"))
 
 
 def _share(value: float | None) -> str:
