@@ -92,7 +92,7 @@ def self_play(
         if stage.result is not None:
             turns.unlink(missing_ok=True)
             return stage.result
-        # 1. Every model is looked at, none is loaded.
+        # 1. Every model is checked, none is loaded.
         names = {"assistant": settings.assistant_model, "user": settings.user_model}
         engines = {name: engine_for(name) for name in dict.fromkeys(names.values())}
         judge = (reward_for or _hf_reward)(reward_model) if reward_model else None
@@ -103,7 +103,7 @@ def self_play(
                 play.assistant_turn(turn, dialogues)
                 if turn < settings.max_turns:
                     play.user_turn(turn, dialogues)
-        # 3. What came of it.
+        # 3. The outputs.
         kept, rejected = _outcome(dialogues, settings.min_reward)
         files = {
             "demonstrations": kept,
