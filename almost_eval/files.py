@@ -17,12 +17,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from almost_eval.errors import AlmostError, DataError, InputError, RunError, StoreError
+from almost_eval.types import JSONObject
 
-Row = dict[str, Any]
+Row = JSONObject
 """One JSON object, a line of a file."""
+
+Record = TypeVar("Record")
 
 
 # --- JSON lines ---
@@ -122,6 +125,33 @@ def read_rows(
                 raise DataError(f"malformed data: {file}, row {number}: {key!r} must be {kind.__name__}, and is {has}")
         rows.append(row)
     return rows
+
+
+def read_records(
+    file: Path, parse: Callable[[Any], Record], a: str, *, mend: str = "remove the line"
+) -> Iterator[tuple[int, Record]]:
+    """Line number and record of each line that this toolkit wrote itself, as a stream; a torn last line is left out.
+
+    Args:
+        file: JSON lines; none where it is absent.
+        parse: makes a record of a JSON value; it may raise ValueError, LookupError, TypeError or AttributeError.
+        a: what a line is, for the error: `a sample`.
+        mend: what to do about a line that is none.
+
+    Raises:
+        StoreError: a line that is no record; with file and line.
+    """
+    if not file.exists():
+        return
+    with file.open("rb") as stream:  # bytes: half a line may end inside a character
+        for number, line in enumerate(stream, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                record = parse(json.loads(line))
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                raise StoreError(f"{file}, line {number} is not {a} ({error!r}); {mend}") from None
+            yield number, record
 
 
 def repair_end(file: Path) -> None:
@@ -268,7 +298,7 @@ def write_json(file: Path, value: Mapping[str, Any]) -> None:
         stream.write(content.encode())
 
 
-def read_json(file: Path, *keys: str, absent: str = "give the folder that holds it") -> dict[str, Any]:
+def read_json(file: Path, *keys: str, absent: str = "give the folder of a run (spec.json, samples.jsonl)") -> Row:
     """A JSON object, with `keys` in it.
 
     Args:

@@ -13,6 +13,9 @@ from typing import Any
 JSONObject = dict[str, Any]
 """A JSON object as `json` reads it."""
 
+JSONMapping = Mapping[str, Any]
+"""A JSON object that is only read."""
+
 Outputs = JSONObject
 """What a model gave for one sample, as JSON: `loglikelihoods`, `rewards` or `completions`."""
 

@@ -1,6 +1,6 @@
-"""What a finished run of `vicuna` says: `results.json` from the lines, the same again, and the same in other words.
+"""What a finished run of `vicuna` says: `results.json` of its lines, the same once more, and with other settings.
 
-All of it is a pure function of the run folder: no model, no data set and no judge is asked.
+All of it is a pure function of the run folder: it needs no model, no data set and no judge.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,24 +21,25 @@ from almost_eval.judge.local import judge_by_oracle, judge_by_reward
 from almost_eval.judge.prompts import load_family, parse_review
 from almost_eval.judge.questions import read_answers, read_questions
 from almost_eval.judge.records import Pair, Review, Unparsed
-from almost_eval.run.store import digest_records, read_results, read_samples, read_spec
+from almost_eval.run.identity import origin
+from almost_eval.run.store import read_results, read_samples, read_spec
 from almost_eval.run.validity import Validity
 from almost_eval.stats import mean_metric
-from almost_eval.types import Metric, SampleRecord
+from almost_eval.types import JSONMapping, JSONObject, Metric, SampleRecord
 
 HEADLINE = "win_rate"
 
 
 def summarise(
     records: Sequence[SampleRecord],
-    spec: Mapping[str, Any],
+    spec: JSONMapping,
     validity: Validity,
-    engine: Mapping[str, Any],
+    engine: JSONMapping,
     digests: Mapping[str, str],
     *,
     ties: Ties | None = None,
     orders: Orders = "both",
-) -> dict[str, Any]:
+) -> JSONObject:
     """`results.json` without its times.
 
     Args:
@@ -58,8 +58,8 @@ def summarise(
             reviews, [s["name"] for s in settings["systems"].values()], spec["seed"]
         )
     else:
-        found = aggregate(reviews, ties=ties, orders=orders)
-        headline, metrics, judging = HEADLINE, dict(found.metrics), found.to_dict()
+        both = aggregate(reviews, ties=ties, orders=orders)
+        headline, metrics, judging = HEADLINE, dict(both.metrics), both.to_dict()
         del judging["metrics"]
     stated = {name: metric.to_dict() for name, metric in metrics.items()}
     if not validity.passed:
@@ -89,23 +89,17 @@ def summarise(
             "template": template.get("name"),
             "template_digest": template.get("digest"),
             "prompt_set": spec["prompt_set"],
-            "samples_digest": digest_records(records),
-            "dtype": spec["engine"].get("dtype"),
-            "device": spec["engine"].get("device"),
-            "seed": spec["seed"],
-            "versions": spec["versions"],
-            "command": spec["command"],
-            "commit": spec["commit"],
+            **origin(spec, records),
         },
     }
 
 
 def _round_robin(
     reviews: Sequence[Review], names: Sequence[str], seed: int
-) -> tuple[str, dict[str, Metric], dict[str, Any]]:
+) -> tuple[str, dict[str, Metric], JSONObject]:
     """Headline, metrics and the rest of several systems; each one's win rate is over all its games."""
-    found = round_robin(reviews, rng=np.random.default_rng(seed))
-    metrics = {f"strength/{name}": metric for name, metric in found.strengths.items()}
+    ranking = round_robin(reviews, rng=np.random.default_rng(seed))
+    metrics = {f"strength/{name}": metric for name, metric in ranking.strengths.items()}
     for name in names:
         games = [review for review in reviews if name in (review.baseline, review.model)]
         scores = [
@@ -116,11 +110,11 @@ def _round_robin(
         metrics[f"win_rate/{name}"] = mean_metric(scores, [review.question_id for review in games])
     unparsed = sum(review.model_score is None for review in reviews)
     metrics["unparsed"] = Metric(float(unparsed), None, None, len(reviews))
-    judging = {key: value for key, value in found.to_dict().items() if key != "strengths"}
+    judging = {key: value for key, value in ranking.to_dict().items() if key != "strengths"}
     return f"win_rate/{names[-1]}", metrics, judging
 
 
-def _details(records: Sequence[SampleRecord]) -> dict[str, Any]:
+def _details(records: Sequence[SampleRecord]) -> JSONObject:
     """What the lines say besides the verdicts; only what is not zero."""
     reasons = Counter(r.score.reason for r in records if r.score.reason not in (None, UNPARSED))
     problems = Counter(r.outputs.get("problem") for r in records if r.score.reason == UNPARSED)
@@ -176,7 +170,7 @@ class StoredRun:
         outputs = {key: value for key, value in record.outputs.items() if key not in ("lengths", "cut")}
         return record_of(pair, self._judgement(pair, record, outputs, family), id=record.sample.id, cut=cut)
 
-    def _judgement(self, pair: Pair, record: SampleRecord, outputs: dict[str, Any], family: str | None) -> Judgement:
+    def _judgement(self, pair: Pair, record: SampleRecord, outputs: JSONObject, family: str | None) -> Judgement:
         judge = self.spec["settings"]["judge"]
         if judge["kind"] == "oracle":
             return judge_by_oracle(pair)
@@ -194,7 +188,7 @@ class StoredRun:
 
     def summarise(
         self, records: Sequence[SampleRecord], *, ties: Ties | None = None, orders: Orders = "both"
-    ) -> dict[str, Any]:
+    ) -> JSONObject:
         """The results that these lines make."""
         allowed = {name: entry["allowed"] for name, entry in self.results["validity"]["checks"].items()}
         records = [r for r in records if r.sample.metadata["order"] in ORDERS[orders]]
@@ -203,10 +197,8 @@ class StoredRun:
         return summarise(records, self.spec, validity, self.results["engine"], self.digests, ties=ties, orders=orders)
 
 
-def redraw(
-    folder: Path, *, ties: Ties | None = None, orders: Orders = "both", family: str | None = None
-) -> dict[str, Any]:
-    """The results of a finished run in other words; nothing is asked and nothing is written.
+def redraw(folder: Path, *, ties: Ties | None = None, orders: Orders = "both", family: str | None = None) -> JSONObject:
+    """The results of a finished run with other settings; nothing is sent and nothing is written.
 
     Args:
         folder: the run folder.

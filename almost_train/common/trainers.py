@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 from almost_eval.errors import InputError, RunError
 from almost_eval.files import Row, RowLog
-from almost_eval.models.chat import BOS_LINE, ChatTemplate, load_template
+from almost_eval.models.chat import ChatTemplate, load_template
 from almost_eval.models.loading import pick_device
+from almost_eval.models.stops import BOS_LINE
 from almost_eval.progress import Progress
 from almost_eval.run.trackers import Trackers
 from almost_eval.types import JSONObject

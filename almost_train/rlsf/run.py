@@ -1,7 +1,8 @@
-"""RLSF, reinforcement learning from synthetic feedback: the SFT policy, the reward model's opinion, a KL penalty.
+"""RLSF, reinforcement learning from synthetic feedback: the SFT policy learns to raise the reward model's score of its
+answers, less a penalty for its KL to the SFT policy.
 
-ALMoST's third step (arXiv 2305.13735), which its authors did not release. PPO is our own loop (`loop`, `ppo`); RLOO and
-GRPO are TRL's trainers (`trl`), with the same prompts, reward, logs, guards and result.
+ALMoST's third step (arXiv 2305.13735), whose code its authors did not release. PPO is our own loop (`loop`, `ppo`);
+RLOO and GRPO are TRL's trainers (`trl`), with the same prompts, reward, logs, guards and result.
 
 Runs under `accelerate launch`: every size in the settings is that of all processes together, so a run on two processes
 is the run on one, up to rounding.
@@ -32,7 +33,7 @@ def rlsf(
     *,
     progress: Progress | None = None,
 ) -> JSONObject:
-    """Train a policy on the reward model's opinion of its own answers.
+    """Train a policy on the reward model's scores of its own answers.
 
     Args:
         settings: how.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
+from almost_eval.models.stops import first_stop
 from almost_train.synthetic.prompt_sets import SEPARATOR
 
 STOPS = (SEPARATOR, "\n\nHuman:", "Human:", "Assistant:")
@@ -82,5 +83,5 @@ def broken_rule(response: str, min_characters: int, rules: Sequence[str] = tuple
 
 def read_response(continuation: str) -> str:
     """The assistant's turn: a continuation up to the next turn or dialogue, without blanks around it."""
-    end = min((at for stop in STOPS if (at := continuation.find(stop)) >= 0), default=None)
+    end = first_stop(continuation, STOPS)
     return continuation[:end].strip("\n ")

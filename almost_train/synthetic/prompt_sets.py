@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from almost_eval.data.sources import DataSource, official_text
+from almost_eval.data.prompt_sets import official_text
+from almost_eval.data.sources import DataSource
 from almost_eval.errors import DataError, did_you_mean
 from almost_eval.models.chat import dialogue_text, parse_dialogue
 from almost_eval.types import Conversation

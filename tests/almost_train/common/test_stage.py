@@ -77,5 +77,6 @@ def test_a_refused_command_leaves_the_folder_free(tmp_path: Path) -> None:
         (folder / "log.jsonl").write_text("{}\n")
     with pytest.raises(InputError), Stage(folder, "reward", Settings(seed=2)):
         raise InputError("no such model")
-    with pytest.raises(StageChanged, match="seed was 2, is 3"):  # there is work in it
+    with pytest.raises(StageChanged, match="seed was 2, is 3") as changed:  # there is work in it
         Stage(folder, "reward", Settings(seed=3)).__enter__()
+    assert changed.value.change == "settings (seed was 2, is 3)"
