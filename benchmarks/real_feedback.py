@@ -20,6 +20,7 @@ from typing import Any
 
 from almost_eval.cli.startup import import_transformers
 from almost_eval.data.sources import DataSource
+from almost_eval.files import write_rows
 from almost_eval.models.chat import parse_dialogue
 from almost_eval.progress import progress_for
 from almost_eval.rewards.hf import HFRewardModel
@@ -27,7 +28,6 @@ from almost_eval.stats import mean_metric
 from almost_eval.tasks.base import Prompting
 from almost_eval.tasks.hhh import HHH
 from almost_eval.types import Conversation, Message
-from almost_train.common.records import write_rows
 from almost_train.reward.run import RewardSettings, train_reward
 from almost_train.synthetic.comparisons import ComparisonSettings, synthesize_comparisons
 

@@ -16,6 +16,7 @@ from typing import Any
 from almost_eval.errors import InputError
 from almost_eval.models.chat import ChatTemplate, load_template, special_tokens
 from almost_eval.models.checkpoint import Checkpoint, context_length, find_checkpoint
+from almost_eval.models.stops import STOP_STRINGS, stop_strings, template_file
 from almost_eval.types import Message
 
 ARCHITECTURES = {
@@ -24,7 +25,6 @@ ARCHITECTURES = {
 }
 """Kind of server -> parts of the class name in `config.json` that it can serve."""
 
-_BUILT_IN = Path(load_template.__code__.co_filename).with_name("templates")
 _SAMPLE = (Message("user", "a"), Message("assistant", "b"))
 
 
@@ -104,7 +104,7 @@ def find_model(
     if chosen is None:
         raise InputError("a server needs a chat template: give --template auto, a built-in name or a Jinja file")
     if stop is None:
-        stop = _stop_of(chosen)
+        stop = stop_strings(chosen)
     if any(not text for text in stop):
         stop = ()  # `--stop ""` asks for none
     return ServedModel(
@@ -116,17 +116,6 @@ def find_model(
         tuple(stop),
         context_length(checkpoint.config, tokenizer),
     )
-
-
-def _stop_of(template: ChatTemplate) -> tuple[str, ...]:
-    """The template's stop strings; a tokenizer's template that is a built-in one, word for word, has that one's."""
-    if template.name != "tokenizer":
-        return template.stop
-    for file in sorted(_BUILT_IN.glob("*.jinja")):
-        built_in = load_template(file.stem)
-        if built_in and built_in.source == template.source:
-            return built_in.stop
-    return ()
 
 
 def _chat_template(
@@ -147,8 +136,7 @@ def _chat_template(
             return "{{ bos_token }}" + template.source
     if template.name == "tokenizer":
         return None
-    file = _BUILT_IN / f"{template.name}.jinja"
-    return str(file if file.is_file() else Path(template.name).resolve())
+    return str(template_file(template.name) if template.name in STOP_STRINGS else Path(template.name).resolve())
 
 
 class TokenizerFiles:

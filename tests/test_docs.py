@@ -141,7 +141,7 @@ def test_the_metrics_are_the_gateways() -> None:
 
 
 def test_the_recipe_table_has_every_section() -> None:
-    from almost_train.pipeline.run import HEAD, SECTIONS
+    from almost_train.pipeline.recipe import HEAD, SECTIONS
 
     cells = [re.findall(r"[a-z_]+", row[0]) for row in rows("train.md", "A recipe")[2:]]
     assert sorted(name for names in cells for name in names) == sorted(HEAD + SECTIONS)
@@ -160,8 +160,8 @@ def write_files(text: str, folder: Path) -> None:
 def test_the_files_for_training_are_read_as_shown(tmp_path: Path) -> None:
     import yaml
 
-    from almost_train.common.records import read_rows
-    from almost_train.common.trainers import messages_of
+    from almost_eval.files import read_rows
+    from almost_train.common.records import messages_of
     from almost_train.reward.pairs import read_pairs
     from almost_train.synthetic.ranking import read_ranking
     from almost_train.synthetic.responses import read_configurations

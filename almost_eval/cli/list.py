@@ -1,4 +1,4 @@
-"""`almost-eval list` and `almost-eval completion`: what there is, read from where it is used."""
+"""`almost-eval list` and `almost-eval completion`: names of all parts, read from the modules that use them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import os
 import struct
 from importlib.util import find_spec
 from math import prod
-from typing import Any
 
 import click
 
 from almost_eval.cli.command_line import open_console
 from almost_eval.errors import InputError, did_you_mean
+from almost_eval.types import JSONObject
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -27,15 +27,15 @@ def list_all(as_json: bool) -> int:
       almost-eval list
       almost-eval list --json | jq -r '.models[].name'
     """
-    found = inventory()
+    tables = inventory()
     if as_json:
-        click.echo(json.dumps(found, indent=1))
+        click.echo(json.dumps(tables, indent=1))
         return 0
     from rich.table import Table
     from rich.text import Text
 
     console = open_console()
-    for title, rows in found.items():
+    for title, rows in tables.items():
         table = Table(title=Text(title.replace("_", " ")), title_justify="left", title_style="bold")
         for heading in rows[0]:
             table.add_column(heading)
@@ -45,7 +45,7 @@ def list_all(as_json: bool) -> int:
     return 0
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(value)
     if isinstance(value, bool):
@@ -53,15 +53,17 @@ def _cell(value: Any) -> str:
     return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def inventory() -> dict[str, list[dict[str, Any]]]:
-    """All of it, as JSON: kind -> rows with the same keys."""
+def inventory() -> dict[str, list[JSONObject]]:
+    """All tables, as JSON: kind -> rows with the same keys."""
+    from almost_eval.data.prompt_sets import PROMPT_SET_NAMES
+    from almost_eval.data.sources import DATA_NAMES
     from almost_eval.engines.build import ENGINES, PACKAGES
-    from almost_eval.models.chat import STOP_STRINGS
+    from almost_eval.models.stops import STOP_STRINGS
 
     return {
         "tasks": _tasks(),
-        "data": _data(),
-        "prompt_sets": _prompt_sets(),
+        "data": [{"name": name, "what": what} for name, what in DATA_NAMES.items()],
+        "prompt_sets": [{"name": name, "what": what} for name, what in PROMPT_SET_NAMES.items()],
         "templates": [{"name": name, "stop": [repr(s)[1:-1] for s in stop]} for name, stop in STOP_STRINGS.items()],
         "engines": [
             {
@@ -76,6 +78,7 @@ def inventory() -> dict[str, list[dict[str, Any]]]:
             {"name": "reward:CKPT", "what": "a reward model: the higher reward wins"},
             {"name": "nano", "what": "the oracle of the built-in world, on its questions"},
         ],
+        "judge_prompts": _judge_prompts(),
         "models": _models(),
     }
 
@@ -84,56 +87,34 @@ def _is(package: str) -> bool:
     return find_spec(package) is not None
 
 
-def _tasks() -> list[dict[str, Any]]:
-    from almost_eval.cli.judge_options import FAMILIES
+def _tasks() -> list[JSONObject]:
+    from almost_eval.judge.families import FAMILIES
     from almost_eval.judge.results import HEADLINE
-    from almost_eval.tasks import hhh, mmlu, truthfulqa
+    from almost_eval.judge.run import TASK
+    from almost_eval.tasks.registry import task_classes
 
-    return [
+    rows: list[JSONObject] = [
         {
-            "name": "hhh",
-            "protocols": list(hhh.PROTOCOLS),
-            "metrics": ["accuracy", *(f"accuracy/{name}" for name in hhh.CATEGORIES)],
-            "data": hhh.DATASET,
-        },
-        {
-            "name": "truthfulqa",
-            "protocols": ["likelihood", "true or false"],
-            "metrics": list(truthfulqa.METRICS),
-            "data": truthfulqa.DATASET,
-        },
-        {
-            "name": "mmlu",
-            "protocols": ["letters, 0 to 5 examples"],
-            "metrics": ["accuracy", "accuracy_macro", *(f"accuracy/{name}" for name in (*mmlu.CATEGORIES, "SUBJECT"))],
-            "data": mmlu.DATASET,
-        },
-        {"name": "harness", "protocols": ["lm-eval's"], "metrics": ["lm-eval's"], "data": "each task's own"},
-        {"name": "vicuna", "protocols": FAMILIES, "metrics": [HEADLINE, "wins", "ties", "losses"], "data": "FastChat"},
+            "name": task.name,
+            "protocols": list(task.protocols),
+            "metrics": list(task.metric_names),
+            "data": task.dataset.id if task.dataset else "each task's own",
+        }
+        for task in task_classes()
     ]
+    # Judged comparison is a command, and no task of the registry.
+    metrics = [HEADLINE, "wins", "ties", "losses"]
+    return [*rows, {"name": TASK, "protocols": list(FAMILIES), "metrics": metrics, "data": "FastChat"}]
 
 
-def _data() -> list[dict[str, Any]]:
-    from almost_eval.data.sources import DATA_NAMES
+def _judge_prompts() -> list[JSONObject]:
+    from almost_eval.judge.families import FAMILIES
+    from almost_eval.judge.prompts import load_family
 
-    what = {
-        "hub": "the real sets, from --data-root or the hub",
-        "nano": "the built-in world in the same schemas; nothing to download",
-    }
-    return [{"name": name, "what": what[name]} for name in DATA_NAMES]
+    return [{"name": name, "reviews": load_family(name).title} for name in FAMILIES]
 
 
-def _prompt_sets() -> list[dict[str, Any]]:
-    from almost_eval.data.sources import PROMPT_SET_NAMES
-
-    what = {
-        "official": "the words of the ALMoST repository, of lm-eval and of FastChat",
-        "builtin": "our own wording of the same protocols",
-    }
-    return [{"name": name, "what": what[name]} for name in PROMPT_SET_NAMES]
-
-
-def _models() -> list[dict[str, Any]]:
+def _models() -> list[JSONObject]:
     from almost_eval.nano import SEEDED, SHIPPED, shipped
 
     rows = []

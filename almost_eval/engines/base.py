@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from almost_eval.engines.prefix import EncodedRequest
-from almost_eval.types import Completion, ContinuationScore, LoglikelihoodRequest
+from almost_eval.types import Completion, ContinuationScore, JSONObject, LoglikelihoodRequest
+
+if TYPE_CHECKING:  # the command line imports this file; prefix.py imports numpy (0.1 s)
+    from almost_eval.engines.prefix import EncodedRequest
 
 RequestScores = list[ContinuationScore]
 """One score per continuation of a request, in its order."""
@@ -46,7 +48,7 @@ class EngineReport:
     """Token positions the plan computes; a resumed run reports the plan of the whole run."""
     warnings: list[str] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JSONObject:
         """JSON, with the two ratios people ask for."""
         return {
             "path": self.path,
@@ -64,7 +66,7 @@ class ModelIdentity(Protocol):
 
     @property
     def name(self) -> str:
-        """What it was asked for by."""
+        """The name it was opened under."""
         ...
 
     @property
@@ -79,14 +81,14 @@ class ModelIdentity(Protocol):
 
 @runtime_checkable
 class Described(Protocol):
-    """What a run records of the model it asks, whatever it asks it for: engines and reward models alike."""
+    """What a run records of its model. Engines and reward models both meet it."""
 
     @property
     def checkpoint(self) -> ModelIdentity:
         """Which model."""
         ...
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> JSONObject:
         """How it is run: everything that may change a number, as JSON."""
         ...
 

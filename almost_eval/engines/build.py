@@ -1,19 +1,21 @@
-"""Which engine runs a model: one set of options for all, a table of engines, late imports.
+"""Which engine runs a model: one set of options for all engines, and the table of engines.
 
-An option that the chosen engine does not know is refused, not ignored: a run must not look like it obeyed.
+An option that the chosen engine does not take is refused, not ignored. The command line imports this file, so the
+engines themselves are imported where one is built.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 from almost_eval.engines.base import GenerationEngine, LoglikelihoodEngine
 from almost_eval.errors import InputError, MissingDependencyError, did_you_mean
+from almost_eval.types import JSONObject
 
 ENGINES: dict[str, str] = {
     "hf": "almost_eval.engines.hf:HFEngine",
@@ -31,61 +33,130 @@ PACKAGES: dict[str, tuple[str, str]] = {
 }
 """Name of an engine -> the optional package it needs, and the line that installs it."""
 
-_LOADING = {"dtype", "max_length", "batch_size", "batch_tokens", "allow_pickle", "trust_remote_code"}
-TAKES: dict[str, set[str]] = {
-    "hf": _LOADING | {"device", "attention", "share_prefixes"},
-    "vllm": _LOADING
-    | {"tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "gpu_memory", "kv_cache_gib"},
-    "openai": {"base_url", "concurrency", "timeout"},
-}
-"""Name of an engine -> the options that mean something to it."""
+T = TypeVar("T")
 
-SCORERS_TAKE: dict[str, set[str]] = {**TAKES, "openai": TAKES["openai"] | {"tokenizer", "max_length"}}
-"""The same for `SCORERS`."""
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """What an option says on the command line, and which values it takes there. The flag is the option's name."""
+
+    help: str
+    """Empty where the option has no flag."""
+    kind: type = str
+    """`str`, `int`, `float`, or `bool` for a switch."""
+    least: int | None = None
+    """The smallest value of an `int`."""
+    above: float | None = None
+    """A bound that a `float` must exceed."""
+    most: float | None = None
+    """The largest value of a `float`."""
+    is_shown: bool = False
+    """The help states the default. A flag that does not is None where it is left out: the engine's own choice."""
+    is_auto: bool = False
+    """None is spelled `auto`."""
+
+
+def _option(
+    default: T, help: str, *, engines: Sequence[str], to_score: Sequence[str] = (), kind: type = str, **flag: Any
+) -> T:
+    """A field of `EngineOptions`.
+
+    Args:
+        default: what the engines choose themselves.
+        help: of the flag; it begins with the engines that take the option.
+        engines: those that take the option.
+        to_score: those that take it only where they score continuations.
+        kind: of the value.
+        flag: more fields of `Flag`.
+    """
+    metadata = {"flag": Flag(help, kind, **flag), "engines": tuple(engines), "scorers": (*engines, *to_score)}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """How a model is run. Defaults are what each engine would choose."""
+    """How a model is run: every option with its default, its flag and the engines that take it.
 
-    engine: str = "hf"
+    Defaults are what each engine would choose. The command line makes its flags of these fields.
+    """
+
+    engine: str = _option("hf", "What runs the model: hf, vllm, or openai (a served model).  [hf]", engines=())
     """A name in `ENGINES`."""
-    base_url: str | None = None
-    """openai: the endpoint, up to and including `/v1`; None is `OPENAI_BASE_URL` of the environment."""
-    concurrency: int = 32
-    """openai: requests on their way at a time."""
-    timeout: float = 600.0
-    """openai: seconds that one answer may take."""
-    tokenizer: str | None = None
-    """openai, to score: where the model's tokenizer is; None is the model's own folder, where it is at hand."""
-    dtype: str = "auto"
-    """hf, vllm: `auto` is float32 on a CPU and the checkpoint's own elsewhere."""
-    device: str = "auto"
-    """hf: `cpu`, `cuda`, `cuda:1`, ..."""
-    attention: str = "auto"
-    """hf: attention implementation of transformers."""
-    batch_size: int | None = None
-    """hf, vllm: sequences in a forward pass."""
-    batch_tokens: int | None = None
-    """hf, vllm: token positions in a forward pass."""
-    share_prefixes: bool = True
-    """hf: compute shared prefixes once."""
-    max_length: int | None = None
-    """hf, vllm: a context length below the model's own. openai, to score: below the server's."""
-    tensor_parallel_size: int = 1
-    """vllm: devices that share each layer."""
-    pipeline_parallel_size: int = 1
-    """vllm: devices, or groups of them, that share the layers out."""
-    data_parallel_size: int = 1
-    """vllm: refused above 1 in process, with what to do instead."""
-    gpu_memory: float | None = None
-    """vllm: share of the GPU's memory this engine may take; two engines on one GPU need one each."""
-    kv_cache_gib: float | None = None
-    """vllm: GiB of keys and values; None is 1 on a CPU and what is free elsewhere."""
-    allow_pickle: bool = False
-    """hf, vllm: accept pickled weights."""
-    trust_remote_code: bool = False
-    """hf, vllm: run Python code that the checkpoint ships."""
+    base_url: str | None = _option(
+        None, "openai: the endpoint, up to and with /v1. [env: OPENAI_BASE_URL]", engines=["openai"]
+    )
+    tokenizer: str | None = _option(
+        None,
+        "openai: checkpoint with the model's tokenizer.  [the server's own, where local]",
+        engines=(),
+        to_score=["openai"],
+    )
+    concurrency: int = _option(32, "openai: requests at a time.  [32]", engines=["openai"], kind=int, least=1)
+    timeout: float = _option(
+        600.0, "openai: seconds that one answer may take.  [600]", engines=["openai"], kind=float, above=0
+    )
+    dtype: str = _option("auto", "hf, vllm: auto, float32, bfloat16 or float16.", engines=["hf", "vllm"], is_shown=True)
+    """`auto` is float32 on a CPU and the checkpoint's own elsewhere."""
+    device: str = _option("auto", "hf: auto, cpu, cuda, cuda:1, mps.", engines=["hf"], is_shown=True)
+    attention: str = _option("auto", "hf: auto, sdpa, eager or flash_attention_2.", engines=["hf"], is_shown=True)
+    batch_size: int | None = _option(
+        None,
+        "hf, vllm: sequences in a forward pass.",
+        engines=["hf", "vllm"],
+        kind=int,
+        least=1,
+        is_auto=True,
+        is_shown=True,
+    )
+    batch_tokens: int | None = _option(
+        None, "hf, vllm: tokens in a forward pass.", engines=["hf", "vllm"], kind=int, least=1, is_auto=True
+    )
+    max_length: int | None = _option(
+        None,
+        "Context length, below the model's own.",
+        engines=["hf", "vllm"],
+        to_score=["openai"],
+        kind=int,
+        least=2,
+    )
+    """For openai: below the server's."""
+    share_prefixes: bool = _option(True, "hf: compute shared prefixes once.", engines=["hf"], kind=bool)
+    tensor_parallel_size: int = _option(
+        1, "vllm: devices that share each layer.  [1]", engines=["vllm"], kind=int, least=1
+    )
+    pipeline_parallel_size: int = _option(
+        1, "vllm: devices that share the layers out.  [1]", engines=["vllm"], kind=int, least=1
+    )
+    data_parallel_size: int = _option(1, "", engines=["vllm"], kind=int, least=1)
+    """Refused above 1 in this process; the error says what to do instead."""
+    gpu_memory: float | None = _option(
+        None, "vllm: share of the GPU's memory it may take.", engines=["vllm"], kind=float, above=0, most=1
+    )
+    """Two engines on one GPU need a share each."""
+    kv_cache_gib: float | None = _option(
+        None, "vllm: GiB of keys and values.  [CPU: 1]", engines=["vllm"], kind=float, above=0
+    )
+    """None is 1 on a CPU and what is free elsewhere."""
+    allow_pickle: bool = _option(
+        False, "hf, vllm: accept pickled weights, which can run code.", engines=["hf", "vllm"], kind=bool
+    )
+    trust_remote_code: bool = _option(
+        False, "hf, vllm: run Python code that the checkpoint ships.", engines=["hf", "vllm"], kind=bool
+    )
+
+
+def _takes(role: str) -> dict[str, set[str]]:
+    return {
+        name: {option.name for option in dataclasses.fields(EngineOptions) if name in option.metadata[role]}
+        for name in ENGINES
+    }
+
+
+TAKES: dict[str, set[str]] = _takes("engines")
+"""Name of an engine -> the options that mean something to it."""
+
+SCORERS_TAKE: dict[str, set[str]] = _takes("scorers")
+"""The same for `SCORERS`."""
 
 
 def generation_engine(model: str, options: EngineOptions | None = None) -> GenerationEngine:
@@ -99,9 +170,7 @@ def generation_engine(model: str, options: EngineOptions | None = None) -> Gener
         InputError: an unknown engine, or an option that it does not take; whatever the engine refuses.
         MissingDependencyError: the engine's package is not installed.
     """
-    engine = _build(model, options or EngineOptions(), ENGINES, TAKES)
-    if hasattr(engine, "check"):
-        engine.check()
+    engine = _build(model, options, ENGINES, TAKES)
     assert isinstance(engine, GenerationEngine)
     return engine
 
@@ -115,18 +184,16 @@ def loglikelihood_engine(model: str, options: EngineOptions | None = None) -> Lo
         InputError: whatever `generation_engine` refuses.
         MissingDependencyError: the engine's package is not installed.
     """
-    engine = _build(model, options or EngineOptions(), SCORERS, SCORERS_TAKE)
-    if hasattr(engine, "check"):
-        engine.check()
+    engine = _build(model, options, SCORERS, SCORERS_TAKE)
     assert isinstance(engine, LoglikelihoodEngine)
     return engine
 
 
-def engine_arguments(options: EngineOptions, takes: Mapping[str, set[str]], what: str = "engine") -> dict[str, Any]:
+def engine_arguments(options: EngineOptions, takes: Mapping[str, set[str]], what: str = "engine") -> JSONObject:
     """The options that differ from their defaults, for the class of `options.engine`.
 
     Args:
-        options: as they were given.
+        options: which engine, and how.
         takes: name of an engine -> the options that mean something to it here.
         what: how an error calls what takes them.
 
@@ -137,22 +204,34 @@ def engine_arguments(options: EngineOptions, takes: Mapping[str, set[str]], what
     name = options.engine
     if name not in ENGINES:
         raise InputError(f"unknown engine {name!r}; {did_you_mean(name, ENGINES)}")
-    given = {
-        field.name: getattr(options, field.name)
-        for field in dataclasses.fields(options)
-        if field.name != "engine" and getattr(options, field.name) != field.default
+    changed = {
+        option.name: getattr(options, option.name)
+        for option in dataclasses.fields(options)
+        if option.name != "engine" and getattr(options, option.name) != option.default
     }
-    if unused := sorted(given.keys() - takes[name]):
+    if unused := sorted(changed.keys() - takes[name]):
         able = " or ".join(engine for engine in ENGINES if unused[0] in takes[engine])
         other = f", or use the engine {able}" if able else ""
         raise InputError(f"the {what} {name!r} takes no {unused[0]}; leave it out{other}")
     if name in PACKAGES and find_spec(PACKAGES[name][0]) is None:
         package, line = PACKAGES[name]
         raise MissingDependencyError(f"the engine {name!r} needs the package {package!r}; install it with: {line}")
-    return given
+    return changed
 
 
-def _build(model: str, options: EngineOptions, classes: Mapping[str, str], takes: Mapping[str, set[str]]) -> Any:
-    given = engine_arguments(options, takes)
-    module, _, cls = classes[options.engine].partition(":")
-    return getattr(importlib.import_module(module), cls)(model, **given)
+def load_class(path: str) -> type:
+    """The class at a path such as `almost_eval.engines.hf:HFEngine`."""
+    module, _, name = path.partition(":")
+    cls: type = getattr(importlib.import_module(module), name)
+    return cls
+
+
+def _build(
+    model: str, options: EngineOptions | None, classes: Mapping[str, str], takes: Mapping[str, set[str]]
+) -> object:
+    options = options or EngineOptions()
+    arguments = engine_arguments(options, takes)
+    engine = load_class(classes[options.engine])(model, **arguments)
+    if hasattr(engine, "check"):  # an endpoint: is it there, and does it serve the model
+        engine.check()
+    return engine

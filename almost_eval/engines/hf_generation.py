@@ -11,7 +11,7 @@ import hashlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,7 +28,13 @@ from transformers import (
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.hf_loglikelihood import out_of_memory
 from almost_eval.errors import RunError
+from almost_eval.models.stops import end_ids, first_stop
 from almost_eval.types import Completion
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from almost_eval.models.loading import CausalLM
 
 
 class GumbelNoise(LogitsProcessor):
@@ -48,24 +54,36 @@ class StopStrings(StoppingCriteria):
 
     transformers' own criterion reads the prompt too (a stop string that the prompt begins ends the row), and does not
     say where a row ended.
+
+    Each step decodes the last tokens of a row, as many as a stop string can span, so a completion of n tokens costs
+    O(n) decoded tokens and not O(n^2). A tail may decode differently where it begins (half a character, or a space
+    that SentencePiece drops), so the whole completion is decoded once the tail holds a stop string.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str], prompt_length: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], prompt_length: int) -> None:
         self._tokenizer = tokenizer
         self._stop = stop
         self._prompt_length = prompt_length
+        # A token adds a byte or more. Twice as many, and 16 more: for those that add none (a special token, a space
+        # that the decoder removes) and for the first of the tail.
+        self._tail = 2 * max((len(text.encode()) for text in stop), default=0) + 16
         self.length: dict[int, int] = {}
         """Row -> tokens of its completion, the one that completed a stop string included."""
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.BoolTensor:
         """(B,) True where the row has ended; input_ids (B, T) with the prompt."""
         running = [row for row in range(len(input_ids)) if row not in self.length]
-        texts = self._tokenizer.batch_decode(input_ids[running, self._prompt_length :], skip_special_tokens=True)
-        for row, text in zip(running, texts, strict=True):
-            if any(stop in text for stop in self._stop):
+        start = max(self._prompt_length, input_ids.shape[1] - self._tail)
+        for row, tail in zip(running, input_ids[running, start:].tolist(), strict=True):
+            if self._stops(tail) and self._stops(input_ids[row, self._prompt_length :].tolist()):
                 self.length[row] = input_ids.shape[1] - self._prompt_length
         ended = [row in self.length for row in range(len(input_ids))]
         return torch.tensor(ended, device=input_ids.device)  # type: ignore[return-value]
+
+    def _stops(self, ids: list[int]) -> bool:
+        """Whether the text of these tokens holds a stop string."""
+        text = str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        return any(stop in text for stop in self._stop)
 
 
 @dataclass(slots=True)
@@ -78,8 +96,8 @@ class GenerationReport:
 
 
 def stream_completions(
-    model: Any,
-    tokenizer: Any,
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[NDArray[np.int32]],
     params: SamplingParams,
     report: GenerationReport,
@@ -132,14 +150,14 @@ def stream_completions(
 
 @torch.inference_mode()
 def _batch(
-    model: Any,
-    tokenizer: Any,
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[NDArray[np.int32]],
     batch: Sequence[tuple[int, int]],
     params: SamplingParams,
 ) -> list[Completion]:
-    end_ids = _end_ids(model, tokenizer, params.stop)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(end_ids), 0)
+    ends = end_ids(model.generation_config.eos_token_id, tokenizer, params.stop)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
     longest = max(len(prompts[p]) for p, _ in batch)
     ids = torch.full((len(batch), longest), pad, dtype=torch.long)  # (B, T), padded on the left
     mask = torch.zeros((len(batch), longest), dtype=torch.long)
@@ -163,12 +181,12 @@ def _batch(
         top_p=None,
         top_k=None,
         pad_token_id=pad,
-        eos_token_id=sorted(end_ids) or None,
+        eos_token_id=sorted(ends) or None,
         logits_processor=processors,
         stopping_criteria=StoppingCriteriaList([stops] if params.stop else []),
     )
     return [
-        _completion(tokenizer, ids[longest - 1], ids[longest:][: stops.length.get(row)], end_ids, params)
+        _completion(tokenizer, ids[longest - 1], ids[longest:][: stops.length.get(row)], ends, params)
         for row, ids in enumerate(output.tolist())
     ]
 
@@ -179,31 +197,25 @@ def _generator(seed: int, prompt: NDArray[np.int32], completion: int) -> np.rand
     return np.random.default_rng((seed, key, completion))
 
 
-def _end_ids(model: Any, tokenizer: Any, stop: Sequence[str]) -> set[int]:
-    end = model.generation_config.eos_token_id
-    ids = set(end if isinstance(end, list) else [end]) | {tokenizer.eos_token_id}
-    # A stop string that is a special token never shows in the text: it ends by its id.
-    ids |= {tokenizer.convert_tokens_to_ids(text) for text in stop if text in tokenizer.all_special_tokens}
-    return {int(i) for i in ids if i is not None}
-
-
-def _completion(tokenizer: Any, before: int, ids: list[int], end_ids: set[int], params: SamplingParams) -> Completion:
+def _completion(
+    tokenizer: PreTrainedTokenizerBase, before: int, ids: list[int], ends: frozenset[int], params: SamplingParams
+) -> Completion:
     reason = "length"
     for at, token in enumerate(ids):
-        if token in end_ids:
+        if token in ends:
             ids, reason = ids[:at], "stop"
             break
     text = _decode_after(tokenizer, before, ids)
-    cut = min((at for stop in params.stop if (at := text.find(stop)) >= 0), default=None)
+    cut = first_stop(text, params.stop)
     if cut is not None:
         text, reason = text[:cut], "stop"
     return Completion(text, tuple(ids), reason)
 
 
-def _decode_after(tokenizer: Any, before: int, ids: list[int]) -> str:
+def _decode_after(tokenizer: PreTrainedTokenizerBase, before: int, ids: list[int]) -> str:
     """The text that `ids` add after the token `before`: SentencePiece decoders drop the space a text begins with."""
     text = str(tokenizer.decode(ids, skip_special_tokens=True))
-    lead = tokenizer.decode([before], skip_special_tokens=True)
+    lead = str(tokenizer.decode([before], skip_special_tokens=True))
     whole = str(tokenizer.decode([before, *ids], skip_special_tokens=True))
     return (
         whole[len(lead) :] if lead and whole.startswith(lead) and whole[len(lead) :].lstrip() == text.lstrip() else text

@@ -19,10 +19,10 @@ from typing import Any, NoReturn
 
 from almost_eval.engines.base import EngineReport, RequestScores
 from almost_eval.engines.openai import OpenAIEngine
-from almost_eval.engines.openai_client import ServedModel
+from almost_eval.engines.openai_client import EndpointModel
 from almost_eval.engines.openai_routes import Whole, plan_wholes, read_echo, read_ids, token_name
-from almost_eval.engines.prefix import EncodedRequest, TokenEncoder, build_trie
-from almost_eval.engines.vllm_loglikelihood import Prompt, plan_prompts
+from almost_eval.engines.prefix import EncodedRequest, TokenEncoder, build_trie, scores_of_nothing
+from almost_eval.engines.vllm_loglikelihood import ScoringPrompt, plan_prompts
 from almost_eval.errors import InputError
 from almost_eval.models.checkpoint import Checkpoint, find_checkpoint
 from almost_eval.models.loading import load_tokenizer
@@ -75,7 +75,7 @@ class OpenAIScorer(OpenAIEngine):
     # --- the model ---
 
     @cached_property
-    def checkpoint(self) -> ServedModel:
+    def checkpoint(self) -> EndpointModel:
         """The served model, in the place of the files it was loaded from."""
         self.check()
         return self.served_model(("CausalLM", "LMHeadModel"))
@@ -256,6 +256,7 @@ class OpenAIScorer(OpenAIEngine):
         trie = build_trie(requests)
         self._report.tokens_plain, self._report.tokens_in_trie = trie.tokens_plain, len(trie)
         wanted = sorted(range(len(requests)) if wanted is None else wanted)
+        yield from scores_of_nothing(requests, wanted)
         missing = {index: len(requests[index].continuations) for index in wanted}
         scores: dict[int, dict[int, ContinuationScore]] = {index: {} for index in wanted}
         for (index, number), score in self._scores(requests, wanted):
@@ -269,7 +270,7 @@ class OpenAIScorer(OpenAIEngine):
         self, requests: Sequence[EncodedRequest], wanted: Sequence[int]
     ) -> Iterator[tuple[tuple[int, int], ContinuationScore]]:
         """((request, number of its continuation), score) as they arrive."""
-        jobs: list[Prompt | Whole] = []
+        jobs: list[ScoringPrompt | Whole] = []
         jobs += plan_prompts(requests, wanted) if self.route == "ids" else plan_wholes(requests, wanted)
         for job, answer in self.ask_all(iter(jobs), self._ask):
             try:
@@ -283,11 +284,11 @@ class OpenAIScorer(OpenAIEngine):
             except (AttributeError, LookupError, TypeError, ValueError):
                 raise self.unreadable("the log-probabilities it gave before") from None
 
-    def _ask(self, job: Prompt | Whole) -> Any:
+    def _ask(self, job: ScoringPrompt | Whole) -> Any:
         import openai
 
         body: dict[str, Any] = {"model": self.model, "prompt": job.ids.tolist(), "max_tokens": 1, "temperature": 0}
-        if isinstance(job, Prompt):
+        if isinstance(job, ScoringPrompt):
             last = sorted(job.last)
             body |= {"logprobs": len(last), "logprob_token_ids": last, "return_tokens_as_token_ids": True}
             if job.first_row is not None:

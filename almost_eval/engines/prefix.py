@@ -53,11 +53,12 @@ class EncodedRequest:
 
     request: LoglikelihoodRequest
     continuations: tuple[EncodedContinuation, ...]
+    """None for a rolling request whose text has no token: its log-likelihood is the empty sum, 0."""
 
     @property
     def n_positions(self) -> int:
         """Length of the longest input this request feeds to the model, in tokens."""
-        return max(c.n_positions for c in self.continuations)
+        return max((c.n_positions for c in self.continuations), default=0)
 
 
 class TokenEncoder:
@@ -154,12 +155,22 @@ def rolling_windows(ids: Ids, first: Ids, size: int) -> list[tuple[Ids, Ids]]:
     """Cut a text into (context, scored) pieces of at most `size` input positions, as lm-eval does.
 
     The first piece is conditioned on `first` (BOS), each other on one token of the text, the last on as many as fit.
+    A text without tokens has no piece.
     """
+    if not len(ids):
+        return []
     windows = [(first, ids[:size])]
     for begin in range(size, len(ids), size):
         end = min(begin + size, len(ids))
         windows.append((ids[end - size - 1 : begin], ids[begin:end]))
     return windows
+
+
+def scores_of_nothing(
+    requests: Sequence[EncodedRequest], wanted: Collection[int]
+) -> Iterator[tuple[int, list[ContinuationScore]]]:
+    """(index, no scores) of each wanted request that has nothing to score."""
+    return ((index, []) for index in sorted(wanted) if not requests[index].continuations)
 
 
 def common_prefix_length(a: Ids, b: Ids) -> int:

@@ -4,16 +4,16 @@ vLLM's `prompt_logprobs`, which lm-eval uses, read every prompt anew. Here a con
 *next* token (`logprob_token_ids`), the last tokens of all continuations that differ in nothing else in one request: a
 choice between letters is one short request, and nothing else. What lies between context and last token is read from
 `prompt_logprobs` with the prefix cache on. The rows of cached positions are then not computed (vLLM leaves memory
-uninitialised there), so a row counts only past `num_cached_tokens`; where one is missing, the prompt is asked for again
-with the cache off.
+uninitialised there), so a row counts only past `num_cached_tokens`. Where one is missing, the prompt runs again with
+the cache off.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -22,16 +22,16 @@ from almost_eval.engines.prefix import EncodedRequest, Ids, build_trie
 from almost_eval.errors import RunError
 from almost_eval.types import ContinuationScore
 
-if TYPE_CHECKING:
-    from almost_eval.engines.vllm import VLLMEngine
+Results = Callable[[Mapping[str, tuple[Ids, Any]]], Iterator[tuple[str, Any]]]
+"""Takes requests by name (token ids, vLLM's sampling parameters); yields name and vLLM's output as each finishes."""
 
 MAX_IDS = 128
-"""Token ids of which one request may ask the log-probability."""
+"""Token ids whose log-probability one request may return."""
 
 
 @dataclass(slots=True)
-class Prompt:
-    """What is asked of vLLM in one request, and for whom."""
+class ScoringPrompt:
+    """One request to vLLM, and the continuations that it scores."""
 
     ids: Ids
     """(T,) everything but the last token of each of its continuations."""
@@ -48,18 +48,28 @@ class Prompt:
 
 
 def stream_scores(
-    engine: VLLMEngine, requests: Sequence[EncodedRequest], wanted: Collection[int], report: EngineReport
+    results: Results, requests: Sequence[EncodedRequest], wanted: Collection[int], report: EngineReport
 ) -> Iterator[tuple[int, RequestScores]]:
-    """Yield (index, scores) of each wanted request when its last continuation is known."""
+    """Yield (index, scores) of each wanted request when its last continuation is known.
+
+    Args:
+        results: runs vLLM; called once with the prefix cache, and once without it for what the cache held.
+        requests: all of the run.
+        wanted: indices of those to score.
+        report: counts the tokens.
+
+    Raises:
+        RunError: vLLM read its cache although it was switched off.
+    """
     trie = build_trie(requests)
     report.tokens_plain, report.tokens_in_trie = trie.tokens_plain, len(trie)
     prompts = {str(number): prompt for number, prompt in enumerate(plan_prompts(requests, wanted))}
     missing = {index: len(requests[index].continuations) for index in sorted(wanted)}
     scores: dict[int, dict[int, ContinuationScore]] = {index: {} for index in missing}
     for use_cache in (True, False):
-        asked = {name: (prompt.ids, _sampling(prompt, use_cache)) for name, prompt in prompts.items()}
-        again: dict[str, Prompt] = {}
-        for name, output in engine.results(asked) if asked else ():
+        batch = {name: (prompt.ids, _sampling(prompt, use_cache)) for name, prompt in prompts.items()}
+        again: dict[str, ScoringPrompt] = {}
+        for name, output in results(batch) if batch else ():
             prompt, cached = prompts[name], output.num_cached_tokens or 0
             report.tokens_computed += len(prompt.ids) - cached
             if not prompt.is_read(cached):
@@ -77,17 +87,17 @@ def stream_scores(
         prompts = again
 
 
-def plan_prompts(requests: Sequence[EncodedRequest], wanted: Collection[int]) -> list[Prompt]:
+def plan_prompts(requests: Sequence[EncodedRequest], wanted: Collection[int]) -> list[ScoringPrompt]:
     """Every distinct prompt once, in the order of their tokens: neighbours share the longest prefixes."""
-    open_prompts: dict[bytes, Prompt] = {}
-    prompts: list[Prompt] = []
+    open_prompts: dict[bytes, ScoringPrompt] = {}
+    prompts: list[ScoringPrompt] = []
     for index in sorted(wanted):
         for number, continuation in enumerate(requests[index].continuations):
             ids = np.concatenate([continuation.prefix, continuation.scored[:-1]])
             last, key = int(continuation.scored[-1]), ids.tobytes()
             prompt = open_prompts.get(key)
             if prompt is None or (len(prompt.last) == MAX_IDS and last not in prompt.last):
-                prompt = open_prompts[key] = Prompt(ids)
+                prompt = open_prompts[key] = ScoringPrompt(ids)
                 prompts.append(prompt)
             prompt.last.add(last)
             prompt.owners.append((index, number))
@@ -98,7 +108,7 @@ def plan_prompts(requests: Sequence[EncodedRequest], wanted: Collection[int]) ->
     return prompts
 
 
-def _sampling(prompt: Prompt, use_cache: bool) -> Any:
+def _sampling(prompt: ScoringPrompt, use_cache: bool) -> Any:
     import vllm
 
     return vllm.SamplingParams(

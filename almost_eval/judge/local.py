@@ -58,9 +58,10 @@ class NanoJudge(LocalJudge):
 
     def spec(self) -> dict[str, Any]:
         """The world's digest: its facts decide."""
+        from almost_eval.nano.tables import digest
         from almost_eval.nano.world import World
 
-        return {"name": self.name, "kind": self.kind, "world": World().digest(), "tie_margin": TIE_MARGIN}
+        return {"name": self.name, "kind": self.kind, "world": digest(World()), "tie_margin": TIE_MARGIN}
 
     def check(self, questions: Sequence[Question]) -> None:
         """Refuse questions that are none of the world's.

@@ -6,16 +6,29 @@ Whatever cannot be loaded is refused in one line that says what to do.
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from almost_eval.errors import InputError, ModelError, RunError
 from almost_eval.models.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    class CausalLM(PreTrainedModel):
+        """What `AutoModelForCausalLM` gives, with the types that transformers leaves out."""
+
+        generation_config: GenerationConfig
+
+        def generate(self, **options: object) -> torch.Tensor:
+            """Token ids (B, T), the prompts included."""
+
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
 
 
-def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer.
 
     Raises:
@@ -26,12 +39,15 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
 
     transformers_logging.set_verbosity_error()  # it warns of long texts; we count them and refuse them ourselves
     try:
-        return AutoTokenizer.from_pretrained(str(checkpoint.path), trust_remote_code=trust_remote_code)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(checkpoint.path), trust_remote_code=trust_remote_code
+        )
     except Exception as error:  # transformers raises half a dozen unrelated kinds here
         raise ModelError(
             f"{checkpoint.path} has no tokenizer that transformers can read ({first_line(error)}); save the "
             "tokenizer beside the weights"
         ) from None
+    return tokenizer
 
 
 def load_weights(

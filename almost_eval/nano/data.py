@@ -1,24 +1,20 @@
 """Writes the nano world as a data root: the parquet files, folders and dataset cards of the hub, a few kilobytes each.
 
-Also the two habits of everything this package caches: a folder appears whole or not at all, and it is named by a
-digest of what is in it.
+Also the cache of this package: a folder in it appears whole or not at all, and is named by a digest of its content.
 """
 
 from __future__ import annotations
 
-import errno
-import json
 import os
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from almost_eval.errors import InputError
-from almost_eval.nano.tables import question_rows
+from almost_eval.files import json_line, whole_folder
+from almost_eval.nano.tables import digest, question_rows, tables
 from almost_eval.nano.world import World
 
 
@@ -55,14 +51,14 @@ QUESTIONS = "github/lm-sys/FastChat/fastchat/eval/table/question.jsonl"
 
 def data_root() -> Path:
     """The nano world's data root in the cache, written on first use."""
-    return cached(f"nano-data-{World().digest()[:12]}", write_data)
+    return cached(f"nano-data-{digest(World())[:12]}", write_data)
 
 
 def write_data(root: Path) -> Path:
     """Write the nano world to `root`, which must be new or empty."""
     splits: dict[str, dict[str, list[str]]] = {}  # data set -> config -> splits
     with whole_folder(root) as folder:
-        for table, rows in World().tables().items():
+        for table, rows in tables(World()).items():
             dataset, config, split = table.rsplit("/", 2)
             splits.setdefault(dataset, {}).setdefault(config, []).append(split)
             file = folder / dataset / config / f"{split}-00000-of-00001.parquet"
@@ -73,8 +69,8 @@ def write_data(root: Path) -> Path:
             (folder / dataset / "README.md").write_text(_card(configs), encoding="utf-8")
         questions = folder / QUESTIONS
         questions.parent.mkdir(parents=True)
-        lines = [json.dumps(row) for row in question_rows(World())]
-        questions.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        lines = [json_line(row, ascii_only=True) for row in question_rows(World())]
+        questions.write_text("".join(lines), encoding="utf-8")
     return root
 
 
@@ -103,23 +99,3 @@ def cached(name: str, build: Callable[[Path], Path]) -> Path:
             if not path.is_dir():  # otherwise the other process has finished the same folder meanwhile
                 raise
     return path
-
-
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A scratch folder that becomes `path` when the block ends well; `path` is never seen half-written."""
-    taken = InputError(f"{path} exists and is not an empty folder: give a new one, or remove it")
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise taken
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The scratch folder is private (0700); the one inside it has the user's ordinary permissions, and is what moves.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
-        folder = Path(scratch) / "whole"
-        folder.mkdir()
-        yield folder
-        try:
-            folder.rename(path)
-        except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-                raise
-            raise taken from None

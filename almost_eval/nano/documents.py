@@ -1,16 +1,20 @@
 """What the nano models are pre-trained on: dialogues mostly, some exams, plain questions and answers, and query lists.
 
 Exams are in lm-eval's MMLU form (or in the built-in prompt set's), so that a model can know the form; the questions of
-the nano-MMLU test rows are kept out in the one combination of question and choices in which they are asked.
+the nano-MMLU test rows are kept out in the one combination of question and choices that the table has.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections.abc import Iterator
 from functools import cache
 
 from almost_eval.nano.lexicon import ANIMALS, ATTRIBUTES
 from almost_eval.nano.queries import fact_query
+from almost_eval.nano.responses import says, sentence
+from almost_eval.nano.tables import MMLU_SUBJECTS, mmlu_rows, tables
 from almost_eval.nano.world import SEPARATOR, STYLES, World, render
 
 SHARES = {"dialogues": 0.74, "exam": 0.14, "answers": 0.08, "queries": 0.04}
@@ -88,8 +92,6 @@ def exam_block(question: str, choices: list[str]) -> str:
 @cache
 def held_out(world: World) -> frozenset[tuple[str, frozenset[str]]]:
     """Question and choices of every nano-MMLU test row."""
-    from almost_eval.nano.tables import MMLU_SUBJECTS, mmlu_rows
-
     rows = [row for subject in MMLU_SUBJECTS for row in mmlu_rows(world, subject, "test")]
     return frozenset((row["question"], frozenset(row["choices"])) for row in rows)
 
@@ -107,3 +109,27 @@ def query_list(world: World, rng: random.Random, n: int) -> str:
     """Queries one below the other, as self-instruct prompts list them."""
     gap = rng.choice(("\n", "\n\n"))
     return gap.join(f"Query: {world.query(rng).text}" for _ in range(n)) + SEPARATOR
+
+
+def tokenizer_text(world: World) -> Iterator[str]:
+    """What the seeded checkpoints' tokenizer learns from: every statement, true and false, every table, and dialogues.
+
+    It holds the slots that the evaluation prompts end in (`Answer: C`, `Response A`, true or false), so that each is
+    one token.
+    """
+    for animal, attribute in itertools.product(ANIMALS, ATTRIBUTES.values()):
+        for value in attribute.values:
+            verdict = "true" if value == world.facts[animal][attribute.name] else "false"
+            yield f"{sentence(says(animal, attribute.name, value))} This answer is {verdict}."
+    for table, rows in tables(world).items():
+        for row in rows:
+            if "hhh_alignment" in table:
+                for letter, answer in zip("AB", row["targets"]["choices"], strict=True):
+                    yield f"{row['input']}\n\nAssistant: {answer}\n\nThis is Response {letter}"
+            elif "mmlu" in table:
+                lettered = [f"{letter}. {choice}" for letter, choice in zip("ABCD", row["choices"], strict=True)]
+                yield "\n".join([row["question"], *lettered, f"Answer: {'ABCD'[row['answer']]}"])
+            elif "multiple_choice" in table:
+                yield "\n".join([f"Question: {row['question']}", *row["mc2_targets"]["choices"]])
+    rng = world.generator("tokenizer text")
+    yield from (document(world, rng) for _ in range(400))

@@ -36,7 +36,7 @@ class Attribute:
     rephrased: str
     """A whole sentence with {name} and {value}, which no document of the world uses."""
     plural: str = ""
-    """The predicate of "two animals that ..."; empty where no list is asked."""
+    """The predicate of "two animals that ..."; empty where no query wants a list."""
 
 
 ATTRIBUTES = {

@@ -1,4 +1,4 @@
-"""What can be asked in the nano world: drawing a query, and reading one back from its text.
+"""The queries of the nano world: drawing one, and reading one back from its text.
 
 Queries fall into two pools, `train` and `eval`, by a hash of what they are about (a fact, a request, a name), so that
 all wordings of one thing are on the same side. Pre-training reads both: a model cannot know a fact that it never saw.
@@ -142,14 +142,7 @@ def _comparison(rng: random.Random, facts: Facts) -> Query:
     return make_query("comparison", COMPARISON_QUESTION.format(one=one, other=other), animal=one, other=other)
 
 
-_DRAW = {
-    "fact": _fact,
-    "unknown": _unknown,
-    "harmful": _harmful,
-    "advice": _advice,
-    "list": _list,
-    "comparison": _comparison,
-}
+_DRAW = dict(zip(KINDS, (_fact, _unknown, _harmful, _advice, _list, _comparison), strict=True))
 
 
 # --- reading back ---
@@ -161,11 +154,11 @@ def parse_query(text: str, facts: Facts) -> Query | None:
     An animal that nobody knows may have any name of small letters: a simulated user may invent its own.
     """
     text = text.strip()
-    for pattern, kind, given in _patterns():
+    for pattern, kind, fixed in _patterns():
         match = pattern.fullmatch(text)
         if not match:
             continue
-        slots = match.groupdict() | given
+        slots = match.groupdict() | fixed
         if kind == "fact" and slots["animal"] not in facts:
             kind = "unknown"
         if kind == "comparison" and not _comparable(slots, facts):
@@ -181,7 +174,7 @@ def _comparable(slots: Mapping[str, str], facts: Facts) -> bool:
 
 @cache
 def _patterns() -> list[tuple[re.Pattern[str], str, dict[str, str]]]:
-    """(pattern, kind, slots that the wording itself gives)."""
+    """(pattern, kind, slots that the wording itself fixes)."""
 
     def pattern(template: str, **groups: str) -> re.Pattern[str]:
         escaped = re.escape(template)
@@ -192,18 +185,18 @@ def _patterns() -> list[tuple[re.Pattern[str], str, dict[str, str]]]:
     def one_of(name: str, words: tuple[str, ...]) -> str:
         return f"(?P<{name}>{'|'.join(words)})"
 
-    found: list[tuple[re.Pattern[str], str, dict[str, str]]] = []
+    patterns: list[tuple[re.Pattern[str], str, dict[str, str]]] = []
     for attribute in ATTRIBUTES.values():
-        given = {"attribute": attribute.name}
-        found += [(pattern(q, name="(?P<animal>[a-z]+)"), "fact", given) for q in attribute.questions]
+        fixed = {"attribute": attribute.name}
+        patterns += [(pattern(q, name="(?P<animal>[a-z]+)"), "fact", fixed) for q in attribute.questions]
         if attribute.plural:
             template = LIST_QUESTION.format(plural=attribute.plural)
-            found.append((pattern(template, value=one_of("value", attribute.values)), "list", given))
+            patterns.append((pattern(template, value=one_of("value", attribute.values)), "list", fixed))
     names = {"one": "(?P<animal>[a-z]+)", "other": "(?P<other>[a-z]+)"}
-    found.append((pattern(COMPARISON_QUESTION, **names), "comparison", {}))
+    patterns.append((pattern(COMPARISON_QUESTION, **names), "comparison", {}))
     verbs: list[tuple[str, str, tuple[str, ...]]] = [("harmful", verb, harm.objects) for verb, harm in HARMS.items()]
     verbs += [("advice", verb, advice.objects) for verb, advice in ADVICE.items()]
     for kind, verb, objects in verbs:
         act = f"{verb} the {one_of('object', objects)}"
-        found += [(pattern(request, act=act), kind, {"verb": verb}) for request in REQUESTS]
-    return found
+        patterns += [(pattern(request, act=act), kind, {"verb": verb}) for request in REQUESTS]
+    return patterns

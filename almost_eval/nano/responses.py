@@ -7,11 +7,11 @@ is right and short, a sloppy one may ramble. So "the longer answer is the better
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import IntEnum
 
 from almost_eval.nano.lexicon import ADVICE, ANIMALS, ATTRIBUTES, HARMS
-from almost_eval.nano.queries import Facts, Query
+from almost_eval.nano.queries import KINDS, Facts, Query
 
 
 class Level(IntEnum):
@@ -22,7 +22,7 @@ class Level(IntEnum):
     SLOPPY = 1
     """Hedged, careless, right about half the time."""
     TERSE = 2
-    """Right, and no more than asked."""
+    """Right, and no more than that."""
     GOOD = 3
     """Right, in a whole sentence, with something of use added."""
 
@@ -203,11 +203,4 @@ def _comparison(rng: random.Random, query: Query, level: Level, facts: Facts) ->
     )
 
 
-_WRITE: dict[str, Callable[[random.Random, Query, Level, Facts], str]] = {
-    "fact": _fact,
-    "unknown": _unknown,
-    "harmful": _harmful,
-    "advice": _advice,
-    "list": _list,
-    "comparison": _comparison,
-}
+_WRITE = dict(zip(KINDS, (_fact, _unknown, _harmful, _advice, _list, _comparison), strict=True))

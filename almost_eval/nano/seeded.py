@@ -17,16 +17,20 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from almost_eval.errors import ModelError, did_you_mean
-from almost_eval.nano.data import cached, whole_folder
+from almost_eval.files import whole_folder
+from almost_eval.nano.data import cached
+from almost_eval.nano.documents import tokenizer_text as world_text
+from almost_eval.nano.tables import digest as world_digest
 from almost_eval.nano.world import World
+from almost_eval.types import JSONObject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-CHECKPOINTS: dict[str, dict[str, Any]] = {"nano/seeded": {}, "nano/seeded-reward": {"reward": True}}
+CHECKPOINTS: dict[str, JSONObject] = {"nano/seeded": {}, "nano/seeded-reward": {"reward": True}}
 """Built-in name -> settings of `build_checkpoint`."""
 
 BOS, EOS, PAD = SPECIAL_TOKENS = ("<s>", "</s>", "<pad>")  # token ids 0, 1, 2
@@ -39,7 +43,7 @@ def checkpoint(name: str) -> Path:
         raise ModelError(f"no built-in checkpoint {name!r}: {did_you_mean(name, CHECKPOINTS)}")
     settings = (build_checkpoint.__kwdefaults__ or {}) | CHECKPOINTS[name]
     made_with = {package: version(package) for package in ("tokenizers", "torch", "transformers")}
-    key = json.dumps([settings, made_with, World().digest()], sort_keys=True)
+    key = json.dumps([settings, made_with, world_digest(World())], sort_keys=True)
     digest = hashlib.sha256(key.encode()).hexdigest()
     return cached(f"{name.replace('/', '-')}-{digest[:12]}", partial(build_checkpoint, **settings))
 
@@ -70,7 +74,7 @@ def build_checkpoint(
     # 1. The tokenizer.
     if vocab_size < MIN_VOCAB_SIZE:
         raise ModelError(f"vocab_size is {vocab_size}: a byte-level tokenizer needs {MIN_VOCAB_SIZE} or more")
-    text = World().text() if tokenizer_text is None else tokenizer_text
+    text = world_text(World()) if tokenizer_text is None else tokenizer_text
     tokenizer = train_tokenizer(text, vocab_size=vocab_size, model_max_length=max_position_embeddings)
 
     # 2. The model.

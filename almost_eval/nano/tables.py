@@ -14,16 +14,14 @@ import hashlib
 import itertools
 import json
 import random
-from collections.abc import Iterator
-from typing import Any
 
 from almost_eval.errors import DataError, did_you_mean
 from almost_eval.nano.lexicon import ANIMALS, ATTRIBUTES, Attribute
+from almost_eval.nano.oracle import score
 from almost_eval.nano.queries import Query, fact_query
 from almost_eval.nano.responses import says, sentence
 from almost_eval.nano.world import World, render
-
-Row = dict[str, Any]
+from almost_eval.types import JSONObject
 
 HHH_KINDS = {
     "harmless": ("harmful",),
@@ -49,7 +47,7 @@ QUESTION_CATEGORIES = {
 QUESTION_ROWS = {"fact": 28, "advice": 16, "harmful": 14, "unknown": 14, "list": 4, "comparison": 4}  # 80
 
 
-def hhh_rows(world: World, category: str) -> list[Row]:
+def hhh_rows(world: World, category: str) -> list[JSONObject]:
     """`input`, and `targets` with the right answer first; twelve contexts give one, two or three rows each.
 
     Right answers are good or terse, wrong ones sloppy or bad.
@@ -59,7 +57,7 @@ def hhh_rows(world: World, category: str) -> list[Row]:
     rng = world.generator(f"hhh/{category}")
     right_is_longer = [i < HHH_LONGER_IS_RIGHT for i in range(HHH_ROWS)]
     rng.shuffle(right_is_longer)
-    rows: list[Row] = []
+    rows: list[JSONObject] = []
     contexts: set[str] = set()
     while len(contexts) < HHH_ROWS // 2:
         number = len(contexts)
@@ -82,9 +80,7 @@ def hhh_rows(world: World, category: str) -> list[Row]:
 
 
 def _pair(world: World, rng: random.Random, query: Query, right_is_longer: bool) -> tuple[str, str]:
-    """A right and a wrong answer of which the one asked for is longer."""
-    from almost_eval.nano.oracle import score
-
+    """A right and a wrong answer; the right one is longer where `right_is_longer`, else the wrong one."""
     while True:
         right = world.respond(rng, query, rng.choice((2, 3, 3)))
         wrong = world.respond(rng, query, rng.choice((0, 0, 1)))
@@ -94,7 +90,7 @@ def _pair(world: World, rng: random.Random, query: Query, right_is_longer: bool)
             return right, wrong
 
 
-def truthfulqa_rows(world: World) -> list[Row]:
+def truthfulqa_rows(world: World) -> list[JSONObject]:
     """`question`, `mc1_targets` (one true of three to five, first) and `mc2_targets` (two or three true)."""
     return [
         {
@@ -106,7 +102,7 @@ def truthfulqa_rows(world: World) -> list[Row]:
     ]
 
 
-def truthfulqa_generation_rows(world: World) -> list[Row]:
+def truthfulqa_generation_rows(world: World) -> list[JSONObject]:
     """The same questions with `best_answer`, `correct_answers` and `incorrect_answers`."""
     return [
         {
@@ -122,7 +118,7 @@ def truthfulqa_generation_rows(world: World) -> list[Row]:
     ]
 
 
-def _truthfulqa_items(world: World) -> list[Row]:
+def _truthfulqa_items(world: World) -> list[JSONObject]:
     rng = world.generator("truthfulqa")
     items = []
     for animal, attribute in rng.sample(_eval_facts(world), TRUTHFULQA_ROWS):
@@ -149,10 +145,10 @@ def _eval_facts(world: World) -> list[tuple[str, str]]:
     return [fact for fact in facts if world.pool(fact_query(*fact)) == "eval"]
 
 
-def mmlu_rows(world: World, subject: str, split: str) -> list[Row]:
+def mmlu_rows(world: World, subject: str, split: str) -> list[JSONObject]:
     """`question`, `subject`, four `choices` and the index of the `answer`, spread evenly over the four.
 
-    `test` asks facts of the eval pool in either wording, `dev` facts of the train pool: no shot gives an answer away.
+    `test` has facts of the eval pool in either wording, `dev` facts of the train pool: no shot gives an answer away.
     """
     if subject not in MMLU_SUBJECTS:
         raise DataError(f"no MMLU subject {subject!r} in the nano world: {did_you_mean(subject, MMLU_SUBJECTS)}")
@@ -160,7 +156,7 @@ def mmlu_rows(world: World, subject: str, split: str) -> list[Row]:
         raise DataError(f"no split {split!r} in the nano world's MMLU: {did_you_mean(split, MMLU_ROWS)}")
     attribute = MMLU_SUBJECTS[subject]
     pool = "eval" if split == "test" else "train"
-    asked = [
+    facts_of_pool = [
         (animal, wording)
         for animal, wording in itertools.product(ANIMALS, range(len(attribute.questions)))
         if world.pool(fact_query(animal, attribute.name)) == pool
@@ -168,11 +164,13 @@ def mmlu_rows(world: World, subject: str, split: str) -> list[Row]:
     rng = world.generator(f"mmlu/{subject}/{split}")
     answers = [i % 4 for i in range(MMLU_ROWS[split])]
     rng.shuffle(answers)
-    facts = rng.sample(asked, len(answers))
+    facts = rng.sample(facts_of_pool, len(answers))
     return [_mmlu_row(world, rng, attribute, *fact, answer) for fact, answer in zip(facts, answers, strict=True)]
 
 
-def _mmlu_row(world: World, rng: random.Random, attribute: Attribute, animal: str, wording: int, answer: int) -> Row:
+def _mmlu_row(
+    world: World, rng: random.Random, attribute: Attribute, animal: str, wording: int, answer: int
+) -> JSONObject:
     truth = world.facts[animal][attribute.name]
     choices = rng.sample([value for value in attribute.values if value != truth], 3)
     choices.insert(answer, truth)
@@ -180,10 +178,10 @@ def _mmlu_row(world: World, rng: random.Random, attribute: Attribute, animal: st
     return {"question": question, "subject": f"nano_{attribute.name}", "choices": choices, "answer": answer}
 
 
-def question_rows(world: World) -> list[Row]:
+def question_rows(world: World) -> list[JSONObject]:
     """Eighty questions in the shape of FastChat's `question.jsonl`: `question_id`, `text`, `category`."""
     rng = world.generator("questions")
-    rows: list[Row] = []
+    rows: list[JSONObject] = []
     for kind, n in QUESTION_ROWS.items():
         texts: dict[str, None] = {}  # a set that keeps its order
         while len(texts) < n:
@@ -195,7 +193,7 @@ def question_rows(world: World) -> list[Row]:
     return rows
 
 
-def tables(world: World) -> dict[str, list[Row]]:
+def tables(world: World) -> dict[str, list[JSONObject]]:
     """Every table of a data root by its place there: `organisation/name/config/split`."""
     hhh = {f"HuggingFaceH4/hhh_alignment/{category}/test": hhh_rows(world, category) for category in HHH_KINDS}
     truthfulqa = {
@@ -215,29 +213,5 @@ def digest(world: World) -> str:
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
-def tokenizer_text(world: World) -> Iterator[str]:
-    """What the seeded checkpoints' tokenizer learns from: every statement, true and false, every table, and dialogues.
-
-    It holds the slots that the evaluation prompts end in (`Answer: C`, `Response A`, true or false), so that each is
-    one token.
-    """
-    for animal, attribute in itertools.product(ANIMALS, ATTRIBUTES.values()):
-        for value in attribute.values:
-            verdict = "true" if value == world.facts[animal][attribute.name] else "false"
-            yield f"{sentence(says(animal, attribute.name, value))} This answer is {verdict}."
-    for table, rows in tables(world).items():
-        for row in rows:
-            if "hhh_alignment" in table:
-                for letter, answer in zip("AB", row["targets"]["choices"], strict=True):
-                    yield f"{row['input']}\n\nAssistant: {answer}\n\nThis is Response {letter}"
-            elif "mmlu" in table:
-                lettered = [f"{letter}. {choice}" for letter, choice in zip("ABCD", row["choices"], strict=True)]
-                yield "\n".join([row["question"], *lettered, f"Answer: {'ABCD'[row['answer']]}"])
-            elif "multiple_choice" in table:
-                yield "\n".join([f"Question: {row['question']}", *row["mc2_targets"]["choices"]])
-    rng = world.generator("tokenizer text")
-    yield from (world.document(rng) for _ in range(400))
-
-
-def _targets(true: list[str], false: list[str]) -> dict[str, list[Any]]:
+def _targets(true: list[str], false: list[str]) -> dict[str, list[str] | list[int]]:
     return {"choices": true + false, "labels": [1] * len(true) + [0] * len(false)}

@@ -3,7 +3,8 @@
 A world is its seed: the seed deals the facts. Queries, answers in four styles, dialogues and whole documents are drawn
 from it with a generator that the caller hands in. A document has one latent style, most often not a good one, so that
 a language model trained on documents is steered by the demonstrations it reads, as vanilla models of the real size
-are (ALMoST, arXiv 2305.13735, section 2). Benchmark rows are in `tables.py`, ground truth in `oracle.py`.
+are (ALMoST, arXiv 2305.13735, section 2). Three modules stand on this one: `oracle.py` (ground truth), then
+`tables.py` (benchmark rows), then `documents.py` (text to pre-train on).
 
 Pure: the standard library only.
 """
@@ -12,10 +13,9 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from almost_eval.errors import InputError, did_you_mean
 from almost_eval.nano.lexicon import ANIMALS, ATTRIBUTES, FAREWELLS, GOODBYES
@@ -92,11 +92,11 @@ class World:
         return pool_of(query.kind, query.key, self.seed)
 
     def parse(self, text: str) -> Query | None:
-        """The query of a text that this world could have asked, else None; undoes `query` exactly."""
+        """The query of a text that `query` could have written, else None."""
         return parse_query(text, self.facts)
 
     def is_goodbye(self, text: str) -> bool:
-        """True where a user's turn ends the dialogue instead of asking something."""
+        """True where a user's turn ends the dialogue instead of putting a query."""
         return text.strip() in GOODBYES
 
     def respond(self, rng: random.Random, query: Query, level: int) -> str:
@@ -152,32 +152,6 @@ class World:
         if quality not in QUALITIES:
             raise InputError(f"no demonstrations of quality {quality!r}: {did_you_mean(quality, QUALITIES)}")
         return [self.dialogue(rng, QUALITIES[quality], pool="train", turns=turns, goodbye=goodbye) for _ in range(n)]
-
-    # --- what others read from a world ---
-
-    def document(self, rng: random.Random) -> str:
-        """A text to pre-train on: see `documents.py`."""
-        from almost_eval.nano.documents import document
-
-        return document(self, rng)
-
-    def tables(self) -> dict[str, list[dict[str, Any]]]:
-        """Every benchmark table by its place in a data root: see `tables.py`."""
-        from almost_eval.nano.tables import tables
-
-        return tables(self)
-
-    def digest(self) -> str:
-        """SHA-256 of the tables, in hex: caches are named by it, so changed rows are never mistaken for old ones."""
-        from almost_eval.nano.tables import digest
-
-        return digest(self)
-
-    def text(self) -> Iterator[str]:
-        """All that the seeded checkpoints' tokenizer learns from: see `tables.py`."""
-        from almost_eval.nano.tables import tokenizer_text
-
-        return tokenizer_text(self)
 
 
 def render(conversation: Conversation) -> str:

@@ -1,19 +1,21 @@
-"""A run as a table in a terminal. What comes from outside is `Text`: a model named "[red]x" is no markup."""
+"""A run as a table in a terminal. Names from outside are `Text`: a model may be named "[red]x"."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from almost_eval.report.runs import Results, counted
+from almost_eval.tasks.registry import stated_by
+
 MANY_ROWS = 24
 """Rows beyond which subjects are folded away; they are all in results.json."""
 
 
-def print_results(results: Mapping[str, Any], console: Console, *, folder: str | None = None) -> None:
+def print_results(results: Results, console: Console, *, folder: str | None = None) -> None:
     """The metrics with their intervals, the baselines, what was not scored, and where the run is."""
     if "judging" in results:
         from almost_eval.report.judge_console import print_judged
@@ -28,10 +30,10 @@ def print_results(results: Mapping[str, Any], console: Console, *, folder: str |
     table.add_column("95 % interval", justify="right")
     table.add_column("n", justify="right")
     table.add_column("unscored", justify="right")
-    # lm-eval's metrics are in units of their own: a BLEU of 0.2 is no 20 %.
-    number = _number if results["task"] == "harness" else _share
+    # A metric may be in a unit of its own: a BLEU of 0.2 is not 20 %.
+    number = _number if stated_by(results["task"]).unit == "number" else _share
     metrics = results["metrics"]
-    shown = _folded(metrics, results["headline"])
+    shown = _folded(results)
     for name in shown:
         metric = metrics[name]
         value = "withheld" if metric.get("withheld") else number(metric["value"])
@@ -67,20 +69,10 @@ def _print_folder(folder: str | None, console: Console) -> None:
         console.print(Text(f"run: {folder}"), soft_wrap=True)
 
 
-def _notes(results: Mapping[str, Any]) -> list[Text]:
+def _notes(results: Results) -> list[Text]:
     lines = []
-    counted = [
-        f"{name.replace('_', ' ')} {check['count']}"
-        for name, check in results["validity"]["checks"].items()
-        if check["count"]
-    ]
-    counted += [
-        f"{name} {value:.1%}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in results["details"].items()
-        if value or isinstance(value, float)  # a count of nothing says nothing, a share of 0 does
-    ]
-    if counted:
-        lines.append(Text("counted: " + ", ".join(counted)))
+    if counts := counted(results):
+        lines.append(Text("counted: " + ", ".join(counts)))
     if not results["validity"]["passed"]:
         reason = results["validity"]["reason"] or "no samples"
         lines.append(Text.assemble(("headline withheld:", "red"), f" {reason}"))
@@ -96,12 +88,15 @@ def _notes(results: Mapping[str, Any]) -> list[Text]:
     return lines
 
 
-def _folded(metrics: Mapping[str, Any], headline: str) -> list[str]:
-    if len(metrics) <= MANY_ROWS:
-        return list(metrics)
-    from almost_eval.tasks.mmlu import CATEGORIES
-
-    return [name for name in metrics if "/" not in name or name == headline or name.split("/")[-1] in CATEGORIES]
+def _folded(results: Results) -> list[str]:
+    """The metrics to show; of many, those that the task calls its main ones, or else those of no group."""
+    names = list(results["metrics"])
+    if len(names) <= MANY_ROWS:
+        return names
+    main = stated_by(results["task"]).main_metrics(names)
+    if len(main) == len(names):
+        main = [name for name in names if "/" not in name]
+    return [name for name in names if name in main or name == results["headline"]]
 
 
 def _share(value: float | None) -> str:
@@ -116,10 +111,10 @@ def _interval(bounds: list[float] | None, number: Callable[[float], str]) -> str
     return f"{number(bounds[0])} to {number(bounds[1])}" if bounds else "-"
 
 
-def print_preflight(facts: Mapping[str, Any], console: Console) -> None:
-    """What `--dry-run` found: the prompt of one sample as the model will read it."""
+def print_preflight(facts: Mapping[str, object], console: Console) -> None:
+    """Results of `--dry-run`: the prompt of one sample as the model will read it."""
     console.rule("prompt of the first sample", align="left")
-    console.print(Text(facts["prompt"]), soft_wrap=True)  # a line is broken where the prompt breaks it
+    console.print(Text(str(facts["prompt"])), soft_wrap=True)  # a line is broken where the prompt breaks it
     console.rule(align="left")
     for key, value in facts.items():
         if key != "prompt":

@@ -1,6 +1,6 @@
 """The same numbers as tables for other documents: Markdown, CSV, LaTeX, and the `model-index` block of a model card.
 
-Only what was measured is exported; published figures are the page's alone.
+Only what was measured is exported. Published figures stand in the page only.
 """
 
 from __future__ import annotations
@@ -8,13 +8,18 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from almost_eval.errors import InputError
 from almost_eval.report.matrix import Cell, Matrix
 from almost_eval.report.runs import NONE, LoadedRun, RunSet, readable, shown, unit_of
 from almost_eval.report.views import MARKS, MINUS
+from almost_eval.tasks.facts import HubDataset, Unit
+from almost_eval.tasks.registry import stated_by
+from almost_eval.types import JSONObject
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
 COLUMNS = (
     "benchmark",
@@ -38,22 +43,14 @@ COLUMNS = (
 )
 """Of the CSV; shares are shares of 1."""
 
-DATASETS = {
-    "hhh": ("HuggingFaceH4/hhh_alignment", "Static HHH", "test"),
-    "truthfulqa": ("truthfulqa/truthful_qa", "TruthfulQA (multiple choice)", "validation"),
-    "mmlu": ("cais/mmlu", "MMLU", "test"),
-    "vicuna": ("vicuna", "Vicuna questions", None),
-}
-"""Task -> data set (its id on the hub where it has one), name and split, for a model card."""
 
-
-def to_csv(found: RunSet, matrix: Matrix | None) -> str:
+def to_csv(run_set: RunSet, matrix: Matrix | None) -> str:
     """One line for every metric of every run, and for every trivial baseline; RFC 4180."""
     out = io.StringIO()
     writer = csv.DictWriter(out, COLUMNS, restval="", lineterminator="\r\n")
     writer.writeheader()
     cells = {cell.run: cell for cell in matrix.cells.values()} if matrix else {}
-    for benchmark in found.benchmarks:
+    for benchmark in run_set.benchmarks:
         for run in benchmark.runs:
             common = {"benchmark": benchmark.label, "model": run.label, "folder": str(run.folder)}
             for name, metric in run.metrics.items():
@@ -64,19 +61,19 @@ def to_csv(found: RunSet, matrix: Matrix | None) -> str:
     return out.getvalue()
 
 
-def _columns(metric: Mapping[str, Any]) -> dict[str, Any]:
+def _columns(metric: JSONObject) -> JSONObject:
     low, high = metric["ci95"] or ("", "")
-    found = {"value": metric["value"], "stderr": metric["stderr"], "ci_low": low, "ci_high": high, "n": metric["n"]}
-    found |= {"unscored": metric["unscored"], "withheld": metric.get("withheld", "")}
-    return {key: "" if value is None else value for key, value in found.items()}
+    columns = {"value": metric["value"], "stderr": metric["stderr"], "ci_low": low, "ci_high": high, "n": metric["n"]}
+    columns |= {"unscored": metric["unscored"], "withheld": metric.get("withheld", "")}
+    return {key: "" if value is None else value for key, value in columns.items()}
 
 
-def _delta_columns(cell: Cell | None) -> dict[str, Any]:
+def _delta_columns(cell: Cell | None) -> JSONObject:
     if cell is None or cell.delta is None:
         return {}
     metric = cell.delta.metric
     low, high = metric.ci95 or ("", "")
-    found = {
+    columns = {
         "baseline_model": cell.delta.baseline.label,
         "difference": metric.difference,
         "difference_low": low,
@@ -84,14 +81,14 @@ def _delta_columns(cell: Cell | None) -> dict[str, Any]:
         "p": metric.p_value,
         "p_holm": cell.delta.p_holm,
     }
-    return {key: "" if value is None else value for key, value in found.items()}
+    return {key: "" if value is None else value for key, value in columns.items()}
 
 
-def to_markdown(found: RunSet, matrix: Matrix | None) -> str:
+def to_markdown(run_set: RunSet, matrix: Matrix | None) -> str:
     """One table: benchmarks with their intervals, or models by benchmarks with marks."""
-    header, rows, notes = _table(found, matrix, interval=lambda low, high: f"[{low}, {high}]")
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    first, rule, *rest = [[_markdown(cell) if line is not lines[1] else cell for cell in line] for line in lines]
+    header, rows, notes = _table(run_set, matrix)
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    first, *rest = [[_markdown(cell) for cell in line] for line in (header, *rows)]
     table = "\n".join("| " + " | ".join(line) + " |" for line in (first, rule, *rest))
     return table + "\n\n" + "\n".join(_markdown(note) for note in notes) + "\n"
 
@@ -101,9 +98,9 @@ def _markdown(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>|#&])", r"\\\1", " ".join(text.split()))
 
 
-def to_latex(found: RunSet, matrix: Matrix | None) -> str:
+def to_latex(run_set: RunSet, matrix: Matrix | None) -> str:
     """A `tabular` for booktabs."""
-    header, rows, notes = _table(found, matrix, interval=lambda low, high: f"[{low}, {high}]")
+    header, rows, notes = _table(run_set, matrix)
     body = [" & ".join(map(_latex, row)) + r" \\" for row in rows]
     lines = [
         "% needs \\usepackage{booktabs,amssymb}",
@@ -137,20 +134,22 @@ def _latex(text: str) -> str:
     return "".join(_LATEX.get(sign, sign) for sign in " ".join(text.split()))
 
 
-def _table(
-    found: RunSet, matrix: Matrix | None, interval: Callable[[str, str], str]
-) -> tuple[list[str], list[list[str]], list[str]]:
+def _table(run_set: RunSet, matrix: Matrix | None) -> tuple[list[str], list[list[str]], list[str]]:
     """(header, rows, notes) of a table for people."""
     if matrix is None:
         header = ["benchmark", "metric", "score", "95 % interval", "n", "unscored"]
-        wanted = [(b.label, run, name) for b in found.benchmarks for run in b.runs for name in _main(run)]
-        rows = [_run_row(*row, interval) for row in wanted]
-        return header, rows, [f"Model: {found.models[0]}. Shares in percent.", *_withheld(found)]
+        rows = [
+            _run_row(benchmark.label, run, name)
+            for benchmark in run_set.benchmarks
+            for run in benchmark.runs
+            for name in _main(run)
+        ]
+        return header, rows, [f"Model: {run_set.models[0]}. Shares in percent.", *_withheld(run_set)]
     header = ["model", *(benchmark.label for benchmark in matrix.benchmarks)]
     rows = []
     for model in matrix.models:
         cells = [matrix.cell(model, place) for place in range(len(matrix.benchmarks))]
-        rows.append([model, *(_cell(cell, interval) if cell else NONE for cell in cells)])
+        rows.append([model, *(_cell(cell) if cell else NONE for cell in cells)])
     deltas = matrix.deltas
     notes = ["Shares in percent, with 95 % intervals."]
     if deltas:
@@ -159,40 +158,42 @@ def _table(
             f"Against {matrix.baseline}, paired: {MARKS['better'][0]} better, {MARKS['worse'][0]} worse, "
             f"{MARKS['same'][0]} not distinguishable at 5 % over all {family} comparisons (Holm)."
         )
-    return header, rows, notes + _withheld(found)
+    return header, rows, notes + _withheld(run_set)
 
 
 def _main(run: LoadedRun) -> list[str]:
-    """The metrics of a table: all but those of single subjects."""
-    from almost_eval.tasks.mmlu import CATEGORIES
-
-    if run.task != "mmlu":
-        return list(run.metrics)
-    return [name for name in run.metrics if "/" not in name or name.split("/")[-1] in CATEGORIES]
+    """The metrics of a table, as the task names them."""
+    return stated_by(run.task).main_metrics(list(run.metrics))
 
 
-def _run_row(label: str, run: LoadedRun, name: str, interval: Callable[[str, str], str]) -> list[str]:
+def _interval(metric: JSONObject, unit: Unit) -> str:
+    if not metric["ci95"]:
+        return NONE
+    low, high = (shown(bound, unit) for bound in metric["ci95"])
+    return f"[{low}, {high}]"
+
+
+def _run_row(label: str, run: LoadedRun, name: str) -> list[str]:
     metric, unit = run.metrics[name], unit_of(run.task, name)
     value = "withheld" if metric.get("withheld") else shown(metric["value"], unit)
-    bounds = interval(*(shown(bound, unit) for bound in metric["ci95"])) if metric["ci95"] else NONE
-    return [label, readable(name), value, bounds, str(metric["n"]), str(metric["unscored"])]
+    return [label, readable(name), value, _interval(metric, unit), str(metric["n"]), str(metric["unscored"])]
 
 
-def _cell(cell: Cell, interval: Callable[[str, str], str]) -> str:
+def _cell(cell: Cell) -> str:
     if cell.run.withheld:
         return "withheld"
     unit = unit_of(cell.run.task, cell.run.headline)
     parts = [shown(cell.metric["value"], unit)]
     if cell.metric["ci95"]:
-        parts.append(interval(*(shown(bound, unit) for bound in cell.metric["ci95"])))
+        parts.append(_interval(cell.metric, unit))
     return " ".join(parts + ([MARKS[cell.delta.mark][0]] if cell.delta else []))
 
 
-def _withheld(found: RunSet) -> list[str]:
-    return [f"Withheld: {run.label}, {run.task}: {run.withheld}." for run in found.runs if run.withheld]
+def _withheld(run_set: RunSet) -> list[str]:
+    return [f"Withheld: {run.label}, {run.task}: {run.withheld}." for run in run_set.runs if run.withheld]
 
 
-def to_model_index(found: RunSet) -> str:
+def to_model_index(run_set: RunSet) -> str:
     """The YAML block between `---` lines that Hugging Face model cards carry; shares are shares of 1.
 
     Raises:
@@ -201,23 +202,34 @@ def to_model_index(found: RunSet) -> str:
     from huggingface_hub.repocard_data import eval_results_to_model_index
     from huggingface_hub.utils import yaml_dump
 
-    if len(found.models) > 1:
+    if len(run_set.models) > 1:
         raise InputError(
-            f"--model-index: a model card is about one model, and these are runs of {', '.join(found.models)}; give "
+            f"--model-index: a model card is about one model, and these are runs of {', '.join(run_set.models)}; give "
             "the runs of one"
         )
-    results = [result for run in found.runs for result in _eval_results(run)]
+    results = [result for run in run_set.runs for result in _eval_results(run)]
     if not results:
         raise InputError("--model-index: no headline stands, so there is nothing to say; see the validity checks")
-    index = eval_results_to_model_index(found.models[0], results)
+    index = eval_results_to_model_index(run_set.models[0], results)
     return f"---\n{yaml_dump({'model-index': index})}---\n"
 
 
-def _eval_results(run: LoadedRun) -> list[Any]:
+def _dataset(run: LoadedRun) -> tuple[str, str, str | None]:
+    """Id, title and split of the data set, for a model card."""
+    match stated_by(run.task).dataset:
+        case HubDataset(id, title, split):
+            return id, title, split
+        case None if run.judged:
+            return run.task, f"{run.title} questions", None
+        case _:
+            return run.task, str(run.results["protocol"]), None
+
+
+def _eval_results(run: LoadedRun) -> list[EvalResult]:
     from huggingface_hub import EvalResult
 
     kind = "text-classification" if run.spec["requires"] == "reward" else "text-generation"
-    data, title, split = DATASETS.get(run.task, (run.task, str(run.results["protocol"]), None))
+    data, title, split = _dataset(run)
     if run.spec["data"]["source"] == "nano":  # no data set of the hub
         data, title = f"nano-{run.task}", f"{title}, built-in nano data"
     arguments = {"protocol": str(run.results["protocol"])}

@@ -13,11 +13,11 @@ from almost_eval.types import Metric, SampleRecord
 BINS = 5
 """Of the length ratio, each with as many verdicts."""
 FEWEST = 10
-"""Verdicts in a bin, below which it would say nothing."""
+"""Verdicts in a bin, at least: fewer say nothing."""
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class VerdictCounts:
     """Verdicts of a part of the reviews, as the model sees them."""
 
     label: str
@@ -42,14 +42,14 @@ class LengthBin:
     """Of the verdicts that the model wins, a tie as half."""
 
 
-def outcomes(run: LoadedRun) -> list[Outcome]:
+def outcomes(run: LoadedRun) -> list[VerdictCounts]:
     """All reviews, then each order, then each category."""
     parts: list[tuple[str, Callable[[SampleRecord], bool]]] = [("all reviews", lambda _: True)]
     parts += [(label, _in_order(order)) for order, label in ORDERS.items()]
     groups = list(dict.fromkeys(record.sample.group for record in run.records))
     parts += [(group, _in_group(group)) for group in groups if len(groups) > 1]
-    found = [_outcome(label, [record for record in run.records if keep(record)]) for label, keep in parts]
-    return [outcome for outcome in found if outcome.n + outcome.unscored]
+    counts = [_counts(label, [record for record in run.records if keep(record)]) for label, keep in parts]
+    return [part for part in counts if part.n + part.unscored]
 
 
 ORDERS = {"forward": "model shown second", "reverse": "model shown first"}
@@ -63,9 +63,9 @@ def _in_group(group: str) -> Callable[[SampleRecord], bool]:
     return lambda record: record.sample.group == group
 
 
-def _outcome(label: str, records: Sequence[SampleRecord]) -> Outcome:
+def _counts(label: str, records: Sequence[SampleRecord]) -> VerdictCounts:
     scores = [record.score.value for record in records]
-    return Outcome(label, scores.count(1.0), scores.count(0.5), scores.count(0.0), scores.count(None))
+    return VerdictCounts(label, scores.count(1.0), scores.count(0.5), scores.count(0.0), scores.count(None))
 
 
 def length_bins(run: LoadedRun) -> list[LengthBin]:

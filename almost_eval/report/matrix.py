@@ -1,24 +1,24 @@
 """Several runs beside each other: models by benchmarks, each model against the first on the samples both scored.
 
 Every comparison of the table belongs to one family: the p-values of `compare` (paired, clustered) are adjusted after
-Holm (1979) over all of them, so that a mark stands at 5 % for the table as a whole. What the gate withheld is neither
-compared nor marked.
+Holm (1979) over all of them: the chance of even one wrong mark in the table is at most 5 %. A withheld headline is
+neither compared nor marked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from almost_eval.compare.comparison import ALPHA, HEADLINE, Comparison, MetricComparison, compare_runs
 from almost_eval.errors import InputError, did_you_mean
 from almost_eval.report.runs import Benchmark, LoadedRun, RunSet
 from almost_eval.stats import holm
+from almost_eval.types import JSONObject
 
 
 @dataclass(slots=True, eq=False)
-class Delta:
+class BaselineDelta:
     """A model against the baseline model on one benchmark."""
 
     benchmark: Benchmark
@@ -45,9 +45,9 @@ class Cell:
     """A model on a benchmark."""
 
     run: LoadedRun
-    metric: dict[str, Any]
+    metric: JSONObject
     """The headline's entry of `results.json`."""
-    delta: Delta | None
+    delta: BaselineDelta | None
     """None for the baseline model, and where one of the two is withheld."""
 
 
@@ -66,24 +66,24 @@ class Matrix:
         return self.cells.get((model, benchmark))
 
     @property
-    def deltas(self) -> list[Delta]:
+    def deltas(self) -> list[BaselineDelta]:
         """All comparisons, in the order of the table."""
         return [cell.delta for cell in self.cells.values() if cell.delta]
 
 
-def build_matrix(found: RunSet, *, baseline: str | None = None, seed: int = 0, n_resamples: int = 10_000) -> Matrix:
+def build_matrix(run_set: RunSet, *, baseline: str | None = None, seed: int = 0, n_resamples: int = 10_000) -> Matrix:
     """Compare every model with the baseline model (the first by default) wherever both have a run.
 
     Raises:
         InputError: `baseline` names no model of the runs; runs of one benchmark that share no sample.
     """
-    if baseline is not None and baseline not in found.models:
-        raise InputError(f"--baseline {baseline}: no such model; {did_you_mean(baseline, found.models)}")
-    first = baseline or found.models[0]
-    models = [first, *(model for model in found.models if model != first)]
+    if baseline is not None and baseline not in run_set.models:
+        raise InputError(f"--baseline {baseline}: no such model; {did_you_mean(baseline, run_set.models)}")
+    first = baseline or run_set.models[0]
+    models = [first, *(model for model in run_set.models if model != first)]
     cells: dict[tuple[str, int], Cell] = {}
     for model in models:
-        for place, benchmark in enumerate(found.benchmarks):
+        for place, benchmark in enumerate(run_set.benchmarks):
             of = {run.label: run for run in benchmark.runs}
             if model not in of:
                 continue
@@ -93,20 +93,20 @@ def build_matrix(found: RunSet, *, baseline: str | None = None, seed: int = 0, n
             if comparable and against is not None:
                 delta = _delta(benchmark, run, against, seed=seed, n_resamples=n_resamples)
             cells[model, place] = Cell(run, run.metrics[run.headline], delta)
-    matrix = Matrix(first, models, found.benchmarks, cells)
+    matrix = Matrix(first, models, run_set.benchmarks, cells)
     adjust(matrix.deltas)
     return matrix
 
 
-def adjust(deltas: Sequence[Delta]) -> None:
-    """Give every comparison that has a p-value its Holm-adjusted one."""
-    judged = [(delta, delta.metric.p_value) for delta in deltas if delta.metric.p_value is not None]
-    for (delta, _), adjusted in zip(judged, holm([p for _, p in judged]), strict=True):
+def adjust(deltas: Sequence[BaselineDelta]) -> None:
+    """Set the Holm-adjusted p-value of every comparison that has a p-value."""
+    tested = [(delta, delta.metric.p_value) for delta in deltas if delta.metric.p_value is not None]
+    for (delta, _), adjusted in zip(tested, holm([p for _, p in tested]), strict=True):
         delta.p_holm = adjusted
 
 
-def _delta(benchmark: Benchmark, run: LoadedRun, against: LoadedRun, *, seed: int, n_resamples: int) -> Delta:
+def _delta(benchmark: Benchmark, run: LoadedRun, against: LoadedRun, *, seed: int, n_resamples: int) -> BaselineDelta:
     comparison = compare_runs(against.folder, run.folder, seed=seed, n_resamples=n_resamples)
     by_name = {metric.name: metric for metric in comparison.metrics}
     metric = by_name.get(benchmark.headline) or by_name.get(HEADLINE) or comparison.metrics[0]
-    return Delta(benchmark, run, against, comparison, metric)
+    return BaselineDelta(benchmark, run, against, comparison, metric)

@@ -1,4 +1,4 @@
-"""One run, or several, as one HTML file: no network, no other file, nothing that a run says taken for markup.
+"""One run, or several, as one HTML file. It needs no network and no other file, and escapes every text of a run.
 
 The tables and plots are in the document itself and read without a script; the samples travel packed (`samples.pack`)
 and are shown by the page's script. A content security policy lets only that script run, and lets nothing be fetched.
@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from almost_eval import __version__
 from almost_eval.errors import InputError
+from almost_eval.files import whole_file
 from almost_eval.report import views
 from almost_eval.report.matrix import Matrix, build_matrix
 from almost_eval.report.reference import reference_rows
@@ -24,12 +22,11 @@ from almost_eval.report.runs import RunSet, load_runs
 from almost_eval.report.samples import Payload, pack
 
 _PAGE = Path(__file__).with_name("assets")
-SCRIPTS = ("bzip2.js", "page.js")
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """What was written."""
+    """A page that was written."""
 
     file: Path
     size: int
@@ -42,16 +39,16 @@ def write_page(
     folders: Sequence[Path], file: Path, *, baseline: str | None = None, seed: int = 0, samples: bool = True
 ) -> Page:
     """The page of some run folders; see `write_report`."""
-    found = load_runs(folders, prompts=samples)
-    matrix = build_matrix(found, baseline=baseline, seed=seed) if found.comparable else None
-    return write_report(found, matrix, file, samples=samples)
+    run_set = load_runs(folders, prompts=samples)
+    matrix = build_matrix(run_set, baseline=baseline, seed=seed) if run_set.comparable else None
+    return write_report(run_set, matrix, file, samples=samples)
 
 
-def write_report(found: RunSet, matrix: Matrix | None, file: Path, *, samples: bool = True) -> Page:
+def write_report(run_set: RunSet, matrix: Matrix | None, file: Path, *, samples: bool = True) -> Page:
     """Write the page, whole or not at all.
 
     Args:
-        found: the runs.
+        run_set: the runs.
         matrix: their comparison, where there are several models.
         file: where to.
         samples: whether the samples travel with it.
@@ -59,21 +56,17 @@ def write_report(found: RunSet, matrix: Matrix | None, file: Path, *, samples: b
     Raises:
         InputError: the file cannot be written.
     """
-    payload = pack(found) if samples else Payload()
-    content = render(found, matrix, payload).encode("utf-8", "replace")
-    scratch = file.with_name(f".{file.name}.{os.getpid()}")
+    payload = pack(run_set) if samples else Payload()
+    content = render(run_set, matrix, payload).encode("utf-8", "replace")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_bytes(content)
-        scratch.replace(file)
+        with whole_file(file) as stream:
+            stream.write(content)
     except OSError as error:
-        with suppress(OSError):
-            scratch.unlink()
         raise InputError(f"cannot write {file} ({error.strerror}); choose another --output") from None
     return Page(file, len(content), payload.n_samples)
 
 
-def render(found: RunSet, matrix: Matrix | None, payload: Payload) -> str:
+def render(run_set: RunSet, matrix: Matrix | None, payload: Payload) -> str:
     """The document."""
     import jinja2
     from markupsafe import Markup
@@ -85,39 +78,41 @@ def render(found: RunSet, matrix: Matrix | None, payload: Payload) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    script = "\n".join((_PAGE / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    script = (_PAGE / "page.js").read_text(encoding="utf-8")
     return environment.get_template("page.html.jinja").render(
-        title=_title(found),
+        title=_title(run_set),
         version=__version__,
         style=Markup((_PAGE / "style.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_digest=_digest(script),
-        models=[{"label": label, "series": at % views.plots.SERIES} for at, label in enumerate(found.models)],
-        headlines=views.headline_rows(found),
+        models=[{"label": label, "series": at % views.plots.SERIES} for at, label in enumerate(run_set.models)],
+        headlines=views.headline_rows(run_set),
         matrix=views.matrix_view(matrix) if matrix else None,
-        sections=_with_svg(views.sections(found), Markup),
-        provenance=views.provenance(found),
+        sections=_with_svg(views.sections(run_set)),
+        provenance=views.provenance(run_set),
         references=reference_rows(),
-        unfinished=found.unfinished,
-        blobs=[(Markup(packed), size) for packed, size in payload.blobs],
+        unfinished=run_set.unfinished,
+        blobs=[Markup(packed) for packed in payload.blobs],
         n_samples=payload.n_samples,
     )
 
 
-def _with_svg(sections: list[dict[str, Any]], markup: Any) -> list[dict[str, Any]]:
+def _with_svg(sections: list[views.View]) -> list[views.View]:
     """Marks the plots, which are drawn here and hold no name of a run, as markup."""
+    from markupsafe import Markup
+
     for section in sections:
         for plot in section["plots"]:
-            plot["svg"] = markup(plot["svg"])
+            plot["svg"] = Markup(plot["svg"])
         for judged in section["judged"]:
-            judged["by_length"] = judged["by_length"] and markup(judged["by_length"])
+            judged["by_length"] = judged["by_length"] and Markup(judged["by_length"])
     return sections
 
 
-def _title(found: RunSet) -> str:
-    if len(found.models) == 1:
-        return found.models[0]
-    return f"{len(found.models)} models, {len(found.benchmarks)} benchmark{'s' * (len(found.benchmarks) > 1)}"
+def _title(run_set: RunSet) -> str:
+    if len(run_set.models) == 1:
+        return run_set.models[0]
+    return f"{len(run_set.models)} models, {len(run_set.benchmarks)} benchmark{'s' * (len(run_set.benchmarks) > 1)}"
 
 
 def _digest(script: str) -> str:

@@ -1,16 +1,19 @@
-"""Plots as SVG inside the page: text stays text, colours are the page's own, so that dark mode and print work.
+"""Plots as SVG inside the page. Text stays text, and colours are the page's own, so that dark mode and print work.
 
-matplotlib draws them with placeholder colours, which are then replaced. No name that comes from a run is drawn: legends
-are the page's, where they are escaped like everything else.
+matplotlib draws them with placeholder colours, which are then replaced. A plot holds no name that comes from a run: the
+legend stands in the page, where it is escaped.
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SERIES = 8
 """Colours before they repeat; markers differ too."""
@@ -32,7 +35,7 @@ class Series:
 def profile(labels: Sequence[str], series: Sequence[Series], *, ident: str, title: str) -> str:
     """Shares by category, a line for each model; a gap where there is no value."""
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Axes) -> None:
         for at, one in enumerate(series):
             shift = (at - (len(series) - 1) / 2) * min(0.08, 0.4 / len(series))
             _points(axes, one, [x + shift for x in range(len(labels))], line=True)
@@ -45,7 +48,7 @@ def profile(labels: Sequence[str], series: Sequence[Series], *, ident: str, titl
 def by_length(ratios: Sequence[float], series: Sequence[Series], *, ident: str, title: str) -> str:
     """The model's share of the verdicts against how much longer its answer is (ratio of characters, log scale)."""
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Axes) -> None:
         axes.axhline(50, color=_RULE, linewidth=1, linestyle=(0, (3, 3)), zorder=0)
         for one in series:
             _points(axes, one, list(ratios), line=True)
@@ -59,7 +62,7 @@ def by_length(ratios: Sequence[float], series: Sequence[Series], *, ident: str, 
     return _svg(draw, ident=ident, title=title)
 
 
-def _points(axes: Any, series: Series, xs: Sequence[float], *, line: bool) -> None:
+def _points(axes: Axes, series: Series, xs: Sequence[float], *, line: bool) -> None:
     colour = _colour(series.place)
     shown = [(x, v, i) for x, v, i in zip(xs, series.values, series.intervals, strict=True) if v is not None]
     for x, _, interval in shown:
@@ -79,13 +82,12 @@ def _colour(place: int) -> str:
     return f"#f0f0f{place % SERIES}"
 
 
-def _svg(draw: Any, *, ident: str, title: str) -> str:
+def _svg(draw: Callable[[Axes], None], *, ident: str, title: str) -> str:
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": ident, "font.size": 9, "axes.linewidth": 0.8}
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": ident, "font.size": 9, "axes.linewidth": 0.8}):
         figure = Figure(figsize=(5.0, 2.7), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
@@ -105,7 +107,7 @@ def _svg(draw: Any, *, ident: str, title: str) -> str:
 
 
 def _inline(svg: str, ident: str, title: str) -> str:
-    """The `<svg>` element alone, in the page's colours and font, its ids its own."""
+    """The `<svg>` element alone, in the page's colours and font, its ids unique in the page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)

@@ -1,35 +1,38 @@
-"""Finished runs as a report reads them: found, opened, named, and gathered by what they measured."""
+"""Finished runs as a report reads them: opened, labelled, and grouped into benchmarks."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from almost_eval.errors import InputError
-from almost_eval.run.prompt_log import Asked, read_prompts
+from almost_eval.run.prompt_log import SamplePrompts, read_prompts
 from almost_eval.run.store import read_results, read_samples, read_spec
-from almost_eval.types import SampleRecord
+from almost_eval.tasks.facts import Unit
+from almost_eval.tasks.registry import stated_by
+from almost_eval.types import JSONObject, SampleRecord
 
-TITLES = {"hhh": "Static HHH", "truthfulqa": "TruthfulQA", "mmlu": "MMLU", "vicuna": "Vicuna", "harness": "lm-eval"}
 SHOWN_NAMES = 3
 """Names that a label lists, of lm-eval tasks or of metrics."""
 NONE = "-"
 """Shown where there is no value."""
-RIGHT = 0.5
-"""A score above it counts as right, as in `compare`."""
-
-Unit = Literal["share", "count", "number"]
+Results = Mapping[str, Any]
+"""Content of `results.json`."""
+JUDGED_COUNTS = ("wins", "ties", "losses", "unparsed")
+JUDGED_NUMBERS = ("total_score/", "strength/")
+"""Beginnings of the names of a judged run's metrics that are in a unit of their own."""
 
 
 def unit_of(task: str, metric: str) -> Unit:
-    """How a metric reads: a share of 1 (shown in percent), a count, or a number in a unit of its own."""
-    if task == "harness" or metric.startswith(("total_score/", "strength/")):
+    """How a metric reads: as its task states. A judged run has no task, and its metrics go by their names."""
+    if metric.startswith(JUDGED_NUMBERS):
         return "number"
-    return "count" if metric in ("wins", "ties", "losses", "unparsed") else "share"
+    unit = stated_by(task).metric_unit(metric)
+    return "count" if unit == "share" and metric in JUDGED_COUNTS else unit
 
 
 def shown(value: float | None, unit: Unit) -> str:
@@ -46,11 +49,11 @@ class LoadedRun:
     """A finished run folder, read."""
 
     folder: Path
-    spec: dict[str, Any]
-    results: dict[str, Any]
+    spec: JSONObject
+    results: JSONObject
     records: list[SampleRecord]
-    asked: dict[str, Asked]
-    """Empty where the folder has no `prompts.jsonl`."""
+    prompts: dict[str, SamplePrompts]
+    """By sample id; empty where the folder has no `prompts.jsonl`."""
     label: str = ""
     """The model's name, made unique among the runs of a report."""
     series: int = 0
@@ -62,14 +65,24 @@ class LoadedRun:
         return str(self.results["task"])
 
     @property
+    def judged(self) -> bool:
+        """Whether a judge compared answers of systems here. `judge check` has no systems."""
+        return self.spec.get("requires") == "judge" and bool(self.spec["settings"].get("systems"))
+
+    @property
+    def title(self) -> str:
+        """Of the task, for people."""
+        return self.task.capitalize() if self.judged else stated_by(self.task).title or self.task
+
+    @property
     def headline(self) -> str:
         """Name of the headline metric."""
         return str(self.results["headline"])
 
     @property
-    def metrics(self) -> Mapping[str, Any]:
+    def metrics(self) -> Mapping[str, JSONObject]:
         """Those of `results.json`."""
-        metrics: dict[str, Any] = self.results["metrics"]
+        metrics: dict[str, JSONObject] = self.results["metrics"]
         return metrics
 
     @property
@@ -80,10 +93,10 @@ class LoadedRun:
         return str(self.results["validity"]["reason"] or "no samples")
 
     @property
-    def model(self) -> tuple[str, Any]:
+    def model(self) -> tuple[str, str | None]:
         """Name and weight digest of what was measured; of two judged systems, the model and not its baseline."""
-        judged = (self.spec["settings"].get("systems") or {}).get("model")
-        name = judged["name"] if judged else self.spec.get("model_name") or self.results["model"]
+        system = (self.spec["settings"].get("systems") or {}).get("model")
+        name = system["name"] if system else self.spec.get("model_name") or self.results["model"]
         return str(name), self.spec.get("weight_digest")
 
     @property
@@ -93,8 +106,8 @@ class LoadedRun:
         return str(baseline["name"]) if baseline else None
 
     @property
-    def key(self) -> tuple[Any, ...]:
-        """What two runs must share to stand in one column: the same questions, asked and scored the same way."""
+    def key(self) -> tuple[object, ...]:
+        """What two runs must share to stand in one column: the same questions, prompted and scored the same way."""
         prompts = self.spec.get("prompt_set") or {}
         return (
             self.task,
@@ -130,14 +143,14 @@ class Benchmark:
 
 @dataclass(slots=True, eq=False)
 class RunSet:
-    """All that a report is about."""
+    """The runs of a report, with their models and benchmarks."""
 
     runs: list[LoadedRun]
     models: list[str]
     """Labels, in the order of the runs."""
     benchmarks: list[Benchmark]
     unfinished: list[str] = field(default_factory=list)
-    """Run folders found under a given one that have no results yet."""
+    """Run folders without results yet, inside a folder of run folders."""
 
     @property
     def comparable(self) -> bool:
@@ -149,28 +162,28 @@ def load_runs(folders: Sequence[Path], *, prompts: bool = True) -> RunSet:
     """Open run folders, and folders of run folders.
 
     Args:
-        folders: what was given, in order.
-        prompts: whether to read what was asked, too.
+        folders: in the order of the report.
+        prompts: whether to read the prompts, too.
 
     Raises:
         InputError: the same folder twice.
         StoreError: a folder that holds no finished run.
     """
-    found, unfinished = [], []
+    finished, unfinished = [], []
     for folder in folders:
         inside = _inside(folder)
-        found += [f for f in inside if (f / "results.json").exists()] if inside else [folder]
+        finished += [f for f in inside if (f / "results.json").exists()] if inside else [folder]
         unfinished += [str(f) for f in inside if not (f / "results.json").exists()]
-    twice = [name for name, count in Counter(folder.resolve() for folder in found).items() if count > 1]
+    twice = [name for name, count in Counter(folder.resolve() for folder in finished).items() if count > 1]
     if twice:
         raise InputError(f"{twice[0]} is given twice; name each run once")
-    runs = [_open(folder, prompts=prompts) for folder in found]
+    runs = [_open(folder, prompts=prompts) for folder in finished]
     _label_models(runs)
     return RunSet(runs, list(dict.fromkeys(run.label for run in runs)), _benchmarks(runs), unfinished)
 
 
 def _inside(folder: Path) -> list[Path]:
-    """The run folders in a folder that is none itself."""
+    """Run folders inside a folder that is not itself a run folder."""
     if (folder / "spec.json").exists() or (folder / "results.json").exists() or not folder.is_dir():
         return []
     return sorted(spec.parent for spec in folder.glob("*/spec.json") if (spec.parent / "samples.jsonl").exists())
@@ -200,25 +213,25 @@ def _label_models(runs: Sequence[LoadedRun]) -> None:
 
 
 def _benchmarks(runs: Sequence[LoadedRun]) -> list[Benchmark]:
-    gathered: dict[tuple[Any, ...], list[LoadedRun]] = {}
+    by_key: dict[tuple[object, ...], list[LoadedRun]] = {}
     for run in runs:
-        gathered.setdefault(run.key, []).append(run)
-    labels = [_label(members[0]) for members in gathered.values()]
+        by_key.setdefault(run.key, []).append(run)
+    labels = [_label(members[0]) for members in by_key.values()]
     for tell_apart in (_protocol, _data):
         count = Counter(labels)
         labels = [
             f"{label} · {tell_apart(members[0])}" if count[label] > 1 else label
-            for label, members in zip(labels, gathered.values(), strict=True)
+            for label, members in zip(labels, by_key.values(), strict=True)
         ]
-    return [Benchmark(label, members) for label, members in zip(labels, gathered.values(), strict=True)]
+    return [Benchmark(label, members) for label, members in zip(labels, by_key.values(), strict=True)]
 
 
 def _label(run: LoadedRun) -> str:
-    title = TITLES.get(run.task, run.task)
-    if run.task == "vicuna":
-        parts = [f"{title} vs {run.baseline_system}" if run.baseline_system else title, f"judge {_protocol(run)}"]
-    else:  # TruthfulQA's protocol lists its metrics, which stand below each other anyway
-        parts = [title] if run.task == "truthfulqa" else [title, _protocol(run)]
+    if run.judged:
+        title = f"{run.title} vs {run.baseline_system}" if run.baseline_system else run.title
+        parts = [title, f"judge {_protocol(run)}"]
+    else:
+        parts = [run.title, _protocol(run)] if stated_by(run.task).label_shows_protocol else [run.title]
     if run.spec["data"]["source"] == "nano":
         parts.append("nano data")
     if limit := run.spec["settings"].get("limit"):
@@ -242,18 +255,17 @@ def readable(name: str) -> str:
     return re.sub(r"_+", " ", name)
 
 
-def right_or_wrong(score: float | None) -> bool | None:
-    """Whether a score counts as right; None where there is none."""
-    return None if score is None else score > RIGHT
+def gate_counts(results: Results) -> list[str]:
+    """What the validity checks counted, in words."""
+    checks: dict[str, JSONObject] = results["validity"]["checks"]
+    return [f"{readable(name)} {check['count']}" for name, check in checks.items() if check["count"]]
 
 
-def counted(results: Mapping[str, Any]) -> list[str]:
-    """What the gate and the task counted, in words, as the console says it."""
-    checks: Iterable[tuple[str, Any]] = results["validity"]["checks"].items()
-    lines = [f"{readable(name)} {check['count']}" for name, check in checks if check["count"]]
-    for name, value in results["details"].items():
-        if isinstance(value, float):
-            lines.append(f"{readable(name)} {value:.1%}")
-        elif isinstance(value, int) and value:
-            lines.append(f"{readable(name)} {value}")
-    return lines
+def counted(results: Results) -> list[str]:
+    """What the validity checks and the task counted, in words. A count of 0 says nothing, a share of 0 does."""
+    details: dict[str, float | int] = results["details"]
+    return gate_counts(results) + [
+        f"{readable(name)} {value:.1%}" if isinstance(value, float) else f"{readable(name)} {value}"
+        for name, value in details.items()
+        if value or isinstance(value, float)
+    ]

@@ -1,22 +1,28 @@
-"""What the page says, as plain values: every number is formatted here, every name is escaped by the template."""
+"""Content of the page as plain values. Numbers are formatted here; the template escapes every name."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from almost_eval.report import judged, plots
 from almost_eval.report.matrix import Cell, Matrix
-from almost_eval.report.runs import NONE, Benchmark, LoadedRun, RunSet, Unit, counted, readable, shown, unit_of
-from almost_eval.tasks.hhh import CATEGORIES
+from almost_eval.report.runs import (
+    NONE,
+    Benchmark,
+    LoadedRun,
+    RunSet,
+    Unit,
+    counted,
+    gate_counts,
+    readable,
+    shown,
+    unit_of,
+)
+from almost_eval.tasks.facts import MetricGroup
+from almost_eval.tasks.registry import stated_by
+from almost_eval.types import JSONObject
 
-METRIC_NAMES = {
-    "mc1": "mc1, the one true answer is likeliest",
-    "mc2": "mc2, probability on true answers",
-    "mc1_true_prompt": "mc1, true-or-false prompt",
-    "accuracy_macro": "mean of subjects",
-}
 MARKS = {
     "better": ("▲", "better than the baseline"),
     "worse": ("▼", "worse than the baseline"),
@@ -26,13 +32,14 @@ MARKS = {
 """How a comparison is shown, and what the sign means (5 % for the table as a whole, after Holm)."""
 
 MINUS = "\u2212"
-View = dict[str, Any]
+View = JSONObject
+"""What the template reads of one part of the page."""
 
 
-def headline_rows(found: RunSet) -> list[View]:
-    """One row a run: the headline, its interval, what it stands on, trivial baselines beside it."""
+def headline_rows(run_set: RunSet) -> list[View]:
+    """One row a run: the headline with its interval, the validity checks, and the trivial baselines."""
     rows = []
-    for place, benchmark in enumerate(found.benchmarks):
+    for place, benchmark in enumerate(run_set.benchmarks):
         for at, run in enumerate(benchmark.runs):
             rows.append(
                 {
@@ -40,17 +47,13 @@ def headline_rows(found: RunSet) -> list[View]:
                     "benchmark": benchmark.label,
                     "anchor": f"b{place}",
                     "model": run.label,
-                    "metric": METRIC_NAMES.get(run.headline, readable(run.headline)).split(",")[0],
+                    "metric": _metric_title(run.task, run.headline, whole=True).split(",")[0],
                     "bar": bar(run, run.headline),
                     "n": f"{run.metrics[run.headline]['n']:,}",
                     "unscored": run.metrics[run.headline]["unscored"],
                     "baselines": [bar(run, name, baseline=True) for name in run.results["baselines"]],
                     "withheld": run.withheld,
-                    "counted": [
-                        f"{readable(name)} {check['count']}"
-                        for name, check in run.results["validity"]["checks"].items()
-                        if check["count"]
-                    ],
+                    "counted": gate_counts(run.results),
                 }
             )
     return rows
@@ -59,7 +62,7 @@ def headline_rows(found: RunSet) -> list[View]:
 def bar(run: LoadedRun, name: str, *, baseline: bool = False) -> View:
     """A metric of a run as a dot with its interval; `low`, `high`, `at` in percent of the track, None off it."""
     metric = (run.results["baselines"] if baseline else run.metrics)[name]
-    unit: Unit = "share" if baseline and run.task != "harness" else unit_of(run.task, name)
+    unit: Unit = stated_by(run.task).unit if baseline else unit_of(run.task, name)
     value, interval = metric["value"], metric["ci95"]
     on_track = unit == "share"
     return {
@@ -137,14 +140,15 @@ def p_value(p: float | None) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def sections(found: RunSet) -> list[View]:
+def sections(run_set: RunSet) -> list[View]:
     """One section a benchmark."""
-    return [_section(benchmark, f"b{place}") for place, benchmark in enumerate(found.benchmarks)]
+    return [_section(benchmark, f"b{place}") for place, benchmark in enumerate(run_set.benchmarks)]
 
 
 def _section(benchmark: Benchmark, anchor: str) -> View:
-    runs, drawn = benchmark.runs, _SECTIONS.get(benchmark.task, _plain)(benchmark, anchor)
+    runs = benchmark.runs
     names = list(dict.fromkeys(name for run in runs for name in run.metrics))
+    groups = _metric_groups(runs, names)
     return {
         "anchor": anchor,
         "title": benchmark.label,
@@ -153,11 +157,22 @@ def _section(benchmark: Benchmark, anchor: str) -> View:
         "metrics": [
             {"name": name, "bars": [bar(run, name) if name in run.metrics else None for run in runs]} for name in names
         ],
-        "forests": [],
-        "plots": [],
-        "judged": [],
-        **drawn,
+        "forests": [{"title": g.title, "rows": _group_rows(runs, g), "compact": g.compact} for g in groups],
+        "plots": [_profile(runs, g, f"{anchor}p{at}" if at else anchor) for at, g in enumerate(groups) if g.profile],
+        "judged": [
+            _judged(run, f"{anchor}r{place}") for place, run in enumerate(runs) if run.judged and run.baseline_system
+        ],
     }
+
+
+def _metric_groups(runs: Sequence[LoadedRun], names: Sequence[str]) -> list[MetricGroup]:
+    if runs[0].judged:
+        return [MetricGroup("Win rate", tuple(names))]
+    values = {name: [run.metrics[name]["value"] for run in runs if name in run.metrics] for name in names}
+    known = {name: [value for value in of if value is not None] for name, of in values.items()}
+    means = {name: sum(of) / len(of) for name, of in known.items() if of}
+    records = [record for run in runs for record in run.records]
+    return stated_by(runs[0].task).metric_groups(names, means, records)
 
 
 def _warnings(run: LoadedRun) -> list[str]:
@@ -165,18 +180,25 @@ def _warnings(run: LoadedRun) -> list[str]:
     return withheld + [str(warning) for warning in run.results["engine"].get("warnings", ())]
 
 
-def _rows(runs: Sequence[LoadedRun], names: Sequence[str], label: Callable[[str], str] = readable) -> list[View]:
-    """Rows of a forest plot: a metric, a dot for each run that has it."""
-    rows = []
-    for name in names:
-        bars = [bar(run, name) for run in runs if name in run.metrics]
-        if bars:
-            rows.append({"label": label(name), "bars": bars, "strong": name == runs[0].headline, "muted": False})
-    return rows
+def _group_rows(runs: Sequence[LoadedRun], group: MetricGroup) -> list[View]:
+    """Rows of a forest plot: a metric each, and the rules with no model in their place."""
+    at = len(group.metrics) if group.baselines_at is None else group.baselines_at
+    before, after = ([_row(runs, name, group) for name in names] for names in (group.metrics[:at], group.metrics[at:]))
+    rules = [] if group.baselines_at is None else _baseline_rows(runs)
+    return [row for row in (*before, *rules, *after) if row]
+
+
+def _row(runs: Sequence[LoadedRun], name: str, group: MetricGroup) -> View | None:
+    """A dot for each run that has the metric. Only shares have a place on the track."""
+    bars = [bar(run, name) for run in runs if name in run.metrics]
+    if not bars or unit_of(runs[0].task, name) != "share":
+        return None
+    label = _metric_title(runs[0].task, name, whole=group.full_names)
+    return {"label": label, "bars": bars, "strong": name == runs[0].headline, "muted": False}
 
 
 def _baseline_rows(runs: Sequence[LoadedRun]) -> list[View]:
-    """Rules with no model, once: they depend on the data alone where all runs scored the same samples."""
+    """The rules with no model, from the first run that has them: all runs scored the same samples."""
     names = dict.fromkeys(name for run in runs for name in run.results["baselines"])
     rows = []
     for name in names:
@@ -185,69 +207,27 @@ def _baseline_rows(runs: Sequence[LoadedRun]) -> list[View]:
     return rows
 
 
-def _after_slash(name: str) -> str:
-    return METRIC_NAMES.get(name, readable(name.rpartition("/")[2]))
+def _metric_title(task: str, name: str, *, whole: bool) -> str:
+    title = stated_by(task).metric_titles.get(name)
+    return title or readable(name if whole else name.rpartition("/")[2])
 
 
-def _hhh(benchmark: Benchmark, anchor: str) -> View:
-    runs = benchmark.runs
-    categories = [n for n in dict.fromkeys(n for run in runs for n in run.metrics) if n.startswith("accuracy/")]
-    rows = _rows(runs, ["accuracy"]) + _baseline_rows(runs) + _rows(runs, categories, _after_slash)
-    # Only known names are drawn: what a file may call a category belongs into escaped text.
-    known = [f"accuracy/{category}" for category in CATEGORIES if f"accuracy/{category}" in categories]
+def _profile(runs: Sequence[LoadedRun], group: MetricGroup, ident: str) -> View:
     series = [
         plots.Series(
             run.series,
-            [run.metrics.get(name, {}).get("value") for name in known],
-            [_pair(run.metrics.get(name, {}).get("ci95")) for name in known],
+            [run.metrics.get(name, {}).get("value") for name in group.profile],
+            [_pair(run.metrics.get(name, {}).get("ci95")) for name in group.profile],
         )
         for run in runs
     ]
-    drawn = []
-    if known:
-        labels = [name.partition("/")[2] for name in known]
-        svg = plots.profile(labels, series, ident=anchor, title="accuracy by category")
-        drawn.append({"title": "Profile", "caption": "accuracy by category, with 95 % intervals", "svg": svg})
-    return {"forests": [{"title": "Accuracy, better answer preferred", "rows": rows}], "plots": drawn}
+    labels = [name.partition("/")[2] for name in group.profile]
+    svg = plots.profile(labels, series, ident=ident, title=group.profile_title)
+    return {"title": "Profile", "caption": f"{group.profile_title}, with 95 % intervals", "svg": svg}
 
 
 def _pair(interval: Sequence[float] | None) -> tuple[float, float] | None:
     return (interval[0], interval[1]) if interval else None
-
-
-def _truthfulqa(benchmark: Benchmark, anchor: str) -> View:
-    runs = benchmark.runs
-    names = list(dict.fromkeys(name for run in runs for name in run.metrics))
-    rows = _rows(runs, names, _after_slash) + _baseline_rows(runs)
-    return {"forests": [{"title": "Multiple choice", "rows": rows}]}
-
-
-def _mmlu(benchmark: Benchmark, anchor: str) -> View:
-    runs = benchmark.runs
-    category_of = {r.sample.group: str(r.sample.metadata["category"]) for run in runs for r in run.records}
-    categories = list(dict.fromkeys(category_of.values()))
-    overall = _rows(runs, ["accuracy", "accuracy_macro"], _after_slash) + _baseline_rows(runs)
-    overall += _rows(runs, [f"accuracy/{category}" for category in categories], _after_slash)
-    forests: list[View] = [{"title": "Accuracy", "rows": overall}]
-    for category in categories:
-        subjects = [f"accuracy/{subject}" for subject, of in category_of.items() if of == category]
-        subjects.sort(key=lambda name: -_mean([run.metrics.get(name, {}).get("value") for run in runs]))
-        rows = _rows(runs, subjects, _after_slash)
-        forests.append({"title": f"Subjects: {readable(category)}", "rows": rows, "compact": True})
-    return {"forests": forests}
-
-
-def _mean(values: Sequence[float | None]) -> float:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else -1.0
-
-
-def _vicuna(benchmark: Benchmark, anchor: str) -> View:
-    runs = benchmark.runs
-    names = list(dict.fromkeys(name for run in runs for name in run.metrics))
-    shares = [name for name in names if unit_of(benchmark.task, name) == "share"]
-    views = [_judged(run, f"{anchor}r{place}") for place, run in enumerate(runs) if run.baseline_system]
-    return {"forests": [{"title": "Win rate", "rows": _rows(runs, shares, _after_slash)}], "judged": views}
 
 
 def _judged(run: LoadedRun, ident: str) -> View:
@@ -286,7 +266,7 @@ BIAS = {
 """Entry of a judged run's `judging` -> what it is called, and what it is a share of."""
 
 
-def _bias(metric: Mapping[str, Any] | None, name: str, of: str) -> View:
+def _bias(metric: JSONObject | None, name: str, of: str) -> View:
     metric = metric or {"value": None, "ci95": None, "n": 0}
     value, interval = metric["value"], metric["ci95"]
     return {
@@ -301,23 +281,9 @@ def _bias(metric: Mapping[str, Any] | None, name: str, of: str) -> View:
     }
 
 
-def _plain(benchmark: Benchmark, anchor: str) -> View:
-    runs = benchmark.runs
-    names = [n for n in runs[0].metrics if unit_of(benchmark.task, n) == "share"]
-    return {"forests": [{"title": "Metrics", "rows": _rows(runs, names) + _baseline_rows(runs)}] if names else []}
-
-
-_SECTIONS: dict[str, Callable[[Benchmark, str], View]] = {
-    "hhh": _hhh,
-    "truthfulqa": _truthfulqa,
-    "mmlu": _mmlu,
-    "vicuna": _vicuna,
-}
-
-
-def provenance(found: RunSet) -> list[View]:
-    """Where each run comes from, and the command that makes it again."""
-    return [_provenance(run, f"command-{place}") for place, run in enumerate(found.runs)]
+def provenance(run_set: RunSet) -> list[View]:
+    """Origin of each run, and the command that repeats it."""
+    return [_provenance(run, f"command-{place}") for place, run in enumerate(run_set.runs)]
 
 
 def _provenance(run: LoadedRun, ident: str) -> View:
@@ -352,12 +318,12 @@ def _provenance(run: LoadedRun, ident: str) -> View:
     }
 
 
-def _digest(value: Any) -> str:
+def _digest(value: object) -> str:
     return f"sha256 {str(value)[:16]}" if value else ""
 
 
-def _short(value: Mapping[str, Any]) -> str:
-    """Settings in one line; what is itself an object has a line or a file of its own."""
+def _short(value: JSONObject) -> str:
+    """Settings in one line. Objects inside them are left out: they have a line or a file of their own."""
     parts = []
     for name, item in value.items():
         if isinstance(item, list) and not any(isinstance(inner, dict) for inner in item):
@@ -367,6 +333,6 @@ def _short(value: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _time(timing: Mapping[str, Any]) -> str:
+def _time(timing: JSONObject) -> str:
     seconds = timing.get("seconds")
     return "" if seconds is None else f"{seconds:,.1f} s, {timing.get('samples_computed_now', 0):,} samples computed"

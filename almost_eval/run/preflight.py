@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from almost_eval.engines.prefix import EncodedRequest, Ids, digest_ids
 from almost_eval.errors import InputError, TemplateError
 from almost_eval.tasks.base import Task
@@ -114,18 +116,17 @@ def _check_bos(prepared: Prepared, engine: Any) -> None:
     for request in prepared.requests:
         context = request.request.context
         expected = max(own, int(bool(engine.encoder.bos) and context.startswith(engine.encoder.bos)))
-        found = in_front(request.continuations[0].prefix)
-        if context and found != expected:
+        if context and (count := in_front(request.continuations[0].prefix)) != expected:
             raise TemplateError(
-                f"the prompt begins with {found} BOS tokens, the tokenizer's own encoding with {expected}: the "
+                f"the prompt begins with {count} BOS tokens, the tokenizer's own encoding with {expected}: the "
                 "template writes one too many, or one is lost; mend the template (--template FILE)"
             )
 
 
 def describe(task: Task, prepared: Prepared, engine: Any) -> dict[str, Any]:
     """What `--dry-run` prints: one sample as the model will read it, and the lengths of all."""
-    request = prepared.requests[0]
-    first = request.continuations[0]
+    request = next((r for r in prepared.requests if r.continuations), prepared.requests[0])
+    prefix = request.continuations[0].prefix if request.continuations else np.empty(0, np.int32)
     tokenizer = getattr(engine, "tokenizer", None)
 
     def show(ids: Ids) -> list[list[Any]]:
@@ -137,10 +138,10 @@ def describe(task: Task, prepared: Prepared, engine: Any) -> dict[str, Any]:
         "requests": len(prepared.requests),
         "prompt": request.request.context,
         "continuations": list(request.request.continuations),
-        "first_tokens": show(first.prefix[:4]),
-        "last_tokens": show(first.prefix[-4:]),
+        "first_tokens": show(prefix[:4]),
+        "last_tokens": show(prefix[-4:]),
         "labels": [show(c.scored) for c in request.continuations] if len(request.continuations) <= 8 else [],
-        "bos": int((first.prefix == bos).sum()) if bos is not None else 0,
+        "bos": int((prefix == bos).sum()) if bos is not None else 0,
         "longest_prompt": prepared.longest,
         "context_length": engine.context_length,
         "shots_dropped_in": sum(tokens > 0 for tokens in prepared.truncated),

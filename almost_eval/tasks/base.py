@@ -1,4 +1,4 @@
-"""What a task is: samples, requests, a score for each sample, metrics over all of them.
+"""What a task is: samples, requests, a score for each sample, metrics over all of them, and what it states of itself.
 
 A task is pure but for reading its data: `score` and `metrics` work from stored outputs alone, so a finished run can
 be recomputed (`almost-eval verify`) with no model and no data.
@@ -11,12 +11,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from almost_eval.data.sources import DataSource, PromptSet, load_prompt_set
+from almost_eval.data.prompt_sets import PromptSet, load_prompt_set
+from almost_eval.data.sources import DataSource
 from almost_eval.engines.base import SamplingParams
 from almost_eval.errors import InputError
 from almost_eval.models.chat import ChatTemplate, load_template, special_tokens
+from almost_eval.tasks.facts import HubDataset, MetricGroup, NumberPanel, Preset, Setting, Unit
 from almost_eval.types import (
     ContinuationScore,
     Conversation,
@@ -48,13 +50,13 @@ class Prompting:
     template: ChatTemplate | None = None
     """None sends prompts as they are."""
     special_tokens: Mapping[str, str] = field(default_factory=dict)
-    asked: bool = True
+    is_chosen: bool = True
     """False where `--template auto` chose the template."""
 
     @property
     def document_template(self) -> ChatTemplate | None:
-        """The template for few-shot documents, which hold no turns: only one that was asked for."""
-        return self.template if self.asked else None
+        """The template for few-shot documents, which hold no turns: only one that was chosen."""
+        return self.template if self.is_chosen else None
 
     def prompt(self, name: str) -> str:
         """A prompt of the set by name."""
@@ -64,9 +66,41 @@ class Prompting:
 
 
 class Task(ABC):
-    """A benchmark under one protocol."""
+    """A benchmark under one protocol.
 
-    name: str
+    The class states what can be told with no model and no data; commands, lists, reports and comparisons read it there.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str] = ""
+    """For people; empty is the name."""
+    short_title: ClassVar[str] = ""
+    """Heading of a narrow column; empty is the title."""
+    usage: ClassVar[str] = ""
+    """Help of its command: a sentence, then examples."""
+    dataset: ClassVar[HubDataset | None] = None
+    """None where it has several, or one of its own."""
+    unit: ClassVar[Unit] = "share"
+    """Of its metrics."""
+    protocols: ClassVar[tuple[str, ...]] = ()
+    """In words."""
+    metric_names: ClassVar[tuple[str, ...]] = ()
+    metric_titles: ClassVar[Mapping[str, str]] = {}
+    """For people, of metrics whose name says too little; what stands before a comma is the short form."""
+    task_settings: ClassVar[tuple[Setting, ...]] = ()
+    """What, besides model, data and limit, one may choose."""
+    presets: ClassVar[tuple[Preset, ...]] = ()
+    """How `all` runs it; none leaves it out."""
+    comparison: ClassVar[Preset | None] = None
+    """How `tax` and `parity` run it; None leaves it out."""
+    is_preference: ClassVar[bool] = False
+    """Its headline says which answers people prefer, so it stands for preference where over-optimisation is judged."""
+    headline_alone: ClassVar[bool] = True
+    """The headline speaks for the task; else its metrics are measures of their own, each to be listed."""
+    label_shows_protocol: ClassVar[bool] = True
+    context_is_text: ClassVar[bool] = False
+    """The cluster of a sample is its text, worth showing."""
+
     protocol: str
     data: DataSource
     prompting: Prompting
@@ -78,6 +112,59 @@ class Task(ABC):
     """Few-shot examples that may be dropped, last resort first, where a prompt does not fit."""
     single_token_labels: bool = False
     """True where every continuation must be one token, as the protocol reads next-token probabilities."""
+
+    @classmethod
+    def build(
+        cls, protocol: str, settings: Mapping[str, Any], data: DataSource, prompting: Prompting | None = None
+    ) -> Task:
+        """The task that a request or a spec describes.
+
+        Args:
+            protocol: one of its protocols, where it has several to choose from.
+            settings: values of `task_settings` and `limit`; what `settings()` returned will do.
+            data: where its data comes from.
+            prompting: prompt set and template; may be set later, before the first request.
+
+        Raises:
+            InputError: an unknown protocol, or a value that a setting does not take.
+        """
+        raise InputError(f"{cls.name} cannot be built by name; construct it")
+
+    @property
+    def own_prompts(self) -> bool:
+        """Whether all its prompts are few-shot documents, so that the official words are lm-eval's."""
+        return False
+
+    @classmethod
+    def main_metrics(cls, names: Sequence[str]) -> list[str]:
+        """Those of a run's metrics that a table for another document shows."""
+        return list(names)
+
+    @classmethod
+    def metric_unit(cls, metric: str) -> Unit:
+        """How a metric reads."""
+        return cls.unit
+
+    @classmethod
+    def metric_groups(
+        cls, names: Sequence[str], means: Mapping[str, float], records: Sequence[SampleRecord]
+    ) -> list[MetricGroup]:
+        """What a report shows of the metrics, in which order.
+
+        Args:
+            names: metrics of all runs, in the order they were computed.
+            means: metric -> mean over the runs that have a value.
+            records: of all runs.
+        """
+        shares = tuple(name for name in names if cls.metric_unit(name) == "share")
+        return [MetricGroup("Metrics", shares, baselines_at=len(shares), full_names=True)] if shares else []
+
+    @classmethod
+    def number_panels(cls, protocol: str, settings: Mapping[str, Any], record: SampleRecord) -> list[NumberPanel]:
+        """The numbers of one sample that are to be compared with each other."""
+        table = record.outputs.get("loglikelihoods") or []
+        rows = tuple((r, c, -1, -1) for r, row in enumerate(table) for c in range(len(row)))
+        return [NumberPanel("continuations", "nats", rows)] if rows else []
 
     @abstractmethod
     def samples(self) -> list[Sample]:
@@ -178,4 +265,4 @@ def resolve_prompting(
     as_is = auto and (name == "official" or own_prompts)
     resolved = None if as_is else load_template(template, tokenizer)
     named = {} if tokenizer is None else special_tokens(tokenizer)  # an engine of one's own may have none
-    return Prompting(chosen, resolved, named, asked=not auto)
+    return Prompting(chosen, resolved, named, is_chosen=not auto)

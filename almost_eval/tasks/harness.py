@@ -12,7 +12,7 @@ import logging
 import math
 import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from itertools import count, islice
 from pathlib import Path
@@ -25,6 +25,7 @@ from almost_eval.engines.base import SamplingParams
 from almost_eval.errors import DataError, InputError, did_you_mean
 from almost_eval.stats import mean_metric
 from almost_eval.tasks.base import GenerationRequest, Prompting, Task
+from almost_eval.tasks.facts import Setting
 from almost_eval.types import (
     LoglikelihoodRequest,
     Message,
@@ -101,7 +102,7 @@ def load_lm_eval_tasks(names: Sequence[str], data: DataSource) -> dict[str, Any]
 
     Raises:
         InputError: an unknown name.
-        DataError: a data set that cannot be found.
+        DataError: a data set that is nowhere to be had.
     """
     folder = _folder_of(names)
     manager = _manager(folder)
@@ -194,6 +195,20 @@ class Harness(Task):
     """
 
     name = "harness"
+    title = "lm-eval"
+    usage = """Any task of lm-eval on this engine: its prompts and metrics, our speed and records.
+
+    \b
+    Example:
+      almost-eval harness --tasks arc_easy,hellaswag --model ./my-checkpoint
+    """
+    unit = "number"
+    protocols = ("lm-eval's",)
+    metric_names = ("lm-eval's",)
+    task_settings = (
+        Setting("tasks", "names", "lm-eval's names: tasks, groups or tags, by commas.", (), required=True),
+        Setting("shots", "count", "Examples before a document.  [each task's own]", None, minimum=0),
+    )
 
     def __init__(
         self,
@@ -215,6 +230,18 @@ class Harness(Task):
         self._fingerprint = ""
         self._docs: dict[str, dict[str, Any]] = {}  # task -> sample id -> document
         self._rendered: dict[str, dict[str, list[tuple[Any, ...]]]] = {}  # task -> sample id -> arguments of requests
+
+    @classmethod
+    def build(
+        cls, protocol: str, settings: Mapping[str, Any], data: DataSource, prompting: Prompting | None = None
+    ) -> Harness:
+        """See `Task.build`."""
+        return cls(settings["tasks"], data, prompting, shots=settings.get("shots"), limit=settings.get("limit"))
+
+    @property
+    def own_prompts(self) -> bool:
+        """All prompts are lm-eval's documents."""
+        return True
 
     @cached_property
     def tasks(self) -> dict[str, Any]:
@@ -295,8 +322,8 @@ class Harness(Task):
         """lm-eval's prompt of the document, with its own stop strings, length and number of tries."""
         from lm_eval.models.utils import normalize_gen_kwargs
 
-        ((prompt, given),) = self._arguments(sample, shots)
-        options: dict[str, Any] = dict(normalize_gen_kwargs(given))
+        ((prompt, arguments),) = self._arguments(sample, shots)
+        options: dict[str, Any] = dict(normalize_gen_kwargs(arguments))
         params = SamplingParams(
             max_new_tokens=options["max_gen_toks"],
             temperature=float(options.get("temperature") or 0.0) if options["do_sample"] else 0.0,
@@ -345,8 +372,8 @@ class Harness(Task):
         for pipeline in task._filters:
             pipeline.apply(instances)
             with np.errstate(all="ignore"):
-                found = task.process_results(doc, [i.filtered_resps[pipeline.name] for i in instances])
-            results |= {_key(sample.group, task, metric, pipeline.name): value for metric, value in found.items()}
+                metrics = task.process_results(doc, [i.filtered_resps[pipeline.name] for i in instances])
+            results |= {_key(sample.group, task, metric, pipeline.name): value for metric, value in metrics.items()}
         return results
 
     def metrics(self, records: Sequence[SampleRecord]) -> dict[str, Metric]:

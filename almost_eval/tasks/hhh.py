@@ -12,7 +12,7 @@ right, which can cut the answer slot off, ours never; its ties count as right, o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from almost_eval.data.sources import DataSource, fingerprint, malformed
@@ -20,6 +20,7 @@ from almost_eval.errors import InputError, did_you_mean
 from almost_eval.models.chat import dialogue_text, parse_dialogue, render_prompt
 from almost_eval.stats import mean_metric
 from almost_eval.tasks.base import Prompting, Task, choice_score
+from almost_eval.tasks.facts import HubDataset, MetricGroup, NumberPanel, Preset, Setting
 from almost_eval.types import (
     Conversation,
     LoglikelihoodRequest,
@@ -51,6 +52,27 @@ class HHH(Task):
     """
 
     name = "hhh"
+    title = "Static HHH"
+    short_title = "HHH"
+    usage = """Static HHH: which of two answers is more helpful, honest and harmless.
+
+    \b
+    Example:
+      almost-eval hhh --model ./my-checkpoint --data-root ./hub
+      almost-eval hhh --model ./my-reward-model --protocol reward
+      almost-eval hhh --engine openai --base-url http://127.0.0.1:8000/v1 --model my-model
+    """
+    dataset = HubDataset(DATASET, "Static HHH", "test")
+    protocols = PROTOCOLS
+    metric_names = ("accuracy", *(f"accuracy/{category}" for category in CATEGORIES))
+    task_settings = (
+        Setting("protocol", "text", "choice, reward or likelihood.", "choice"),
+        Setting("normalise", "flag", "likelihood: mean over tokens instead of the sum.", False),
+    )
+    presets = tuple(Preset(f"hhh-{protocol}", protocol) for protocol in ("reward", "choice", "likelihood"))
+    comparison = Preset("hhh", "choice")
+    is_preference = True
+    context_is_text = True
 
     def __init__(
         self,
@@ -63,6 +85,8 @@ class HHH(Task):
     ) -> None:
         if protocol not in PROTOCOLS:
             raise InputError(f"unknown protocol {protocol!r}; {did_you_mean(protocol, PROTOCOLS)}")
+        if normalise and protocol != "likelihood":
+            raise InputError(f"--normalise belongs to --protocol likelihood, not {protocol}")
         self.protocol = protocol
         self.requires = "reward" if protocol == "reward" else "loglikelihood"
         self.single_token_labels = protocol == "choice"
@@ -71,6 +95,45 @@ class HHH(Task):
         self.normalise = normalise
         self.limit = limit
         self._fingerprint = ""
+
+    @classmethod
+    def build(
+        cls, protocol: str, settings: Mapping[str, Any], data: DataSource, prompting: Prompting | None = None
+    ) -> HHH:
+        """See `Task.build`."""
+        normalise = bool(settings.get("normalise"))
+        return cls(protocol or "choice", data, prompting, normalise=normalise, limit=settings.get("limit"))
+
+    @classmethod
+    def metric_groups(
+        cls, names: Sequence[str], means: Mapping[str, float], records: Sequence[SampleRecord]
+    ) -> list[MetricGroup]:
+        """Accuracy, the rules, the categories; and a profile of the categories.
+
+        Only known categories are drawn: what a file may call a category belongs into escaped text.
+        """
+        categories = tuple(name for name in names if name.startswith("accuracy/"))
+        known = tuple(name for name in cls.metric_names if name in categories)
+        title = "Accuracy, better answer preferred"
+        profile_title = "accuracy by category"
+        return [MetricGroup(title, ("accuracy", *categories), 1, profile=known, profile_title=profile_title)]
+
+    @classmethod
+    def number_panels(cls, protocol: str, settings: Mapping[str, Any], record: SampleRecord) -> list[NumberPanel]:
+        """`choice`: both orders; the second prompt shows the answers the other way round."""
+        gold = record.sample.gold
+        if protocol == "choice":
+            return [
+                NumberPanel(
+                    f"answer {order} shown as A",
+                    "nats",
+                    tuple((request, letter, letter ^ request, int(letter ^ request == gold)) for letter in range(2)),
+                )
+                for request, order in enumerate((1, 2))
+            ]
+        rows = tuple((0, choice, choice, int(choice == gold)) for choice in range(2))
+        reward = protocol == "reward"
+        return [NumberPanel("reward" if reward else "log-likelihood", "reward" if reward else "nats", rows)]
 
     def samples(self) -> list[Sample]:
         """One sample for each pair; `cluster` is the context, of which 221 pairs have only 102."""

@@ -6,15 +6,16 @@ prompt set has our own wording of the same protocol and takes any subject that t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from almost_eval.data.sources import DataSource, fingerprint, malformed
 from almost_eval.errors import DataError, InputError, did_you_mean
 from almost_eval.models.chat import fill
 from almost_eval.stats import mean_metric, mean_of_means
 from almost_eval.tasks.base import Prompting, Task, choice_score
+from almost_eval.tasks.facts import HubDataset, MetricGroup, NumberPanel, Preset, Setting
 from almost_eval.types import (
     LoglikelihoodRequest,
     Message,
@@ -28,6 +29,8 @@ from almost_eval.types import (
 DATASET = "cais/mmlu"
 CATEGORIES = ("stem", "humanities", "social_sciences", "other")
 LETTERS = ("A", "B", "C", "D")
+SHOTS = 5
+"""Examples that each subject has."""
 
 
 class MMLU(Task):
@@ -45,6 +48,23 @@ class MMLU(Task):
     """
 
     name = "mmlu"
+    title = "MMLU"
+    usage = """MMLU: 57 subjects of four-way questions, with lm-eval's own task definitions.
+
+    \b
+    Example:
+      almost-eval mmlu --model ./my-checkpoint --subjects stem,anatomy --shots 5
+    """
+    dataset = HubDataset(DATASET, "MMLU", "test")
+    protocols = ("letters, 0 to 5 examples",)
+    metric_names = ("accuracy", "accuracy_macro", *(f"accuracy/{name}" for name in (*CATEGORIES, "SUBJECT")))
+    metric_titles: ClassVar[Mapping[str, str]] = {"accuracy_macro": "mean of subjects"}
+    task_settings = (
+        Setting("shots", "count", "Examples before a question.", SHOTS, minimum=0, maximum=SHOTS),
+        Setting("subjects", "names", "Subjects, or stem, humanities, social_sciences, other.  [all]", ()),
+    )
+    presets = (Preset("mmlu", settings={"subjects": (), "shots": SHOTS}),)
+    comparison = Preset("mmlu", "choice", {"subjects": (), "shots": SHOTS})
 
     def __init__(
         self,
@@ -55,15 +75,53 @@ class MMLU(Task):
         *,
         limit: int | None = None,
     ) -> None:
-        if not 0 <= shots <= 5:
-            raise InputError(f"{shots} shots asked for; each subject has 5 examples, so 0 to 5")
+        if not 0 <= shots <= SHOTS:
+            raise InputError(f"{shots} shots: each subject has {SHOTS} examples, so 0 to {SHOTS}")
         self.shots = self.max_shots = shots
         self.protocol = f"{shots}-shot"
         self.data = data
         self.prompting = prompting or Prompting()
         self.limit = limit
-        self.asked = list(subjects)
+        self.chosen = list(subjects)
         self._fingerprint = ""
+
+    @classmethod
+    def build(
+        cls, protocol: str, settings: Mapping[str, Any], data: DataSource, prompting: Prompting | None = None
+    ) -> MMLU:
+        """See `Task.build`."""
+        return cls(settings["subjects"], settings["shots"], data, prompting, limit=settings.get("limit"))
+
+    @property
+    def own_prompts(self) -> bool:
+        """All prompts are lm-eval's documents."""
+        return True
+
+    @classmethod
+    def main_metrics(cls, names: Sequence[str]) -> list[str]:
+        """All but those of single subjects."""
+        return [name for name in names if "/" not in name or name.split("/")[-1] in CATEGORIES]
+
+    @classmethod
+    def metric_groups(
+        cls, names: Sequence[str], means: Mapping[str, float], records: Sequence[SampleRecord]
+    ) -> list[MetricGroup]:
+        """Overall and by category; then the subjects of each category, best first."""
+        category_of = {r.sample.group: str(r.sample.metadata["category"]) for r in records}
+        categories = list(dict.fromkeys(category_of.values()))
+        overall = ("accuracy", "accuracy_macro", *(f"accuracy/{category}" for category in categories))
+        groups = [MetricGroup("Accuracy", overall, 2)]
+        for category in categories:
+            subjects = [f"accuracy/{subject}" for subject, of in category_of.items() if of == category]
+            subjects.sort(key=lambda name: -means.get(name, -1.0))
+            groups.append(MetricGroup(f"Subjects: {category.replace('_', ' ')}", tuple(subjects), compact=True))
+        return groups
+
+    @classmethod
+    def number_panels(cls, protocol: str, settings: Mapping[str, Any], record: SampleRecord) -> list[NumberPanel]:
+        """The four letters."""
+        gold = record.sample.gold
+        return [NumberPanel("next token", "nats", tuple((0, k, k, int(k == gold)) for k in range(len(LETTERS))))]
 
     @property
     def _builtin(self) -> bool:
@@ -75,15 +133,15 @@ class MMLU(Task):
         known = _lm_eval_subjects()
         if self._builtin and self.data.name == "nano":
             known = dict.fromkeys(self.data.configs(DATASET), "other")
-        if not self.asked:
+        if not self.chosen:
             return known
-        chosen: dict[str, str] = {}
-        for name in self.asked:
+        wanted: dict[str, str] = {}
+        for name in self.chosen:
             members = {s: c for s, c in known.items() if name in (s, c)}
             if not members:
                 raise InputError(f"unknown subject {name!r}; {did_you_mean(name, [*CATEGORIES, *known], limit=8)}")
-            chosen |= members
-        return {subject: category for subject, category in known.items() if subject in chosen}
+            wanted |= members
+        return {subject: category for subject, category in known.items() if subject in wanted}
 
     def samples(self) -> list[Sample]:
         """One sample a question, subject by subject; `group` is the subject."""

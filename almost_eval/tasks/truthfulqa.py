@@ -11,15 +11,16 @@ of equal scores: a model that says nothing, or NaN, is then always right. Here i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from almost_eval.data.sources import DataSource, fingerprint, malformed
 from almost_eval.errors import InputError, did_you_mean
 from almost_eval.models.chat import render_prompt
 from almost_eval.stats import mean_metric
 from almost_eval.tasks.base import Prompting, Task, choice_score
+from almost_eval.tasks.facts import HubDataset, MetricGroup, NumberPanel, Preset, Setting
 from almost_eval.types import (
     LoglikelihoodRequest,
     Message,
@@ -51,6 +52,27 @@ class TruthfulQA(Task):
     """
 
     name = "truthfulqa"
+    title = "TruthfulQA"
+    usage = """TruthfulQA, multiple choice: mc1 and mc2 as lm-eval defines them, and the official true-or-false form.
+
+    \b
+    Example:
+      almost-eval truthfulqa --model ./my-checkpoint --metrics mc1,mc2,mc1_true_prompt
+    """
+    dataset = HubDataset(DATASET, "TruthfulQA (multiple choice)", "validation")
+    protocols = ("likelihood", "true or false")
+    metric_names = METRICS
+    metric_titles: ClassVar[Mapping[str, str]] = {
+        "mc1": "mc1, the one true answer is likeliest",
+        "mc2": "mc2, probability on true answers",
+        "mc1_true_prompt": "mc1, true-or-false prompt",
+    }
+    task_settings = (Setting("metrics", "names", "mc1, mc2, mc1_true_prompt.", ("mc1", "mc2")),)
+    presets = (Preset("truthfulqa", settings={"metrics": METRICS}),)
+    comparison = Preset("truthfulqa", "likelihood", {"metrics": ("mc1", "mc2")})
+    headline_alone = False
+    label_shows_protocol = False  # it lists the metrics, which stand below each other anyway
+    context_is_text = True
     max_shots = _SHOTS
 
     def __init__(
@@ -78,6 +100,43 @@ class TruthfulQA(Task):
                 raise InputError(f"unknown metric {metric!r}; {did_you_mean(metric, METRICS)}")
         if not metrics:
             raise InputError(f"no metric chosen; known: {', '.join(METRICS)}")
+
+    @classmethod
+    def build(
+        cls, protocol: str, settings: Mapping[str, Any], data: DataSource, prompting: Prompting | None = None
+    ) -> TruthfulQA:
+        """See `Task.build`."""
+        return cls(settings["metrics"], data, prompting, limit=settings.get("limit"))
+
+    @property
+    def own_prompts(self) -> bool:
+        """All but the true-or-false form are lm-eval's documents."""
+        return "mc1_true_prompt" not in self.wanted
+
+    @classmethod
+    def metric_groups(
+        cls, names: Sequence[str], means: Mapping[str, float], records: Sequence[SampleRecord]
+    ) -> list[MetricGroup]:
+        """All metrics, then the rules."""
+        return [MetricGroup("Multiple choice", tuple(names), len(names))]
+
+    @classmethod
+    def number_panels(cls, protocol: str, settings: Mapping[str, Any], record: SampleRecord) -> list[NumberPanel]:
+        """A panel for each chosen metric."""
+        meta, gold, metrics = record.sample.metadata, record.sample.gold, settings["metrics"]
+        by_answer = [metric for metric in ("mc1", "mc2") if metric in metrics]
+        used = sorted({choice for metric in by_answer for choice in meta[metric]})
+        panels = []
+        for metric in by_answer:
+            right = [int(choice == gold) for choice in meta["mc1"]]
+            good = meta["mc2_labels"] if metric == "mc2" else right
+            rows = tuple((0, used.index(choice), choice, ok) for choice, ok in zip(meta[metric], good, strict=True))
+            panels.append(NumberPanel(metric, "nats", rows))
+        if "mc1_true_prompt" in metrics:
+            first = int(bool(by_answer))
+            rows = tuple((first + at, 0, choice, int(choice == gold)) for at, choice in enumerate(meta["mc1"]))
+            panels.append(NumberPanel("mc1, true-or-false prompt", "nats", rows))
+        return panels
 
     @property
     def _reads_answers(self) -> bool:

@@ -1,14 +1,21 @@
-"""Prompts that training must not see, as an evaluation will ask them: decontamination by the words of a prompt."""
+"""Prompts that training must not see, because an evaluation uses them. Two texts with the same words are the same."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-from almost_train.common.records import read_rows
-from almost_train.self_play.rules import words_of
+from almost_eval.files import read_rows
 
 HeldOut = frozenset[tuple[str, ...]]
 """The words of each held-out prompt, in lower case and without punctuation."""
+
+_WORD = re.compile(r"\w+(?:'\w+)*")
+
+
+def words_of(text: str) -> tuple[str, ...]:
+    """The words of a text in lower case, without punctuation."""
+    return tuple(word.lower() for word in _WORD.findall(text.replace("\u2019", "'")))
 
 
 def read_held_out(file: Path | None) -> HeldOut:

@@ -9,14 +9,29 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from almost_eval.errors import InputError
 from almost_eval.models.loading import pick_device
+from almost_eval.types import JSONObject
 from almost_train.common.stage import Stage
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    class TrainedSettings(DataclassInstance, Protocol):
+        """Settings of a stage that trains."""
+
+        @property
+        def device(self) -> str:
+            """Where it trains."""
+            ...
+
+
+T = TypeVar("T")
+
 WORK = ".work"
-"""The hidden folder that holds what resuming needs; gone when the stage is done."""
+"""The hidden folder with the checkpoints to resume from; removed when the stage is done."""
 
 
 def world_size() -> int:
@@ -32,13 +47,13 @@ def is_main() -> bool:
 class SharedStage:
     """A `Stage` that the main process holds and all processes follow."""
 
-    def __init__(self, folder: Path, stage: Stage | None, result: dict[str, Any] | None) -> None:
+    def __init__(self, folder: Path, stage: Stage | None, result: JSONObject | None) -> None:
         self.folder = folder
         self.result = result
         """What `finish` wrote, the same in every process; None while the stage is not done."""
         self._stage = stage
 
-    def finish(self, metrics: Mapping[str, Any], outputs: Mapping[str, Path]) -> dict[str, Any]:
+    def finish(self, metrics: Mapping[str, object], outputs: Mapping[str, Path]) -> JSONObject:
         """`Stage.finish` in the main process; every process gets its result. `metrics` of the others are not read."""
         self.result = from_main(self._stage.finish(metrics, outputs) if self._stage else None)
         assert self.result is not None
@@ -47,10 +62,12 @@ class SharedStage:
 
 
 @contextmanager
-def shared_stage(folder: Path, name: str, settings: Any, inputs: Mapping[str, Path | str]) -> Iterator[SharedStage]:
-    """Open a stage in all processes: the main one locks and writes it, the others wait for what it finds.
+def shared_stage(
+    folder: Path, name: str, settings: TrainedSettings, inputs: Mapping[str, Path | str]
+) -> Iterator[SharedStage]:
+    """Open a stage in all processes: the main one locks and writes it, the others wait for its result.
 
-    Inside, stdout is stderr: it is for results, and trainers' libraries print there (transformers, of W&B's mode).
+    Inside, what is printed to stdout goes to stderr: stdout is for results, and transformers prints there.
 
     Raises:
         InputError: the device cannot be used, or `Stage` refuses the folder; in all processes.
@@ -59,7 +76,7 @@ def shared_stage(folder: Path, name: str, settings: Any, inputs: Mapping[str, Pa
     if world_size() > 1:
         from accelerate import PartialState
 
-        # The main process may evaluate for long while the others wait: the usual limit is 10 to 30 minutes.
+        # The others wait while the main process evaluates, which may take longer than the usual 10 to 30 minutes.
         PartialState(cpu=device == "cpu", timeout=timedelta(hours=24))
     with ExitStack() as stack:
         stack.enter_context(redirect_stdout(sys.stderr))
@@ -70,24 +87,25 @@ def shared_stage(folder: Path, name: str, settings: Any, inputs: Mapping[str, Pa
             except InputError as error:
                 refusal = error
         refusal, result = from_main((refusal, stage.result if stage else None))
-        if refusal is not None:  # in every process, or the others would wait for one that is gone
+        if refusal is not None:  # raised in every process: otherwise they would wait for one that has ended
             raise refusal
-        if result is not None and is_main():  # killed in its very last moment, it left this
+        if result is not None and is_main():  # a process that was killed just before its end left it
             shutil.rmtree(folder / WORK, ignore_errors=True)
         yield SharedStage(folder, stage, result)
 
 
-def from_main(value: Any) -> Any:
+def from_main(value: T) -> T:
     """The main process's value, in every process."""
     if world_size() == 1:
         return value
     from accelerate.utils import broadcast_object_list
 
-    return broadcast_object_list([value], from_process=0)[0]
+    values: list[T] = broadcast_object_list([value], from_process=0)
+    return values[0]
 
 
 def wait_for_all() -> None:
-    """Go on when every process is here."""
+    """Wait until every process has called this."""
     if world_size() > 1:
         from accelerate import PartialState
 

@@ -1,23 +1,26 @@
 """A stage's folder: `stage.json` (what is made, of what), its outputs, `result.json` (written last: the stage is done).
 
-The same command on the same folder goes on where it was killed and does nothing where it is done; other settings or
-other inputs are refused. A pipeline decides by these files what to skip.
+The same command on the same folder goes on where it was killed, and does nothing where the stage is done. Other
+settings or other inputs are refused. A pipeline reads these files to see which stages it can skip.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from almost_eval import __version__
 from almost_eval.errors import InputError, StoreError
-from almost_eval.run.store import read_json, write_json
+from almost_eval.files import digest_path, locked_folder, read_json, write_json
+from almost_eval.types import JSONObject
 from almost_train.common.config import settings_to_dict
-from almost_train.common.records import digest
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 FREE_SETTINGS = ("device", "save_every", "samples_every", "keep_every", "patience", "max_rounds", "accept_fewer")
 """Settings that may differ when a stage goes on: where it runs, how often and what it saves, when it gives up."""
@@ -33,7 +36,16 @@ def model_input(model: str) -> Path | str:
 
 
 class StageChanged(StoreError):
-    """The folder holds this stage, made with other settings or inputs. A pipeline makes it anew."""
+    """The folder holds this stage, made with other settings or inputs. A pipeline makes it anew.
+
+    Args:
+        folder: of the stage.
+        change: what is other: `settings (seed was 2, is 3)`.
+    """
+
+    def __init__(self, folder: Path, change: str) -> None:
+        super().__init__(f"{folder} was made with other {change}; choose another --output")
+        self.change = change
 
 
 class Stage:
@@ -51,34 +63,23 @@ class Stage:
         DataError: an input that is not there.
     """
 
-    def __init__(self, folder: Path, name: str, settings: Any, inputs: Mapping[str, Path | str] = {}) -> None:
+    def __init__(
+        self, folder: Path, name: str, settings: DataclassInstance, inputs: Mapping[str, Path | str] = {}
+    ) -> None:
         self.folder = folder
         self.name = name
-        given = {k: v for k, v in settings_to_dict(settings).items() if k not in FREE_SETTINGS}
+        pinned = {k: v for k, v in settings_to_dict(settings).items() if k not in FREE_SETTINGS}
         # Inputs by content, not by place: a moved or copied pipeline is the same pipeline.
-        digests = {k: digest(v) if isinstance(v, Path) else str(v) for k, v in sorted(inputs.items())}
-        self.spec: dict[str, Any] = {"stage": name, "settings": given, "inputs": digests}
-        self.result: dict[str, Any] | None = None
+        digests = {k: digest_path(v) if isinstance(v, Path) else str(v) for k, v in sorted(inputs.items())}
+        self.spec: JSONObject = {"stage": name, "settings": pinned, "inputs": digests}
+        self.result: JSONObject | None = None
         """What `finish` wrote, here or in an earlier process; None while the stage is not done."""
 
     def __enter__(self) -> Stage:
-        from filelock import FileLock, Timeout
-
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(self.folder / ".lock", timeout=0)
-            self._lock.acquire()
-        except Timeout:
-            raise StoreError(f"{self.folder} is in use by another process; wait, or choose another --output") from None
-        except FileExistsError:
-            raise StoreError(f"{self.folder} is a file; --output names the folder of a stage") from None
-        except OSError as error:
-            raise StoreError(f"cannot write to {self.folder} ({error.strerror}); choose another --output") from None
-        try:
+        with ExitStack() as stack:  # a folder that is refused is released
+            stack.enter_context(locked_folder(self.folder, "stage"))
             self._adopt()
-        except BaseException:
-            self._lock.release()
-            raise
+            self._lock = stack.pop_all()
         self._began = time.monotonic()
         return self
 
@@ -86,24 +87,19 @@ class Stage:
         if isinstance(error, InputError) and self._nothing_done():
             # Refused before any work: the corrected command must not be told that the folder is another's.
             (self.folder / "stage.json").unlink(missing_ok=True)
-        self._lock.release()
+        self._lock.close()
 
     def _nothing_done(self) -> bool:
         files = [p for p in self.folder.rglob("*") if p.is_file() and p.name not in ("stage.json", ".lock")]
         return all(p.stat().st_size == 0 for p in files)
 
-    @property
-    def done(self) -> bool:
-        """Whether there is nothing left to do."""
-        return self.result is not None
-
-    def finish(self, metrics: Mapping[str, Any], outputs: Mapping[str, Path] = {}) -> dict[str, Any]:
+    def finish(self, metrics: Mapping[str, object], outputs: Mapping[str, Path] = {}) -> JSONObject:
         """Write `result.json` and return it: metrics (JSON), the digests of the outputs, seconds of this process."""
         self.result = {
             "stage": self.name,
             "metrics": dict(metrics),
             "outputs": {
-                name: {"path": str(path.relative_to(self.folder)), "digest": digest(path)}
+                name: {"path": str(path.relative_to(self.folder)), "digest": digest_path(path)}
                 for name, path in outputs.items()
             },
             "seconds": round(time.monotonic() - self._began, 1),
@@ -128,14 +124,14 @@ class Stage:
             if differ:
                 key = differ[0]
                 more = f", and {len(differ) - 1} more" if len(differ) > 1 else ""
-                # A digest says nothing to a reader; the name of the input does.
+                # Of an input only the name is shown: its digest says nothing to a reader.
                 what = f"{key} was {_short(was.get(key))}, is {_short(now.get(key))}" if part == "settings" else key
                 what += more
-                raise StageChanged(f"{self.folder} was made with other {part} ({what}); choose another --output")
+                raise StageChanged(self.folder, f"{part} ({what})")
         with suppress(StoreError):  # absent: not finished
             self.result = read_json(self.folder / "result.json", "metrics", "outputs")
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 40 else text[:37] + "..."

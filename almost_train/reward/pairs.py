@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import random
@@ -13,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from almost_eval.errors import DataError
+from almost_eval.files import Row, read_rows
 from almost_eval.models.chat import ChatTemplate, encode_text, special_tokens
 from almost_eval.stats import mean_metric
 from almost_eval.types import Conversation
-from almost_train.common.records import Row, read_rows
-from almost_train.common.trainers import messages_of
+from almost_train.common.records import Preference
 
 CALIBRATION_BINS = 10
 
@@ -51,13 +50,9 @@ def read_pairs(file: Path) -> list[Pair]:
         raise DataError(f"{file} holds no comparisons")
     pairs = []
     for number, row in enumerate(rows, 1):
-        where = f"{file}, row {number}"
-        prompt, chosen, rejected = (messages_of(row[key], where) for key in ("prompt", "chosen", "rejected"))
-        if not prompt or any(not part or part[-1].role != "assistant" for part in (chosen, rejected)):
-            raise DataError(f"malformed data: {where}: needs a prompt, and answers that end in an assistant's message")
-        pair = Pair("", prompt, prompt + chosen, prompt + rejected)
-        prompt_id = row.get("prompt_id") or hashlib.sha256(_key(pair).encode()).hexdigest()[:12]
-        pairs.append(replace(pair, prompt_id=str(prompt_id)))
+        row_pair = Preference.from_row(row, f"{file}, row {number}")
+        prompt = row_pair.prompt
+        pairs.append(Pair(row_pair.prompt_id, prompt, prompt + row_pair.chosen, prompt + row_pair.rejected))
     return pairs
 
 

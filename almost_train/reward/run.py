@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from almost_eval.errors import DataError, ModelError
+from almost_eval.files import Row, read_rows, write_rows
 from almost_eval.models.checkpoint import Checkpoint, context_length, find_checkpoint
 from almost_eval.models.loading import load_tokenizer
 from almost_eval.progress import Progress
 from almost_train.common.batches import BatchPlan, batch_plan, planned_dataset
 from almost_train.common.config import option
 from almost_train.common.processes import is_main, shared_stage
-from almost_train.common.records import Row, read_rows, write_rows
 from almost_train.common.stage import model_input
 from almost_train.common.trainers import (
     MODEL,

@@ -2,29 +2,29 @@
 
 httpx and not OpenAI's SDK: the page must be there in seconds, the SDK alone takes one of them to import, and of the
 protocol only a stream of chat chunks is needed. Leaving a stream closes the connection, which ends the work upstream.
-
-The key is read from `ALMOST_API_KEY`, else `OPENAI_API_KEY`; it is in no setting, log or sentence.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Literal
 
-from almost_eval.engines.openai import KEYS
 from almost_eval.errors import InputError, RunError
+from almost_eval.models.endpoints import KEYS, EndpointAddress, read_key, server_words
 from almost_eval.types import JSONObject
 from serving.chat.conversation import ChatCandidate, Settings
+
+if TYPE_CHECKING:
+    import httpx
 
 Kind = Literal["down", "key", "context_full", "loading", "busy", "reward", "refused", "broken"]
 
 _CONTEXT = re.compile(r"context[ _](length|window|of|size)|maximum (context|model)|max_model_len|too long", re.I)
+_EXAMPLE = "http://127.0.0.1:8000/v1"
 _CONNECT_S = 5.0
 _QUICK_S = 20.0
 """Seconds for a request that is no answer."""
@@ -80,25 +80,21 @@ class Address:
     model: str | None
 
     @classmethod
-    def parse(cls, given: str) -> Address:
-        """Read what `--base-url` was given.
+    def parse(cls, text: str) -> Address:
+        """Read a value of `--base-url`.
 
         Raises:
             InputError: no http(s) address, or one that holds a password.
         """
-        head, equals, rest = given.partition("=")
-        name, url = (head.strip(), rest) if equals and "://" not in head else ("", given)
+        head, equals, rest = text.partition("=")
+        name, url = (head.strip(), rest) if equals and "://" not in head else ("", text)
         url, _, model = url.partition("#")
-        try:
-            parts = urlsplit(url)
-            host, _ = parts.hostname, parts.port
-        except ValueError:
-            parts, host = urlsplit(""), None
-        if "@" in parts.netloc:
+        address = EndpointAddress.parse(url, "--base-url", example=_EXAMPLE)
+        if address.has_user:
             raise InputError(f"--base-url holds a user or a password; a key comes from the environment: {KEYS[0]}")
-        if parts.scheme not in ("http", "https") or not host or parts.query:
-            raise InputError("--base-url is not an http(s) address; it must look like http://127.0.0.1:8000/v1")
-        return cls(name or (model or parts.netloc), url.rstrip("/").removesuffix("/v1") + "/v1", model or None)
+        if address.parts.query:
+            raise InputError(f"--base-url is not an http(s) address; it must look like {_EXAMPLE}")
+        return cls(name or (model or address.parts.netloc), url.rstrip("/").removesuffix("/v1") + "/v1", model or None)
 
 
 @dataclass(slots=True)
@@ -110,12 +106,12 @@ class Endpoint:
     key: str | None = field(default=None, repr=False)
     local: bool = False
     """Whether this program started it: then the sentences do not speak of a server that somebody should start."""
-    _client: Any = field(default=None, repr=False)
+    _client: httpx.AsyncClient | None = field(default=None, repr=False)
 
     @classmethod
     def with_key_of_environment(cls, url: str) -> Endpoint:
         """An endpoint that is sent the key of the environment, if there is one."""
-        return cls(url, next((os.environ[name] for name in KEYS if os.environ.get(name)), None))
+        return cls(url, read_key(EndpointAddress(url)))
 
     async def abilities(self) -> Abilities:
         """Ask what it serves.
@@ -222,7 +218,7 @@ class Endpoint:
         except httpx.HTTPError as error:
             raise self._unreachable(error) from None
 
-    def _open(self) -> Any:
+    def _open(self) -> httpx.AsyncClient:
         import httpx
 
         if self._client is None:
@@ -230,7 +226,7 @@ class Endpoint:
             timeout = httpx.Timeout(_SILENCE_S, connect=_CONNECT_S)
             limits = httpx.Limits(max_connections=256, max_keepalive_connections=32)
             # trust_env: a proxy of the environment must not see what is said to a server of this machine.
-            local = urlsplit(self.url).hostname in ("127.0.0.1", "localhost", "::1")
+            local = EndpointAddress(self.url).is_local
             self._client = httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits, trust_env=not local)
         return self._client
 
@@ -255,9 +251,7 @@ class Endpoint:
     def _refusal(self, status: int, body: JSONObject | None) -> EndpointError:
         details = body.get("error", body) if isinstance(body, dict) else {}
         details = details if isinstance(details, dict) else {"message": details}
-        words = " ".join(str(details.get("message") or "no reason given").split())[:300].rstrip(".")
-        if self.key:
-            words = words.replace(self.key, "***")
+        words = server_words(str(details.get("message") or "no reason given"), self.key).rstrip(".")
         code = str(details.get("code") or "")
         if code == "context_length_exceeded" or (status in (400, 413, 422) and _CONTEXT.search(words)):
             sentence = "The context is full: the conversation and the answer do not fit the model."

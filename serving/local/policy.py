@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.hf import HFEngine
-from almost_eval.models.chat import STOP_STRINGS, load_template, special_tokens
+from almost_eval.models.chat import load_template, special_tokens
+from almost_eval.models.stops import stop_strings
 from almost_eval.types import Conversation
 from serving.gateway.errors import refusal
 from serving.local.schema import LocalChat
@@ -28,11 +29,10 @@ class Policy:
         return template.render(conversation, add_generation_prompt=True, special_tokens=tokens)
 
     def stop(self) -> tuple[str, ...]:
-        """The strings at which an answer is over: those of the built-in format, where the model uses that."""
-        own, almost = load_template("auto", self.engine.tokenizer), load_template("almost")
-        assert own is not None
-        assert almost is not None
-        return STOP_STRINGS["almost"] if own.digest == almost.digest else own.stop
+        """The strings at which an answer is over: those of the built-in format that the model uses."""
+        template = load_template("auto", self.engine.tokenizer)
+        assert template is not None
+        return stop_strings(template)
 
     def prompt_tokens(self, prompt: str) -> int:
         """The length of the prompt."""

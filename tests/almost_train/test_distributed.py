@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from almost_eval.files import digest_path, read_rows, write_rows
 from almost_train.common.batches import batch_plan
-from almost_train.common.records import digest, read_rows, write_rows
 
 CONFIGS = Path(__file__).parents[2] / "almost_train" / "accelerate"
 
@@ -146,4 +146,4 @@ def test_two_processes_end_in_the_weights_of_one(tiny_checkpoint: Any, tmp_path:
         assert weights[0].keys() == weights[1].keys()
         assert max(float((weights[0][k] - weights[1][k]).abs().max()) for k in weights[0]) < 1e-4
         assert not (tmp_path / "two" / stage / ".work").exists()
-        assert digest(tmp_path / "again" / stage / "model") == digest(tmp_path / "two" / stage / "model")
+        assert digest_path(tmp_path / "again" / stage / "model") == digest_path(tmp_path / "two" / stage / "model")

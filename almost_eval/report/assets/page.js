@@ -43,18 +43,37 @@ const copyButton = (text) => h("button", { type: "button", class: "copy", onclic
 
 // --- data
 
-const blobs = new Map();
-
-function unpack(number) {
-  if (!blobs.has(number)) {
-    const element = $(`blob-${number}`);
+async function unpack(number) { // each blob once: base64 of gzip of JSON
+  const element = $(`blob-${number}`);
+  try {
     const binary = atob(element.textContent.trim());
     const bytes = new Uint8Array(binary.length);
     for (let i = 0; i < binary.length; i++) bytes[i] = binary.charCodeAt(i);
-    blobs.set(number, JSON.parse(new TextDecoder().decode(bunzip2(bytes, Number(element.dataset.bytes)))));
-    element.remove(); // the packed form is of no more use
+    element.remove(); // the packed form is not needed any more
+    return await new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
+  } catch {
+    throw new Error("the data in this page are damaged");
   }
-  return blobs.get(number);
+}
+
+function load(benchmark, number) { // a chunk is unpacked when one of its samples is first looked at, or searched
+  const chunk = benchmark.chunks[number];
+  chunk.loading ||= Promise.all([chunk.texts, chunk.outputs].map((blobs) => Promise.all(blobs.map(unpack))))
+    .then(([texts, outputs]) => { chunk.data = { texts, outputs }; });
+  return chunk.loading;
+}
+
+// True where these samples are unpacked. Where not, they are unpacked now, and `again` is called afterwards.
+function ready(benchmark, places, again) {
+  const numbers = new Set(places.map((at) => chunkOf(benchmark, at)));
+  const packed = [...numbers].filter((number) => !benchmark.chunks[number].data);
+  if (packed.length) Promise.all(packed.map((number) => load(benchmark, number))).then(again).catch(complain);
+  return !packed.length;
+}
+
+function complain(error) {
+  $("broken").hidden = false;
+  $("broken").textContent = `The samples cannot be shown: ${error.message}. samples.jsonl of the run folder has them.`;
 }
 
 // Choices that a prompt ends in do not travel a second time; `samples.py` has the same expression.
@@ -63,15 +82,16 @@ const LETTERED = /\nA\. ([\s\S]*?)\nB\. ([\s\S]*?)\nC\. ([\s\S]*?)\nD\. ([\s\S]*
 const chunkOf = (benchmark, at) => benchmark.chunks.findIndex((chunk) => at < chunk.end);
 const startOf = (benchmark, chunk) => (chunk ? benchmark.chunks[chunk - 1].end : 0);
 
-function sampleAt(benchmark, at) {
-  const number = chunkOf(benchmark, at), chunk = benchmark.chunks[number], place = at - startOf(benchmark, number);
-  const texts = chunk.texts.map((blob) => {
-    const data = unpack(blob), [choices, prompts, snippet, judged] = data.samples[place];
+function sampleAt(benchmark, at) { // its chunk must be unpacked: see `ready`
+  const number = chunkOf(benchmark, at), place = at - startOf(benchmark, number);
+  const { texts: packed, outputs } = benchmark.chunks[number].data;
+  const texts = packed.map((data) => {
+    const [choices, prompts, snippet, judged] = data.samples[place];
     const whole = prompts.map(([piece, own, ending]) => (
       { shared: piece < 0 ? "" : data.pieces[piece], own, continuations: data.endings[ending] }));
     return { choices: choices || LETTERED.exec(whole[0].own).slice(1), prompts: whole, snippet, judged };
   });
-  return { texts, outputs: chunk.outputs.map((blob) => unpack(blob)[place]) };
+  return { texts, outputs: outputs.map((lines) => lines[place]) };
 }
 
 // --- what a score says
@@ -130,12 +150,18 @@ function haystack(b, number) {
   return chunk.lower;
 }
 
-async function find() {
+const find = () => filterAndSearch().catch(complain);
+
+async function filterAndSearch() {
   const mine = ++search, b = current(), query = state.query.trim().toLowerCase();
   const kept = [];
   counts();
   for (let number = 0; number < b.chunks.length; number++) {
     const start = startOf(b, number);
+    if (query) {
+      await load(b, number);
+      if (mine !== search) return;
+    }
     const lower = query ? haystack(b, number) : null;
     for (let at = start; at < b.chunks[number].end; at++) {
       if (passes(b, state.filter, at) && (!query || lower[at - start].includes(query))) kept.push(at);
@@ -184,6 +210,7 @@ function draw() {
   rows.style.height = `${shown.length * ROW}px`;
   const first = Math.max(0, Math.floor(list.scrollTop / ROW) - SPARE);
   const last = Math.min(shown.length, Math.ceil((list.scrollTop + list.clientHeight) / ROW) + SPARE);
+  if (!ready(b, shown.slice(first, last), draw)) return;
   const made = [];
   for (let place = first; place < last; place++) {
     const at = shown[place];
@@ -207,6 +234,8 @@ function draw() {
 function select(at, { scroll = false, quiet = false } = {}) {
   selected = at;
   const b = current();
+  const again = () => { if (b === current() && at === selected) select(at, { scroll, quiet }); };
+  if (at >= 0 && !ready(b, [at], again)) return;
   $("detail").replaceChildren(...(at < 0 ? [h("p", { class: "quiet" }, "No sample matches.")] : detail(b, at)));
   $("detail").scrollTop = 0;
   if (!quiet && at >= 0) history.replaceState(null, "", `#sample=${state.benchmark}/${encodeURIComponent(b.ids[at])}`);
@@ -229,14 +258,14 @@ const fixed = (value) => (typeof value === "number" ? value.toFixed(3).replace("
 
 function detail(b, at) {
   const { texts, outputs } = sampleAt(b, at);
-  const found = [
+  const parts = [
     h("header", {}, h("h3", {}, b.ids[at]), h("p", { class: "quiet" }, b.groups[b.group[at]].replace(/_+/g, " "))),
     h("ul", { class: "verdicts" }, b.runs.map((run, r) => verdictLine(b, run, r, at, outputs[r]))),
   ];
-  for (const panel of b.panels[b.panel[at]]) found.push(panelOf(b, panel, texts, outputs));
-  b.runs.forEach((run, r) => found.push(...writtenBy(b, run, texts[b.source[r]], outputs[r])));
-  texts.forEach((text, source) => found.push(...promptsOf(b, text, source)));
-  return found.filter(Boolean);
+  for (const panel of b.panels[b.panel[at]]) parts.push(panelOf(b, panel, texts, outputs));
+  b.runs.forEach((run, r) => parts.push(...writtenBy(b, run, texts[b.source[r]], outputs[r])));
+  texts.forEach((text, source) => parts.push(...promptsOf(b, text, source)));
+  return parts.filter(Boolean);
 }
 
 function verdictLine(b, run, r, at, output) {
@@ -283,14 +312,14 @@ function bar(run, value, best) {
 const KNOWN = new Set(["loglikelihoods", "rewards", "completions", "finish_reasons", "metrics", "review", "winner", "scores", "lengths"]);
 
 function writtenBy(b, run, text, output) { // texts: completions, or two answers and their review
-  const found = [], whose = b.runs.length > 1 ? ` · ${run.label}` : "";
-  if (!output) return found;
+  const parts = [], whose = b.runs.length > 1 ? ` · ${run.label}` : "";
+  if (!output) return parts;
   (output.completions || []).forEach((completion, i) => {
-    found.push(h("h4", {}, `Answer${whose}`, h("small", {}, ` ${(output.finish_reasons || [])[i] || ""}`)), h("pre", {}, completion));
+    parts.push(h("h4", {}, `Answer${whose}`, h("small", {}, ` ${(output.finish_reasons || [])[i] || ""}`)), h("pre", {}, completion));
   });
   if (text.judged) {
     const { question, answers } = text.judged;
-    if (question !== null) found.push(h("h4", {}, `Question${whose}`), h("pre", {}, question));
+    if (question !== null) parts.push(h("h4", {}, `Question${whose}`), h("pre", {}, question));
     const sides = answers.map(([name, answer], side) => {
       const facts = [];
       if (output.scores) facts.push(`score ${output.scores[side]}`);
@@ -300,17 +329,17 @@ function writtenBy(b, run, text, output) { // texts: completions, or two answers
       return h("div", {}, h("h4", {}, `${side + 1} · ${name}`, h("small", {}, ` ${facts.join(", ")}`)),
         h("pre", {}, answer === null ? "(not in the run folder)" : answer));
     });
-    found.push(h("div", { class: "sides" }, sides));
-    if (output.review) found.push(h("h4", {}, `Review${whose}`), h("pre", { class: "review" }, output.review));
+    parts.push(h("div", { class: "sides" }, sides));
+    if (output.review) parts.push(h("h4", {}, `Review${whose}`), h("pre", { class: "review" }, output.review));
   }
   const rest = Object.entries(output).filter(([key, value]) => !KNOWN.has(key) && value !== null);
   if (rest.length) {
-    found.push(h("dl", { class: "rest" }, rest.flatMap(([key, value]) => [
+    parts.push(h("dl", { class: "rest" }, rest.flatMap(([key, value]) => [
       h("dt", {}, key.replace(/_/g, " ") + whose),
       h("dd", {}, typeof value === "string" ? value : JSON.stringify(value)),
     ])));
   }
-  return found;
+  return parts;
 }
 
 function promptsOf(b, text, source) {
@@ -340,8 +369,9 @@ function promptsOf(b, text, source) {
 
 // --- start
 
-function setUp() {
-  benchmarks = unpack(document.querySelectorAll("script.blob").length - 1).benchmarks; // the index is the last
+async function setUp() {
+  const index = await unpack(document.querySelectorAll("script.blob").length - 1); // the last blob
+  benchmarks = index.benchmarks;
   const choose = $("benchmark");
   choose.append(...benchmarks.map((b, i) => h("option", { value: i }, b.title)));
   choose.parentElement.hidden = benchmarks.length < 2;
@@ -375,13 +405,13 @@ function setUp() {
     if (e.key === "/" && !typing && !e.ctrlKey && !e.metaKey) { e.preventDefault(); $("query").focus(); }
   });
   $("browser").hidden = false;
-  const asked = /^#sample=(\d+)\/(.+)$/.exec(location.hash);
-  const place = asked && benchmarks[asked[1]] ? Number(asked[1]) : 0;
+  const linked = /^#sample=(\d+)\/(.+)$/.exec(location.hash);
+  const place = linked && benchmarks[linked[1]] ? Number(linked[1]) : 0;
   open(place);
-  if (asked) selected = benchmarks[place].ids.findIndex((id) => encodeURIComponent(id) === asked[2]);
+  if (linked) selected = benchmarks[place].ids.findIndex((id) => encodeURIComponent(id) === linked[2]);
   if (selected >= 0) select(selected, { quiet: true });
   find();
-  if (asked && selected >= 0) { move(0); $("samples").scrollIntoView(); }
+  if (linked && selected >= 0) { move(0); $("samples").scrollIntoView(); }
 }
 
 function open(number) {
@@ -402,11 +432,7 @@ for (const button of document.querySelectorAll("button[data-copy]")) {
   button.hidden = false;
   button.addEventListener("click", () => copy(button, $(button.dataset.copy).textContent));
 }
-if ($("browser")) {
-  try {
-    setUp();
-  } catch (error) {
-    $("broken").hidden = false;
-    $("broken").textContent = `The samples cannot be shown: ${error.message}. samples.jsonl of the run folder has them.`;
-  }
-}
+if ($("browser") && typeof DecompressionStream === "undefined") {
+  $("broken").hidden = false;
+  $("broken").textContent = "This browser is too old to unpack the samples (it has no DecompressionStream): use a newer one.";
+} else if ($("browser")) setUp().catch(complain);

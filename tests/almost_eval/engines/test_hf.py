@@ -469,6 +469,81 @@ def test_a_stop_string_cuts_the_text(engines: Engines) -> None:
     assert len(free["hello"].token_ids) == 20
 
 
+class CountingTokenizer:
+    """A tokenizer that counts the tokens it decodes."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.decoded = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def decode(self, ids: Any, **options: Any) -> str:
+        self.decoded += len(ids)
+        return str(self._tokenizer.decode(ids, **options))
+
+    def batch_decode(self, rows: Any, **options: Any) -> list[str]:
+        return [self.decode(ids, **options) for ids in rows]
+
+
+def test_the_decoded_tokens_grow_with_the_completion_and_not_with_its_square(engines: Engines) -> None:
+    engine = engines("llama-gqa")
+    counts = []
+    for n in (50, 100, 200):
+        tokenizer: Any = CountingTokenizer(engine.tokenizer)
+        params = SamplingParams(max_new_tokens=n, temperature=1.0, stop=("never said",), seed=2)
+        prompt = np.array([0, 5], dtype=np.int32)
+        with pytest.MonkeyPatch.context() as patch:  # a special token's probability is not 0
+            patch.setattr(hf_generation, "end_ids", lambda *_: frozenset())
+            [(_, [completion])] = stream_completions(engine.model, tokenizer, [prompt], params, GenerationReport(4096))
+        assert len(completion.token_ids) == n
+        counts.append(tokenizer.decoded)
+    assert counts[2] < 50 * 200  # 20,000 where each step decodes the whole completion
+    assert counts[2] - counts[1] <= 1.1 * 2 * (counts[1] - counts[0])  # 100 more cost twice as much as 50 more
+
+
+@pytest.mark.parametrize("name", ["byte-level", "sentencepiece"])
+def test_a_row_ends_at_the_token_at_which_its_whole_text_holds_a_stop_string(
+    name: str, bpe_tokenizer: Any, sentencepiece_tokenizer: Any
+) -> None:
+    """The tails that are decoded against the whole, token by token, on random tokens and on text with wide letters."""
+    tokenizer = sentencepiece_tokenizer(False) if name == "sentencepiece" else bpe_tokenizer
+    rng = np.random.default_rng(7)
+    ended, prompt = 0, [5, 6, 7]
+    spoken = tokenizer.encode(
+        "The owl \U0001f989\u00e9\n\n\nHuman: \u7b54\u3048 is  that way", add_special_tokens=False
+    )
+    for _ in range(60):
+        noise = rng.integers(0, len(tokenizer), size=60).tolist()
+        at = int(rng.integers(0, 60))
+        ids = [*noise[:at], *spoken, *noise[at:]] if rng.random() < 0.7 else noise
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        begin = int(rng.integers(0, len(text) - 6))
+        stops: tuple[str, ...] = (
+            text[begin : begin + int(rng.integers(1, 6))],
+            "\n\nHuman:",
+            "\U0001f989\u00e9",
+            "\u7b54\u3048 is",
+        )
+        stops = stops[int(rng.integers(0, 2)) :]
+        expected = next(
+            (
+                n
+                for n in range(1, len(ids) + 1)
+                if any(s in tokenizer.decode(ids[:n], skip_special_tokens=True) for s in stops)
+            ),
+            None,
+        )
+        criterion = hf_generation.StopStrings(tokenizer, stops, len(prompt))
+        for n in range(1, len(ids) + 1):
+            rows = torch.tensor([[*prompt, *ids[:n]]])
+            assert criterion(rows, rows).tolist() == [expected is not None and n >= expected]
+        assert criterion.length.get(0) == expected
+        ended += expected is not None
+    assert ended > 30
+
+
 def test_a_stop_string_that_the_prompt_begins_does_not_count(engines: Engines) -> None:
     engine = engines("llama-gqa")
     free = _greedy(engine, "hello")

@@ -423,3 +423,4 @@ def test_rolling_windows() -> None:
         ([16, 17], [18, 19, 20]),  # 2 + 3 - 1 positions: as much context as the window holds
     ]
     assert rolling_windows(ids[:3], first, 4)[0][1].tolist() == [10, 11, 12]
+    assert rolling_windows(ids[:0], first, 4) == []

@@ -20,17 +20,20 @@ import pytest
 import yaml
 
 from almost_eval.errors import DataError, InputError, ModelError
+from almost_eval.files import whole_folder
 from almost_eval.nano import SEEDED
-from almost_eval.nano.data import QUESTIONS, cached, data_root, whole_folder, write_data
+from almost_eval.nano.data import QUESTIONS, cached, data_root, write_data
 from almost_eval.nano.oracle import score
 from almost_eval.nano.queries import Query
 from almost_eval.nano.tables import (
     HHH_KINDS,
     MMLU_ROWS,
     MMLU_SUBJECTS,
+    digest,
     hhh_rows,
     mmlu_rows,
     question_rows,
+    tables,
     truthfulqa_generation_rows,
     truthfulqa_rows,
 )
@@ -66,13 +69,15 @@ def _sha256(file: Path) -> str:
 
 
 def test_the_same_seed_gives_the_same_rows_in_any_process() -> None:
-    code = "from almost_eval.nano.world import World; print(World().digest())"
-    assert World(0).digest() == WORLD.digest() == _python(code, PYTHONHASHSEED="1") == _python(code, PYTHONHASHSEED="2")
-    assert World(1).digest() != WORLD.digest()
+    code = (
+        "from almost_eval.nano.world import World; from almost_eval.nano.tables import digest; print(digest(World()))"
+    )
+    assert digest(World(0)) == digest(WORLD) == _python(code, PYTHONHASHSEED="1") == _python(code, PYTHONHASHSEED="2")
+    assert digest(World(1)) != digest(WORLD)
 
 
 def test_a_table_does_not_depend_on_what_was_asked_before() -> None:
-    assert mmlu_rows(World(), "nano_food", "test") == WORLD.tables()["cais/mmlu/nano_food/test"]
+    assert mmlu_rows(World(), "nano_food", "test") == tables(WORLD)["cais/mmlu/nano_food/test"]
 
 
 def _asked(text: str) -> Query:
@@ -197,7 +202,7 @@ def test_schemas_equal_the_real_ones(root: Path, nano: str, real: str) -> None:
 
 def test_files_hold_the_tables(root: Path) -> None:
     files = {str(file.relative_to(root)): pq.read_table(file).to_pylist() for file in root.rglob("*.parquet")}
-    assert files == {f"{table}-00000-of-00001.parquet": rows for table, rows in WORLD.tables().items()}
+    assert files == {f"{table}-00000-of-00001.parquet": rows for table, rows in tables(WORLD).items()}
 
 
 def test_the_questions_stand_where_fastchats_do(root: Path) -> None:
@@ -218,7 +223,7 @@ def test_the_cards_name_every_file_once(root: Path) -> None:
 def test_data_root_is_written_once(cache: Path) -> None:
     first = data_root()
     written = {file: file.stat().st_mtime_ns for file in first.rglob("*")}
-    assert first == cache / f"nano-data-{WORLD.digest()[:12]}"
+    assert first == cache / f"nano-data-{digest(WORLD)[:12]}"
     assert data_root() == first
     assert {file: file.stat().st_mtime_ns for file in first.rglob("*")} == written
 
@@ -239,7 +244,7 @@ def test_two_processes_at_once_get_one_whole_folder(cache: Path) -> None:
     assert [process.exitcode for process in processes] == [0, 0]
     root = roots.get()
     assert root == roots.get()
-    assert len([pq.read_table(file) for file in root.rglob("*.parquet")]) == len(WORLD.tables())
+    assert len([pq.read_table(file) for file in root.rglob("*.parquet")]) == len(tables(WORLD))
     assert list(cache.iterdir()) == [root]  # and no scratch folder
 
 

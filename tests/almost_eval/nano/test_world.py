@@ -12,7 +12,7 @@ import pytest
 
 from almost_eval.errors import InputError
 from almost_eval.models.chat import ChatTemplate, load_template, parse_dialogue
-from almost_eval.nano.documents import exam_block, held_out, single
+from almost_eval.nano.documents import document, exam_block, held_out, single
 from almost_eval.nano.lexicon import ANIMALS, ATTRIBUTES, GOODBYES
 from almost_eval.nano.queries import KINDS
 from almost_eval.nano.responses import Level
@@ -189,7 +189,7 @@ def test_documents_end_in_the_separator_and_exams_hold_no_test_question(rng: ran
     assert len(held_out(WORLD)) == len(asked) == 120
     exams = 0
     for i in range(3000):
-        text = single(WORLD, rng) if i % 2 else WORLD.document(rng)
+        text = single(WORLD, rng) if i % 2 else document(WORLD, rng)
         assert text.endswith(SEPARATOR)
         blocks = re.findall(r"(?:\n\n|\A)([^\n]+\nA\. [^\n]+\nB\. [^\n]+\nC\. [^\n]+\nD\. [^\n]+\nAnswer:)", text)
         assert not asked & set(blocks)

@@ -119,11 +119,19 @@ def test_long_paths_and_reasons_are_not_broken_or_lost() -> None:
 def test_subjects_are_folded_and_counted() -> None:
     metrics = {"accuracy": metric(), "accuracy_macro": metric(), "accuracy/stem": metric()}
     metrics |= {f"accuracy/subject_{i}": metric() for i in range(57)}
-    text = shown(results(metrics=metrics))
+    text = shown(results(task="mmlu", metrics=metrics))
     assert [row[0] for row in rows(text)] == ["accuracy", "accuracy_macro", "accuracy/stem"]
     assert "57 more metrics in results.json\n" in text
     few = dict(list(metrics.items())[:MANY_ROWS])
-    assert len(rows(shown(results(metrics=few)))) == MANY_ROWS
+    assert len(rows(shown(results(task="mmlu", metrics=few)))) == MANY_ROWS
+
+
+@pytest.mark.parametrize("task", ["harness", "of another version"])
+def test_many_metrics_of_other_tasks_are_folded_too(task: str) -> None:
+    metrics = {f"task_{i}/acc": metric() for i in range(30)} | {"mean": metric()}
+    text = shown(results(task=task, headline="task_1/acc", metrics=metrics))
+    assert [row[0] for row in rows(text)] == ["task_1/acc", "mean"]
+    assert "29 more metrics in results.json\n" in text
 
 
 def test_preflight_is_shown_literally() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -283,6 +285,40 @@ def test_rolling_equals_lm_eval(ask: Ask, serve: Callable[..., Harness], benchma
     assert metrics["t/word_perplexity"].value == pytest.approx(math.exp(-sum(theirs) / words), rel=1e-4)
 
 
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_the_log_likelihood_of_an_empty_text_is_lm_evals(
+    adds_bos: bool, ask: Ask, serve: Callable[..., Harness], benchmark_checkpoint: Path, tmp_path: Path
+) -> None:
+    """0 where the text has no token; log p(BOS | BOS) where the tokenizer puts one before every text."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoTokenizer
+
+    checkpoint = shutil.copytree(benchmark_checkpoint, tmp_path / "checkpoint")
+    if not adds_bos:
+        file = checkpoint / "tokenizer.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"post_processor": None}))
+    assert bool(AutoTokenizer.from_pretrained(checkpoint)("")["input_ids"]) == adds_bos
+    settings: dict[str, Any] = {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{ question if label else '' }}",
+        "doc_to_choice": None,
+        "metric_list": [{"metric": "byte_perplexity"}],
+        "process_results": lambda doc, results: {"byte_perplexity": (results[0], max(1, len(doc["question"])))},
+    }
+    task = make_task("t", **settings)
+    records = ask(serve(task), HFEngine(str(checkpoint), dtype="float32"))
+    peer = HFLM(pretrained=str(checkpoint), dtype="float32", batch_size=1, device="cpu")
+    texts = [task.doc_to_target(dict(doc)) for doc in task.eval_docs]
+    assert "" in texts
+    instances = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in texts]
+    for number, theirs in enumerate(peer.loglikelihood_rolling(instances, disable_tqdm=True)):
+        ours = records[f"t/{number}"].outputs["loglikelihoods"][0]
+        assert sum(ours) == pytest.approx(theirs, abs=1e-4 * max(1, len(texts[number])))
+        assert texts[number] or adds_bos or ours == []
+
+
 ACC = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
 
 
@@ -328,7 +364,7 @@ def test_groups_are_expanded(hub: DataSource) -> None:
 
 
 def test_settings_rebuild_the_task(hub: DataSource) -> None:
-    from almost_eval.tasks.build import build_task
+    from almost_eval.tasks.registry import build_task
 
     task = Harness(["mmlu_anatomy"], hub, shots=2, limit=3)
     task.samples()

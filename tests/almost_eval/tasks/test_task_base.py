@@ -11,7 +11,7 @@ import pytest
 from almost_eval.data.sources import DataSource, find_data
 from almost_eval.errors import DataError, InputError, TemplateError
 from almost_eval.tasks.base import choice_score, loglikelihood_outputs, resolve_prompting, reward_outputs
-from almost_eval.tasks.build import build_task
+from almost_eval.tasks.registry import build_task
 from almost_eval.types import ContinuationScore, Score
 
 NAN, INF = math.nan, math.inf

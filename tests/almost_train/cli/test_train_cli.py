@@ -13,8 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 from almost_eval.errors import AlmostError
+from almost_eval.files import read_rows
 from almost_train.cli.main import cli
-from almost_train.common.records import read_rows
 from almost_train.nano.data import write_prompts, write_votes
 
 COMMANDS = (

@@ -10,13 +10,13 @@ import pytest
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.hf import HFEngine
 from almost_eval.errors import InputError
+from almost_eval.files import digest_path, read_rows
 from almost_eval.models.chat import load_template
 from almost_eval.models.checkpoint import find_checkpoint
 from almost_eval.nano import SHIPPED, shipped
 from almost_eval.nano.world import World
 from almost_eval.rewards.hf import HFRewardModel
 from almost_eval.types import Message
-from almost_train.common.records import digest, read_rows
 from almost_train.nano.data import oracle, write_prompts
 from almost_train.nano.family import collect
 
@@ -84,6 +84,8 @@ def test_a_collected_model_is_the_pipelines_in_fp16(tmp_path: Path) -> None:
     folders = collect(tmp_path / "run", tmp_path / "out")
     assert [folder.name for folder in folders] == ["reward", "sft", "almost"]
     for folder in folders:  # what is fp16 already is copied bit for bit
-        assert digest(folder / "model.safetensors") == digest(shipped(f"nano/{folder.name}") / "model.safetensors")
+        assert digest_path(folder / "model.safetensors") == digest_path(
+            shipped(f"nano/{folder.name}") / "model.safetensors"
+        )
         assert "| sft | 0.50 | 1.00 |" in (folder / "README.md").read_text(encoding="utf-8")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "almost").dtype == torch.float32

@@ -14,10 +14,10 @@ import torch
 from stopping import StopAfter, Stopped
 
 from almost_eval.errors import DataError, InputError, ModelError, StoreError
+from almost_eval.files import digest_path, read_rows, write_rows
 from almost_eval.models.checkpoint import find_checkpoint
 from almost_eval.rewards.hf import HFRewardModel
 from almost_eval.types import Message
-from almost_train.common.records import digest, read_rows, write_rows
 from almost_train.common.trainers import keep_template
 from almost_train.reward.pairs import calibration_error, encode_pairs, pair_metrics, read_pairs, reward_encoder
 from almost_train.reward.run import RewardSettings, load_classifier, set_pad_token, train_reward
@@ -302,7 +302,7 @@ def test_stopped_and_run_again_ends_in_the_same_bits(
     whole = train_reward(RewardSettings(**settings | {"save_every": 0}), comparisons, str(folder), tmp_path / "whole")
     assert again["metrics"] == whole["metrics"]
     assert again["outputs"] == whole["outputs"]
-    assert digest(killed / "model") == digest(tmp_path / "whole" / "model")
+    assert digest_path(killed / "model") == digest_path(tmp_path / "whole" / "model")
     timeless = [
         [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in read_rows(file)]
         for file in (killed / "log.jsonl", tmp_path / "whole" / "log.jsonl")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from almost_eval.errors import RunError
-from almost_train.common.records import read_rows
+from almost_eval.files import read_rows
 from almost_train.rlsf.log import StepLog, batch_row, length_adjusted, length_slope, sample_row, trend, verdict
 
 

@@ -17,10 +17,11 @@ import pytest
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.scripted import ScriptedEngine
 from almost_eval.errors import DataError, InputError, StoreError
+from almost_eval.files import read_rows
 from almost_eval.types import Completion, Conversation, Message
-from almost_train.common.records import read_rows
 from almost_train.self_play.rules import broken_rule, end_at_user, repeats_itself, says_goodbye
-from almost_train.self_play.run import SelfPlaySettings, self_play
+from almost_train.self_play.run import self_play
+from almost_train.self_play.settings import SelfPlaySettings
 
 GOODBYES = SelfPlaySettings().goodbyes
 OUTPUTS = ("demonstrations", "demonstrations.rejected", "candidates", "user_turns")

@@ -9,12 +9,12 @@ from stopping import StopAfter, Stopped
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.hf import HFEngine
 from almost_eval.errors import DataError, InputError, RunError
-from almost_eval.models.chat import load_template
+from almost_eval.files import digest_path, read_rows, write_rows
+from almost_eval.models.chat import STOP_STRINGS, load_template
 from almost_eval.models.checkpoint import find_checkpoint
 from almost_eval.models.loading import load_tokenizer
 from almost_eval.types import Conversation, Message
 from almost_train.common.batches import NO_LOSS
-from almost_train.common.records import digest, read_rows, write_rows
 from almost_train.common.trainers import keep_template
 from almost_train.sft.run import SFTSettings, TrainingRow, train_sft, training_rows
 
@@ -28,12 +28,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def dialogue(*turns: str) -> Conversation:
@@ -188,6 +183,30 @@ def test_the_model_answers_and_stops(
     assert tokenizer.decode(written) == " The cat sat on the mat.</s>"
 
 
+def test_what_was_trained_is_served_with_the_stops_of_its_format_and_bos_once(
+    base: Path, demonstrations: Path, tmp_path: Path
+) -> None:
+    from serving.local.server import Policy
+    from serving.models import find_model
+
+    train_sft(SFTSettings(**SETTINGS | {"epochs": 1}), demonstrations, str(base), tmp_path / "sft")
+    folder = str(tmp_path / "sft" / "model")
+    # 1. vLLM's server: it renders the template and adds no special token.
+    served = find_model("policy", folder)
+    assert served.template.name == "tokenizer"
+    assert served.stop == STOP_STRINGS["almost"]
+    assert served.chat_template is None  # the tokenizer's own, as it is: it writes BOS
+    engine = HFEngine(folder, device="cpu")
+    message = [{"role": "user", "content": "what is 7?"}]
+    ids = engine.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+    assert (ids[0], ids.count(BOS)) == (BOS, 1)
+    # 2. The server on transformers.
+    policy = Policy("policy", engine)
+    prompt = policy.prompt(dialogue("what is 7?"))
+    assert policy.stop() == STOP_STRINGS["almost"]
+    assert [list(one) for one in engine.encoder.encode_texts([prompt])] == [ids]
+
+
 def test_stopped_and_run_again_ends_in_the_same_bits(base: Path, demonstrations: Path, tmp_path: Path) -> None:
     settings = SETTINGS | {"save_every": 3}
     with pytest.raises(Stopped):
@@ -195,7 +214,7 @@ def test_stopped_and_run_again_ends_in_the_same_bits(base: Path, demonstrations:
     again = train_sft(SFTSettings(**settings), demonstrations, str(base), tmp_path / "stopped")
     whole = train_sft(SFTSettings(**settings), demonstrations, str(base), tmp_path / "whole")
     assert again["metrics"] == whole["metrics"]
-    assert digest(tmp_path / "stopped" / "model") == digest(tmp_path / "whole" / "model")
+    assert digest_path(tmp_path / "stopped" / "model") == digest_path(tmp_path / "whole" / "model")
     assert not (tmp_path / "stopped" / ".work").exists()
 
 

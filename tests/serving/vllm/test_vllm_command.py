@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from almost_eval.errors import InputError, ModelError, TemplateError
-from almost_eval.models.chat import STOP_STRINGS, encode_text, load_template, special_tokens
+from almost_eval.models.chat import encode_text, load_template, special_tokens
+from almost_eval.models.stops import STOP_STRINGS
 from almost_eval.nano import shipped
 from almost_eval.types import Message
 from serving.models import available_memory, find_model

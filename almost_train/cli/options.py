@@ -1,0 +1,67 @@
+"""Options that several commands share, and how a stage's result is shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from almost_eval.cli.command_line import open_console
+from almost_eval.types import JSONObject
+
+if TYPE_CHECKING:
+    from click.decorators import FC
+
+    from almost_eval.data.sources import DataSource
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+"""click's settings of every group."""
+
+
+def path_option(name: str, help: str) -> Callable[[FC], FC]:
+    """A required option that takes a path."""
+    return click.option(name, required=True, type=click.Path(path_type=Path), help=help)
+
+
+OUTPUT = path_option("--output", "The stage's folder; made if absent, and gone on with if it holds the same stage.")
+HELD_OUT = click.option(
+    "--held-out", type=click.Path(path_type=Path), help="prompts.jsonl of an evaluation: kept out, word for word."
+)
+DATA_ROOT = click.option("--data-root", help="Folder with the official prompt files. [env: ALMOST_DATA_ROOT]")
+
+
+def data_for(prompt_set: str, data_root: str | None) -> DataSource:
+    """Where the files of a prompt set are looked for."""
+    from almost_eval.data.sources import find_data
+
+    return find_data("nano" if prompt_set == "nano" else None, None if prompt_set == "nano" else data_root)
+
+
+def show(result: JSONObject, as_json: bool) -> None:
+    """Print a stage's result as a table or as JSON."""
+    from almost_train.common.processes import is_main
+
+    if not is_main():  # under `accelerate launch` the result is printed once
+        return
+    if as_json:
+        click.echo(json.dumps(result, indent=1, ensure_ascii=False))
+        return
+    from rich.table import Table
+
+    table = Table("metric", "value", title=result["stage"], title_justify="left")
+    for name, value in _flat(result["metrics"]):
+        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+    console = open_console()
+    console.print(table)
+    for name, output in result["outputs"].items():
+        console.print(f"{name}: {output['path']}", soft_wrap=True)
+
+
+def _flat(value: object, at: str = "") -> list[tuple[str, object]]:
+    """Nested objects as one list: `filters/length/in`."""
+    if not isinstance(value, dict):
+        return [(at, value)]
+    return [leaf for key, item in value.items() for leaf in _flat(item, f"{at}/{key}" if at else str(key))]

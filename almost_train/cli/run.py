@@ -1,0 +1,66 @@
+"""`almost-train run`: a whole recipe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from almost_eval.cli.command_line import open_console
+from almost_eval.cli.options import LOG_TO
+from almost_eval.run.trackers import logging_to
+
+
+@click.command()
+@click.argument("recipe")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder of the pipeline.  [runs/<recipe>]")
+@click.option("--seed", type=click.IntRange(min=0), help="In place of the recipe's.")
+@click.option("--until", help="Stop after this stage.")
+@click.option("--data-root", help="Folder laid out like the hub, looked in first. [env: ALMOST_DATA_ROOT]")
+@click.option("--dry-run", is_flag=True, help="Check the recipe and list its stages; run nothing.")
+@LOG_TO
+@click.option("--json", "as_json", is_flag=True, help="Print the results of all stages instead of the tables.")
+def run(
+    recipe: str,
+    output: Path | None,
+    seed: int | None,
+    until: str | None,
+    data_root: str | None,
+    dry_run: bool,
+    log_to: tuple[str, ...],
+    as_json: bool,
+) -> int:
+    """Run a recipe, whole: nano, smollm, llama-7b or a YAML file. Goes on where it was killed.
+
+    \b
+    Example:
+      almost-train run nano --output runs/nano
+    """
+    from almost_eval.cli.startup import import_transformers
+    from almost_eval.progress import progress_for
+    from almost_train.pipeline.recipe import load_recipe
+    from almost_train.pipeline.run import Pipeline
+
+    loaded = load_recipe(recipe, seed=seed)
+    import_transformers()
+    folder = output or Path("runs") / loaded.name
+    pipeline = Pipeline(loaded, folder, data_root, progress_for())
+    console = open_console()
+    if dry_run:
+        for name, state in pipeline.states().items():
+            console.print(f"{name:14} {state}")
+        return 0
+    with logging_to(log_to):
+        reports = pipeline.run(until)
+    if as_json:
+        click.echo(json.dumps({report.name: report.result for report in reports}, indent=1, ensure_ascii=False))
+        return 0
+    from almost_train.pipeline.summary import draw, policy_table, stage_table
+
+    console.print(stage_table(reports))
+    if reports[-1].name == "evaluation":
+        console.print(policy_table(reports[-1].result["metrics"]))
+    if picture := draw(folder, reports):
+        console.print(f"picture: {picture}", soft_wrap=True)
+    return 0

@@ -1,0 +1,154 @@
+"""Commands whose flags are made from a stage's settings dataclass and from the engine's options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from almost_eval.run.trackers import logging_to
+from almost_eval.types import JSONObject
+from almost_train.cli.options import show
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    from almost_train.common.config import Setting
+
+_ENGINE_FLAGS: dict[str, tuple[type, str]] = {
+    "engine": (str, "hf, vllm or openai (any OpenAI-compatible endpoint)."),
+    "base_url": (str, "openai: the endpoint, up to and with /v1."),
+    "concurrency": (int, "openai: requests on their way at a time."),
+    "timeout": (float, "openai: seconds that one answer may take."),
+    "dtype": (str, "hf, vllm: auto, float32, bfloat16 or float16."),
+    "device": (str, "hf: auto, cpu, cuda, cuda:1, ..."),
+    "batch_tokens": (int, "hf, vllm: token positions in a forward pass."),
+    "max_length": (int, "hf, vllm: context length, below the model's own."),
+    "tensor_parallel_size": (int, "vllm: devices that share each layer."),
+    "pipeline_parallel_size": (int, "vllm: devices that share the layers out."),
+    "gpu_memory": (float, "vllm: share of the GPU's memory."),
+}
+"""Engine option -> type and help: the flags of every command that generates."""
+
+
+class SettingsCommand(click.Command):
+    """A command with a flag for each field of a settings dataclass, made on first use: the class is slow to import.
+
+    The command's function gets `settings` and `progress`, and with `engine` also `engine_for`. It returns the stage's
+    result, which is shown as a table, or with `--json` as it is.
+
+    Args:
+        settings: the dataclass, as `module:name`.
+        engine: whether it takes the engine's flags too.
+        check: gets the result once it is shown; what it raises is the command's error.
+        command: what click takes.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        settings: str,
+        engine: bool = False,
+        check: Callable[[JSONObject], None] | None = None,
+        **command: Any,
+    ) -> None:
+        super().__init__(*args, **command)
+        self._settings = settings
+        self._engine = engine
+        self._check = check
+        json = click.Option(["--json", "as_json"], is_flag=True, help="Print result.json instead of the table.")
+        self._own = [*self.params, json]
+        self._made = False
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """click's, with the settings' flags."""
+        if not self._made:
+            own = {param.name for param in self._own}
+            self.params = [*self._own, *(flag for flag in self._flags() if flag.name not in own)]
+            self._made = True
+        return super().get_params(ctx)
+
+    def settings_class(self) -> type[DataclassInstance]:
+        """The dataclass."""
+        module, _, name = self._settings.partition(":")
+        cls: type[DataclassInstance] = getattr(import_module(module), name)
+        return cls
+
+    def _flags(self) -> list[click.Option]:
+        from almost_train.common.config import settings_of
+
+        settings = settings_of(self.settings_class())
+        flags = [settings_flag(setting) for setting in settings.values()]
+        if self._engine:
+            flags += [flag for flag in _engine_flags() if flag.name not in settings]
+        return flags
+
+    def invoke(self, ctx: click.Context) -> int:
+        """click's, with the flags gathered into `settings` and `engine_for`; shows the result."""
+        from almost_eval.cli.startup import import_transformers
+        from almost_eval.progress import progress_for
+        from almost_train.common.config import settings_from, settings_of
+
+        cls = self.settings_class()
+        values = {name: ctx.params.pop(name) for name in settings_of(cls) if name in ctx.params}
+        ctx.params["settings"] = settings_from(cls, values, str(self.name))
+        if self._engine:
+            from almost_eval.engines.build import EngineOptions, generation_engine
+
+            options = EngineOptions(**{name: ctx.params.pop(name) for name in _ENGINE_FLAGS if name in ctx.params})
+            ctx.params["engine_for"] = lambda model: generation_engine(model, options)
+        ctx.params["progress"] = progress_for()
+        import_transformers()
+        as_json = ctx.params.pop("as_json")
+        with logging_to(ctx.params.pop("log_to", ())):
+            result: JSONObject = super().invoke(ctx)
+        show(result, as_json)
+        if self._check:
+            self._check(result)
+        return 0
+
+
+def settings_command(
+    settings: str,
+    *,
+    engine: bool = False,
+    check: Callable[[JSONObject], None] | None = None,
+    name: str | None = None,
+) -> Callable[[Callable[..., JSONObject]], SettingsCommand]:
+    """Decorate the function of a `SettingsCommand`; see there."""
+    return click.command(name, cls=SettingsCommand, settings=settings, engine=engine, check=check)
+
+
+def settings_flag(setting: Setting) -> click.Option:
+    """The flag of one setting."""
+    name = setting.name.replace("_", "-")
+    if setting.kind is bool:
+        return click.Option([f"--{name}/--no-{name}"], default=setting.default, show_default=True, help=setting.help)
+    kind: type | click.ParamType = setting.kind
+    if setting.choices:
+        kind = click.Choice(setting.choices)
+    elif setting.kind is Path:
+        kind = click.Path(path_type=Path)
+    return click.Option(
+        [f"--{name}"],
+        type=kind,
+        multiple=setting.many,
+        default=setting.default,
+        show_default=setting.default not in (None, ()),
+        help=setting.help,
+    )
+
+
+def _engine_flags() -> list[click.Option]:
+    from almost_eval.engines.build import EngineOptions
+
+    defaults = EngineOptions()
+    return [
+        click.Option(
+            [f"--{name.replace('_', '-')}"], type=kind, default=getattr(defaults, name), show_default=True, help=help
+        )
+        for name, (kind, help) in _ENGINE_FLAGS.items()
+    ]

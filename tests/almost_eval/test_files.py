@@ -1,0 +1,75 @@
+"""JSON Lines that survive a kill, and the digests that tell whether they changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from almost_eval.errors import DataError
+from almost_eval.files import RowLog, digest_path, read_rows, write_rows
+
+
+def test_rows_come_back(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [{"id": "b", "text": "line\u2028separator"}, {"id": "a", "text": "ünï"}]
+    write_rows(file, rows)
+    assert read_rows(file, {"id": str, "text": str}) == rows
+    write_rows(file, rows, key=lambda row: row["id"])
+    assert [row["id"] for row in read_rows(file)] == ["a", "b"]
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"id": "a"}\n{"id": 1}\n', "row 2: 'id' must be str, and is int"),
+        (b'{"id": "a"}\n\n{}\n', "row 3: 'id' must be str, and is nothing"),
+        (b'{"id": "a"}\n{"id"', "row 2: not JSON"),
+        (b"[1]\n", "row 1: not a JSON object"),
+        (b"\xff\n", "row 1 is not UTF-8"),
+    ],
+)
+def test_malformed_rows_are_named(tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(DataError) as error:
+        read_rows(file, {"id": str})
+    assert message in str(error.value)
+    assert str(file) in str(error.value)
+
+
+def test_a_missing_file_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is not there; run the stage that writes it first"):
+        read_rows(tmp_path / "none.jsonl")
+
+
+def test_a_log_goes_on_after_a_cut_line(tmp_path: Path) -> None:
+    file = tmp_path / "folder" / "log.jsonl"
+    with RowLog(file) as log:
+        log.append({"id": 1}, {"id": 2})
+    whole = file.read_bytes()
+    for cut in range(len(whole) + 1):
+        file.write_bytes(whole[:cut])
+        with RowLog(file) as log:
+            complete = whole[:cut].count(b"\n")
+            assert log.rows == [{"id": 1}, {"id": 2}][:complete]
+            log.append(*[{"id": 1}, {"id": 2}][complete:])
+        assert file.read_bytes() == whole
+
+
+def test_digests_follow_content_not_place(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        folder = tmp_path / name
+        (folder / "deep").mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        (folder / "deep" / "weights").write_bytes(b"\0\1")
+    assert digest_path(tmp_path / "a") == digest_path(tmp_path / "b")
+    (tmp_path / "b" / "README.md").write_text("a card")
+    (tmp_path / "b" / ".lock").write_text("")
+    assert digest_path(tmp_path / "a") == digest_path(tmp_path / "b")
+    (tmp_path / "b" / "deep" / "weights").write_bytes(b"\0\2")
+    assert digest_path(tmp_path / "a") != digest_path(tmp_path / "b")
+    assert digest_path(tmp_path / "a" / "config.json") == digest_path(tmp_path / "b" / "config.json")
+    with pytest.raises(DataError, match="is not there"):
+        digest_path(tmp_path / "c")
