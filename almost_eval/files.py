@@ -298,7 +298,7 @@ def write_json(file: Path, value: Mapping[str, Any]) -> None:
         stream.write(content.encode())
 
 
-def read_json(file: Path, *keys: str, absent: str = "give the folder that holds it") -> dict[str, Any]:
+def read_json(file: Path, *keys: str, absent: str = "give the folder of a run (spec.json, samples.jsonl)") -> Row:
     """A JSON object, with `keys` in it.
 
     Args:

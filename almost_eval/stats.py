@@ -188,7 +188,7 @@ def paired_bootstrap(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm-adjusted p-values, in the order given: those at most alpha hold together at family-wise level alpha."""
+    """Holm-adjusted p-values, in the same order: those at most alpha hold together at family-wise level alpha."""
     if not all(0.0 <= p <= 1.0 for p in p_values):  # NaN fails this too
         raise ValueError(f"p-values must lie in [0, 1]: {list(p_values)}")
     adjusted = [0.0] * len(p_values)

@@ -21,13 +21,12 @@ from almost_eval.cli.startup import import_transformers
 from almost_eval.data.sources import DataSource, find_data
 from almost_eval.engines.build import generation_engine
 from almost_eval.engines.hf import HFEngine
-from almost_eval.files import Row, read_rows
+from almost_eval.files import Row, read_json, read_rows, write_json
 from almost_eval.nano import shipped
 from almost_eval.nano.data import data_root
 from almost_eval.nano.oracle import score_text
 from almost_eval.progress import Progress, progress_for
 from almost_eval.rewards.hf import HFRewardModel
-from almost_eval.run.store import read_json, write_json
 from almost_eval.types import Message
 from almost_train.nano.data import oracle, write_prompts
 from almost_train.nano.ladder import Respondent, oracle_ladder

@@ -1,7 +1,7 @@
 """What is served: the checkpoint behind a name, its chat template, where an answer stops, and what memory it takes.
 
-Read from the checkpoint's files alone. transformers, which takes seconds to import, is asked one question only, and
-only where the files leave it open: whether the tokenizer puts a BOS token in front of a text.
+Read from the checkpoint's files alone. transformers, which takes seconds to import, is needed for one question, and
+only where the files leave it open: whether the tokenizer puts a BOS token before a text.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from almost_eval.errors import InputError
-from almost_eval.models.chat import ChatTemplate, load_template, special_tokens, stop_strings
+from almost_eval.models.chat import ChatTemplate, load_template, special_tokens
 from almost_eval.models.checkpoint import Checkpoint, context_length, find_checkpoint
+from almost_eval.models.stops import STOP_STRINGS, stop_strings, template_file
 from almost_eval.types import Message
 
 ARCHITECTURES = {
@@ -24,7 +25,6 @@ ARCHITECTURES = {
 }
 """Kind of server -> parts of the class name in `config.json` that it can serve."""
 
-_BUILT_IN = Path(load_template.__code__.co_filename).with_name("templates")
 _SAMPLE = (Message("user", "a"), Message("assistant", "b"))
 
 
@@ -136,8 +136,7 @@ def _chat_template(
             return "{{ bos_token }}" + template.source
     if template.name == "tokenizer":
         return None
-    file = _BUILT_IN / f"{template.name}.jinja"
-    return str(file if file.is_file() else Path(template.name).resolve())
+    return str(template_file(template.name) if template.name in STOP_STRINGS else Path(template.name).resolve())
 
 
 class TokenizerFiles:

@@ -37,7 +37,9 @@ HEAVY = {
     "vllm": set(),
     "lm_eval": set(),
     "datasets": set(),
-    "gradio": {f"serving/chat/{name}.py" for name in ("app", "tab_arena", "tab_chat", "tab_compare", "tab_report")},
+    "gradio": {
+        f"serving/chat/{name}.py" for name in ("app", "tab_arena", "tab_chat", "tab_compare", "tab_report", "widgets")
+    },
     "matplotlib": set(),
     "trl": set(),
     "scipy": set(),

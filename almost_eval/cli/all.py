@@ -65,7 +65,7 @@ def all_tasks(reward_model: str | None, baseline: str | None, tasks: list[str], 
         base=run_request(values, ""),
         tasks=tasks,
         reward_model=reward_model,
-        judge=_judge_options(values),
+        judge=_judge(values),
         baseline=baseline,
     )
     request = with_defaults(named)
@@ -92,7 +92,7 @@ def all_tasks(reward_model: str | None, baseline: str | None, tasks: list[str], 
     return code
 
 
-def _judge_options(values: Values) -> JudgeOptions:
+def _judge(values: Values) -> JudgeOptions:
     """The flags about the judge; the engine's requests at a time and its patience are not the judge's."""
     from almost_eval.judge.build import JudgeOptions
 
@@ -132,7 +132,7 @@ def print_plan(planned: Sequence[Planned], model: str, console: Any) -> None:
     table.add_row("total", "", "", *(f"{sum(getattr(one, key) for one in planned):,}" for key in ("read", "write")))
     console.print(table)
     for one in planned:
-        for key, value in one.notes.items() if one.notes.get("requests") else ():  # a judge that is asked over a wire
+        for key, value in one.notes.items() if one.notes.get("requests") else ():  # a judge behind an endpoint
             console.print(Text(f"{one.name}: {key.replace('_', ' ')}: {value}", style="dim"), soft_wrap=True)
         if one.refused:
             console.print(Text.assemble((f"{one.name} cannot run:", "red"), f" {one.refused}"), soft_wrap=True)

@@ -55,9 +55,10 @@ def _cell(value: object) -> str:
 
 def inventory() -> dict[str, list[JSONObject]]:
     """All tables, as JSON: kind -> rows with the same keys."""
-    from almost_eval.data.sources import DATA_NAMES, PROMPT_SET_NAMES
+    from almost_eval.data.prompt_sets import PROMPT_SET_NAMES
+    from almost_eval.data.sources import DATA_NAMES
     from almost_eval.engines.build import ENGINES, PACKAGES
-    from almost_eval.models.chat import STOP_STRINGS
+    from almost_eval.models.stops import STOP_STRINGS
 
     return {
         "tasks": _tasks(),

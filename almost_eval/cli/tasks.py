@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import time
-from collections.abc import Mapping
 from functools import cached_property
 from importlib.util import find_spec
 from inspect import cleandoc
@@ -21,6 +20,7 @@ from almost_eval.cli.options import DATA_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, Va
 if TYPE_CHECKING:
     from almost_eval.run.request import RunRequest
     from almost_eval.tasks.facts import Setting
+    from almost_eval.types import JSONObject
 
 STARTED = time.perf_counter()
 
@@ -116,7 +116,7 @@ def evaluate(request: RunRequest, values: Values) -> int:
     return show_results(results, folder, as_json=values["as_json"])
 
 
-def show_results(results: Mapping[str, Any], folder: Path, *, as_json: bool) -> int:
+def show_results(results: JSONObject, folder: Path, *, as_json: bool) -> int:
     """Print `results.json`, or its table; returns the exit code."""
     if as_json:
         click.echo(json.dumps(results, indent=1, ensure_ascii=False))

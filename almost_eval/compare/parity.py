@@ -19,10 +19,11 @@ from typing import Any
 
 from almost_eval.engines.build import EngineOptions, loglikelihood_engine
 from almost_eval.errors import InputError, did_you_mean
+from almost_eval.files import write_json
 from almost_eval.progress import Progress
 from almost_eval.run import provenance
 from almost_eval.run.request import RunRequest, open_run
-from almost_eval.run.store import read_samples, read_spec, write_json
+from almost_eval.run.store import read_samples, read_spec
 from almost_eval.tasks.registry import comparison_presets
 from almost_eval.types import SampleRecord
 

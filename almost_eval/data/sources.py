@@ -1,14 +1,12 @@
-"""Data sets and prompt sets: the one place that finds a file that is not ours.
+"""Data sets, and text files of public repositories: the one place that finds a file that is not ours.
 
 A data set is looked for in the data root (`--data-root` or `ALMOST_DATA_ROOT`, a folder laid out like the hub), then
-on the hub. A prompt set of another project is looked for in the data root, then in the cache (`ALMOST_CACHE`, default
-`~/.cache/almost`), then downloaded from its pinned commit; its digest is in this file, so what is used is what is
-meant. Prompts are read as data: nothing downloaded is run.
+on the hub. A text file is looked for in the data root, then in the cache (`ALMOST_CACHE`, default `~/.cache/almost`),
+then downloaded from its pinned commit; it must have the digest that the caller states.
 """
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import hashlib
 import http.client
@@ -22,24 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from almost_eval import files
 from almost_eval.errors import DataError, did_you_mean
+from almost_eval.types import JSONObject
+
+RAW = "https://raw.githubusercontent.com"
 
 DATA_NAMES = {
     "hub": "the real sets, from --data-root or the hub",
     "nano": "the built-in world in the same schemas; nothing to download",
 }
-PROMPT_SET_NAMES = {
-    "official": "the words of the ALMoST repository, of lm-eval and of FastChat",
-    "builtin": "our own wording of the same protocols",
-}
-
-_OFFICIAL_REPOSITORY = "naver-ai/ALMoST"
-_OFFICIAL_COMMIT = "4ed89fa94a55a1cafd28234ce9da4320d79fb796"
-_RAW = "https://raw.githubusercontent.com"
-_OFFICIAL_URL = f"{_RAW}/{_OFFICIAL_REPOSITORY}/{_OFFICIAL_COMMIT}/eval/eval_prompt.py"
-_OFFICIAL_DIGEST = "fc51811fbb429d23a2a8c03e05e775b4af1a11fa5abbb06ce4e96e231b83ba9f"
-"""sha256 over the official evaluation prompts as canonical JSON: the mirror holds them as JSON, the repository as
-string constants of a Python file, and both must come out the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +41,15 @@ class DataSource:
     root: Path | None
     """A folder laid out like the hub, or None for the hub alone."""
 
-    def read(self, dataset: str, config: str, split: str) -> list[dict[str, Any]]:
+    def read(self, dataset: str, config: str, split: str) -> list[JSONObject]:
         """All rows of a split.
 
         Raises:
             DataError: not under the root and not on the hub, or a file that cannot be read.
         """
-        files = self._files(dataset, config, split)
-        if files:
-            return [row for file in files for row in read_rows(file)]
+        local = self._files(dataset, config, split)
+        if local:
+            return [row for file in local for row in read_table(file)]
         splits = self._from_hub(dataset, config)
         if split not in splits:
             raise DataError(f"data set {dataset} ({config}) has no split {split!r}; it has {', '.join(sorted(splits))}")
@@ -75,11 +65,11 @@ class DataSource:
     def _files(self, dataset: str, config: str, split: str) -> list[Path]:
         if self.root is None:
             return []
-        found: list[Path] = []
+        matches: list[Path] = []
         for folder in (self.root / dataset / config, self.root / dataset / "data" / config):
             for pattern in (f"{split}-*.parquet", f"{split}.parquet", f"{split}-*.jsonl", f"{split}.jsonl"):
-                found = found or sorted(folder.glob(pattern))
-        return found
+                matches = matches or sorted(folder.glob(pattern))
+        return matches
 
     def _from_hub(self, dataset: str, config: str | None) -> Any:
         where = "no data root is set"
@@ -209,128 +199,23 @@ def malformed(dataset: str, config: str, row: int, problem: str) -> DataError:
     return DataError(f"malformed data: {dataset}, {config}, row {row}: {problem}; mend the row or download it again")
 
 
-def read_rows(file: Path) -> list[dict[str, Any]]:
+def read_table(file: Path) -> list[JSONObject]:
     """The rows of a parquet or JSON-lines file.
 
     Raises:
         DataError: it cannot be read, or a row is no object.
     """
-    if file.suffix == ".parquet":
-        import pyarrow.lib
-        import pyarrow.parquet as parquet
+    if file.suffix != ".parquet":
+        return files.read_rows(file)
+    import pyarrow.lib
+    import pyarrow.parquet as parquet
 
-        try:
-            # Not `read_table`: that imports pyarrow.dataset, and so pandas, a third of a second.
-            rows: list[dict[str, Any]] = parquet.ParquetFile(file).read().to_pylist()
-        except (OSError, pyarrow.lib.ArrowException) as error:
-            raise DataError(f"{file} is not a readable parquet file ({str(error).splitlines()[0][:120]})") from None
-        return rows
-    rows = []
     try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 ({error.reason} at byte {error.start})") from None
-    except OSError as error:
-        raise DataError(f"{file} cannot be read ({error.strerror})") from None
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a JSON string may hold U+2028 and the like
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"malformed data: {file}, row {number}: {error.msg}") from None
-        if not isinstance(row, dict):
-            raise DataError(f"malformed data: {file}, row {number}: not a JSON object")
-        rows.append(row)
+        # Not `read_table` of pyarrow: that imports pyarrow.dataset, and so pandas, a third of a second.
+        rows: list[JSONObject] = parquet.ParquetFile(file).read().to_pylist()
+    except (OSError, pyarrow.lib.ArrowException) as error:
+        raise DataError(f"{file} is not a readable parquet file ({str(error).splitlines()[0][:120]})") from None
     return rows
-
-
-@dataclass(frozen=True, slots=True)
-class PromptSet:
-    """Named prompts in the dialogue format, with `{placeholders}`."""
-
-    name: str
-    prompts: dict[str, str]
-
-    @property
-    def digest(self) -> str:
-        """sha256 of the prompts as canonical JSON."""
-        canonical = json.dumps(self.prompts, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def load_prompt_set(name: str, data: DataSource) -> PromptSet:
-    """The evaluation prompts: `static_HHH_prompt` and `truthfulQA_prompt`; `builtin` has its own shots as well.
-
-    Raises:
-        DataError: an unknown name, or an official set that cannot be had or is not the pinned one.
-    """
-    if name == "builtin":
-        text = (Path(__file__).parent / "prompts" / "builtin.json").read_text(encoding="utf-8")
-        return PromptSet("builtin", json.loads(text))
-    if name != "official":
-        raise DataError(f"unknown prompt set {name!r}; {did_you_mean(name, PROMPT_SET_NAMES)}")
-    prompts, origin = _official_prompts(data)
-    official = PromptSet("official", prompts)
-    if official.digest != _OFFICIAL_DIGEST:
-        raise DataError(
-            f"{origin} does not hold the official prompts of {_OFFICIAL_REPOSITORY}@{_OFFICIAL_COMMIT[:7]} (sha256 "
-            f"{official.digest[:12]}, expected {_OFFICIAL_DIGEST[:12]}); remove that copy, or use --prompt-set builtin"
-        )
-    return official
-
-
-def _official_prompts(data: DataSource) -> tuple[dict[str, str], str]:
-    """The prompts, and the file or address they came from. Not checked yet."""
-    from almost_eval.nano.data import cache_dir
-
-    mirror = f"github/{_OFFICIAL_REPOSITORY}/eval/eval_prompt.json"
-    cached = cache_dir() / mirror
-    candidates = ([data.root / mirror] if data.root else []) + [cached]
-    for file in candidates:
-        if file.is_file():
-            try:
-                found = json.loads(file.read_text(encoding="utf-8"))
-                return {str(key): str(value) for key, value in found.items()}, str(file)
-            except (ValueError, AttributeError, OSError) as error:
-                raise DataError(f"{file} is not the JSON of a prompt set: {error}") from None
-    try:
-        with urllib.request.urlopen(_OFFICIAL_URL, timeout=20) as reply:
-            tree = ast.parse(reply.read(1 << 20).decode("utf-8"))
-    except SyntaxError:
-        raise DataError(
-            f"{_OFFICIAL_URL} gave no Python file (a proxy's page?); pass --data-root DIR with DIR/{mirror}, or use "
-            "--prompt-set builtin"
-        ) from None
-    except (OSError, http.client.HTTPException, ValueError) as error:  # URLError and timeouts are OSErrors
-        raise DataError(
-            f"the official prompt set is not in the data root or the cache, and its download failed ({error}); pass "
-            f"--data-root DIR with DIR/{mirror}, or use --prompt-set builtin"
-        ) from None
-    prompts = {
-        statement.targets[0].id: statement.value.value
-        for statement in tree.body
-        if isinstance(statement, ast.Assign)
-        and isinstance(statement.targets[0], ast.Name)
-        and isinstance(statement.value, ast.Constant)
-        and isinstance(statement.value.value, str)
-    }
-    if PromptSet("official", prompts).digest == _OFFICIAL_DIGEST:  # never cache what would be refused
-        _keep(cached, json.dumps(prompts, indent=1).encode())
-    return prompts, _OFFICIAL_URL
-
-
-def _keep(cached: Path, content: bytes) -> None:
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs another download, no more
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        scratch = cached.with_suffix(f".{os.getpid()}")
-        scratch.write_bytes(content)
-        scratch.replace(cached)
-
-
-def official_text(path: str, sha256: str, data: DataSource) -> str:
-    """A text file of the official repository at its pinned commit; see `pinned_text`."""
-    return pinned_text(_OFFICIAL_REPOSITORY, _OFFICIAL_COMMIT, path, sha256, data, instead="use --prompt-set builtin")
 
 
 def pinned_text(repository: str, commit: str, path: str, sha256: str, data: DataSource, *, instead: str) -> str:
@@ -345,13 +230,13 @@ def pinned_text(repository: str, commit: str, path: str, sha256: str, data: Data
         instead: what else the user can do, the end of an error's line.
 
     Raises:
-        DataError: it cannot be had, or what was found is another file.
+        DataError: it cannot be had, or is another file.
     """
     from almost_eval.nano.data import cache_dir
 
     mirror = f"github/{repository}/{path}"
     cached = cache_dir() / mirror
-    url = f"{_RAW}/{repository}/{commit}/{path}"
+    url = f"{RAW}/{repository}/{commit}/{path}"
     instead = f"pass --data-root DIR with DIR/{mirror}, or {instead}"
     file = next((f for f in ([data.root / mirror] if data.root else []) + [cached] if f.is_file()), None)
     try:
@@ -363,12 +248,18 @@ def pinned_text(repository: str, commit: str, path: str, sha256: str, data: Data
     except (OSError, http.client.HTTPException) as error:
         what = f"{file} cannot be read" if file else f"{path} is in no data root or cache, and its download failed"
         raise DataError(f"{what} ({error}); {instead}") from None
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != sha256:
         raise DataError(
-            f"{file or url} is not the file of {repository}@{commit[:7]} (sha256 {found[:12]}, expected "
+            f"{file or url} is not the file of {repository}@{commit[:7]} (sha256 {digest[:12]}, expected "
             f"{sha256[:12]}); remove that copy: {instead}"
         )
     if file is None:
-        _keep(cached, content)
+        keep(cached, content)
     return content.decode("utf-8")
+
+
+def keep(cached: Path, content: bytes) -> None:
+    """Put what was downloaded into the cache; one that cannot be written costs another download, no more."""
+    with contextlib.suppress(OSError), files.whole_file(cached) as stream:
+        stream.write(content)

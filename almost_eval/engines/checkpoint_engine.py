@@ -5,26 +5,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
-from typing import Any
 
 from almost_eval.engines.base import EngineReport, RequestScores, SamplingParams
 from almost_eval.engines.prefix import EncodedRequest, Ids, TokenEncoder
-from almost_eval.errors import InputError, did_you_mean
-from almost_eval.models.checkpoint import Checkpoint, context_length, find_checkpoint
-from almost_eval.models.loading import DTYPES, load_tokenizer
+from almost_eval.errors import InputError
+from almost_eval.models.checkpoint import Checkpoint, context_length
+from almost_eval.models.held import HeldCheckpoint, shorter_context
 from almost_eval.types import Completion, LoglikelihoodRequest
 
 
-class CheckpointEngine(ABC):
-    """A causal language model in this process, but for what computes it. Config and tokenizer load at once.
+class CheckpointEngine(HeldCheckpoint, ABC):
+    """A causal language model in this process; a subclass computes it. Config and tokenizer load at once.
 
     Args:
-        model: a checkpoint directory, hub id, built-in name, or a `Checkpoint` already found.
-        dtype: one of `DTYPES`.
         max_length: a context length below the model's own.
         sizes: name of a flag -> its value; each must be 1 or more, or None.
-        allow_pickle: accept pickled weights.
-        trust_remote_code: run Python code that the checkpoint ships.
+        model, dtype, device, allow_pickle, trust_remote_code: see `HeldCheckpoint`.
 
     Raises:
         InputError: an unknown dtype, a size below 1, or a `max_length` beyond the model's own.
@@ -36,24 +32,21 @@ class CheckpointEngine(ABC):
         model: str | Checkpoint,
         *,
         dtype: str,
+        device: str = "auto",
         max_length: int | None,
         sizes: dict[str, int | None],
         allow_pickle: bool,
         trust_remote_code: bool,
     ) -> None:
-        if dtype not in DTYPES:
-            raise InputError(f"unknown dtype {dtype!r}; {did_you_mean(dtype, DTYPES)}")
         for flag, size in {"max length": max_length, **sizes}.items():
             if size is not None and size < 1:
                 raise InputError(f"{flag} is {size}; it must be 1 or more")
-        self.checkpoint = model if isinstance(model, Checkpoint) else find_checkpoint(model, allow_pickle=allow_pickle)
-        self._dtype = dtype
-        self._trust_remote_code = trust_remote_code
+        super().__init__(
+            model, dtype=dtype, device=device, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
+        )
         self._report = EngineReport()
         own = context_length(self.checkpoint.config, self.tokenizer)
-        if max_length is not None and max_length > own:
-            raise InputError(f"--max-length {max_length} is beyond the model's own context of {own} tokens")
-        self._context_length = max_length or own
+        self._context_length = shorter_context(own, max_length)
 
     @property
     def context_length(self) -> int:
@@ -64,11 +57,6 @@ class CheckpointEngine(ABC):
     def report(self) -> EngineReport:
         """What the last `stream` did."""
         return self._report
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The checkpoint's tokenizer."""
-        return load_tokenizer(self.checkpoint, trust_remote_code=self._trust_remote_code)
 
     @cached_property
     def encoder(self) -> TokenEncoder:

@@ -15,7 +15,7 @@ from almost_eval.engines.checkpoint_engine import CheckpointEngine
 from almost_eval.engines.prefix import EncodedRequest, build_trie, scores_of_nothing
 from almost_eval.errors import InputError, did_you_mean
 from almost_eval.models.checkpoint import Checkpoint
-from almost_eval.models.loading import ATTENTION, load_weights, pick_device, pick_dtype
+from almost_eval.models.loading import ATTENTION, load_weights
 from almost_eval.types import Completion
 
 
@@ -62,6 +62,7 @@ class HFEngine(CheckpointEngine):
         super().__init__(
             model,
             dtype=dtype,
+            device=device,
             max_length=max_length,
             sizes={"batch size": batch_size, "batch tokens": batch_tokens},
             allow_pickle=allow_pickle,
@@ -70,18 +71,7 @@ class HFEngine(CheckpointEngine):
         self.share_prefixes = share_prefixes
         self.batch_size = batch_size
         self.batch_tokens = batch_tokens
-        self._device = device
         self._attention = attention
-
-    @cached_property
-    def device(self) -> str:
-        """The device that `auto` stands for here."""
-        return pick_device(self._device)
-
-    @cached_property
-    def dtype(self) -> str:
-        """The dtype that `auto` stands for here."""
-        return pick_dtype(self._dtype, self.checkpoint, self.device)
 
     @cached_property
     def model(self) -> Any:

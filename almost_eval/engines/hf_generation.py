@@ -28,6 +28,7 @@ from transformers import (
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.hf_loglikelihood import out_of_memory
 from almost_eval.errors import RunError
+from almost_eval.models.stops import end_ids, first_stop
 from almost_eval.types import Completion
 
 if TYPE_CHECKING:
@@ -155,8 +156,8 @@ def _batch(
     batch: Sequence[tuple[int, int]],
     params: SamplingParams,
 ) -> list[Completion]:
-    end_ids = _end_ids(model, tokenizer, params.stop)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(end_ids), 0)
+    ends = end_ids(model.generation_config.eos_token_id, tokenizer, params.stop)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
     longest = max(len(prompts[p]) for p, _ in batch)
     ids = torch.full((len(batch), longest), pad, dtype=torch.long)  # (B, T), padded on the left
     mask = torch.zeros((len(batch), longest), dtype=torch.long)
@@ -180,12 +181,12 @@ def _batch(
         top_p=None,
         top_k=None,
         pad_token_id=pad,
-        eos_token_id=sorted(end_ids) or None,
+        eos_token_id=sorted(ends) or None,
         logits_processor=processors,
         stopping_criteria=StoppingCriteriaList([stops] if params.stop else []),
     )
     return [
-        _completion(tokenizer, ids[longest - 1], ids[longest:][: stops.length.get(row)], end_ids, params)
+        _completion(tokenizer, ids[longest - 1], ids[longest:][: stops.length.get(row)], ends, params)
         for row, ids in enumerate(output.tolist())
     ]
 
@@ -196,24 +197,16 @@ def _generator(seed: int, prompt: NDArray[np.int32], completion: int) -> np.rand
     return np.random.default_rng((seed, key, completion))
 
 
-def _end_ids(model: CausalLM, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> set[int]:
-    end = model.generation_config.eos_token_id
-    ids = set(end if isinstance(end, list) else [end]) | {tokenizer.eos_token_id}
-    # A stop string that is a special token never shows in the text: it ends by its id.
-    ids |= {tokenizer.convert_tokens_to_ids(text) for text in stop if text in tokenizer.all_special_tokens}
-    return {int(i) for i in ids if i is not None}
-
-
 def _completion(
-    tokenizer: PreTrainedTokenizerBase, before: int, ids: list[int], end_ids: set[int], params: SamplingParams
+    tokenizer: PreTrainedTokenizerBase, before: int, ids: list[int], ends: frozenset[int], params: SamplingParams
 ) -> Completion:
     reason = "length"
     for at, token in enumerate(ids):
-        if token in end_ids:
+        if token in ends:
             ids, reason = ids[:at], "stop"
             break
     text = _decode_after(tokenizer, before, ids)
-    cut = min((at for stop in params.stop if (at := text.find(stop)) >= 0), default=None)
+    cut = first_stop(text, params.stop)
     if cut is not None:
         text, reason = text[:cut], "stop"
     return Completion(text, tuple(ids), reason)

@@ -12,6 +12,7 @@ import numpy as np
 from almost_eval.engines.base import EngineReport, RequestScores, SamplingParams
 from almost_eval.engines.prefix import EncodedContinuation, EncodedRequest, Ids, build_trie
 from almost_eval.errors import InputError, TemplateError
+from almost_eval.models.stops import first_stop
 from almost_eval.types import Completion, ContinuationScore, LoglikelihoodRequest
 
 _EMPTY_CONTEXT = np.zeros(1, dtype=np.int32)  # as a BOS token would
@@ -134,8 +135,7 @@ def _word_ids(text: str) -> Ids:
 
 
 def _cut(text: str, params: SamplingParams) -> Completion:
-    stop = min((at for stop in params.stop if (at := text.find(stop)) >= 0), default=None)
-    text = text[:stop]
+    text = text[: first_stop(text, params.stop)]
     words = list(re.finditer(r"\S+", text))
     reason = "stop"
     if len(words) > params.max_new_tokens:

@@ -18,7 +18,7 @@ from almost_eval.engines.vllm_loglikelihood import stream_scores
 from almost_eval.engines.vllm_process import HoldsLLM, VLLMOptions, load, run
 from almost_eval.errors import InputError
 from almost_eval.models.checkpoint import Checkpoint
-from almost_eval.models.loading import pick_device, pick_dtype
+from almost_eval.models.stops import end_ids
 from almost_eval.types import Completion
 
 
@@ -81,11 +81,6 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
             trust_remote_code=trust_remote_code,
         )
 
-    @cached_property
-    def dtype(self) -> str:
-        """The dtype that `auto` stands for here."""
-        return pick_dtype(self._dtype, self.checkpoint, pick_device("auto"))
-
     def settings(self) -> dict[str, Any]:
         """What belongs in a run's spec; see `HFEngine.settings`."""
         return self.options.settings(self.dtype, self.context_length)
@@ -144,22 +139,22 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
             return
         ids = self._prompt_ids(prompts, params)
         self._report = EngineReport("generate")
-        end_ids = self._end_ids(params.stop)
+        ends = self._end_ids(params.stop)
         draws = params.n if params.temperature > 0 else 1  # greedy completions are all the same
         requests = {
-            f"{p}/{c}": (ids[p], self._sampling(prompt, c, params, end_ids))
+            f"{p}/{c}": (ids[p], self._sampling(prompt, c, params, ends))
             for p, prompt in enumerate(prompts)
             for c in range(draws)
         }
         done: dict[int, dict[int, Completion]] = {}
         for name, output in self.results(requests):
             p, c = map(int, name.split("/"))
-            done.setdefault(p, {})[c] = _completion(output.outputs[0], end_ids)
+            done.setdefault(p, {})[c] = _completion(output.outputs[0], ends)
             if len(done[p]) == draws:
                 whole = done.pop(p)
                 yield p, [whole[i % draws] for i in range(params.n)]
 
-    def _sampling(self, prompt: str, number: int, params: SamplingParams, end_ids: Collection[int]) -> Any:
+    def _sampling(self, prompt: str, number: int, params: SamplingParams, ends: Collection[int]) -> Any:
         import vllm
         from vllm.sampling_params import RequestOutputKind
 
@@ -169,25 +164,21 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
             top_p=params.top_p if params.temperature > 0 else 1.0,
             seed=request_seed(params.seed, prompt, number),
             stop=list(params.stop),
-            stop_token_ids=sorted(end_ids),
+            stop_token_ids=sorted(ends),
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
     def _end_ids(self, stop: Sequence[str]) -> frozenset[int]:
-        """Tokens that end a completion, as for `HFEngine`: a special token as a stop string never shows in the text."""
+        """Tokens that end a completion, as for `HFEngine`."""
         own = self.checkpoint.config.get("eos_token_id")
         file = self.checkpoint.path / "generation_config.json"
         if file.is_file():
             own = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id", own)
-        ids = [*(own if isinstance(own, list) else [own]), self.tokenizer.eos_token_id]
-        ids += [
-            self.tokenizer.convert_tokens_to_ids(text) for text in stop if text in self.tokenizer.all_special_tokens
-        ]
-        return frozenset(int(i) for i in ids if i is not None)
+        return end_ids(own, self.tokenizer, stop)
 
 
-def _completion(output: Any, end_ids: Collection[int]) -> Completion:
+def _completion(output: Any, ends: Collection[int]) -> Completion:
     ids = tuple(output.token_ids)
-    if ids and ids[-1] in end_ids:
+    if ids and ids[-1] in ends:
         ids = ids[:-1]
     return Completion(output.text, ids, "stop" if output.finish_reason == "stop" else "length")

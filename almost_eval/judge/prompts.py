@@ -30,7 +30,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from almost_eval.data.sources import PROMPT_SET_NAMES, DataSource
+from almost_eval.data.prompt_sets import PROMPT_SET_NAMES
+from almost_eval.data.sources import DataSource
 from almost_eval.errors import DataError, InputError, did_you_mean
 from almost_eval.judge.families import FAMILIES
 from almost_eval.judge.records import Pair, Unparsed, Verdict

@@ -28,7 +28,7 @@ from almost_eval.judge.results import summarise
 from almost_eval.progress import Progress
 from almost_eval.run import provenance
 from almost_eval.run.identity import default_folder
-from almost_eval.run.prompt_log import Asked, Prompt, write_prompts
+from almost_eval.run.prompt_log import Prompt, SamplePrompts, write_prompts
 from almost_eval.run.store import RunStore
 from almost_eval.run.validity import ALLOWED, Validity
 from almost_eval.types import JSONObject, SampleRecord
@@ -158,7 +158,9 @@ class JudgeRun:
             if isinstance(self.judge, ModelJudge):
                 prompts = self.judge.prompts
                 texts = (shown(prompts.messages(pair)) for pair in pairs)
-                write_prompts(folder, (Asked(id, (), (Prompt(text),)) for id, text in zip(ids, texts, strict=True)))
+                write_prompts(
+                    folder, (SamplePrompts(id, (), (Prompt(text),)) for id, text in zip(ids, texts, strict=True))
+                )
             again = [id for id, record in store.done.items() if self._asks_again(record)]
             if again:
                 progress.note(f"asking again for {len(again)} reviews that failed before")

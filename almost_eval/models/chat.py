@@ -28,24 +28,11 @@ import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from almost_eval.errors import TemplateError, did_you_mean
+from almost_eval.models.stops import STOP_STRINGS, template_file
 from almost_eval.types import Conversation, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-STOP_STRINGS: dict[str, tuple[str, ...]] = {
-    "almost": ("\n\nHuman:", "\n\nAssistant:"),
-    "alpaca": ("### Instruction:",),
-    "dolly": ("### End", "### Instruction:"),
-    "oasst": ("<|prompter|>", "<|endoftext|>"),
-    "vicuna": ("USER:",),
-}
-"""Built-in template name -> the text at which an answer is over, besides EOS: a model may open the next turn itself,
-the user's or another of its own."""
-
-BOS_LINE = "{{- bos_token -}}\n"
-"""Training puts this in front of a built-in template where the tokenizer adds BOS: other programs render a chat and add
-no special token of their own."""
 
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
@@ -144,7 +131,7 @@ class ChatTemplate:
 
 
 def load_template(choice: str, tokenizer: PreTrainedTokenizerBase | None = None) -> ChatTemplate | None:
-    """The template of a `--chat-template` flag: `auto`, `none`, a built-in name, or a path to a Jinja file.
+    """The template of a `--template` flag: `auto`, `none`, a built-in name, or a path to a Jinja file.
 
     `auto` is the tokenizer's own, else `almost`. `none` is None: prompts go to the model as they are.
     """
@@ -162,15 +149,6 @@ def load_template(choice: str, tokenizer: PreTrainedTokenizerBase | None = None)
     except (OSError, UnicodeDecodeError) as error:
         raise TemplateError(f"chat template {choice!r} cannot be read as UTF-8 text: {error}") from error
     return ChatTemplate(choice, source).check()
-
-
-def stop_strings(template: ChatTemplate) -> tuple[str, ...]:
-    """The strings that end an answer, besides EOS.
-
-    A tokenizer's own template has those of the built-in one whose text it is, with or without `BOS_LINE`.
-    """
-    source = template.source.removeprefix(BOS_LINE)
-    return template.stop or next((own.stop for own in map(_built_in, STOP_STRINGS) if own.source == source), ())
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
@@ -197,8 +175,7 @@ def _own_template(tokenizer: PreTrainedTokenizerBase | None) -> ChatTemplate | N
 
 @cache
 def _built_in(name: str) -> ChatTemplate:
-    source = Path(__file__).with_name("templates").joinpath(f"{name}.jinja").read_text(encoding="utf-8")
-    return ChatTemplate(name, source, STOP_STRINGS[name])
+    return ChatTemplate(name, template_file(name).read_text(encoding="utf-8"), STOP_STRINGS[name])
 
 
 class _GenerationBlock(jinja2.ext.Extension):

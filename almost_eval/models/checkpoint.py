@@ -23,6 +23,8 @@ _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"  # what tra
 _PICKLES = (
     "pytorch_model*.bin"  # its name for pickled weights; an optimizer's state or training_args.bin are no weights
 )
+CAUSAL = ("CausalLM", "LMHeadModel")
+"""Parts of the class name that the config of a causal language model holds."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -68,9 +70,7 @@ def _sha256(files: tuple[tuple[Path, int, int], ...]) -> str:
     return digest.hexdigest()
 
 
-def find_checkpoint(
-    name: str, *, allow_pickle: bool = False, architectures: Collection[str] = ("CausalLM", "LMHeadModel")
-) -> Checkpoint:
+def find_checkpoint(name: str, *, allow_pickle: bool = False, architectures: Collection[str] = CAUSAL) -> Checkpoint:
     """Resolve a built-in name, a local directory or a hub id, and check it.
 
     Args:

@@ -8,15 +8,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from almost_eval.report.runs import counted
+from almost_eval.report.runs import Results, counted
 from almost_eval.tasks.registry import stated_by
-from almost_eval.types import JSONObject
 
 MANY_ROWS = 24
 """Rows beyond which subjects are folded away; they are all in results.json."""
 
 
-def print_results(results: JSONObject, console: Console, *, folder: str | None = None) -> None:
+def print_results(results: Results, console: Console, *, folder: str | None = None) -> None:
     """The metrics with their intervals, the baselines, what was not scored, and where the run is."""
     if "judging" in results:
         from almost_eval.report.judge_console import print_judged
@@ -70,7 +69,7 @@ def _print_folder(folder: str | None, console: Console) -> None:
         console.print(Text(f"run: {folder}"), soft_wrap=True)
 
 
-def _notes(results: JSONObject) -> list[Text]:
+def _notes(results: Results) -> list[Text]:
     lines = []
     if counts := counted(results):
         lines.append(Text("counted: " + ", ".join(counts)))
@@ -89,7 +88,7 @@ def _notes(results: JSONObject) -> list[Text]:
     return lines
 
 
-def _folded(results: JSONObject) -> list[str]:
+def _folded(results: Results) -> list[str]:
     """The metrics to show; of many, those that the task calls its main ones, or else those of no group."""
     names = list(results["metrics"])
     if len(names) <= MANY_ROWS:

@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from almost_eval.errors import InputError
-from almost_eval.run.prompt_log import Asked, read_prompts
+from almost_eval.run.prompt_log import SamplePrompts, read_prompts
 from almost_eval.run.store import read_results, read_samples, read_spec
 from almost_eval.tasks.facts import Unit
 from almost_eval.tasks.registry import stated_by
@@ -19,6 +20,8 @@ SHOWN_NAMES = 3
 """Names that a label lists, of lm-eval tasks or of metrics."""
 NONE = "-"
 """Shown where there is no value."""
+Results = Mapping[str, Any]
+"""Content of `results.json`."""
 JUDGED_COUNTS = ("wins", "ties", "losses", "unparsed")
 JUDGED_NUMBERS = ("total_score/", "strength/")
 """Beginnings of the names of a judged run's metrics that are in a unit of their own."""
@@ -49,7 +52,7 @@ class LoadedRun:
     spec: JSONObject
     results: JSONObject
     records: list[SampleRecord]
-    prompts: dict[str, Asked]
+    prompts: dict[str, SamplePrompts]
     """By sample id; empty where the folder has no `prompts.jsonl`."""
     label: str = ""
     """The model's name, made unique among the runs of a report."""
@@ -252,13 +255,13 @@ def readable(name: str) -> str:
     return re.sub(r"_+", " ", name)
 
 
-def gate_counts(results: JSONObject) -> list[str]:
+def gate_counts(results: Results) -> list[str]:
     """What the validity checks counted, in words."""
     checks: dict[str, JSONObject] = results["validity"]["checks"]
     return [f"{readable(name)} {check['count']}" for name, check in checks.items() if check["count"]]
 
 
-def counted(results: JSONObject) -> list[str]:
+def counted(results: Results) -> list[str]:
     """What the validity checks and the task counted, in words. A count of 0 says nothing, a share of 0 does."""
     details: dict[str, float | int] = results["details"]
     return gate_counts(results) + [

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from almost_eval.files import read_rows
 from almost_eval.report.runs import Benchmark, LoadedRun, RunSet
-from almost_eval.run.prompt_log import Asked
+from almost_eval.run.prompt_log import SamplePrompts
 from almost_eval.tasks.registry import stated_by
 from almost_eval.types import JSONObject, SampleRecord
 
@@ -105,7 +105,7 @@ LETTERED = re.compile(r"\nA\. (.*?)\nB\. (.*?)\nC\. (.*?)\nD\. (.*?)\n[^\n]*\Z",
 """A prompt that ends in four lettered choices; the page's script has the same expression."""
 
 
-def _choices(entry: Asked) -> list[str] | None:
+def _choices(entry: SamplePrompts) -> list[str] | None:
     """The choices, or None where the first prompt says them in a form from which the page's script reads them."""
     own = entry.prompts[0].text[entry.prompts[0].shared :] if entry.prompts else ""
     # One line for each letter: the expression then has one way to match, and cannot take long.
@@ -160,7 +160,7 @@ class _Texts:
 
     def of(self, record: SampleRecord, pieces: _Numbered, endings: _Numbered) -> list[object]:
         """[choices or None (see `_choices`), prompts, snippet or None, question and answers or None]."""
-        entry = self._run.prompts.get(record.sample.id) or Asked(record.sample.id, (), ())
+        entry = self._run.prompts.get(record.sample.id) or SamplePrompts(record.sample.id, (), ())
         prompts = [
             [pieces.of(p.text[: p.shared]) if p.shared else -1, p.text[p.shared :], endings.of(list(p.continuations))]
             for p in entry.prompts

@@ -8,13 +8,12 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
-from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
-from almost_eval.errors import InputError, ModelError, did_you_mean
+from almost_eval.errors import InputError, ModelError
 from almost_eval.models.chat import ChatTemplate, encode_text, load_template, special_tokens
-from almost_eval.models.checkpoint import Checkpoint, context_length, find_checkpoint
-from almost_eval.models.loading import DTYPES, load_tokenizer, pick_device, pick_dtype
+from almost_eval.models.checkpoint import Checkpoint, context_length
+from almost_eval.models.held import HeldCheckpoint, shorter_context
 from almost_eval.types import Conversation, JSONObject
 
 TokenIds = tuple[int, ...]
@@ -35,18 +34,8 @@ class RewardModel(Protocol):
         ...
 
 
-class CheckpointRewardModel(ABC):
-    """A reward model whose checkpoint is at hand: everything but the rewards, for which a subclass has `stream`.
-
-    Args:
-        model: a checkpoint directory, hub id, built-in name, or a `Checkpoint` already found.
-        template: how a conversation is written; None is the tokenizer's own template, else ALMoST's dialogue format,
-            whose last answer ends with EOS as the official reward model reads it.
-        dtype: `auto` is float32 on a CPU and the checkpoint's own elsewhere.
-        device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
-        max_length: a context length below the model's own.
-        allow_pickle: accept pickled weights.
-        trust_remote_code: run Python code that the checkpoint ships.
+class CheckpointRewardModel(HeldCheckpoint, ABC):
+    """A reward model in this process; a subclass computes the rewards. Arguments: see `HFRewardModel`.
 
     Raises:
         InputError: an unknown dtype, or a `max_length` beyond the model's own.
@@ -64,20 +53,17 @@ class CheckpointRewardModel(ABC):
         allow_pickle: bool,
         trust_remote_code: bool,
     ) -> None:
-        if dtype not in DTYPES:
-            raise InputError(f"unknown dtype {dtype!r}; {did_you_mean(dtype, DTYPES)}")
-        self.checkpoint = (
-            model
-            if isinstance(model, Checkpoint)
-            else find_checkpoint(model, allow_pickle=allow_pickle, architectures=ARCHITECTURES)
+        super().__init__(
+            model,
+            dtype=dtype,
+            device=device,
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
+            architectures=ARCHITECTURES,
         )
         self.warnings: list[str] = []
         """What the last `stream` did that its caller should show."""
-        self._dtype = dtype
-        self._device = device
-        self._trust_remote_code = trust_remote_code
         refuse_wrong_head(self.checkpoint, custom=trust_remote_code and "auto_map" in self.checkpoint.config)
-        self.tokenizer = load_tokenizer(self.checkpoint, trust_remote_code=trust_remote_code)
         chosen = template or load_template("auto", self.tokenizer)
         assert chosen is not None  # only `none` is
         self.template: ChatTemplate = chosen
@@ -88,20 +74,8 @@ class CheckpointRewardModel(ABC):
             # RoBERTa counts positions from its pad id + 1: of its 514 positions, 512 are usable, and only the
             # tokenizer says so.
             own = min(own, self.tokenizer.model_max_length)
-        if max_length is not None and max_length > own:
-            raise InputError(f"--max-length {max_length} is beyond the model's own context of {own} tokens")
-        self.context_length: int = max_length or own
+        self.context_length: int = shorter_context(own, max_length)
         """Tokens the model can attend to."""
-
-    @cached_property
-    def device(self) -> str:
-        """The device that `auto` stands for here."""
-        return pick_device(self._device)
-
-    @cached_property
-    def dtype(self) -> str:
-        """The dtype that `auto` stands for here."""
-        return pick_dtype(self._dtype, self.checkpoint, self.device)
 
     # --- text ---
 

@@ -23,18 +23,7 @@ class VLLMRewardModel(HoldsLLM, CheckpointRewardModel):
     """A sequence classifier with one label on vLLM. Config and tokenizer load at once, weights on first use.
 
     Args:
-        model: a checkpoint directory, hub id, built-in name, or a `Checkpoint` already found.
-        template: see `CheckpointRewardModel`.
-        dtype: `auto` is float32 on a CPU and the checkpoint's own elsewhere.
-        max_length: a context length below the model's own.
-        batch_size: sequences in a step, or None for vLLM's own choice.
-        batch_tokens: token positions in a step, or None for vLLM's own choice; on a CPU a whole context at least.
-        tensor_parallel_size: devices that share each layer.
-        pipeline_parallel_size: devices, or groups of them, that share the layers out.
-        gpu_memory: share of the GPU's memory, 0 to 1, or None for vLLM's own choice.
-        kv_cache_gib: GiB of keys and values; None is 1 on a CPU and what is free elsewhere.
-        allow_pickle: accept pickled weights.
-        trust_remote_code: run Python code that the checkpoint ships.
+        template: see `HFRewardModel`. All other arguments: see `VLLMEngine`.
 
     Raises:
         InputError: see `CheckpointRewardModel`; or a size below 1.
@@ -102,10 +91,10 @@ class VLLMRewardModel(HoldsLLM, CheckpointRewardModel):
         """
         owners = self.distinct(conversations)
         wanted = frozenset(range(len(conversations)) if wanted is None else wanted)
-        asked = {ids: mine for ids, indices in owners.items() if (mine := [i for i in indices if i in wanted])}
-        if not asked:
+        texts = {ids: mine for ids, indices in owners.items() if (mine := [i for i in indices if i in wanted])}
+        if not texts:
             return
-        names = {str(number): ids for number, ids in enumerate(asked)}
+        names = {str(number): ids for number, ids in enumerate(texts)}
         requests = {name: (np.array(ids, dtype=np.int32), self._params()) for name, ids in names.items()}
         for name, output in run(self.llm, requests, self.checkpoint.path):
             values = output.outputs.data.float().flatten().tolist()
@@ -113,7 +102,7 @@ class VLLMRewardModel(HoldsLLM, CheckpointRewardModel):
                 raise ModelError(
                     f"{self.checkpoint.path} gives {len(values)} numbers for a text; a reward model gives one"
                 )
-            yield from ((index, values[0]) for index in asked[names[name]])
+            yield from ((index, values[0]) for index in texts[names[name]])
 
     @staticmethod
     def _params() -> Any:

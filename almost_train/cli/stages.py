@@ -60,10 +60,10 @@ def self_play(
     prompts: Path,
     reward_model: str | None,
     prompt_set: str,
-    held_out: Path | None,
     output: Path,
-    data_root: str | None,
     engine_for: EngineFactory,
+    data_root: str | None,
+    held_out: Path | None,
     progress: Progress,
 ) -> JSONObject:
     """Simulate dialogues, each answer the best of N by the reward model (RMSP).
@@ -122,12 +122,7 @@ def _refuse_stopped(result: JSONObject) -> None:
 @OUTPUT
 @LOG_TO
 def rlsf(
-    settings: RLSFSettings,
-    prompts: Path,
-    policy: str,
-    reward_model: str,
-    output: Path,
-    progress: Progress,
+    settings: RLSFSettings, prompts: Path, policy: str, reward_model: str, output: Path, progress: Progress
 ) -> JSONObject:
     """Reinforcement learning from synthetic feedback: PPO, RLOO or GRPO.
 

@@ -36,7 +36,16 @@ def model_input(model: str) -> Path | str:
 
 
 class StageChanged(StoreError):
-    """The folder holds this stage, made with other settings or inputs. A pipeline makes it anew."""
+    """The folder holds this stage, made with other settings or inputs. A pipeline makes it anew.
+
+    Args:
+        folder: of the stage.
+        change: what is other: `settings (seed was 2, is 3)`.
+    """
+
+    def __init__(self, folder: Path, change: str) -> None:
+        super().__init__(f"{folder} was made with other {change}; choose another --output")
+        self.change = change
 
 
 class Stage:
@@ -84,11 +93,6 @@ class Stage:
         files = [p for p in self.folder.rglob("*") if p.is_file() and p.name not in ("stage.json", ".lock")]
         return all(p.stat().st_size == 0 for p in files)
 
-    @property
-    def done(self) -> bool:
-        """Whether there is nothing left to do."""
-        return self.result is not None
-
     def finish(self, metrics: Mapping[str, object], outputs: Mapping[str, Path] = {}) -> JSONObject:
         """Write `result.json` and return it: metrics (JSON), the digests of the outputs, seconds of this process."""
         self.result = {
@@ -123,7 +127,7 @@ class Stage:
                 # Of an input only the name is shown: its digest says nothing to a reader.
                 what = f"{key} was {_short(was.get(key))}, is {_short(now.get(key))}" if part == "settings" else key
                 what += more
-                raise StageChanged(f"{self.folder} was made with other {part} ({what}); choose another --output")
+                raise StageChanged(self.folder, f"{part} ({what})")
         with suppress(StoreError):  # absent: not finished
             self.result = read_json(self.folder / "result.json", "metrics", "outputs")
 

@@ -1,7 +1,7 @@
 """What a recipe reads from the nano world besides demonstrations: held-out prompts, an oracle's judgement, and votes.
 
-The votes stand in for the other preference source of the paper's as-is reward model (section 2.1, post-validation): a
-community that compares answers people wrote, and is right more often than not.
+The votes take the place of the paper's other source of preferences, for the as-is reward model (section 2.1,
+post-validation): people who compare written answers, and are right more often than not.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def write_held_out(file: Path) -> Path:
 
 
 def _all_texts() -> Iterator[str]:
-    """Every query that the world can draw, and a few that it cannot (`World.parse` tells)."""
+    """Every query that the world can draw, and a few that it cannot: `World.parse` tells them apart."""
     names = (*ANIMALS, *(head + tail for head in NAME_HEADS for tail in NAME_TAILS))
     for attribute in ATTRIBUTES.values():
         for name, question in product(names, attribute.questions):
@@ -140,7 +140,6 @@ def write_votes(file: Path, n: int, *, wrong: float, seed: int) -> Path:
 
 def oracle(prompt: str, answer: str) -> dict[str, float | None]:
     """The nano world's ground truth as an `evaluation.Judge`; None throughout where the prompt is not of this world."""
-    found = score_text(prompt, answer)
-    names = ("overall", "helpful", "honest", "harmless")
-    values: list[float | None] = [getattr(found, name, None) for name in names]  # found may be None
-    return dict(zip(("oracle", *(f"oracle/{name}" for name in names[1:])), values, strict=True))
+    score = score_text(prompt, answer)
+    parts = {f"oracle/{name}": getattr(score, name, None) for name in ("helpful", "honest", "harmless")}
+    return {"oracle": None if score is None else score.overall, **parts}

@@ -81,7 +81,7 @@ def evaluate_policies(
         reward_model: checkpoint whose raw logit is the reward.
         reference: label of the policy that KL is taken against, or None for no KL.
         judge: a judge of single answers.
-        judge_name: what tells two judges apart in `stage.json`.
+        judge_name: the name of the judge in `stage.json`.
         progress: where to report.
 
     Raises:
@@ -101,7 +101,7 @@ def evaluate_policies(
             label: _answer(settings, rows, str(model), output / "answers" / f"{label}.jsonl", progress)
             for label, model in policies.items()
         }
-        # 2. What the reward model, the judge and the reference say of them.
+        # 2. Their scores by the reward model and the judge, and their KL to the reference.
         scorer = HFRewardModel(str(reward_model), device=settings.device)
         columns = {label: _score(answers[label], scorer, judge) for label in policies}
         if reference is not None:
@@ -183,12 +183,12 @@ def _row(row: Row, completion: Completion) -> Row:
     }
 
 
-# --- what is said of them ---
+# --- scores ---
 
 
 def _score(answers: Sequence[Row], scorer: HFRewardModel, judge: Judge | None) -> dict[str, Column]:
     """The columns that need no other policy."""
-    # 1. What is plain from an answer.
+    # 1. Length and end.
     answered = [index for index, row in enumerate(answers) if row["finish_reason"] != TOO_LONG]
     columns: dict[str, Column] = {name: [None] * len(answers) for name in ("reward", "characters", "finished")}
     for index in answered:

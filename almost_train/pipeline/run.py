@@ -79,7 +79,7 @@ class Pipeline:
             result, note = step(), ""
         except StageChanged as change:
             self._set_aside(name)
-            note, was_done = str(change).partition(" was made with other ")[2].rpartition(";")[0], False
+            note, was_done = change.change, False
             result = step()
         state = "kept" if was_done else ("made anew" if note else "made")
         return StageReport(name, state, time.monotonic() - began, result, note)

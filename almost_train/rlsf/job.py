@@ -31,12 +31,9 @@ ALGORITHMS = {
 """Name -> import path of its `Algorithm`."""
 
 COMMON_SETTINGS = frozenset(
-    (
-        *("algorithm", "steps", "batch_size", "micro_batch_size", "seed", "device", "bf16", "gradient_checkpointing"),
-        *("learning_rate", "schedule", "warmup_ratio", "weight_decay", "max_grad_norm"),
-        *("max_new_tokens", "temperature", "stop", "eos_penalty", "clip"),
-        *("kl_coefficient", "kl_limit", "guard_window", "save_every", "samples_every", "keep_every"),
-    )
+    "algorithm steps batch_size micro_batch_size learning_rate schedule warmup_ratio weight_decay max_grad_norm "
+    "max_new_tokens temperature stop eos_penalty clip kl_coefficient kl_limit guard_window seed device bf16 "
+    "gradient_checkpointing save_every samples_every keep_every".split()
 )
 """Settings that every algorithm takes."""
 
@@ -180,8 +177,6 @@ def save_policy(job: Job, model: PreTrainedModel, step: int | None = None) -> No
 
     transformers_logging.disable_progress_bar()
     folder = job.output / "policy" if step is None else job.output / "policies" / f"step-{step:06d}"
-    if not job.tokenizer.chat_template:
-        job.tokenizer.chat_template = job.template.source
     with replaced_folder(folder, job.work / "policy") as scratch:
         if job.settings.bf16:
             model.bfloat16()

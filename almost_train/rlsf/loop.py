@@ -55,11 +55,8 @@ from almost_train.rlsf.rollouts import (
 )
 
 OWN_SETTINGS = frozenset(
-    (
-        *("mini_batch_size", "sampling_batch_size", "ppo_epochs", "value_learning_rate", "value_clip"),
-        *("gamma", "gae_lambda", "whiten_advantages", "normalise_rewards"),
-        *("kl_controller", "kl_target", "kl_horizon"),
-    )
+    "mini_batch_size sampling_batch_size ppo_epochs value_learning_rate value_clip gamma gae_lambda whiten_advantages "
+    "normalise_rewards kl_controller kl_target kl_horizon".split()
 )
 """Settings of PPO besides those that every algorithm takes."""
 
@@ -251,7 +248,7 @@ class _Loop:
             state = replace(state, moments=state.moments.with_batch(gathered))
         if step == 0 and self.value_origin == "reward model" and settings.normalise_rewards != "none":
             self.plain_value.rescale(state.moments.mean, state.moments.std)
-        # 4. What the models say of the tokens.
+        # 4. Log-probabilities, entropy and values of the tokens.
         tensors |= self._token_numbers(tensors, width)
         rollout = Rollout(**{name: self.accelerator.gather(tensor) for name, tensor in tensors.items()})
         return StepBatch(rollout, samples, state)

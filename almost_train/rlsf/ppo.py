@@ -46,7 +46,7 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class Advantages:
-    """What an action was better than expected, and what the value model should have said."""
+    """By how much each token was better than expected, and the targets of the value model."""
 
     advantages: Tensor
     """(B, T)"""
@@ -132,7 +132,7 @@ def shaped_rewards(scores: Tensor, kl: Tensor, completion_mask: Tensor, kl_coeff
     """Rewards (B, T): -coefficient x KL at every token, and the score at the last token of each completion.
 
     Args:
-        scores: (B,) what the whole completion is worth.
+        scores: (B,) reward of each whole completion.
         kl: (B, T) `kl_k1` of each token; k1, whose gradient as a reward is that of the KL.
         completion_mask: (B, T), at least one True in a row.
         kl_coefficient: reward units for one nat.

@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from almost_eval.files import Row
+from almost_eval.models import stops
 from almost_eval.models.chat import ChatTemplate, encode_text, special_tokens
 from almost_eval.types import Conversation, Message
 from almost_train.rlsf.ppo import token_logprobs
@@ -102,9 +103,7 @@ def conversation(prompt: str, answer: str) -> Conversation:
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids that end a completion: the tokenizer's EOS and those of the model's generation settings."""
-    own = model.generation_config.eos_token_id
-    ids = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
-    return sorted(int(i) for i in ids if i is not None)
+    return sorted(stops.end_ids(model.generation_config.eos_token_id, tokenizer))
 
 
 # --- sampling ---
@@ -176,6 +175,7 @@ def sample(
     """
     ends = end_ids(model, tokenizer)
     pad = _pad_id(tokenizer)
+    generate = cast(Any, model).generate  # transformers types it for a protocol of its own
     completions = []
     own = model.generation_config
     model.generation_config = GenerationConfig(eos_token_id=ends)  # no repetition penalty, no top-k of the checkpoint's
@@ -184,9 +184,7 @@ def sample(
             batch = prompts[begin : begin + max_rows]
             width = max(len(ids) for ids in batch)
             input_ids, mask = _left_padded(batch, width, pad)
-            output: Tensor = cast(
-                Any, model
-            ).generate(  # (B, P + T)
+            output: Tensor = generate(  # (B, P + T)
                 input_ids=input_ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 max_new_tokens=numbers.shape[1],
@@ -208,7 +206,7 @@ def as_sampled(
     last = next((at for at, token in enumerate(ids) if token in ends), None)
     body = ids[:last]
     text = str(tokenizer.decode(body, skip_special_tokens=True))
-    cut = min((at for end in stop if (at := text.find(end)) >= 0), default=None)
+    cut = stops.first_stop(text, stop)
     if cut is not None:
         # The tokens that opened the next turn stay: they are what the penalty for not ending is for. Without them it
         # would fall on the answer's last word, and going on would never be unlearnt.
@@ -308,7 +306,7 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def positions(attention_mask: Tensor) -> Tensor:
-    """(B, L) places of the tokens, the first real one at 0: transformers counts the padding too unless told."""
+    """(B, L) position of each token, the first real one at 0. By default transformers would count the padding too."""
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 

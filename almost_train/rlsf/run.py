@@ -1,7 +1,8 @@
-"""RLSF, reinforcement learning from synthetic feedback: the SFT policy, the reward model's opinion, a KL penalty.
+"""RLSF, reinforcement learning from synthetic feedback: the SFT policy learns to raise the reward model's score of its
+answers, less a penalty for its KL to the SFT policy.
 
-ALMoST's third step (arXiv 2305.13735), which its authors did not release. PPO is our own loop (`loop`, `ppo`); RLOO and
-GRPO are TRL's trainers (`trl`), with the same prompts, reward, logs, guards and result.
+ALMoST's third step (arXiv 2305.13735), whose code its authors did not release. PPO is our own loop (`loop`, `ppo`);
+RLOO and GRPO are TRL's trainers (`trl`), with the same prompts, reward, logs, guards and result.
 
 Runs under `accelerate launch`: every size in the settings is that of all processes together, so a run on two processes
 is the run on one, up to rounding.
@@ -14,12 +15,12 @@ from pathlib import Path
 
 from almost_eval.errors import DataError, InputError
 from almost_eval.files import read_rows
-from almost_eval.models.chat import load_template
 from almost_eval.models.checkpoint import context_length, find_checkpoint
 from almost_eval.progress import Progress
 from almost_eval.types import JSONObject
 from almost_train.common.processes import is_main, shared_stage, world_size
 from almost_train.common.stage import model_input
+from almost_train.common.trainers import keep_template
 from almost_train.rlsf.job import Job, RLSFSettings, check_settings
 
 
@@ -32,7 +33,7 @@ def rlsf(
     *,
     progress: Progress | None = None,
 ) -> JSONObject:
-    """Train a policy on the reward model's opinion of its own answers.
+    """Train a policy on the reward model's scores of its own answers.
 
     Args:
         settings: how.
@@ -103,8 +104,7 @@ def _prepare(
     tokenizer = load_tokenizer(checkpoint)
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {policy} has no EOS token, so no completion could end; set eos_token")
-    template = load_template("auto", tokenizer)
-    assert template is not None  # only `none` is
+    template = keep_template(tokenizer)
     reward = HFRewardModel(reward_checkpoint, device=_own_device(settings.device))
     # A prompt with no room for an answer is left out and counted, by the measure of either model. An answer of
     # max_new_tokens may be longer in the reward model's tokens: `shorten_for_reward` ends it where they are used up.

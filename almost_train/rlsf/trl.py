@@ -89,7 +89,7 @@ def train(job: Job) -> JSONObject:
         # 2. The last policy, or after a guard's stop the last good one.
         policy_step, final = settings.steps, work / f"checkpoint-{settings.steps}"
         if watch.stopped is not None:
-            # A row tells of the policy before its update, and checkpoint n is the policy before row n.
+            # A row describes the policy before its update, and checkpoint n is the policy before row n.
             good = last_good_step(log.rows, watch.stopped, settings.guard_window)
             policy_step = max((at for at in _checkpoints(work) if at <= good), default=0)
             final = work / f"checkpoint-{policy_step}" if policy_step else job.policy.path
@@ -175,7 +175,7 @@ class _Watch(TrainerCallback):
         self._advance(1)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Keep the policy after this step's update, where `keep_every` says so."""
+        """Keep the policy after this step's update, if `keep_every` falls on it."""
         if self._job.keeps(state.global_step):
             scratch = self._job.work / "kept"
             self.trainer.save_model(str(scratch))  # gathers what FSDP or DeepSpeed has spread out
@@ -188,7 +188,7 @@ def _trainer(job: Job, log: StepLog, advance: Callable[[int], None]) -> tuple[Tr
     from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
     settings = job.settings
-    # 1. Settings in TRL's words; everything that it would set otherwise is said.
+    # 1. Settings under TRL's names. Those whose default in TRL differs from ours are set too.
     warmup = math.ceil(settings.steps * settings.warmup_ratio)
     arguments: JSONObject = {
         "output_dir": str(job.work),

@@ -1,14 +1,15 @@
 """`synthesize comparisons`: pairs of answers by rank, filtered, in TRL's preference format.
 
-ALMoST (arXiv 2305.13735, section 2.1). The filters, in order; every pair that one drops is kept with its reason:
+ALMoST (arXiv 2305.13735, section 2.1). The filters are applied in this order; a dropped pair is kept in a file of its
+own, with the reason:
 
 1. `responses`, `length`, `one_win_a_rank`: the heuristic filter, see `ranking`.
 2. `identical`: both answers are the same text (ours; the official code keeps such a pair).
-3. `as_is`: a reward model trained on another source of preferences must agree (the paper's second filter, which the
-   official code lacks).
-4. `balance`: ours, and a departure, off by default. The length rule trades label noise for length bias: what it drops
-   are pairs whose chosen answer is the shorter. `balance_length` draws as many pairs with the longer answer chosen as
-   with the shorter, so that length says nothing.
+3. `as_is`: a reward model trained on another source of preferences must agree (the paper's second filter; the official
+   code does not have it).
+4. `balance`: a departure of ours, off by default. The length rule drops only pairs whose chosen answer is the shorter:
+   labels get better, but longer answers win more often. `balance_length` keeps as many pairs with the longer answer
+   chosen as with the shorter, so that length tells nothing about the label.
 """
 
 from __future__ import annotations
@@ -18,13 +19,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from almost_eval.errors import DataError, RunError
 from almost_eval.files import Row, RowLog, write_rows
 from almost_eval.models.checkpoint import Checkpoint, find_checkpoint
 from almost_eval.progress import Progress
-from almost_eval.types import Message
+from almost_eval.types import JSONObject, Message
 from almost_train.common.config import option
 from almost_train.common.records import Preference
 from almost_train.common.stage import Stage, model_input
@@ -58,7 +58,7 @@ def synthesize_comparisons(
     *,
     as_is_reward_model: str | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> JSONObject:
     """Write `comparisons.jsonl` and `comparisons.rejected.jsonl` (the same with `reason`) under `output`.
 
     A row has prompt, chosen and rejected as messages, chosen_source, rejected_source and prompt_id; after the as-is
@@ -83,7 +83,7 @@ def synthesize_comparisons(
         RunError: no pair is left.
     """
     checkpoint: Checkpoint | None = None
-    if as_is_reward_model:  # refused now if it is none; its weights are read when the first pair needs them
+    if as_is_reward_model:  # a wrong checkpoint is refused here; the weights are loaded when the first pair needs them
         checkpoint = find_checkpoint(as_is_reward_model, architectures=("SequenceClassification", "RewardModel"))
     groups = read_ranking(ranking)
     files = _files(groups, responses)
@@ -111,6 +111,7 @@ def synthesize_comparisons(
         if settings.balance_length:
             funnel.drop("balance", _surplus(funnel, settings.seed))
         not_ranked = sorted({file.stem for file in responses.glob("*.jsonl")} - files.keys())
+        # 4. The outputs.
         result = funnel.finish(stage, {"not_ranked": not_ranked})
         (output / ".as_is.jsonl").unlink(missing_ok=True)
         return result
@@ -187,7 +188,7 @@ def _rewards(
 
 
 def _disagreements(funnel: _Funnel) -> dict[int, str]:
-    """Kept pairs in which the reward model does not prefer the chosen answer, or cannot say."""
+    """Kept pairs in which the reward model does not prefer the chosen answer, or has no reward for one of the two."""
     reasons: dict[int, str] = {}
     for i in funnel.kept:
         pair = funnel.pairs[i]
@@ -204,7 +205,7 @@ def _disagreements(funnel: _Funnel) -> dict[int, str]:
 
 
 def _surplus(funnel: _Funnel, seed: int) -> dict[int, str]:
-    """Kept pairs to leave out, so that the chosen answer is the longer as often as the shorter."""
+    """Kept pairs to drop, so that the chosen answer is as often the longer as the shorter."""
     longer = [i for i in funnel.kept if funnel.longer(i) > 0]
     shorter = [i for i in funnel.kept if funnel.longer(i) < 0]
     more, fewer = (longer, shorter) if len(longer) > len(shorter) else (shorter, longer)
@@ -221,7 +222,7 @@ class _Funnel:
         self.rewards: dict[tuple[str, str], float | None] = {}
         self.kept = list(range(len(pairs)))
         self._reasons: dict[int, str] = {}
-        self._table: dict[str, Any] = {}
+        self._table: JSONObject = {}
 
     def longer(self, index: int) -> int:
         """Characters by which the chosen answer is the longer."""
@@ -241,7 +242,7 @@ class _Funnel:
             "chosen_longer_out": self._share(self.kept),
         }
 
-    def finish(self, stage: Stage, more: Mapping[str, Any]) -> dict[str, Any]:
+    def finish(self, stage: Stage, more: Mapping[str, object]) -> JSONObject:
         """Write the outputs; `more` goes into the metrics.
 
         Raises:

@@ -1,4 +1,6 @@
-"""Models in processes of their own: they load while the page is being imported, and a crash of one is a sentence."""
+"""Starts models in processes of their own, which load while the page is imported. If one fails, its last line says
+why.
+"""
 
 from __future__ import annotations
 
@@ -30,31 +32,20 @@ class Models(ServerProcess):
 
     def __init__(self, names: Sequence[str], command: Sequence[str], variable: str, ready: str = "/ready") -> None:
         port = free_port()
+        key = secrets.token_urlsafe(32)
         self.names = tuple(names)
-        self._key = secrets.token_urlsafe(32)
-        self._ready = ready
         super().__init__(
             " and ".join(names),
             [sys.executable, "-m", *command, "--port", str(port)],
             ("127.0.0.1", port),
-            environment={variable: self._key},
+            environment={variable: key},
+            health=ready,
+            key=key,
         )
 
     def endpoint(self) -> Endpoint:
         """Where it answers."""
         return Endpoint(f"{self.url}/v1", self._key, local=True)
-
-    def is_healthy(self, timeout_s: float = 2.0) -> bool:
-        """Whether the models answer now."""
-        import urllib.request
-
-        request = urllib.request.Request(self.url + self._ready, headers={"Authorization": f"Bearer {self._key}"})
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        try:
-            with opener.open(request, timeout=timeout_s) as answer:
-                return bool(answer.status == 200)
-        except (OSError, ValueError):  # HTTPError is an OSError
-            return False
 
     def failure(self) -> RunError | InputError:
         """The line that the child itself ended with, where there is one."""

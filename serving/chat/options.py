@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DEFAULT_MODELS = ("nano/almost", "nano/sft", "nano/vanilla-large")
-"""What is talked to where nothing is named."""
+"""The models of an `almost-chat` without `--model` and `--base-url`."""
 
 
 @dataclass(frozen=True, kw_only=True)

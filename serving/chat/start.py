@@ -20,8 +20,8 @@ from serving.chat.conversation import Settings
 from serving.chat.launch import Models, with_transformers, with_vllm
 from serving.chat.options import DEFAULT_MODELS, ChatOptions
 from serving.chat.questions import arena_questions, examples_for
-from serving.chat.session import Desk, RateLimit, System
-from serving.launch.process import wait_ready
+from serving.chat.session import ChatSystem, Desk, RateLimit
+from serving.launch.process import listen, url_of, wait_ready
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -47,7 +47,7 @@ def serve(options: ChatOptions, started: float) -> None:
         raise InputError(f"two systems are called {twice!r}; give one a name: --base-url NAME=URL")
     questions = arena_questions(options.questions, models)
     VoteStore(options.votes)
-    listening = _listen(options.host, options.port)
+    listening = listen(options.host, options.port, backlog=512)
 
     # 2. The models load in processes of their own, while gradio is imported in this one.
     with contextlib.ExitStack() as children, listening:
@@ -60,12 +60,13 @@ def serve(options: ChatOptions, started: float) -> None:
         wait_ready(running)
         systems = [
             # vLLM's server has one model, and may shorten its name.
-            System(shown, child.endpoint(), None if options.engine == "vllm" else name)
+            ChatSystem(shown, child.endpoint(), None if options.engine == "vllm" else name)
             for child in running
             for shown, name in zip(_shown(child.names), child.names, strict=True)
         ]
         systems += [
-            System(address.name, Endpoint.with_key_of_environment(address.url), address.model) for address in addresses
+            ChatSystem(address.name, Endpoint.with_key_of_environment(address.url), address.model)
+            for address in addresses
         ]
         desk = Desk(
             systems,
@@ -108,21 +109,11 @@ def _check_models(models: list[str], named: str | None) -> str | None:
     return reward
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=512)
-    except OSError as error:
-        raise InputError(
-            f"cannot listen on {host} port {port}: {error.strerror or error}; give another --port (0 takes a free one)"
-        ) from None
-
-
 def _run(app: ASGIApp, listening: socket.socket, login: str | None, started: float) -> None:
     import uvicorn
 
     host, port = listening.getsockname()[:2]
-    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    address = url_of(host, port)
     if login is None and host not in ("127.0.0.1", "::1"):
         warning = f"warning: there is no login (ALMOST_CHAT_AUTH): whoever reaches {address} may use it"
         print(warning, file=sys.stderr)

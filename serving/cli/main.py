@@ -11,25 +11,24 @@ from typing import IO, Any, NoReturn
 import click
 
 from almost_eval import __version__
-from almost_eval.cli.command_line import Commands, options, run_command_line
+from almost_eval.cli.command_line import Command, Commands, options, run_command_line
 from almost_eval.errors import InputError
 from almost_eval.nano import DEFAULT_MODEL, DEFAULT_REWARD_MODEL
 from serving.cli.gateway import LIMIT_HELP, LIMITS, gateway
-from serving.gateway.settings import GatewayLimits
+from serving.gateway.settings import KEY, GatewayLimits
 
-_KEY = "ALMOST_API_KEY"
 _PASSED_ON = {"ignore_unknown_options": True, "help_option_names": ["--help"]}  # -h is part of an option of vLLM's
 _EPILOG = (
-    f"Every other option is vLLM's and is passed on as it is. The key that clients must send is read from {_KEY}. "
+    f"Every other option is vLLM's and is passed on as it is. The key that clients must send is read from {KEY}. "
     "Exit codes: 0 ended by a signal, 1 the server failed, 2 bad usage or input."
 )
 
 
-def _model(default: str, what: str) -> Any:
+def _model(default: str, what: str) -> Command:
     return click.option("--model", default=default, show_default=True, help=what)
 
 
-_SERVER: list[Any] = [
+_SERVER: list[Command] = [
     click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on."),
     click.option("--port", type=int, default=8000, show_default=True, help="0 takes a free one."),
     click.option("--served-model-name", help="What clients call it; default the name, of a directory its last part."),
@@ -39,7 +38,7 @@ _SERVER: list[Any] = [
     click.option("--allow-pickle", is_flag=True, help="Accept pickled weights, which can run code when loaded."),
     click.option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint ships."),
 ]
-_RUN: list[Any] = [
+_RUN: list[Command] = [
     click.option("--log", metavar="FILE", help="Append the servers' output to this file; - for stderr."),
     click.option("--start-timeout", type=float, default=1800.0, show_default=True, help="Seconds the start may take."),
     click.option("--dry-run", is_flag=True, help="Print the vLLM command and end."),
@@ -107,16 +106,16 @@ def _serve_one(
     from serving.vllm.launch import VLLMServer
 
     _refuse_words(vllm_options)
-    key = os.environ.get(_KEY) or None
+    key = os.environ.get(KEY) or None
     with _log(log) as stream:
         server = VLLMServer(kind, model, stop=stop or None, options=vllm_options, api_key=key, log=stream, **settings)
         if dry_run:
-            click.echo(server.vllm.shown(f'"${_KEY}"' if key else ""))
+            click.echo(server.vllm.shown(f'"${KEY}"' if key else ""))
             return
         if server.vllm.note:
             click.echo(server.vllm.note, err=True)
         if not server.has_key and settings["host"] not in ("127.0.0.1", "::1", "localhost"):
-            click.echo(f"warning: no key is set ({_KEY}): whoever reaches {settings['host']} may use it", err=True)
+            click.echo(f"warning: no key is set ({KEY}): whoever reaches {settings['host']} may use it", err=True)
 
         def ready() -> None:
             where = "as a node without an address" if server.vllm.headless else f"at {server.url}"

@@ -1,4 +1,4 @@
-"""Who is let in, how much at a time, for how long: the key, body size, concurrency, time-outs, clients that leave."""
+"""What a request must meet before it is worked on: the key, body size, concurrency, time-outs, a client that stays."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serving.gateway.errors import crashed, on_refusal, refusal
 from serving.gateway.metrics import Metrics
 from serving.gateway.settings import GatewaySettings
-from serving.gateway.streaming import Reply
+from serving.gateway.streaming import ReplyWriter
 
 OPEN_PATHS = frozenset({"/health"})
-"""What needs no key."""
+"""Paths that need no key."""
 
-Handler = Callable[[bytes, Reply], Awaitable[None]]
-"""Answers one request, given its body."""
+Handler = Callable[[bytes, ReplyWriter], Awaitable[None]]
+"""Takes a request's body and answers it."""
 
 
 class KeyGuard:
@@ -104,7 +104,7 @@ class Limited:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        reply = Reply(send)
+        reply = ReplyWriter(send)
         seconds = self._settings.timeout_s
         try:
             with self._slots.take():

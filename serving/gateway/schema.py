@@ -1,8 +1,8 @@
-"""What the gateway accepts, once: requests are checked by these models, and the OpenAPI document is made from them.
+"""What the gateway accepts. Requests are checked by these models, and the OpenAPI document is made from them.
 
-Fields that are not named here go to the policy server as they are, so that every sampling parameter of vLLM's works.
-vLLM ignores those it does not know without a word; hence a field that looks like one of the gateway's own
-(`best...`, `almost...`) and is none is refused here.
+Fields that are not named here go to the policy server as they are, so every sampling parameter of vLLM works. vLLM
+ignores a field that it does not know. So a field that begins like one of the gateway's own (`best...`, `almost...`) and
+is none of them is refused here.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ _News = tuple[int, str] | list[Completion] | Exception
 """A piece of the text of completion `i`; or all completions, at the end; or why there are none."""
 
 
-class Job:
+class ChatJob:
     """One request. The generation begins at once.
 
     Args:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.hf import HFEngine
-from almost_eval.models.chat import load_template, special_tokens, stop_strings
+from almost_eval.models.chat import load_template, special_tokens
+from almost_eval.models.stops import stop_strings
 from almost_eval.types import Conversation
 from serving.gateway.errors import refusal
 from serving.local.schema import LocalChat

@@ -1,4 +1,4 @@
-"""Scores conversations in a thread of its own. All that come in while it is at work make the next batch."""
+"""Scores conversations in a thread of its own. All that arrive while it works make the next batch."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from serving.gateway.errors import on_crash, on_refusal, refusal
 from serving.gateway.limits import KeyGuard
 from serving.gateway.schema import parse_json, validated
 from serving.local.generation import Turnstile
-from serving.local.job import Job
+from serving.local.job import ChatJob
 from serving.local.policy import Policy
 from serving.local.rewards import RewardWorker
 from serving.local.schema import LocalChat, LocalClassify, conversation_of
@@ -54,7 +54,7 @@ class LocalServer:
         """A server of these models, their weights loaded.
 
         Raises:
-            ModelError: a model that cannot be found or loaded.
+            ModelError: a model that does not exist, or cannot be loaded.
         """
         policies = {name: HFEngine(name, dtype=models.dtype, device=models.device) for name in models.policies}
         reward = HFRewardModel(models.reward, dtype=models.dtype, device=models.device) if models.reward else None
@@ -97,7 +97,7 @@ class LocalServer:
             prompt = policy.prompt(conversation_of(fields.messages))
         except InputError as error:
             raise refusal(400, str(error), "invalid_value", param="messages") from None
-        job = Job(policy, prompt, policy.sampling(fields, prompt), self._turnstile)
+        job = ChatJob(policy, prompt, policy.sampling(fields, prompt), self._turnstile)
         if fields.stream:
             usage = fields.stream_options is not None and bool(fields.stream_options.include_usage)
             return StreamingResponse(job.events(include_usage=usage), media_type="text/event-stream")

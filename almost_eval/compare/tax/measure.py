@@ -21,6 +21,7 @@ from almost_eval.compare.tax.training import TrainingRun, as_checkpoint, read_tr
 from almost_eval.data.sources import DataSource
 from almost_eval.engines.build import loglikelihood_engine
 from almost_eval.errors import InputError, did_you_mean
+from almost_eval.files import write_json
 from almost_eval.models.chat import load_template, special_tokens
 from almost_eval.models.checkpoint import find_checkpoint
 from almost_eval.nano import BUILT_IN, DEFAULT_REWARD_MODEL
@@ -29,7 +30,7 @@ from almost_eval.rewards.build import reward_model
 from almost_eval.run import provenance
 from almost_eval.run.request import RunRequest, open_run
 from almost_eval.run.runner import Run
-from almost_eval.run.store import read_results, read_samples, write_json
+from almost_eval.run.store import read_results, read_samples
 from almost_eval.stats import mean_metric
 from almost_eval.tasks.base import Prompting, Task
 from almost_eval.tasks.registry import comparison_presets
@@ -264,7 +265,7 @@ def _answers(plan: TaxPlan, label: str, engine: Any, progress: Progress) -> Answ
     choice = plan.base.template
     template = load_template(choice if choice != "none" else "auto", engine.tokenizer)
     data = plan.base.source()
-    prompting = Prompting(None, template, special_tokens(engine.tokenizer), asked=choice not in ("auto", "none"))
+    prompting = Prompting(None, template, special_tokens(engine.tokenizer), is_chosen=choice not in ("auto", "none"))
     task = Answers(plan.prompts, data, prompting, max_new_tokens=plan.max_new_tokens)
     _execute(task, engine, plan, label, "answers", progress)
     return AnswerSetup(data, prompting, engine.tokenizer.get_vocab())

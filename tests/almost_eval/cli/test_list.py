@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
-from almost_eval.data.sources import DATA_NAMES, PROMPT_SET_NAMES
+from almost_eval.data.prompt_sets import PROMPT_SET_NAMES
+from almost_eval.data.sources import DATA_NAMES
 from almost_eval.engines.build import ENGINES
-from almost_eval.models.chat import STOP_STRINGS, load_template
+from almost_eval.models.chat import load_template
+from almost_eval.models.stops import STOP_STRINGS
 from almost_eval.nano import BUILT_IN, SHIPPED, shipped
 from almost_eval.tasks.registry import TASKS
 

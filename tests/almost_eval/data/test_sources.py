@@ -1,14 +1,11 @@
-"""Data sets and prompt sets: what is found, in which order, and what is said when it is not."""
+"""Data sets: what is found, in which order, and what is said when it is not."""
 
 from __future__ import annotations
 
 import http.server
 import json
 import re
-import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -16,19 +13,8 @@ import pyarrow.parquet as parquet
 import pytest
 
 from almost_eval.data import sources as assets
-from almost_eval.data.sources import DataSource, PromptSet, find_data, fingerprint, load_prompt_set
+from almost_eval.data.sources import DataSource, find_data, fingerprint
 from almost_eval.errors import DataError, InputError
-
-MIRROR = "github/naver-ai/ALMoST/eval/eval_prompt.json"
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and a download that is not to be had."""
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("ALMOST_CACHE", str(folder))
-    monkeypatch.setattr(assets, "_OFFICIAL_URL", "http://127.0.0.1:9/eval_prompt.py")
-    return folder
 
 
 @pytest.fixture
@@ -38,12 +24,6 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(assets, "_reachable", lambda url: False)
-
-
-@pytest.fixture(scope="module")
-def official(data_root: Path) -> dict[str, str]:
-    prompts: dict[str, str] = json.loads((data_root / MIRROR).read_text(encoding="utf-8"))
-    return prompts
 
 
 def one_line(error: BaseException) -> str:
@@ -105,7 +85,7 @@ class TestRead:
         [
             (b'{"a": 1}\n\n{"a": \n', r"malformed data: .*test\.jsonl, row 3: "),
             (b'{"a": 1}\n[2]\n', r"malformed data: .*test\.jsonl, row 2: not a JSON object"),
-            (b'{"a": "\xff"}\n', r"test\.jsonl is not UTF-8 \(invalid start byte at byte 7\)"),
+            (b'{"a": "\xff"}\n', r"test\.jsonl, row 1 is not UTF-8 \(invalid start byte at byte 7 of it\)"),
         ],
     )
     def test_malformed_jsonl(self, tmp_path: Path, content: bytes, problem: str) -> None:
@@ -234,126 +214,6 @@ class TestOffline:
     def test_a_proxy_is_taken_at_its_word(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(assets.urllib.request, "getproxies", lambda: {"https": "http://proxy:3128"})
         assert assets._reachable("https://127.0.0.1:9")
-
-
-class TestPromptSets:
-    def test_builtin(self) -> None:
-        builtin = load_prompt_set("builtin", DataSource("hub", None))
-        assert {"static_HHH_prompt", "truthfulQA_prompt", "mmlu_question"} <= set(builtin.prompts)
-        assert re.fullmatch("[0-9a-f]{64}", builtin.digest)
-        assert builtin.prompts["static_HHH_prompt"].endswith("Reply")
-
-    def test_unknown(self) -> None:
-        with pytest.raises(DataError, match="unknown prompt set 'offical'; did you mean 'official'"):
-            load_prompt_set("offical", DataSource("hub", None))
-
-    @pytest.mark.usefixtures("cache")
-    def test_official_from_the_data_root(self, data_root: Path, official: dict[str, str]) -> None:
-        found = load_prompt_set("official", DataSource("hub", data_root))
-        assert found == PromptSet("official", official)
-        assert found.digest == assets._OFFICIAL_DIGEST
-
-    def test_a_changed_prompt_is_refused(self, tmp_path: Path, cache: Path, official: dict[str, str]) -> None:
-        mirror = tmp_path / "root" / MIRROR
-        for file in (mirror, cache / MIRROR):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            changed = {**official, "static_HHH_prompt": official["static_HHH_prompt"] + " "}
-            file.write_text(json.dumps(changed), encoding="utf-8")
-            with pytest.raises(DataError, match="does not hold the official prompts of naver-ai/ALMoST@4ed89fa") as e:
-                load_prompt_set("official", DataSource("hub", tmp_path / "root"))
-            assert str(file) in one_line(e.value)  # the copy to remove
-            file.unlink()
-
-    @pytest.mark.parametrize("content", ["{", "[1, 2]"])
-    def test_a_broken_copy(self, tmp_path: Path, cache: Path, content: str) -> None:
-        file = tmp_path / MIRROR
-        file.parent.mkdir(parents=True)
-        file.write_text(content)
-        with pytest.raises(DataError, match="is not the JSON of a prompt set") as caught:
-            load_prompt_set("official", DataSource("hub", tmp_path))
-        one_line(caught.value)
-
-    @pytest.mark.usefixtures("cache")
-    def test_nowhere(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match="its download failed") as caught:
-            load_prompt_set("official", DataSource("hub", tmp_path))
-        message = one_line(caught.value)
-        assert f"--data-root DIR with DIR/{MIRROR}, or use --prompt-set builtin" in message
-
-
-def as_python(prompts: dict[str, str]) -> str:
-    """Constants of a Python file, among what must be neither read nor run."""
-    lines = ['"""A docstring."""', "import os", "LIMIT = 3", 'raise SystemExit("this file was run")']
-    return "\n".join([*lines, *(f"{name} = {value!r}" for name, value in prompts.items())])
-
-
-class TestDownload:
-    @pytest.fixture
-    def serve(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], list[str]]]:
-        """`serve(text)`: the pinned address gives that text; the list holds the requests."""
-        body, asked = [""], list[str]()
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                asked.append(self.path)
-                self.send_response(200)
-                self.end_headers()
-                self.wfile.write(body[0].encode())
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
-        url = f"http://127.0.0.1:{server.server_port}/eval_prompt.py"
-        monkeypatch.setattr(assets, "_OFFICIAL_URL", url)
-
-        def give(text: str) -> list[str]:
-            body[0] = text
-            return asked
-
-        yield give
-        server.shutdown()
-        server.server_close()
-
-    def test_the_address_is_pinned(self) -> None:
-        assert re.fullmatch(
-            r"https://raw\.githubusercontent\.com/naver-ai/ALMoST/[0-9a-f]{40}/eval/eval_prompt\.py",
-            assets._OFFICIAL_URL,
-        )
-
-    def test_read_as_data_and_cached(
-        self, serve: Callable[[str], list[str]], cache: Path, official: dict[str, str]
-    ) -> None:
-        asked = serve(as_python(official))
-        source = DataSource("hub", None)
-        assert load_prompt_set("official", source).prompts == official
-        assert json.loads((cache / MIRROR).read_text(encoding="utf-8")) == official
-        assert [p.name for p in (cache / MIRROR).parent.iterdir()] == ["eval_prompt.json"]  # no scratch file
-        assert load_prompt_set("official", source).prompts == official
-        assert len(asked) == 1
-
-    def test_a_changed_file_is_refused_and_not_kept(
-        self, serve: Callable[[str], list[str]], cache: Path, official: dict[str, str]
-    ) -> None:
-        serve(as_python({**official, "vicuna_prompt": "another"}))
-        with pytest.raises(DataError, match="does not hold the official prompts"):
-            load_prompt_set("official", DataSource("hub", None))
-        assert not (cache / MIRROR).exists()
-
-    def test_a_page_that_is_no_python(self, serve: Callable[[str], list[str]]) -> None:
-        serve("<html><body>Sign in to the network</body></html>")
-        with pytest.raises(DataError, match=r"gave no Python file \(a proxy's page\?\)") as caught:
-            load_prompt_set("official", DataSource("hub", None))
-        one_line(caught.value)
-
-    def test_a_cache_that_cannot_be_written(
-        self, serve: Callable[[str], list[str]], cache: Path, official: dict[str, str]
-    ) -> None:
-        serve(as_python(official))
-        cache.write_text("a file where the folder should be")
-        assert load_prompt_set("official", DataSource("hub", None)).prompts == official
 
 
 def test_data_errors_are_input_errors() -> None:

@@ -495,7 +495,7 @@ def test_the_decoded_tokens_grow_with_the_completion_and_not_with_its_square(eng
         params = SamplingParams(max_new_tokens=n, temperature=1.0, stop=("never said",), seed=2)
         prompt = np.array([0, 5], dtype=np.int32)
         with pytest.MonkeyPatch.context() as patch:  # a special token's probability is not 0
-            patch.setattr(hf_generation, "_end_ids", lambda *_: set())
+            patch.setattr(hf_generation, "end_ids", lambda *_: frozenset())
             [(_, [completion])] = stream_completions(engine.model, tokenizer, [prompt], params, GenerationReport(4096))
         assert len(completion.token_ids) == n
         counts.append(tokenizer.decoded)

@@ -53,7 +53,7 @@ PASSING = {
     "a list": (LIST, "malformed"),
     "null choices": (NULL_CHOICES, "malformed"),
 }
-"""Asked again: the fault, and the reason it is counted under."""
+"""SamplePrompts again: the fault, and the reason it is counted under."""
 
 LASTING = {
     "empty choices": (EMPTY_CHOICES, "empty_choices"),

@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerFast
 
 from almost_eval.errors import TemplateError
 from almost_eval.models.chat import (
-    STOP_STRINGS,
     ChatTemplate,
     dialogue_text,
     encode_text,
@@ -26,6 +25,7 @@ from almost_eval.models.chat import (
     render_prompt,
     special_tokens,
 )
+from almost_eval.models.stops import STOP_STRINGS
 from almost_eval.types import Conversation, Message
 
 HELLO = (Message("user", "Hi"), Message("assistant", "Hello."))

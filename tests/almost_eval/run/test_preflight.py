@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from almost_eval.data.sources import DataSource, find_data, load_prompt_set
+from almost_eval.data.prompt_sets import load_prompt_set
+from almost_eval.data.sources import DataSource, find_data
 from almost_eval.engines.hf import HFEngine
 from almost_eval.engines.scripted import ScriptedEngine
 from almost_eval.errors import InputError, TemplateError

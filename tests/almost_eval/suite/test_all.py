@@ -289,7 +289,7 @@ def suite(model: str | None = None, data: str | None = None, **more: Any) -> Sui
 def test_what_a_model_brings_along() -> None:
     def brought(**more: Any) -> list[str | None]:
         request = with_defaults(suite(**more))
-        return [request.base.model, request.reward_model, request.judge, request.baseline]
+        return [request.base.model, request.reward_model, request.judge.judge, request.baseline]
 
     assert brought() == ["nano/almost", "nano/reward", "nano", "nano/vanilla-medium"]
     assert brought(baseline="a.jsonl") == ["nano/almost", "nano/reward", "nano", "a.jsonl"]

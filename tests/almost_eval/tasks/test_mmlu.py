@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from almost_eval.data.sources import DataSource, find_data, load_prompt_set
+from almost_eval.data.prompt_sets import load_prompt_set
+from almost_eval.data.sources import DataSource, find_data
 from almost_eval.engines.scripted import ScriptedEngine
 from almost_eval.errors import DataError, InputError
 from almost_eval.models.chat import load_template

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from almost_eval.data.sources import DataSource, load_prompt_set
+from almost_eval.data.prompt_sets import load_prompt_set
+from almost_eval.data.sources import DataSource
 from almost_eval.engines.hf import HFEngine
 from almost_eval.engines.scripted import ScriptedEngine
 from almost_eval.errors import DataError, InputError

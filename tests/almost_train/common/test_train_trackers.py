@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from stopping import StopAfter, Stopped
 from tracked import tensorboard_scalars, wandb_rows
 
@@ -22,13 +21,7 @@ from almost_train.rlsf.job import RLSFSettings
 from almost_train.rlsf.run import rlsf
 from almost_train.sft.run import SFTSettings, train_sft
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def numbers(row: dict[str, Any]) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def test_kl_is_that_of_the_sampled_tokens(prompts: Path, policies: dict[str, Pat
     for row in rows:
         prompt = tokenizer(f"\n\nHuman: {row['prompt']}\n\nAssistant:")["input_ids"]
         ids = row["token_ids"]
-        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == row["answer"]
+        assert str(tokenizer.decode(ids, skip_special_tokens=True)).strip() == row["answer"]
         differences.append(logprob(policies["rlsf"], prompt, ids) - logprob(policies["sft"], prompt, ids))
         as_text.append(tokenizer(" " + row["answer"], add_special_tokens=False)["input_ids"] == ids)
     assert not all(as_text)  # a random model writes what its tokenizer would encode in another way

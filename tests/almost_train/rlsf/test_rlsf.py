@@ -163,6 +163,18 @@ def test_the_reward_rises_beyond_noise(algorithm: str, world: dict[str, Any], tm
     assert not torch.equal(trained.lm_head.weight, start.lm_head.weight)
 
 
+def test_the_saved_template_writes_bos_once_and_is_served_with_its_stops(world: dict[str, Any], tmp_path: Path) -> None:
+    from almost_eval.models.chat import STOP_STRINGS
+    from serving.models import find_model
+
+    rlsf(settings(steps=1), **world, output=tmp_path)
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "policy")
+    message = [{"role": "user", "content": "Hello"}]
+    ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+    assert (ids[0], ids.count(tokenizer.bos_token_id)) == (tokenizer.bos_token_id, 1)
+    assert find_model("policy", str(tmp_path / "policy")).stop == STOP_STRINGS["almost"]
+
+
 def test_the_first_update_compares_a_policy_with_itself(world: dict[str, Any], tmp_path: Path) -> None:
     rlsf(settings(steps=3, micro_batch_size=2, temperature=0.8), **world, output=tmp_path)
     rows = rows_of(tmp_path)

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from almost_eval.models.chat import STOP_STRINGS
+from almost_eval.models.stops import STOP_STRINGS
 from almost_train.synthetic import filters
 from almost_train.synthetic.filters import RULES, broken_rule, read_response
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from almost_eval.data import sources as assets
+from almost_eval.data import prompt_sets, sources
 from almost_eval.data.sources import DataSource
 from almost_eval.errors import DataError
 from almost_eval.types import Message
@@ -22,7 +22,7 @@ QUESTION = (Message("user", "Why?"),)
 @pytest.fixture(autouse=True)
 def _no_network_and_an_empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ALMOST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(assets, "_RAW", "http://127.0.0.1:9")
+    monkeypatch.setattr(sources, "RAW", "http://127.0.0.1:9")
 
 
 class TestOfficial:
@@ -73,10 +73,10 @@ class TestOfficial:
 
         root = tmp_path / "raw"
         (root / "naver-ai/ALMoST").mkdir(parents=True)
-        (root / "naver-ai/ALMoST" / assets._OFFICIAL_COMMIT).symlink_to(data_root / "github/naver-ai/ALMoST")
+        (root / "naver-ai/ALMoST" / prompt_sets._OFFICIAL_COMMIT).symlink_to(data_root / "github/naver-ai/ALMoST")
         server = http.server.HTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(root)))
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(assets, "_RAW", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr(sources, "RAW", f"http://127.0.0.1:{server.server_port}")
         try:
             downloaded = load_seed_set("official", NOWHERE)
         finally:

@@ -22,7 +22,7 @@ from fake_upstream import FakeUpstream, Served, event
 from serving.gateway.app import GatewaySettings, create_app
 from serving.gateway.limits import Limited, Slots, ends_with_client
 from serving.gateway.metrics import Metrics
-from serving.gateway.streaming import EVENTS, Reply
+from serving.gateway.streaming import EVENTS, ReplyWriter
 from serving.launch.process import free_port
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -125,7 +125,7 @@ def test_a_killed_process_ends_its_streams_well() -> None:
         f"fake.tokens = 1000; server = fake.served({port}); server.__enter__(); print('up', flush=True); time.sleep(60)"
     )
     upstream = subprocess.Popen(
-        [sys.executable, "-c", program], cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", program], cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True
     )
     try:
         assert upstream.stdout is not None
@@ -203,7 +203,7 @@ def test_a_bug_of_ours_is_told_well_and_lets_its_slot_go(begun: bool) -> None:
     metrics = Metrics()
     slots = Slots(1, metrics)
 
-    async def handler(body: bytes, reply: Reply) -> None:
+    async def handler(body: bytes, reply: ReplyWriter) -> None:
         if begun:
             await reply.start(200, EVENTS)
             await reply.part(event(0))
@@ -230,7 +230,7 @@ def test_a_cancellation_is_told_and_goes_on() -> None:
     bodies = [b"{}"]
     sent: list[Any] = []
 
-    async def handler(body: bytes, reply: Reply) -> None:
+    async def handler(body: bytes, reply: ReplyWriter) -> None:
         await asyncio.sleep(60)
 
     async def receive() -> dict[str, Any]:

@@ -1,0 +1,80 @@
+"""Where an answer ends: the stop strings of the built-in chat templates, and the tokens that end a text.
+
+The built-in templates are the lines of `templates/stop_strings.json`: a name, and the strings at which an answer in
+that format is over, besides EOS, as a model may open the next turn itself. The template is `templates/NAME.jinja`. So a
+new template is one file and one line.
+
+Two rules follow from them, each stated once. In-process evaluation ends an answer at `ChatTemplate.stop`: a template of
+the tokenizer's own has none, and what its model writes is scored as it is. A server ends a chat at `stop_strings`:
+there the tokenizer's template has those of the built-in format that it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_FOLDER = Path(__file__).with_name("templates")
+
+STOP_STRINGS: dict[str, tuple[str, ...]] = {
+    name: tuple(stop) for name, stop in json.loads((_FOLDER / "stop_strings.json").read_text(encoding="utf-8")).items()
+}
+"""Name of a built-in template -> the strings that end an answer."""
+
+BOS_LINE = "{{- bos_token -}}\n"
+"""Training puts this in front of a built-in template where the tokenizer adds BOS: other programs render a chat and add
+no special token of their own."""
+
+
+class Template(Protocol):
+    """The part of a `ChatTemplate` that decides where an answer ends."""
+
+    @property
+    def source(self) -> str:
+        """Jinja."""
+        ...
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """The stop strings that it states."""
+        ...
+
+
+def template_file(name: str) -> Path:
+    """The Jinja file of a built-in template."""
+    return _FOLDER / f"{name}.jinja"
+
+
+def stop_strings(template: Template) -> tuple[str, ...]:
+    """The strings that end an answer, besides EOS.
+
+    A tokenizer's own template has those of the built-in one whose text it is, with or without `BOS_LINE`.
+    """
+    source = template.source.removeprefix(BOS_LINE)
+    alike = (name for name in STOP_STRINGS if template_file(name).read_text(encoding="utf-8") == source)
+    return template.stop or STOP_STRINGS.get(next(alike, ""), ())
+
+
+def first_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Where the first stop string of a text begins; None where it holds none."""
+    return min((at for string in stop if (at := text.find(string)) >= 0), default=None)
+
+
+def end_ids(
+    stated: int | Sequence[int] | None, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()
+) -> frozenset[int]:
+    """Ids of the tokens that end a completion.
+
+    Args:
+        stated: `eos_token_id` of the model's generation settings.
+        tokenizer: its EOS ends a completion too.
+        stop: stop strings. One that is a special token never shows in the decoded text, so it ends by its id.
+    """
+    ids = [*(stated if isinstance(stated, Sequence) else [stated]), tokenizer.eos_token_id]
+    ids += [tokenizer.convert_tokens_to_ids(text) for text in stop if text in tokenizer.all_special_tokens]
+    return frozenset(int(i) for i in ids if i is not None)
