@@ -136,10 +136,7 @@ class JudgeRun:
     ) -> tuple[JSONObject, Validity]:
         """Make what is missing, then write and return `results.json`'s content and the gate's verdict.
 
-        Args:
-            folder: the run folder.
-            progress: where to report to; nowhere by default.
-            started: `time.perf_counter()` when the program started, from which times count; now by default.
+        Arguments are those of `Run.execute`.
 
         Raises:
             StoreError: see `RunStore`.
