@@ -21,13 +21,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from almost_eval.errors import TemplateError
 from almost_eval.types import ContinuationScore, LoglikelihoodRequest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Ids = NDArray[np.int32]
 
@@ -64,12 +67,12 @@ class EncodedRequest:
 class TokenEncoder:
     """Encodes context and continuation jointly, with the tokenizer's own BOS exactly once.
 
-    Any tokenizer of transformers will do. The special tokens that the tokenizer puts around plain text are read off
+    The tokenizer is one of transformers. The special tokens that the tokenizer puts around plain text are read off
     it once: those in front are kept, those behind (an EOS, on some) would end the text before it is scored and are
     left out.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         probe = list(tokenizer("a", add_special_tokens=False)["input_ids"])
         full = list(tokenizer("a")["input_ids"])

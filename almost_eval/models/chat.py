@@ -199,7 +199,7 @@ def _compile(source: str) -> jinja2.Template:
     def raise_exception(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)
 
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    def tojson(value: object, ensure_ascii: bool = False, **options: Any) -> str:
         # Jinja's own filter escapes HTML.
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 

@@ -51,7 +51,7 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
 
 
 def load_weights(
-    auto_class: Any, checkpoint: Checkpoint, *, dtype: Any, device: str, attention: str, trust_remote_code: bool
+    auto_class: Any, checkpoint: Checkpoint, *, dtype: torch.dtype, device: str, attention: str, trust_remote_code: bool
 ) -> Any:
     """A transformers model in eval mode with every weight from the checkpoint.
 
