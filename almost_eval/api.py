@@ -7,13 +7,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from almost_eval.cli.run_options import prepare_run
 from almost_eval.compare.comparison import Comparison, compare_runs
 from almost_eval.engines.build import EngineOptions
 from almost_eval.engines.hf import HFEngine as HFEngine
 from almost_eval.errors import InputError, did_you_mean
 from almost_eval.rewards.hf import HFRewardModel as RewardModel
 from almost_eval.run.store import read_results, read_samples, read_spec
+from almost_eval.tasks.facts import Preset
+from almost_eval.tasks.registry import TASKS, task_class, task_classes
 from almost_eval.types import SampleRecord
 
 __all__ = ["FinishedRun", "HFEngine", "RewardModel", "compare", "evaluate", "load_run"]
@@ -52,7 +53,7 @@ def evaluate(
     Args:
         model: a checkpoint directory, hub id or built-in name; or an engine or reward model that is open already,
             which several tasks may then share.
-        task: `hhh` (or `hhh-choice`, `hhh-likelihood`, `hhh-reward`), `truthfulqa`, `mmlu` or `harness`.
+        task: a name of the registry, or one of `all` that stands for a protocol (`hhh-likelihood`).
         output: the run folder; the default is named by the run, under `runs`.
         engine: `hf`, `vllm` or `openai`.
         data: `hub` or `nano`; built-in models default to nano.
@@ -62,57 +63,65 @@ def evaluate(
         limit: samples of each category, subject or task.
         seed: of whatever is drawn.
         allow: check -> share of samples that it may flag, as in `--allow`.
-        more: settings of the task (`metrics`, `shots`, `subjects`, `tasks`, `normalise`) and fields of
-            `EngineOptions` (`dtype`, `device`, `base_url`, ...).
+        more: settings of the task (see its `task_settings`) and fields of `EngineOptions` (`dtype`, `device`, ...).
 
     Raises:
         InputError: an unknown task or setting; whatever the model, the data or the folder refuse.
         RunError: the run could not finish; the same call goes on.
     """
     from almost_eval.progress import progress_for
+    from almost_eval.run.request import RunRequest, open_run
     from almost_eval.run.validity import parse_allowed
-    from almost_eval.suite.plan import PARTS, Part
 
-    parts = {**PARTS, "hhh": PARTS["hhh-choice"], "harness": Part("harness", {"tasks": (), "shots": None})}
-    if task not in parts:
-        raise InputError(f"unknown task {task!r}; {did_you_mean(task, parts)}")
-    part = parts[task]
-    taken = set(part.settings) | ({"normalise"} if task == "hhh-likelihood" else set())
-    known = {field.name for field in fields(EngineOptions)}
-    if unknown := next((name for name in more if name not in taken | known), None):
-        raise InputError(f"{task} has no setting {unknown!r}; {did_you_mean(unknown, taken | known)}")
-    settings = dict(part.settings) | {name: value for name, value in more.items() if name in taken}
-    if task == "harness" and not settings["tasks"]:
-        raise InputError("harness: name lm-eval's tasks, as in tasks=['arc_easy']")
+    presets = {preset.name: (cls.name, preset) for cls in task_classes() for preset in cls.presets}
+    if task not in presets and task not in TASKS:
+        raise InputError(f"unknown task {task!r}; {did_you_mean(task, {**presets, **TASKS})}")
+    name, preset = presets.get(task, (task, Preset(task)))
+    stated = {setting.name: setting for setting in task_class(name).task_settings}
+    if task in presets and preset.protocol:
+        del stated["protocol"]
+    options = {field.name for field in fields(EngineOptions)}
+    if unknown := next((key for key in more if key not in stated.keys() | options), None):
+        raise InputError(f"{task} has no setting {unknown!r}; {did_you_mean(unknown, stated.keys() | options)}")
+    settings = {**preset.settings, **{key: value for key, value in more.items() if key in stated}}
+    protocol = str(settings.pop("protocol", preset.protocol))
+    if lacking := next((key for key, setting in stated.items() if setting.required and not settings.get(key)), None):
+        raise InputError(f"{task}: name {lacking}, as in {lacking}=[...]: {stated[lacking].help}")
     is_open = not isinstance(model, str | Path)
-    opened_with = known | ({"template"} if part.reward else set())
-    asked = {*more} | ({"template"} if template != "auto" else set())
-    if is_open and (at := next((name for name in sorted(asked & opened_with)), None)):
-        raise InputError(f"{at} belongs to a model that is yet to be opened; give it where you open it")
-    if is_open and not hasattr(model, "score" if part.reward else "loglikelihood"):
-        wanted = "a RewardModel" if part.reward else "an engine"
-        raise InputError(f"{task} asks {wanted}, and was given a {type(model).__name__}")
-    given = {
-        "model": model.checkpoint.name if is_open else str(model),
-        "engine": "hf" if is_open else engine,
-        "data": data,
-        "data_root": data_root,
-        "prompt_set": prompt_set,
-        "template": template,
-        "seed": seed,
-        **{name: value for name, value in more.items() if name in known},
-    }
-    run = prepare_run(
-        Part(part.task, settings, protocol=part.protocol).builder(limit),
-        given,
-        reward=part.reward,
-        own_prompts=Part(part.task, settings).own_prompts,
+    reward = protocol == "reward"
+    if is_open:
+        _check_open(model, task, {*more} | ({"template"} if template != "auto" else set()), options, reward=reward)
+    request = RunRequest(
+        task=name,
+        protocol=protocol,
+        settings=settings,
+        model=model.checkpoint.name if is_open else str(model),
+        engine=EngineOptions(
+            "hf" if is_open else engine, **{key: value for key, value in more.items() if key in options}
+        ),
+        data=data,
+        data_root=None if data_root is None else str(data_root),
+        prompt_set=prompt_set,
+        template=template,
+        limit=limit,
+        seed=seed,
         allowed=parse_allowed([f"{check}={share}" for check, share in (allow or {}).items()]),
-        model=model if is_open else None,
+        output=Path(output) if output else None,
     )
-    folder = Path(output) if output else run.default_folder()
+    run = open_run(request, model if is_open else None)
+    folder = request.output or run.default_folder()
     run.execute(folder, progress_for())
     return load_run(folder)
+
+
+def _check_open(model: Any, task: str, named: set[str], options: set[str], *, reward: bool) -> None:
+    """Refuse what belongs to a model that is yet to be opened, and a model of the wrong kind."""
+    opened_with = options | ({"template"} if reward else set())
+    if at := next(iter(sorted(named & opened_with)), None):
+        raise InputError(f"{at} belongs to a model that is yet to be opened; give it where you open it")
+    if not hasattr(model, "score" if reward else "loglikelihood"):
+        wanted = "a RewardModel" if reward else "an engine"
+        raise InputError(f"{task} asks {wanted}, and was given a {type(model).__name__}")
 
 
 def load_run(folder: str | Path) -> FinishedRun:

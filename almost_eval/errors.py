@@ -25,7 +25,7 @@ class AlmostError(Exception):
 
 
 class InputError(AlmostError):
-    """The command cannot work with what it was given."""
+    """The command cannot work with this input."""
 
     exit_code = 2
 
@@ -56,10 +56,10 @@ class RunError(AlmostError):
     """The run started and could not finish."""
 
 
-def did_you_mean(given: str, known: Iterable[str], limit: int = 12) -> str:
+def did_you_mean(name: str, known: Iterable[str], limit: int = 12) -> str:
     """The tail of an error about an unknown name: the nearest name, then what exists."""
     names = sorted(known)
-    near = difflib.get_close_matches(given, names, n=1)
+    near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     shown = ", ".join(names[:limit])
     more = f", ... ({len(names)} in all)" if len(names) > limit else ""

@@ -11,17 +11,21 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from almost_eval.errors import AlmostError, DataError, InputError, RunError, StoreError
+from almost_eval.types import JSONObject
 
-Row = dict[str, Any]
+Row = JSONObject
 """One JSON object, a line of a file."""
+
+Record = TypeVar("Record")
 
 
 # --- JSON lines ---
@@ -68,18 +72,29 @@ def _decoded(file: Path, number: int, line: bytes) -> str:
         raise DataError(f"{file}, row {number} is not UTF-8 ({error.reason} at byte {error.start} of it)") from None
 
 
-def parse_line(file: Path, number: int, text: str) -> Any:
+def parse_line(file: Path | str, number: int, text: str, *, unit: str = "row") -> Any:
     """The JSON value of one line.
 
     Raises:
-        DataError: it is no JSON; with file and row.
+        DataError: it is no JSON; with file and row (or what `unit` calls it).
     """
     try:
         return json.loads(text)
     except RecursionError:
-        raise DataError(f"malformed data: {file}, row {number}: nested too deeply") from None
+        raise DataError(f"malformed data: {file}, {unit} {number}: nested too deeply") from None
     except ValueError as error:
-        raise DataError(f"malformed data: {file}, row {number}: not JSON ({error})") from None
+        raise DataError(f"malformed data: {file}, {unit} {number}: not JSON ({error})") from None
+
+
+def parse_lines(file: Path | str, text: str, *, unit: str = "row") -> Iterator[tuple[int, Any]]:
+    """`iterate_lines` of a text that is in memory already; `file` and `unit` are for errors.
+
+    Raises:
+        DataError: see `parse_line`.
+    """
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a JSON string may hold U+2028
+        if line.strip():
+            yield number, parse_line(file, number, line, unit=unit)
 
 
 def read_rows(
@@ -92,9 +107,10 @@ def read_rows(
     """All rows of a JSON Lines file.
 
     Args:
-        file: see `iterate_lines`.
+        file: as in `iterate_lines`.
         required: keys that every row must have, and the type of each.
-        torn_end, absent: see `iterate_lines`.
+        torn_end: as in `iterate_lines`.
+        absent: as in `iterate_lines`.
 
     Raises:
         DataError: no such file, or a row that is not an object with those keys; with file and row.
@@ -109,6 +125,33 @@ def read_rows(
                 raise DataError(f"malformed data: {file}, row {number}: {key!r} must be {kind.__name__}, and is {has}")
         rows.append(row)
     return rows
+
+
+def read_records(
+    file: Path, parse: Callable[[Any], Record], a: str, *, mend: str = "remove the line"
+) -> Iterator[tuple[int, Record]]:
+    """Line number and record of each line that this toolkit wrote itself, as a stream; a torn last line is left out.
+
+    Args:
+        file: JSON lines; none where it is absent.
+        parse: makes a record of a JSON value; it may raise ValueError, LookupError, TypeError or AttributeError.
+        a: what a line is, for the error: `a sample`.
+        mend: what to do about a line that is none.
+
+    Raises:
+        StoreError: a line that is no record; with file and line.
+    """
+    if not file.exists():
+        return
+    with file.open("rb") as stream:  # bytes: half a line may end inside a character
+        for number, line in enumerate(stream, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                record = parse(json.loads(line))
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                raise StoreError(f"{file}, line {number} is not {a} ({error!r}); {mend}") from None
+            yield number, record
 
 
 def repair_end(file: Path) -> None:
@@ -255,7 +298,7 @@ def write_json(file: Path, value: Mapping[str, Any]) -> None:
         stream.write(content.encode())
 
 
-def read_json(file: Path, *keys: str, absent: str = "give the folder that holds it") -> dict[str, Any]:
+def read_json(file: Path, *keys: str, absent: str = "give the folder of a run (spec.json, samples.jsonl)") -> Row:
     """A JSON object, with `keys` in it.
 
     Args:
@@ -300,6 +343,22 @@ def whole_folder(path: Path) -> Iterator[Path]:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise
             raise taken from None
+
+
+@contextmanager
+def replaced_folder(path: Path, scratch: Path) -> Iterator[Path]:
+    """An empty `scratch` that takes the place of the folder `path` when the block ends well.
+
+    Args:
+        path: the folder; what it held is removed, if it is there.
+        scratch: a folder on the same disk; what a killed process left in it is removed.
+    """
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    yield scratch
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+    scratch.replace(path)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ cluster has one member; and the interval is Wilson's where mean ± 1.96 stderr i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,7 +188,7 @@ def paired_bootstrap(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm-adjusted p-values, in the order given: those at most alpha hold together at family-wise level alpha."""
+    """Holm-adjusted p-values, in the same order: those at most alpha hold together at family-wise level alpha."""
     if not all(0.0 <= p <= 1.0 for p in p_values):  # NaN fails this too
         raise ValueError(f"p-values must lie in [0, 1]: {list(p_values)}")
     adjusted = [0.0] * len(p_values)
@@ -233,27 +233,46 @@ def bradley_terry(wins: NDArray[Any]) -> Floats:
     raise ValueError("strengths did not converge: some players are linked by too few comparisons")
 
 
+def draw_counts(n_clusters: int, n_resamples: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """(R, G) how often each of G clusters is in each of R resamples, drawn with replacement."""
+    return rng.multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), size=n_resamples)
+
+
+def draw_members(n_clusters: int, n_resamples: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """The same as `draw_counts`, drawn one member at a time: other resamples of the same distribution."""
+    members = rng.integers(n_clusters, size=(n_resamples, n_clusters))
+    return np.stack([np.bincount(row, minlength=n_clusters) for row in members])
+
+
+Draw = Callable[[int, int, np.random.Generator], NDArray[np.int64]]
+"""`draw_counts` or `draw_members`."""
+
+
 def bradley_terry_bootstrap(
-    wins: NDArray[Any], *, n_resamples: int = 1000, rng: np.random.Generator
+    wins: NDArray[Any],
+    *,
+    n_resamples: int = 1000,
+    rng: np.random.Generator,
+    draw: Draw = draw_counts,
+    max_failed: float = 0.025,
 ) -> tuple[Floats, int] | None:
     """95 % percentile intervals of `bradley_terry` from resampling whole clusters with replacement.
 
     `wins` is (clusters, players, players). Returns ((players, 2) low and high, resamples without finite strengths). The
-    latter are left out; None where they are more than 2.5 % of all (an end of the interval may then lie at infinity),
-    or where there are fewer than two clusters.
+    latter are left out; None where their share is above `max_failed` (from 2.5 % on, an end of the interval may lie at
+    infinity), or where there are fewer than two clusters.
     """
     wins = np.asarray(wins, dtype=np.float64)
     n_clusters = len(wins)
     if n_clusters < 2:
         return None
     fitted, failed = [], 0
-    for _ in range(n_resamples):
-        times = rng.multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters))  # (G,) how often each is drawn
+    for times in draw(n_clusters, n_resamples, rng):  # (G,)
         try:
             fitted.append(bradley_terry(np.tensordot(times, wins, axes=1)))
         except ValueError:
             failed += 1
-            if failed > 0.025 * n_resamples:
+            if failed > max_failed * n_resamples:
                 return None
     return np.quantile(np.array(fitted), [0.025, 0.975], axis=0).T, failed
 
@@ -264,12 +283,15 @@ def cohen_kappa(
     *,
     n_resamples: int = 2000,
     rng: np.random.Generator,
+    draw: Draw = draw_counts,
+    max_failed: float = 1.0,
 ) -> Metric:
     """Agreement of two raters beyond chance, (p_o - p_e) / (1 - p_e), unweighted, with a clustered bootstrap interval.
 
     p_o is the share of pairs with equal labels, p_e what two raters with these shares of labels would reach by chance.
     Where both use one and the same label throughout, p_e is 1 and kappa has no value: None. The interval is the
-    percentile one over resampled clusters, those without a value left out; stderr is their standard deviation.
+    percentile one over resampled clusters, those without a value left out; stderr is their standard deviation. There is
+    neither where the share of those without a value is above `max_failed`.
     """
     if len(pairs) != len(clusters):
         raise ValueError(f"{len(pairs)} pairs with {len(clusters)} clusters; each pair needs one cluster")
@@ -286,9 +308,10 @@ def cohen_kappa(
         return Metric(None, None, None, n=len(pairs))
     if n_clusters < 2:
         return Metric(value, None, None, n=len(pairs))
-    times = rng.multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), size=n_resamples)  # (R, G)
-    resampled = _kappa(np.tensordot(times, tables, axes=1))
+    resampled = _kappa(np.tensordot(draw(n_clusters, n_resamples, rng), tables, axes=1))  # (R,)
     resampled = resampled[~np.isnan(resampled)]
+    if len(resampled) < (1 - max_failed) * n_resamples:
+        return Metric(value, None, None, n=len(pairs))
     low, high = np.quantile(resampled, [0.025, 0.975])
     return Metric(value, float(resampled.std(ddof=1)), (float(low), float(high)), n=len(pairs))
 

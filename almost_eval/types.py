@@ -13,6 +13,9 @@ from typing import Any
 JSONObject = dict[str, Any]
 """A JSON object as `json` reads it."""
 
+JSONMapping = Mapping[str, Any]
+"""A JSON object that is only read."""
+
 Outputs = JSONObject
 """What a model gave for one sample, as JSON: `loglikelihoods`, `rewards` or `completions`."""
 
@@ -129,15 +132,3 @@ class Metric:
             "n": self.n,
             "unscored": self.unscored,
         }
-
-
-@dataclass(frozen=True, slots=True)
-class Preference:
-    """A pair of answers to one prompt, the better one named."""
-
-    prompt: Conversation
-    chosen: str
-    rejected: str
-    chosen_source: str
-    """The configuration, model or person that wrote `chosen`."""
-    rejected_source: str

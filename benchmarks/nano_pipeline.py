@@ -21,22 +21,21 @@ from almost_eval.cli.startup import import_transformers
 from almost_eval.data.sources import DataSource, find_data
 from almost_eval.engines.build import generation_engine
 from almost_eval.engines.hf import HFEngine
-from almost_eval.files import Row, read_rows
+from almost_eval.files import Row, read_json, read_rows, write_json
 from almost_eval.nano import shipped
 from almost_eval.nano.data import data_root
 from almost_eval.nano.oracle import score_text
 from almost_eval.progress import Progress, progress_for
 from almost_eval.rewards.hf import HFRewardModel
-from almost_eval.run.store import read_json, write_json
 from almost_eval.types import Message
 from almost_train.nano.data import oracle, write_prompts
-from almost_train.nano.ladder import Configuration, oracle_ladder
+from almost_train.nano.ladder import Respondent, oracle_ladder
 from almost_train.pipeline.evaluation import EvaluationSettings, evaluate_policies
-from almost_train.pipeline.run import Pipeline, Recipe, load_recipe
+from almost_train.pipeline.recipe import Recipe, load_recipe
+from almost_train.pipeline.run import Pipeline
 from almost_train.reward.run import RewardSettings, train_reward
 from almost_train.synthetic.comparisons import ComparisonSettings, synthesize_comparisons
-from almost_train.synthetic.responses import Configuration as Configured
-from almost_train.synthetic.responses import ResponseSettings, read_configurations, synthesize_responses
+from almost_train.synthetic.responses import Configuration, ResponseSettings, read_configurations, synthesize_responses
 
 Figures = dict[str, float]
 HeldOutPair = tuple[str, str, str]
@@ -85,18 +84,24 @@ def run_seed(seed: int, folder: Path, progress: Progress) -> Figures:
     return figures
 
 
+PPO_SETTINGS = ("mini_batch_size", "sampling_batch_size", "ppo_epochs", "kl_controller")
+"""What the recipe sets of PPO alone: RLOO does not take it."""
+
 ARMS: dict[str, Mapping[str, Mapping[str, Any]]] = {
     "unguided": {"self_play": {"unguided": True}},
-    "rloo": {"rlsf": {"algorithm": "rloo", "num_generations": 4}},
+    "rloo": {"rlsf": {"algorithm": "rloo", "num_generations": 4, **dict.fromkeys(PPO_SETTINGS)}},
 }
-"""Arm -> what differs from the recipe; stages before the first difference are shared with the recipe's own run."""
+"""Arm -> what differs from the recipe (None: left out). Stages before the first difference are the recipe's own."""
 
 
 def run_arm(
     recipe: Recipe, folder: Path, arm: str, changes: Mapping[str, Mapping[str, Any]], progress: Progress
 ) -> None:
     """Run the recipe with changes, up to the last stage that the comparison reads."""
-    sections = {name: {**section, **changes.get(name, {})} for name, section in recipe.sections.items()}
+    sections = {
+        name: {key: value for key, value in {**section, **changes.get(name, {})}.items() if value is not None}
+        for name, section in recipe.sections.items()
+    }
     first = next(iter(changes))
     target = folder / arm
     target.mkdir(parents=True, exist_ok=True)
@@ -119,10 +124,10 @@ def ladder(seed: int) -> Figures:
     models = {s: AutoModelForCausalLM.from_pretrained(shipped(f"nano/vanilla-{s}")).eval() for s in sizes}
     tokenizer: Any = AutoTokenizer.from_pretrained(shipped("nano/vanilla-large"))
     asked = [
-        Configuration("large", "good", 5),
-        Configuration("large", "good", 1),
-        Configuration("medium", "good", 1),
-        Configuration("small", "weak", 1),
+        Respondent("large", "good", 5),
+        Respondent("large", "good", 1),
+        Respondent("medium", "good", 1),
+        Respondent("small", "weak", 1),
     ]
     rungs = oracle_ladder(models, tokenizer, asked, n=1000, seed=seed)
     figures: Figures = {}
@@ -204,7 +209,7 @@ def held_out_pairs(recipe: Recipe, folder: Path, seed: int, progress: Progress) 
 
 
 def answer(
-    recipe: Recipe, prompts: Path, configurations: Sequence[Configured], output: Path, progress: Progress
+    recipe: Recipe, prompts: Path, configurations: Sequence[Configuration], output: Path, progress: Progress
 ) -> None:
     """Answers of configurations as the recipe samples them."""
     settings = recipe.settings("responses", ResponseSettings, "configurations", prompt_set="nano")

@@ -9,6 +9,7 @@ others would wait for a whole step of its own.
     python benchmarks/serving.py --parts overhead --pin         (the gateway has a core that no model computes on)
     python benchmarks/serving.py --parts overhead,best_of --model 30m --data-root ../shared/data/hub
     python benchmarks/serving.py --parts overhead --clients 16 --rounds 2
+    python benchmarks/serving.py --parts overhead --http-clients ours,httpx,aiohttp    (the gateway on each)
     python benchmarks/serving.py --parts soak --soak 500 --kills 1
 """
 
@@ -45,23 +46,31 @@ HANGS_S = 90.0
 """A request without an answer for so long hangs."""
 
 
-def gateway_process(policy: str, reward: str, reward_model: str) -> ServerProcess:
+def gateway_process(policy: str, reward: str, reward_model: str, http_client: str | None = None) -> ServerProcess:
+    """The gateway, on its own HTTP client or on that of a library (gateway_clients.py)."""
     port = free_port()
-    command = [sys.executable, "-m", "serving.cli", "gateway", "--policy-url", policy, "--reward-url", reward]
+    program = [str(ROOT / "benchmarks" / "gateway_clients.py"), http_client] if http_client else ["-m", "serving.cli"]
+    command = [sys.executable, *program, "gateway", "--policy-url", policy, "--reward-url", reward]
     command += ["--reward-model", reward_model, "--port", str(port)]
-    return ServerProcess("gateway", command, ("127.0.0.1", port))
+    return ServerProcess(f"gateway on {http_client}" if http_client else "gateway", command, ("127.0.0.1", port))
 
 
 def relay_process(policy: str) -> ServerProcess:
     """The control: what it adds, any process between client and server adds."""
     port = free_port()
     command = [sys.executable, str(ROOT / "benchmarks" / "tcp_relay.py"), str(port), policy.rsplit(":", 1)[1]]
-    return ServerProcess("relay", command, ("127.0.0.1", port))
+    return ServerProcess("bare relay", command, ("127.0.0.1", port))
 
 
 def memory_mib(process: ServerProcess) -> float:
     status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii")
     return int(status.split("VmRSS:")[1].split()[0]) / 1024
+
+
+def cpu_ms(process: ServerProcess) -> float:
+    """Time of the CPU that it has taken, its threads together."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return 1e3 * (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def open_files(process: ServerProcess) -> int:
@@ -79,6 +88,8 @@ class Load:
     first_ms: list[float]
     """Until the first event of a stream."""
     per_second: float
+    cpu_ms: float = 0.0
+    """Of the process in between, for one answer."""
 
     @property
     def p50(self) -> float:
@@ -123,8 +134,10 @@ def in_turn(rounds: int, *sides: Callable[[], Any]) -> list[list[Any]]:
     return found
 
 
-def overhead(policy: str, gateway: str, relay: str, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Latency and throughput through the gateway, without it, and through a relay of bytes in its place."""
+def overhead(
+    policy: VLLMServer, between: Sequence[ServerProcess], given: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Latency and throughput without anything between client and server, and through each of `between`."""
     for stream in [kind == "stream" for kind in given.answers.split(",")]:
         for clients in given.clients:
             shared = {"messages": QUESTION, "ignore_eos": True, "temperature": 0, "stop": [], "stream": stream}
@@ -133,15 +146,18 @@ def overhead(policy: str, gateway: str, relay: str, given: argparse.Namespace) -
             )
             bodies = [{**shared, "max_tokens": length} for length in lengths]
 
-            def side(url: str, bodies: list[dict[str, Any]], clients: int) -> Load:
-                return asyncio.run(load(url, bodies, clients))
+            def side(server: ServerProcess, bodies: list[dict[str, Any]], clients: int) -> Load:
+                before = cpu_ms(server)
+                result = asyncio.run(load(server.url, bodies, clients))
+                result.cpu_ms = (cpu_ms(server) - before) / len(bodies)
+                return result
 
-            urls = (policy, gateway, relay)
-            for url in urls:
-                side(url, bodies[:clients], clients)
-            bare, *others = in_turn(given.rounds, *(partial(side, url, bodies, clients) for url in urls))
+            servers = (policy, *between)
+            for server in servers:
+                side(server, bodies[:clients], clients)
+            bare, *others = in_turn(given.rounds, *(partial(side, server, bodies, clients) for server in servers))
             p50 = statistics.median(one.p50 for one in bare)
-            for name, loads in zip(("gateway", "bare relay"), others, strict=True):
+            for server, loads in zip(between, others, strict=True):
                 added = [b.p50 - a.p50 for a, b in zip(bare, loads, strict=True)]
                 shares = [100 * b.per_second / a.per_second for a, b in zip(bare, loads, strict=True)]
                 middle, share = statistics.median(added), statistics.median(shares)
@@ -149,10 +165,11 @@ def overhead(policy: str, gateway: str, relay: str, given: argparse.Namespace) -
                     "work": f"{'stream' if stream else 'whole'}, {min(lengths)} to {max(lengths)} tokens",
                     "clients": clients,
                     "bare p50 ms": round(p50, 1),
-                    "through": name,
+                    "through": server.name,
                     "added p50 ms": with_interval(added, "+.1f"),
                     "added %": round(100 * middle / p50, 1),
                     "throughput %": with_interval(shares, ".1f"),
+                    "CPU ms an answer": with_interval([one.cpu_ms for one in loads], ".2f"),
                     "within bounds": bool((middle <= 5 or middle <= 0.05 * p50) and share >= 95),
                 }
 
@@ -357,6 +374,7 @@ def main() -> None:
     parser.add_argument("--parts", default="overhead,best_of,soak", help="which to run")
     parser.add_argument("--clients", default="1,16,64", help="how many at a time, for overhead")
     parser.add_argument("--answers", default="whole,stream", help="which kinds, for overhead")
+    parser.add_argument("--http-clients", help="of the gateway, side by side, for overhead: ours,httpx,aiohttp")
     parser.add_argument("--rounds", type=int, default=16, help="of each side, in turn")
     parser.add_argument(
         "--tokens", type=int, default=64, help="of one answer (overhead: from half to 1.5 times as many)"
@@ -395,9 +413,14 @@ def main() -> None:
         gateway = stack.enter_context(gateway_process(policy, servers["reward"].url, given.reward))
         gateway.wait_ready()
         if "overhead" in parts:
-            with relay_process(policy) as relay:
-                relay.wait_ready(None, 20.0)
-                found["overhead"] = list(overhead(policy, gateway.url, relay.url, given))
+            names = given.http_clients.split(",") if given.http_clients else []
+            between = [gateway_process(policy, servers["reward"].url, given.reward, name) for name in names]
+            between.append(relay_process(policy))
+            with ExitStack() as processes:
+                for process in between:
+                    processes.enter_context(process).wait_ready(None, 60.0)
+                sides = between if names else [gateway, *between]
+                found["overhead"] = list(overhead(servers["policy"], sides, given))
             show("Overhead (bounds: 5 ms or 5 % on p50; throughput 95 %)", found["overhead"])
         if "best_of" in parts:
             found["best_of"] = list(best_of(policy, gateway.url, given))

@@ -1,1 +1,1 @@
-"""Put a checkpoint to use: server, gateway, chat."""
+"""Serve a checkpoint: vLLM's servers, a gateway before them, a server for transformers, a chat page."""

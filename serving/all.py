@@ -7,12 +7,11 @@ import secrets
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import IO, Any
-
-import click
+from dataclasses import asdict
+from typing import IO
 
 from almost_eval.errors import InputError
-from serving.gateway.settings import KEY, POLICY_KEY, REWARD_KEY, GatewaySettings
+from serving.gateway.settings import KEY, POLICY_KEY, REWARD_KEY, GatewayLimits, GatewaySettings, flag_of
 from serving.launch.process import ServerProcess, check_port, free_port
 from serving.launch.supervisor import run_servers
 from serving.vllm.launch import VLLMServer, runs_on_cpu
@@ -32,18 +31,30 @@ def serve_everything(
     start_timeout: float,
     dry_run: bool,
     log: IO[str] | None,
-    **limits: Any,
+    limits: GatewayLimits,
 ) -> None:
     """Serve until a signal comes or one of the three ends.
 
     The two vLLM servers listen on free ports of 127.0.0.1 and have a random key each, which only the gateway knows.
+
+    Args:
+        model: the policy's checkpoint.
+        reward_model: the reward model's.
+        host: the gateway's address.
+        port: the gateway's port; 0 takes a free one.
+        policy_options: vLLM's options for the policy, in one string.
+        reward_options: vLLM's options for the reward model, in one string.
+        start_timeout: seconds that the start may take.
+        dry_run: print the three commands and return.
+        log: takes the servers' output.
+        limits: the gateway's.
 
     Raises:
         InputError: wrong options, a port in use, too little memory, a checkpoint that cannot be served.
         RunError: one of the three ended; the others were stopped.
     """
     check_port(host, port)
-    GatewaySettings(policy_url="http://127.0.0.1:1", host=host, port=port, **limits)  # its checks, before any start
+    GatewaySettings(policy_url="http://127.0.0.1:1", host=host, port=port)  # checks the keys, before any start
     keys = {POLICY_KEY: secrets.token_urlsafe(24), REWARD_KEY: secrets.token_urlsafe(24)}
     policy = _model_server("policy", model, policy_options, keys[POLICY_KEY], log)
     reward = _model_server("reward", reward_model, reward_options, keys[REWARD_KEY], log, policy.vllm.needed_bytes)
@@ -52,55 +63,42 @@ def serve_everything(
     gateway = ServerProcess("gateway", command, (host, port), environment=keys, log=log)
     if dry_run:
         for server in (policy, reward):
-            click.echo(server.vllm.shown("'(random)'"))
-        click.echo(shlex.join(gateway.command))
+            print(server.vllm.shown("'(random)'"))
+        print(shlex.join(gateway.command))
         return
     if policy.vllm.note:
-        click.echo(policy.vllm.note, err=True)
+        print(policy.vllm.note, file=sys.stderr)
 
     def ready() -> None:
         names = f"{policy.model}, with best_of by {reward.model}"
-        click.echo(f"{gateway.url}/v1 serves {names}; ready after {policy.age_s:.0f} s")
-        click.echo(_example(gateway.url, policy.model))
-        sys.stdout.flush()
+        print(f"{gateway.url}/v1 serves {names}; ready after {policy.age_s:.0f} s")
+        print(_example(gateway.url, policy.model), flush=True)
 
     # On a GPU, vLLM measures free memory as it starts, which must not move meanwhile.
     run_servers([policy, reward, gateway], ready, in_turn=not runs_on_cpu(), timeout_s=start_timeout)
 
 
 def _model_server(
-    kind: str, model: str, given: str, key: str, log: IO[str] | None, reserved_bytes: float = 0.0
+    kind: str, model: str, text: str, key: str, log: IO[str] | None, reserved_bytes: float = 0.0
 ) -> VLLMServer:
     try:
-        options: Sequence[str] = shlex.split(given)
+        options: Sequence[str] = shlex.split(text)
     except ValueError as error:
-        raise InputError(f"--{kind}-options {given!r} is not a list of options: {error}") from None
+        raise InputError(f"--{kind}-options {text!r} is not a list of options: {error}") from None
     if not runs_on_cpu() and not any("gpu" in option for option in options):
         options = [*options, "--gpu-memory-utilization", _GPU_SHARES[kind]]
     return VLLMServer(kind, model, options=options, api_key=key, reserved_bytes=reserved_bytes, log=log)
 
 
 def _gateway_command(
-    policy: VLLMServer, reward: VLLMServer, reward_model: str, host: str, port: int, limits: dict[str, Any]
+    policy: VLLMServer, reward: VLLMServer, reward_model: str, host: str, port: int, limits: GatewayLimits
 ) -> list[str]:
-    from serving.cli.gateway import gateway
-
-    command = [
-        sys.executable,
-        "-m",
-        "serving.cli",
-        "gateway",
-        "--policy-url",
-        policy.url,
-        "--reward-url",
-        reward.url,
-    ]
     # With the checkpoint at hand the gateway renders, and all candidates are scored in one request.
-    command += ["--reward-model", reward_model, "--host", host, "--port", str(port)]
-    flags = {parameter.name: parameter.opts[0] for parameter in gateway.params}
-    for name, value in limits.items():
-        command += [flags[name], str(value)]
-    return command
+    addresses = {"policy_url": policy.url, "reward_url": reward.url, "reward_model": reward_model}
+    values = {**addresses, "host": host, "port": port, **asdict(limits)}
+    del values["max_conversations"]  # has no flag
+    flags = [text for name, value in values.items() for text in (flag_of(name), str(value))]
+    return [sys.executable, "-m", "serving.cli", "gateway", *flags]
 
 
 def _example(url: str, model: str) -> str:

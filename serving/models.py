@@ -1,7 +1,7 @@
 """What is served: the checkpoint behind a name, its chat template, where an answer stops, and what memory it takes.
 
-Read from the checkpoint's files alone. transformers, which takes seconds to import, is asked one question only, and
-only where the files leave it open: whether the tokenizer puts a BOS token in front of a text.
+Read from the checkpoint's files alone. transformers, which takes seconds to import, is needed for one question, and
+only where the files leave it open: whether the tokenizer puts a BOS token before a text.
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from shown_commands import PROGRAMS, ROOT, check_command, check_links, contexts, options_of, shown
 
+from almost_eval.errors import InputError
+
 DOCS = ROOT / "docs"
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted(DOCS.glob("*.md"))}
 WRITTEN = sorted(PAGES.keys() - {"cli.md"})
@@ -141,7 +143,7 @@ def test_the_metrics_are_the_gateways() -> None:
 
 
 def test_the_recipe_table_has_every_section() -> None:
-    from almost_train.pipeline.run import HEAD, SECTIONS
+    from almost_train.pipeline.recipe import HEAD, SECTIONS
 
     cells = [re.findall(r"[a-z_]+", row[0]) for row in rows("train.md", "A recipe")[2:]]
     assert sorted(name for names in cells for name in names) == sorted(HEAD + SECTIONS)
@@ -161,7 +163,7 @@ def test_the_files_for_training_are_read_as_shown(tmp_path: Path) -> None:
     import yaml
 
     from almost_eval.files import read_rows
-    from almost_train.common.trainers import messages_of
+    from almost_train.common.records import messages_of
     from almost_train.reward.pairs import read_pairs
     from almost_train.synthetic.ranking import read_ranking
     from almost_train.synthetic.responses import read_configurations
@@ -222,7 +224,8 @@ def follow(
         return printed
 
     yield run
-    sys.modules.pop("bigram", None)
+    for name in ("bigram", "reinforce"):
+        sys.modules.pop(name, None)
 
 
 def test_a_task_of_ones_own(follow: Callable[[str], list[str]]) -> None:
@@ -253,6 +256,18 @@ def test_an_engine_of_ones_own(
     refused = almost_eval("hhh", *options, "--dtype", "float16")
     assert refused.code == 2
     assert "takes no dtype" in refused.err
+
+
+def test_an_rl_algorithm_of_ones_own(follow: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    from almost_train.rlsf.job import ALGORITHMS, RLSFSettings, check_settings
+
+    monkeypatch.setitem(ALGORITHMS, "reinforce", "")  # gone again after the test
+    (printed,) = follow("An RL algorithm")
+    assert "'algorithm': 'reinforce', 'steps': 2" in printed
+    assert len(Path("runs/reinforce/log.jsonl").read_text(encoding="utf-8").splitlines()) == 2
+    assert Path("runs/reinforce/policy/model.safetensors").is_file()
+    with pytest.raises(InputError, match=r"algorithm reinforce takes no gamma \(of ppo\); leave it out"):
+        check_settings(RLSFSettings(algorithm="reinforce", gamma=0.9))
 
 
 def test_a_template_of_ones_own(follow: Callable[[str], list[str]]) -> None:

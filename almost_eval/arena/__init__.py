@@ -1,3 +1,3 @@
-"""Human preferences from a blind arena: votes on disk, and what they say. Uses `stats` and `files`. Start with
-`votes`.
+"""Human preferences from a blind arena: `votes` on disk, and the `report` of what they say. Uses `stats`, `files`, and
+`judge` and `run` for a judge's run over the same pairs. Start with `votes`.
 """

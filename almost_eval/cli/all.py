@@ -6,16 +6,18 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from almost_eval.cli.command_line import comma_list, open_console, options
 from almost_eval.cli.judge_options import JUDGE_OPTIONS
-from almost_eval.cli.run_options import DATA_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS
+from almost_eval.cli.options import DATA_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, Values, run_request
 from almost_eval.progress import Progress
 
 if TYPE_CHECKING:
+    from almost_eval.judge.build import JudgeOptions
     from almost_eval.suite.plan import Planned
     from almost_eval.suite.run import Outcome
 
@@ -38,7 +40,7 @@ def _judge_options() -> list[Any]:
 @click.option("--baseline", help="Checkpoint or answer file that the judge compares the model with.")
 @click.option("--tasks", callback=comma_list, help="Some only: hhh, hhh-choice, truthfulqa, mmlu, vicuna, ...  [all]")
 @options(MODEL_OPTIONS, _judge_options(), DATA_OPTIONS, RUN_OPTIONS)
-def all_tasks(tasks: list[str], **given: Any) -> int:
+def all_tasks(reward_model: str | None, baseline: str | None, tasks: list[str], **values: Any) -> int:
     """All benchmarks of one model, and one page that shows them.
 
     \b
@@ -53,32 +55,49 @@ def all_tasks(tasks: list[str], **given: Any) -> int:
       almost-eval all --model ./ckpt --reward-model ./rm --data-root ./hub --output runs/ckpt
       almost-eval all --model ./ckpt --judge gpt-4 --baseline answers.jsonl --max-cost 20 --dry-run
     """
+    from almost_eval.cli.startup import import_transformers
     from almost_eval.run.trackers import log_results
-    from almost_eval.suite.plan import choose, plan, refuse_unused, with_defaults
+    from almost_eval.suite.plan import SuiteRequest, choose, plan, refuse_unused, with_defaults
     from almost_eval.suite.run import execute, summary
 
-    asked = given
-    given = with_defaults(asked) | {"reask": False}
-    names = choose(tasks, given)
-    refuse_unused(names, asked)
-    planned, folder = plan(names, given, given["output"])
-    if given["dry_run"]:
-        return _show_plan(planned, given["model"], as_json=given["as_json"])
-    if not given["as_json"]:
-        print_plan(planned, given["model"], _stderr())
+    import_transformers()
+    named = SuiteRequest(
+        base=run_request(values, ""),
+        tasks=tasks,
+        reward_model=reward_model,
+        judge=_judge(values),
+        baseline=baseline,
+    )
+    request = with_defaults(named)
+    names = choose(request)
+    refuse_unused(names, named)
+    planned, folder = plan(names, request)
+    model = str(request.base.model)
+    if values["dry_run"]:
+        return _show_plan(planned, model, as_json=values["as_json"])
+    if not values["as_json"]:
+        print_plan(planned, model, _stderr())
     outcomes = []
     with display(planned) as progress:
         for outcome in execute(
-            planned, progress, progress.begin, lambda run, results: log_results(run, results, given["log_to"])
+            planned, progress, progress.begin, lambda run, results: log_results(run, results, values["log_to"])
         ):
             outcomes.append(outcome)
             progress.end(outcome.name)
-    whole, code = summary(given["model"], folder, outcomes)
-    if given["as_json"]:
+    whole, code = summary(model, folder, outcomes)
+    if values["as_json"]:
         click.echo(json.dumps(whole, indent=1, ensure_ascii=False))
     else:
         print_outcomes(outcomes, whole, open_console())
     return code
+
+
+def _judge(values: Values) -> JudgeOptions:
+    """The flags about the judge; the engine's requests at a time and its patience are not the judge's."""
+    from almost_eval.judge.build import JudgeOptions
+
+    names = {field.name for field in fields(JudgeOptions)} - {"concurrency", "timeout"}
+    return JudgeOptions(**{name: value for name, value in values.items() if name in names})
 
 
 def _stderr() -> Any:
@@ -113,7 +132,7 @@ def print_plan(planned: Sequence[Planned], model: str, console: Any) -> None:
     table.add_row("total", "", "", *(f"{sum(getattr(one, key) for one in planned):,}" for key in ("read", "write")))
     console.print(table)
     for one in planned:
-        for key, value in one.notes.items() if one.notes.get("requests") else ():  # a judge that is asked over a wire
+        for key, value in one.notes.items() if one.notes.get("requests") else ():  # a judge behind an endpoint
             console.print(Text(f"{one.name}: {key.replace('_', ' ')}: {value}", style="dim"), soft_wrap=True)
         if one.refused:
             console.print(Text.assemble((f"{one.name} cannot run:", "red"), f" {one.refused}"), soft_wrap=True)
@@ -148,15 +167,16 @@ def print_outcomes(outcomes: Sequence[Outcome], whole: Mapping[str, Any], consol
 
 
 def _rows(outcome: Outcome) -> Iterator[list[str]]:
-    """The headline; of TruthfulQA, whose metrics are measures of their own, each of them."""
+    """The headline; where the metrics are measures of their own, each of them."""
     from almost_eval.report.runs import shown, unit_of
+    from almost_eval.tasks.registry import stated_by
 
     results = outcome.results
     if results is None:
         yield [outcome.name, "", "failed", "", "", "", ""]
         return
     headline, task = results["headline"], results["task"]
-    names = list(results["metrics"]) if task == "truthfulqa" else [headline]
+    names = [headline] if stated_by(task).headline_alone else list(results["metrics"])
     for name in names:
         metric, unit = results["metrics"][name], unit_of(task, name)
         value = "withheld" if metric.get("withheld") else shown(metric["value"], unit)
@@ -171,7 +191,7 @@ def _rows(outcome: Outcome) -> Iterator[list[str]]:
 
 
 class Silent(Progress):
-    """Where nobody watches."""
+    """Reports nothing."""
 
     def begin(self, one: Planned) -> None:
         """A task begins."""

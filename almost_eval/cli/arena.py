@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from almost_eval.cli.command_line import Commands, open_console
+
+if TYPE_CHECKING:
+    from almost_eval.arena.report import ArenaReport
 
 PATH = click.Path(path_type=Path)
 
@@ -31,15 +34,15 @@ def report(db: Path, judges: tuple[Path, ...], seed: int, as_json: bool) -> int:
       almost-eval arena report runs/arena.db
       almost-eval arena report runs/arena.db --judge runs/judged
     """
-    from almost_eval.arena import votes
+    from almost_eval.arena.report import judge_verdicts
+    from almost_eval.arena.report import report as report_votes
+    from almost_eval.arena.votes import VoteStore
 
-    found = votes.report(
-        votes.VoteStore(db).votes(), {str(run): votes.judge_verdicts(run) for run in judges}, seed=seed
-    )
+    results = report_votes(VoteStore(db).votes(), {str(run): judge_verdicts(run) for run in judges}, seed=seed)
     if as_json:
-        click.echo(json.dumps(found.to_dict(), indent=1, ensure_ascii=False))
+        click.echo(json.dumps(results.to_dict(), indent=1, ensure_ascii=False))
     else:
-        _print(found, db)
+        _print(results, db)
     return 0
 
 
@@ -55,14 +58,15 @@ def export(db: Path, output: Path) -> int:
       almost-eval vicuna --questions runs/arena/questions.jsonl --answers runs/arena/answers-b.jsonl \\
           --baseline runs/arena/answers-a.jsonl --judge gpt-4 --output runs/judged
     """
-    from almost_eval.arena import votes
+    from almost_eval.arena.report import export as export_votes
+    from almost_eval.arena.votes import VoteStore
 
-    for file in votes.export(votes.VoteStore(db).votes(), output):
+    for file in export_votes(VoteStore(db).votes(), output):
         click.echo(file)
     return 0
 
 
-def _print(found: Any, db: Path) -> None:
+def _print(results: ArenaReport, db: Path) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -70,35 +74,36 @@ def _print(found: Any, db: Path) -> None:
     table = Table(title=Text(f"arena · {db.name}"), title_justify="left", title_style="bold")
     for name in ("system", "against", "wins", "losses", "ties", "both bad", "win rate", "95 % interval"):
         table.add_column(name, justify="left" if name in ("system", "against") else "right")
-    for pair in found.pairs:
+    for pair in results.pairs:
         counts = (pair.wins, pair.losses, pair.ties, pair.both_bad)
         rate = pair.win_rate
         table.add_row(Text(pair.system), Text(pair.other), *map(str, counts), _share(rate.value), _interval(rate.ci95))
     table.add_section()
-    for name, rate in found.systems.items():
+    for name, rate in results.systems.items():
         table.add_row(Text(name), "all", *[""] * 4, _share(rate.value), _interval(rate.ci95), style="dim")
     console.print(table)
     console.print(
-        f"{found.votes} votes of {found.sessions} sessions; intervals are clustered by session; a tie counts half"
+        f"{results.votes} votes of {results.sessions} sessions; intervals are clustered by session; a tie counts half"
     )
-    if found.strengths is None:
-        console.print(f"Bradley-Terry: {found.strengths_reason}")
+    strengths = results.strengths.values
+    if strengths is None:
+        console.print(f"Bradley-Terry: {results.strengths.reason}")
     else:
-        ranked = sorted(found.strengths, key=lambda name: -found.strengths[name])
-        ends = found.strengths_ci95 or {}
+        ranked = sorted(strengths, key=lambda name: -strengths[name])
+        ends = results.strengths.ci95 or {}
         parts = [
-            f"{name} {found.strengths[name]:+.2f}"
+            f"{name} {strengths[name]:+.2f}"
             + (f" [{ends[name][0]:+.2f}, {ends[name][1]:+.2f}]" if name in ends else "")
             for name in ranked
         ]
         console.print(Text(f"Bradley-Terry log strength: {', '.join(parts)}"), soft_wrap=True)
-    position = found.position
+    position = results.position
     console.print(f"position: side A won {_share(position.value)} of {position.n} decided {_interval(position.ci95)}")
-    for one in found.agreement:
+    for one in results.agreement:
         kappa = "not defined" if one.kappa is None else f"{one.kappa:.2f}"
         ends_ = "" if one.kappa_ci95 is None else f" [{one.kappa_ci95[0]:.2f}, {one.kappa_ci95[1]:.2f}]"
-        rate = f"{_share(one.rate.value)} of {one.decisive} decided {_interval(one.rate.ci95)}"
-        console.print(Text(f"agreement with {one.source}: kappa {kappa}{ends_} over {one.n} pairs, same winner {rate}"))
+        same = f"{_share(one.rate.value)} of {one.decisive} decided {_interval(one.rate.ci95)}"
+        console.print(Text(f"agreement with {one.source}: kappa {kappa}{ends_} over {one.n} pairs, same winner {same}"))
 
 
 def _share(value: float | None) -> str:

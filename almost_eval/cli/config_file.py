@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,31 +21,36 @@ from almost_eval.errors import InputError, did_you_mean
 NAME = "config"
 
 
-def add_config(group: click.Group) -> None:
-    """Give every command below a group the option `--config`."""
-    for command in group.commands.values():
+def config_option() -> click.Option:
+    """The option `--config` of a command."""
+    return click.Option(
+        [f"--{NAME}"],
+        type=click.Path(path_type=Path),
+        metavar="FILE.yaml",
+        is_eager=True,  # the other options take their values from it
+        expose_value=False,
+        callback=_apply,
+        help="Options from a file, named as here (limit: 10); a flag on the command line wins.",
+    )
+
+
+def add_config(group: click.Group, leave_out: Collection[str] = ()) -> None:
+    """Give every command below a group the option `--config`, but for those named, which have it already."""
+    for name, command in group.commands.items():
         if isinstance(command, click.Group):
             add_config(command)
-        elif NAME not in {param.name for param in command.params}:
-            command.params.append(
-                click.Option(
-                    [f"--{NAME}"],
-                    type=click.Path(path_type=Path),
-                    metavar="FILE.yaml",
-                    is_eager=True,  # the other options ask for what it says
-                    expose_value=False,
-                    callback=_apply,
-                    help="Options from a file, named as here (limit: 10); a flag on the command line wins.",
-                )
-            )
+        elif name not in leave_out:
+            command.params.append(config_option())
 
 
 def _apply(context: click.Context, param: click.Parameter, file: Path | None) -> None:
     if file is None or context.resilient_parsing:
         return
-    found = read_config(file, context)
-    context.default_map = {**(context.default_map or {}), **{str(o.name): value for o, value in found.items()}}
-    sys.argv[:] = spelled_out(sys.argv, context, found)
+    from almost_eval.run.provenance import recording_command
+
+    values = read_config(file, context)
+    context.default_map = {**(context.default_map or {}), **{str(o.name): value for o, value in values.items()}}
+    context.with_resource(recording_command(spelled_out(sys.argv, context, values)))
 
 
 def read_config(file: Path, context: click.Context) -> dict[click.Option, Any]:
@@ -64,16 +70,16 @@ def read_config(file: Path, context: click.Context) -> dict[click.Option, Any]:
         for name in param.opts
         if name.startswith("--")
     }
-    found = {}
+    values = {}
     for key, value in _read(file).items():
         option = known.get(key.replace("_", "-"))
         if option is None:
             raise InputError(f"{file}: {context.info_name} has no option {key!r}; {did_you_mean(key, known)}")
-        found[option] = _value(option, value, context, f"{file}: {key}")
-    return found
+        values[option] = _value(option, value, context, f"{file}: {key}")
+    return values
 
 
-def spelled_out(argv: list[str], context: click.Context, found: dict[click.Option, Any]) -> list[str]:
+def spelled_out(argv: list[str], context: click.Context, values: dict[click.Option, Any]) -> list[str]:
     """`argv` with a file's options as flags in place of `--config`; as it was where it is another program's.
 
     They stand before the other flags, so that those still win; of an option that may be repeated, which would add up,
@@ -82,14 +88,14 @@ def spelled_out(argv: list[str], context: click.Context, found: dict[click.Optio
     command = context.command_path.split()[1:]
     if argv[1 : 1 + len(command)] != command:
         return argv
-    rest, given = [], iter(argv[1 + len(command) :])
-    for word in given:
+    rest, words = [], iter(argv[1 + len(command) :])
+    for word in words:
         if word == f"--{NAME}":
-            next(given, None)
+            next(words, None)
         elif not word.startswith(f"--{NAME}="):
             rest.append(word)
     flags: list[str] = []
-    for option, value in found.items():
+    for option, value in values.items():
         name = next(name for name in option.opts if name.startswith("--"))
         if option.is_flag:
             flags += [name] if value else [no for no in option.secondary_opts[:1] if no]
@@ -106,19 +112,19 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=yaml.BaseLoader)
-        found = yaml.load(text, Loader=yaml.BaseLoader)  # every value as it is written; makes no objects
+        options = yaml.load(text, Loader=yaml.BaseLoader)  # every value as it is written; makes no objects
     except OSError as error:
         raise InputError(f"--{NAME} {file} cannot be read ({error.strerror}); give a YAML file of options") from None
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"--{NAME} {file} is not YAML: {error}") from None
     if root is None:
         return {}
-    if not isinstance(found, dict):
+    if not isinstance(options, dict):
         raise InputError(f"--{NAME} {file} holds no options; write one a line, as in limit: 10")
     count = Counter(str(key.value) for key, _ in root.value)  # a dict has forgotten which of two it dropped
     if twice := [name for name in count if count[name] > 1]:
         raise InputError(f"{file}: {twice[0]} stands there twice; keep one")
-    return {str(key): value for key, value in found.items()}
+    return {str(key): value for key, value in options.items()}
 
 
 def _value(option: click.Option, value: Any, context: click.Context, where: str) -> Any:

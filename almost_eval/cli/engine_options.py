@@ -44,7 +44,7 @@ ENGINE_OPTIONS = [engine_flag(option) for option in fields(EngineOptions) if opt
 """Everything but the model itself."""
 
 
-def engine_options(given: Mapping[str, Any]) -> EngineOptions:
-    """What a command was given of `ENGINE_OPTIONS`; what is None is the engine's own choice."""
+def engine_options(values: Mapping[str, Any]) -> EngineOptions:
+    """The options that a command's flags describe; what is None is the engine's own choice."""
     names = {field.name for field in fields(EngineOptions)}
-    return EngineOptions(**{name: value for name, value in given.items() if name in names and value is not None})
+    return EngineOptions(**{name: value for name, value in values.items() if name in names and value is not None})

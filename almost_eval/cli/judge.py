@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,33 +16,35 @@ from almost_eval.cli.judge_options import (
     ANSWER_OPTIONS,
     DATA_OPTIONS,
     ENGINE_OPTIONS,
-    FAMILIES,
+    FAMILY,
     JSON,
     JUDGE_OPTIONS,
     LOADING_OPTIONS,
-    MAX_NEW_TOKENS,
-    NANO_MAX_NEW_TOKENS,
     ORDERS,
     PATH,
     RUN_OPTIONS,
 )
 from almost_eval.errors import InputError
+from almost_eval.judge.build import DEFAULT_BASELINE, NANO_JUDGE, answer_budget
+from almost_eval.judge.families import DEFAULT_FAMILY
 
 if TYPE_CHECKING:
     from almost_eval.data.sources import DataSource
+    from almost_eval.engines.build import EngineOptions
     from almost_eval.judge.answers import System
     from almost_eval.judge.judges import Judge
     from almost_eval.judge.records import Question
     from almost_eval.judge.run import JudgeRun
 
+Flags = Mapping[str, Any]
+"""Name of a parameter -> its value, as click gives them."""
+
 STARTED = time.perf_counter()
-DEFAULT_JUDGE = "gpt-4"
-DEFAULT_BASELINE = "nano/vanilla-medium"
 
 
 @click.command()
 @options(ANSWER_OPTIONS, JUDGE_OPTIONS, DATA_OPTIONS, RUN_OPTIONS, [JSON], ENGINE_OPTIONS)
-def vicuna(**given: Any) -> int:
+def vicuna(**flags: Any) -> int:
     """Two systems answer questions, and a judge says which answer is better.
 
     \b
@@ -52,15 +55,15 @@ def vicuna(**given: Any) -> int:
     """
     from almost_eval.progress import progress_for
 
-    run = _prepare(given)
-    if given["dry_run"]:
-        return _show_plan(run.describe(given["output"]), given["as_json"])
-    folder = given["output"] or run.default_folder()
+    run = _prepare(flags)
+    if flags["dry_run"]:
+        return _show_plan(run.describe(flags["output"]), flags["as_json"])
+    folder = flags["output"] or run.default_folder()
     results, _ = run.execute(folder, progress_for(), started=STARTED)
-    return show(results, folder, given["as_json"])
+    return show(results, folder, flags["as_json"])
 
 
-def _prepare(given: Mapping[str, Any]) -> JudgeRun:
+def _prepare(flags: Flags) -> JudgeRun:
     """Everything that can be refused, cheapest first: usage, questions, judge, answer files, models."""
     from almost_eval.cli.startup import import_transformers
     from almost_eval.judge.answers import MAX_ANSWER_CHARS, Sampling, is_answer_file, open_system
@@ -68,63 +71,63 @@ def _prepare(given: Mapping[str, Any]) -> JudgeRun:
     from almost_eval.nano import BUILT_IN
     from almost_eval.run.validity import parse_allowed
 
-    allowed = parse_allowed(given["allow"])
-    names = _system_names(given)
+    allowed = parse_allowed(flags["allow"])
+    names = _system_names(flags)
     built_in = all(name in BUILT_IN for name in names)
-    data, questions, fingerprint = _questions(given, built_in=built_in)
-    judge = open_judge(given, data)
-    limit = None if given["max_answer_chars"] else MAX_ANSWER_CHARS
+    data, questions, fingerprint = _questions(flags, built_in=built_in)
+    judge = _open_judge(flags, data)
+    limit = None if flags["max_answer_chars"] else MAX_ANSWER_CHARS
     sampling = Sampling(
-        temperature=given["temperature"],
-        top_p=given["top_p"],
-        max_new_tokens=given["max_new_tokens"] or (NANO_MAX_NEW_TOKENS if data.name == "nano" else MAX_NEW_TOKENS),
-        seed=given["seed"],
-        template=given["template"],
-        stop=given["stop"],
+        temperature=flags["temperature"],
+        top_p=flags["top_p"],
+        max_new_tokens=flags["max_new_tokens"] or answer_budget(data.name),
+        seed=flags["seed"],
+        template=flags["template"],
+        stop=flags["stop"],
     )
     opened: dict[int, System] = {}
     # Files first: they are read in no time, and a model may have to be downloaded.
     for at in sorted(range(len(names)), key=lambda at: not is_answer_file(names[at])):
         if not is_answer_file(names[at]):
             import_transformers()
-        subset = given["limit"] is not None
-        opened[at] = open_system(names[at], questions, sampling, _engine_options(given), limit=limit, subset=subset)
+        subset = flags["limit"] is not None
+        opened[at] = open_system(names[at], questions, sampling, _engine_options(flags), limit=limit, subset=subset)
     return JudgeRun(
         questions,
         fingerprint,
         data.name,
         [opened[at] for at in range(len(names))],
         judge,
-        orders=given["orders"],
-        ties=given["ties"],
-        max_answer_chars=given["max_answer_chars"],
-        seed=given["seed"],
+        orders=flags["orders"],
+        ties=flags["ties"],
+        max_answer_chars=flags["max_answer_chars"],
+        seed=flags["seed"],
         allowed=allowed,
     )
 
 
-def _system_names(given: Mapping[str, Any]) -> list[str]:
+def _system_names(flags: Flags) -> list[str]:
     """Baseline and model, or all of a round robin."""
     from almost_eval.nano import BUILT_IN, DEFAULT_MODEL
 
-    single = [flag for flag in ("model", "baseline", "answers") if given[flag]]
-    if given["models"]:
+    single = [flag for flag in ("model", "baseline", "answers") if flags[flag]]
+    if flags["models"]:
         if single:
             raise InputError(
                 f"--models names all systems, so --{single[0]} has no place beside it; leave one of them out"
             )
-        names = [given["models"], *given["more"]]
+        names = [flags["models"], *flags["more"]]
         if len(names) < 2:
             raise InputError("--models needs two systems or more: --models A B C")
         return names
-    if given["more"]:
+    if flags["more"]:
         raise InputError(
-            f"unexpected argument {given['more'][0]!r}; systems are named by --model, --baseline or --models"
+            f"unexpected argument {flags['more'][0]!r}; systems are named by --model, --baseline or --models"
         )
-    if given["model"] and given["answers"]:
+    if flags["model"] and flags["answers"]:
         raise InputError("--answers are the model's answers, so --model has no place beside it; leave one of them out")
-    model = str(given["answers"] or given["model"] or DEFAULT_MODEL)
-    baseline = given["baseline"]
+    model = str(flags["answers"] or flags["model"] or DEFAULT_MODEL)
+    baseline = flags["baseline"]
     if baseline is None:
         if model not in BUILT_IN:
             raise InputError("--baseline is missing: give a checkpoint or an answer file to compare with")
@@ -132,70 +135,35 @@ def _system_names(given: Mapping[str, Any]) -> list[str]:
     return [str(baseline), model]
 
 
-def _questions(given: Mapping[str, Any], *, built_in: bool) -> tuple[DataSource, list[Question], str]:
+def _questions(flags: Flags, *, built_in: bool) -> tuple[DataSource, list[Question], str]:
     from almost_eval.data.sources import find_data
     from almost_eval.judge.questions import find_questions
 
-    name = given["data"]
-    if name is None and given["judge"] == "nano" and not given["data_root"]:
+    name = flags["data"]
+    if name is None and flags["judge"] == NANO_JUDGE and not flags["data_root"]:
         name = "nano"
-    data = find_data(name, given["data_root"], built_in_model=built_in and not given["questions"])
-    questions, fingerprint = find_questions(given["questions"], data, limit=given["limit"])
+    data = find_data(name, flags["data_root"], built_in_model=built_in and not flags["questions"])
+    questions, fingerprint = find_questions(flags["questions"], data, limit=flags["limit"])
     return data, questions, fingerprint
 
 
-def open_judge(given: Mapping[str, Any], data: DataSource) -> Judge:
-    """The judge that `--judge` names, without weights and without a request.
+def _open_judge(flags: Flags, data: DataSource) -> Judge:
+    """The judge that the flags name; see `open_judge`."""
+    from almost_eval.cli.startup import import_transformers
+    from almost_eval.judge.build import JudgeOptions, open_judge
 
-    Raises:
-        InputError: an option that this judge does not take; whatever the judge refuses.
-    """
-    name = given["judge"] or ("nano" if data.name == "nano" else DEFAULT_JUDGE)
-    local = name == "nano" or name.startswith("reward:")
-    if local:
-        flags = ("judge_base_url", "judge_prompt", "prompt_set", "max_cost", "price_in", "price_out")
-        if unused := next((flag for flag in flags if given[flag] is not None), None):
-            raise InputError(
-                f"--{unused.replace('_', '-')} belongs to a judge behind an API, not to {name}; leave it out"
-            )
-    if name == "nano":
-        from almost_eval.judge.local import NanoJudge
-
-        return NanoJudge()
-    if local:
-        from almost_eval.cli.startup import import_transformers
-        from almost_eval.judge.local import RewardJudge
-        from almost_eval.rewards.hf import HFRewardModel
-
+    options = JudgeOptions(**{field.name: flags[field.name] for field in fields(JudgeOptions) if field.name in flags})
+    if options.is_reward_model:
         import_transformers()
-        taken = {key: given[key] for key in ("dtype", "device", "attention", "allow_pickle", "trust_remote_code")}
-        return RewardJudge(HFRewardModel(name.removeprefix("reward:"), **taken), name)
-    from almost_eval.judge.judges import Connection, ModelJudge
-    from almost_eval.judge.prompts import load_judge_prompts
-
-    prompts = load_judge_prompts(given["prompt_family"], given["prompt_set"], data, file=given["judge_prompt"])
-    connection = Connection(
-        base_url=given["judge_base_url"],
-        **{key: given[key] for key in ("timeout", "concurrency", "max_cost", "price_in", "price_out")},
-    )
-    return ModelJudge(name, prompts, connection, reask=given.get("reask", False), dry=given.get("dry_run", False))
+    return open_judge(options, data)
 
 
-def _engine_options(given: Mapping[str, Any]) -> Any:
+def _engine_options(flags: Flags) -> EngineOptions:
     from almost_eval.engines.build import EngineOptions
 
-    names = [option.name for option in _params(ENGINE_OPTIONS)]
-    return EngineOptions(**{name: given[name] for name in names if name})
-
-
-def _params(group: list[Callable[..., Any]]) -> list[click.Parameter]:
-    """The parameters that these decorators add."""
-
-    def bare() -> None: ...
-
-    for option in group:
-        bare = option(bare)
-    return list(getattr(bare, "__click_params__", []))
+    # --timeout and --concurrency of these commands are the judge's.
+    names = {field.name for field in fields(EngineOptions)} - {"timeout", "concurrency"}
+    return EngineOptions(**{name: value for name, value in flags.items() if name in names})
 
 
 def _show_plan(facts: Mapping[str, Any], as_json: bool) -> int:
@@ -231,10 +199,10 @@ def judge() -> None:
 )
 @click.option("--ties", type=click.Choice(["half", "drop"]), help="A tie is half a win, or none.  [as the run]")
 @ORDERS
-@click.option("--prompt-family", type=click.Choice(FAMILIES), help="Read the stored reviews by this family's parser.")
+@click.option("--prompt-family", type=FAMILY, help="Read the stored reviews by this family's parser.")
 @options(DATA_OPTIONS)
 @JSON
-def judge_report(run_folder: Path | None, archive: tuple[Path, ...], as_json: bool, **given: Any) -> int:
+def judge_report(run_folder: Path | None, archive: tuple[Path, ...], as_json: bool, **flags: Any) -> int:
     """Aggregate stored or archived reviews anew. Asks nobody.
 
     \b
@@ -247,16 +215,16 @@ def judge_report(run_folder: Path | None, archive: tuple[Path, ...], as_json: bo
     if run_folder is not None:
         from almost_eval.judge.results import redraw
 
-        results = redraw(run_folder, ties=given["ties"], orders=given["orders"], family=given["prompt_family"])
+        results = redraw(run_folder, ties=flags["ties"], orders=flags["orders"], family=flags["prompt_family"])
         return show(results, run_folder, as_json)
     from almost_eval.judge.archive import aggregate_archives, find_archives
     from almost_eval.judge.prompts import load_judge_prompts
     from almost_eval.report.judge_console import print_archives
 
-    data, questions, _ = _questions(given | {"judge": None}, built_in=False)
-    prompts = load_judge_prompts(given["prompt_family"] or "vicuna", "builtin", data)
+    data, questions, _ = _questions(flags | {"judge": None}, built_in=False)
+    prompts = load_judge_prompts(flags["prompt_family"] or DEFAULT_FAMILY, "builtin", data)
     rows = aggregate_archives(
-        find_archives(archive, questions), prompts, ties=given["ties"] or "half", orders=given["orders"]
+        find_archives(archive, questions), prompts, ties=flags["ties"] or "half", orders=flags["orders"]
     )
     if as_json:
         click.echo(json.dumps(rows, indent=1, ensure_ascii=False))
@@ -275,7 +243,7 @@ def judge_report(run_folder: Path | None, archive: tuple[Path, ...], as_json: bo
 @click.option("--dry-run", is_flag=True, help="Show requests, tokens and price; send nothing, load no weights.")
 @JSON
 @options(LOADING_OPTIONS)
-def judge_check(archive: tuple[Path, ...], **given: Any) -> int:
+def judge_check(archive: tuple[Path, ...], **flags: Any) -> int:
     """Is the judge any good? It reviews archived pairs, and is compared with the archived verdicts.
 
     \b
@@ -288,24 +256,24 @@ def judge_check(archive: tuple[Path, ...], **given: Any) -> int:
     from almost_eval.judge.prompts import load_judge_prompts
     from almost_eval.progress import progress_for
 
-    if given["judge"] is None:
+    if flags["judge"] is None:
         raise InputError("--judge is missing: name a model of the API (gpt-4), or reward:CKPT")
-    data, questions, fingerprint = _questions(given | {"limit": None}, built_in=False)
+    data, questions, fingerprint = _questions(flags | {"limit": None}, built_in=False)
     archives = find_archives(archive, questions)
-    judge = open_judge(given, data)
-    reader = load_judge_prompts("vicuna", "builtin", data)
+    judge = _open_judge(flags, data)
+    reader = load_judge_prompts(DEFAULT_FAMILY, "builtin", data)
     check = JudgeCheck(
         archives,
         reader,
         judge,
         fingerprint,
-        orders=given["orders"],
-        limit=given["limit"],
-        repeats=given["repeats"],
-        seed=given["seed"],
+        orders=flags["orders"],
+        limit=flags["limit"],
+        repeats=flags["repeats"],
+        seed=flags["seed"],
     )
-    if given["dry_run"]:
-        return _show_plan(check.describe(given["output"]), given["as_json"])
-    folder = given["output"] or check.default_folder()
+    if flags["dry_run"]:
+        return _show_plan(check.describe(flags["output"]), flags["as_json"])
+    folder = flags["output"] or check.default_folder()
     results = check.execute(folder, progress_for())
-    return show(results, folder, given["as_json"])
+    return show(results, folder, flags["as_json"])

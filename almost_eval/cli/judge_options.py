@@ -6,19 +6,21 @@ from pathlib import Path
 
 import click
 
-MAX_NEW_TOKENS = 1024
-"""The official budget of an answer."""
-NANO_MAX_NEW_TOKENS = 128
-"""The nano world's answers have some twenty words."""
-FAMILIES = ["vicuna", "mt-bench"]
+from almost_eval.judge.build import MAX_NEW_TOKENS, NANO_MAX_NEW_TOKENS
+from almost_eval.judge.families import DEFAULT_FAMILY, FAMILIES
 
 PATH = click.Path(path_type=Path)
+FAMILY = click.Choice(list(FAMILIES))
 JUDGE_OPTIONS = [
     click.option("--judge", help="A model of the API (gpt-4), nano (the nano world's oracle) or reward:CKPT."),
     click.option("--judge-base-url", help="Any OpenAI-compatible endpoint, up to and with /v1."),
     click.option("--judge-prompt", type=PATH, help="A prompt file, instead of a prompt set."),
     click.option(
-        "--prompt-family", type=click.Choice(FAMILIES), default="vicuna", show_default=True, help="Scores, or letters."
+        "--prompt-family",
+        type=click.Choice(list(FAMILIES)),
+        default=DEFAULT_FAMILY,
+        show_default=True,
+        help="Scores, or letters.",
     ),
     click.option("--prompt-set", help="official (the default on real data) or builtin (our own wording)."),
     click.option(

@@ -78,6 +78,7 @@ def inventory() -> dict[str, list[JSONObject]]:
             {"name": "reward:CKPT", "what": "a reward model: the higher reward wins"},
             {"name": "nano", "what": "the oracle of the built-in world, on its questions"},
         ],
+        "judge_prompts": _judge_prompts(),
         "models": _models(),
     }
 
@@ -87,7 +88,7 @@ def _is(package: str) -> bool:
 
 
 def _tasks() -> list[JSONObject]:
-    from almost_eval.cli.judge_options import FAMILIES
+    from almost_eval.judge.families import FAMILIES
     from almost_eval.judge.results import HEADLINE
     from almost_eval.judge.run import TASK
     from almost_eval.tasks.registry import task_classes
@@ -103,7 +104,14 @@ def _tasks() -> list[JSONObject]:
     ]
     # Judged comparison is a command, and no task of the registry.
     metrics = [HEADLINE, "wins", "ties", "losses"]
-    return [*rows, {"name": TASK, "protocols": FAMILIES, "metrics": metrics, "data": "FastChat"}]
+    return [*rows, {"name": TASK, "protocols": list(FAMILIES), "metrics": metrics, "data": "FastChat"}]
+
+
+def _judge_prompts() -> list[JSONObject]:
+    from almost_eval.judge.families import FAMILIES
+    from almost_eval.judge.prompts import load_family
+
+    return [{"name": name, "reviews": load_family(name).title} for name in FAMILIES]
 
 
 def _models() -> list[JSONObject]:

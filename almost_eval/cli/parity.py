@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from almost_eval.cli.command_line import comma_list, open_console
-from almost_eval.cli.startup import import_transformers
+from almost_eval.cli.options import DATA, DATA_ROOT, LIMIT, PROMPT_SET, run_request
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 )
 @click.option("--base-url", help="openai: where the model is served, up to and with /v1.")
 @click.option("--tasks", callback=comma_list, help="hhh, truthfulqa, mmlu.  [all]")
-@click.option("--limit", type=click.IntRange(min=1), help="Samples of each category, subject or task.")
+@LIMIT
 @click.option("--dtype", default="float32", show_default=True, help="hf, vllm: float32, bfloat16 or float16.")
 @click.option(
     "--tolerance",
@@ -33,13 +33,22 @@ if TYPE_CHECKING:
     show_default=True,
     help="Nats that a log-likelihood may differ by.",
 )
-@click.option("--data", help="Data: hub (the real sets) or nano (built in; the default for built-in models).")
-@click.option("--data-root", help="Folder laid out like the hub, looked in first. [env: ALMOST_DATA_ROOT]")
-@click.option("--prompt-set", help="official (the default on real data) or builtin (our own wording).")
+@DATA
+@DATA_ROOT
+@PROMPT_SET
 @click.option("--template", default="auto", show_default=True, help="See almost-eval hhh.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the runs and of certificate.json.")
 @click.option("--json", "as_json", is_flag=True, help="Print the certificate as JSON.")
-def parity(output: Path | None, as_json: bool, **given: Any) -> int:
+def parity(
+    engines: list[str],
+    base_url: str | None,
+    tasks: list[str],
+    dtype: str,
+    tolerance: float,
+    output: Path | None,
+    as_json: bool,
+    **values: Any,
+) -> int:
     """One model on several engines: the same predictions, the same log-likelihoods?
 
     \b
@@ -47,15 +56,16 @@ def parity(output: Path | None, as_json: bool, **given: Any) -> int:
       almost-eval parity --model ./my-checkpoint --limit 20
       almost-eval parity --model ./my-checkpoint --base-url http://127.0.0.1:8000/v1
     """
+    from almost_eval.cli.startup import import_transformers
     from almost_eval.compare.parity import certify, plan
     from almost_eval.nano import DEFAULT_MODEL
     from almost_eval.progress import progress_for
 
-    model = given.pop("model") or DEFAULT_MODEL
-    asked = plan(model, **given)
     import_transformers()
-    folder = output or Path("runs") / f"parity-{Path(model).name}"
-    certificate = certify(asked, folder, progress_for())
+    base = run_request({**values, "model": values["model"] or DEFAULT_MODEL}, "")
+    wanted = plan(base, engines=engines, tasks=tasks, base_url=base_url, dtype=dtype, tolerance=tolerance)
+    folder = output or Path("runs") / f"parity-{Path(wanted.model).name}"
+    certificate = certify(wanted, folder, progress_for())
     if as_json:
         click.echo(json.dumps(certificate.to_dict(), indent=1, ensure_ascii=False))
     else:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from almost_eval.cli.command_line import open_console
 from almost_eval.errors import InputError
+from almost_eval.files import whole_file
+from almost_eval.types import JSONObject
 
 if TYPE_CHECKING:
     from almost_eval.report.matrix import Matrix
@@ -39,7 +41,15 @@ PAGES = (".html", ".htm")
 @click.option("--samples/--no-samples", default=True, help="Put every sample into the page.")
 @click.option("--seed", default=0, show_default=True, help="Of the bootstrap.")
 @click.option("--json", "as_json", is_flag=True, help="Print results.json; of several runs, all and their comparison.")
-def report(folders: tuple[Path, ...], outputs: tuple[Path, ...], **given: Any) -> int:
+def report(
+    folders: tuple[Path, ...],
+    outputs: tuple[Path, ...],
+    baseline: str | None,
+    samples: bool,
+    seed: int,
+    as_json: bool,
+    **printed: bool,
+) -> int:
     """Show finished runs: in the terminal, as one HTML page, as a table for a paper or a model card.
 
     \b
@@ -57,63 +67,63 @@ def report(folders: tuple[Path, ...], outputs: tuple[Path, ...], **given: Any) -
     for file in outputs:
         if file.suffix.lower() not in (*PAGES, *FORMATS):
             raise InputError(f"--output {file}: what it should hold is told by its suffix: .html, {', '.join(FORMATS)}")
-    asked = [name for name in dict.fromkeys(FORMATS.values()) if given[name]]
-    if given["as_json"] and asked:
+    formats = [name for name in dict.fromkeys(FORMATS.values()) if printed[name]]
+    if as_json and formats:
         raise InputError("--json and a table would both go to the standard output; ask for one, or use --output")
-    found = load_runs(folders, prompts=given["samples"] and any(f.suffix.lower() in PAGES for f in outputs))
-    if not found.runs:
-        raise InputError(f"{folders[0]} holds no finished run; unfinished: {', '.join(found.unfinished) or 'none'}")
-    if given["baseline"] and not found.comparable:
-        raise InputError(f"--baseline {given['baseline']}: no two models have a run of the same benchmark")
+    run_set = load_runs(folders, prompts=samples and any(f.suffix.lower() in PAGES for f in outputs))
+    if not run_set.runs:
+        raise InputError(f"{folders[0]} holds no finished run; unfinished: {', '.join(run_set.unfinished) or 'none'}")
+    if baseline and not run_set.comparable:
+        raise InputError(f"--baseline {baseline}: no two models have a run of the same benchmark")
     matrix = None
-    if found.comparable:
+    if run_set.comparable:
         from almost_eval.report.matrix import build_matrix
 
-        matrix = build_matrix(found, baseline=given["baseline"], seed=given["seed"])
+        matrix = build_matrix(run_set, baseline=baseline, seed=seed)
     for file in outputs:
-        _write(file, found, matrix, samples=given["samples"])
-    for name in asked:
-        click.echo(_table(name, found, matrix), nl=False)
-    if given["as_json"]:
-        click.echo(json.dumps(_as_json(found, matrix), indent=1, ensure_ascii=False))
-    elif not asked:
-        _print(found, matrix)
-    return 0 if all(run.withheld is None for run in found.runs) else 3
+        _write(file, run_set, matrix, samples=samples)
+    for name in formats:
+        click.echo(_table(name, run_set, matrix), nl=False)
+    if as_json:
+        click.echo(json.dumps(_as_json(run_set, matrix), indent=1, ensure_ascii=False))
+    elif not formats:
+        _print(run_set, matrix)
+    return 0 if all(run.withheld is None for run in run_set.runs) else 3
 
 
-def _table(name: str, found: RunSet, matrix: Matrix | None) -> str:
+def _table(name: str, run_set: RunSet, matrix: Matrix | None) -> str:
     from almost_eval.report import exports
 
     if name == "model_index":
-        return exports.to_model_index(found)
+        return exports.to_model_index(run_set)
     make: dict[str, Callable[[RunSet, Matrix | None], str]] = {
         "markdown": exports.to_markdown,
         "csv": exports.to_csv,
         "latex": exports.to_latex,
     }
-    return make[name](found, matrix)
+    return make[name](run_set, matrix)
 
 
-def _write(file: Path, found: RunSet, matrix: Matrix | None, *, samples: bool) -> None:
+def _write(file: Path, run_set: RunSet, matrix: Matrix | None, *, samples: bool) -> None:
     if file.suffix.lower() in PAGES:
         from almost_eval.report.page import write_report
 
-        page = write_report(found, matrix, file, samples=samples)
+        page = write_report(run_set, matrix, file, samples=samples)
         size = f"{page.size / 1e6:.1f} MB" if page.size >= 1e5 else f"{page.size / 1e3:.0f} kB"
         click.echo(f"page: {file} ({size}, {page.n_samples:,} samples)", err=True)
         return
-    text = _table(FORMATS[file.suffix.lower()], found, matrix)
+    text = _table(FORMATS[file.suffix.lower()], run_set, matrix)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(text.encode("utf-8", "replace"))
+        with whole_file(file) as stream:
+            stream.write(text.encode("utf-8", "replace"))
     except OSError as error:
         raise InputError(f"cannot write {file} ({error.strerror}); choose another --output") from None
     click.echo(f"table: {file}", err=True)
 
 
-def _as_json(found: RunSet, matrix: Matrix | None) -> dict[str, Any]:
-    if len(found.runs) == 1:
-        return found.runs[0].results
+def _as_json(run_set: RunSet, matrix: Matrix | None) -> JSONObject:
+    if len(run_set.runs) == 1:
+        return run_set.runs[0].results
     comparisons = [
         {
             "benchmark": delta.benchmark.label,
@@ -126,56 +136,16 @@ def _as_json(found: RunSet, matrix: Matrix | None) -> dict[str, Any]:
         }
         for delta in (matrix.deltas if matrix else ())
     ]
-    runs = [{"folder": str(run.folder), "label": run.label, **run.results} for run in found.runs]
+    runs = [{"folder": str(run.folder), "label": run.label, **run.results} for run in run_set.runs]
     return {"runs": runs, "comparisons": comparisons}
 
 
-def _print(found: RunSet, matrix: Matrix | None) -> None:
+def _print(run_set: RunSet, matrix: Matrix | None) -> None:
     from almost_eval.report.console import print_results
+    from almost_eval.report.overview import print_overview
 
     console = open_console()
-    if len(found.runs) == 1:
-        print_results(found.runs[0].results, console, folder=str(found.runs[0].folder))
-        return
-    print_overview(found, matrix, console)
-
-
-def print_overview(found: RunSet, matrix: Matrix | None, console: Any) -> None:
-    """Several runs as one table: headlines, and where there are several models, their differences from the first."""
-    from rich.table import Table
-    from rich.text import Text
-
-    from almost_eval.report.runs import shown
-    from almost_eval.report.views import matrix_view
-
-    table = Table()
-    for heading, justify in (("benchmark", "left"), ("model", "left"), ("score", "right"), ("95 % interval", "right")):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
-    table.add_column("n", justify="right")
-    for benchmark in found.benchmarks:
-        for run in benchmark.runs:
-            metric, unit = run.metrics[run.headline], benchmark.unit
-            bounds = " to ".join(shown(bound, unit) for bound in metric["ci95"] or ())
-            value = "withheld" if run.withheld else shown(metric["value"], unit)
-            table.add_row(Text(benchmark.label), Text(run.label), value, bounds or "-", str(metric["n"]))
-    console.print(table)
-    if matrix and matrix.deltas:
-        view = matrix_view(matrix)
-        deltas = Table(title=Text(f"differences from {matrix.baseline}"), title_justify="left", title_style="bold")
-        for heading in ("benchmark", "model", "difference", "95 % interval", "p, Holm", "flipped", ""):
-            deltas.add_column(heading, justify="left" if heading in ("benchmark", "model", "") else "right")
-        for row in view["deltas"]:
-            flips = f"+{row['gained']} -{row['lost']}"
-            says = f"{row['sign']} {row['says'].split(' the ')[0]}"
-            cells = (row["text"], row["interval"], row["p_holm"], flips, says)
-            deltas.add_row(Text(row["benchmark"]), Text(row["model"]), *cells)
-        console.print(deltas)
-        for warning in dict.fromkeys(warning for row in view["deltas"] for warning in row["warnings"]):
-            console.print(Text.assemble(("warning:", "yellow"), f" {warning}"), soft_wrap=True)
-        marks = f"marks hold at 5 % over {view['family']} comparisons (Holm)"
-        console.print(Text(marks, style="dim"))
-    for run in found.runs:
-        if run.withheld:
-            console.print(Text.assemble(("headline withheld:", "red"), f" {run.label}, {run.task}: {run.withheld}"))
-    for folder in found.unfinished:
-        console.print(Text.assemble(("not finished:", "yellow"), f" {folder}"), soft_wrap=True)
+    if len(run_set.runs) == 1:
+        print_results(run_set.runs[0].results, console, folder=str(run_set.runs[0].folder))
+    else:
+        print_overview(run_set, matrix, console)

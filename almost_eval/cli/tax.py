@@ -10,8 +10,7 @@ import click
 
 from almost_eval.cli.command_line import comma_list, open_console, options
 from almost_eval.cli.engine_options import ENGINE_OPTIONS
-from almost_eval.cli.run_options import DATA_OPTIONS
-from almost_eval.cli.startup import import_transformers
+from almost_eval.cli.options import DATA_OPTIONS, run_request
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,7 +56,7 @@ def tax(
     shots: int,
     output: Path,
     as_json: bool,
-    **given: Any,
+    **values: Any,
 ) -> int:
     """Alignment tax: benchmarks, reward, KL and length before and after training; one plot, one sentence.
 
@@ -66,6 +65,7 @@ def tax(
       almost-eval tax --before nano/sft --after nano/almost --output runs/tax
       almost-eval tax --run runs/nano --data nano --output runs/tax
     """
+    from almost_eval.cli.startup import import_transformers
     from almost_eval.compare.tax.measure import make_plan, measure
     from almost_eval.progress import progress_for
     from almost_eval.report.tax_page import write_page
@@ -76,7 +76,7 @@ def tax(
         after,
         run,
         output,
-        given,
+        run_request(values, ""),
         tasks=tasks,
         shots=shots,
         reward_model=reward_model,
@@ -84,34 +84,34 @@ def tax(
         n_prompts=n_prompts,
         max_new_tokens=max_new_tokens,
     )
-    found = measure(plan, progress_for())
-    files = write_page(found, output)
+    measured = measure(plan, progress_for())
+    files = write_page(measured, output)
     if as_json:
-        click.echo(json.dumps(found.to_dict(), indent=1, ensure_ascii=False))
+        click.echo(json.dumps(measured.to_dict(), indent=1, ensure_ascii=False))
     else:
-        render(found, open_console(), [output / "tax.json", *files])
-    return 0 if found.valid else 3
+        render(measured, open_console(), [output / "tax.json", *files])
+    return 0 if measured.valid else 3
 
 
-def render(found: Tax, console: Console, files: list[Path]) -> None:
+def render(tax: Tax, console: Console, files: list[Path]) -> None:
     """The tables, the sentence, and where the files are."""
     from rich.text import Text
 
     from almost_eval.compare.tax.tax import KL_SOURCE, LOG_IS
 
-    console.print(_means(found))
-    console.print(_differences(found))
-    for warning in found.facts.get("warnings", ()):
+    console.print(_means(tax))
+    console.print(_differences(tax))
+    for warning in tax.facts.get("warnings", ()):
         console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
-    console.print(Text(f"steps: {found.steps_are}; KL: {KL_SOURCE}", style="dim"), soft_wrap=True)
-    if found.log:
+    console.print(Text(f"steps: {tax.steps_are}; KL: {KL_SOURCE}", style="dim"), soft_wrap=True)
+    if tax.log:
         console.print(Text(f"grey in the plot: {LOG_IS}", style="dim"), soft_wrap=True)
-    console.print(Text(found.sentence, style="bold"), soft_wrap=True)
+    console.print(Text(tax.sentence, style="bold"), soft_wrap=True)
     for file in files:
         console.print(Text(str(file)), soft_wrap=True)
 
 
-def _means(found: Tax) -> Table:
+def _means(tax: Tax) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
@@ -121,39 +121,39 @@ def _means(found: Tax) -> Table:
     title = "Alignment tax, means with 95 % half-widths"
     # No rules between the columns: with them, ten columns do not fit a terminal.
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("checkpoint", overflow="fold")  # gives way where it must: a number cut short is no number
+    table.add_column("checkpoint", overflow="fold")  # wraps long names; no number is cut
     table.add_column("step", justify="right", no_wrap=True)
-    for heading in found.columns.values():
+    for heading in tax.columns.values():
         table.add_column(heading, justify="right", no_wrap=True)
-    for policy in found.policies:
-        table.add_row(Text(policy.label), f"{policy.step:g}", *(shown(policy, name) for name in found.columns))
+    for policy in tax.policies:
+        table.add_row(Text(policy.label), f"{policy.step:g}", *(shown(policy, name) for name in tax.columns))
     return table
 
 
-def _differences(found: Tax) -> Table:
+def _differences(tax: Tax) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from almost_eval.compare.tax.tax import BENCHMARKS, MEASURES
+    from almost_eval.compare.tax.tax import MEASURES, benchmarks
 
-    before = found.policies[0].label
+    before = tax.policies[0].label
     table = Table(title=Text(f"Paired with {before}"), title_justify="left", title_style="bold")
     table.add_column("checkpoint")
     table.add_column("measure")
     for name in ("n", "difference", "95 % interval", "p", "p, Holm"):
         table.add_column(name, justify="right")
     table.add_column("")
-    for pair in found.comparisons:
+    for pair in tax.comparisons:
         if pair.against == before:
-            title = (BENCHMARKS | MEASURES)[pair.measure]
+            title = (benchmarks() | MEASURES)[pair.measure]
             table.add_row(Text(pair.checkpoint), title, str(pair.n), *_figures(pair), _verdict(pair))
     return table
 
 
 def _figures(pair: Paired) -> tuple[str, str, str, str]:
-    from almost_eval.compare.tax.tax import SHARES
+    from almost_eval.compare.tax.tax import is_share
 
-    scale, digits = (100, 1) if pair.measure in SHARES else (1, 2)
+    scale, digits = (100, 1) if is_share(pair.measure) else (1, 2)
     difference = "-" if pair.difference is None else f"{scale * pair.difference:+.{digits}f}"
     interval = "-"
     if pair.ci95 is not None:

@@ -8,16 +8,21 @@ makes `almost_eval.compare` the module. So the module can be called, and both ar
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from almost_eval.compare.comparison import Comparison
 
 
 class _CallableRoom(ModuleType):
-    def __call__(self, run_a: Any, run_b: Any, *, seed: int = 0) -> Any:
-        """See `almost_eval.api.compare`."""
-        from almost_eval import api
+    def __call__(self, run_a: object, run_b: object, *, seed: int = 0) -> Comparison:
+        """See `almost_eval.api.compare`, which calls this."""
+        from almost_eval.compare.comparison import compare_runs
 
-        return api.compare(run_a, run_b, seed=seed)
+        a, b = (Path(str(getattr(run, "folder", run))) for run in (run_a, run_b))
+        return compare_runs(a, b, seed=seed)
 
 
 sys.modules[__name__].__class__ = _CallableRoom

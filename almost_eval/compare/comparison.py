@@ -264,16 +264,16 @@ def _verdict(difference: float, ci95: tuple[float, float] | None, p_value: float
 
 def _warnings(a: _Run, b: _Run, pairs: Mapping[str, tuple[_Line, _Line]]) -> list[str]:
     """What makes the two runs less comparable than they look; only what both have on record can be checked."""
-    found = [f"{run.folder} has no results.json: the run is not finished" for run in (a, b) if not run.finished]
+    warnings = [f"{run.folder} has no results.json: the run is not finished" for run in (a, b) if not run.finished]
     for key, what in SHOULD_MATCH.items():
         in_a, in_b = a.fact(key), b.fact(key)
         if in_a is not None and in_b is not None and in_a != in_b:
-            found.append(f"{what} differ ({key}): {in_a} in A, {in_b} in B")
+            warnings.append(f"{what} differ ({key}): {in_a} in A, {in_b} in B")
     if differing := sum(x.gold != y.gold for x, y in pairs.values()):
-        found.append(f"{differing} shared samples have another right answer in A than in B")
+        warnings.append(f"{differing} shared samples have another right answer in A than in B")
     if differing := sum(x.cluster != y.cluster for x, y in pairs.values()):
-        found.append(f"{differing} shared samples are in another cluster in A than in B; A's clusters are used")
-    return found
+        warnings.append(f"{differing} shared samples are in another cluster in A than in B; A's clusters are used")
+    return warnings
 
 
 def _metric_names(run: _Run) -> set[str]:

@@ -13,30 +13,19 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from almost_eval.data.sources import DataSource, find_data
+from almost_eval.engines.build import EngineOptions, loglikelihood_engine
 from almost_eval.errors import InputError, did_you_mean
-from almost_eval.nano import BUILT_IN
+from almost_eval.files import write_json
 from almost_eval.progress import Progress
 from almost_eval.run import provenance
-from almost_eval.run.runner import Run
-from almost_eval.run.store import read_samples, read_spec, write_json
-from almost_eval.tasks.base import Prompting, Task, resolve_prompting
-from almost_eval.tasks.registry import build_task
+from almost_eval.run.request import RunRequest, open_run
+from almost_eval.run.store import read_samples, read_spec
+from almost_eval.tasks.registry import comparison_presets
 from almost_eval.types import SampleRecord
-
-if TYPE_CHECKING:
-    from almost_eval.engines.build import EngineOptions
-
-TASKS: dict[str, tuple[str, dict[str, Any]]] = {
-    "hhh": ("choice", {}),
-    "truthfulqa": ("likelihood", {"metrics": ["mc1", "mc2"]}),
-    "mmlu": ("choice", {"subjects": [], "shots": 5}),
-}
-"""Task -> protocol and settings that are compared."""
 
 ENGINES = ("hf", "vllm", "openai")
 TOLERANCE = 1e-3
@@ -45,7 +34,7 @@ SERVE = "start one with: almost-serve policy --model {model}, and give --base-ur
 
 
 @dataclass(slots=True)
-class Row:
+class ParityRow:
     """One task on one engine, against the same task on the first."""
 
     task: str
@@ -74,7 +63,7 @@ class Certificate:
     weight_digest: str | None
     tolerance: float
     holds: bool
-    rows: tuple[Row, ...]
+    rows: tuple[ParityRow, ...]
     engines: Mapping[str, Any]
     """Engine -> its settings, of the runs' specs."""
     data: Mapping[str, Any]
@@ -109,33 +98,33 @@ def _cpu() -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ParityPlan:
     """A certificate that is to be made."""
 
-    model: str
-    """Checkpoint directory, hub id or built-in name."""
+    base: RunRequest
+    """Model, data, prompts and limit of every run; its engine is set for each."""
     engines: Sequence[str]
     """The first is what the others are compared with."""
     tasks: Sequence[str]
-    data: DataSource
-    limit: int | None = None
     dtype: str = "float32"
     base_url: str | None = None
-    prompt_set: str | None = None
-    template: str = "auto"
     tolerance: float = TOLERANCE
+
+    @property
+    def model(self) -> str:
+        """Checkpoint directory, hub id or built-in name."""
+        return str(self.base.model)
 
 
 def plan(
-    model: str,
+    base: RunRequest,
     *,
     engines: Sequence[str] = (),
     tasks: Sequence[str] = (),
     base_url: str | None = None,
-    data: str | None = None,
-    data_root: str | None = None,
-    **more: Any,
-) -> Plan:
+    dtype: str = "float32",
+    tolerance: float = TOLERANCE,
+) -> ParityPlan:
     """A plan with every name checked.
 
     Raises:
@@ -143,21 +132,21 @@ def plan(
         DataError: no such data.
     """
     chosen = list(dict.fromkeys(engines)) or ["hf", "vllm", *(["openai"] if base_url else [])]
-    wanted = list(dict.fromkeys(tasks)) or list(TASKS)
-    for names, known, what in ((chosen, ENGINES, "engine"), (wanted, TASKS, "task")):
+    wanted = list(dict.fromkeys(tasks)) or list(comparison_presets())
+    for names, known, what in ((chosen, ENGINES, "engine"), (wanted, comparison_presets(), "task")):
         if unknown := next((name for name in names if name not in known), None):
             raise InputError(f"unknown {what} {unknown!r}; {did_you_mean(unknown, known)}")
     if len(chosen) < 2:
         raise InputError(f"parity is between engines: give two or more of {', '.join(ENGINES)}")
     if "openai" in chosen and not base_url:
-        raise InputError(f"the engine openai needs a served model; {SERVE.format(model=model)}")
+        raise InputError(f"the engine openai needs a served model; {SERVE.format(model=base.model)}")
     if base_url and "openai" not in chosen:
         raise InputError("--base-url belongs to the engine openai; name it in --engines")
-    source = find_data(data, data_root, built_in_model=model in BUILT_IN)
-    return Plan(model, chosen, wanted, source, base_url=base_url, **more)
+    base.source()
+    return ParityPlan(base, chosen, wanted, dtype=dtype, base_url=base_url, tolerance=tolerance)
 
 
-def certify(asked: Plan, folder: Path, progress: Progress | None = None) -> Certificate:
+def certify(plan: ParityPlan, folder: Path, progress: Progress | None = None) -> Certificate:
     """Run what is missing, compare, and store `certificate.json` in `folder`.
 
     Raises:
@@ -166,28 +155,28 @@ def certify(asked: Plan, folder: Path, progress: Progress | None = None) -> Cert
     """
     progress = progress or Progress()
     began = time.perf_counter()
-    engines = {name: _engine(asked, name) for name in asked.engines}  # what is refused is refused before anything runs
-    for name in asked.engines:
-        progress.note(f"{asked.model} on {name}")
+    engines = {name: _engine(plan, name) for name in plan.engines}  # what is refused is refused before anything runs
+    for name in plan.engines:
+        progress.note(f"{plan.model} on {name}")
         engine = engines.pop(name)
         try:
-            for task_name in asked.tasks:
-                run = Run(_task(asked, task_name, engine), engine)
+            for task_name in plan.tasks:
+                run = open_run(_request(plan, task_name), engine)
                 run.execute(folder / f"{task_name}-{name}", progress)
         finally:
             if hasattr(engine, "close"):
                 engine.close()  # two models need not share the memory
-    reference, *others = asked.engines
-    rows = [_compare(folder, task, name, reference, asked.tolerance) for task in asked.tasks for name in others]
-    specs = {name: read_spec(folder / f"{asked.tasks[0]}-{name}") for name in asked.engines}
+    reference, *others = plan.engines
+    rows = [_compare(folder, task, name, reference, plan.tolerance) for task in plan.tasks for name in others]
+    specs = {name: read_spec(folder / f"{plan.tasks[0]}-{name}") for name in plan.engines}
     certificate = Certificate(
-        model=asked.model,
+        model=plan.model,
         weight_digest=specs[reference]["weight_digest"],
-        tolerance=asked.tolerance,
+        tolerance=plan.tolerance,
         holds=all(row.holds for row in rows),
         rows=tuple(rows),
         engines={name: {**spec["engine"], "weight_digest": spec["weight_digest"]} for name, spec in specs.items()},
-        data={"source": asked.data.name, "limit": asked.limit},
+        data={"source": plan.base.source().name, "limit": plan.base.limit},
         machine=machine(),
         versions=provenance.versions(),
         command=provenance.command(),
@@ -198,46 +187,41 @@ def certify(asked: Plan, folder: Path, progress: Progress | None = None) -> Cert
     return certificate
 
 
-def _engine(asked: Plan, name: str) -> Any:
-    from almost_eval.engines.build import EngineOptions, loglikelihood_engine
-
+def _engine(plan: ParityPlan, name: str) -> Any:
     if name == "openai":
-        options = EngineOptions("openai", base_url=asked.base_url, tokenizer=asked.model)
-        engine: Any = loglikelihood_engine(_served_name(asked, options), options)
+        options = EngineOptions("openai", base_url=plan.base_url, tokenizer=plan.model)
+        engine: Any = loglikelihood_engine(_served_name(plan, options), options)
         engine.check_scores()
         return engine
-    return loglikelihood_engine(asked.model, EngineOptions(name, dtype=asked.dtype))
+    return loglikelihood_engine(plan.model, EngineOptions(name, dtype=plan.dtype))
 
 
-def _served_name(asked: Plan, options: EngineOptions) -> str:
+def _served_name(plan: ParityPlan, options: EngineOptions) -> str:
     """The name under which the endpoint serves the checkpoint: its own, or the only one there is."""
     from almost_eval.engines.openai_client import OpenAIClient
 
     served = OpenAIClient(None, base_url=options.base_url).served_names()
-    own = (asked.model, Path(asked.model).name)
+    own = (plan.model, Path(plan.model).name)
     name = next((name for name in own if name in served), served[0] if len(served) == 1 else None)
     if name is None:
-        raise InputError(f"the endpoint serves {', '.join(served) or 'no model'}, not {asked.model}; serve it alone")
+        raise InputError(f"the endpoint serves {', '.join(served) or 'no model'}, not {plan.model}; serve it alone")
     return name
 
 
-def _task(asked: Plan, name: str, engine: Any) -> Task:
-    protocol, settings = TASKS[name]
-    prompting: Prompting = resolve_prompting(
-        asked.data, asked.prompt_set, asked.template, engine.tokenizer, own_prompts=name != "hhh"
-    )
-    return build_task(name, protocol, {**settings, "limit": asked.limit}, asked.data, prompting)
+def _request(plan: ParityPlan, task: str) -> RunRequest:
+    preset = comparison_presets()[task]
+    return replace(plan.base, task=task, protocol=preset.protocol, settings=preset.settings)
 
 
 # --- what is compared ---
 
 
-def _compare(folder: Path, task: str, engine: str, reference: str, tolerance: float) -> Row:
+def _compare(folder: Path, task: str, engine: str, reference: str, tolerance: float) -> ParityRow:
     mine, theirs = folder / f"{task}-{engine}", folder / f"{task}-{reference}"
     row = compare(
         {record.sample.id: record for record in read_samples(theirs)},
         {record.sample.id: record for record in read_samples(mine)},
-        Row(task, engine, reference, 0),
+        ParityRow(task, engine, reference, 0),
         tolerance,
     )
     was, now = read_spec(theirs), read_spec(mine)
@@ -249,8 +233,8 @@ def _compare(folder: Path, task: str, engine: str, reference: str, tolerance: fl
 
 
 def compare(
-    theirs: Mapping[str, SampleRecord], mine: Mapping[str, SampleRecord], row: Row, tolerance: float = TOLERANCE
-) -> Row:
+    theirs: Mapping[str, SampleRecord], mine: Mapping[str, SampleRecord], row: ParityRow, tolerance: float = TOLERANCE
+) -> ParityRow:
     """Fill `row` with what differs between two runs of one task."""
     if lonely := theirs.keys() ^ mine.keys():
         row.problems.append(f"{len(lonely)} samples are in one run alone, first {min(lonely)}")
@@ -277,7 +261,7 @@ def compare(
     return _judged(row, tolerance)
 
 
-def _judged(row: Row, tolerance: float) -> Row:
+def _judged(row: ParityRow, tolerance: float) -> ParityRow:
     row.holds = not row.problems and not row.flips and row.largest_nats <= tolerance
     return row
 

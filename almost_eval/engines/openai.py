@@ -1,21 +1,19 @@
 """Generation by any OpenAI-compatible endpoint: a server of vLLM, of another toolkit, or of a company.
 
 `/v1/completions` with rendered prompts, one request for each completion with a seed of its own: servers disagree on
-what `n` does with a seed, and some ignore it. What keys, retries and failures are is in `openai_client`;
-log-likelihoods, which few servers can give, are in `openai_loglikelihood`.
+what `n` does with a seed, and some ignore it. Retries and failures are in `openai_client`; log-likelihoods, which few
+servers can give, are in `openai_loglikelihood`.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from almost_eval.engines.base import SamplingParams
-from almost_eval.engines.openai_client import KEYS as KEYS
 from almost_eval.engines.openai_client import OpenAIClient
 from almost_eval.engines.seeding import request_seed
-from almost_eval.types import Completion
+from almost_eval.types import Completion, JSONObject
 
 MAX_STOPS = 4
 """Stop strings that OpenAI's protocol takes; any more are looked for here."""
@@ -38,7 +36,7 @@ class OpenAIEngine(OpenAIClient):
     ) -> None:
         super().__init__(model, base_url=base_url, concurrency=concurrency, timeout=timeout, retries=retries)
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> JSONObject:
         """What belongs in a run's spec."""
         return {"name": self.name, "base_url": self.endpoint, "model": self.model}
 
@@ -79,7 +77,7 @@ class OpenAIEngine(OpenAIClient):
                 temperature=params.temperature,
                 top_p=params.top_p,
                 seed=request_seed(params.seed, prompt, number),
-                **({"stop": list(params.stop[:MAX_STOPS])} if params.stop else {}),
+                extra_body={"stop": list(params.stop[:MAX_STOPS])} if params.stop else None,
             )
             choice = answer.choices[0]
             return _cut(choice.text or "", choice.finish_reason, params.stop)

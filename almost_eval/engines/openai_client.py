@@ -1,9 +1,9 @@
-"""What everything that asks an OpenAI-compatible endpoint shares: address, key, retries, threads, failures as one line.
+"""One model behind an OpenAI-compatible endpoint: retries, threads, and failures as one line.
+
+The base of the engines and of the reward model over HTTP. Addresses and keys are in `models.endpoints`.
 
 Retries are the SDK's: with jitter, on 408, 409, 429, 5xx, timeouts and lost connections, after as long as the server's
 Retry-After says (up to two minutes; beyond, the request fails).
-
-The key is read from `ALMOST_API_KEY`, else `OPENAI_API_KEY`; it is in no setting, log or error.
 """
 
 from __future__ import annotations
@@ -16,24 +16,23 @@ from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any, NoReturn, TypeVar
-from urllib.parse import urlsplit, urlunsplit
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from almost_eval.errors import AlmostError, InputError, ModelError, RunError, did_you_mean
 from almost_eval.models.checkpoint import Checkpoint, find_checkpoint
+from almost_eval.models.endpoints import BASE_URL, KEYS, EndpointAddress, read_key, sdk_client, server_words
 from almost_eval.nano import BUILT_IN
+from almost_eval.types import JSONObject
 
-KEYS = ("ALMOST_API_KEY", "OPENAI_API_KEY")
-"""Environment variables a key is read from, the first that is set."""
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+if TYPE_CHECKING:
+    import openai
 
 _Job = TypeVar("_Job")
 _Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True, slots=True)
-class ServedModel:
+class EndpointModel:
     """A model as an endpoint names it, in the place of a `Checkpoint`."""
 
     name: str
@@ -62,7 +61,7 @@ class OpenAIClient:
         retries: of one request.
 
     Raises:
-        InputError: no endpoint, or one that is no http(s) address; a number out of range.
+        InputError: no endpoint, or one that is no http(s) address; a broken key; a number out of range.
     """
 
     name = "openai"
@@ -76,29 +75,23 @@ class OpenAIClient:
         timeout: float = 600.0,
         retries: int = 6,
     ) -> None:
-        given = base_url or os.environ.get("OPENAI_BASE_URL")
-        if not given:
+        url = base_url or os.environ.get(BASE_URL)
+        if not url:
             # Not the SDK's default: prompts go to a company only where somebody says so.
             raise InputError("the engine 'openai' needs an endpoint: give base_url, as in http://localhost:8000/v1")
-        try:
-            address = urlsplit(given)
-            host = address.hostname
-        except ValueError:
-            address, host = urlsplit(""), None
-        if address.scheme not in ("http", "https") or not host:
-            raise InputError("base_url is not an http(s) address; it must look like http://localhost:8000/v1")
+        self.address = EndpointAddress.parse(url, "base_url")
         if concurrency < 1 or timeout <= 0 or retries < 0:
             raise InputError("concurrency must be 1 or more, timeout above 0 seconds, retries 0 or more")
         self.model: str = model or ""
         self.concurrency = concurrency
         self.timeout = timeout
         self.retries = retries
-        self.card: dict[str, Any] = {}
+        self.card: JSONObject = {}
         """What `/v1/models` says of the model; known after `check`."""
-        self._base_url = given
-        self._local = host in LOOPBACK
-        self.endpoint: str = urlunsplit(address._replace(netloc=address.netloc.rpartition("@")[2]))
+        self._local = self.address.is_local
+        self.endpoint: str = self.address.shown
         """`base_url` without a password that may be in it: for errors and specs."""
+        self._key = read_key(self.address)
         self._checked = False
 
     def check(self) -> None:
@@ -117,7 +110,7 @@ class OpenAIClient:
         self.card = served.get(self.model, {})
         self._checked = True
 
-    def _served(self) -> dict[str, dict[str, Any]]:
+    def _served(self) -> dict[str, JSONObject]:
         """Served name -> what the endpoint says of it; empty where it lists nothing that the SDK can read."""
         import openai
 
@@ -146,7 +139,7 @@ class OpenAIClient:
         return limit if isinstance(limit, int) and limit > 0 else None
 
     @cached_property
-    def server(self) -> dict[str, Any]:
+    def server(self) -> JSONObject:
         """What decides the numbers and is told: the server's kind and version."""
         kind = self.card.get("owned_by")
         return {"kind": kind, "version": self._version() if kind == "vllm" else None}
@@ -156,8 +149,7 @@ class OpenAIClient:
         import openai
 
         try:
-            found = self.get_json(self.root_url("/version"))
-            return str(found["version"])
+            return str(self.get_json(self.address.beside("/version"))["version"])
         except (openai.OpenAIError, LookupError, TypeError, ValueError):
             return None  # a gateway in between need not pass it on
 
@@ -172,7 +164,7 @@ class OpenAIClient:
         except (OSError, ValueError):
             return None
 
-    def served_model(self, architectures: Collection[str]) -> ServedModel:
+    def served_model(self, architectures: Collection[str]) -> EndpointModel:
         """The model's name, and its files where they are the server's own: it runs here and names a folder."""
         folder = None
         if self._local and (root := self.root):
@@ -180,7 +172,7 @@ class OpenAIClient:
                 folder = find_checkpoint(root, architectures=architectures)
             except ModelError:
                 folder = None
-        return ServedModel(self.model, folder)
+        return EndpointModel(self.model, folder)
 
     # --- requests ---
 
@@ -228,22 +220,10 @@ class OpenAIClient:
         client = self.client.with_options(max_retries=0, timeout=min(self.timeout, 10.0))
         return client.get(path, cast_to=httpx.Response).json()
 
-    def root_url(self, path: str) -> str:
-        """The address of what lies beside `/v1`."""
-        address = urlsplit(self._base_url)
-        above = address.path.rstrip("/").removesuffix("/v1")
-        return urlunsplit(address._replace(path=f"{above}{path}", query="", fragment=""))
-
     @cached_property
-    def client(self) -> Any:
+    def client(self) -> openai.OpenAI:
         """The SDK's client. Its key is the environment's."""
-        import openai
-
-        key = next((os.environ[name] for name in KEYS if os.environ.get(name)), None)
-        # The SDK refuses to start without a key; a server that wants none ignores this one.
-        return openai.OpenAI(
-            base_url=self._base_url, api_key=key or "none", max_retries=self.retries, timeout=self.timeout
-        )
+        return sdk_client(self.address, self._key, retries=self.retries, timeout=self.timeout)
 
     # --- failures ---
 
@@ -282,8 +262,4 @@ class OpenAIClient:
     def words(self, error: Any) -> str:
         """What the server said of a failure, on one line and without the key."""
         body = error.body if isinstance(error.body, dict) else {}
-        text = " ".join(str(body.get("message") or type(error).__name__).split())[:300]
-        for name in KEYS:
-            if secret := os.environ.get(name):
-                text = text.replace(secret, "***")
-        return text
+        return server_words(str(body.get("message") or type(error).__name__), self._key)

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from almost_eval.engines.base import EngineReport, RequestScores
 from almost_eval.engines.openai import OpenAIEngine
-from almost_eval.engines.openai_client import ServedModel
+from almost_eval.engines.openai_client import EndpointModel
 from almost_eval.engines.openai_routes import Whole, plan_wholes, read_echo, read_ids, token_name
 from almost_eval.engines.prefix import EncodedRequest, TokenEncoder, build_trie, scores_of_nothing
 from almost_eval.engines.vllm_loglikelihood import ScoringPrompt, plan_prompts
@@ -75,7 +75,7 @@ class OpenAIScorer(OpenAIEngine):
     # --- the model ---
 
     @cached_property
-    def checkpoint(self) -> ServedModel:
+    def checkpoint(self) -> EndpointModel:
         """The served model, in the place of the files it was loaded from."""
         self.check()
         return self.served_model(("CausalLM", "LMHeadModel"))

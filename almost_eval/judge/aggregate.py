@@ -237,12 +237,17 @@ def _length_controlled(reviews: Sequence[Review]) -> Metric | None:
     return dataclasses.replace(fit.mean_probability(at_zero), n=len(scored), unscored=len(reviews) - len(scored))
 
 
-def _sign_test(reviews: Sequence[Review]) -> SignTest:
+def mean_scores(reviews: Sequence[Review]) -> dict[str, float]:
+    """Question -> the mean of the model's scores in its two orders; questions without a score are left out."""
     by_question: dict[str, list[float]] = {}
     for review in reviews:
         if review.model_score is not None:
             by_question.setdefault(review.question_id, []).append(review.model_score)
-    means = [math.fsum(scores) / len(scores) for scores in by_question.values()]
+    return {question: math.fsum(scores) / len(scores) for question, scores in by_question.items()}
+
+
+def _sign_test(reviews: Sequence[Review]) -> SignTest:
+    means = mean_scores(reviews).values()
     model, baseline = sum(mean > 0.5 for mean in means), sum(mean < 0.5 for mean in means)
     return SignTest(model, baseline, len(means) - model - baseline, mcnemar_exact(model, baseline))
 

@@ -7,26 +7,26 @@ file of one run is a baseline of the next, here or there.
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.build import EngineOptions, generation_engine
-from almost_eval.errors import InputError, RunError, StoreError
+from almost_eval.errors import InputError, StoreError
+from almost_eval.files import LineWriter, read_records, repair_end, write_rows
 from almost_eval.judge.questions import answer_line, over_long, read_answers
 from almost_eval.judge.records import Answer, Question
 from almost_eval.models.chat import ChatTemplate, load_template, special_tokens
 from almost_eval.progress import Progress
 from almost_eval.run import provenance
-from almost_eval.types import Message
+from almost_eval.types import JSONObject, Message
 
 MAX_ANSWER_CHARS = 100_000
 """Characters of the longest answer that is judged as it is: some 25,000 tokens, of which a judge reads two."""
+
+_ADVICE = "what was answered is kept: the same command goes on"
 
 Answers = dict[str, Answer]
 """Question id -> answer."""
@@ -52,7 +52,7 @@ class System(Protocol):
     name: str
     """As it stands in reviews, tables and file names; unique in a run."""
 
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> JSONObject:
         """What decides its answers, as JSON."""
         ...
 
@@ -96,7 +96,7 @@ class ArchivedSystem:
                 f"has {longest:,}); cut them with --max-answer-chars N, or leave them out"
             )
 
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> JSONObject:
         """Name and digest: where the file lies decides nothing."""
         return {"name": self.name, "source": "file", "digest": digest_answers(self._answers)}
 
@@ -106,8 +106,7 @@ class ArchivedSystem:
 
     def write(self, file: Path, progress: Progress) -> Answers:
         """A copy in the run folder, so that it holds all that its numbers were made of."""
-        lines = [answer_line(self._answers[question.id], question) for question in self._questions]
-        write_whole(file, lines)
+        write_rows(file, [answer_line(self._answers[q.id], q) for q in self._questions], ascii_only=True)
         return self._answers
 
 
@@ -116,7 +115,7 @@ class ModelSystem:
 
     Args:
         model: a checkpoint directory, hub id or built-in name; for the engine `openai` the name it serves.
-        questions: asked as one user turn each.
+        questions: one user turn each.
         sampling: how to draw.
         options: which engine, and how.
 
@@ -165,7 +164,7 @@ class ModelSystem:
     def _stop(self) -> tuple[str, ...]:
         return (*(self.template.stop if self.template else ()), *self._sampling.stop)
 
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> JSONObject:
         """Weights, engine, template and sampling."""
         return self._spec
 
@@ -181,7 +180,8 @@ class ModelSystem:
             RunError: out of memory, or the disk is full.
         """
         by_id = {question.id: question for question in self._questions}
-        answers = _kept(file, by_id)
+        repair_end(file)
+        answers = _kept(read_records(file, _answer, "an answer"), file, by_id)
         todo = [i for i, question in enumerate(self._questions) if question.id not in answers]
         if todo:
             params = SamplingParams(
@@ -192,14 +192,14 @@ class ModelSystem:
                 seed=self._sampling.seed,
             )
             with (
-                file.open("a", encoding="utf-8") as stream,
+                LineWriter(file, ascii_only=True, advice=_ADVICE) as lines,
                 progress.track(f"answers of {self.name}", len(by_id), len(answers)) as advance,
             ):
                 for place, [completion] in self.engine.stream_completions([self.prompts[i] for i in todo], params):
                     question = self._questions[todo[place]]
                     made = {"finish_reason": completion.finish_reason, "sampling": self._spec["sampling"]}
                     answer = Answer(question.id, completion.text.strip(), self.name, made)
-                    _append(stream, answer_line(answer, question), file)
+                    lines.append(answer_line(answer, question))
                     answers[question.id] = answer
                     advance(1)
         self.engine = None  # two models need not fit in memory at a time
@@ -227,7 +227,7 @@ class ModelSystem:
 
 
 def open_system(
-    given: str,
+    name: str,
     questions: Sequence[Question],
     sampling: Sampling,
     options: EngineOptions | None = None,
@@ -240,14 +240,14 @@ def open_system(
     Raises:
         InputError: see `ArchivedSystem` and `ModelSystem`.
     """
-    if is_answer_file(given):
-        return ArchivedSystem(Path(given), questions, limit=limit, subset=subset)
-    return ModelSystem(given, questions, sampling, options)
+    if is_answer_file(name):
+        return ArchivedSystem(Path(name), questions, limit=limit, subset=subset)
+    return ModelSystem(name, questions, sampling, options)
 
 
-def is_answer_file(given: str) -> bool:
-    """Whether a system is given by a file: a missing one must not be looked for on the hub, where no model ends so."""
-    return given.endswith((".jsonl", ".json")) or Path(given).is_file()
+def is_answer_file(name: str) -> bool:
+    """Whether a system is an answer file. A missing one is not looked for on the hub, where no model ends so."""
+    return name.endswith((".jsonl", ".json")) or Path(name).is_file()
 
 
 def distinct(systems: Sequence[System]) -> Sequence[System]:
@@ -279,56 +279,25 @@ def digest_answers(answers: Mapping[str, Answer]) -> str:
     return provenance.digest({"answers": texts})
 
 
-def _kept(file: Path, questions: Mapping[str, Question]) -> Answers:
-    """What an earlier process wrote; half a last line is cut off."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if not file.exists():
-        return {}
-    content = file.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        os.truncate(file, len(whole))
+def _kept(rows: Iterable[tuple[int, Answer]], file: Path, questions: Mapping[str, Question]) -> Answers:
+    """What an earlier process wrote, by question.
+
+    Raises:
+        StoreError: an answer to no question of this run, or a second one.
+    """
     answers: Answers = {}
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            row = json.loads(line)
-            answer = Answer(str(row["question_id"]), str(row["text"]), str(row["model_id"]), row.get("metadata") or {})
-        except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{file}, line {number} is not an answer ({error!r}); remove the line") from None
+    for number, answer in rows:
         if answer.question_id not in questions or answer.question_id in answers:
             raise StoreError(f"{file}, line {number}: question {answer.question_id} is not asked, or answered twice")
         answers[answer.question_id] = answer
     return answers
 
 
-def _append(stream: Any, line: Mapping[str, Any], file: Path) -> None:
-    try:
-        stream.write(json.dumps(line) + "\n")
-        stream.flush()
-    except OSError as error:
-        raise RunError(
-            f"cannot write to {file} ({error.strerror}); what was answered is kept: the same command goes on"
-        ) from None
+def _answer(row: JSONObject) -> Answer:
+    return Answer(str(row["question_id"]), str(row["text"]), str(row["model_id"]), row.get("metadata") or {})
 
 
-def question_line(question: Question) -> dict[str, Any]:
+def question_line(question: Question) -> JSONObject:
     """A line of a question file, as FastChat's: `read_questions` gives the question back."""
     line = {"question_id": question.id, "text": question.text, "category": question.category}
     return line | ({"reference": question.reference} if question.reference is not None else {})
-
-
-def write_whole(file: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Write JSON Lines, whole or not at all.
-
-    Raises:
-        RunError: the disk is full, or gone.
-    """
-    scratch = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        scratch.replace(file)
-    except OSError as error:
-        with suppress(OSError):
-            scratch.unlink()
-        raise RunError(f"cannot write to {file} ({error.strerror}); the same command goes on") from None

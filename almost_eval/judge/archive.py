@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from almost_eval.data.sources import read_table
 from almost_eval.errors import DataError
+from almost_eval.files import read_rows
 from almost_eval.judge.aggregate import Orders, Ties, aggregate
 from almost_eval.judge.records import Answer, Pair, Question, Review, Unparsed, Verdict
+from almost_eval.types import JSONObject
 
 if TYPE_CHECKING:
     from almost_eval.judge.prompts import JudgePrompts
@@ -45,16 +46,16 @@ class Archive:
         """What our parser reads in each review."""
         return [prompts.parse(review.text, review.pair) for review in self.reviews]
 
-    def differing(self, verdicts: Sequence[Verdict | Unparsed]) -> list[dict[str, Any]]:
+    def differing(self, verdicts: Sequence[Verdict | Unparsed]) -> list[JSONObject]:
         """Reviews whose own `score` is another one than the parser's, with both."""
-        found = []
+        differing = []
         for review, verdict in zip(self.reviews, verdicts, strict=True):
             read = (verdict.score_1, verdict.score_2) if isinstance(verdict, Verdict) else None
             if review.score is not None and review.score != read:
-                found.append(
+                differing.append(
                     {"question": review.pair.question.id, "stored": list(review.score), "read": read and [*read]}
                 )
-        return found
+        return differing
 
     def recorded_totals(self) -> list[float] | None:
         """The sums of the file's own scores, of Assistant 1 and 2; None where a review has none."""
@@ -85,19 +86,19 @@ def as_review(pair: Pair, baseline: str, model: str, verdict: Verdict | Unparsed
     )
 
 
-def find_archives(given: Sequence[Path], questions: Sequence[Question]) -> list[Archive]:
-    """The review files in folders, or given one by one.
+def find_archives(paths: Sequence[Path], questions: Sequence[Question]) -> list[Archive]:
+    """The review files in folders, or named one by one.
 
     Args:
-        given: folders that hold `answer/*.jsonl` and `review/**/*.jsonl`, or review files below such a folder.
-        questions: what was asked.
+        paths: folders that hold `answer/*.jsonl` and `review/**/*.jsonl`, or review files below such a folder.
+        questions: what the answers are to.
 
     Raises:
         DataError: no such files, a line that is no review, or one that names an answer or a question nobody has.
     """
     by_id = {question.id: question for question in questions}
     archives = []
-    for path in given:
+    for path in paths:
         files = sorted((path / "review").rglob("*.jsonl")) if path.is_dir() else [path]
         root = path if path.is_dir() else next((p for p in path.parents if (p / "answer").is_dir()), None)
         if root is None or not (root / "answer").is_dir() or not files:
@@ -109,7 +110,7 @@ def find_archives(given: Sequence[Path], questions: Sequence[Question]) -> list[
 
 def _archive(file: Path, answers: Mapping[str, Answer], questions: Mapping[str, Question]) -> Archive:
     reviews: dict[str, ArchivedReview] = {}
-    for number, row in enumerate(read_table(file), 1):
+    for number, row in enumerate(read_rows(file), 1):
         where = f"{file}, line {number}"
         try:
             question = str(row["question_id"])
@@ -140,27 +141,27 @@ def _archive(file: Path, answers: Mapping[str, Answer], questions: Mapping[str, 
 
 def _answers(folder: Path) -> dict[str, Answer]:
     """Answer id -> answer, of every file of the folder; lines without an id cannot be named by a review."""
-    found = {}
+    answers = {}
     for file in sorted(folder.glob("*.jsonl")):
-        for number, row in enumerate(read_table(file), 1):
+        for number, row in enumerate(read_rows(file), 1):
             if "answer_id" not in row:
                 continue
             try:
                 answer = Answer(str(row["question_id"]), str(row["text"]), str(row["model_id"]))
             except KeyError as error:
                 raise DataError(f"malformed data: {file}, line {number} is not an answer: it lacks {error}") from None
-            found[str(row["answer_id"])] = answer
-    return found
+            answers[str(row["answer_id"])] = answer
+    return answers
 
 
 def aggregate_archives(
     archives: Sequence[Archive], prompts: JudgePrompts, *, ties: Ties = "half", orders: Orders = "both"
-) -> list[dict[str, Any]]:
+) -> list[JSONObject]:
     """Each review file by our parser and our aggregation, as JSON."""
     rows = []
     for archive in archives:
         verdicts = archive.verdicts(prompts)
-        found = aggregate(archive.as_reviews(verdicts), ties=ties, orders=orders)
+        results = aggregate(archive.as_reviews(verdicts), ties=ties, orders=orders)
         rows.append(
             {
                 "file": archive.file.name,
@@ -169,8 +170,8 @@ def aggregate_archives(
                 "reviews": len(archive.reviews),
                 "other_scores_than_stored": archive.differing(verdicts),
                 "recorded_totals": archive.recorded_totals(),
-                "metrics": {name: metric.to_dict() for name, metric in found.metrics.items()},
-                "judging": found.to_dict(),
+                "metrics": {name: metric.to_dict() for name, metric in results.metrics.items()},
+                "judging": results.to_dict(),
             }
         )
     return rows

@@ -1,17 +1,17 @@
 """Is a judge any good? It reviews pairs that GPT-4 reviewed, and is compared with what GPT-4 said.
 
 Agreement is chance-corrected (Cohen 1960), with an interval clustered by question. Beside it stands what can mislead a
-judge: the place in the prompt (seen by asking in both orders) and the length of the answers, of which the archived
-verdicts have their share too.
+judge: the place in the prompt (seen by judging both orders) and the length of the answers. The same two are measured
+of the archived verdicts.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,10 +22,11 @@ from almost_eval.judge.lines import ORDERS, check_reviews, record_of, review_of,
 from almost_eval.judge.records import Pair, Review, Side, Verdict
 from almost_eval.progress import Progress
 from almost_eval.run import provenance
+from almost_eval.run.identity import default_folder
 from almost_eval.run.store import RunStore
 from almost_eval.run.validity import ALLOWED
 from almost_eval.stats import cohen_kappa, mean_metric
-from almost_eval.types import Metric, SampleRecord
+from almost_eval.types import JSONMapping, JSONObject, Metric, SampleRecord
 
 if TYPE_CHECKING:
     from almost_eval.judge.prompts import JudgePrompts
@@ -57,7 +58,7 @@ class JudgeCheck:
         fingerprint: of the question file.
         orders: `both` shows the position bias; agreement is on the archived order alone.
         limit: pairs, drawn from all files with `seed`; None is all.
-        repeats: times that each pair is asked.
+        repeats: times that each pair is judged.
         seed: of the draw.
 
     Raises:
@@ -97,10 +98,10 @@ class JudgeCheck:
                 self.pairs.append(case.pair if order == "forward" else reversed_pair(case.pair))
                 self.ids.append(f"{case.archive}/{case.pair.question.id}/{order}")
 
-    def spec(self) -> dict[str, Any]:
-        """Everything that decides the numbers, and the command that asked for them."""
+    def spec(self) -> JSONObject:
+        """Everything that decides the numbers, and the command that requested them."""
         texts = ((pair.answer_1.text, pair.answer_2.text) for pair in self.pairs)
-        asked = sorted(zip(self.ids, texts, strict=True))
+        pairs = sorted(zip(self.ids, texts, strict=True))
         return {
             "schema": 1,
             "task": TASK,
@@ -115,7 +116,7 @@ class JudgeCheck:
             "requires": "judge",
             "model_name": self.judge.name,
             "engine": {"name": "file"},
-            "data": {"source": "hub", "fingerprint": self.fingerprint, "pairs_digest": provenance.digest({"p": asked})},
+            "data": {"source": "hub", "fingerprint": self.fingerprint, "pairs_digest": provenance.digest({"p": pairs})},
             "n_samples": len(self.pairs) * self.repeats,
             "seed": self.seed,
             "versions": provenance.versions(),
@@ -124,18 +125,16 @@ class JudgeCheck:
         }
 
     def default_folder(self) -> Path:
-        """`runs/judge-check-<judge>-<digest of the spec>`."""
-        spec = {k: v for k, v in self.spec().items() if k not in ("command", "commit", "model_name")}
-        name = "".join(c if c.isalnum() or c in "+-_." else "_" for c in self.judge.name)[:60]
-        return Path("runs") / f"{TASK}-{name}-{provenance.digest(spec)[:10]}"
+        """`runs/judge-check-<judge>-<digest of the spec>`; see `identity.default_folder`."""
+        return default_folder(self.spec(), TASK, self.judge.name)
 
-    def describe(self, folder: Path | None = None) -> dict[str, Any]:
+    def describe(self, folder: Path | None = None) -> JSONObject:
         """What `--dry-run` prints."""
         facts = {"pairs": len(self.cases), "orders": self.orders, "repeats": self.repeats, "judge": self.judge.name}
         return facts | self.judge.plan(self.pairs, folder, self.repeats)
 
-    def execute(self, folder: Path, progress: Progress | None = None) -> dict[str, Any]:
-        """Ask what is missing, then write and return the results.
+    def execute(self, folder: Path, progress: Progress | None = None) -> JSONObject:
+        """Judge what is missing, then write and return the results.
 
         Raises:
             StoreError: see `RunStore`.
@@ -157,7 +156,7 @@ class JudgeCheck:
             store.finish(results)
         return results
 
-    def _results(self, records: Sequence[Sequence[SampleRecord]], spec: Mapping[str, Any]) -> dict[str, Any]:
+    def _results(self, records: Sequence[Sequence[SampleRecord]], spec: JSONMapping) -> JSONObject:
         every = [record for mine in records for record in mine]
         validity = check_reviews(every, len(every), dict(ALLOWED))
         reviews = [review_of(record, stored_verdict(record)) for record in records[0]]
@@ -191,28 +190,28 @@ class JudgeCheck:
         both = [(case, verdict) for case, verdict in zip(self.cases, mine, strict=True) if verdict is not None]
         unscored = len(self.cases) - len(both)
         decisive = [(c, v) for c, v in both if "tie" not in (c.verdict.winner, v.winner)]
-        found = {}
+        metrics = {}
         for name, chosen, lost in (("", both, unscored), ("/decisive", decisive, len(self.cases) - len(decisive))):
             kappa = cohen_kappa(
                 [(case.verdict.winner, verdict.winner) for case, verdict in chosen],
                 [case.pair.question.id for case, _ in chosen],
                 rng=np.random.default_rng(self.seed),
             )
-            found[f"kappa{name}"] = replace(kappa, unscored=lost)
+            metrics[f"kappa{name}"] = replace(kappa, unscored=lost)
             same: list[float | None] = [float(case.verdict.winner == verdict.winner) for case, verdict in chosen]
             agreed = mean_metric(same, [case.pair.question.id for case, _ in chosen])
-            found[f"agreement{name}"] = replace(agreed, unscored=lost)
-        return found
+            metrics[f"agreement{name}"] = replace(agreed, unscored=lost)
+        return metrics
 
     def _consistency(self, records: Sequence[Sequence[SampleRecord]]) -> dict[str, Metric]:
-        """With itself: the same pair asked again."""
+        """With itself: the same pair judged again."""
         if len(records) < 2:
             return {}
         clusters, same = [], []
-        for asked in zip(*records, strict=True):
-            winners = [verdict.winner if (verdict := stored_verdict(r)) else None for r in asked]
+        for repeats in zip(*records, strict=True):
+            winners = [verdict.winner if (verdict := stored_verdict(r)) else None for r in repeats]
             for again in winners[1:]:
-                clusters.append(asked[0].sample.cluster)
+                clusters.append(repeats[0].sample.cluster)
                 same.append(None if None in (winners[0], again) else float(winners[0] == again))
         return {"self_consistency": mean_metric(same, clusters)}
 

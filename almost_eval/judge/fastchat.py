@@ -7,6 +7,8 @@ and taken only where their sha256 is the one written here.
 from __future__ import annotations
 
 from almost_eval.data.sources import DataSource, pinned_text
+from almost_eval.files import parse_lines
+from almost_eval.types import JSONObject
 
 REPOSITORY = "lm-sys/FastChat"
 PINNED = {
@@ -39,7 +41,12 @@ def fastchat_text(path: str, data: DataSource, *, instead: str) -> str:
         instead: what else the user can do, the end of an error's line.
 
     Raises:
-        DataError: it cannot be had, or what was found is another file.
+        DataError: it cannot be had, or is another file.
     """
     tag, sha256 = PINNED[path]
     return pinned_text(REPOSITORY, tag, path, sha256, data, instead=instead)
+
+
+def fastchat_rows(path: str, data: DataSource) -> list[JSONObject]:
+    """The rows of a pinned file of prompts; see `fastchat_text`."""
+    return [row for _, row in parse_lines(path, fastchat_text(path, data, instead="use --prompt-set builtin"))]

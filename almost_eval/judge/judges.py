@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, overload
 
-from almost_eval.judge.api.client import JudgeClient, Stats
+from almost_eval.judge.api.client import JudgeClient
 from almost_eval.judge.api.cost import Budget, estimate, price_of
-from almost_eval.judge.api.endpoint import Endpoint
+from almost_eval.judge.api.endpoint import JudgeEndpoint
 from almost_eval.judge.api.journal import Journal
+from almost_eval.judge.api.session import ClientStats
 from almost_eval.judge.prompts import JudgePrompts
 from almost_eval.judge.records import Failure, JudgeRequest, Pair, Question, Reply, Unparsed, Verdict
 from almost_eval.types import Message, SampleRecord
@@ -130,10 +131,10 @@ class ModelJudge:
         self.connection = connection
         self._reask = reask
         self._client: JudgeClient | None = None
-        self._stats = Stats()
+        self._stats = ClientStats()
         Budget(connection.max_cost, connection.price_in, connection.price_out, judge=name)
         if not dry:
-            Endpoint(name, connection.base_url, connection.timeout)
+            JudgeEndpoint(name, connection.base_url, connection.timeout)
 
     def spec(self) -> dict[str, Any]:
         """What it is asked, and where."""
@@ -212,7 +213,7 @@ class ModelJudge:
         """The client's counts: what was sent, stored already, sent again, and what it cost."""
         stats = self._stats
         return {
-            "requests_sent": stats.asked,
+            "requests_sent": stats.sent,
             "replies_stored_before": stats.cached,
             "sent_again": dict(stats.retried),
             "cost_usd": None if stats.cost is None else round(stats.cost, 6),

@@ -1,8 +1,8 @@
-"""What a judge is asked: prompt families as data, and an answer in them as data too.
+"""What a judge is shown: the prompts of a family, filled with a question and two answers.
 
-Two families: `vicuna` (two scores; one prompt for each kind of question) and `mt-bench` (the letter of the winner).
-Each comes as `official`, FastChat's own words read at run time (see `fastchat.py`), or `builtin`, our wording in
-`prompts/*.yaml`; `--judge-prompt FILE` gives another one in the format of those files:
+The families are in `families/`. Each comes as `official`, the words of its authors read at run time (see
+`fastchat.py`), or `builtin`, our own wording in `families/*.yaml`. `--judge-prompt FILE` is another one in the format
+of those files:
 
     kind: scores                # or letters; says how the review is read (see verdicts.py)
     temperature: 0.2            # optional
@@ -17,8 +17,6 @@ Each comes as `official`, FastChat's own words read at run time (see `fastchat.p
 Nothing in an answer can end its place in the frame. Where a prompt has a {fence}, that is a code which occurs in no
 text of the pair. The official prompts have fixed markers ("[The End of Assistant 1's Answer]"): an answer that holds
 one has it turned into "[quoted: The End of Assistant 1's Answer]". Any other answer goes in byte for byte.
-
-Departures from FastChat: an MT-Bench question without a reference answer gets `pair-v2`, where FastChat stops.
 """
 
 from __future__ import annotations
@@ -26,32 +24,42 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from almost_eval.data.prompt_sets import PROMPT_SET_NAMES
 from almost_eval.data.sources import DataSource
 from almost_eval.errors import DataError, InputError, did_you_mean
-from almost_eval.judge.fastchat import fastchat_text
+from almost_eval.judge.families import FAMILIES
 from almost_eval.judge.records import Pair, Unparsed, Verdict
 from almost_eval.judge.verdicts import parse_letters, parse_scores
 from almost_eval.run import provenance
 from almost_eval.types import Message
 
-FAMILIES = ("vicuna", "mt-bench")
-Kind = Literal["scores", "letters"]
 PromptSetName = Literal["official", "builtin", "file"]
-SETTINGS: dict[str, tuple[float, int]] = {"scores": (0.2, 1024), "letters": (0.0, 2048)}
-"""Kind -> temperature and length of a review in tokens, FastChat's own, where a file names none."""
+
+
+class ReviewForm(NamedTuple):
+    """A form that reviews have."""
+
+    parse: Callable[[str, str], Verdict | Unparsed]
+    """(review, what it may have quoted) -> what it says."""
+    temperature: float
+    """Of a judge that writes this form, where its prompts name none. FastChat's own, as the next."""
+    max_tokens: int
+    """Of a review."""
+
+
+FORMS = {"scores": ReviewForm(parse_scores, 0.2, 1024), "letters": ReviewForm(parse_letters, 0.0, 2048)}
+"""`kind` of a prompt file -> the form of its reviews."""
 
 REFERENCE = "reference"
 REFERENCE_CATEGORIES = frozenset({"math", "reasoning", "coding"})
 """Questions that are judged against a reference answer, if there is one: FastChat's list."""
 
-_TABLE = "fastchat/eval/table"
-_MT_BENCH = "fastchat/llm_judge/data/judge_prompts.jsonl"
 _REQUIRED = ("question", "answer_1", "answer_2")
 _PLACES = re.compile(r"\{(question|answer_1|answer_2|reference|fence)\}")
 _MARKER = re.compile(r"\[([A-Z][^\[\]{}\n]*)\]")
@@ -65,6 +73,44 @@ class Template(NamedTuple):
     user: str
 
 
+class Wording(NamedTuple):
+    """The words of a family."""
+
+    templates: Mapping[str, Template]
+    """By category of the question; `general` for the rest, `reference` where there is a reference answer."""
+    temperature: float | None = None
+    """None: that of the family's form; so the next."""
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptFamily:
+    """What a family states of itself."""
+
+    title: str
+    """What its reviews look like, for `list`."""
+    form: str
+    """A key of `FORMS`: how its reviews are read."""
+    builtin: Path
+    """Our own wording, in the format that this module's head describes."""
+    official: Callable[[DataSource], Wording]
+    """Reads the authors' wording. Raises DataError where it cannot be had, or is not the pinned one."""
+
+
+def load_family(name: str) -> PromptFamily:
+    """A family of `FAMILIES`.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    if name not in FAMILIES:
+        raise InputError(f"unknown prompt family {name!r}; {did_you_mean(name, FAMILIES)}")
+    module, _, attribute = FAMILIES[name].partition(":")
+    family = getattr(import_module(module), attribute)
+    assert isinstance(family, PromptFamily)
+    return family
+
+
 @dataclass(frozen=True, slots=True)
 class JudgePrompts:
     """One prompt family, ready to use."""
@@ -72,12 +118,13 @@ class JudgePrompts:
     name: str
     """The family, or the name of the file."""
     prompt_set: PromptSetName
-    kind: Kind
+    kind: str
+    """A key of `FORMS`."""
     temperature: float
     max_tokens: int
     """Of the review."""
     templates: Mapping[str, Template]
-    """By category of the question; `general` for the rest, `reference` where there is a reference answer."""
+    """See `Wording`."""
 
     @property
     def digest(self) -> str:
@@ -95,13 +142,12 @@ class JudgePrompts:
         return (Message("system", filled.system), user) if filled.system else (user,)
 
     def neutralised(self, pair: Pair) -> int:
-        """How many frame markers were found in the texts of a pair and turned into quotations."""
+        """How many frame markers in the texts of a pair were turned into quotations."""
         return self._texts(pair)[1]
 
     def parse(self, review: str, pair: Pair) -> Verdict | Unparsed:
-        """What a review of this pair says. Nothing that it quotes from the question or the answers is a verdict."""
-        quoted = "\n".join((pair.question.text, pair.answer_1.text, pair.answer_2.text))
-        return parse_scores(review, quoted) if self.kind == "scores" else parse_letters(review, quoted)
+        """What a review of this pair says; see `parse_review`."""
+        return parse_review(self.kind, review, pair)
 
     def _template(self, pair: Pair) -> Template:
         category = pair.question.category
@@ -150,13 +196,24 @@ def _marker_pattern(user: str) -> re.Pattern[str] | None:
     return re.compile(rf"\[(\s*(?:{_QUOTED})*(?:{'|'.join(markers)})\s*)\]", re.I)
 
 
-def load_judge_prompts(
-    family: str, prompt_set: str | None, data: DataSource, *, file: Path | None = None
-) -> JudgePrompts:
-    """A prompt family.
+def parse_review(form: str, review: str, pair: Pair) -> Verdict | Unparsed:
+    """What a review of a pair says. Nothing that it quotes from the question or the answers is a verdict.
 
     Args:
-        family: one of `FAMILIES`; not read where a file is given.
+        form: a key of `FORMS`.
+        review: what the judge wrote.
+        pair: what it is about.
+    """
+    return FORMS[form].parse(review, "\n".join((pair.question.text, pair.answer_1.text, pair.answer_2.text)))
+
+
+def load_judge_prompts(
+    name: str, prompt_set: str | None, data: DataSource, *, file: Path | None = None
+) -> JudgePrompts:
+    """The prompts of a family.
+
+    Args:
+        name: one of `FAMILIES`; not read where there is a file.
         prompt_set: `official`, `builtin`, or None: official on real data, built-in on the nano world.
         data: where the official prompts are looked for.
         file: prompts of the user's own, in the format that this module's head describes.
@@ -168,83 +225,65 @@ def load_judge_prompts(
     if file is not None:
         if prompt_set is not None:
             raise InputError("--judge-prompt FILE takes no --prompt-set: the file is the prompt; leave one of them out")
-        return _read(file, file.name, "file")
-    if family not in FAMILIES:
-        raise InputError(f"unknown prompt family {family!r}; {did_you_mean(family, FAMILIES)}")
+        return _prompts(file.name, "file", *_read(file))
+    family = load_family(name)
     prompt_set = prompt_set or ("builtin" if data.name == "nano" else "official")
     if prompt_set == "builtin":
-        return _read(Path(__file__).parent / "prompts" / f"{family}.yaml", family, "builtin")
+        return _prompts(name, "builtin", *_read(family.builtin))
     if prompt_set != "official":
         raise InputError(f"unknown prompt set {prompt_set!r}; {did_you_mean(prompt_set, PROMPT_SET_NAMES)}")
-    return _official_vicuna(data) if family == "vicuna" else _official_mt_bench(data)
+    return _prompts(name, "official", family.form, family.official(data))
 
 
-def _official_vicuna(data: DataSource) -> JudgePrompts:
-    """A reviewer for each category names its prompt; the first reviewer takes every other category."""
-    prompts = {row["prompt_id"]: row for row in _official_rows(f"{_TABLE}/prompt.jsonl", data)}
-    reviewers = _official_rows(f"{_TABLE}/reviewer.jsonl", data)
-    templates = {}
-    for reviewer in reviewers:
-        row = prompts[reviewer["prompt_id"]]
-        user = row["prompt_template"].replace("{prompt}", row["defaults"]["prompt"])
-        templates[reviewer["category"]] = Template(row["system_prompt"], user)
-    settings = reviewers[0]["metadata"]
-    return JudgePrompts("vicuna", "official", "scores", settings["temperature"], settings["max_tokens"], templates)
+def _prompts(name: str, prompt_set: PromptSetName, form: str, wording: Wording) -> JudgePrompts:
+    temperature, max_tokens = wording.temperature, wording.max_tokens
+    return JudgePrompts(
+        name,
+        prompt_set,
+        form,
+        FORMS[form].temperature if temperature is None else temperature,
+        FORMS[form].max_tokens if max_tokens is None else max_tokens,
+        wording.templates,
+    )
 
 
-def _official_mt_bench(data: DataSource) -> JudgePrompts:
-    rows = {row["name"]: row for row in _official_rows(_MT_BENCH, data)}
-    templates = {}
-    for category, name in (("general", "pair-v2"), (REFERENCE, "pair-math-v1")):
-        user = rows[name]["prompt_template"]
-        for theirs, ours in (("answer_a", "answer_1"), ("answer_b", "answer_2"), ("ref_answer_1", "reference")):
-            user = user.replace(f"{{{theirs}}}", f"{{{ours}}}")
-        templates[category] = Template(rows[name]["system_prompt"], user)
-    return JudgePrompts("mt-bench", "official", "letters", *SETTINGS["letters"], templates)
-
-
-def _official_rows(path: str, data: DataSource) -> list[dict[str, Any]]:
-    text = fastchat_text(path, data, instead="use --prompt-set builtin")
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
-
-
-def _read(file: Path, name: str, prompt_set: PromptSetName) -> JudgePrompts:
-    """Prompts in our own format."""
+def _read(file: Path) -> tuple[str, Wording]:
+    """Form and wording of a file in our own format."""
     import yaml
 
     try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         problem = " ".join(str(error).split())[:160]
         raise DataError(f"{file} cannot be read as judge prompts ({problem}); see the README for the format") from None
     try:
-        kind, templates = _checked(found)
-        temperature, max_tokens = (
-            found.get(key, default) for key, default in zip(("temperature", "max_tokens"), SETTINGS[kind], strict=True)
-        )
-        if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature <= 2:
-            raise ValueError(f"temperature is {temperature!r}, no number from 0 to 2")
-        if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
-            raise ValueError(f"max_tokens is {max_tokens!r}, no positive whole number")
+        return _checked(content)
     except ValueError as error:
         raise DataError(f"{file} holds no judge prompts: {error}; see the README for the format") from None
-    return JudgePrompts(name, prompt_set, kind, float(temperature), max_tokens, templates)
 
 
-def _checked(found: Any) -> tuple[Kind, dict[str, Template]]:
-    """Kind and templates of a file; ValueError says what is wrong."""
-    if not isinstance(found, dict) or not isinstance(found.get("prompts"), dict):
+def _checked(content: object) -> tuple[str, Wording]:
+    """Form and wording of a file; ValueError says what is wrong."""
+    if not isinstance(content, dict) or not isinstance(content.get("prompts"), dict):
         raise ValueError("it needs `kind` and `prompts`, a mapping of categories to prompts")
-    if unknown := sorted(map(str, found.keys() - {"kind", "temperature", "max_tokens", "prompts"})):
+    if unknown := sorted(map(str, content.keys() - {"kind", "temperature", "max_tokens", "prompts"})):
         raise ValueError(f"unknown key {unknown[0]!r}")
-    if found.get("kind") not in SETTINGS:
-        raise ValueError(f"kind is {found.get('kind')!r}, neither scores nor letters")
-    if "general" not in found["prompts"]:
+    form = content.get("kind")
+    if not isinstance(form, str) or form not in FORMS:
+        raise ValueError(f"kind is {form!r}, neither {' nor '.join(FORMS)}")
+    if "general" not in content["prompts"]:
         raise ValueError("there is no prompt `general`, which every other category falls back on")
-    return found["kind"], {str(c): _checked_template(str(c), row) for c, row in found["prompts"].items()}
+    templates = {str(category): _checked_template(str(category), row) for category, row in content["prompts"].items()}
+    temperature = content.get("temperature", FORMS[form].temperature)
+    max_tokens = content.get("max_tokens", FORMS[form].max_tokens)
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature <= 2:
+        raise ValueError(f"temperature is {temperature!r}, no number from 0 to 2")
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens!r}, no positive whole number")
+    return form, Wording(templates, float(temperature), max_tokens)
 
 
-def _checked_template(category: str, row: Any) -> Template:
+def _checked_template(category: str, row: object) -> Template:
     if not isinstance(row, dict) or not isinstance(row.get("user"), str) or not row.keys() <= {"system", "user"}:
         raise ValueError(f"prompt {category} must have a text `user`, and may have a text `system`")
     system = row.get("system") or ""

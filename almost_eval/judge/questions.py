@@ -1,7 +1,7 @@
 """Question and answer files: FastChat's JSONL, MT-Bench's first turns, AlpacaEval's JSON arrays.
 
 Questions: a line `{"question_id": 1, "text": ..., "category": ...}` (Vicuna, the nano world), `{"question_id": 81,
-"turns": [...], "reference": [...]}` (MT-Bench, of which the first turn is asked), or an array of `{"instruction": ...}`
+"turns": [...], "reference": [...]}` (MT-Bench, of which the first turn is taken), or an array of `{"instruction": ...}`
 (AlpacaEval, which has no ids: the row counts, from 1). Answers: a line `{"question_id": 1, "text": ..., "model_id":
 ...}` (FastChat), the same with `choices` (MT-Bench), or an array with `instruction`, `output` and `generator`
 (AlpacaEval), where the instruction says which question is answered.
@@ -16,18 +16,16 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from almost_eval.data.sources import DataSource, fingerprint
 from almost_eval.errors import DataError, InputError
+from almost_eval.files import Row, json_line, parse_lines
 from almost_eval.judge.fastchat import fastchat_text
 from almost_eval.judge.records import Answer, Question
 
 VICUNA = "fastchat/eval/table/question.jsonl"
 _SHOWN = 5
 """Ids that an error names."""
-
-Row = dict[str, Any]
 
 
 def read_questions(path: str | Path) -> list[Question]:
@@ -40,12 +38,12 @@ def read_questions(path: str | Path) -> list[Question]:
 
 
 def find_questions(
-    given: str | Path | None, data: DataSource, *, limit: int | None = None
+    file: str | Path | None, data: DataSource, *, limit: int | None = None
 ) -> tuple[list[Question], str]:
-    """The questions to ask, and the digest of what was found in them.
+    """The questions, and the digest of their content.
 
     Args:
-        given: a question file, or None for the Vicuna questions of the data source: the pinned file of FastChat, or
+        file: a question file, or None for the Vicuna questions of the data source: the pinned file of FastChat, or
             the nano world's own eighty.
         data: where they come from.
         limit: the first so many only.
@@ -56,8 +54,8 @@ def find_questions(
     """
     if limit is not None and limit < 1:
         raise InputError(f"--limit is {limit}; ask at least one question")
-    if given is not None:
-        questions = read_questions(given)
+    if file is not None:
+        questions = read_questions(file)
     elif data.name == "nano":
         from almost_eval.nano.data import QUESTIONS
 
@@ -70,15 +68,15 @@ def find_questions(
 
 
 def _questions(text: str, path: str) -> list[Question]:
-    found: dict[str, Question] = {}
+    questions: dict[str, Question] = {}
     for place, row in _rows(text, path):
         question = _question(row, place, f"{path}, {place}")
-        if question.id in found:
+        if question.id in questions:
             raise DataError(f"{path}, {place}: question id {question.id} was given before; ids must be unique")
-        found[question.id] = question
-    if not found:
+        questions[question.id] = question
+    if not questions:
         raise DataError(f"{path} holds no question; give a file of FastChat's, MT-Bench's or AlpacaEval's shape")
-    return list(found.values())
+    return list(questions.values())
 
 
 def _question(row: Row, place: _Place, where: str) -> Question:
@@ -116,28 +114,28 @@ def read_answers(
         DataError: not UTF-8, a malformed line (with its number), duplicate, unknown or missing ids, several systems.
     """
     path = Path(path)
-    asked = {question.id for question in questions}
+    known = {question.id for question in questions}
     by_text = {question.text: question.id for question in questions}
-    found: dict[str, Answer] = {}
+    answers: dict[str, Answer] = {}
     unknown: list[str] = []
     for place, row in _rows(_read_text(path), str(path)):
         answer = _answer(row, f"{path}, {place}", by_text, path.stem)
-        if answer.question_id not in asked:
+        if answer.question_id not in known:
             unknown.append(answer.question_id)
-        elif answer.question_id in found:
+        elif answer.question_id in answers:
             raise DataError(f"{path}, {place}: question {answer.question_id} was answered before; keep one answer")
         else:
-            found[answer.question_id] = answer
+            answers[answer.question_id] = answer
     if unknown and not subset:
         raise DataError(
             f"{path} answers questions that are not asked: {_some(unknown)}; give the --questions file it belongs to"
         )
-    if missing := [question.id for question in questions if question.id not in found]:
+    if missing := [question.id for question in questions if question.id not in answers]:
         raise DataError(f"{path} has no answer to {len(missing)} of {len(questions)} questions: {_some(missing)}")
-    names = list(dict.fromkeys(answer.model for answer in found.values()))
+    names = list(dict.fromkeys(answer.model for answer in answers.values()))
     if len(names) != 1:
         raise DataError(f"{path} holds answers of several systems ({_some(names)}); give one file for each")
-    return names[0], {question.id: found[question.id] for question in questions}
+    return names[0], {question.id: answers[question.id] for question in questions}
 
 
 def _answer(row: Row, where: str, by_text: Mapping[str, str], name: str) -> Answer:
@@ -155,10 +153,16 @@ def _answer(row: Row, where: str, by_text: Mapping[str, str], name: str) -> Answ
     if not isinstance(text, str) or not isinstance(model, str) or not isinstance(metadata, dict):
         raise DataError(f"malformed data: {where}: an answer needs a text `text` (or `output`); mend the row")
     _refuse_half_characters(where, text, model)
+    try:
+        json_line(metadata)
+    except ValueError:
+        raise DataError(
+            f"malformed data: {where}: NaN or infinity in `metadata`, which JSON has not; mend the row"
+        ) from None
     return Answer(id, text, model, metadata)
 
 
-def answer_line(answer: Answer, question: Question) -> dict[str, Any]:
+def answer_line(answer: Answer, question: Question) -> Row:
     """An answer as a line of FastChat's answer JSONL.
 
     `answer_id` follows from system, question and text: the same answer always has the same id.
@@ -224,13 +228,7 @@ def _rows(text: str, path: str) -> Iterator[tuple[_Place, Row]]:
             raise DataError(f"malformed data: {path} is no JSON array ({error}); mend it") from None
         places = [(_Place("row", number), row) for number, row in enumerate(rows, 1)]
     else:
-        places = []
-        for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a JSON string may hold U+2028
-            if line.strip():
-                try:
-                    places.append((_Place("line", number), json.loads(line)))
-                except (ValueError, RecursionError) as error:
-                    raise DataError(f"malformed data: {path}, line {number}: {error}; mend the line") from None
+        places = [(_Place("line", number), row) for number, row in parse_lines(path, text, unit="line")]
     for place, row in places:
         if not isinstance(row, dict):
             raise DataError(f"malformed data: {path}, {place}: not a JSON object; mend it")

@@ -1,6 +1,6 @@
-"""What a finished run of `vicuna` says: `results.json` from the lines, the same again, and the same in other words.
+"""What a finished run of `vicuna` says: `results.json` of its lines, the same once more, and with other settings.
 
-All of it is a pure function of the run folder: no model, no data set and no judge is asked.
+All of it is a pure function of the run folder: it needs no model, no data set and no judge.
 """
 
 from __future__ import annotations
@@ -8,42 +8,38 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from almost_eval.data.sources import DataSource
 from almost_eval.errors import InputError, StoreError
 from almost_eval.judge.aggregate import Orders, Ties, aggregate, round_robin
 from almost_eval.judge.answers import answer_files, digest_answers
 from almost_eval.judge.judges import UNPARSED, Judgement, verdict_fields
 from almost_eval.judge.lines import ORDERS, check_reviews, couples, record_of, reviews_of
 from almost_eval.judge.local import judge_by_oracle, judge_by_reward
-from almost_eval.judge.prompts import load_judge_prompts
+from almost_eval.judge.prompts import load_family, parse_review
 from almost_eval.judge.questions import read_answers, read_questions
 from almost_eval.judge.records import Pair, Review, Unparsed
-from almost_eval.run.store import digest_records, read_results, read_samples, read_spec
+from almost_eval.run.identity import origin
+from almost_eval.run.store import read_results, read_samples, read_spec
 from almost_eval.run.validity import Validity
 from almost_eval.stats import mean_metric
-from almost_eval.types import Metric, SampleRecord
+from almost_eval.types import JSONMapping, JSONObject, Metric, SampleRecord
 
 HEADLINE = "win_rate"
-FAMILIES = {"scores": "vicuna", "letters": "mt-bench"}
-"""Form of a review -> a prompt family whose parser reads it."""
 
 
 def summarise(
     records: Sequence[SampleRecord],
-    spec: Mapping[str, Any],
+    spec: JSONMapping,
     validity: Validity,
-    engine: Mapping[str, Any],
+    engine: JSONMapping,
     digests: Mapping[str, str],
     *,
     ties: Ties | None = None,
     orders: Orders = "both",
-) -> dict[str, Any]:
+) -> JSONObject:
     """`results.json` without its times.
 
     Args:
@@ -62,8 +58,8 @@ def summarise(
             reviews, [s["name"] for s in settings["systems"].values()], spec["seed"]
         )
     else:
-        found = aggregate(reviews, ties=ties, orders=orders)
-        headline, metrics, judging = HEADLINE, dict(found.metrics), found.to_dict()
+        both = aggregate(reviews, ties=ties, orders=orders)
+        headline, metrics, judging = HEADLINE, dict(both.metrics), both.to_dict()
         del judging["metrics"]
     stated = {name: metric.to_dict() for name, metric in metrics.items()}
     if not validity.passed:
@@ -93,23 +89,17 @@ def summarise(
             "template": template.get("name"),
             "template_digest": template.get("digest"),
             "prompt_set": spec["prompt_set"],
-            "samples_digest": digest_records(records),
-            "dtype": spec["engine"].get("dtype"),
-            "device": spec["engine"].get("device"),
-            "seed": spec["seed"],
-            "versions": spec["versions"],
-            "command": spec["command"],
-            "commit": spec["commit"],
+            **origin(spec, records),
         },
     }
 
 
 def _round_robin(
     reviews: Sequence[Review], names: Sequence[str], seed: int
-) -> tuple[str, dict[str, Metric], dict[str, Any]]:
+) -> tuple[str, dict[str, Metric], JSONObject]:
     """Headline, metrics and the rest of several systems; each one's win rate is over all its games."""
-    found = round_robin(reviews, rng=np.random.default_rng(seed))
-    metrics = {f"strength/{name}": metric for name, metric in found.strengths.items()}
+    ranking = round_robin(reviews, rng=np.random.default_rng(seed))
+    metrics = {f"strength/{name}": metric for name, metric in ranking.strengths.items()}
     for name in names:
         games = [review for review in reviews if name in (review.baseline, review.model)]
         scores = [
@@ -120,11 +110,11 @@ def _round_robin(
         metrics[f"win_rate/{name}"] = mean_metric(scores, [review.question_id for review in games])
     unparsed = sum(review.model_score is None for review in reviews)
     metrics["unparsed"] = Metric(float(unparsed), None, None, len(reviews))
-    judging = {key: value for key, value in found.to_dict().items() if key != "strengths"}
+    judging = {key: value for key, value in ranking.to_dict().items() if key != "strengths"}
     return f"win_rate/{names[-1]}", metrics, judging
 
 
-def _details(records: Sequence[SampleRecord]) -> dict[str, Any]:
+def _details(records: Sequence[SampleRecord]) -> JSONObject:
     """What the lines say besides the verdicts; only what is not zero."""
     reasons = Counter(r.score.reason for r in records if r.score.reason not in (None, UNPARSED))
     problems = Counter(r.outputs.get("problem") for r in records if r.score.reason == UNPARSED)
@@ -158,8 +148,6 @@ class StoredRun:
         if self.spec.get("requires") != "judge":
             raise StoreError(f"{folder} is a run of {self.spec['task']}, not of vicuna; use almost-eval report")
         settings = self.spec["settings"]
-        # A parser is the same whatever words a family's prompts have.
-        self._reader = cache(lambda family: load_judge_prompts(family, "builtin", DataSource("nano", None)))
         self.questions = read_questions(folder / "questions.jsonl")
         names = [system["name"] for system in settings["systems"].values()]
         self.answers = [read_answers(file, self.questions)[1] for file in answer_files(folder, names)]
@@ -182,7 +170,7 @@ class StoredRun:
         outputs = {key: value for key, value in record.outputs.items() if key not in ("lengths", "cut")}
         return record_of(pair, self._judgement(pair, record, outputs, family), id=record.sample.id, cut=cut)
 
-    def _judgement(self, pair: Pair, record: SampleRecord, outputs: dict[str, Any], family: str | None) -> Judgement:
+    def _judgement(self, pair: Pair, record: SampleRecord, outputs: JSONObject, family: str | None) -> Judgement:
         judge = self.spec["settings"]["judge"]
         if judge["kind"] == "oracle":
             return judge_by_oracle(pair)
@@ -191,7 +179,8 @@ class StoredRun:
             return judge_by_reward(first, second)
         if outputs.get("review") is None:  # there was none
             return Judgement(None, record.score.reason, outputs)
-        verdict = self._reader(family or FAMILIES[judge["form"]]).parse(outputs["review"], pair)
+        form = judge["form"] if family is None else load_family(family).form
+        verdict = parse_review(form, outputs["review"], pair)
         outputs = {key: value for key, value in outputs.items() if key != "problem"} | verdict_fields(verdict)
         if isinstance(verdict, Unparsed):
             return Judgement(None, UNPARSED, outputs | {"problem": verdict.reason})
@@ -199,7 +188,7 @@ class StoredRun:
 
     def summarise(
         self, records: Sequence[SampleRecord], *, ties: Ties | None = None, orders: Orders = "both"
-    ) -> dict[str, Any]:
+    ) -> JSONObject:
         """The results that these lines make."""
         allowed = {name: entry["allowed"] for name, entry in self.results["validity"]["checks"].items()}
         records = [r for r in records if r.sample.metadata["order"] in ORDERS[orders]]
@@ -208,10 +197,8 @@ class StoredRun:
         return summarise(records, self.spec, validity, self.results["engine"], self.digests, ties=ties, orders=orders)
 
 
-def redraw(
-    folder: Path, *, ties: Ties | None = None, orders: Orders = "both", family: str | None = None
-) -> dict[str, Any]:
-    """The results of a finished run in other words; nothing is asked and nothing is written.
+def redraw(folder: Path, *, ties: Ties | None = None, orders: Orders = "both", family: str | None = None) -> JSONObject:
+    """The results of a finished run with other settings; nothing is sent and nothing is written.
 
     Args:
         folder: the run folder.

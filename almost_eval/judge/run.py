@@ -2,7 +2,7 @@
 
 What can be refused is refused before a weight is loaded or a request is sent. An answer is on disk before the next is
 made, a review before the next is waited for, and a killed run goes on with what is missing. What failed for a reason
-that may pass (a timeout, a budget) has a line that says so; the same command asks for it again, and for nothing else.
+that may pass (a timeout, a budget) has a line that says so. The same command requests it again, and nothing else.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from almost_eval.files import write_rows
 from almost_eval.judge.answers import (
     Answers,
     System,
@@ -19,7 +20,6 @@ from almost_eval.judge.answers import (
     digest_answers,
     distinct,
     question_line,
-    write_whole,
 )
 from almost_eval.judge.judges import LASTING, Judge, ModelJudge, shown
 from almost_eval.judge.lines import ORDERS, check_reviews, couples, record_of
@@ -27,10 +27,11 @@ from almost_eval.judge.records import Answer, Question
 from almost_eval.judge.results import summarise
 from almost_eval.progress import Progress
 from almost_eval.run import provenance
-from almost_eval.run.prompt_log import Asked, Prompt, write_prompts
+from almost_eval.run.identity import default_folder
+from almost_eval.run.prompt_log import Prompt, SamplePrompts, write_prompts
 from almost_eval.run.store import RunStore
 from almost_eval.run.validity import ALLOWED, Validity
-from almost_eval.types import SampleRecord
+from almost_eval.types import JSONObject, SampleRecord
 
 TASK = "vicuna"
 
@@ -39,7 +40,7 @@ class JudgeRun:
     """Questions, systems and a judge, checked and ready.
 
     Args:
-        questions: what was asked.
+        questions: what both systems answer.
         fingerprint: of the question file.
         data_name: `hub` or `nano`.
         systems: baseline and model; or more than two for a round robin, each against each.
@@ -86,8 +87,8 @@ class JudgeRun:
         n = len(self.systems)
         return len(self.questions) * len(ORDERS[self.orders]) * n * (n - 1) // 2
 
-    def spec(self) -> dict[str, Any]:
-        """Everything that decides the numbers, and the command that asked for them."""
+    def spec(self) -> JSONObject:
+        """Everything that decides the numbers, and the command that requested them."""
         judge = self.judge.spec()
         roles = ["baseline", "model"] if len(self.systems) == 2 else [system.name for system in self.systems]
         systems = {role: system.spec() for role, system in zip(roles, self.systems, strict=True)}
@@ -128,15 +129,12 @@ class JudgeRun:
         return f"{names[1]} vs {names[0]}" if len(names) == 2 else ", ".join(names)
 
     def default_folder(self) -> Path:
-        """`runs/vicuna-<judge>-<model>-<digest of the spec>`: the same command goes on where it stopped."""
-        spec = {k: v for k, v in self.spec().items() if k not in ("command", "commit", "model_name")}
-        parts = (TASK, self.judge.name, Path(self.systems[-1].name).name)
-        readable = "-".join("".join(c if c.isalnum() or c in "+-_." else "_" for c in part)[:60] for part in parts)
-        return Path("runs") / f"{readable}-{provenance.digest(spec)[:10]}"
+        """`runs/vicuna-<judge>-<model>-<digest of the spec>`; see `identity.default_folder`."""
+        return default_folder(self.spec(), TASK, self.judge.name, Path(self.systems[-1].name).name)
 
     def execute(
         self, folder: Path, progress: Progress | None = None, *, started: float | None = None
-    ) -> tuple[dict[str, Any], Validity]:
+    ) -> tuple[JSONObject, Validity]:
         """Make what is missing, then write and return `results.json`'s content and the gate's verdict.
 
         Args:
@@ -153,14 +151,16 @@ class JudgeRun:
         started = time.perf_counter() if started is None else started
         spec = self.spec()
         with RunStore(folder, spec) as store, self.judge.open(folder):
-            write_whole(folder / "questions.jsonl", [question_line(question) for question in self.questions])
+            write_rows(folder / "questions.jsonl", map(question_line, self.questions), ascii_only=True)
             files = answer_files(folder, [system.name for system in self.systems])
             answers = [s.write(file, progress) for s, file in zip(self.systems, files, strict=True)]
             ids, pairs, cuts = couples(self.questions, answers, self.orders, self.max_answer_chars)
             if isinstance(self.judge, ModelJudge):
                 prompts = self.judge.prompts
                 texts = (shown(prompts.messages(pair)) for pair in pairs)
-                write_prompts(folder, (Asked(id, (), (Prompt(text),)) for id, text in zip(ids, texts, strict=True)))
+                write_prompts(
+                    folder, (SamplePrompts(id, (), (Prompt(text),)) for id, text in zip(ids, texts, strict=True))
+                )
             again = [id for id, record in store.done.items() if self._asks_again(record)]
             if again:
                 progress.note(f"asking again for {len(again)} reviews that failed before")
@@ -193,12 +193,12 @@ class JudgeRun:
         reason = record.score.reason
         return reason is not None and (reason not in LASTING or self.judge.asks_again(record))
 
-    def describe(self, folder: Path | None = None) -> dict[str, Any]:
+    def describe(self, folder: Path | None = None) -> JSONObject:
         """What `--dry-run` prints; answers that are yet to be written count as long as they may become."""
         unwritten = [system.name for system in self.systems if system.known() is None]
         answers = [system.known() or self._longest(system) for system in self.systems]
         _, pairs, _ = couples(self.questions, answers, self.orders, self.max_answer_chars)
-        facts: dict[str, Any] = {"questions": len(self.questions), "reviews": len(pairs), "judge": self.judge.name}
+        facts: JSONObject = {"questions": len(self.questions), "reviews": len(pairs), "judge": self.judge.name}
         facts |= {"systems": ", ".join(system.name for system in self.systems)}
         if unwritten:
             facts["taken_as_long_as_they_may_become"] = f"answers of {', '.join(unwritten)}"

@@ -8,14 +8,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from almost_eval.report.runs import Results, counted
 from almost_eval.tasks.registry import stated_by
-from almost_eval.types import JSONObject
 
 MANY_ROWS = 24
 """Rows beyond which subjects are folded away; they are all in results.json."""
 
 
-def print_results(results: JSONObject, console: Console, *, folder: str | None = None) -> None:
+def print_results(results: Results, console: Console, *, folder: str | None = None) -> None:
     """The metrics with their intervals, the baselines, what was not scored, and where the run is."""
     if "judging" in results:
         from almost_eval.report.judge_console import print_judged
@@ -69,20 +69,10 @@ def _print_folder(folder: str | None, console: Console) -> None:
         console.print(Text(f"run: {folder}"), soft_wrap=True)
 
 
-def _notes(results: JSONObject) -> list[Text]:
+def _notes(results: Results) -> list[Text]:
     lines = []
-    counted = [
-        f"{name.replace('_', ' ')} {check['count']}"
-        for name, check in results["validity"]["checks"].items()
-        if check["count"]
-    ]
-    counted += [
-        f"{name} {value:.1%}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in results["details"].items()
-        if value or isinstance(value, float)  # a count of nothing says nothing, a share of 0 does
-    ]
-    if counted:
-        lines.append(Text("counted: " + ", ".join(counted)))
+    if counts := counted(results):
+        lines.append(Text("counted: " + ", ".join(counts)))
     if not results["validity"]["passed"]:
         reason = results["validity"]["reason"] or "no samples"
         lines.append(Text.assemble(("headline withheld:", "red"), f" {reason}"))
@@ -98,7 +88,7 @@ def _notes(results: JSONObject) -> list[Text]:
     return lines
 
 
-def _folded(results: JSONObject) -> list[str]:
+def _folded(results: Results) -> list[str]:
     """The metrics to show; of many, those that the task calls its main ones, or else those of no group."""
     names = list(results["metrics"])
     if len(names) <= MANY_ROWS:

@@ -26,7 +26,7 @@ _PAGE = Path(__file__).with_name("assets")
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """What was written."""
+    """A page that was written."""
 
     file: Path
     size: int

@@ -107,7 +107,7 @@ def _svg(draw: Callable[[Axes], None], *, ident: str, title: str) -> str:
 
 
 def _inline(svg: str, ident: str, title: str) -> str:
-    """The `<svg>` element alone, in the page's colours and font, its ids its own."""
+    """The `<svg>` element alone, in the page's colours and font, its ids unique in the page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from almost_eval.errors import InputError
-from almost_eval.run.prompt_log import Asked, read_prompts
+from almost_eval.run.prompt_log import SamplePrompts, read_prompts
 from almost_eval.run.store import read_results, read_samples, read_spec
 from almost_eval.tasks.facts import Unit
 from almost_eval.tasks.registry import stated_by
@@ -19,9 +20,8 @@ SHOWN_NAMES = 3
 """Names that a label lists, of lm-eval tasks or of metrics."""
 NONE = "-"
 """Shown where there is no value."""
-RIGHT = 0.5
-"""A score above it counts as right, as in `compare`."""
-
+Results = Mapping[str, Any]
+"""Content of `results.json`."""
 JUDGED_COUNTS = ("wins", "ties", "losses", "unparsed")
 JUDGED_NUMBERS = ("total_score/", "strength/")
 """Beginnings of the names of a judged run's metrics that are in a unit of their own."""
@@ -52,7 +52,7 @@ class LoadedRun:
     spec: JSONObject
     results: JSONObject
     records: list[SampleRecord]
-    prompts: dict[str, Asked]
+    prompts: dict[str, SamplePrompts]
     """By sample id; empty where the folder has no `prompts.jsonl`."""
     label: str = ""
     """The model's name, made unique among the runs of a report."""
@@ -143,7 +143,7 @@ class Benchmark:
 
 @dataclass(slots=True, eq=False)
 class RunSet:
-    """All that a report is about."""
+    """The runs of a report, with their models and benchmarks."""
 
     runs: list[LoadedRun]
     models: list[str]
@@ -183,7 +183,7 @@ def load_runs(folders: Sequence[Path], *, prompts: bool = True) -> RunSet:
 
 
 def _inside(folder: Path) -> list[Path]:
-    """The run folders in a folder that is none itself."""
+    """Run folders inside a folder that is not itself a run folder."""
     if (folder / "spec.json").exists() or (folder / "results.json").exists() or not folder.is_dir():
         return []
     return sorted(spec.parent for spec in folder.glob("*/spec.json") if (spec.parent / "samples.jsonl").exists())
@@ -255,18 +255,17 @@ def readable(name: str) -> str:
     return re.sub(r"_+", " ", name)
 
 
-def right_or_wrong(score: float | None) -> bool | None:
-    """Whether a score counts as right; None where there is none."""
-    return None if score is None else score > RIGHT
+def gate_counts(results: Results) -> list[str]:
+    """What the validity checks counted, in words."""
+    checks: dict[str, JSONObject] = results["validity"]["checks"]
+    return [f"{readable(name)} {check['count']}" for name, check in checks.items() if check["count"]]
 
 
-def counted(results: JSONObject) -> list[str]:
-    """What the gate and the task counted, in words, as the console says it."""
-    checks: Iterable[tuple[str, JSONObject]] = results["validity"]["checks"].items()
-    lines = [f"{readable(name)} {check['count']}" for name, check in checks if check["count"]]
-    for name, value in results["details"].items():
-        if isinstance(value, float):
-            lines.append(f"{readable(name)} {value:.1%}")
-        elif isinstance(value, int) and value:
-            lines.append(f"{readable(name)} {value}")
-    return lines
+def counted(results: Results) -> list[str]:
+    """What the validity checks and the task counted, in words. A count of 0 says nothing, a share of 0 does."""
+    details: dict[str, float | int] = results["details"]
+    return gate_counts(results) + [
+        f"{readable(name)} {value:.1%}" if isinstance(value, float) else f"{readable(name)} {value}"
+        for name, value in details.items()
+        if value or isinstance(value, float)
+    ]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from almost_eval.files import read_rows
 from almost_eval.report.runs import Benchmark, LoadedRun, RunSet
-from almost_eval.run.prompt_log import Asked
+from almost_eval.run.prompt_log import SamplePrompts
 from almost_eval.tasks.registry import stated_by
 from almost_eval.types import JSONObject, SampleRecord
 
@@ -105,14 +105,14 @@ LETTERED = re.compile(r"\nA\. (.*?)\nB\. (.*?)\nC\. (.*?)\nD\. (.*?)\n[^\n]*\Z",
 """A prompt that ends in four lettered choices; the page's script has the same expression."""
 
 
-def _choices(read: Asked) -> list[str] | None:
+def _choices(entry: SamplePrompts) -> list[str] | None:
     """The choices, or None where the first prompt says them in a form from which the page's script reads them."""
-    own = read.prompts[0].text[read.prompts[0].shared :] if read.prompts else ""
+    own = entry.prompts[0].text[entry.prompts[0].shared :] if entry.prompts else ""
     # One line for each letter: the expression then has one way to match, and cannot take long.
     if not all(own.count(f"\n{letter}. ") == 1 for letter in "ABCD"):
-        return list(read.choices)
+        return list(entry.choices)
     lettered = LETTERED.search(own)
-    return None if lettered and lettered.groups() == read.choices else list(read.choices)
+    return None if lettered and lettered.groups() == entry.choices else list(entry.choices)
 
 
 class _Numbered:
@@ -160,15 +160,15 @@ class _Texts:
 
     def of(self, record: SampleRecord, pieces: _Numbered, endings: _Numbered) -> list[object]:
         """[choices or None (see `_choices`), prompts, snippet or None, question and answers or None]."""
-        read = self._run.prompts.get(record.sample.id) or Asked(record.sample.id, (), ())
+        entry = self._run.prompts.get(record.sample.id) or SamplePrompts(record.sample.id, (), ())
         prompts = [
             [pieces.of(p.text[: p.shared]) if p.shared else -1, p.text[p.shared :], endings.of(list(p.continuations))]
-            for p in read.prompts
+            for p in entry.prompts
         ]
         judged = self._judged.of(record) if self._judged else None
         # The cluster is the context, which may be in the part of a prompt that its neighbours share.
         snippet = record.sample.cluster if stated_by(self._run.task).context_is_text else None
-        return [_choices(read), prompts, snippet, judged]
+        return [_choices(entry), prompts, snippet, judged]
 
     def chunk(self, records: Sequence[SampleRecord]) -> JSONObject:
         """A chunk of samples; what their prompts share is in it once."""
@@ -178,8 +178,8 @@ class _Texts:
 
     def size(self, record: SampleRecord) -> int:
         """Roughly its characters in a chunk."""
-        read = self._run.prompts.get(record.sample.id)
-        own = sum(len(p.text) - p.shared for p in read.prompts) + sum(map(len, read.choices)) if read else 0
+        entry = self._run.prompts.get(record.sample.id)
+        own = sum(len(p.text) - p.shared for p in entry.prompts) + sum(map(len, entry.choices)) if entry else 0
         return own + 40 + (len(str(record.outputs.get("review") or "")) if record.outputs else 0)
 
 

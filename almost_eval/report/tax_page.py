@@ -10,7 +10,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from almost_eval.compare.tax.tax import BENCHMARKS, KL_SOURCE, LOG_IS, Policy, Tax, shown
+from almost_eval.compare.tax.tax import KL_SOURCE, LOG_IS, MeasuredPolicy, Tax, benchmarks, shown
 from almost_eval.errors import RunError
 from almost_eval.files import whole_file
 
@@ -102,7 +102,7 @@ def draw(tax: Tax) -> tuple[str, bytes]:
 def _panels(tax: Tax) -> list[tuple[str, Draw]]:
     measured = tax.columns
     panels: list[tuple[str, Draw]] = []
-    looks = dict(zip(BENCHMARKS, cycle(_LOOKS), strict=False)) | {"oracle": _ORACLE_LOOK}
+    looks = dict(zip(benchmarks(), cycle(_LOOKS), strict=False)) | {"oracle": _ORACLE_LOOK}
     shares = {name: look for name, look in looks.items() if name in measured}
     if shares:
         panels.append(("Benchmarks, %", partial(_shares, tax=tax, looks=shares)))
@@ -121,7 +121,7 @@ def _panels(tax: Tax) -> list[tuple[str, Draw]]:
 
 def _shares(axes: Axes, tax: Tax, looks: Mapping[str, tuple[str, str]]) -> None:
     for place, (name, (colour, marker)) in enumerate(looks.items()):
-        label = BENCHMARKS.get(name, "oracle, of the answers")
+        label = benchmarks().get(name, "oracle, of the answers")
         shift = (place - (len(looks) - 1) / 2) * 0.012 * _span(tax)
         _points(axes, tax.policies, name, colour, marker, 100, shift, label)
 
@@ -139,7 +139,7 @@ def _logged(axes: Axes, tax: Tax, name: str, *, label: str | None) -> None:
 
 def _points(
     axes: Axes,
-    policies: Sequence[Policy],
+    policies: Sequence[MeasuredPolicy],
     name: str,
     colour: str,
     marker: str,

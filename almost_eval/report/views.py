@@ -7,7 +7,18 @@ from collections.abc import Sequence
 
 from almost_eval.report import judged, plots
 from almost_eval.report.matrix import Cell, Matrix
-from almost_eval.report.runs import NONE, Benchmark, LoadedRun, RunSet, Unit, counted, readable, shown, unit_of
+from almost_eval.report.runs import (
+    NONE,
+    Benchmark,
+    LoadedRun,
+    RunSet,
+    Unit,
+    counted,
+    gate_counts,
+    readable,
+    shown,
+    unit_of,
+)
 from almost_eval.tasks.facts import MetricGroup
 from almost_eval.tasks.registry import stated_by
 from almost_eval.types import JSONObject
@@ -26,7 +37,7 @@ View = JSONObject
 
 
 def headline_rows(run_set: RunSet) -> list[View]:
-    """One row a run: the headline, its interval, what it stands on, trivial baselines beside it."""
+    """One row a run: the headline with its interval, the validity checks, and the trivial baselines."""
     rows = []
     for place, benchmark in enumerate(run_set.benchmarks):
         for at, run in enumerate(benchmark.runs):
@@ -42,11 +53,7 @@ def headline_rows(run_set: RunSet) -> list[View]:
                     "unscored": run.metrics[run.headline]["unscored"],
                     "baselines": [bar(run, name, baseline=True) for name in run.results["baselines"]],
                     "withheld": run.withheld,
-                    "counted": [
-                        f"{readable(name)} {check['count']}"
-                        for name, check in run.results["validity"]["checks"].items()
-                        if check["count"]
-                    ],
+                    "counted": gate_counts(run.results),
                 }
             )
     return rows
@@ -191,7 +198,7 @@ def _row(runs: Sequence[LoadedRun], name: str, group: MetricGroup) -> View | Non
 
 
 def _baseline_rows(runs: Sequence[LoadedRun]) -> list[View]:
-    """Rules with no model, once: they depend on the data alone where all runs scored the same samples."""
+    """The rules with no model, from the first run that has them: all runs scored the same samples."""
     names = dict.fromkeys(name for run in runs for name in run.results["baselines"])
     rows = []
     for name in names:
@@ -275,7 +282,7 @@ def _bias(metric: JSONObject | None, name: str, of: str) -> View:
 
 
 def provenance(run_set: RunSet) -> list[View]:
-    """Where each run comes from, and the command that makes it again."""
+    """Origin of each run, and the command that repeats it."""
     return [_provenance(run, f"command-{place}") for place, run in enumerate(run_set.runs)]
 
 
@@ -316,7 +323,7 @@ def _digest(value: object) -> str:
 
 
 def _short(value: JSONObject) -> str:
-    """Settings in one line; what is itself an object has a line or a file of its own."""
+    """Settings in one line. Objects inside them are left out: they have a line or a file of their own."""
     parts = []
     for name, item in value.items():
         if isinstance(item, list) and not any(isinstance(inner, dict) for inner in item):

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from typing import Any, NoReturn
 
-from almost_eval.engines.openai_client import OpenAIClient, ServedModel
+from almost_eval.engines.openai_client import EndpointModel, OpenAIClient
 from almost_eval.errors import InputError, ModelError
 from almost_eval.models.chat import ChatTemplate, dialogue_text
 from almost_eval.rewards.base import ARCHITECTURES
@@ -121,7 +121,7 @@ class HTTPRewardModel(OpenAIClient):
         return "rewards", str(answer.get("model") or "")
 
     def _probe_classify(self) -> tuple[str, str]:
-        url = self.root_url("/classify")
+        url = self.address.beside("/classify")
         body = self._fields() | {"messages": _messages(PROBE)}
         answers = [self.post_json(url, body | {"use_activation": on}) for on in (False, True)]
         raw, activated = (_one_number(answer) for answer in answers)
@@ -147,7 +147,7 @@ class HTTPRewardModel(OpenAIClient):
         ) from None
 
     @cached_property
-    def checkpoint(self) -> ServedModel:
+    def checkpoint(self) -> EndpointModel:
         """The served model, in the place of the files it was loaded from."""
         self.check()
         return self.served_model(ARCHITECTURES)
@@ -254,7 +254,7 @@ class HTTPRewardModel(OpenAIClient):
                 return float(reward), None
             body = {"input": reader.encode([conversation])[0]} if reader else {"messages": _messages(conversation)}
             body |= self._fields() | {"use_activation": False}
-            return _one_number(self.post_json(self.root_url("/classify"), body)), None
+            return _one_number(self.post_json(self.address.beside("/classify"), body)), None
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             return math.nan, self.words(error)
         except openai.OpenAIError as error:

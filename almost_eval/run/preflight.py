@@ -116,9 +116,9 @@ def _check_bos(prepared: Prepared, engine: Any) -> None:
     for request in prepared.requests:
         context = request.request.context
         expected = max(own, int(bool(engine.encoder.bos) and context.startswith(engine.encoder.bos)))
-        if context and (found := in_front(request.continuations[0].prefix)) != expected:
+        if context and (count := in_front(request.continuations[0].prefix)) != expected:
             raise TemplateError(
-                f"the prompt begins with {found} BOS tokens, the tokenizer's own encoding with {expected}: the "
+                f"the prompt begins with {count} BOS tokens, the tokenizer's own encoding with {expected}: the "
                 "template writes one too many, or one is lost; mend the template (--template FILE)"
             )
 

@@ -11,14 +11,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from almost_eval.errors import RunError, StoreError
+from almost_eval.errors import RunError
+from almost_eval.files import read_records, whole_file
+from almost_eval.types import JSONObject
 
 NAME = "prompts.jsonl"
 SHORTEST_PIECE = 200
@@ -37,17 +36,17 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What was asked about one sample."""
+class SamplePrompts:
+    """What the model read of one sample."""
 
     id: str
     choices: tuple[str, ...]
     """The sample's own, as the data has them."""
     prompts: tuple[Prompt, ...]
-    """Empty where the prompt did not fit the context, and nothing was asked."""
+    """Empty where the prompt did not fit the context, and the model read nothing."""
 
 
-def write_prompts(folder: Path, asked: Iterable[Asked]) -> None:
+def write_prompts(folder: Path, samples: Iterable[SamplePrompts]) -> None:
     """Write `prompts.jsonl` unless it is there.
 
     Raises:
@@ -56,59 +55,47 @@ def write_prompts(folder: Path, asked: Iterable[Asked]) -> None:
     file = folder / NAME
     if file.exists():
         return
-    scratch = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        with scratch.open("wb") as stream:
-            for line in _lines(list(asked)):
+        with whole_file(file) as stream:
+            for line in _lines(list(samples)):
                 # Half a surrogate pair has no UTF-8, but its escape is JSON.
                 stream.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
-        scratch.replace(file)
     except OSError as error:
-        with suppress(OSError):
-            scratch.unlink()
         raise RunError(f"cannot write to {folder} ({error.strerror}); the same command goes on") from None
 
 
-def read_prompts(folder: Path) -> dict[str, Asked]:
-    """Sample id -> what was asked; empty where the folder has no such file.
+def read_prompts(folder: Path) -> dict[str, SamplePrompts]:
+    """Sample id -> what the model read; empty where the folder has no such file.
 
     Raises:
         StoreError: a line that is no prompt.
     """
-    file = folder / NAME
-    if not file.exists():
-        return {}
     pieces: dict[str | None, str] = {None: ""}
-    found: dict[str, Asked] = {}
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                row = json.loads(line)
-                if "piece" in row:
-                    pieces[row["piece"]] = row["text"]
-                else:
-                    found[row["id"]] = _asked(row, pieces)
-            except (ValueError, LookupError, TypeError) as error:
-                raise StoreError(
-                    f"{file}, line {number} is no prompt ({error!r}); remove the file, and repeat the run's command to "
-                    "write it anew"
-                ) from None
-    return found
+
+    def parse(row: JSONObject) -> SamplePrompts | None:
+        if "piece" in row:
+            pieces[row["piece"]] = row["text"]
+            return None
+        return _of_row(row, pieces)
+
+    mend = "remove the file, and repeat the run's command to write it anew"
+    lines = read_records(folder / NAME, parse, "a prompt", mend=mend)
+    return {sample.id: sample for _, sample in lines if sample is not None}
 
 
-def _asked(row: dict[str, Any], pieces: dict[str | None, str]) -> Asked:
+def _of_row(row: JSONObject, pieces: dict[str | None, str]) -> SamplePrompts:
     prompts = [
         Prompt(pieces[p["piece"]] + p["text"], tuple(p["continuations"]), len(pieces[p["piece"]]))
         for p in row["prompts"]
     ]
-    return Asked(row["id"], tuple(row["choices"]), tuple(prompts))
+    return SamplePrompts(row["id"], tuple(row["choices"]), tuple(prompts))
 
 
-def _lines(asked: list[Asked]) -> Iterator[dict[str, Any]]:
+def _lines(samples: list[SamplePrompts]) -> Iterator[JSONObject]:
     """Each piece before the first sample that needs it."""
-    shared = iter(_shared_lengths([prompt.text for one in asked for prompt in one.prompts]))
+    shared = iter(_shared_lengths([prompt.text for one in samples for prompt in one.prompts]))
     written: set[str] = set()
-    for one in asked:
+    for one in samples:
         prompts = []
         for prompt in one.prompts:
             length = next(shared)

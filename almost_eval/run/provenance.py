@@ -7,7 +7,9 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,13 @@ PACKAGES = ("almost-toolkit", "torch", "transformers", "tokenizers", "lm_eval", 
 
 def versions() -> dict[str, str]:
     """Versions of what computes and of what defines the tasks."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "absent"
-    return found
+            versions[package] = "absent"
+    return versions
 
 
 def commit() -> str | None:
@@ -53,9 +55,23 @@ def _git(folder: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
+_COMMAND: ContextVar[list[str] | None] = ContextVar("command", default=None)
+
+
+@contextmanager
+def recording_command(arguments: list[str]) -> Iterator[None]:
+    """Inside, this command line is recorded: with what a file of options stands for, in place of the file's name."""
+    token = _COMMAND.set(arguments)
+    try:
+        yield
+    finally:
+        _COMMAND.reset(token)
+
+
 def command() -> list[str]:
     """The command line, the program without its folder. Keys come from the environment, so it holds none."""
-    return [Path(sys.argv[0]).name, *sys.argv[1:]]
+    arguments = _COMMAND.get() or sys.argv
+    return [Path(arguments[0]).name, *arguments[1:]]
 
 
 def digest(value: Mapping[str, Any]) -> str:

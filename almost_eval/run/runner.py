@@ -17,25 +17,35 @@ from almost_eval.engines.base import Described, SamplingParams
 from almost_eval.errors import InputError
 from almost_eval.progress import Progress
 from almost_eval.run import provenance
+from almost_eval.run.identity import default_folder, origin
 from almost_eval.run.preflight import Prepared, describe, prepare
-from almost_eval.run.prompt_log import Asked, Prompt, write_prompts
-from almost_eval.run.store import RunStore, digest_records
+from almost_eval.run.prompt_log import Prompt, SamplePrompts, write_prompts
+from almost_eval.run.store import RunStore
 from almost_eval.run.validity import ALLOWED, Validity, check
 from almost_eval.tasks.base import GenerationRequest, Task, loglikelihood_outputs, reward_outputs
-from almost_eval.types import LoglikelihoodRequest, Outputs, SampleRecord, Score
+from almost_eval.types import (
+    ContinuationScore,
+    Conversation,
+    JSONMapping,
+    JSONObject,
+    LoglikelihoodRequest,
+    Outputs,
+    SampleRecord,
+    Score,
+)
 
 
 class Run:
-    """A task and the model it is asked of, checked and ready.
+    """A task and the model it is put to, checked and ready.
 
     Args:
-        task: what is asked.
+        task: the benchmark.
         model: an engine (HFEngine, ...) or a reward model (HFRewardModel, ...), whichever the task requires.
         seed: recorded, and of every text that is drawn.
         allowed: shares for the validity gate, or None for the defaults.
 
     Raises:
-        InputError: no samples, or none that can be asked of this model; see `prepare`.
+        InputError: no samples, or none that fits this model; see `prepare`.
     """
 
     def __init__(
@@ -67,8 +77,8 @@ class Run:
             )
 
     @cached_property
-    def _conversations(self) -> list[list[Any]]:
-        """Sample index -> what a reward model is asked."""
+    def _conversations(self) -> list[list[Conversation]]:
+        """Sample index -> what a reward model reads."""
         return [self.task.conversations(sample) for sample in self.samples]
 
     @cached_property
@@ -78,19 +88,19 @@ class Run:
         return [max(next(lengths) for _ in mine) for mine in self._conversations]
 
     def _fits(self, index: int) -> bool:
-        """Whether a reward model can read all conversations of a sample; where it does not tell, it is asked."""
+        """Whether a reward model can read all conversations of a sample; where it does not tell, it is tried."""
         limit = self.model.context_length
         return limit is None or self._lengths[index] <= limit
 
-    def spec(self) -> dict[str, Any]:
-        """Everything that decides the numbers, and the command that asked for them."""
+    def spec(self) -> JSONObject:
+        """Everything that decides the numbers, and the command that requested them."""
         task, model = self.task, self.model
         if task.requires == "reward":
             template, prompts = model.template, None  # no template: the server writes the conversations
-            asked = template is not None and template.name != "tokenizer"
+            is_chosen = template is not None and template.name != "tokenizer"
         else:
             template, prompts = task.prompting.template, task.prompting.prompt_set
-            asked = task.prompting.asked
+            is_chosen = task.prompting.is_chosen
         return {
             "schema": 1,
             "task": task.name,
@@ -105,7 +115,7 @@ class Run:
             "template": {"name": template.name, "digest": template.digest, "text": template.source}
             if template
             else None,
-            "template_asked": asked,
+            "template_asked": is_chosen,
             "prompt_set": {"name": prompts.name, "digest": prompts.digest} if prompts else None,
             "prompt_ids_digest": self.prepared.digest() if self.prepared else None,
             "data": {"source": task.data.name, "fingerprint": task.data_fingerprint()},
@@ -123,12 +133,9 @@ class Run:
 
     def default_folder(self) -> Path:
         """`runs/<task>-<protocol>-<model>-<digest of the spec>`: the same command goes on where it stopped."""
-        spec = {k: v for k, v in self.spec().items() if k not in ("command", "commit", "model_name")}
-        parts = (self.task.name, self.task.protocol, Path(self.model.checkpoint.name).name)
-        readable = "-".join("".join(c if c.isalnum() or c in "+-_." else "_" for c in part)[:60] for part in parts)
-        return Path("runs") / f"{readable}-{provenance.digest(spec)[:10]}"
+        return default_folder(self.spec(), self.task.name, self.task.protocol, Path(self.model.checkpoint.name).name)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JSONObject:
         """What `--dry-run` prints."""
         if self.prepared is not None:
             return describe(self.task, self.prepared, self.model)
@@ -146,7 +153,7 @@ class Run:
 
     def execute(
         self, folder: Path, progress: Progress | None = None, *, started: float | None = None
-    ) -> tuple[dict[str, Any], Validity]:
+    ) -> tuple[JSONObject, Validity]:
         """Run what is missing, then write and return `results.json`'s content and the gate's verdict.
 
         Args:
@@ -162,7 +169,7 @@ class Run:
         started = time.perf_counter() if started is None else started
         spec = self.spec()
         with RunStore(folder, spec) as store:
-            write_prompts(folder, self.asked())
+            write_prompts(folder, self.prompts())
             missing = [i for i, sample in enumerate(self.samples) if sample.id not in store.done]
             earlier = store.results()
             if not missing and earlier is not None:
@@ -191,10 +198,10 @@ class Run:
             store.finish(results)
         return results, validity
 
-    def asked(self) -> Iterator[Asked]:
+    def prompts(self) -> Iterator[SamplePrompts]:
         """What the model reads of each sample, as text: the content of `prompts.jsonl`."""
         for index, sample in enumerate(self.samples):
-            yield Asked(sample.id, sample.choices, tuple(self._prompts(index)))
+            yield SamplePrompts(sample.id, sample.choices, tuple(self._prompts(index)))
 
     def _prompts(self, index: int) -> Iterator[Prompt]:
         if self.prepared is not None:
@@ -207,10 +214,10 @@ class Run:
         elif (generation := self._fitting(index)) is not None:
             yield Prompt(generation.prompt)
 
-    def _engine_report(self) -> dict[str, Any]:
+    def _engine_report(self) -> JSONObject:
         if self.prepared is None:
             return {"path": self.task.requires, "warnings": list(getattr(self.model, "warnings", ()))}
-        report: dict[str, Any] = self.model.report.to_dict()
+        report: JSONObject = self.model.report.to_dict()
         merges = getattr(getattr(self.model, "encoder", None), "boundary_merges", 0)
         if merges:
             report["warnings"].append(f"the tokenizer merges across the boundary of {merges} continuations")
@@ -232,44 +239,44 @@ class Run:
             if index in prepared.too_long:
                 yield index, {}, Score(None, "context_too_long")
         owner = {r: index for index in missing for r in prepared.of_sample[index]}
-        found: dict[int, Any] = {}
+        known: dict[int, list[ContinuationScore]] = {}  # request -> its scores, until its sample is whole
         # Streamed even where nothing is missing: the report of the whole run's plan belongs in the results.
         for request, scores in self.model.stream(prepared.requests, owner.keys()):
-            found[request] = scores
+            known[request] = scores
             mine = prepared.of_sample[owner[request]]
-            if all(r in found for r in mine):
+            if all(r in known for r in mine):
                 index = owner[request]
-                outputs = loglikelihood_outputs([found.pop(r) for r in mine])
+                outputs = loglikelihood_outputs([known.pop(r) for r in mine])
                 yield index, outputs, self.task.score(self.samples[index], outputs)
 
     def _rewards(self, missing: Sequence[int]) -> Iterator[tuple[int, Outputs, Score]]:
-        asked = frozenset(missing)
+        to_score = frozenset(missing)
         conversations, place = [], []  # what fits, and the (sample, choice) it belongs to
         for index, mine in enumerate(self._conversations):
             if self._fits(index):
                 place += [(index, choice) for choice in range(len(mine))]
                 conversations += mine
-            elif index in asked:
+            elif index in to_score:
                 yield index, {}, Score(None, "context_too_long")
-        wanted = {at for at, (index, _) in enumerate(place) if index in asked}
-        found: dict[int, dict[int, float]] = {}
+        wanted = {at for at, (index, _) in enumerate(place) if index in to_score}
+        known: dict[int, dict[int, float]] = {}  # sample index -> choice -> reward
         for at, reward in self.model.stream(conversations, wanted):
             index, choice = place[at]
-            mine_found = found.setdefault(index, {})
-            mine_found[choice] = reward
-            if len(mine_found) == len(self.samples[index].choices):
-                outputs = reward_outputs([mine_found[c] for c in sorted(found.pop(index))])
+            by_choice = known.setdefault(index, {})
+            by_choice[choice] = reward
+            if len(by_choice) == len(self.samples[index].choices):
+                outputs = reward_outputs([by_choice[c] for c in sorted(known.pop(index))])
                 yield index, outputs, self.task.score(self.samples[index], outputs)
 
     def _texts(self, missing: Sequence[int]) -> Iterator[tuple[int, Outputs, Score]]:
-        asked: dict[SamplingParams, list[tuple[int, str]]] = {}  # what may be generated together
+        groups: dict[SamplingParams, list[tuple[int, str]]] = {}  # what may be generated together
         for index in missing:
             request = self._fitting(index)
             if request is None:
                 yield index, {}, Score(None, "context_too_long")
                 continue
-            asked.setdefault(replace(request.params, seed=self.seed), []).append((index, request.prompt))
-        for params, prompts in asked.items():
+            groups.setdefault(replace(request.params, seed=self.seed), []).append((index, request.prompt))
+        for params, prompts in groups.items():
             for at, completions in self.model.stream_completions([prompt for _, prompt in prompts], params):
                 index = prompts[at][0]
                 outputs = {
@@ -303,9 +310,9 @@ def summarise(
     task: Task,
     records: Sequence[SampleRecord],
     validity: Validity,
-    spec: Mapping[str, Any],
-    engine: Mapping[str, Any],
-) -> dict[str, Any]:
+    spec: JSONMapping,
+    engine: JSONMapping,
+) -> JSONObject:
     """`results.json` without its times: a pure function of the records and the spec."""
     metrics = {name: metric.to_dict() for name, metric in task.metrics(records).items()}
     if not validity.passed:
@@ -330,12 +337,6 @@ def summarise(
             "template_text": template.get("text"),
             "prompt_set": spec["prompt_set"],
             "prompt_ids_digest": spec["prompt_ids_digest"],
-            "samples_digest": digest_records(records),
-            "dtype": spec["engine"].get("dtype"),
-            "device": spec["engine"].get("device"),
-            "seed": spec["seed"],
-            "versions": spec["versions"],
-            "command": spec["command"],
-            "commit": spec["commit"],
+            **origin(spec, records),
         },
     }

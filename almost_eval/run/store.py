@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from almost_eval.errors import RunError, StoreError
+from almost_eval.errors import StoreError
+from almost_eval.files import LineWriter, locked_folder, read_json, read_records, write_json
 from almost_eval.types import Sample, SampleRecord, Score
 
 FREE_KEYS = ("command", "commit", "model_name")
@@ -40,34 +40,20 @@ class RunStore:
         self.done: dict[str, SampleRecord] = {}
 
     def __enter__(self) -> RunStore:
-        from filelock import FileLock, Timeout
-
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(self.folder / ".lock", timeout=0)
-            self._lock.acquire()
+        with ExitStack() as stack:  # what was opened is closed where the rest is refused
+            stack.enter_context(locked_folder(self.folder, "run"))
             try:
                 self._adopt_spec()
-                self._repair()
-                self.done = {r.sample.id: r for r in read_samples(self.folder)}
-                self._stream = (self.folder / "samples.jsonl").open("a", encoding="utf-8")
-            except BaseException:
-                self._lock.release()
-                raise
-        except Timeout:
-            raise StoreError(
-                f"{self.folder} is in use by another process; wait for it, or choose another --output"
-            ) from None
-        except FileExistsError:
-            raise StoreError(f"{self.folder} is a file; --output names the folder of a run") from None
-        except OSError as error:
-            raise StoreError(f"cannot write to {self.folder} ({error.strerror}); choose another --output") from None
+                kept = "what was scored is kept: the same command goes on"
+                self._lines = stack.enter_context(LineWriter(self.folder / "samples.jsonl", advice=kept))
+            except OSError as error:
+                raise StoreError(f"cannot write to {self.folder} ({error.strerror}); choose another --output") from None
+            self.done = {r.sample.id: r for r in read_samples(self.folder)}
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(OSError):  # a full disk has been reported by then
-            self._stream.close()
-        self._lock.release()
+        self._stack.close()
 
     def append(self, record: SampleRecord) -> None:
         """Write one sample's line and hand it to the kernel: a killed process loses nothing that was appended.
@@ -75,11 +61,7 @@ class RunStore:
         Raises:
             RunError: the disk is full, or gone.
         """
-        try:
-            self._stream.write(json.dumps(record_to_dict(record), ensure_ascii=False, allow_nan=False) + "\n")
-            self._stream.flush()
-        except OSError as error:
-            raise _cannot_go_on(self.folder, error) from None
+        self._lines.append(record_to_dict(record))
         self.done[record.sample.id] = record
 
     def forget(self, ids: Iterable[str]) -> None:
@@ -90,17 +72,7 @@ class RunStore:
         """
         for id in ids:
             del self.done[id]
-        file = self.folder / "samples.jsonl"
-        scratch = file.with_name(f".{file.name}.{os.getpid()}")
-        try:
-            with scratch.open("w", encoding="utf-8") as stream:
-                for record in self.done.values():
-                    stream.write(json.dumps(record_to_dict(record), ensure_ascii=False, allow_nan=False) + "\n")
-            self._stream.close()
-            scratch.replace(file)
-            self._stream = file.open("a", encoding="utf-8")
-        except OSError as error:
-            raise _cannot_go_on(self.folder, error) from None
+        self._lines.rewrite(map(record_to_dict, self.done.values()))
 
     def results(self) -> dict[str, Any] | None:
         """What an earlier process wrote into `results.json`, or None."""
@@ -113,11 +85,11 @@ class RunStore:
         Raises:
             RunError: see `append`.
         """
+        self._lines.sync()
         try:
-            os.fsync(self._stream.fileno())
             write_json(self.folder / "results.json", results)
         except OSError as error:
-            raise _cannot_go_on(self.folder, error) from None
+            raise self._lines.failure(error) from None
 
     def _adopt_spec(self) -> None:
         file = self.folder / "spec.json"
@@ -141,16 +113,6 @@ class RunStore:
             raise StoreError(f"{self.folder} holds another run: {'; '.join(shown)}{more}; choose another --output")
         self.spec = stored
 
-    def _repair(self) -> None:
-        """Cut off a last line that has no end: the process was killed while it wrote it."""
-        file = self.folder / "samples.jsonl"
-        if not file.exists():
-            return
-        with file.open("rb+") as stream:
-            content = stream.read()
-            if content and not content.endswith(b"\n"):
-                stream.truncate(content.rfind(b"\n") + 1)
-
 
 def read_samples(folder: Path) -> Iterator[SampleRecord]:
     """The records of a run, in the order they were written; a half-written last line is left out.
@@ -159,21 +121,12 @@ def read_samples(folder: Path) -> Iterator[SampleRecord]:
         StoreError: a line that is not a sample, or a second line for the same sample.
     """
     file = folder / "samples.jsonl"
-    if not file.exists():
-        return
     seen: set[str] = set()
-    with file.open("rb") as stream:  # bytes: half a line may end inside a character
-        for number, line in enumerate(stream, 1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                record = record_from_dict(json.loads(line))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise StoreError(f"{file}, line {number} is not a sample ({error!r}); remove the line") from None
-            if record.sample.id in seen:
-                raise StoreError(f"{file}, line {number}: a second line for sample {record.sample.id!r}; remove one")
-            seen.add(record.sample.id)
-            yield record
+    for number, record in read_records(file, record_from_dict, "a sample"):
+        if record.sample.id in seen:
+            raise StoreError(f"{file}, line {number}: a second line for sample {record.sample.id!r}; remove one")
+        seen.add(record.sample.id)
+        yield record
 
 
 def digest_records(records: Iterable[SampleRecord]) -> str:
@@ -217,41 +170,27 @@ def record_from_dict(line: Mapping[str, Any]) -> SampleRecord:
     return SampleRecord(sample, dict(line["outputs"]), score, int(line["prompt_tokens_truncated"]))
 
 
-def read_json(file: Path, *keys: str) -> dict[str, Any]:
-    """A JSON object of a run folder, with `keys` in it.
+def read_spec(folder: Path) -> dict[str, Any]:
+    """`spec.json`.
 
     Raises:
-        StoreError: absent, or not such an object.
+        StoreError: absent, or not a run's.
     """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if file.name == "results.json" and (file.parent / "spec.json").exists():
-            raise StoreError(f"{file.parent} is not finished; run its command again, and it goes on") from None
-        raise StoreError(f"{file} is not there; give the folder of a run (spec.json, samples.jsonl)") from None
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{file} cannot be read as JSON ({error})") from None
-    lacking = [key for key in keys if key not in value] if isinstance(value, dict) else ["a JSON object"]
-    if lacking:
-        raise StoreError(f"{file} is not a run's: it lacks {', '.join(lacking)}")
-    return dict(value)
-
-
-def read_spec(folder: Path) -> dict[str, Any]:
-    """`spec.json`; see `read_json`."""
-    return read_json(folder / "spec.json", "task", "protocol", "settings", "engine", "data", "n_samples")
+    keys = ("task", "protocol", "settings", "engine", "data", "n_samples")
+    return read_json(folder / "spec.json", *keys)
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """`results.json`; see `read_json`."""
-    return read_json(folder / "results.json", "task", "metrics", "headline", "validity", "engine", "provenance")
+    """`results.json`.
 
-
-def write_json(file: Path, value: Mapping[str, Any]) -> None:
-    """Write through a scratch file, so that a reader sees the old content or the new, never half."""
-    scratch = file.with_name(f".{file.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    scratch.replace(file)
+    Raises:
+        StoreError: absent, as the run is not finished or the folder is no run's; or not a run's.
+    """
+    file = folder / "results.json"
+    if not file.exists() and (folder / "spec.json").exists():
+        raise StoreError(f"{folder} is not finished; run its command again, and it goes on")
+    keys = ("task", "metrics", "headline", "validity", "engine", "provenance")
+    return read_json(file, *keys)
 
 
 def _flat(value: Any, at: str = "") -> dict[str, Any]:
@@ -266,7 +205,3 @@ def _flat(value: Any, at: str = "") -> dict[str, Any]:
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _cannot_go_on(folder: Path, error: OSError) -> RunError:
-    return RunError(f"cannot write to {folder} ({error.strerror}); what was scored is kept: the same command goes on")

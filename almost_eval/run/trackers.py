@@ -11,7 +11,6 @@ Keys are the packages' own business (`WANDB_API_KEY`): none is read or written h
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,12 +18,11 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
-
-import click
+from typing import Protocol
 
 from almost_eval.errors import InputError, MissingDependencyError, RunError, did_you_mean
-from almost_eval.run.store import read_json, write_json
+from almost_eval.files import LineWriter, read_json, write_json, write_rows
+from almost_eval.types import JSONMapping, JSONObject
 
 JSONL = "metrics.jsonl"
 """File of the jsonl tracker in a run's folder: one line a step, `step` and numbers by name."""
@@ -47,7 +45,7 @@ class Tracker(Protocol):
 
 
 def check_trackers(names: Sequence[str]) -> tuple[str, ...]:
-    """The trackers named, each once, their packages found; nothing is imported.
+    """The trackers named, each once, their packages installed; nothing is imported.
 
     Raises:
         InputError: an unknown tracker.
@@ -62,20 +60,6 @@ def check_trackers(names: Sequence[str]) -> tuple[str, ...]:
                 f"--log-to {name} needs the package {package!r}; install it with: pip install {package}"
             )
     return tuple(dict.fromkeys(names))
-
-
-def _named(context: click.Context, param: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...]:
-    return check_trackers([name.strip() for item in given for name in item.split(",") if name.strip()])
-
-
-LOG_TO = click.option(
-    "--log-to",
-    multiple=True,
-    callback=_named,
-    metavar="TRACKER",
-    help="tensorboard, wandb or jsonl, by commas or repeated: figures go there too.  [none]",
-)
-"""The option of every command that trains or evaluates; refused before anything is loaded."""
 
 
 @contextmanager
@@ -94,7 +78,7 @@ class Trackers:
     Args:
         folder: of the run; the trackers write into it.
         rows: steps that were done before, each with `step`: what a tracker has of later ones is void. A tracker that is
-            new to the folder is given them all.
+            new to the folder gets them all.
         names: which; those of `logging_to` by default.
         active: False on every process but the first, which alone logs.
     """
@@ -102,7 +86,7 @@ class Trackers:
     def __init__(
         self,
         folder: Path,
-        rows: Sequence[Mapping[str, Any]] = (),
+        rows: Sequence[JSONObject] = (),
         *,
         names: Sequence[str] | None = None,
         active: bool = True,
@@ -124,20 +108,20 @@ class Trackers:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def log(self, row: Mapping[str, Any]) -> None:
+    def log(self, row: JSONObject) -> None:
         """Add a step: `row["step"]`, and whatever of the row is a finite number."""
         step, numbers = _split(row)
         for tracker in self._open:
             tracker.log(step, numbers)
 
 
-def log_results(folder: Path, results: Mapping[str, Any], names: Sequence[str]) -> None:
+def log_results(folder: Path, results: JSONMapping, names: Sequence[str]) -> None:
     """Log the metrics of a finished evaluation as step 0: `<task>/<protocol>/<metric>`, and its standard error.
 
     Raises:
         RunError: see `Trackers`; the results are on disk already.
     """
-    row: dict[str, Any] = {"step": 0}
+    row: JSONObject = {"step": 0}
     for name, metric in results["metrics"].items():
         at = f"{results['task']}/{results['protocol']}/{name}"
         row |= {at: metric["value"], f"{at} (stderr)": metric["stderr"]}
@@ -145,7 +129,7 @@ def log_results(folder: Path, results: Mapping[str, Any], names: Sequence[str]) 
         trackers.log(row)
 
 
-def _split(row: Mapping[str, Any]) -> tuple[int, dict[str, float]]:
+def _split(row: JSONObject) -> tuple[int, dict[str, float]]:
     numbers = {
         name: value
         for name, value in row.items()
@@ -160,41 +144,28 @@ def _split(row: Mapping[str, Any]) -> tuple[int, dict[str, float]]:
 class _JSONLines:
     """`metrics.jsonl`: always what the run's own rows say, and nothing else."""
 
-    def __init__(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-        self._file = folder / JSONL
-        scratch = self._file.with_name(f".{JSONL}.{os.getpid()}")
+    def __init__(self, folder: Path, rows: Sequence[JSONObject]) -> None:
+        file = folder / JSONL
+        self._lines = LineWriter(file, advice="what was done is kept")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            scratch.write_text("".join(self._line(*_split(row)) for row in rows), encoding="utf-8")
-            scratch.replace(self._file)
-            self._stream = self._file.open("a", encoding="utf-8")
-        except OSError as error:
-            raise self._failed(error) from None
+            write_rows(file, ({"step": step, **numbers} for step, numbers in map(_split, rows)))
+        except RunError as error:
+            raise RunError(f"--log-to jsonl: {error}") from None
+        self._lines.__enter__()
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         """Add a line, and hand it to the kernel."""
-        try:
-            self._stream.write(self._line(step, numbers))
-            self._stream.flush()
-        except OSError as error:
-            raise self._failed(error) from None
+        self._lines.append({"step": step, **numbers})
 
     def close(self) -> None:
         """Close the file."""
-        self._stream.close()
-
-    @staticmethod
-    def _line(step: int, numbers: Mapping[str, float]) -> str:
-        return json.dumps({"step": step, **numbers}, ensure_ascii=False, allow_nan=False) + "\n"
-
-    def _failed(self, error: OSError) -> RunError:
-        return RunError(f"--log-to jsonl: cannot write to {self._file} ({error.strerror}); what was done is kept")
+        self._lines.__exit__(None, None, None)
 
 
 class _TensorBoard:
     """Event files in `tensorboard/`, which `tensorboard --logdir` finds below any folder."""
 
-    def __init__(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, folder: Path, rows: Sequence[JSONObject]) -> None:
         from torch.utils.tensorboard import SummaryWriter  # type: ignore[attr-defined, unused-ignore]
 
         events = folder / "tensorboard"
@@ -220,12 +191,12 @@ class _TensorBoard:
 class _WandB:
     """A W&B run. Project, mode and key come from the environment, as W&B documents them (`WANDB_PROJECT`, ...)."""
 
-    def __init__(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, folder: Path, rows: Sequence[JSONObject]) -> None:
         import wandb
 
         self._file = folder / ".wandb.json"
         known = self._file.is_file()
-        kept: dict[str, Any] = {"id": os.urandom(6).hex(), "logged": -1}
+        kept: JSONObject = {"id": os.urandom(6).hex(), "logged": -1}
         if known:
             kept = read_json(self._file, *kept)
         self._id, self._logged = kept["id"], kept["logged"]
@@ -257,4 +228,4 @@ class _WandB:
         write_json(self._file, {"id": self._id, "logged": self._logged})
 
 
-_OPENERS: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _WandB, "jsonl": _JSONLines}
+_OPENERS: JSONObject = {"tensorboard": _TensorBoard, "wandb": _WandB, "jsonl": _JSONLines}

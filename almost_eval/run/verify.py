@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,62 +53,40 @@ def verify_run(folder: Path, data: DataSource, task: Task | None = None) -> Veri
 
     Raises:
         StoreError: not a finished run.
-        InputError: the spec's task is none of this package's.
+        InputError: the spec's task is none of the registry's. A judged run has `judge.verify`.
     """
     spec, results = read_spec(folder), read_results(folder)
-    if spec.get("requires") == "judge":
-        return _verify_judged(folder)
     task = task or build_task(spec["task"], spec["protocol"], spec["settings"], data)
     records = list(read_samples(folder))
-    found = Verification(str(folder), len(records))
+    verification = Verification(str(folder), len(records))
     for at, record in enumerate(records):
         try:
             again = task.score(record.sample, record.outputs) if record.outputs else Score(None, "context_too_long")
         except (LookupError, TypeError, ValueError) as error:
-            found.problems.append(f"sample {record.sample.id}: its outputs cannot be scored ({error!r})")
+            verification.problems.append(f"sample {record.sample.id}: its outputs cannot be scored ({error!r})")
             records[at] = replace(record, outputs={})
             continue
-        found.problems += _score_differences(record, again)
+        verification.problems += score_differences(record, again)
     allowed = {name: entry["allowed"] for name, entry in results["validity"]["checks"].items()}
     validity = check(records, spec["n_samples"], allowed)
     again_results = summarise(task, records, validity, spec, results["engine"])
-    found.metrics = sum(len(results.get(part, ())) for part in ("metrics", "baselines", "details"))
-    found.metrics += len(allowed)
+    verification.metrics = sum(len(results.get(part, ())) for part in ("metrics", "baselines", "details"))
+    verification.metrics += len(allowed)
     for part, value in again_results.items():
-        found.problems += _differences(part, results.get(part), value)
-    return found
+        verification.problems += differences(part, results.get(part), value)
+    return verification
 
 
-def _verify_judged(folder: Path) -> Verification:
-    """The same for a run of `vicuna`: its reviews are read again, its lengths and digests come from its answers."""
-    from almost_eval.judge.results import StoredRun
-
-    run = StoredRun(folder)
-    found = Verification(str(folder), len(run.records))
-    for record in run.records:
-        again = run.again(record)
-        found.problems += _score_differences(record, again.score)
-        found.problems += [
-            f"sample {record.sample.id}: {problem}"
-            for problem in _differences("outputs", record.outputs, again.outputs)
-            + _differences("sample", asdict(record.sample), asdict(again.sample))
-        ]
-    whole = run.summarise(run.records)
-    found.metrics = sum(len(whole[part]) for part in ("metrics", "judging", "details")) + len(whole["provenance"])
-    for part, value in whole.items():
-        found.problems += _differences(part, run.results.get(part), json.loads(json.dumps(value)))
-    return found
-
-
-def _score_differences(record: SampleRecord, again: Score) -> list[str]:
+def score_differences(record: SampleRecord, again: Score) -> list[str]:
+    """Where the stored score of a sample is not the recomputed one, in words."""
     stored = record.score
-    problems = _differences("score", stored.value, again.value)
-    problems += _differences("reason", stored.reason, again.reason)
-    problems += _differences("metrics", dict(stored.metrics), dict(again.metrics))
+    problems = differences("score", stored.value, again.value)
+    problems += differences("reason", stored.reason, again.reason)
+    problems += differences("metrics", dict(stored.metrics), dict(again.metrics))
     return [f"sample {record.sample.id}: {problem}" for problem in problems]
 
 
-def rescore(folder: Path, run: Run, found: Verification, *, n: int, seed: int) -> None:
+def rescore(folder: Path, run: Run, verification: Verification, *, n: int, seed: int) -> None:
     """Ask the model again about `n` samples drawn with `seed`, and compare with what is stored."""
     spec = read_spec(folder)
     mine = run.spec()
@@ -124,7 +101,7 @@ def rescore(folder: Path, run: Run, found: Verification, *, n: int, seed: int) -
     )
     # An endpoint need not tell which weights it serves: what is not known differs from nothing.
     unknown = {"weight_digest"} if None in (was["weight_digest"], now["weight_digest"]) else set()
-    found.problems += [
+    verification.problems += [
         f"{key} is not the run's: {str(now[key])[:16]}, was {str(was[key])[:16]}"
         for key in was
         if was[key] != now[key] and key not in unknown
@@ -138,20 +115,20 @@ def rescore(folder: Path, run: Run, found: Verification, *, n: int, seed: int) -
     for index, outputs, _ in run.answers(chosen):
         record = stored[run.samples[index].id]
         difference = _output_difference(record.outputs, outputs)
-        found.rescored += 1
-        found.largest_difference = max(found.largest_difference, difference)
+        verification.rescored += 1
+        verification.largest_difference = max(verification.largest_difference, difference)
         if not difference <= tolerance:
-            found.problems.append(f"sample {record.sample.id}: off by {difference:.3g} when scored again")
+            verification.problems.append(f"sample {record.sample.id}: off by {difference:.3g} when scored again")
 
 
-def _differences(part: str, stored: Any, again: Any, at: str = "") -> list[str]:
+def differences(part: str, stored: Any, again: Any, at: str = "") -> list[str]:
     """Where two JSON values differ; floats may differ by rounding, as sums run in another order."""
     name = f"{part}{at}"
     if isinstance(stored, dict) and isinstance(again, dict):
         keys = sorted(stored.keys() | again.keys())
-        return [d for key in keys for d in _differences(part, stored.get(key), again.get(key), f"{at}.{key}")]
+        return [d for key in keys for d in differences(part, stored.get(key), again.get(key), f"{at}.{key}")]
     if isinstance(stored, list) and isinstance(again, list) and len(stored) == len(again):
-        return [d for s, a in zip(stored, again, strict=True) for d in _differences(part, s, a, at)]
+        return [d for s, a in zip(stored, again, strict=True) for d in differences(part, s, a, at)]
     if isinstance(stored, float) and isinstance(again, float) and math.isclose(stored, again, abs_tol=1e-12):
         return []
     return [] if stored == again else [f"{name}: {stored}, recomputed {again}"]

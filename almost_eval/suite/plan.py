@@ -5,66 +5,71 @@ What can be refused is known before a weight is read, and so are the tokens that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from almost_eval.cli.engine_options import engine_options
-from almost_eval.cli.run_options import prepare_run
-from almost_eval.cli.startup import import_transformers
 from almost_eval.errors import AlmostError, InputError, did_you_mean
+from almost_eval.judge.build import DEFAULT_BASELINE, NANO_JUDGE, JudgeOptions, answer_budget, open_judge
+from almost_eval.nano import BUILT_IN, DEFAULT_MODEL, DEFAULT_REWARD_MODEL
+from almost_eval.run.identity import default_folder
+from almost_eval.run.request import RunRequest, open_run
 from almost_eval.run.store import RunStore
+from almost_eval.tasks.facts import Preset
+from almost_eval.tasks.registry import task_classes
 
 if TYPE_CHECKING:
-    from almost_eval.data.sources import DataSource
-    from almost_eval.engines.build import EngineOptions
     from almost_eval.judge.run import JudgeRun
     from almost_eval.run.runner import Run
-    from almost_eval.tasks.base import Task
 
-SHOTS = 5
-"""Of MMLU."""
+JUDGED = "vicuna"
+"""The task that compares two systems by a judge. It costs money, so it comes last."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SuiteRequest:
+    """All benchmarks of one model."""
+
+    base: RunRequest
+    """Model, engine, data and limits of every task."""
+    tasks: Sequence[str] = ()
+    """Names of presets, or what several begin with (`hhh`); empty is all that have what they need."""
+    reward_model: str | None = None
+    judge: JudgeOptions = field(default_factory=JudgeOptions)
+    """Without a name, nobody judges."""
+    baseline: str | None = None
+    """Checkpoint or answer file that the judge compares the model with."""
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """One task of the whole, with the settings it is known for."""
+class SuiteTask:
+    """A preset and the task that it is of."""
 
     task: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    protocol: str = ""
+    preset: Preset
 
     @property
-    def reward(self) -> bool:
-        """Whether it asks the reward model, and not the model."""
-        return self.protocol == "reward"
+    def asks_reward_model(self) -> bool:
+        """Whether it is put to the reward model, and not to the model."""
+        return self.preset.protocol == "reward"
 
-    @property
-    def own_prompts(self) -> bool:
-        """Whether all its prompts are few-shot documents; see `resolve_prompting`."""
-        documents = self.task in ("mmlu", "harness")
-        return documents or (self.task == "truthfulqa" and "mc1_true_prompt" not in self.settings["metrics"])
-
-    def builder(self, limit: int | None) -> Callable[[Any, Any], Task]:
-        """Makes the task of a data source and its prompting."""
-        from almost_eval.tasks.registry import build_task
-
-        settings = {**self.settings, "limit": limit}
-        return lambda data, prompting: build_task(self.task, self.protocol, settings, data, prompting)
+    def request(self, base: RunRequest) -> RunRequest:
+        """What `all` runs."""
+        preset = self.preset
+        return replace(base, task=self.task, protocol=preset.protocol, settings=preset.settings, output=None)
 
 
-PARTS = {
-    "hhh-reward": Part("hhh", protocol="reward"),
-    "hhh-choice": Part("hhh", protocol="choice"),
-    "hhh-likelihood": Part("hhh", protocol="likelihood"),
-    "truthfulqa": Part("truthfulqa", {"metrics": ("mc1", "mc2", "mc1_true_prompt")}),
-    "mmlu": Part("mmlu", {"subjects": (), "shots": SHOTS}),
-}
-"""Name, which is also the folder's -> task. `vicuna`, which compares two systems, is planned apart."""
-VICUNA = "vicuna"
-NAMES = (*PARTS, VICUNA)
-"""In the order they run: what costs money comes last."""
+@cache
+def suite_tasks() -> dict[str, SuiteTask]:
+    """Name, which is also the folder's -> the task; `JUDGED` is planned apart."""
+    return {preset.name: SuiteTask(cls.name, preset) for cls in task_classes() for preset in cls.presets}
+
+
+def suite_names() -> tuple[str, ...]:
+    """In the order they run."""
+    return (*suite_tasks(), JUDGED)
 
 
 @dataclass(slots=True)
@@ -93,99 +98,98 @@ class Planned:
         return {"folder": str(self.folder), **{name: getattr(self, name) for name in names}}
 
 
-def with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+def with_defaults(request: SuiteRequest) -> SuiteRequest:
     """The model that is meant, and, for a built-in one on its own data, reward model, judge and baseline.
 
     Raises:
         InputError: a baseline that nobody judges, or a judge with nothing to compare with.
     """
-    from almost_eval.cli.judge import DEFAULT_BASELINE
-    from almost_eval.nano import BUILT_IN, DEFAULT_MODEL, DEFAULT_REWARD_MODEL
-
-    model = given["model"] or DEFAULT_MODEL
-    own: dict[str, str] = {}
-    if model in BUILT_IN:
-        own_data = given["data"] == "nano" or not (given["data"] or given["data_root"])
+    base = replace(request.base, model=request.base.model or DEFAULT_MODEL)
+    reward_model, judge, baseline = request.reward_model, request.judge.judge, request.baseline
+    if base.model in BUILT_IN:
+        own_data = base.data == "nano" or not (base.data or base.data_root)
         if own_data:
-            own["reward_model"] = DEFAULT_REWARD_MODEL
-        if model != DEFAULT_BASELINE:  # which has nothing to be compared with, unless something is named
-            own["baseline"] = DEFAULT_BASELINE
-        if own_data and (given["baseline"] or own.get("baseline")):
-            own["judge"] = "nano"
-    found = {**given, "model": model, **{name: value for name, value in own.items() if given[name] is None}}
-    if given["baseline"] and not found["judge"]:
-        raise InputError(f"--baseline {given['baseline']}: somebody must compare the two; name one with --judge")
-    if found["judge"] and not found["baseline"]:
+            reward_model = reward_model or DEFAULT_REWARD_MODEL
+        if base.model != DEFAULT_BASELINE:  # which has nothing to be compared with, unless something is named
+            baseline = baseline or DEFAULT_BASELINE
+        if own_data and baseline:
+            judge = judge or NANO_JUDGE
+    if request.baseline and not judge:
+        raise InputError(f"--baseline {request.baseline}: somebody must compare the two; name one with --judge")
+    if judge and not baseline:
         raise InputError("--judge: it compares the model with another; give a checkpoint or answer file as --baseline")
-    return found
+    options = replace(request.judge, judge=judge)
+    if judge == NANO_JUDGE or options.is_reward_model:  # these read no prompts: the prompt set is the tasks'
+        options = replace(options, prompt_set=None)
+    return replace(request, base=base, reward_model=reward_model, judge=options, baseline=baseline)
 
 
-def choose(asked: Sequence[str], given: Mapping[str, Any]) -> list[str]:
-    """The names of the tasks to run: those asked for (`hhh` is all its protocols), or all that have what they need.
+def choose(request: SuiteRequest) -> list[str]:
+    """The names of the tasks to run: those named (`hhh` is all its protocols), or all that have what they need.
 
     Raises:
         InputError: an unknown name, or a task that lacks what it needs.
     """
-    lacking = {name for name, need in (("hhh-reward", "reward_model"), (VICUNA, "judge")) if not given[need]}
+    names, tasks = suite_names(), suite_tasks()
+    lacking = {name for name, task in tasks.items() if task.asks_reward_model and not request.reward_model}
+    if not request.judge.judge:
+        lacking.add(JUDGED)
     chosen = set()
-    for name in asked:
-        group = {full for full in NAMES if full == name or full.startswith(f"{name}-")}
+    for name in request.tasks:
+        group = {full for full in names if full == name or full.startswith(f"{name}-")}
         if not group:
-            raise InputError(f"--tasks: unknown task {name!r}; {did_you_mean(name, ('hhh', *NAMES))}")
+            known = dict.fromkeys([task.task for task in tasks.values()] + list(names))
+            raise InputError(f"--tasks: unknown task {name!r}; {did_you_mean(name, known)}")
         if name in lacking:
-            needed = "--judge and --baseline" if name == VICUNA else "--reward-model"
+            needed = "--judge and --baseline" if name == JUDGED else "--reward-model"
             raise InputError(f"--tasks {name}: it needs {needed}")
         chosen |= group - lacking
-    return [name for name in NAMES if (name in chosen if asked else name not in lacking)]
+    return [name for name in names if (name in chosen if request.tasks else name not in lacking)]
 
 
-def refuse_unused(names: Sequence[str], given: Mapping[str, Any]) -> None:
+def refuse_unused(names: Sequence[str], request: SuiteRequest) -> None:
     """Raise InputError where a model or judge was named for a task that `--tasks` leaves out."""
-    for name, needs in (("hhh-reward", ("reward_model",)), (VICUNA, ("judge", "baseline"))):
-        unused = next((need for need in needs if given[need] and name not in names), None)
+    needs: dict[str, list[str | None]] = {JUDGED: [request.judge.judge and "judge", request.baseline and "baseline"]}
+    for name, task in suite_tasks().items():
+        if task.asks_reward_model:
+            needs[name] = [request.reward_model and "reward-model"]
+    for name, flags in needs.items():
+        unused = next((flag for flag in flags if flag and name not in names), None)
         if unused:
-            raise InputError(f"--{unused.replace('_', '-')} is for {name}, which --tasks leaves out; leave out both")
+            raise InputError(f"--{unused} is for {name}, which --tasks leaves out; leave out both")
 
 
-def plan(names: Sequence[str], given: Mapping[str, Any], output: Path | None) -> tuple[list[Planned], Path]:
+def plan(names: Sequence[str], request: SuiteRequest) -> tuple[list[Planned], Path]:
     """Open the models, prepare every task, and count what it takes. Loads no weights.
 
     Args:
         names: see `choose`.
-        given: the options of the command, see `with_defaults`.
-        output: folder of the run folders; None is `runs/all-<model>-<digest of the runs>`.
+        request: see `with_defaults`; without an output, the folder is `runs/all-<model>-<digest of the runs>`.
 
     Returns:
-        The tasks, those that are refused among them, and the folder.
+        The tasks, those that are refused among them, and the folder of their run folders.
 
     Raises:
-        InputError: what concerns them all: the model, the data, or that nothing which is asked of the model can run.
+        InputError: what concerns them all: the model, the data, or that nothing which is put to the model can run.
     """
-    from almost_eval.data.sources import find_data
     from almost_eval.engines.build import loglikelihood_engine
-    from almost_eval.nano import BUILT_IN
-    from almost_eval.run.validity import parse_allowed
 
-    allowed = parse_allowed(given["allow"])
-    options = engine_options(given)
-    data = find_data(given["data"], given["data_root"], built_in_model=given["model"] in BUILT_IN)
-    import_transformers()
+    base, tasks = request.base, suite_tasks()
+    base.source()  # refused for all at once
     engine: Any = None
-    if any(name == VICUNA or not PARTS[name].reward for name in names):
-        engine = loglikelihood_engine(given["model"], options)
+    if any(name == JUDGED or not tasks[name].asks_reward_model for name in names):
+        assert base.model is not None
+        engine = loglikelihood_engine(base.model, base.engine)
     planned = []
     for name in names:
         one = Planned(name, Path(name))
         try:
-            if name == VICUNA:
-                one.run = _vicuna(given, data, engine, options, allowed)
-            else:
-                one.run = _benchmark(PARTS[name], given, engine, options, allowed)
+            one.run = _judged(request, engine) if name == JUDGED else _benchmark(tasks[name], request, engine)
         except AlmostError as error:
             one.refused = str(error)
         planned.append(one)
     _refuse_all(planned)
-    folder = output or _default_folder(planned, given)
+    folder = base.output or _default_folder(planned, request)
     for one in planned:
         one.folder = folder / one.name
         _count(one)
@@ -193,74 +197,64 @@ def plan(names: Sequence[str], given: Mapping[str, Any], output: Path | None) ->
     return planned, folder
 
 
-def _benchmark(
-    part: Part, given: Mapping[str, Any], engine: Any, options: EngineOptions, allowed: Mapping[str, float]
-) -> Run:
-    model = engine
-    if part.reward:  # its own template and context; an endpoint serves the model alone
-        from almost_eval.rewards.build import reward_model
-
-        own = type(options)() if options.engine == "openai" else replace(options, max_length=None)
-        model = reward_model(given["reward_model"], own)
-        given = {**given, "template": "auto", "prompt_set": None}
-    return prepare_run(
-        part.builder(given["limit"]),
-        given,
-        reward=part.reward,
-        own_prompts=part.own_prompts,
-        allowed=allowed,
-        model=model,
-    )
+def _benchmark(task: SuiteTask, request: SuiteRequest, engine: Any) -> Run:
+    base = request.base
+    if not task.asks_reward_model:
+        return open_run(task.request(base), engine)
+    # The reward model has its own template and context; an endpoint serves the model alone.
+    options = type(base.engine)() if base.engine.engine == "openai" else replace(base.engine, max_length=None)
+    own = replace(base, model=request.reward_model, engine=options, template="auto", prompt_set=None, data=_data(base))
+    return open_run(task.request(own))
 
 
-def _vicuna(
-    given: Mapping[str, Any], data: DataSource, engine: Any, options: EngineOptions, allowed: Mapping[str, float]
-) -> JudgeRun:
-    from almost_eval.cli.judge import open_judge
-    from almost_eval.cli.judge_options import MAX_NEW_TOKENS, NANO_MAX_NEW_TOKENS
+def _data(base: RunRequest) -> str:
+    """The data of the model's own runs, whatever the reward model is."""
+    return base.source().name
+
+
+def _judged(request: SuiteRequest, engine: Any) -> JudgeRun:
     from almost_eval.judge.answers import ModelSystem, Sampling, open_system
     from almost_eval.judge.questions import find_questions
     from almost_eval.judge.run import JudgeRun
 
-    questions, fingerprint = find_questions(None, data, limit=given["limit"])
-    local = given["judge"] == "nano" or given["judge"].startswith("reward:")
-    # The engine's requests at a time and its patience are not the judge's.
-    own = {"concurrency": 32, "timeout": 120.0} | ({"prompt_set": None} if local else {})
-    judge = open_judge({**given, **own}, data)
+    base, data = request.base, request.base.source()
+    assert base.model is not None
+    questions, fingerprint = find_questions(None, data, limit=base.limit)
+    judge = open_judge(request.judge, data)
     sampling = Sampling(
-        max_new_tokens=NANO_MAX_NEW_TOKENS if data.name == "nano" else MAX_NEW_TOKENS,
-        seed=given["seed"],
-        template=given["template"],
+        max_new_tokens=answer_budget(data.name),
+        seed=base.seed,
+        template=base.template,
     )
-    subset = given["limit"] is not None
-    baseline = open_system(given["baseline"], questions, sampling, options, subset=subset)
-    model = ModelSystem(given["model"], questions, sampling, options)
+    subset = base.limit is not None
+    assert request.baseline is not None
+    baseline = open_system(request.baseline, questions, sampling, base.engine, subset=subset)
+    model = ModelSystem(base.model, questions, sampling, base.engine)
     if isinstance(engine, type(model.engine)):  # an endpoint's scorer is a class of its own, and holds no weights
         model.engine = engine
-    return JudgeRun(questions, fingerprint, data.name, [baseline, model], judge, seed=given["seed"], allowed=allowed)
+    systems = [baseline, model]
+    return JudgeRun(questions, fingerprint, data.name, systems, judge, seed=base.seed, allowed=base.allowed)
 
 
 def _refuse_all(planned: Sequence[Planned]) -> None:
-    """Raise where nothing could run, or nothing of all that is asked of the model."""
-    asked = [one for one in planned if one.name in PARTS and not PARTS[one.name].reward]
-    for group in (planned, asked if len(asked) > 1 else []):
+    """Raise where nothing could run, or nothing of all that is put to the model."""
+    tasks = suite_tasks()
+    own = [one for one in planned if one.name in tasks and not tasks[one.name].asks_reward_model]
+    for group in (planned, own if len(own) > 1 else []):
         if group and all(one.refused for one in group):
             raise InputError(str(group[0].refused))
 
 
-def _default_folder(planned: Sequence[Planned], given: Mapping[str, Any]) -> Path:
-    from almost_eval.run import provenance
-
+def _default_folder(planned: Sequence[Planned], request: SuiteRequest) -> Path:
     runs = {one.name: one.run.default_folder().name if one.run else None for one in planned}
-    readable = "".join(c if c.isalnum() or c in "+-_." else "_" for c in Path(given["model"]).name)[:60]
-    return Path("runs") / f"all-{readable}-{provenance.digest(runs)[:10]}"
+    return default_folder(runs, "all", Path(str(request.base.model)).name)
 
 
 # --- what it takes ---
 
 
 def _count(one: Planned) -> None:
-    """Fill in samples and tokens; a folder that holds another run is found here too."""
+    """Fill in samples and tokens; a folder that holds another run is refused here too."""
     run = one.run
     if run is None:
         return
@@ -273,7 +267,7 @@ def _count(one: Planned) -> None:
             one.run, one.refused = None, str(error)
             return
     one.done = len(done)
-    if one.name == VICUNA:
+    if one.name == JUDGED:
         _count_judged(one, run)
         return
     one.samples = len(run.samples)  # type: ignore[union-attr]

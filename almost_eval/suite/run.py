@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from almost_eval.errors import AlmostError, RunError
+from almost_eval.files import write_json
 from almost_eval.progress import Progress
-from almost_eval.run.store import write_json
 from almost_eval.suite.plan import Planned
 
 

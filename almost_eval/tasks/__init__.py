@@ -1,3 +1,3 @@
-"""Benchmarks, one file each: what is asked of a model, and what its answers are worth. Uses `data`, `models` and the
+"""Benchmarks, one file each: what a model reads, and what its answers are worth. Uses `data`, `models` and the
 protocols of `engines`. Start with `base`, then `hhh`.
 """

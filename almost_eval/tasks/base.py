@@ -50,13 +50,13 @@ class Prompting:
     template: ChatTemplate | None = None
     """None sends prompts as they are."""
     special_tokens: Mapping[str, str] = field(default_factory=dict)
-    asked: bool = True
+    is_chosen: bool = True
     """False where `--template auto` chose the template."""
 
     @property
     def document_template(self) -> ChatTemplate | None:
-        """The template for few-shot documents, which hold no turns: only one that was asked for."""
-        return self.template if self.asked else None
+        """The template for few-shot documents, which hold no turns: only one that was chosen."""
+        return self.template if self.is_chosen else None
 
     def prompt(self, name: str) -> str:
         """A prompt of the set by name."""
@@ -265,4 +265,4 @@ def resolve_prompting(
     as_is = auto and (name == "official" or own_prompts)
     resolved = None if as_is else load_template(template, tokenizer)
     named = {} if tokenizer is None else special_tokens(tokenizer)  # an engine of one's own may have none
-    return Prompting(chosen, resolved, named, asked=not auto)
+    return Prompting(chosen, resolved, named, is_chosen=not auto)

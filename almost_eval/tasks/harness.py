@@ -102,7 +102,7 @@ def load_lm_eval_tasks(names: Sequence[str], data: DataSource) -> dict[str, Any]
 
     Raises:
         InputError: an unknown name.
-        DataError: a data set that cannot be found.
+        DataError: a data set that is nowhere to be had.
     """
     folder = _folder_of(names)
     manager = _manager(folder)
@@ -322,8 +322,8 @@ class Harness(Task):
         """lm-eval's prompt of the document, with its own stop strings, length and number of tries."""
         from lm_eval.models.utils import normalize_gen_kwargs
 
-        ((prompt, given),) = self._arguments(sample, shots)
-        options: dict[str, Any] = dict(normalize_gen_kwargs(given))
+        ((prompt, arguments),) = self._arguments(sample, shots)
+        options: dict[str, Any] = dict(normalize_gen_kwargs(arguments))
         params = SamplingParams(
             max_new_tokens=options["max_gen_toks"],
             temperature=float(options.get("temperature") or 0.0) if options["do_sample"] else 0.0,
@@ -372,8 +372,8 @@ class Harness(Task):
         for pipeline in task._filters:
             pipeline.apply(instances)
             with np.errstate(all="ignore"):
-                found = task.process_results(doc, [i.filtered_resps[pipeline.name] for i in instances])
-            results |= {_key(sample.group, task, metric, pipeline.name): value for metric, value in found.items()}
+                metrics = task.process_results(doc, [i.filtered_resps[pipeline.name] for i in instances])
+            results |= {_key(sample.group, task, metric, pipeline.name): value for metric, value in metrics.items()}
         return results
 
     def metrics(self, records: Sequence[SampleRecord]) -> dict[str, Metric]:

@@ -76,7 +76,7 @@ class MMLU(Task):
         limit: int | None = None,
     ) -> None:
         if not 0 <= shots <= SHOTS:
-            raise InputError(f"{shots} shots asked for; each subject has {SHOTS} examples, so 0 to {SHOTS}")
+            raise InputError(f"{shots} shots: each subject has {SHOTS} examples, so 0 to {SHOTS}")
         self.shots = self.max_shots = shots
         self.protocol = f"{shots}-shot"
         self.data = data

@@ -1,14 +1,20 @@
-"""The tasks by name. A new one is its own file and one line here."""
+"""The tasks by name. A new one is its own file and one line here.
+
+The command line imports this file, so the tasks themselves are imported where one is needed.
+"""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from almost_eval.data.sources import DataSource
 from almost_eval.errors import InputError, did_you_mean
-from almost_eval.tasks.base import Prompting, Task
+
+if TYPE_CHECKING:
+    from almost_eval.data.sources import DataSource
+    from almost_eval.tasks.base import Prompting, Task
+    from almost_eval.tasks.facts import Preset
 
 TASKS: dict[str, str] = {
     "hhh": "almost_eval.tasks.hhh:HHH",
@@ -34,6 +40,8 @@ def task_class(name: str) -> type[Task]:
 
 def stated_by(name: str) -> type[Task]:
     """What the task of a run folder states of itself; of a task that is not known here, what every task states."""
+    from almost_eval.tasks.base import Task
+
     return task_class(name) if name in TASKS else Task
 
 
@@ -51,3 +59,8 @@ def build_task(
         InputError: an unknown task, or settings it does not take.
     """
     return task_class(name).build(protocol, settings, data, prompting)
+
+
+def comparison_presets() -> dict[str, Preset]:
+    """Task -> how comparisons between models or engines run it (`tax`, `parity`); without those that have no such."""
+    return {cls.name: cls.comparison for cls in task_classes() if cls.comparison is not None}

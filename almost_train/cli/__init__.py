@@ -1,1 +1,4 @@
-"""Every command and flag of `almost-train`; click lives here alone. Start with `main`."""
+"""Every command and flag of `almost-train`; only this room imports click.
+
+May use every other room. Start with `main`; a stage's flags are made from its settings dataclass by `settings`.
+"""

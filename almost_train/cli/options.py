@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from almost_eval.cli.command_line import open_console
+from almost_eval.types import JSONObject
 
 if TYPE_CHECKING:
+    from click.decorators import FC
+
     from almost_eval.data.sources import DataSource
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 """click's settings of every group."""
 
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-
-def path_option(name: str, help: str) -> Decorator:
+def path_option(name: str, help: str) -> Callable[[FC], FC]:
     """A required option that takes a path."""
     return click.option(name, required=True, type=click.Path(path_type=Path), help=help)
 
@@ -30,7 +31,6 @@ HELD_OUT = click.option(
     "--held-out", type=click.Path(path_type=Path), help="prompts.jsonl of an evaluation: kept out, word for word."
 )
 DATA_ROOT = click.option("--data-root", help="Folder with the official prompt files. [env: ALMOST_DATA_ROOT]")
-JSON = click.option("--json", "as_json", is_flag=True, help="Print result.json instead of the table.")
 
 
 def data_for(prompt_set: str, data_root: str | None) -> DataSource:
@@ -40,15 +40,15 @@ def data_for(prompt_set: str, data_root: str | None) -> DataSource:
     return find_data("nano" if prompt_set == "nano" else None, None if prompt_set == "nano" else data_root)
 
 
-def show(result: Mapping[str, Any], as_json: bool) -> int:
-    """Print a stage's result as a table or as JSON, and return exit code 0."""
+def show(result: JSONObject, as_json: bool) -> None:
+    """Print a stage's result as a table or as JSON."""
     from almost_train.common.processes import is_main
 
     if not is_main():  # under `accelerate launch` the result is printed once
-        return 0
+        return
     if as_json:
         click.echo(json.dumps(result, indent=1, ensure_ascii=False))
-        return 0
+        return
     from rich.table import Table
 
     table = Table("metric", "value", title=result["stage"], title_justify="left")
@@ -58,7 +58,6 @@ def show(result: Mapping[str, Any], as_json: bool) -> int:
     console.print(table)
     for name, output in result["outputs"].items():
         console.print(f"{name}: {output['path']}", soft_wrap=True)
-    return 0
 
 
 def _flat(value: object, at: str = "") -> list[tuple[str, object]]:

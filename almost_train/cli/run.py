@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 
 from almost_eval.cli.command_line import open_console
-from almost_eval.run.trackers import LOG_TO, logging_to
+from almost_eval.cli.options import LOG_TO
+from almost_eval.run.trackers import logging_to
 
 
 @click.command()
@@ -38,7 +39,8 @@ def run(
     """
     from almost_eval.cli.startup import import_transformers
     from almost_eval.progress import progress_for
-    from almost_train.pipeline.run import Pipeline, load_recipe
+    from almost_train.pipeline.recipe import load_recipe
+    from almost_train.pipeline.run import Pipeline
 
     loaded = load_recipe(recipe, seed=seed)
     import_transformers()

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from almost_eval.run.trackers import logging_to
+from almost_eval.types import JSONObject
+from almost_train.cli.options import show
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
     from almost_train.common.config import Setting
-
-Command = Callable[..., Any]
 
 _ENGINE_FLAGS: dict[str, tuple[type, str]] = {
     "engine": (str, "hf, vllm or openai (any OpenAI-compatible endpoint)."),
@@ -37,19 +37,30 @@ _ENGINE_FLAGS: dict[str, tuple[type, str]] = {
 class SettingsCommand(click.Command):
     """A command with a flag for each field of a settings dataclass, made on first use: the class is slow to import.
 
-    The command's function gets `settings` and `progress`, and with `engine` also `engine_for`.
+    The command's function gets `settings` and `progress`, and with `engine` also `engine_for`. It returns the stage's
+    result, which is shown as a table, or with `--json` as it is.
 
     Args:
         settings: the dataclass, as `module:name`.
         engine: whether it takes the engine's flags too.
+        check: gets the result once it is shown; what it raises is the command's error.
         command: what click takes.
     """
 
-    def __init__(self, *args: Any, settings: str, engine: bool = False, **command: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        settings: str,
+        engine: bool = False,
+        check: Callable[[JSONObject], None] | None = None,
+        **command: Any,
+    ) -> None:
         super().__init__(*args, **command)
         self._settings = settings
         self._engine = engine
-        self._own = list(self.params)
+        self._check = check
+        json = click.Option(["--json", "as_json"], is_flag=True, help="Print result.json instead of the table.")
+        self._own = [*self.params, json]
         self._made = False
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
@@ -75,8 +86,8 @@ class SettingsCommand(click.Command):
             flags += [flag for flag in _engine_flags() if flag.name not in settings]
         return flags
 
-    def invoke(self, ctx: click.Context) -> object:
-        """click's, with the flags gathered into `settings` and `engine_for`."""
+    def invoke(self, ctx: click.Context) -> int:
+        """click's, with the flags gathered into `settings` and `engine_for`; shows the result."""
         from almost_eval.cli.startup import import_transformers
         from almost_eval.progress import progress_for
         from almost_train.common.config import settings_from, settings_of
@@ -91,15 +102,24 @@ class SettingsCommand(click.Command):
             ctx.params["engine_for"] = lambda model: generation_engine(model, options)
         ctx.params["progress"] = progress_for()
         import_transformers()
+        as_json = ctx.params.pop("as_json")
         with logging_to(ctx.params.pop("log_to", ())):
-            return super().invoke(ctx)
+            result: JSONObject = super().invoke(ctx)
+        show(result, as_json)
+        if self._check:
+            self._check(result)
+        return 0
 
 
 def settings_command(
-    settings: str, *, engine: bool = False, name: str | None = None
-) -> Callable[[Command], SettingsCommand]:
+    settings: str,
+    *,
+    engine: bool = False,
+    check: Callable[[JSONObject], None] | None = None,
+    name: str | None = None,
+) -> Callable[[Callable[..., JSONObject]], SettingsCommand]:
     """Decorate the function of a `SettingsCommand`; see there."""
-    return click.command(name, cls=SettingsCommand, settings=settings, engine=engine)
+    return click.command(name, cls=SettingsCommand, settings=settings, engine=engine, check=check)
 
 
 def settings_flag(setting: Setting) -> click.Option:

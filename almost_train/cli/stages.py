@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from almost_eval.cli.options import LOG_TO
 from almost_eval.errors import RunError
-from almost_eval.run.trackers import LOG_TO
-from almost_train.cli.options import DATA_ROOT, HELD_OUT, JSON, OUTPUT, data_for, path_option, show
+from almost_train.cli.options import DATA_ROOT, HELD_OUT, OUTPUT, data_for, path_option
 from almost_train.cli.settings import settings_command
 
 if TYPE_CHECKING:
     from almost_eval.progress import Progress
+    from almost_eval.types import JSONObject
     from almost_train.reward.run import RewardSettings
     from almost_train.rlsf.run import RLSFSettings
     from almost_train.self_play.settings import SelfPlaySettings
@@ -27,16 +28,14 @@ if TYPE_CHECKING:
 @click.option("--model", required=True, help="What to start from: a language model, encoder or classifier.")
 @OUTPUT
 @LOG_TO
-@JSON
 def reward(
     settings: RewardSettings,
     comparisons: Path,
     eval_comparisons: Path | None,
     model: str,
     output: Path,
-    as_json: bool,
     progress: Progress,
-) -> int:
+) -> JSONObject:
     """Train a reward model on preference pairs (Bradley-Terry).
 
     \b
@@ -46,8 +45,7 @@ def reward(
     """
     from almost_train.reward.run import train_reward
 
-    result = train_reward(settings, comparisons, model, output, eval_comparisons=eval_comparisons, progress=progress)
-    return show(result, as_json)
+    return train_reward(settings, comparisons, model, output, eval_comparisons=eval_comparisons, progress=progress)
 
 
 @settings_command("almost_train.self_play.settings:SelfPlaySettings", engine=True, name="self-play")
@@ -57,19 +55,17 @@ def reward(
 @HELD_OUT
 @OUTPUT
 @DATA_ROOT
-@JSON
 def self_play(
     settings: SelfPlaySettings,
     prompts: Path,
     reward_model: str | None,
     prompt_set: str,
-    held_out: Path | None,
     output: Path,
-    data_root: str | None,
-    as_json: bool,
     engine_for: EngineFactory,
+    data_root: str | None,
+    held_out: Path | None,
     progress: Progress,
-) -> int:
+) -> JSONObject:
     """Simulate dialogues, each answer the best of N by the reward model (RMSP).
 
     \b
@@ -81,7 +77,7 @@ def self_play(
     from almost_train.synthetic.prompt_sets import load_seed_set
 
     seeds = load_seed_set(prompt_set, data_for(prompt_set, data_root))
-    result = play(
+    return play(
         settings,
         prompts,
         reward_model,
@@ -91,7 +87,6 @@ def self_play(
         held_out=held_out,
         progress=progress,
     )
-    return show(result, as_json)
 
 
 @settings_command("almost_train.sft.run:SFTSettings")
@@ -99,10 +94,7 @@ def self_play(
 @click.option("--model", required=True, help="The language model to fine-tune.")
 @OUTPUT
 @LOG_TO
-@JSON
-def sft(
-    settings: SFTSettings, demonstrations: Path, model: str, output: Path, as_json: bool, progress: Progress
-) -> int:
+def sft(settings: SFTSettings, demonstrations: Path, model: str, output: Path, progress: Progress) -> JSONObject:
     """Fine-tune on demonstrations, loss on the answers alone.
 
     \b
@@ -111,25 +103,27 @@ def sft(
     """
     from almost_train.sft.run import train_sft
 
-    return show(train_sft(settings, demonstrations, model, output, progress=progress), as_json)
+    return train_sft(settings, demonstrations, model, output, progress=progress)
 
 
-@settings_command("almost_train.rlsf.run:RLSFSettings")
+def _refuse_stopped(result: JSONObject) -> None:
+    if stopped := result["metrics"]["stopped"]:
+        step = result["metrics"]["policy_step"]
+        raise RunError(
+            f"training was stopped by a guard ({stopped}); the policy is that of step {step}, the last within bounds: "
+            "lower --learning-rate or raise --kl-coefficient"
+        )
+
+
+@settings_command("almost_train.rlsf.job:RLSFSettings", check=_refuse_stopped)
 @path_option("--prompts", "prompts.jsonl.")
 @click.option("--policy", required=True, help="The SFT checkpoint.")
 @click.option("--reward-model", required=True, help="The reward model's checkpoint.")
 @OUTPUT
 @LOG_TO
-@JSON
 def rlsf(
-    settings: RLSFSettings,
-    prompts: Path,
-    policy: str,
-    reward_model: str,
-    output: Path,
-    as_json: bool,
-    progress: Progress,
-) -> int:
+    settings: RLSFSettings, prompts: Path, policy: str, reward_model: str, output: Path, progress: Progress
+) -> JSONObject:
     """Reinforcement learning from synthetic feedback: PPO, RLOO or GRPO.
 
     \b
@@ -139,12 +133,4 @@ def rlsf(
     """
     from almost_train.rlsf.run import rlsf as train
 
-    result = train(settings, prompts, policy, reward_model, output, progress=progress)
-    show(result, as_json)
-    if stopped := result["metrics"]["stopped"]:
-        step = result["metrics"]["policy_step"]
-        raise RunError(
-            f"training was stopped by a guard ({stopped}); the policy is that of step {step}, the last within bounds: "
-            "lower --learning-rate or raise --kl-coefficient"
-        )
-    return 0
+    return train(settings, prompts, policy, reward_model, output, progress=progress)

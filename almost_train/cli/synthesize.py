@@ -9,11 +9,12 @@ import click
 
 from almost_eval.cli.command_line import Commands
 from almost_eval.errors import InputError
-from almost_train.cli.options import CONTEXT, DATA_ROOT, HELD_OUT, JSON, OUTPUT, data_for, path_option, show
+from almost_train.cli.options import CONTEXT, DATA_ROOT, HELD_OUT, OUTPUT, data_for, path_option
 from almost_train.cli.settings import settings_command
 
 if TYPE_CHECKING:
     from almost_eval.progress import Progress
+    from almost_eval.types import JSONObject
     from almost_train.synthetic.comparisons import ComparisonSettings
     from almost_train.synthetic.prompts import PromptSettings
     from almost_train.synthetic.responses import ResponseSettings
@@ -30,17 +31,15 @@ def synthesize() -> None:
 @HELD_OUT
 @OUTPUT
 @DATA_ROOT
-@JSON
 def prompts(
     settings: PromptSettings,
     model: str,
-    held_out: Path | None,
     output: Path,
     data_root: str | None,
-    as_json: bool,
+    held_out: Path | None,
     engine_for: EngineFactory,
     progress: Progress,
-) -> int:
+) -> JSONObject:
     """Mine prompts, self-instruct style.
 
     \b
@@ -50,10 +49,9 @@ def prompts(
     from almost_train.synthetic.prompts import synthesize_prompts
 
     data = data_for(settings.prompt_set, data_root)
-    result = synthesize_prompts(
+    return synthesize_prompts(
         settings, model, output, data=data, engine_for=engine_for, held_out=held_out, progress=progress
     )
-    return show(result, as_json)
 
 
 @settings_command("almost_train.synthetic.responses:ResponseSettings", engine=True)
@@ -61,17 +59,15 @@ def prompts(
 @path_option("--configurations", "YAML: a list of {name, model, demonstrations, shots}.")
 @OUTPUT
 @DATA_ROOT
-@JSON
 def responses(
     settings: ResponseSettings,
     prompts: Path,
     configurations: Path,
     output: Path,
     data_root: str | None,
-    as_json: bool,
     engine_for: EngineFactory,
     progress: Progress,
-) -> int:
+) -> JSONObject:
     """Answer every prompt in every configuration.
 
     \b
@@ -83,10 +79,7 @@ def responses(
 
     data = data_for(settings.prompt_set, data_root)
     listed = read_configurations(_yaml(configurations), str(configurations))
-    result = synthesize_responses(
-        settings, prompts, listed, output, data=data, engine_for=engine_for, progress=progress
-    )
-    return show(result, as_json)
+    return synthesize_responses(settings, prompts, listed, output, data=data, engine_for=engine_for, progress=progress)
 
 
 @settings_command("almost_train.synthetic.comparisons:ComparisonSettings")
@@ -94,16 +87,14 @@ def responses(
 @path_option("--ranking", "YAML: a list of configurations, or of lists of equal rank, best first.")
 @click.option("--as-is-reward-model", help="Keep only pairs with which this reward model agrees.")
 @OUTPUT
-@JSON
 def comparisons(
     settings: ComparisonSettings,
     responses: Path,
     ranking: Path,
     as_is_reward_model: str | None,
     output: Path,
-    as_json: bool,
     progress: Progress,
-) -> int:
+) -> JSONObject:
     """Make preference pairs of ranked configurations, and filter them.
 
     \b
@@ -112,10 +103,9 @@ def comparisons(
     """
     from almost_train.synthetic.comparisons import synthesize_comparisons
 
-    result = synthesize_comparisons(
+    return synthesize_comparisons(
         settings, responses, ranking, output, as_is_reward_model=as_is_reward_model, progress=progress
     )
-    return show(result, as_json)
 
 
 for command in (prompts, responses, comparisons):

@@ -1,7 +1,7 @@
-"""The order of the training data, made here from the seed alone and not by samplers.
+"""The order of the training data. It is made from the seed alone, and not by samplers.
 
-It does not depend on the number of processes, and the last, smaller batch of an epoch is filled up with rows that carry
-no loss: so the same global batch gives the same gradient however it is cut into devices and accumulation steps.
+It does not depend on the number of processes. The last batch of an epoch is smaller; it is filled up with rows that
+carry no loss. So a batch gives the same gradient, however it is divided among devices and accumulation steps.
 """
 
 from __future__ import annotations
@@ -9,7 +9,10 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 NO_LOSS = -100
 """The label of a token that carries no loss, as in torch's cross-entropy."""
@@ -17,21 +20,22 @@ NO_LOSS = -100
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """Which row stands where, for the whole training; the global batches follow one another."""
+    """The rows of the whole training in order, batch after batch."""
 
     order: tuple[int | None, ...]
     """Row numbers; None is a filler without loss. Its length is a multiple of `batch_size`."""
     weights: tuple[float, ...]
-    """For each place: batch_size / (rows in its batch), 0 for a filler, so that the mean over a batch is the rows'."""
+    """One for each entry of `order`: batch_size / (rows in its batch), and 0 for a filler. So the weighted mean over a
+    batch is the mean over its rows."""
     steps: int
     """Optimiser steps."""
 
 
 def batch_plan(lengths: Sequence[int], *, batch_size: int, epochs: int, seed: int) -> BatchPlan:
-    """Every epoch in its own seeded order, cut into batches; the last of each is filled up.
+    """Every epoch in its own seeded order, divided into batches; the last batch of an epoch is filled up.
 
-    Inside a batch the longest (`lengths`, tokens) come first: neighbours share a forward pass, which is padded to the
-    longest, and the gradient of a batch does not depend on the order in it.
+    Inside a batch the longest rows come first (`lengths`, in tokens). Rows of similar length then share a forward pass
+    and need little padding; the gradient of a batch does not depend on the order inside it.
     """
     order: list[int | None] = []
     weights: list[float] = []
@@ -46,7 +50,7 @@ def batch_plan(lengths: Sequence[int], *, batch_size: int, epochs: int, seed: in
     return BatchPlan(tuple(order), tuple(weights), len(order) // batch_size)
 
 
-def planned_dataset(rows: Sequence[Mapping[str, Any]], filler: Mapping[str, Any], plan: BatchPlan) -> Any:
+def planned_dataset(rows: Sequence[Mapping[str, object]], filler: Mapping[str, object], plan: BatchPlan) -> Dataset:
     """A `datasets.Dataset` with the rows in the plan's order, and its `weight` column."""
     import datasets
 

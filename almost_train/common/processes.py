@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 WORK = ".work"
-"""The hidden folder that holds what resuming needs; gone when the stage is done."""
+"""The hidden folder with the checkpoints to resume from; removed when the stage is done."""
 
 
 def world_size() -> int:
@@ -76,7 +76,7 @@ def shared_stage(
     if world_size() > 1:
         from accelerate import PartialState
 
-        # The main process may evaluate for long while the others wait: the usual limit is 10 to 30 minutes.
+        # The others wait while the main process evaluates, which may take longer than the usual 10 to 30 minutes.
         PartialState(cpu=device == "cpu", timeout=timedelta(hours=24))
     with ExitStack() as stack:
         stack.enter_context(redirect_stdout(sys.stderr))
@@ -87,9 +87,9 @@ def shared_stage(
             except InputError as error:
                 refusal = error
         refusal, result = from_main((refusal, stage.result if stage else None))
-        if refusal is not None:  # in every process, or the others would wait for one that is gone
+        if refusal is not None:  # raised in every process: otherwise they would wait for one that has ended
             raise refusal
-        if result is not None and is_main():  # killed in its very last moment, it left this
+        if result is not None and is_main():  # a process that was killed just before its end left it
             shutil.rmtree(folder / WORK, ignore_errors=True)
         yield SharedStage(folder, stage, result)
 
@@ -105,7 +105,7 @@ def from_main(value: T) -> T:
 
 
 def wait_for_all() -> None:
-    """Go on when every process is here."""
+    """Wait until every process has called this."""
     if world_size() > 1:
         from accelerate import PartialState
 

@@ -93,11 +93,6 @@ class Stage:
         files = [p for p in self.folder.rglob("*") if p.is_file() and p.name not in ("stage.json", ".lock")]
         return all(p.stat().st_size == 0 for p in files)
 
-    @property
-    def done(self) -> bool:
-        """Whether there is nothing left to do."""
-        return self.result is not None
-
     def finish(self, metrics: Mapping[str, object], outputs: Mapping[str, Path] = {}) -> JSONObject:
         """Write `result.json` and return it: metrics (JSON), the digests of the outputs, seconds of this process."""
         self.result = {

@@ -1,11 +1,12 @@
-"""What the reward model's and the policy's training share: settings, the order of the data, TRL set-up, exact resume.
+"""What the training of reward models and of SFT policies shares: settings, TRL set-up, the log, exact resume.
 
 The loop is TRL's (transformers' Trainer). Departures from how it is usually driven:
 
 - The order of the data comes from `batches.py` and not from samplers.
-- Checkpoints for resuming count only once whole, live in `.work`, and go when the stage is done.
-- Nothing is printed, and nothing sent anywhere but to trackers that were asked for. Those get the rows of `log.jsonl`
-  from us and not through `report_to`, which after a resume would log some steps twice.
+- Checkpoints to resume from stand in `.work` and are removed when the stage is done. One that was not written to its
+  end is not used.
+- Nothing is printed or sent anywhere, except to the trackers of `--log-to`. They get the rows of `log.jsonl` from this
+  file and not through `report_to`, which would log some steps twice after a resume.
 """
 
 from __future__ import annotations
@@ -14,27 +15,30 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from almost_eval.errors import DataError, InputError, RunError
-from almost_eval.files import Row, RowLog, write_rows
+from almost_eval.errors import InputError, RunError
+from almost_eval.files import Row, RowLog
 from almost_eval.models.chat import ChatTemplate, load_template
 from almost_eval.models.loading import pick_device
 from almost_eval.models.stops import BOS_LINE
 from almost_eval.progress import Progress
 from almost_eval.run.trackers import Trackers
-from almost_eval.types import Conversation, Message
+from almost_eval.types import JSONObject
 from almost_train.common.config import option
 from almost_train.common.processes import WORK, SharedStage, from_main, is_main, wait_for_all, world_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 MODEL = "model"
 """The folder, inside the stage's, that holds the trained checkpoint."""
 WHOLE = "whole"
-"""A file that says that the checkpoint beside it was written to the end."""
+"""An empty file in a checkpoint's folder: the checkpoint was written to its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,26 +62,14 @@ class TrainSettings:
     save_every: int = option(200, "optimiser steps between two checkpoints to resume from; 0 for none", least=0)
 
 
-# --- models and texts ---
+# --- the chat template ---
 
 
-def messages_of(items: Sequence[Any], where: str) -> Conversation:
-    """Messages of a JSON list of `{"role", "content"}`.
-
-    Raises:
-        DataError: an item is not one; `where` says where it stands.
-    """
-    for item in items:
-        if not (isinstance(item, dict) and isinstance(item.get("role"), str) and isinstance(item.get("content"), str)):
-            raise DataError(f"malformed data: {where}: a message must be {{'role', 'content'}}, and is {item!r:.60}")
-    return tuple(Message(item["role"], item["content"]) for item in items)
-
-
-def keep_template(tokenizer: Any) -> ChatTemplate:
+def keep_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
     """The tokenizer's own chat template, or ALMoST's dialogue format, which is then set in the tokenizer.
 
-    The one that is set writes BOS where the tokenizer would add it: other programs (transformers, TRL, vLLM) render a
-    chat and add no special token of their own, and so read the same ids as were trained on.
+    The one that is set writes BOS (`BOS_LINE`) if the tokenizer would add it. Other programs (transformers, TRL, vLLM)
+    render a chat and add no special token of their own, so they read the same ids as were trained on.
     """
     template = load_template("auto", tokenizer)
     assert template is not None  # only `none` is
@@ -99,8 +91,8 @@ class QuietTrainer:
     def _send_telemetry(self) -> None:
         """Nothing is sent."""
 
-    def create_model_card(self, *_: Any, **__: Any) -> None:
-        """No card: what was made, of what, is in `stage.json`."""
+    def create_model_card(self, *_: object, **__: object) -> None:
+        """Writes no card: `stage.json` has the settings and the inputs."""
 
 
 def check_batches(settings: TrainSettings) -> int:
@@ -126,7 +118,7 @@ def check_batches(settings: TrainSettings) -> int:
     return micro
 
 
-def trainer_arguments(settings: TrainSettings, folder: Path, steps: int) -> dict[str, Any]:
+def trainer_arguments(settings: TrainSettings, folder: Path, steps: int) -> JSONObject:
     """What `RewardConfig` and `SFTConfig` have in common."""
     micro = check_batches(settings)
     return {
@@ -159,7 +151,7 @@ def trainer_arguments(settings: TrainSettings, folder: Path, steps: int) -> dict
     }
 
 
-def fit(make_trainer: Callable[[], Any], stage: SharedStage, steps: int, progress: Progress) -> None:
+def fit(make_trainer: Callable[[], Trainer], stage: SharedStage, steps: int, progress: Progress) -> None:
     """Train to the end, from the last whole checkpoint if there is one, and leave the result in `model/`.
 
     Does nothing where `model/` exists: it is put there in one move, last.
@@ -195,7 +187,8 @@ def fit(make_trainer: Callable[[], Any], stage: SharedStage, steps: int, progres
             # Of several processes on CPUs each is told "cpu:0", where torch.load refuses to put an optimiser's state.
             vars(trainer.args)["_setup_devices"] = torch.device("cpu")
         trainer.train(resume_from_checkpoint=resume)
-        for config in (trainer.model.config, trainer.model.config.get_text_config()):
+        model: Any = trainer.model
+        for config in (model.config, model.config.get_text_config()):
             if hasattr(config, "use_cache"):
                 config.use_cache = True  # the Trainer turned it off, for good
         trainer.save_model(str(work / MODEL))
@@ -221,7 +214,7 @@ def _last_checkpoint(work: Path) -> str | None:
 
 @contextmanager
 def _step_log(file: Path, done: int) -> Iterator[Callable[[Row], None]]:
-    """Adds a row to the log, cut back to the step that training goes on from, then to the trackers asked for.
+    """Adds a row to the log, cut back to the step that training goes on from, and then to the trackers.
 
     In all but the main process it does nothing.
     """
@@ -230,18 +223,18 @@ def _step_log(file: Path, done: int) -> Iterator[Callable[[Row], None]]:
         return
     with RowLog(file) as log:
         kept = [row for row in log.rows if row["step"] <= done]
-    write_rows(file, kept)
-    with RowLog(file) as log, Trackers(file.parent, kept) as trackers:
+        log.rewrite(kept)
+        with Trackers(file.parent, kept) as trackers:
 
-        def add(row: Row) -> None:
-            log.append(row)
-            trackers.log(row)
+            def add(row: Row) -> None:
+                log.append(row)
+                trackers.log(row)
 
-        yield add
+            yield add
 
 
-def _callback(log: Callable[[Row], None], advance: Callable[[int], None]) -> Any:
-    from transformers import TrainerCallback
+def _callback(log: Callable[[Row], None], advance: Callable[[int], None]) -> TrainerCallback:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
     class Watch(TrainerCallback):
         """Writes the log, shows the progress, marks whole checkpoints."""
@@ -249,8 +242,9 @@ def _callback(log: Callable[[Row], None], advance: Callable[[int], None]) -> Any
         def __init__(self) -> None:
             self.tokens, self.time = 0.0, time.monotonic()
 
-        def on_log(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: object) -> None:
             logs = rest["logs"]
+            assert isinstance(logs, dict)
             if "loss" not in logs:  # the summary at the end
                 return
             if not math.isfinite(logs["loss"]):
@@ -262,20 +256,22 @@ def _callback(log: Callable[[Row], None], advance: Callable[[int], None]) -> Any
             row |= {key: logs[key] for key in ("grad_norm", "accuracy", "margin") if key in logs}
             log({**row, "tokens_per_second": round(speed, 1)})
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_step_end(
+            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+        ) -> None:
             advance(1)
 
-        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
             wait_for_all()  # every process has written its share
             if is_main():
-                (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).touch()
+                (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / WHOLE).touch()
 
     return Watch()
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Torch's CPU generator at `seed` inside, as it was outside: new weights do not depend on who drew before."""
+    """Torch's CPU generator starts at `seed` inside and is put back after it: new weights depend on the seed alone."""
     import torch
 
     with torch.random.fork_rng(devices=[]):
@@ -285,7 +281,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """The global generators, which transformers seeds, are as they were afterwards."""
+    """The global generators, which transformers seeds, are put back afterwards."""
     import numpy as np
     import torch
 

@@ -1,1 +1,4 @@
-"""Pre-trains the nano family, the built-in models, and measures them by ground truth. Start with `pretrain`."""
+"""Pre-trains the nano family, the built-in models, measures them by ground truth, and makes the data of its recipe.
+
+May use `almost_eval` and `common`. Start with `pretrain`.
+"""

@@ -1,7 +1,7 @@
 """What a recipe reads from the nano world besides demonstrations: held-out prompts, an oracle's judgement, and votes.
 
-The votes stand in for the other preference source of the paper's as-is reward model (section 2.1, post-validation): a
-community that compares answers people wrote, and is right more often than not.
+The votes take the place of the paper's other source of preferences, for the as-is reward model (section 2.1,
+post-validation): people who compare written answers, and are right more often than not.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import permutations, product
 from pathlib import Path
-from typing import Any
 
 from almost_eval.errors import InputError
 from almost_eval.files import Row, write_rows
@@ -31,7 +30,9 @@ from almost_eval.nano.oracle import score_text
 from almost_eval.nano.queries import Query
 from almost_eval.nano.responses import Level
 from almost_eval.nano.world import STYLES, World
+from almost_eval.types import JSONObject, Message
 from almost_train.common.config import option
+from almost_train.common.records import Preference
 from almost_train.common.stage import Stage
 
 _PATIENCE = 3000  # draws without a new query: rare kinds (comparisons) take many
@@ -76,7 +77,7 @@ def write_held_out(file: Path) -> Path:
 
 
 def _all_texts() -> Iterator[str]:
-    """Every query that the world can draw, and a few that it cannot (`World.parse` tells)."""
+    """Every query that the world can draw, and a few that it cannot: `World.parse` tells them apart."""
     names = (*ANIMALS, *(head + tail for head in NAME_HEADS for tail in NAME_TAILS))
     for attribute in ATTRIBUTES.values():
         for name, question in product(names, attribute.questions):
@@ -100,7 +101,7 @@ class VoteSettings:
     seed: int = option(0, "Of queries, answers and votes.", least=0)
 
 
-def votes(settings: VoteSettings, output: Path) -> dict[str, Any]:
+def votes(settings: VoteSettings, output: Path) -> JSONObject:
     """The votes as a stage of a recipe: writes `comparisons.jsonl`."""
     with Stage(output, "votes", settings) as stage:
         if stage.result is not None:
@@ -126,23 +127,19 @@ def write_votes(file: Path, n: int, *, wrong: float, seed: int) -> Path:
         better, worse = (world.respond(rng, query, level) for level in sorted(levels, reverse=True))
         if rng.random() < wrong:
             better, worse = worse, better
-        rows.append(
-            {
-                "prompt": [{"role": "user", "content": query.text}],
-                "chosen": [{"role": "assistant", "content": better}],
-                "rejected": [{"role": "assistant", "content": worse}],
-                "chosen_source": "votes",
-                "rejected_source": "votes",
-                "prompt_id": f"vote-{len(rows):05d}",
-            }
+        prompt, chosen, rejected = (
+            Message("user", query.text),
+            Message("assistant", better),
+            Message("assistant", worse),
         )
+        vote = Preference((prompt,), (chosen,), (rejected,), "votes", "votes", f"vote-{len(rows):05d}")
+        rows.append(vote.to_row())
     write_rows(file, rows)
     return file
 
 
 def oracle(prompt: str, answer: str) -> dict[str, float | None]:
     """The nano world's ground truth as an `evaluation.Judge`; None throughout where the prompt is not of this world."""
-    found = score_text(prompt, answer)
-    names = ("overall", "helpful", "honest", "harmless")
-    values: list[float | None] = [getattr(found, name, None) for name in names]  # found may be None
-    return dict(zip(("oracle", *(f"oracle/{name}" for name in names[1:])), values, strict=True))
+    score = score_text(prompt, answer)
+    parts = {f"oracle/{name}": getattr(score, name, None) for name in ("helpful", "honest", "harmless")}
+    return {"oracle": None if score is None else score.overall, **parts}

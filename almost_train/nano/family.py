@@ -6,15 +6,14 @@ almost-train nano collect --pipeline runs/nano --output DIR
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from almost_eval.errors import InputError
-from almost_eval.files import whole_folder
+from almost_eval.files import read_json, whole_folder
 from almost_eval.models.checkpoint import find_checkpoint
-from almost_eval.run.store import read_json
+from almost_eval.types import JSONObject
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +64,7 @@ def collect(pipeline: Path, output: Path) -> list[Path]:
     return [_collect(pipeline, output / name, name, member, figures) for name, member in MEMBERS.items()]
 
 
-def _collect(pipeline: Path, target: Path, name: str, member: Member, figures: Mapping[str, Any]) -> Path:
+def _collect(pipeline: Path, target: Path, name: str, member: Member, figures: JSONObject) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -75,14 +74,14 @@ def _collect(pipeline: Path, target: Path, name: str, member: Member, figures: M
     kinds = ("SequenceClassification",) if member.reward else ("CausalLM",)
     find_checkpoint(str(source), architectures=kinds)
     auto: Any = AutoModelForSequenceClassification if member.reward else AutoModelForCausalLM
-    tokenizer: Any = AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source)
     with whole_folder(target) as folder:
         save(auto.from_pretrained(source, dtype=torch.float32), tokenizer, folder)
         (folder / "README.md").write_text(_card(name, member, figures), encoding="utf-8")
     return target
 
 
-def _card(name: str, member: Member, figures: Mapping[str, Any]) -> str:
+def _card(name: str, member: Member, figures: JSONObject) -> str:
     task = "text-classification" if member.reward else "text-generation"
     rows = "".join(
         f"| {policy} | {by_name['oracle']['value']:.2f} | {by_name['reward']['value']:.2f} |\n"

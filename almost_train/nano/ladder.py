@@ -24,11 +24,11 @@ OPENING = "\n\nHuman: {}\n\nAssistant:"
 
 
 @dataclass(frozen=True, slots=True)
-class Configuration:
+class Respondent:
     """Who answers, after which demonstrations."""
 
     model: str
-    """A key of the models that `oracle_ladder` is given."""
+    """A name among the models of `oracle_ladder`."""
     quality: str = "good"
     """`good`, `weak` or `bad`."""
     shots: int = 0
@@ -38,10 +38,10 @@ class Configuration:
 
 
 LADDER = (
-    Configuration("large", "good", 5),
-    Configuration("large", "good", 1),
-    Configuration("medium", "good", 1),
-    Configuration("small", "weak", 1),
+    Respondent("large", "good", 5),
+    Respondent("large", "good", 1),
+    Respondent("medium", "good", 1),
+    Respondent("small", "weak", 1),
 )
 """The order that the synthetic comparisons assume, best first."""
 
@@ -64,10 +64,10 @@ class Rung:
     """Answers that the token budget cut off."""
 
 
-def fact_accuracy(model: Any, tokenizer: Any, world: World | None = None) -> float:
+def fact_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, world: World | None = None) -> float:
     """Share of all facts where, of an attribute's values, the true one is the likeliest after "The otter eats".
 
-    Asked with no demonstration, in the plainest wording.
+    The question has the plainest wording, and no demonstration stands before it.
     """
     import torch
 
@@ -87,7 +87,7 @@ def fact_accuracy(model: Any, tokenizer: Any, world: World | None = None) -> flo
 def oracle_ladder(
     models: Mapping[str, LlamaForCausalLM],
     tokenizer: PreTrainedTokenizerFast,
-    configurations: Sequence[Configuration] = LADDER,
+    configurations: Sequence[Respondent] = LADDER,
     *,
     n: int = 1000,
     pool: Pool | None = "eval",
@@ -159,7 +159,7 @@ def sample(
     ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("\n\nHuman:")]
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))  # little padding
     answers: dict[int, tuple[str, bool]] = {}
-    # generate draws from the global generator: it is put back afterwards.
+    # `generate` draws from the global generator, which is put back afterwards.
     with torch.inference_mode(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         for start in range(0, len(order), rows):

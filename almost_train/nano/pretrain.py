@@ -5,10 +5,13 @@
 They are a scale model of the vanilla LMs that ALMoST starts from (arXiv 2305.13735, section 2): the larger ones know
 more, demonstrations steer them, and none is aligned. All three read the same tokens in the same order.
 
-Two things decide whether models this small learn anything within a few million tokens, found by trial
-(benchmarks/LOG.md): single turns come first, one a row, so that copying a name and looking a fact up are easy to
-find, and whole documents later, one a row, so that all a row holds is of one style; and the weights begin wide, at
-0.08. One thread, one seed: two runs on one machine give the same bytes.
+Models this small learn within a few million tokens because of two choices (trials in benchmarks/LOG.md):
+
+- Single turns come first, one a row: copying a name and looking up a fact are then easy to learn. Whole documents come
+  later, one a row, so that all text of a row is of one style.
+- The weights start with the large standard deviation of 0.08.
+
+Training has one thread and one seed: two runs on one machine give the same bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from almost_eval.errors import InputError, did_you_mean
 from almost_eval.files import whole_folder
@@ -34,7 +37,7 @@ from almost_train.nano.ladder import fact_accuracy
 from almost_train.nano.tokenizer import MAX_LENGTH, make_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +87,7 @@ class Pretrained:
     """Mean over the last tenth of the steps, nats per token."""
     seconds: float
     fact_accuracy: float
-    """Share of the world's facts that the model completes rightly, asked with no demonstration."""
+    """Share of the world's facts that the model completes rightly, with no demonstration."""
 
 
 # --- pre-training ---
@@ -147,7 +150,7 @@ def pretrain_family(
     """Train `sizes` into `output/vanilla-<size>`, the largest first, `workers` at a time with one thread each.
 
     Raises:
-        InputError: an unknown size, or a folder that has something in it: found before anything is trained.
+        InputError: an unknown size, or a folder with something in it; before anything is trained.
     """
     progress = progress or progress_for()
     for size in sizes:
@@ -176,12 +179,12 @@ def pretrain_family(
 
 
 class _Reporting(Progress):
-    """In a worker process: what was read goes to the parent, which draws the one bar."""
+    """The progress of a worker process: it sends its counts to the parent, which draws one bar for all."""
 
     to: Queue[int]
 
     @contextmanager
-    def track(self, description: str, total: int, done: int = 0) -> Iterator[Any]:
+    def track(self, description: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
         """Yield a function that takes how many tokens were read."""
         yield self.to.put
 
@@ -197,7 +200,7 @@ def _pretrain_job(job: tuple[str, Path, int, Curriculum | None]) -> Pretrained:
 
 @contextmanager
 def _reproducible() -> Iterator[None]:
-    """One thread, deterministic kernels; the caller's settings come back. Sums over several threads vary in order."""
+    """One thread and deterministic kernels inside; the caller's settings afterwards. Threads would add in any order."""
     import torch
 
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
@@ -309,7 +312,7 @@ def _batches(
 # --- the folder ---
 
 
-def save(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a checkpoint that is small on disk (fp16) and loads as float32, as which it was trained.
 
     The weights of `model` are fp16 values from then on.

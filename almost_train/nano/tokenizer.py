@@ -19,8 +19,8 @@ MAX_LENGTH = 2048
 def make_tokenizer(world: World, *, vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
     """Byte-level BPE in which the turns' openings and the separator are one token each; loses nothing of any text.
 
-    The separator is the end-of-text token: few-shot prompts, pre-training documents and the chat template's closing
-    EOS are then the same text. There is no BOS, hence nothing that one library adds and another forgets.
+    The separator is the end-of-text token: few-shot prompts, pre-training documents and the EOS of the chat template
+    are then the same text. There is no BOS, which some libraries would add and others not.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -32,7 +32,7 @@ def make_tokenizer(world: World, *, vocab_size: int = VOCAB_SIZE) -> PreTrainedT
         for marker in (SEPARATOR, HUMAN, ASSISTANT):
             document = document.replace(marker, "\n")  # tokens of their own: nothing is to be merged across them
         text.append(document)
-    # What the evaluation prompts end in, so that each label is one token after its space.
+    # The ends of evaluation prompts, so that a label with its space is one token.
     text += [f"Response {letter} Reply {letter} answer is true is false" for letter in "ABCD"] * 50
 
     tokenizer = Tokenizer(models.BPE())

@@ -1,27 +1,28 @@
 """The stages of a recipe as calls: what each reads of the recipe, which folders it reads, which one it writes.
 
-`plan` checks every section of a recipe and gives the steps in order; nothing has run by then.
+`plan` checks every section of a recipe and returns the steps in order. It runs none of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from almost_eval.data.sources import find_data
 from almost_eval.engines.base import GenerationEngine
 from almost_eval.engines.build import EngineOptions, generation_engine
 from almost_eval.errors import InputError, did_you_mean
 from almost_eval.progress import Progress
+from almost_eval.types import JSONObject
 from almost_train.pipeline.evaluation import EvaluationSettings, evaluate_policies
-from almost_train.pipeline.run import Recipe
+from almost_train.pipeline.recipe import Recipe
 from almost_train.reward.run import RewardSettings, train_reward
-from almost_train.rlsf.run import RLSFSettings, rlsf
-from almost_train.self_play.run import self_play
-from almost_train.self_play.settings import SelfPlaySettings
+from almost_train.rlsf.job import RLSFSettings, check_settings
+from almost_train.rlsf.run import rlsf
+from almost_train.self_play.run import SelfPlaySettings, self_play
 from almost_train.sft.run import SFTSettings, train_sft
 from almost_train.synthetic.comparisons import ComparisonSettings, synthesize_comparisons
 from almost_train.synthetic.prompt_sets import load_seed_set
@@ -29,7 +30,9 @@ from almost_train.synthetic.prompts import PromptSettings, synthesize_prompts
 from almost_train.synthetic.ranking import as_ranking
 from almost_train.synthetic.responses import ResponseSettings, read_configurations, synthesize_responses
 
-Step = Callable[[], dict[str, Any]]
+T = TypeVar("T")
+Step = Callable[[], JSONObject]
+"""Runs a stage, or goes on with it; returns its `result.json`."""
 
 
 def plan(recipe: Recipe, folder: Path, data_root: str | None, progress: Progress) -> dict[str, Step]:
@@ -107,8 +110,8 @@ class _Plan:
 
     def as_is_reward(self) -> Step:
         settings = self._settings("as_is_reward", RewardSettings, "model", "comparisons")
-        given = self.recipe.sections["as_is_reward"].get("comparisons")
-        comparisons = Path(str(given)) if given else self._made("votes", "comparisons.jsonl")
+        file = self.recipe.sections["as_is_reward"].get("comparisons")
+        comparisons = Path(str(file)) if file else self._made("votes", "comparisons.jsonl")
         model = self._text("as_is_reward", "model")
         output = self.folder / "as_is_reward"
         return partial(train_reward, settings, comparisons, model, output, progress=self.progress)
@@ -116,13 +119,13 @@ class _Plan:
     def comparisons(self) -> Step:
         settings = self._settings("comparisons", ComparisonSettings, "ranking", "as_is_reward_model")
         ranking = as_ranking(self.recipe.value("comparisons", "ranking"), f"recipe {self.recipe.name}, comparisons")
-        given = self.recipe.sections["comparisons"].get("as_is_reward_model")
-        as_is = str(given) if given else None
+        model = self.recipe.sections["comparisons"].get("as_is_reward_model")
+        as_is = str(model) if model else None
         if as_is is None and "as_is_reward" in self.recipe.sections:
             as_is = str(self.folder / "as_is_reward" / "model")
         responses, output = self._made("responses", ""), self.folder / "comparisons"
 
-        def step() -> dict[str, Any]:
+        def step() -> JSONObject:
             # The stage reads a ranking file: the recipe's section becomes one beside the stage's folder.
             file = self.folder / "ranking.yaml"
             file.write_text("\n".join(f"- [{', '.join(group)}]" for group in ranking) + "\n", encoding="utf-8")
@@ -160,9 +163,11 @@ class _Plan:
         return partial(train_sft, settings, demonstrations, model, self.folder / "sft", progress=self.progress)
 
     def rlsf(self) -> Step:
+        settings = self._settings("rlsf", RLSFSettings)
+        check_settings(settings)
         return partial(
             rlsf,
-            self._settings("rlsf", RLSFSettings),
+            settings,
             self._made("prompts", "prompts.jsonl"),
             str(self._made("sft", "model")),
             str(self._made("reward", "model")),
@@ -184,15 +189,15 @@ class _Plan:
         if "rlsf" in self.recipe.sections:
             policies["rlsf"] = self.folder / "rlsf" / "policy"
         nano = section.get("nano_prompts")
-        given = section.get("prompts")
-        if (nano is None) == (given is None):
+        file = section.get("prompts")
+        if (nano is None) == (file is None):
             raise InputError(
                 f"recipe {self.recipe.name}, evaluation: give either prompts (a file) or nano_prompts (how many)"
             )
 
-        def step() -> dict[str, Any]:
+        def step() -> JSONObject:
             judge, judge_name = None, ""
-            prompts = Path(str(given))
+            prompts = Path(str(file))
             if nano is not None:
                 from almost_train.nano.data import oracle, write_prompts
 
@@ -229,7 +234,7 @@ class _Plan:
         self.folder.mkdir(parents=True, exist_ok=True)
         return write_held_out(self.folder / "held-out.jsonl")
 
-    def _settings(self, section: str, cls: Any, *drop: str, **fixed: Any) -> Any:
+    def _settings(self, section: str, cls: type[T], *drop: str, **fixed: object) -> T:
         return self.recipe.settings(section, cls, *drop, **fixed)
 
     def _text(self, section: str, key: str) -> str:
@@ -242,14 +247,15 @@ class _Plan:
         return self.folder / stage / name if name else self.folder / stage
 
 
-def engine_options(given: Mapping[str, Any], where: str) -> EngineOptions:
-    """Engine options from a mapping.
+def engine_options(section: JSONObject, where: str) -> EngineOptions:
+    """Engine options from a mapping; `where` names it in an error.
 
     Raises:
         InputError: an unknown option.
     """
     known = [field.name for field in fields(EngineOptions)]
-    for key in given:
+    options = {key.replace("-", "_"): value for key, value in section.items()}
+    for key in section:
         if key.replace("-", "_") not in known:
             raise InputError(f"{where}: unknown option {key!r}; {did_you_mean(key, known, 30)}")
-    return EngineOptions(**{key.replace("-", "_"): value for key, value in given.items()})
+    return EngineOptions(**options)

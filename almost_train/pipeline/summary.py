@@ -1,19 +1,22 @@
-"""What a pipeline came to: the table of stages for the terminal, and one picture of reward, KL and judgement."""
+"""Summary of a pipeline: the table of stages for the terminal, and one picture of reward, KL and judgement."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from almost_eval.files import read_rows
+from almost_eval.types import JSONObject
 from almost_train.pipeline.run import StageReport
 
-Results = Mapping[str, Mapping[str, Any]]
-"""Stage -> its metrics."""
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from rich.table import Table
 
 
-def stage_table(reports: Sequence[StageReport]) -> Any:
+def stage_table(reports: Sequence[StageReport]) -> Table:
     """A rich table: stage, what was done, seconds, and its figure."""
     from rich.table import Table
 
@@ -41,7 +44,7 @@ _COLUMNS = {
 """Metric of `evaluation` -> its heading."""
 
 
-def policy_table(metrics: Mapping[str, Mapping[str, Any]]) -> Any:
+def policy_table(metrics: Mapping[str, JSONObject]) -> Table:
     """A rich table of the evaluation: a row for each policy, a column for each metric, with 95 % intervals."""
     from rich.table import Table
 
@@ -56,28 +59,27 @@ def policy_table(metrics: Mapping[str, Mapping[str, Any]]) -> Any:
     return table
 
 
-def outcome(stage: str, metrics: Mapping[str, Any]) -> str:
+def outcome(stage: str, metrics: JSONObject) -> str:
     """The figure of a stage that a reader looks for first."""
-    found = _OUTCOMES.get(stage, lambda _: "")
     try:
-        return found(metrics)
+        return _OUTCOMES[stage](metrics)
     except (KeyError, TypeError):  # a result of an older version: the table must not fail for it
         return ""
 
 
-def _with_interval(metric: Mapping[str, Any] | None) -> str:
+def _with_interval(metric: JSONObject | None) -> str:
     if metric is None or metric["value"] is None:
         return "-"
     half = f"±{(metric['ci95'][1] - metric['ci95'][0]) / 2:.2f}" if metric["ci95"] else ""
     return f"{metric['value']:.2f}{half}"
 
 
-def _held_out(metrics: Mapping[str, Any]) -> str:
-    found = metrics["eval"]
-    if not found or not found["pairs"]:
+def _held_out(metrics: JSONObject) -> str:
+    held_out = metrics["eval"]
+    if not held_out or not held_out["pairs"]:
         return f"{metrics['train_pairs']} pairs, none held out"
     accuracy, shorter, longer_wins = (
-        found[name]["value"] for name in ("accuracy", "accuracy_chosen_shorter", "longer_wins")
+        held_out[name]["value"] for name in ("accuracy", "accuracy_chosen_shorter", "longer_wins")
     )
     return (
         f"{metrics['train_pairs']} pairs; held-out accuracy {accuracy:.3f}, where the chosen is shorter {shorter:.3f}, "
@@ -85,7 +87,7 @@ def _held_out(metrics: Mapping[str, Any]) -> str:
     )
 
 
-_OUTCOMES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+_OUTCOMES: dict[str, Callable[[JSONObject], str]] = {
     "prompts": lambda m: f"{m['prompts']} prompts of {m['candidates']} candidates",
     "responses": lambda m: ", ".join(f"{name} {c['kept']}" for name, c in m["configurations"].items()) + " kept",
     "votes": lambda m: f"{m['pairs']} pairs",
@@ -129,7 +131,7 @@ def draw(folder: Path, reports: Sequence[StageReport]) -> Path | None:
     return file
 
 
-def _draw_steps(axis: Any, steps: Sequence[Mapping[str, Any]]) -> None:
+def _draw_steps(axis: Axes, steps: Sequence[JSONObject]) -> None:
     x = [row["step"] for row in steps]
     axis.plot(x, [row["reward"] for row in steps], color="tab:blue", label="reward (raw logit)")
     axis.set_xlabel("RLSF step")
@@ -140,14 +142,15 @@ def _draw_steps(axis: Any, steps: Sequence[Mapping[str, Any]]) -> None:
     axis.set_title("RLSF")
 
 
-def _draw_policies(axis: Any, policies: Mapping[str, Mapping[str, Any]]) -> None:
+def _draw_policies(axis: Axes, policies: Mapping[str, JSONObject]) -> None:
     """Reward on the left axis; what ranges from 0 to 1 on the right."""
     names = list(policies)
     places = range(len(names))
     judged = "oracle" if any("oracle" in policies[name] for name in names) else None
 
-    def bars(on: Any, metric: str, shift: float, colour: str) -> None:
-        values = [policies[name][metric]["value"] for name in names]
+    def bars(on: Axes, metric: str, shift: float, colour: str) -> None:
+        # What could not be measured has no bar.
+        values = [math.nan if (v := policies[name][metric]["value"]) is None else v for name in names]
         spans = [policies[name][metric]["ci95"] or (value, value) for name, value in zip(names, values, strict=True)]
         error = [
             [v - lo for v, (lo, _) in zip(values, spans, strict=True)],

@@ -1,8 +1,7 @@
-"""Comparisons for a reward model: read, split by prompt, turned into token ids; and what the rewards of pairs say."""
+"""Comparisons for a reward model: read, split by prompt, turned into token ids. And metrics of the rewards of pairs."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import random
@@ -10,21 +9,24 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from almost_eval.errors import DataError
 from almost_eval.files import Row, read_rows
 from almost_eval.models.chat import ChatTemplate, encode_text, special_tokens
 from almost_eval.stats import mean_metric
-from almost_eval.types import Conversation
-from almost_train.common.trainers import messages_of
+from almost_eval.types import Conversation, JSONObject
+from almost_train.common.records import Preference
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CALIBRATION_BINS = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
-    """One comparison."""
+class RewardPair:
+    """One comparison, as the reward model reads it."""
 
     prompt_id: str
     prompt: Conversation
@@ -40,7 +42,7 @@ class Pair:
         return sum(len(message.content) for message in conversation[len(self.prompt) :])
 
 
-def read_pairs(file: Path) -> list[Pair]:
+def read_pairs(file: Path) -> list[RewardPair]:
     """The comparisons of a file, in order.
 
     Raises:
@@ -51,19 +53,15 @@ def read_pairs(file: Path) -> list[Pair]:
         raise DataError(f"{file} holds no comparisons")
     pairs = []
     for number, row in enumerate(rows, 1):
-        where = f"{file}, row {number}"
-        prompt, chosen, rejected = (messages_of(row[key], where) for key in ("prompt", "chosen", "rejected"))
-        if not prompt or any(not part or part[-1].role != "assistant" for part in (chosen, rejected)):
-            raise DataError(f"malformed data: {where}: needs a prompt, and answers that end in an assistant's message")
-        pair = Pair("", prompt, prompt + chosen, prompt + rejected)
-        prompt_id = row.get("prompt_id") or hashlib.sha256(_key(pair).encode()).hexdigest()[:12]
-        pairs.append(replace(pair, prompt_id=str(prompt_id)))
+        pair = Preference.from_row(row, f"{file}, row {number}")
+        prompt = pair.prompt
+        pairs.append(RewardPair(pair.prompt_id, prompt, prompt + pair.chosen, prompt + pair.rejected))
     return pairs
 
 
 def split_pairs(
-    pairs: Sequence[Pair], held_out: Sequence[Pair] | None, eval_share: float, seed: int
-) -> tuple[list[Pair], list[Pair], Counter[str]]:
+    pairs: Sequence[RewardPair], held_out: Sequence[RewardPair] | None, eval_share: float, seed: int
+) -> tuple[list[RewardPair], list[RewardPair], Counter[str]]:
     """(for training, held out, dropped by reason): no prompt is on both sides, whatever its id."""
     dropped: Counter[str] = Counter()
     if held_out is None:
@@ -79,13 +77,13 @@ def split_pairs(
     return train, list(held_out), dropped
 
 
-def _key(pair: Pair) -> str:
+def _key(pair: RewardPair) -> str:
     return json.dumps([message.to_dict() for message in pair.prompt])
 
 
 def encode_pairs(
-    pairs: Sequence[Pair], encode: Callable[[Conversation], list[int]], limit: int, pad: int
-) -> tuple[list[Pair], Counter[str]]:
+    pairs: Sequence[RewardPair], encode: Callable[[Conversation], list[int]], limit: int, pad: int
+) -> tuple[list[RewardPair], Counter[str]]:
     """The pairs with their token ids, and how many could not be used, by reason."""
     dropped: Counter[str] = Counter()
     usable = []
@@ -105,7 +103,7 @@ def encode_pairs(
 # --- tokens ---
 
 
-def reward_encoder(tokenizer: Any, template: ChatTemplate) -> Callable[[Conversation], list[int]]:
+def reward_encoder(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> Callable[[Conversation], list[int]]:
     """Conversation -> token ids, as `almost_eval.rewards.hf.HFRewardModel` reads it."""
     separator = tokenizer.special_tokens_map.get("sep_token")
     framed = separator is not None and list(tokenizer.encode("a"))[-1:] == [tokenizer.sep_token_id]
@@ -118,7 +116,7 @@ def reward_encoder(tokenizer: Any, template: ChatTemplate) -> Callable[[Conversa
 # --- how good the rewards are ---
 
 
-def pair_metrics(rows: Sequence[Row]) -> dict[str, Any]:
+def pair_metrics(rows: Sequence[Row]) -> JSONObject:
     """What the rewards of held-out pairs say.
 
     A pair is right where the chosen answer's reward is the higher; equal rewards are wrong, and counted as `ties`.

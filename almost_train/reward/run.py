@@ -14,13 +14,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from almost_eval.errors import DataError, ModelError
 from almost_eval.files import Row, read_rows, write_rows
 from almost_eval.models.checkpoint import Checkpoint, context_length, find_checkpoint
 from almost_eval.models.loading import load_tokenizer
 from almost_eval.progress import Progress
+from almost_eval.types import JSONObject
 from almost_train.common.batches import BatchPlan, batch_plan, planned_dataset
 from almost_train.common.config import option
 from almost_train.common.processes import is_main, shared_stage
@@ -35,7 +36,11 @@ from almost_train.common.trainers import (
     seeded,
     trainer_arguments,
 )
-from almost_train.reward.pairs import Pair, encode_pairs, pair_metrics, read_pairs, reward_encoder, split_pairs
+from almost_train.reward.pairs import RewardPair, encode_pairs, pair_metrics, read_pairs, reward_encoder, split_pairs
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 KINDS = ("CausalLM", "LMHeadModel", "SequenceClassification", "MaskedLM", "ForPreTraining", "Model")
 """What a reward model can start from: parts of the class name in `config.json`."""
@@ -60,7 +65,7 @@ def train_reward(
     *,
     eval_comparisons: Path | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> JSONObject:
     """Train a reward model and measure it on held-out pairs.
 
     Args:
@@ -73,7 +78,7 @@ def train_reward(
         progress: where to show the steps.
 
     Returns:
-        `result.json`. Under `accelerate launch` every process calls this and gets the same.
+        `result.json`, the same in every process of `accelerate launch`.
 
     Raises:
         InputError: settings, data or model that cannot be used; before any weight is loaded.
@@ -113,7 +118,7 @@ def train_reward(
         fit(lambda: _trainer(settings, checkpoint, tokenizer, train, plan, output), stage, plan.steps, progress)
 
         # 4. How good it is, through the checkpoint as others will load it.
-        metrics: dict[str, Any] = {}
+        metrics: JSONObject = {}
         if is_main():
             rows = _score(output / MODEL, held_out, settings.device, progress)
             write_rows(output / "eval.jsonl", rows)
@@ -132,7 +137,7 @@ def train_reward(
 # --- tokens ---
 
 
-def set_pad_token(tokenizer: Any) -> None:
+def set_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
     """Give the tokenizer a pad token that ends no text.
 
     transformers' classifiers of decoder type read a text's score at its rightmost token that is not
@@ -151,7 +156,7 @@ def set_pad_token(tokenizer: Any) -> None:
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
 
 
-def _length_limit(settings: RewardSettings, checkpoint: Checkpoint, tokenizer: Any) -> int:
+def _length_limit(settings: RewardSettings, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens that a text may have: the setting, or less where the model takes less."""
     own = context_length(checkpoint.config, tokenizer)
     if tokenizer.special_tokens_map.get("sep_token"):  # RoBERTa's positions start after its pad id: 512 of 514 count
@@ -173,7 +178,7 @@ def _refuse_other_labels(checkpoint: Checkpoint) -> None:
         )
 
 
-def load_classifier(checkpoint: Checkpoint, seed: int) -> Any:
+def load_classifier(checkpoint: Checkpoint, seed: int) -> PreTrainedModel:
     """The model in float32, its score head from the checkpoint or, where there is none, drawn from `seed`.
 
     Raises:
@@ -209,11 +214,11 @@ def load_classifier(checkpoint: Checkpoint, seed: int) -> Any:
 def _trainer(
     settings: RewardSettings,
     checkpoint: Checkpoint,
-    tokenizer: Any,
-    pairs: Sequence[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[RewardPair],
     plan: BatchPlan,
     output: Path,
-) -> Any:
+) -> Trainer:
     import torch
     from trl import RewardConfig, RewardTrainer
     from trl.trainer.reward_trainer import DataCollatorForPreference
@@ -222,8 +227,12 @@ def _trainer(
         """TRL's trainer, with a weight for each pair: see `BatchPlan`."""
 
         def compute_loss(
-            self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
+            self,
+            model: torch.nn.Module,
+            inputs: dict[str, torch.Tensor],
+            return_outputs: bool = False,
+            num_items_in_batch: torch.Tensor | int | None = None,
+        ) -> torch.Tensor | tuple[torch.Tensor, object]:
             weight = inputs.pop("weight")  # (B,)
             outputs = model(**inputs, use_cache=False)
             chosen, rejected = outputs.logits.squeeze(-1).float().chunk(2)  # (B,) each
@@ -239,11 +248,11 @@ def _trainer(
 
     pad = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)
 
-    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def collate(rows: list[Row]) -> dict[str, torch.Tensor]:
         return {**pad(rows), "weight": torch.tensor([row["weight"] for row in rows])}
 
     model = load_classifier(checkpoint, settings.seed)
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    if len(tokenizer) > cast("torch.nn.Embedding", model.get_input_embeddings()).num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # for the pad token; nothing attends to it
     model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     filler = pairs[0].chosen_ids[-1:]
@@ -260,7 +269,7 @@ def _trainer(
 # --- how good it is ---
 
 
-def _score(model: Path, pairs: Sequence[Pair], device: str, progress: Progress) -> list[Row]:
+def _score(model: Path, pairs: Sequence[RewardPair], device: str, progress: Progress) -> list[Row]:
     from almost_eval.rewards.hf import HFRewardModel
 
     if not pairs:

@@ -1,7 +1,7 @@
-"""What a step of reinforcement learning says of itself, and when it has gone wrong: no model, no torch.
+"""The log of reinforcement learning, and the guards that stop it by what the log says. Uses no model and no torch.
 
-One row of `log.jsonl` tells of the policy *before* the update of that step; the last row has no update. A guard reads
-the rows alone, so a resumed run judges as an uninterrupted one does.
+A row of `log.jsonl` describes the policy *before* the update of that step. The last row has no update. A guard reads
+the rows alone, so a resumed run stops where an uninterrupted one does.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from types import TracebackType
 
 from almost_eval.errors import RunError
-from almost_eval.files import Row, RowLog, read_rows, write_rows
+from almost_eval.files import LineWriter, Row, read_rows, write_rows
 from almost_eval.run.trackers import Trackers
+from almost_eval.types import JSONObject
 
 SAMPLES = 4
 """Completions of a step that go to samples.jsonl."""
@@ -113,7 +114,7 @@ def last_good_step(rows: Sequence[Row], why: str, window: int) -> int:
 
 
 class StepLog:
-    """`log.jsonl` and `samples.jsonl` of an output folder, and the trackers asked for. A context manager.
+    """`log.jsonl` and `samples.jsonl` of an output folder, and the trackers of `--log-to`. A context manager.
 
     Args:
         folder: of the stage.
@@ -129,26 +130,25 @@ class StepLog:
         """Every row so far, on every process."""
 
     def __enter__(self) -> StepLog:
-        file = self._folder / "log.jsonl"
-        if file.exists():
-            with RowLog(file):  # removes a line that was cut short
-                pass
-            self.rows = [row for row in read_rows(file) if row["step"] < self._step]
+        file, samples = self._folder / "log.jsonl", self._folder / "samples.jsonl"
+        self.rows = self._earlier(file)
         if self._active:
             write_rows(file, self.rows)
-            samples = self._folder / "samples.jsonl"
-            with RowLog(samples) as stored:
-                kept = [row for row in stored.rows if row["step"] < self._step]
-            write_rows(samples, kept)
+            write_rows(samples, self._earlier(samples))
         with ExitStack() as stack:
             self._trackers = stack.enter_context(Trackers(self._folder, self.rows, active=self._active))
             if self._active:
-                self._log, self._samples = (stack.enter_context(RowLog(name)) for name in (file, samples))
+                self._log, self._samples = (stack.enter_context(LineWriter(name)) for name in (file, samples))
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._stack.close()
+
+    def _earlier(self, file: Path) -> list[Row]:
+        """The rows before `step`; a last line that a kill cut short is left out."""
+        rows = read_rows(file, torn_end=True) if file.exists() else []
+        return [row for row in rows if row["step"] < self._step]
 
     def step(self, row: Row) -> None:
         """Add the row of a step, with its length-adjusted reward; a number that does not exist is null."""
@@ -177,12 +177,12 @@ def sample_row(step: int, prompt_id: str, prompt: str, completion: str, reward: 
     }
 
 
-def summary(rows: Sequence[Row]) -> dict[str, Any]:
+def summary(rows: Sequence[Row]) -> JSONObject:
     """Metrics of a whole run for `result.json`: means over the first and the last tenth of its steps."""
     part = max(1, len(rows) // 10)
     names = ("reward", "length_adjusted_reward", "kl", "entropy", "length", "ended")
     ends = {"first": rows[:part], "last": rows[-part:]}
-    metrics: dict[str, Any] = {}
+    metrics: JSONObject = {}
     for name in names:
         for end, some in ends.items():
             values = [row[name] for row in some if row.get(name) is not None]

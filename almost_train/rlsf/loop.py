@@ -1,10 +1,13 @@
 """The PPO loop: sample, score, compare, update; checkpoints that resume to the same bits.
 
-Departures from TRL's PPO trainer, which it has removed: the policy and the value model are two models with an optimizer
-each; losses are divided by the tokens of the whole mini-batch, so micro-batches and processes change nothing but
-rounding; no dropout; a checkpoint is taken after a step's batch was measured and before its update, so every checkpoint
-is of a policy known to be within bounds. Random numbers come from (seed, step, row) alone, so there is no state of a
-generator to keep.
+Departures from TRL's PPO trainer, which TRL has removed:
+
+- The policy and the value model are two models with an optimizer each.
+- Losses are divided by the tokens of the whole mini-batch, so micro-batches and processes change only the rounding.
+- There is no dropout.
+- A checkpoint is taken after a step's batch was measured and before its update, so the policy of every checkpoint is
+  known to be within the guards' bounds.
+- Random numbers depend on (seed, step, row) alone, so a checkpoint holds no state of a generator.
 """
 
 from __future__ import annotations
@@ -13,19 +16,21 @@ import copy
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from numpy.typing import NDArray
 from torch import Tensor
 
 from almost_eval.errors import InputError
 from almost_eval.files import Row
+from almost_eval.types import JSONObject
 from almost_train.rlsf import checkpoint as checkpoints
 from almost_train.rlsf import ppo
+from almost_train.rlsf.job import Algorithm, Job, RLSFSettings, save_policy
 from almost_train.rlsf.log import (
     SAMPLES,
     StepLog,
@@ -45,9 +50,15 @@ from almost_train.rlsf.rollouts import (
     completion_logprobs,
     conversation,
     sample,
+    shorten_for_reward,
     uniforms,
 )
-from almost_train.rlsf.run import Job, RLSFSettings, save_policy
+
+OWN_SETTINGS = frozenset(
+    "mini_batch_size sampling_batch_size ppo_epochs value_learning_rate value_clip gamma gae_lambda whiten_advantages "
+    "normalise_rewards kl_controller kl_target kl_horizon".split()
+)
+"""Settings of PPO besides those that every algorithm takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +71,33 @@ class State:
     """Of the raw rewards, for `normalise_rewards`."""
 
 
-def train(job: Job) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """What a step learns from."""
+
+    rollout: Rollout
+    """Of all processes."""
+    samples: list[Row]
+    """Lines of `samples.jsonl`."""
+    state: State
+    """With the moments of these rewards."""
+
+
+def update_size(settings: RLSFSettings) -> int:
+    """Completions of one update of PPO.
+
+    Raises:
+        InputError: the batch is not a whole number of mini-batches.
+    """
+    if settings.batch_size % settings.mini_batch_size:
+        raise InputError(
+            f"batch_size {settings.batch_size} is not a multiple of mini_batch_size {settings.mini_batch_size}; every "
+            "update takes as many completions"
+        )
+    return settings.mini_batch_size
+
+
+def train(job: Job) -> JSONObject:
     """Run the loop to its end and save the policy; returns metrics."""
     settings = job.settings
     loop = _Loop(job)
@@ -73,10 +110,10 @@ def train(job: Job) -> dict[str, Any]:
         for step in range(state.step, settings.steps + 1):
             began = time.monotonic()
             # 1. Sample, score and measure the policy as it is now.
-            rollout, samples, after = loop.collect(state)
-            row = _measured(step, rollout, state)
+            batch = loop.collect(state)
+            row = _measured(step, batch.rollout, state)
             if step % settings.samples_every == 0 or step == settings.steps:
-                log.samples(samples)
+                log.samples(batch.samples)
             # 2. Go on only within bounds; the batch after the last update is there to be measured.
             stopped = verdict([*log.rows, row], settings.kl_limit, settings.guard_window)
             if stopped:
@@ -89,8 +126,8 @@ def train(job: Job) -> dict[str, Any]:
             if job.is_first and job.keeps(step):
                 save_policy(job, copy.deepcopy(loop.plain_policy) if settings.bf16 else loop.plain_policy, step)
             # 3. Update.
-            row |= loop.update(after, rollout)
-            state = _next(settings, after, row)
+            row |= loop.update(batch.state, batch.rollout)
+            state = _next(settings, batch.state, row)
             seconds = time.monotonic() - began
             tokens = row["length"] * settings.batch_size
             log.step({**row, "seconds": round(seconds, 3), "tokens_per_second": round(tokens / seconds, 1)})
@@ -111,6 +148,7 @@ def _measured(step: int, rollout: Rollout, state: State) -> Row:
     k1 = ppo.masked_sum(ppo.kl_k1(rollout.logprobs, rollout.reference_logprobs), mask)
     k3 = ppo.masked_sum(ppo.kl_k3(rollout.logprobs, rollout.reference_logprobs), mask)
     row |= {"kl": float(k1) / len(mask), "kl_k3": float(k3) / len(mask)}  # nats a completion
+    row |= {"cut_for_reward": int(rollout.shortened.sum())}
     refuse_non_finite(step, "KL", [row["kl"]])
     return row | {"entropy": float(ppo.masked_mean(rollout.entropy, mask)), "kl_coefficient": state.kl_coefficient}
 
@@ -160,8 +198,8 @@ class _Loop:
 
     # --- sampling ---
 
-    def collect(self, state: State) -> tuple[Rollout, list[Row], State]:
-        """The batch of a step, whole on every process; some of its texts; the state with its rewards' moments."""
+    def collect(self, state: State) -> StepBatch:
+        """The batch of a step, whole on every process."""
         settings, step = self.settings, state.step
         self.policy.eval()
         self.value.eval()
@@ -180,8 +218,10 @@ class _Loop:
                 stop=settings.stop,
                 max_rows=settings.sampling_batch_size,
             )
+        texts = [prompt.text for prompt in prompts]
+        completions = shorten_for_reward(completions, texts, self.job.reward, self.job.tokenizer)
         rewards = self.job.reward.score(
-            [conversation(p.text, c.text) for p, c in zip(prompts, completions, strict=True)]
+            [conversation(text, c.text) for text, c in zip(texts, completions, strict=True)]
         )
         samples = [
             sample_row(step, p.id, p.text, c.text, r, c.ended)
@@ -198,6 +238,7 @@ class _Loop:
             "attention_mask": batch.attention_mask,
             "completion_mask": batch.completion_mask,
             "ended": torch.tensor([c.ended for c in completions]),
+            "shortened": torch.tensor([c.shortened for c in completions]),
             "rewards": torch.tensor(rewards, dtype=torch.float32),
         }
         tensors = {name: tensor.to(self.accelerator.device) for name, tensor in tensors.items()}
@@ -207,12 +248,14 @@ class _Loop:
             state = replace(state, moments=state.moments.with_batch(gathered))
         if step == 0 and self.value_origin == "reward model" and settings.normalise_rewards != "none":
             self.plain_value.rescale(state.moments.mean, state.moments.std)
-        # 4. What the models say of the tokens.
-        tensors |= self._said(tensors, width)
-        return Rollout(**{name: self.accelerator.gather(tensor) for name, tensor in tensors.items()}), samples, state
+        # 4. Log-probabilities, entropy and values of the tokens.
+        tensors |= self._token_numbers(tensors, width)
+        rollout = Rollout(**{name: self.accelerator.gather(tensor) for name, tensor in tensors.items()})
+        return StepBatch(rollout, samples, state)
 
     @torch.no_grad()
-    def _said(self, tensors: dict[str, Tensor], width: int) -> dict[str, Tensor]:
+    def _token_numbers(self, tensors: dict[str, Tensor], width: int) -> dict[str, Tensor]:
+        """(B, T) each: log-probabilities of policy and reference, entropy, values; in micro-batches."""
         parts: dict[str, list[Tensor]] = {"logprobs": [], "reference_logprobs": [], "entropy": [], "values": []}
         for begin in range(0, len(tensors["input_ids"]), self.settings.micro_batch_size):
             some = slice(begin, begin + self.settings.micro_batch_size)
@@ -269,7 +312,7 @@ class _Loop:
         }
 
     def _mini_batch(
-        self, step: int, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: Any
+        self, step: int, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: NDArray[np.int64]
     ) -> tuple[Tensor, float]:
         """One update of both models. Returns sums over all processes, and the largest ratio error."""
         settings = self.settings
@@ -323,20 +366,20 @@ class _Loop:
         """A checkpoint of this moment; older ones that no guard would go back to are removed."""
         if self.job.is_first:
             oldest_wanted = state.step - self.settings.guard_window
-            checkpoints.save(self.job.work, state.step, self._parts(), asdict(state), oldest_wanted)
+            checkpoints.save(self.job.work, state.step, self._trained(), asdict(state), oldest_wanted)
 
     def resume(self) -> State | None:
         """The newest checkpoint's state, with its weights loaded; None where there is none."""
-        found = checkpoints.found(self.job.work)
-        if not found:
+        earlier = checkpoints.stored(self.job.work)
+        if not earlier:
             return None
-        stored = checkpoints.load(found[-1][1], self._parts())
-        return State(stored["step"], stored["kl_coefficient"], Moments(**stored["moments"]))
+        numbers = checkpoints.load(earlier[-1][1], self._trained())
+        return State(numbers["step"], numbers["kl_coefficient"], Moments(**numbers["moments"]))
 
     def go_back(self, step: int) -> int:
-        """Load the policy of the newest checkpoint up to `step`, else the one training began with; says its step."""
+        """Load the policy of the newest checkpoint up to `step`, else the one training began with; returns its step."""
         self.accelerator.wait_for_everyone()
-        good = [(at, folder) for at, folder in checkpoints.found(self.job.work) if at <= step]
+        good = [(at, folder) for at, folder in checkpoints.stored(self.job.work) if at <= step]
         if good:
             checkpoints.load_weights(self.plain_policy, good[-1][1] / "policy.safetensors")
             return good[-1][0]
@@ -345,9 +388,12 @@ class _Loop:
                 mine.copy_(first)
         return 0
 
-    def _parts(self) -> list[checkpoints.Part]:
+    def _trained(self) -> list[checkpoints.TrainedModel]:
         policy, value = (optimizer.optimizer for optimizer in self.optimizers)
         return [
-            checkpoints.Part("policy", self.plain_policy, policy),
-            checkpoints.Part("value", self.plain_value, value),
+            checkpoints.TrainedModel("policy", self.plain_policy, policy),
+            checkpoints.TrainedModel("value", self.plain_value, value),
         ]
+
+
+PPO = Algorithm(train, OWN_SETTINGS, update_size)

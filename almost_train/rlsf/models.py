@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -15,8 +15,11 @@ from almost_eval.models.loading import load_weights
 from almost_eval.rewards.hf import HFRewardModel
 from almost_train.rlsf.rollouts import known_options, positions
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-def load_policy(checkpoint: Checkpoint, device: str) -> Any:
+
+def load_policy(checkpoint: Checkpoint, device: str) -> PreTrainedModel:
     """A float32 causal LM without dropout: old and new log-probabilities must differ by the update alone."""
     model = load_weights(
         AutoModelForCausalLM,
@@ -29,7 +32,7 @@ def load_policy(checkpoint: Checkpoint, device: str) -> Any:
     return without_dropout(model)
 
 
-def without_dropout(model: Any) -> Any:
+def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
     """The model, every dropout of it at 0, so that training mode computes what evaluation does."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -43,16 +46,16 @@ def without_dropout(model: Any) -> Any:
 class ValueModel(nn.Module):
     """A transformer without a language-modelling head, and a linear head that reads a value at every position."""
 
-    def __init__(self, trunk: Any, weight: Tensor | None = None, bias: Tensor | None = None) -> None:
+    def __init__(self, trunk: nn.Module, weight: Tensor | None = None, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.trunk = trunk
-        size = trunk.config.get_text_config().hidden_size if weight is None else weight.shape[1]
+        self.trunk = cast("PreTrainedModel", trunk)
+        size = self.trunk.config.get_text_config().hidden_size if weight is None else weight.shape[1]
         # Not initialised: that would draw from the global generator.
         self.head = nn.utils.skip_init(nn.Linear, size, 1, dtype=torch.float32, device="cpu")
         with torch.no_grad():
             self.head.weight.zero_() if weight is None else self.head.weight.copy_(weight)
             self.head.bias.zero_() if bias is None else self.head.bias.copy_(bias)
-        self.head.to(trunk.device)
+        self.head.to(self.trunk.device)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, L) value of the text up to and with each position."""
@@ -68,47 +71,49 @@ class ValueModel(nn.Module):
         self.head.bias.sub_(mean).div_(std)
 
 
-def completion_values(model: Any, input_ids: Tensor, attention_mask: Tensor, tokens: int) -> Tensor:
+def completion_values(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, tokens: int) -> Tensor:
     """V(s) (B, tokens) before each of the last `tokens` of each row."""
     return model(input_ids, attention_mask)[:, -tokens - 1 : -1]
 
 
-def load_value_model(reward: HFRewardModel, policy: Checkpoint, tokenizer: Any, device: str) -> tuple[ValueModel, str]:
-    """A value model on its own trunk, and where it comes from.
+def load_value_model(
+    reward: HFRewardModel, policy: Checkpoint, tokenizer: PreTrainedTokenizerBase, device: str
+) -> tuple[ValueModel, str]:
+    """A value model on a trunk of its own, and where it comes from.
 
-    It is the reward model with its score head read at every position, where that has a meaning: it must read the
-    policy's tokens, from left to right. Else it is the policy's trunk with a head of zeros.
+    It is the reward model with its score head read at every position, if the reward model reads the policy's tokens
+    and reads them from left to right. Else it is the policy's trunk with a head of zeros.
     """
     reason = _why_not_reward_model(reward, tokenizer)
     if reason is None:
         model = without_dropout(copy.deepcopy(reward.model).float().to(device))
         head = _head(model)
-        value = ValueModel(model.base_model, head.weight.detach(), None if head.bias is None else head.bias.detach())
-        return value, "reward model"
+        assert head is not None  # or there were a reason
+        return ValueModel(model.base_model, head.weight, head.bias), "reward model"
     trunk = load_policy(policy, device).base_model
     return ValueModel(trunk), f"policy, head at zero: {reason}"
 
 
-def _head(model: Any) -> Any:
+def _head(model: PreTrainedModel) -> nn.Linear | None:
     return next((h for name in ("score", "classifier") if isinstance(h := getattr(model, name, None), nn.Linear)), None)
 
 
 @torch.no_grad()
-def _why_not_reward_model(reward: HFRewardModel, tokenizer: Any) -> str | None:
+def _why_not_reward_model(reward: HFRewardModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
     if reward.tokenizer.get_vocab() != tokenizer.get_vocab():
         return "the reward model has another tokenizer"
     model = reward.model
-    if _head(model) is None or model.base_model is model:
+    head = _head(model)
+    if head is None or model.base_model is model:
         return "the reward model's head is not one linear layer"
-    # Measured, not guessed from a name: the head on the trunk is the reward, and no position sees a later one.
-    # A row of its own without the pad token: its last position is the one that transformers reads the reward at.
+    # Measured, not guessed from a name: the head on the trunk gives the reward, and no position sees a later one.
+    # The row has no pad token, so that transformers reads the reward at its last position.
     known = [i for i in range(len(tokenizer)) if i != model.config.get_text_config().pad_token_id]
     ids = torch.tensor([np.random.default_rng(0).choice(known, 12).tolist()], device=model.device)
     changed = ids.clone()
     changed[0, -1] = next(i for i in known if i != int(ids[0, -1]))
     ones = torch.ones_like(ids)
-    head = _head(model)
-    probe = ValueModel(model.base_model, head.weight.float(), None if head.bias is None else head.bias.float())
+    probe = ValueModel(model.base_model, head.weight, head.bias)
     before, after = probe(ids, ones)[0], probe(changed, ones)[0]  # (12,)
     reward_at_end = float(model(input_ids=ids, attention_mask=ones).logits.float().flatten()[0])
     tolerance = (1e-4 if reward.dtype == "float32" else 0.05) * (1 + float(before.abs().max()))

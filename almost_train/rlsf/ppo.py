@@ -2,8 +2,8 @@
 
 Sources: PPO (Schulman et al., arXiv 1707.06347), generalised advantage estimation (arXiv 1506.02438), the KL-shaped
 reward and the adaptive KL coefficient of Ziegler et al. (arXiv 1909.08593), the k1 and k3 estimators of Schulman's
-note "Approximating KL divergence". The losses are sums over tokens divided by a count that the caller gives: so a
-batch cut into micro-batches, or spread over processes, has the gradient of the whole.
+note "Approximating KL divergence". The losses are sums over tokens divided by a count that the caller passes. So a
+batch that is cut into micro-batches, or spread over processes, has the gradient of the whole.
 
 Shapes: B completions, T token positions of the longest. `completion_mask` (B, T) is True on a token of the completion,
 its EOS included; completions begin at position 0. Log-probabilities and KL are in nats.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """A batch of sampled completions, and what each model says of their tokens. 0 where `completion_mask` is False."""
+    """Sampled completions, and each model's numbers for their tokens; 0 where `completion_mask` is False."""
 
     input_ids: Tensor
     """(B, P + T) prompts padded on the left to P, then completions padded on the right to T."""
@@ -30,6 +30,8 @@ class Rollout:
     """(B, T) True on a token of the completion."""
     ended: Tensor
     """(B,) True where the completion ends in EOS."""
+    shortened: Tensor
+    """(B,) True where the completion ends because the reward model's context is full."""
     logprobs: Tensor
     """(B, T) log p(a|s) of the policy that sampled, at the sampling temperature, nats."""
     reference_logprobs: Tensor
@@ -44,7 +46,7 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class Advantages:
-    """What an action was better than expected, and what the value model should have said."""
+    """By how much each token was better than expected, and the targets of the value model."""
 
     advantages: Tensor
     """(B, T)"""
@@ -130,7 +132,7 @@ def shaped_rewards(scores: Tensor, kl: Tensor, completion_mask: Tensor, kl_coeff
     """Rewards (B, T): -coefficient x KL at every token, and the score at the last token of each completion.
 
     Args:
-        scores: (B,) what the whole completion is worth.
+        scores: (B,) reward of each whole completion.
         kl: (B, T) `kl_k1` of each token; k1, whose gradient as a reward is that of the KL.
         completion_mask: (B, T), at least one True in a row.
         kl_coefficient: reward units for one nat.

@@ -1,11 +1,12 @@
-"""Completions sampled from a policy in training, and what models say of their tokens.
+"""Completions sampled from a policy in training, and the log-probabilities of their tokens.
 
-A token is drawn from the whole distribution at the sampling temperature by inverting its cumulative distribution at a
-number that is handed in: no global generator is touched, the batch does not change a draw, and the log-probabilities
-that PPO compares are those of the very distribution that was sampled (top-p would make them another's).
+A token is drawn from the whole distribution at the sampling temperature: the caller passes a uniform number, and the
+cumulative distribution is inverted at it. So no global generator is used, and a draw does not depend on its batch. The
+log-probabilities that PPO compares are those of the distribution that was sampled; with top-p they would not be.
 
-A completion ends with EOS. One that opens the next turn itself ends with that stop string's last token; its text is cut
-before the stop string, and like one that ran out of tokens it has not ended, which `eos_penalty` is for.
+A completion ends with EOS. One that opens the next turn itself ends with the last token of that stop string, and its
+text is cut before the stop string. Such a completion has not ended, like one that ran out of tokens: `eos_penalty` is
+for both.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -33,11 +35,16 @@ from almost_eval.models.chat import ChatTemplate, encode_text, special_tokens
 from almost_eval.types import Conversation, Message
 from almost_train.rlsf.ppo import token_logprobs
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from almost_eval.rewards.hf import HFRewardModel
+
 TokenIds = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class RolloutPrompt:
     """One prompt, as the policy reads it."""
 
     id: str
@@ -58,20 +65,24 @@ class Sampled:
     """Without special tokens and the whitespace around it: what the reward model reads."""
     ended: bool
     """Whether it ends in EOS."""
+    shortened: bool = False
+    """Whether it ends where the reward model's context is full."""
 
 
-def read_prompts(rows: Sequence[Row], tokenizer: Any, template: ChatTemplate) -> list[Prompt]:
+def read_prompts(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, template: ChatTemplate
+) -> list[RolloutPrompt]:
     """The prompts of `prompts.jsonl`, each one user turn written by the template with its generation prompt."""
     tokens = special_tokens(tokenizer)
     prompts = []
     for row in rows:
         conversation = (Message("user", row["prompt"].strip()),)
         rendered = template.render(conversation, add_generation_prompt=True, special_tokens=tokens)
-        prompts.append(Prompt(row["id"], row["prompt"], rendered, tuple(encode_text(tokenizer, rendered))))
+        prompts.append(RolloutPrompt(row["id"], row["prompt"], rendered, tuple(encode_text(tokenizer, rendered))))
     return prompts
 
 
-def batch_prompts(prompts: Sequence[Prompt], seed: int, step: int, size: int) -> list[Prompt]:
+def batch_prompts(prompts: Sequence[RolloutPrompt], seed: int, step: int, size: int) -> list[RolloutPrompt]:
     """The prompts of a step: all are used once, in a seeded order, before any is used again in another order."""
     chosen = []
     for number in range(step * size, (step + 1) * size):
@@ -81,7 +92,7 @@ def batch_prompts(prompts: Sequence[Prompt], seed: int, step: int, size: int) ->
 
 
 @lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, n: int) -> Any:
+def _permutation(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
@@ -90,7 +101,7 @@ def conversation(prompt: str, answer: str) -> Conversation:
     return (Message("user", prompt.strip()), Message("assistant", answer))
 
 
-def end_ids(model: Any, tokenizer: Any) -> list[int]:
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids that end a completion: the tokenizer's EOS and those of the model's generation settings."""
     return sorted(stops.end_ids(model.generation_config.eos_token_id, tokenizer))
 
@@ -107,7 +118,7 @@ def uniforms(seed: int, step: int, rows: Sequence[int], tokens: int) -> Tensor:
 
 
 class _Draw(LogitsProcessor):
-    """Leaves of every row only the token that its next uniform number picks."""
+    """Leaves in every row only the token at which its next uniform number inverts the cumulative distribution."""
 
     def __init__(self, numbers: Tensor, prompt_length: int, temperature: float) -> None:
         self._numbers = numbers  # (B, T)
@@ -127,23 +138,23 @@ class _Draw(LogitsProcessor):
 class _Stops(StoppingCriteria):
     """Ends a row once its completion holds a stop string; looks at its last tokens only."""
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str], prompt_length: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], prompt_length: int) -> None:
         self._tokenizer = tokenizer
         self._stop = stop
         self._prompt_length = prompt_length
         self._tail = max(len(text.encode()) for text in stop) + 8  # a token is at least a byte
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.BoolTensor:
         tails = input_ids[:, max(self._prompt_length, input_ids.shape[1] - self._tail) :]
         texts = self._tokenizer.batch_decode(tails, skip_special_tokens=True)
-        found = [any(stop in text for stop in self._stop) for text in texts]
-        return torch.tensor(found, device=input_ids.device)  # type: ignore[return-value]
+        stopped = [any(stop in text for stop in self._stop) for text in texts]
+        return torch.tensor(stopped, device=input_ids.device)  # type: ignore[return-value]
 
 
 @torch.no_grad()
 def sample(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[TokenIds],
     numbers: Tensor,
     *,
@@ -164,6 +175,7 @@ def sample(
     """
     ends = end_ids(model, tokenizer)
     pad = _pad_id(tokenizer)
+    generate = cast(Any, model).generate  # transformers types it for a protocol of its own
     completions = []
     own = model.generation_config
     model.generation_config = GenerationConfig(eos_token_id=ends)  # no repetition penalty, no top-k of the checkpoint's
@@ -172,7 +184,7 @@ def sample(
             batch = prompts[begin : begin + max_rows]
             width = max(len(ids) for ids in batch)
             input_ids, mask = _left_padded(batch, width, pad)
-            output = model.generate(
+            output: Tensor = generate(  # (B, P + T)
                 input_ids=input_ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 max_new_tokens=numbers.shape[1],
@@ -187,7 +199,9 @@ def sample(
     return completions
 
 
-def as_sampled(tokenizer: Any, ids: list[int], ends: frozenset[int], stop: Sequence[str]) -> Sampled:
+def as_sampled(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], ends: frozenset[int], stop: Sequence[str]
+) -> Sampled:
     """A completion from what was generated (with padding after its end), the ids in `ends` and the stop strings."""
     last = next((at for at, token in enumerate(ids) if token in ends), None)
     body = ids[:last]
@@ -201,6 +215,46 @@ def as_sampled(tokenizer: Any, ids: list[int], ends: frozenset[int], stop: Seque
             kept += 1
         return Sampled(tuple(body[:kept]), text[:cut].strip(), False)
     return Sampled(tuple(ids if last is None else ids[: last + 1]), text.strip(), last is not None)
+
+
+def shorten_for_reward(
+    completions: Sequence[Sampled],
+    prompts: Sequence[str],
+    reward: HFRewardModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Sampled]:
+    """The completions; one that the reward model could not read whole ends where that model's context is full.
+
+    Counted in the reward model's tokens: the two tokenizers may differ, and even with one the text may be encoded in
+    more tokens than were sampled. What is left is a sample of the policy with fewer new tokens. It has not ended, like
+    one that ran out of `max_new_tokens`.
+
+    Args:
+        completions: as sampled.
+        prompts: the user's words of each; the reward model has room for each prompt with an empty answer.
+        reward: the reward model.
+        tokenizer: the policy's.
+    """
+    lengths = reward.lengths([conversation(prompt, c.text) for prompt, c in zip(prompts, completions, strict=True)])
+    return [
+        c if length <= reward.context_length else _shortened(c, prompt, reward, tokenizer)
+        for c, prompt, length in zip(completions, prompts, lengths, strict=True)
+    ]
+
+
+def _shortened(completion: Sampled, prompt: str, reward: HFRewardModel, tokenizer: PreTrainedTokenizerBase) -> Sampled:
+    def text(tokens: int) -> str:
+        return str(tokenizer.decode(list(completion.token_ids[:tokens]), skip_special_tokens=True)).strip()
+
+    # Bisection: so many tokens fit, so many do not.
+    fits, too_many = 0, len(completion.token_ids)
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        if reward.lengths([conversation(prompt, text(middle))])[0] <= reward.context_length:
+            fits = middle
+        else:
+            too_many = middle
+    return Sampled(completion.token_ids[: max(fits, 1)], text(fits), ended=False, shortened=True)
 
 
 # --- tensors ---
@@ -219,7 +273,11 @@ class Batch:
 
 
 def collate(
-    prompts: Sequence[TokenIds], completions: Sequence[TokenIds], tokenizer: Any, *, widths: tuple[int, int] = (0, 0)
+    prompts: Sequence[TokenIds],
+    completions: Sequence[TokenIds],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    widths: tuple[int, int] = (0, 0),
 ) -> Batch:
     """Tensors of at least `widths` = (P, T): processes that share a batch need the same."""
     pad = _pad_id(tokenizer)
@@ -242,23 +300,25 @@ def _left_padded(prompts: Sequence[TokenIds], width: int, pad: int) -> tuple[Ten
     return ids, mask
 
 
-def _pad_id(tokenizer: Any) -> int:
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     # Never attended to and never scored, so any id will do.
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
 
 def positions(attention_mask: Tensor) -> Tensor:
-    """(B, L) places of the tokens, the first real one at 0: transformers counts the padding too unless told."""
+    """(B, L) position of each token, the first real one at 0. By default transformers would count the padding too."""
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def known_options(model: Any, **options: Any) -> dict[str, Any]:
+def known_options(model: nn.Module, **options: object) -> dict[str, Any]:
     """The options that the model's `forward` takes."""
     names = inspect.signature(getattr(model, "module", model).forward).parameters
     return {name: value for name, value in options.items() if name in names}
 
 
-def completion_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, tokens: int, temperature: float) -> Tensor:
+def completion_logits(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, tokens: int, temperature: float
+) -> Tensor:
     """Logits (B, tokens, V), float32, divided by the temperature, from which each of the last `tokens` was drawn."""
     options = known_options(
         model, position_ids=positions(attention_mask), logits_to_keep=tokens + 1, use_cache=False
@@ -268,7 +328,7 @@ def completion_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, tok
 
 
 def completion_logprobs(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, tokens: int, temperature: float
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, tokens: int, temperature: float
 ) -> Tensor:
     """Log p(a|s) (B, tokens) of the last `tokens` of each row, nats."""
     logits = completion_logits(model, input_ids, attention_mask, tokens, temperature)

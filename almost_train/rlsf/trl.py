@@ -1,10 +1,14 @@
 """RLOO (arXiv 2402.14740) and GRPO (arXiv 2402.03300) through TRL's trainers, with the prompts, reward, logs and guards
 of our PPO.
 
-What differs from PPO, because TRL's trainers work so: one update a step, over all completions at once; only EOS ends a
-completion, so one that opens the next turn goes on to EOS or the token limit, yet is judged as if cut there, and takes
-the EOS penalty; KL is in TRL's estimator (RLOO: k1 in the reward, GRPO: k3 in the loss); rewards are not normalised,
-being compared within a prompt; resuming uses the Trainer's own checkpoints, which include a pickle of generator states.
+What differs from PPO, because TRL's trainers work so:
+
+- There is one update a step, over all completions at once.
+- Only EOS ends a completion. One that opens the next turn, or does not fit the reward model's context, is sampled to
+  EOS or the token limit. It is judged as if it ended there, and takes the EOS penalty.
+- KL is in TRL's estimator (RLOO: k1 in the reward, GRPO: k3 in the loss).
+- Rewards are not normalised: they are compared within a prompt.
+- Resuming uses the Trainer's own checkpoints, which include a pickle of generator states.
 """
 
 from __future__ import annotations
@@ -15,19 +19,21 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 from transformers import PrinterCallback, TrainerCallback
 
-from almost_eval.errors import TemplateError
+from almost_eval.errors import InputError, TemplateError
 from almost_eval.files import Row
 from almost_eval.models.chat import special_tokens
+from almost_eval.types import JSONObject
+from almost_train.rlsf.job import Algorithm, Job, RLSFSettings, save_policy
 from almost_train.rlsf.log import (
     SAMPLES,
     StepLog,
@@ -39,11 +45,34 @@ from almost_train.rlsf.log import (
     verdict,
 )
 from almost_train.rlsf.models import load_policy
-from almost_train.rlsf.rollouts import batch_prompts, conversation, end_ids
-from almost_train.rlsf.run import Job, save_policy
+from almost_train.rlsf.rollouts import as_sampled, batch_prompts, conversation, end_ids, shorten_for_reward
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState, TrainingArguments
 
 
-def train(job: Job) -> dict[str, Any]:
+def update_size(settings: RLSFSettings) -> int:
+    """Completions of one update of TRL's trainers.
+
+    Raises:
+        InputError: settings that TRL cannot follow.
+    """
+    if settings.batch_size % settings.num_generations:
+        raise InputError(
+            f"batch_size {settings.batch_size} is not a multiple of num_generations {settings.num_generations}; all "
+            "completions of a prompt are in one batch"
+        )
+    if settings.kl_coefficient == 0:
+        raise InputError(
+            "TRL measures KL only where it is penalised, and kl_limit needs it; use a kl_coefficient above 0"
+        )
+    if settings.device.startswith("cuda:"):
+        raise InputError(f"TRL takes the first GPU it sees; set CUDA_VISIBLE_DEVICES instead of {settings.device}")
+    return settings.batch_size
+
+
+def train(job: Job) -> JSONObject:
     """Run TRL's trainer to its end and save the policy; returns metrics."""
     settings, work = job.settings, job.work
     begin = max(_checkpoints(work), default=0)
@@ -60,7 +89,7 @@ def train(job: Job) -> dict[str, Any]:
         # 2. The last policy, or after a guard's stop the last good one.
         policy_step, final = settings.steps, work / f"checkpoint-{settings.steps}"
         if watch.stopped is not None:
-            # A row tells of the policy before its update, and checkpoint n is the policy before row n.
+            # A row describes the policy before its update, and checkpoint n is the policy before row n.
             good = last_good_step(log.rows, watch.stopped, settings.guard_window)
             policy_step = max((at for at in _checkpoints(work) if at <= good), default=0)
             final = work / f"checkpoint-{policy_step}" if policy_step else job.policy.path
@@ -77,36 +106,50 @@ def train(job: Job) -> dict[str, Any]:
 class _Watch(TrainerCallback):
     """Collects what the reward function sees, and makes a row of it with what the trainer logs."""
 
-    def __init__(self, job: Job, log: StepLog, advance: Callable[[int], None], ends: Collection[int]) -> None:
+    def __init__(self, job: Job, log: StepLog, advance: Callable[[int], None], ends: frozenset[int]) -> None:
         self.stopped: str | None = None
         """The guard that ended training."""
-        self.trainer: Any = None
-        """Whom it watches."""
+        self.trainer: Trainer
+        """What it watches; set once the trainer is made."""
         self._job, self._log, self._advance, self._ends = job, log, advance, ends
         self._pending: list[Row] = []
         self._began = time.monotonic()
 
     def reward(
-        self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any
+        self,
+        prompts: list[str],
+        completions: list[str],
+        completion_ids: list[list[int]],
+        *,
+        trainer_state: TrainerState,
+        id: list[str],
+        text: list[str],
+        **_: object,
     ) -> list[float]:
-        """TRL's reward function: raw logits, less the EOS penalty where it is due."""
-        settings, step = self._job.settings, columns["trainer_state"].global_step
-        answers, ended = [], []
-        for text, ids in zip(completions, completion_ids, strict=True):
-            cut = min((at for stop in settings.stop if (at := text.find(stop)) >= 0), default=None)
-            answers.append(text[:cut].strip())
-            ended.append(cut is None and ids[-1] in self._ends)
-        texts = columns["text"]
-        rewards = self._job.reward.score([conversation(t, a) for t, a in zip(texts, answers, strict=True)])
+        """TRL's reward function: raw logits, less the EOS penalty where it is due. `id` and `text` are columns."""
+        job, settings, step = self._job, self._job.settings, trainer_state.global_step
+        sampled = [as_sampled(job.tokenizer, ids, self._ends, settings.stop) for ids in completion_ids]
+        answers = shorten_for_reward(sampled, text, job.reward, job.tokenizer)
+        rewards = job.reward.score([conversation(t, answer.text) for t, answer in zip(text, answers, strict=True)])
         refuse_non_finite(step, "reward", rewards)
-        tokens = [len(ids) for ids in completion_ids]
         self._pending += [
-            {**sample_row(step, *sample), "tokens": n}
-            for *sample, n in zip(columns["id"], texts, answers, rewards, ended, tokens, strict=True)
+            {
+                **sample_row(step, prompt_id, prompt, answer.text, reward, answer.ended),
+                "tokens": len(ids),
+                "shortened": answer.shortened,
+            }
+            for prompt_id, prompt, answer, reward, ids in zip(id, text, answers, rewards, completion_ids, strict=True)
         ]
-        return [r - settings.eos_penalty * (not e) for r, e in zip(rewards, ended, strict=True)]
+        return [r - settings.eos_penalty * (not a.ended) for r, a in zip(rewards, answers, strict=True)]
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Row | None = None, **rest: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Row | None = None,
+        **_: object,
+    ) -> None:
         """One step is over: its row, its samples, the guards' verdict."""
         if logs is None or "loss" not in logs:  # the summary at the end
             return
@@ -117,6 +160,7 @@ class _Watch(TrainerCallback):
         # TRL's KL is the mean over tokens, ours is of a completion.
         row |= {"kl": logs["kl"] * row["length"], "entropy": logs.get("entropy")}
         row |= {"kl_coefficient": settings.kl_coefficient, "policy_loss": logs["loss"]}
+        row |= {"cut_for_reward": sum(sample["shortened"] for sample in batch)}
         row |= {"clip_share": logs.get("clip_ratio/region_mean"), "learning_rate": logs.get("learning_rate")}
         refuse_non_finite(step, "loss, KL and gradient", [logs["loss"], row["kl"], logs.get("grad_norm", 0.0)])
         seconds = time.monotonic() - self._began
@@ -124,13 +168,14 @@ class _Watch(TrainerCallback):
         self._began = time.monotonic()
         self._log.step(row)
         if step % settings.samples_every == 0 or step == settings.steps - 1:
-            self._log.samples([{k: v for k, v in sample.items() if k != "tokens"} for sample in batch[:SAMPLES]])
+            inner = ("tokens", "shortened")
+            self._log.samples([{k: v for k, v in sample.items() if k not in inner} for sample in batch[:SAMPLES]])
         self.stopped = verdict(self._log.rows, settings.kl_limit, settings.guard_window)
         control.should_training_stop = control.should_training_stop or self.stopped is not None
         self._advance(1)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        """Keep the policy after this step's update, where that is asked for."""
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Keep the policy after this step's update, if `keep_every` falls on it."""
         if self._job.keeps(state.global_step):
             scratch = self._job.work / "kept"
             self.trainer.save_model(str(scratch))  # gathers what FSDP or DeepSpeed has spread out
@@ -139,13 +184,13 @@ class _Watch(TrainerCallback):
                 shutil.rmtree(scratch)
 
 
-def _trainer(job: Job, log: StepLog, advance: Callable[[int], None]) -> tuple[Any, _Watch]:
+def _trainer(job: Job, log: StepLog, advance: Callable[[int], None]) -> tuple[Trainer, _Watch]:
     from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
     settings = job.settings
-    # 1. Settings in TRL's words; everything that it would set otherwise is said.
+    # 1. Settings under TRL's names. Those whose default in TRL differs from ours are set too.
     warmup = math.ceil(settings.steps * settings.warmup_ratio)
-    arguments: dict[str, Any] = {
+    arguments: JSONObject = {
         "output_dir": str(job.work),
         "max_steps": settings.steps,
         "per_device_train_batch_size": settings.micro_batch_size,
@@ -197,7 +242,7 @@ def _trainer(job: Job, log: StepLog, advance: Callable[[int], None]) -> tuple[An
     return trainer, watch
 
 
-def _dataset(job: Job) -> Any:
+def _dataset(job: Job) -> Dataset:
     """The prompts of all steps in our order, as one epoch: in a second, TRL's own order would not resume as it was."""
     from datasets import Dataset
 
@@ -235,7 +280,7 @@ def _checkpoints(work: Path) -> list[int]:
     return sorted(steps)
 
 
-def _saved(folder: Path) -> Any:
+def _saved(folder: Path) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -251,3 +296,7 @@ def _own_random_state() -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy_state)
+
+
+RLOO = Algorithm(train, frozenset(("num_generations", "whiten_advantages")), update_size)
+GRPO = Algorithm(train, frozenset(("num_generations",)), update_size)

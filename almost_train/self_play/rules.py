@@ -1,7 +1,7 @@
 """Self-play's rules: why a candidate cannot win, and why a dialogue ends at a user's turn. Pure, each rule has a name.
 
-They are this project's, the paper's code being unreleased: they keep out of the demonstrations what a vanilla model
-does besides answering, which is to run on into the next turn, to loop, or never to stop.
+The rules are this project's own: the paper's code is not released. They keep typical faults of a vanilla model out of
+the demonstrations: it goes on into the next turn, repeats itself, or does not stop.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def has_another_turn(text: str) -> bool:
 
 
 def is_unfinished(completion: Completion) -> bool:
-    """Cut by the token budget, or ends where a sentence cannot."""
+    """Cut by the token budget, or ends in a mark that cannot end a sentence."""
     return completion.finish_reason != "stop" or completion.text.rstrip().endswith((",", ":", ";", "-", "(", "…"))
 
 
 def repeats_itself(text: str) -> bool:
-    """More than half of its runs of four words occurred before in it: a loop, not an answer."""
+    """More than half of its runs of four words occur earlier in it."""
     words = words_of(text)
     runs = [words[i : i + _LOOP_WORDS] for i in range(len(words) - _LOOP_WORDS + 1)]
     return len(runs) > _LOOP_WORDS and len(set(runs)) * 2 < len(runs)
@@ -61,7 +61,7 @@ CANDIDATE_RULES: dict[str, Callable[[Completion, Sequence[str]], bool]] = {
     "repeats_itself": lambda completion, _: repeats_itself(completion.text),
     "repeats_turn": lambda completion, turns: repeats_turn(completion.text, turns),
 }
-"""Name -> whether an assistant's candidate breaks the rule, given all turns before it. The first broken one counts."""
+"""Name -> whether an assistant's candidate breaks the rule, after all turns before it. The first broken one counts."""
 
 
 def broken_rule(completion: Completion, turns: Sequence[str]) -> str | None:

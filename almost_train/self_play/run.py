@@ -1,13 +1,13 @@
 """RMSP, reward-model-guided self-play: two vanilla models talk, and of N answers the reward model's best is kept.
 
-The second step of ALMoST (arXiv 2305.13735), whose official code never released this step. User and assistant are
-pre-trained models with demonstrations in front of the dialogue: `header`, then conversations separated by lines of
-`-----`, then the dialogue so far and the marker of the turn that is due. At every assistant turn N candidates are
-sampled, those that break a rule of `self_play_rules` are out, and the one with the highest reward of the whole
-conversation goes on. What is played becomes the demonstrations of supervised fine-tuning.
+The second step of ALMoST (arXiv 2305.13735); the authors did not release its code. User and assistant are pre-trained
+models with demonstrations in front of the dialogue: `header`, then conversations separated by lines of `-----`, then
+the dialogue so far and the marker of the next turn. At every assistant turn N candidates are sampled. Those that break
+a rule of `rules` are rejected, and of the others the one with the highest reward of the whole conversation is kept. The
+dialogues become the demonstrations of supervised fine-tuning.
 
-All dialogues take a turn together, so an engine always gets as many prompts as there are live dialogues. Every
-completion and every reward is in `turns.jsonl` as soon as it is known; the outputs are made of it at the end.
+All dialogues take a turn together, so an engine gets all live dialogues at once. Every completion and every reward is
+in `turns.jsonl` as soon as it is known; the outputs are made from it at the end.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from almost_eval.errors import DataError, InputError, did_you_mean
 from almost_eval.files import Row, RowLog, read_rows, write_rows
 from almost_eval.models.chat import dialogue_text
 from almost_eval.progress import Progress
-from almost_eval.rewards.hf import RewardModel
-from almost_eval.types import Conversation, Message
+from almost_eval.rewards.base import RewardModel
+from almost_eval.types import Conversation, JSONObject, Message
 from almost_train.common.held_out import HeldOut, is_held_out, read_held_out
 from almost_train.common.stage import Stage, model_input
 from almost_train.self_play.settings import SelfPlaySettings
@@ -36,7 +36,7 @@ SEPARATOR = "\n\n-----"
 
 
 class Demonstrations(Protocol):
-    """What is needed of a demonstration set."""
+    """A demonstration set, as self-play uses it."""
 
     @property
     def header(self) -> str:
@@ -60,7 +60,7 @@ def self_play(
     reward_for: Callable[[str], RewardModel] | None = None,
     held_out: Path | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> JSONObject:
     """Play one dialogue for each prompt and write `demonstrations.jsonl`; go on where an earlier process was killed.
 
     Outputs, in the order of the prompts: `demonstrations.jsonl` ({"id", "messages", "rewards", "ended"}; a dialogue
@@ -68,15 +68,15 @@ def self_play(
     `candidates.jsonl` ({"id", "turn", "candidates", "chosen"}) and `user_turns.jsonl` ({"id", "turn", "text",
     "finish_reason", "ended"}).
 
-    With `unguided`, the same N candidates are sampled and the first valid one is kept, whatever its reward: up to the
-    first choice that differs, guided and unguided dialogues are the same, so the comparison is paired.
+    With `unguided`, the same N candidates are sampled and the first valid one is kept, whatever its reward. Up to the
+    first choice that differs, guided and unguided dialogues are the same, so the two can be compared in pairs.
 
     Args:
         settings: see `SelfPlaySettings`.
         prompts: `prompts.jsonl`, the first user turns; one that repeats an earlier one is left out and counted.
         reward_model: its checkpoint; None plays without rewards, which only `unguided` can.
         output: the stage's folder.
-        engine_for: model name -> engine; asked once for each model, before anything is generated.
+        engine_for: model name -> engine; called once for each model, before anything is generated.
         demonstrations: name -> demonstration set.
         reward_for: checkpoint -> reward model; `HFRewardModel` by default.
         held_out: a `prompts.jsonl` that an evaluation asks: a dialogue ends where the user says one of them.
@@ -143,7 +143,7 @@ def _outcome(dialogues: Sequence[Dialogue], floor: float | None) -> tuple[list[R
     for dialogue in dialogues:
         messages = list(dialogue.messages)
         if len(messages) > 1 and messages[-1].role == "user":
-            messages.pop()  # what nothing valid answered
+            messages.pop()  # a user turn without a valid answer
         row = {
             "id": dialogue.id,
             "messages": [message.to_dict() for message in messages],
@@ -161,17 +161,17 @@ def _outcome(dialogues: Sequence[Dialogue], floor: float | None) -> tuple[list[R
 
 def _metrics(
     dialogues: Sequence[Dialogue], kept: Sequence[Row], rejected: Sequence[Row], turns: Sequence[Row]
-) -> dict[str, Any]:
+) -> JSONObject:
     candidates = [candidate for row in turns for candidate in row["candidates"]]
     valid = [[c for c in row["candidates"] if c["rejected"] is None] for row in turns]
-    by_turn: dict[str, list[Any]] = {}
+    by_turn: dict[str, list[float | None]] = {}
     for row in turns:
         if row["chosen"] is not None:
             by_turn.setdefault(str(row["turn"]), []).append(row["candidates"][row["chosen"]]["reward"])
     return {
         "demonstrations": len(kept),
         "rejected": _counts(row["reason"] for row in rejected),
-        "ended": _counts(dialogue.ended for dialogue in dialogues),
+        "ended": _counts(dialogue.ended for dialogue in dialogues if dialogue.ended),
         "answers": _counts(str(len(dialogue.rewards)) for dialogue in dialogues),
         "candidates": len(candidates),
         "rejected_candidates": _counts(c["rejected"] for c in candidates if c["rejected"]),
@@ -184,7 +184,7 @@ def _metrics(
     }
 
 
-def _counts(names: Any) -> dict[str, int]:
+def _counts(names: Iterable[str]) -> dict[str, int]:
     return dict(sorted(Counter(names).items()))
 
 
@@ -217,7 +217,7 @@ def _first_turns(prompts: Path, held_out: HeldOut) -> tuple[list[Dialogue], int]
         if is_held_out(text, held_out):
             raise DataError(f"{prompts}, prompt {number} is held out ({text[:60]!r}); mine prompts with --held-out too")
         ids.add(row["id"])
-        # The same prompt would be answered with the same draws, by the same words.
+        # The same prompt would get the same draws, and so the same dialogue.
         dialogues.setdefault(text, Dialogue(row["id"], [Message("user", text)]))
     if not dialogues:
         raise DataError(f"{prompts} holds no prompt; run the stage that writes it first")

@@ -1,4 +1,4 @@
-"""The turns of self-play: prompts made, completions sampled and scored, one chosen; each on disk as it is known."""
+"""The turns of self-play: completions are sampled and scored, and one is chosen. Each step is stored at once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CHUNK = 64  # dialogues whose candidates are scored, and are on disk, together
 
 @dataclass(slots=True)
 class Dialogue:
-    """One dialogue as far as it was played."""
+    """One dialogue so far."""
 
     id: str
     messages: list[Message]
@@ -41,7 +41,7 @@ class Dialogue:
 
 @dataclass(slots=True)
 class Play:
-    """The turns that are known, and what makes those that are not."""
+    """The turns so far, and what is needed to make the next ones."""
 
     settings: SelfPlaySettings
     few_shot: Mapping[str, str]
@@ -96,7 +96,7 @@ class Play:
                 dialogue.messages.append(Message("user", text))
 
     def _beats(self, reward: float | None, best: float | None) -> bool:
-        # Strictly: of equal candidates the first is kept, which is a fair draw, as their order is.
+        # Strictly higher: of equal candidates the first is kept. Their order is random, so no candidate is favoured.
         return not self.settings.unguided and reward is not None and best is not None and reward > best
 
     def _complete(self, role: str, turn: int, dialogues: Sequence[Dialogue], n: int) -> dict[str, list[Completion]]:
@@ -117,7 +117,7 @@ class Play:
         live = [dialogue for dialogue in live if dialogue.ended is None]
         missing = [dialogue.id for dialogue in live if (role, turn, dialogue.id) not in self.known]
         if missing:
-            seed = derived_seed(settings.seed, f"{role}/{turn}")  # a prompt may come back in a later turn
+            seed = derived_seed(settings.seed, f"{role}/{turn}")  # one for each turn: a prompt may occur again later
             params = SamplingParams(budget, settings.temperature, settings.top_p, n, _STOPS[role], seed)
             with self.progress.track(f"turn {turn}: {role}", len(live), len(live) - len(missing)) as advance:
                 for index, completions in engine.stream_completions([texts[id] for id in missing], params):
@@ -137,7 +137,8 @@ class Play:
             return {id: [(None, "no_reward_model")] * len(said) for id, said in completions.items()}
         done = sum(("rewards", turn, dialogue.id) in self.known for dialogue in live)
         with self.progress.track(f"turn {turn}: rewards", len(live), done) as advance:
-            # Chunks of all live dialogues, not of those that are missing: the same batches, the same last bits.
+            # Chunks of all live dialogues, not of those without a reward: a resumed run then has the same batches, and
+            # its rewards are equal to the last bit.
             for chunk in (live[at : at + _CHUNK] for at in range(0, len(live), _CHUNK)):
                 missing = [dialogue for dialogue in chunk if ("rewards", turn, dialogue.id) not in self.known]
                 if not missing:
@@ -159,7 +160,7 @@ class Play:
 def _rewards(
     judge: RewardModel, talks: Sequence[Conversation], answers: Sequence[str]
 ) -> Iterator[tuple[float | None, str | None]]:
-    """(reward, why there is none) of each answer at the end of its conversation; nothing is cut to fit."""
+    """(reward, why there is none) of each answer at the end of its conversation; no conversation is truncated."""
     whole = [(*talk, Message("assistant", answer)) for talk, answer in zip(talks, answers, strict=True)]
     unscored = ["empty" if is_empty(answer) else None for answer in answers]
     lengths, limit = getattr(judge, "lengths", None), getattr(judge, "context_length", None)

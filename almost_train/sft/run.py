@@ -3,10 +3,10 @@
 The model learns to write the assistant's answers and to end them; user turns carry no loss. The defaults are the
 official settings.
 
-One training row is one answer with the dialogue before it: token for token what the model reads and writes when it is
-used. So every answer of a dialogue is learnt with its end-of-answer token behind it, also by formats like ALMoST's own,
-which writes EOS after the last answer only; and a template may render earlier turns as it likes. The price is that a
-dialogue of k answers is read k times. `batch_size` counts answers.
+One training row is one answer with the dialogue before it: the tokens that the model reads and writes in use. So the
+model learns to end every answer with EOS, even where the format writes EOS after the last answer of a dialogue only, as
+ALMoST's own does. A template may render earlier turns as it likes. The price: a dialogue of k answers is read k times.
+`batch_size` counts answers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from almost_eval.errors import DataError, ModelError
 from almost_eval.files import read_rows
@@ -23,10 +23,11 @@ from almost_eval.models.chat import ChatTemplate, encode_with_completion_mask
 from almost_eval.models.checkpoint import Checkpoint, context_length, find_checkpoint
 from almost_eval.models.loading import load_tokenizer, load_weights
 from almost_eval.progress import Progress
-from almost_eval.types import Conversation
+from almost_eval.types import Conversation, JSONObject
 from almost_train.common.batches import NO_LOSS, BatchPlan, batch_plan, planned_dataset
 from almost_train.common.config import option
 from almost_train.common.processes import is_main, shared_stage
+from almost_train.common.records import messages_of
 from almost_train.common.stage import model_input
 from almost_train.common.trainers import (
     MODEL,
@@ -35,9 +36,12 @@ from almost_train.common.trainers import (
     check_batches,
     fit,
     keep_template,
-    messages_of,
     trainer_arguments,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from trl import SFTTrainer
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,7 @@ class SFTSettings(TrainSettings):
 
 def train_sft(
     settings: SFTSettings, demonstrations: Path, model: str, output: Path, *, progress: Progress | None = None
-) -> dict[str, Any]:
+) -> JSONObject:
     """Fine-tune a causal LM on demonstrations.
 
     Args:
@@ -65,7 +69,7 @@ def train_sft(
         `result.json`. Under `accelerate launch` every process calls this and gets the same.
 
     Raises:
-        InputError: settings, data or model that cannot be used; before any weight is loaded.
+        InputError: the settings, the data or the model cannot be used; before any weight is loaded.
         RunError: the loss is not finite.
     """
     progress = progress or Progress()
@@ -86,7 +90,7 @@ def train_sft(
                 f"the tokenizer of {checkpoint.path} has no EOS token, so no answer could ever end; set it"
             )
         if tokenizer.special_tokens_map.get("pad_token") is None:
-            tokenizer.pad_token = tokenizer.eos_token  # labels and mask say what is padding: EOS itself stays learnt
+            tokenizer.pad_token = tokenizer.eos_token  # labels and mask mark the padding, so EOS itself is still learnt
         limit = min(settings.max_length, context_length(checkpoint.config, tokenizer))
         rows, dropped = training_rows(tokenizer, keep_template(tokenizer), dialogues, limit)
         if not rows:
@@ -98,7 +102,8 @@ def train_sft(
         progress.note(f"sft: {len(rows)} answers, {plan.steps} steps of {settings.batch_size}")
         fit(lambda: _trainer(settings, checkpoint, tokenizer, rows, plan, output), stage, plan.steps, progress)
 
-        metrics: dict[str, Any] = {}
+        # 4. Figures of the log.
+        metrics: JSONObject = {}
         if is_main():
             log = read_rows(output / "log.jsonl")
             metrics = {
@@ -141,12 +146,12 @@ def read_demonstrations(file: Path) -> list[Conversation]:
 
 
 def training_rows(
-    tokenizer: Any, template: ChatTemplate, dialogues: Sequence[Conversation], limit: int
+    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, dialogues: Sequence[Conversation], limit: int
 ) -> tuple[list[TrainingRow], Counter[str]]:
-    """A row for every answer that fits `limit` tokens together with all that precedes it, and what was left out.
+    """A row for every answer that fits `limit` tokens together with the dialogue before it; and counts of the others.
 
-    An answer that does not fit is left out with all later ones of its dialogue (`answer_too_long`), which are longer
-    still; a dialogue that leaves no row is `dialogue_too_long` or `no_answer` besides.
+    An answer that does not fit is left out, and so are all later ones of its dialogue (`answer_too_long`): they are
+    longer. A dialogue without a row also counts as `dialogue_too_long` or `no_answer`.
     """
     rows: list[TrainingRow] = []
     dropped: Counter[str] = Counter()
@@ -170,7 +175,7 @@ def training_rows(
     return rows, dropped
 
 
-def _row(tokenizer: Any, template: ChatTemplate, conversation: Conversation) -> TrainingRow:
+def _row(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, conversation: Conversation) -> TrainingRow:
     masked = encode_with_completion_mask(tokenizer, template, conversation)
     ids = list(masked.input_ids)
     labels = [token if wanted else NO_LOSS for token, wanted in zip(ids, masked.completion_mask, strict=True)]
@@ -187,17 +192,17 @@ def _row(tokenizer: Any, template: ChatTemplate, conversation: Conversation) -> 
 def _trainer(
     settings: SFTSettings,
     checkpoint: Checkpoint,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[TrainingRow],
     plan: BatchPlan,
     output: Path,
-) -> Any:
+) -> SFTTrainer:
     import torch
     from transformers import AutoModelForCausalLM
     from trl import SFTConfig, SFTTrainer
 
     class AnswerTrainer(QuietTrainer, SFTTrainer):
-        """TRL's trainer, which does not look at the plan's weights: its loss is the mean over a batch's tokens."""
+        """TRL's trainer. It does not use the plan's weights: its loss is the mean over the tokens of a batch."""
 
     model = load_weights(
         AutoModelForCausalLM,
@@ -219,14 +224,14 @@ def _trainer(
         train_dataset=dataset.remove_columns("weight"),
         processing_class=tokenizer,
     )
-    # The tokens of the whole batch are the loss's denominator, over accumulation steps and processes, also for models
-    # whose `forward` takes no such number: TRL computes the loss itself.
+    # The loss is divided by the tokens of the whole batch, over all accumulation steps and processes. This holds for
+    # models whose `forward` takes no such number too: TRL computes the loss itself.
     trainer.model_accepts_loss_kwargs = True
     return trainer
 
 
-def stop_at_eos(model: Any, tokenizer: Any) -> None:
-    """Make transformers and vLLM end an answer at the tokenizer's EOS, besides what ended the model's texts before."""
+def stop_at_eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make transformers and vLLM end an answer at the tokenizer's EOS too, besides the model's earlier end tokens."""
     own = model.generation_config.eos_token_id
     known = [] if own is None else [own] if isinstance(own, int) else list(own)
     ends = [tokenizer.eos_token_id, *(token for token in known if token != tokenizer.eos_token_id)]

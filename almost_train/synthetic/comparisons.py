@@ -1,14 +1,15 @@
 """`synthesize comparisons`: pairs of answers by rank, filtered, in TRL's preference format.
 
-ALMoST (arXiv 2305.13735, section 2.1). The filters, in order; every pair that one drops is kept with its reason:
+ALMoST (arXiv 2305.13735, section 2.1). The filters are applied in this order; a dropped pair is kept in a file of its
+own, with the reason:
 
 1. `responses`, `length`, `one_win_a_rank`: the heuristic filter, see `ranking`.
 2. `identical`: both answers are the same text (ours; the official code keeps such a pair).
-3. `as_is`: a reward model trained on another source of preferences must agree (the paper's second filter, which the
-   official code lacks).
-4. `balance`: ours, and a departure, off by default. The length rule trades label noise for length bias: what it drops
-   are pairs whose chosen answer is the shorter. `balance_length` draws as many pairs with the longer answer chosen as
-   with the shorter, so that length says nothing.
+3. `as_is`: a reward model trained on another source of preferences must agree (the paper's second filter; the official
+   code does not have it).
+4. `balance`: a departure of ours, off by default. The length rule drops only pairs whose chosen answer is the shorter:
+   labels get better, but longer answers win more often. `balance_length` keeps as many pairs with the longer answer
+   chosen as with the shorter, so that length tells nothing about the label.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from almost_eval.errors import DataError, RunError
 from almost_eval.files import Row, RowLog, write_rows
 from almost_eval.models.checkpoint import Checkpoint, find_checkpoint
 from almost_eval.progress import Progress
-from almost_eval.types import Message
+from almost_eval.types import JSONObject, Message
 from almost_train.common.config import option
+from almost_train.common.records import Preference
 from almost_train.common.stage import Stage, model_input
-from almost_train.synthetic.ranking import Answer, Pair, Ranking, ranked_pairs, read_ranking
+from almost_train.synthetic.ranking import RankedAnswer, RankedPair, Ranking, ranked_pairs, read_ranking
 from almost_train.synthetic.responses import read_prompts
 from almost_train.synthetic.sampling import derived_rng
 
@@ -57,7 +58,7 @@ def synthesize_comparisons(
     *,
     as_is_reward_model: str | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> JSONObject:
     """Write `comparisons.jsonl` and `comparisons.rejected.jsonl` (the same with `reason`) under `output`.
 
     A row has prompt, chosen and rejected as messages, chosen_source, rejected_source and prompt_id; after the as-is
@@ -82,7 +83,7 @@ def synthesize_comparisons(
         RunError: no pair is left.
     """
     checkpoint: Checkpoint | None = None
-    if as_is_reward_model:  # refused now if it is none; its weights are read when the first pair needs them
+    if as_is_reward_model:  # a wrong checkpoint is refused here; the weights are loaded when the first pair needs them
         checkpoint = find_checkpoint(as_is_reward_model, architectures=("SequenceClassification", "RewardModel"))
     groups = read_ranking(ranking)
     files = _files(groups, responses)
@@ -110,6 +111,7 @@ def synthesize_comparisons(
         if settings.balance_length:
             funnel.drop("balance", _surplus(funnel, settings.seed))
         not_ranked = sorted({file.stem for file in responses.glob("*.jsonl")} - files.keys())
+        # 4. The outputs.
         result = funnel.finish(stage, {"not_ranked": not_ranked})
         (output / ".as_is.jsonl").unlink(missing_ok=True)
         return result
@@ -128,10 +130,10 @@ def _files(ranking: Ranking, responses: Path) -> dict[str, Path]:
     return files
 
 
-def _read_answers(files: Mapping[str, Path]) -> tuple[dict[str, str], dict[str, dict[str, Answer]]]:
+def _read_answers(files: Mapping[str, Path]) -> tuple[dict[str, str], dict[str, dict[str, RankedAnswer]]]:
     """Prompt id -> prompt, and prompt id -> configuration -> answer; ids in the order of the first file."""
     prompts: dict[str, str] = {}
-    answers: dict[str, dict[str, Answer]] = {}
+    answers: dict[str, dict[str, RankedAnswer]] = {}
     for name, file in files.items():
         rows = {row["id"]: row for row in read_prompts(file)}
         prompts = prompts or {id: row["prompt"] for id, row in rows.items()}
@@ -141,14 +143,16 @@ def _read_answers(files: Mapping[str, Path]) -> tuple[dict[str, str], dict[str, 
         for id, row in rows.items():
             if not isinstance(row.get("response"), str) or "rejected" not in row:
                 raise DataError(f"{file}: the row of {id!r} has no 'response' or no 'rejected'; redo its responses")
-            answers.setdefault(id, {})[name] = Answer(name, row["response"], row["rejected"])
+            answers.setdefault(id, {})[name] = RankedAnswer(name, row["response"], row["rejected"])
     return prompts, answers
 
 
 # --- the filters ---
 
 
-def _ranked(settings: ComparisonSettings, ranking: Ranking, answers: Mapping[str, Mapping[str, Answer]]) -> list[Pair]:
+def _ranked(
+    settings: ComparisonSettings, ranking: Ranking, answers: Mapping[str, Mapping[str, RankedAnswer]]
+) -> list[RankedPair]:
     rules = {"length_rule": settings.length_rule, "one_win_a_rank": settings.pairs == "official"}
     return [pair for id, own in answers.items() for pair in ranked_pairs(id, own, ranking, **rules)]
 
@@ -184,7 +188,7 @@ def _rewards(
 
 
 def _disagreements(funnel: _Funnel) -> dict[int, str]:
-    """Kept pairs in which the reward model does not prefer the chosen answer, or cannot say."""
+    """Kept pairs in which the reward model does not prefer the chosen answer, or has no reward for one of the two."""
     reasons: dict[int, str] = {}
     for i in funnel.kept:
         pair = funnel.pairs[i]
@@ -201,7 +205,7 @@ def _disagreements(funnel: _Funnel) -> dict[int, str]:
 
 
 def _surplus(funnel: _Funnel, seed: int) -> dict[int, str]:
-    """Kept pairs to leave out, so that the chosen answer is the longer as often as the shorter."""
+    """Kept pairs to drop, so that the chosen answer is as often the longer as the shorter."""
     longer = [i for i in funnel.kept if funnel.longer(i) > 0]
     shorter = [i for i in funnel.kept if funnel.longer(i) < 0]
     more, fewer = (longer, shorter) if len(longer) > len(shorter) else (shorter, longer)
@@ -212,13 +216,13 @@ def _surplus(funnel: _Funnel, seed: int) -> dict[int, str]:
 class _Funnel:
     """All pairs, and which filter dropped which."""
 
-    def __init__(self, prompts: Mapping[str, str], pairs: Sequence[Pair]) -> None:
+    def __init__(self, prompts: Mapping[str, str], pairs: Sequence[RankedPair]) -> None:
         self.prompts = prompts
         self.pairs = pairs
         self.rewards: dict[tuple[str, str], float | None] = {}
         self.kept = list(range(len(pairs)))
         self._reasons: dict[int, str] = {}
-        self._table: dict[str, Any] = {}
+        self._table: JSONObject = {}
 
     def longer(self, index: int) -> int:
         """Characters by which the chosen answer is the longer."""
@@ -238,7 +242,7 @@ class _Funnel:
             "chosen_longer_out": self._share(self.kept),
         }
 
-    def finish(self, stage: Stage, more: Mapping[str, Any]) -> dict[str, Any]:
+    def finish(self, stage: Stage, more: Mapping[str, object]) -> JSONObject:
         """Write the outputs; `more` goes into the metrics.
 
         Raises:
@@ -264,14 +268,14 @@ class _Funnel:
 
     def _row(self, index: int) -> Row:
         pair = self.pairs[index]
-        row: Row = {
-            "prompt": [{"role": "user", "content": self.prompts[pair.prompt_id]}],
-            "chosen": [{"role": "assistant", "content": pair.chosen.text}],
-            "rejected": [{"role": "assistant", "content": pair.rejected.text}],
-            "chosen_source": pair.chosen.configuration,
-            "rejected_source": pair.rejected.configuration,
-            "prompt_id": pair.prompt_id,
-        }
+        row = Preference(
+            prompt=(Message("user", self.prompts[pair.prompt_id]),),
+            chosen=(Message("assistant", pair.chosen.text),),
+            rejected=(Message("assistant", pair.rejected.text),),
+            chosen_source=pair.chosen.configuration,
+            rejected_source=pair.rejected.configuration,
+            prompt_id=pair.prompt_id,
+        ).to_row()
         if self.rewards:
             for role, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
                 row[f"{role}_as_is_reward"] = self.rewards.get((pair.prompt_id, answer.configuration))

@@ -1,8 +1,8 @@
 """Which responses count: the official rules, each a named predicate, and how a turn is cut out of a continuation.
 
 Source: naver-ai/ALMoST `generator.py`. The order is the official one; a response is rejected for the first rule that
-it breaks. The rules are as the official code has them, and not as one might wish: "Wellington is the capital." starts
-with "well".
+it breaks. The rules are exactly those of the official code, with their faults: "Wellington is the capital." starts with
+"well".
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _IMAGE = re.compile(r"<image>", re.IGNORECASE)
 
 
 def too_short(response: str, min_characters: int) -> bool:
-    """Fewer characters than asked for; an empty response is too short for any bound."""
+    """Fewer characters than the minimum; an empty response is too short for any bound."""
     return len(response) < max(1, min_characters)
 
 

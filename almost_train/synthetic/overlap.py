@@ -1,11 +1,12 @@
 """ROUGE-L between a prompt and all earlier ones, by a compiled longest common subsequence.
 
 ROUGE-L (Lin, 2004) of texts of m and n tokens is F1 = 2 LCS / (m + n). Each distinct token is written as one code
-point, so that a prompt is a string and rapidfuzz's bit-parallel LCS compares it with a whole list in one call.
+point. A prompt is then a string, and rapidfuzz's bit-parallel LCS compares it with a whole list in one call.
 
-Departures from the official code (the `rouge` package on word pieces of `bert-base-uncased`): tokens are the words
-and punctuation marks that BERT splits at before it makes word pieces, so no vocabulary has to be downloaded; and the
-LCS is the plain one of the two sequences, where that package counts distinct words, sentence by sentence.
+Departures from the official code (the `rouge` package on word pieces of `bert-base-uncased`):
+
+- Tokens are the words and punctuation marks that BERT makes before its word pieces: no vocabulary is downloaded.
+- The LCS is the plain one of the two sequences; that package counts distinct words, sentence by sentence.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def tokens(text: str) -> list[str]:
 
 
 def rouge_l(one: Sequence[str], other: Sequence[str]) -> float:
-    """F1 of two token sequences, by the textbook recursion: the plain path that `OverlapIndex` is tested against."""
+    """F1 of two token sequences, by the textbook recursion; `OverlapIndex` is tested against it."""
     row = [0] * (len(other) + 1)
     for token in one:
         diagonal = 0
@@ -41,7 +42,7 @@ def rouge_l(one: Sequence[str], other: Sequence[str]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """The earlier prompt that is nearest."""
+    """The most similar earlier prompt."""
 
     text: str
     score: float
@@ -69,7 +70,7 @@ class OverlapIndex:
         self._extract_one, self._lcs = process.extractOne, LCSseq.similarity
         self.threshold = threshold
         self._codes: dict[str, str] = {}
-        # By number of tokens: within one length the LCS alone decides, and lengths too far apart are never compared.
+        # By number of tokens: among prompts of one length the LCS alone decides, and lengths too different are skipped.
         self._encoded: dict[int, list[str]] = {}
         self._texts: dict[int, list[str]] = {}
 
@@ -84,21 +85,21 @@ class OverlapIndex:
         query = "".join([self._codes.get(token, _UNKNOWN) for token in tokens(text)])
         known = len(query) - query.count(_UNKNOWN)
         best: Overlap | None = None
-        # The nearest lengths first: they can score highest, and a high score spares the others.
+        # The nearest lengths first: they can score highest, and after a high score the others can be skipped.
         for length in sorted(self._encoded, key=lambda n: abs(n - len(query))):
             total = length + len(query)
             wanted = self._least_common(total, best.score if best else 0.0)
             if wanted > min(known, length):  # the upper bound: an LCS is no longer than either
                 continue
-            found = self._extract_one(query, self._encoded[length], scorer=self._lcs, score_cutoff=wanted)
-            if found is not None and found[1] >= wanted:
-                best = Overlap(self._texts[length][found[2]], 2 * found[1] / total)
+            match = self._extract_one(query, self._encoded[length], scorer=self._lcs, score_cutoff=wanted)
+            if match is not None and match[1] >= wanted:
+                best = Overlap(self._texts[length][match[2]], 2 * match[1] / total)
         return best
 
     def _least_common(self, total: int, beaten: float) -> int:
         """The shortest LCS with F1 >= threshold and F1 > `beaten`, for m + n = `total` tokens; at least 1."""
         least = max(1, math.floor(max(self.threshold, beaten) * total / 2) - 1)
-        # F1 is divided out as `rouge_l` does, so that rounding at the threshold falls the same way.
+        # The same division as in `rouge_l`, so that both round alike at the threshold.
         while total and (2 * least / total < self.threshold or 2 * least / total <= beaten):
             least += 1
         return least

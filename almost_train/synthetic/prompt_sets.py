@@ -1,12 +1,12 @@
 """Seed prompts and demonstrations: what makes a vanilla language model ask and answer.
 
 A prompt set holds an instruction, seed prompts and named sets of demonstrations. `official` is ALMoST's own
-(naver-ai/ALMoST `assets/`), found at run time and checked by sha256; `builtin` is our wording, in
+(naver-ai/ALMoST `assets/`), read at run time and checked by sha256; `builtin` is our wording, in
 `almost_train/prompts`; `nano` is drawn from the built-in world, whose qualities are the names of its sets.
 
-Departures from the official code: a demonstration is a list of turns, so a turn is written with one space after
-`Human:` where the official files have two, and the text that a model continues ends in `Assistant:` without the space
-that the official code puts after it (a tokenizer gives the answer's first word its own space).
+Departures from the official code: a demonstration is a list of turns, so one space stands after `Human:`, where the
+official files have two. The text that a model continues ends in `Assistant:`, without the official space after it: a
+tokenizer joins the space to the first word of the answer.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class DemonstrationSet:
     """Dialogues that show a language model how to answer."""
 
     header: str
-    """What stands before the first dialogue; may be empty."""
+    """Text before the first dialogue; may be empty."""
     conversations: tuple[Conversation, ...]
     """Each begins with a user turn and alternates."""
     max_new_tokens: int = _SHORT
@@ -150,7 +150,7 @@ def _nano() -> SeedSet:
     world = World()
 
     def rng(what: str) -> random.Random:
-        return random.Random(f"{world.seed}/prompt-set/{what}")  # the same in every process, and for each its own
+        return random.Random(f"{world.seed}/prompt-set/{what}")  # the same in every process
 
     sets = {
         quality: DemonstrationSet("", tuple(world.demonstrations(rng(quality), quality, _NANO_DEMONSTRATIONS)))

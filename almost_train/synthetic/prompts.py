@@ -1,17 +1,17 @@
 """`synthesize prompts`: queries mined from a vanilla language model, in the manner of self-instruct.
 
 ALMoST (arXiv 2305.13735, section 2.1; naver-ai/ALMoST `generator.py`): ten shots are drawn from the seed prompts and
-those mined so far, each on a line after `Query:`; the model writes the next one; it is dropped where it is too short,
-too long, or repeats an earlier prompt (ROUGE-L F1 of 0.5 or more).
+those mined so far, each on a line after `Query:`. The model writes the next query. It is dropped if it is too short,
+too long, or too similar to an earlier prompt (ROUGE-L F1 of 0.5 or more).
 
 Departures from the official code:
 
-- It reads the model's *second* query: the line that completes the open `Query:` is passed over for the next line that
-  begins with one. Here the completion itself is read and generation stops at its end, which needs half the tokens and
-  never takes a query that the token budget cut. `reading: official` is the official way.
-- Its rule for prompts above 250 characters lets those through that do not end in punctuation; here all are dropped.
-- Shots are drawn by (seed, round), and the prompts of a round do not see each other, as in an official batch; so a
-  round is what a killed run repeats.
+- The official code reads the model's *second* query: it skips the line that completes the open `Query:` and takes the
+  next line that begins with one. Here the completion itself is read, and generation stops at its end. This needs half
+  the tokens, and never takes a query that the token budget cut. `reading: official` is the official way.
+- The official rule for prompts above 250 characters accepts those that do not end in punctuation; here all are dropped.
+- Shots are drawn by (seed, round), and a round does not use its own prompts as shots, as in an official batch. A killed
+  run repeats at most one round.
 - ROUGE-L: see `overlap`.
 """
 
@@ -23,14 +23,13 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from almost_eval.data.sources import DataSource
 from almost_eval.engines.base import GenerationEngine, SamplingParams
 from almost_eval.errors import InputError, RunError
 from almost_eval.files import Row, RowLog, write_rows
 from almost_eval.progress import Progress
-from almost_eval.types import Completion
+from almost_eval.types import Completion, JSONObject
 from almost_train.common.config import option
 from almost_train.common.held_out import HeldOut, is_held_out, read_held_out
 from almost_train.common.stage import Stage, model_input
@@ -76,7 +75,7 @@ def synthesize_prompts(
     engine_for: EngineFactory,
     held_out: Path | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> JSONObject:
     """Mine prompts: `prompts.jsonl` (id, prompt) and `prompts.rejected.jsonl` (round, text, reason) under `output`.
 
     Args:
@@ -93,7 +92,7 @@ def synthesize_prompts(
 
     Raises:
         InputError: a prompt set that is absent or has too few seeds; a folder of another run.
-        RunError: nothing new was found for `patience` rounds, or `max_rounds` are over; what was mined is kept.
+        RunError: `patience` rounds brought nothing new, or `max_rounds` are over; what was mined is kept.
     """
     seeds = load_seed_set(settings.prompt_set, data)
     if settings.shots > len(seeds.seed_prompts):
@@ -111,11 +110,11 @@ def synthesize_prompts(
         with RowLog(journal) as log:
             mine = _Mine(settings, seeds, kept_out, log)
             engine: GenerationEngine | None = None
-            with (progress or Progress()).track("prompts", settings.count, len(mine.found)) as advance:
-                while len(mine.found) < settings.count and not mine.stopped:
+            with (progress or Progress()).track("prompts", settings.count, len(mine.prompts)) as advance:
+                while len(mine.prompts) < settings.count and not mine.stopped:
                     engine = engine or engine_for(model)
                     advance(mine.round(engine))
-        if len(mine.found) < settings.count and not (settings.accept_fewer and mine.found):
+        if len(mine.prompts) < settings.count and not (settings.accept_fewer and mine.prompts):
             raise RunError(mine.why_stopped())
         result = mine.finish(stage)
         journal.unlink(missing_ok=True)
@@ -124,14 +123,14 @@ def synthesize_prompts(
 
 @dataclass
 class _Mine:
-    """What is known so far; made again from the journal after a kill."""
+    """The state of the mining; after a kill it is made again from the journal."""
 
     settings: PromptSettings
     seeds: SeedSet
     held_out: HeldOut
     log: RowLog
     """One row for each finished round: its candidates, in order, each with its reason or None."""
-    found: list[str] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.index = OverlapIndex(self.settings.overlap)
@@ -144,7 +143,7 @@ class _Mine:
 
     @property
     def stopped(self) -> bool:
-        """Whether too many rounds in a row gave nothing, or there were too many in all."""
+        """Whether too many rounds in a row brought nothing new, or the rounds are over."""
         patience, rounds = self.settings.patience, self.log.rows
         fruitless = len(rounds) >= patience and not any(row["new"] for row in rounds[-patience:])
         return fruitless or len(rounds) == self.settings.max_rounds
@@ -152,11 +151,11 @@ class _Mine:
     def round(self, engine: GenerationEngine) -> int:
         """One round: draw shots, generate, judge in order, write it down. Returns the number of new prompts."""
         s, number = self.settings, len(self.log.rows) + 1
-        # 1. Shots from the seeds and what earlier rounds found.
+        # 1. Shots from the seeds and from the prompts of earlier rounds.
         rng = derived_rng(s.seed, f"shots/{number}")
-        pool = [*self.seeds.seed_prompts, *self.found]
+        pool = [*self.seeds.seed_prompts, *self.prompts]
         requests = [request_text(self.seeds.instruction, rng.sample(pool, s.shots)) for _ in range(s.round_size)]
-        # 2. All at once.
+        # 2. All requests at once.
         params = SamplingParams(
             s.max_new_tokens,
             s.temperature,
@@ -165,43 +164,43 @@ class _Mine:
             seed=derived_seed(s.seed, f"sampling/{number}"),
         )
         completions = dict(engine.stream_completions(requests, params))
-        # 3. Judged in the order of the requests, which does not depend on the engine's.
-        before = len(self.found)
+        # 3. Judge in the order of the requests: the engine may finish them in another order.
+        before = len(self.prompts)
         candidates = [self._judge(completions[i][0]) for i in range(len(requests))]
-        self.log.append({"round": number, "new": len(self.found) - before, "candidates": candidates})
-        return len(self.found) - before
+        self.log.append({"round": number, "new": len(self.prompts) - before, "candidates": candidates})
+        return len(self.prompts) - before
 
     def why_stopped(self) -> str:
         """One line for the user."""
         reasons = self._reasons()
         told = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common()) or "none"
         return (
-            f"mining stopped after {len(self.log.rows)} rounds with {len(self.found)} of {self.settings.count} prompts "
-            f"(rejected: {told}); in a new --output use fewer prompts, more patience, a higher overlap or temperature, "
-            "or --accept-fewer"
+            f"mining stopped after {len(self.log.rows)} rounds with {len(self.prompts)} of {self.settings.count} "
+            f"prompts (rejected: {told}); in a new --output use fewer prompts, more patience, a higher overlap or "
+            "temperature, or --accept-fewer"
         )
 
-    def finish(self, stage: Stage) -> dict[str, Any]:
+    def finish(self, stage: Stage) -> JSONObject:
         """Write the outputs."""
-        prompts, rejected = stage.folder / "prompts.jsonl", stage.folder / "prompts.rejected.jsonl"
-        write_rows(prompts, ({"id": f"p{i:05d}", "prompt": text} for i, text in enumerate(self.found, 1)))
-        write_rows(rejected, self._rejections())
+        files = {"prompts": stage.folder / "prompts.jsonl", "rejected": stage.folder / "prompts.rejected.jsonl"}
+        write_rows(files["prompts"], ({"id": f"p{i:05d}", "prompt": text} for i, text in enumerate(self.prompts, 1)))
+        write_rows(files["rejected"], self._rejections())
         metrics = {
-            "prompts": len(self.found),
+            "prompts": len(self.prompts),
             "rounds": len(self.log.rows),
             "candidates": sum(len(row["candidates"]) for row in self.log.rows),
             "rejected": dict(sorted(self._reasons().items())),
-            "mean_characters": round(sum(map(len, self.found)) / len(self.found), 1),
+            "mean_characters": round(sum(map(len, self.prompts)) / len(self.prompts), 1),
             "prompt_set": self.seeds.name,
         }
-        return stage.finish(metrics, {"prompts": prompts, "rejected": rejected})
+        return stage.finish(metrics, files)
 
     def _judge(self, completion: Completion) -> Row:
         text = read_query(completion.text, self.settings.reading)
         reason = self._fault(text, completion)
         if reason is None and is_held_out(text, self.held_out):
             reason = "held_out"
-        if reason is None and len(self.found) == self.settings.count:
+        if reason is None and len(self.prompts) == self.settings.count:
             reason = "not_needed"  # the count was reached earlier in this round
         if reason is not None:
             return {"text": text, "reason": reason}
@@ -222,7 +221,7 @@ class _Mine:
         return None if ended or self.settings.reading == "official" else "unfinished"
 
     def _keep(self, text: str) -> None:
-        self.found.append(text)
+        self.prompts.append(text)
         self.index.add(text)
 
     def _rejections(self) -> Iterable[Row]:

@@ -4,10 +4,10 @@ ALMoST (arXiv 2305.13735, section 2.1; naver-ai/ALMoST `synthetic_feedback.py`).
 
 1. Configurations of different rank make pairs; the answer of the better rank is `chosen`.
 2. Answers that broke a rule (BAD) take part in no pair and in no length.
-3. A pair goes where the chosen answer is shorter than the rejected one *and* shorter than mean - std / 2 of this
+3. A pair is dropped if the chosen answer is shorter than the rejected one *and* shorter than mean - std / 2 of this
    prompt's answers (characters; the population's deviation).
-4. Of the pairs whose chosen answer has the same rank only the first is kept, best configurations first: each rank
-   wins at most once, against the best answer below it that step 3 lets through. (`pairs: all` leaves this out.)
+4. Of the pairs whose chosen answer has the same rank only the first is kept, best configurations first. So each rank
+   wins at most once, against the best answer below it that step 3 keeps. (`pairs: all` skips this step.)
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -27,8 +26,8 @@ Ranking = tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What one configuration answered."""
+class RankedAnswer:
+    """The answer of one configuration."""
 
     configuration: str
     text: str
@@ -37,12 +36,12 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class RankedPair:
     """Two answers to one prompt, by rank."""
 
     prompt_id: str
-    chosen: Answer
-    rejected: Answer
+    chosen: RankedAnswer
+    rejected: RankedAnswer
     reason: str | None = None
     """Why the pair is dropped: `bad_response`, `length_rule`, `rank_has_pair`; or None."""
 
@@ -57,21 +56,21 @@ def read_ranking(file: Path) -> Ranking:
     import yaml
 
     try:
-        given = yaml.safe_load(file.read_text(encoding="utf-8"))
+        groups = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{file} is not there; it lists the configurations, best first") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise DataError(f"{file} is not readable YAML ({' '.join(str(error).split())[:120]})") from None
-    return as_ranking(given, str(file))
+    return as_ranking(groups, str(file))
 
 
-def as_ranking(given: Any, where: str) -> Ranking:
-    """The groups that YAML gives.
+def as_ranking(items: object, where: str) -> Ranking:
+    """The groups of a list, as YAML holds it.
 
     Raises:
         InputError: not a list of names and lists of names, fewer than two groups, or a name twice; with `where`.
     """
-    groups = [[item] if isinstance(item, str) else item for item in given] if isinstance(given, list) else []
+    groups = [[item] if isinstance(item, str) else item for item in items] if isinstance(items, list) else []
     if not groups or not all(
         isinstance(g, list) and g and all(isinstance(name, str) and name for name in g) for g in groups
     ):
@@ -89,12 +88,12 @@ def as_ranking(given: Any, where: str) -> Ranking:
 
 def ranked_pairs(
     prompt_id: str,
-    answers: Mapping[str, Answer],
+    answers: Mapping[str, RankedAnswer],
     ranking: Ranking,
     *,
     length_rule: bool = True,
     one_win_a_rank: bool = True,
-) -> list[Pair]:
+) -> list[RankedPair]:
     """Every pair of configurations of different rank, with the reason where it is dropped.
 
     Args:
@@ -106,7 +105,7 @@ def ranked_pairs(
     """
     ordered = [(rank, answers[name]) for rank, group in enumerate(ranking) for name in group]
     long_enough = _long_enough([answer for _, answer in ordered])
-    pairs: list[Pair] = []
+    pairs: list[RankedPair] = []
     won: set[int] = set()
     for (rank, chosen), (other_rank, rejected) in combinations(ordered, 2):
         if rank == other_rank:
@@ -120,15 +119,15 @@ def ranked_pairs(
             reason = "rank_has_pair"
         else:
             won.add(rank)
-        pairs.append(Pair(prompt_id, chosen, rejected, reason))
+        pairs.append(RankedPair(prompt_id, chosen, rejected, reason))
     return pairs
 
 
-def _long_enough(answers: Sequence[Answer]) -> dict[str, bool]:
+def _long_enough(answers: Sequence[RankedAnswer]) -> dict[str, bool]:
     """Configuration -> whether its answer has at least mean - std / 2 characters, of those that broke no rule."""
     lengths = [len(answer.text) for answer in answers if answer.rejected is None]
     if not lengths:
         return {answer.configuration: False for answer in answers}
-    # numpy's own mean and std, as in the official code: a length on the very bound falls on the same side.
+    # numpy's mean and std, as in the official code: a length equal to the bound is then treated in the same way.
     bound = float(np.mean(lengths) - np.std(lengths) / 2)
     return {answer.configuration: len(answer.text) >= bound for answer in answers}

@@ -1,12 +1,15 @@
 """`synthesize responses`: answers to every prompt from several configurations of vanilla language models.
 
 ALMoST (arXiv 2305.13735, section 2.1; naver-ai/ALMoST `generator.py`): a configuration is a model, a set of
-demonstrations and how many of them are shown; the first n of the set stand before every prompt. Which rules an answer
-must keep: see `filters`.
+demonstrations and how many of them are shown. The first n of the set stand before every prompt. `filters` has the rules
+for answers.
 
-Departures from the official code: the whole list of prompts goes to the engine at once (it sends four); an answer that
-breaks a rule keeps its text, with the reason, where the official file says BAD; no shots means no shots (its `0` shows
-the whole set); and `draw_shots` shows each prompt other demonstrations.
+Departures from the official code:
+
+- The whole list of prompts goes to the engine at once; the official code sends four.
+- An answer that breaks a rule keeps its text and gets the reason; the official file says BAD.
+- No shots means no shots; the official `0` shows the whole set.
+- `draw_shots` shows other demonstrations for each prompt.
 """
 
 from __future__ import annotations
@@ -17,14 +20,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from almost_eval.data.sources import DataSource
 from almost_eval.engines.base import GenerationEngine, SamplingParams
 from almost_eval.errors import DataError, InputError
 from almost_eval.files import Row, RowLog, read_rows, write_rows
 from almost_eval.progress import Progress
-from almost_eval.types import Completion, Message
+from almost_eval.types import Completion, JSONObject, Message
 from almost_train.common.config import option, settings_from
 from almost_train.common.stage import Stage, model_input
 from almost_train.synthetic.filters import RULES, STOPS, broken_rule, read_response
@@ -65,16 +67,16 @@ class Configuration:
     top_p: float | None = option(None, "In place of the stage's.", above=0, most=1)
 
 
-def read_configurations(given: Any, where: str) -> tuple[Configuration, ...]:
-    """Configurations from what YAML gives: a list of mappings.
+def read_configurations(items: object, where: str) -> tuple[Configuration, ...]:
+    """Configurations from a list of mappings, as YAML holds it.
 
     Raises:
         InputError: not such a list, an unknown or missing setting, a name twice or unfit for a file; with `where`.
     """
-    if not isinstance(given, list) or not given:
+    if not isinstance(items, list) or not items:
         raise InputError(f"{where} must be a list of configurations (name, model, demonstrations, shots)")
-    found: list[Configuration] = []
-    for number, item in enumerate(given, 1):
+    configurations: list[Configuration] = []
+    for number, item in enumerate(items, 1):
         at = f"{where}, configuration {number}"
         if not isinstance(item, Mapping):
             raise InputError(f"{at} is {item!r}; it must be a mapping with name, model, demonstrations and shots")
@@ -84,10 +86,10 @@ def read_configurations(given: Any, where: str) -> tuple[Configuration, ...]:
                 raise InputError(f"{at} has no {key}")
         if not _NAME.fullmatch(configuration.name):
             raise InputError(f"{at}: name {configuration.name!r} names a file; use letters, digits, '.', '_' and '-'")
-        if configuration.name in {c.name for c in found}:
+        if configuration.name in {c.name for c in configurations}:
             raise InputError(f"{at}: the name {configuration.name!r} is taken by an earlier one")
-        found.append(configuration)
-    return tuple(found)
+        configurations.append(configuration)
+    return tuple(configurations)
 
 
 def synthesize_responses(
@@ -99,7 +101,7 @@ def synthesize_responses(
     data: DataSource,
     engine_for: EngineFactory,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> JSONObject:
     """Answer every prompt in every configuration: `<configuration>.jsonl` under `output`, in the order of the prompts.
 
     A row is id, prompt, response, finish_reason, configuration, and `rejected`: the rule it breaks, or null. One model
@@ -135,7 +137,7 @@ def synthesize_responses(
     with Stage(output, "synthesize-responses", settings, inputs) as stage:
         if stage.result is not None:
             return stage.result
-        metrics: dict[str, Any] = {}
+        metrics: JSONObject = {}
         for model, group in _by_model(configurations):
             engine: GenerationEngine | None = None  # made for the first configuration that lacks an answer
             for c in group:
@@ -154,7 +156,7 @@ def synthesize_responses(
                 write_rows(file, in_order)
                 metrics[c.name] = _metrics(in_order)
             del engine
-            gc.collect()  # the next model must find the memory of this one free
+            gc.collect()  # frees this model's memory for the next one
         files = {c.name: output / f"{c.name}.jsonl" for c in configurations}
         return stage.finish({"prompts": len(rows), "configurations": metrics}, files)
 
@@ -193,7 +195,7 @@ class _Source:
         """What the model reads for one prompt."""
         shots = self.demonstrations.conversations[: self.configuration.shots]
         if self.settings.draw_shots:
-            # Without the configuration's name: configurations that share a set differ in model and number alone.
+            # The name of the configuration is not in the seed: with one set, two configurations draw the same shots.
             rng = derived_rng(self.settings.seed, f"shots/{self.configuration.demonstrations}/{row['id']}")
             order = rng.sample(self.demonstrations.conversations, len(self.demonstrations.conversations))
             shots = tuple(order[: self.configuration.shots])
@@ -226,7 +228,7 @@ def _by_model(configurations: Sequence[Configuration]) -> list[tuple[str, list[C
     return list(groups.items())
 
 
-def _metrics(rows: Sequence[Row]) -> dict[str, Any]:
+def _metrics(rows: Sequence[Row]) -> JSONObject:
     kept = [row for row in rows if row["rejected"] is None]
     rejected = Counter(row["rejected"] for row in rows if row["rejected"] is not None)
     return {

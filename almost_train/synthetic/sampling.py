@@ -1,4 +1,4 @@
-"""What the sampling stages share: how an engine is had, how a model enters `stage.json`, how seeds are derived."""
+"""What the sampling stages share: the type that makes engines, and derived seeds."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ EngineFactory = Callable[[str], GenerationEngine]
 
 
 def derived_seed(seed: int, what: str) -> int:
-    """A seed of its own for one part of a stage, below 2**31 (endpoints take no more)."""
+    """A seed for one part of a stage, below 2**31 (the largest that endpoints take)."""
     return derived_rng(seed, what).getrandbits(31)
 
 
 def derived_rng(seed: int, what: str) -> random.Random:
-    """A generator of its own for one part of a stage: the same in every process, whatever was drawn before."""
+    """A generator for one part of a stage: the same in every process, whatever was drawn before."""
     return random.Random(f"{seed}/{what}")  # a string is hashed by SHA-512

@@ -1,5 +1,6 @@
-"""`almost-chat`: a chat page, two systems side by side, and a blind arena. A client of OpenAI-compatible endpoints.
+"""`almost-chat`: a page to chat, to compare two systems, and to vote blindly. A client of OpenAI-compatible endpoints.
 
-`client` speaks to endpoints, `conversation` holds what was said, `render` makes it HTML that can do nothing, `arena`
-keeps a blind round blind, `app` is the page, `launch` starts models in a process of their own, `cli` is the command.
+Uses `launch`, `gateway` (its keys) and `local` (to start models). Start with `start`, which makes everything, then
+`app`, the page. `client` speaks to endpoints, `conversation` holds what was said, `render` makes HTML of it, `arena`
+keeps the names of a blind round on the server, `launch` starts models in processes of their own.
 """

@@ -1,4 +1,4 @@
-"""The page: four tabs, and around them an application that lets nothing in or out that the page does not need."""
+"""The page with its four tabs, and middleware around it: the login, the routes that the page needs, safe headers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import base64
 import hmac
 import re
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
@@ -160,7 +159,7 @@ def create_app(desk: Desk, login: str | None = None) -> ASGIApp:
     return Guard(app, login)
 
 
-def _theme() -> Any:
+def _theme() -> gr.themes.Base:
     # Fonts of the visitor's own system: gradio's defaults come from another host, or are files more to load.
     sans = ["ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif"]
     mono = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]

@@ -1,7 +1,7 @@
-"""A blind round: two systems drawn and shuffled on the server, named to nobody before the vote.
+"""A blind round: two systems in random order, whose names the page gets after the vote.
 
-What the page gets before the vote is two texts and the letters A and B; the round itself, with the names, stays in the
-server's memory. Errors are told without an address or a name.
+Before the vote the page gets two texts and the letters A and B. The round with the names stays in the server's memory.
+Errors are told without an address or a name.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import random
 import re
 import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from almost_eval.arena.votes import VOTES, Vote, VoteStore
+from almost_eval.types import JSONObject
 from serving.chat.client import EndpointError, Kind
-from serving.chat.conversation import Reply, Settings
-from serving.chat.session import System
+from serving.chat.conversation import ChatReply, Conversation, Settings
+from serving.chat.session import ChatSystem
 
 SENTENCES: dict[Kind, str] = {
     "context_full": "The question is too long for one of the two systems",
@@ -38,8 +38,8 @@ class Round:
     source: str
     systems: tuple[str, str]
     """(A, B)."""
-    settings: Mapping[str, Any]
-    replies: tuple[Reply, Reply] | None = None
+    settings: JSONObject
+    replies: tuple[ChatReply, ChatReply] | None = None
     vote: str | None = None
 
     @property
@@ -59,7 +59,7 @@ class Arena:
         seed: of the shuffling; None draws one, which is stored with every vote.
     """
 
-    systems: Sequence[System]
+    systems: Sequence[ChatSystem]
     store: VoteStore
     settings: Settings
     seed: int | None = None
@@ -90,8 +90,7 @@ class Arena:
 
     def messages(self, prompt: str) -> list[dict[str, str]]:
         """What both systems are sent."""
-        system = [{"role": "system", "content": self.settings.system}] if self.settings.system.strip() else []
-        return [*system, {"role": "user", "content": prompt}]
+        return Conversation().ask(prompt).messages(self.settings.system)
 
     def vote(self, round_: Round, session: str, vote: str) -> Round:
         """Store the vote; when this returns it is on disk.

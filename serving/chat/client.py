@@ -1,38 +1,36 @@
-"""An OpenAI-compatible endpoint as the page sees it: what it can do, one answer as a stream, rewards, plain errors.
+"""One OpenAI-compatible endpoint: what it can do, an answer as a stream, rewards. Every failure is a plain sentence.
 
 httpx and not OpenAI's SDK: the page must be there in seconds, the SDK alone takes one of them to import, and of the
 protocol only a stream of chat chunks is needed. Leaving a stream closes the connection, which ends the work upstream.
-
-The key is read from `ALMOST_API_KEY`, else `OPENAI_API_KEY`; it is in no setting, log or sentence.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
-from almost_eval.engines.openai import KEYS
 from almost_eval.errors import InputError, RunError
-from serving.chat.conversation import Candidate, Settings
+from almost_eval.models.endpoints import KEYS, EndpointAddress, read_key, server_words
+from almost_eval.types import JSONObject
+from serving.chat.conversation import ChatCandidate, Settings
 
 Kind = Literal["down", "key", "context_full", "loading", "busy", "reward", "refused", "broken"]
 
 _CONTEXT = re.compile(r"context[ _](length|window|of|size)|maximum (context|model)|max_model_len|too long", re.I)
+_EXAMPLE = "http://127.0.0.1:8000/v1"
 _CONNECT_S = 5.0
 _QUICK_S = 20.0
-"""For everything but answers."""
+"""Seconds for a request that is no answer."""
 _SILENCE_S = 120.0
-"""Seconds without a byte after which an answer is given up. Best-of-N is silent until it is known."""
+"""Seconds without a byte after which the client gives up. Best-of-N is silent until the best is known."""
 
 
 class EndpointError(RunError):
-    """An endpoint did not do what was asked; the message is a sentence for the page."""
+    """An endpoint failed; the message is a sentence for the page."""
 
     def __init__(self, kind: Kind, sentence: str) -> None:
         super().__init__(sentence)
@@ -65,7 +63,7 @@ class End:
     tokens: int | None = None
     """Of all candidates; None where the endpoint does not say."""
     reward: float | None = None
-    candidates: tuple[Candidate, ...] = ()
+    candidates: tuple[ChatCandidate, ...] = ()
     fallback: str | None = None
     """Why best-of-N was answered without rewards."""
 
@@ -88,16 +86,12 @@ class Address:
         head, equals, rest = given.partition("=")
         name, url = (head.strip(), rest) if equals and "://" not in head else ("", given)
         url, _, model = url.partition("#")
-        try:
-            parts = urlsplit(url)
-            host, _ = parts.hostname, parts.port
-        except ValueError:
-            parts, host = urlsplit(""), None
-        if "@" in parts.netloc:
+        address = EndpointAddress.parse(url, "--base-url", example=_EXAMPLE)
+        if address.has_user:
             raise InputError(f"--base-url holds a user or a password; a key comes from the environment: {KEYS[0]}")
-        if parts.scheme not in ("http", "https") or not host or parts.query:
-            raise InputError("--base-url is not an http(s) address; it must look like http://127.0.0.1:8000/v1")
-        return cls(name or (model or parts.netloc), url.rstrip("/").removesuffix("/v1") + "/v1", model or None)
+        if address.parts.query:
+            raise InputError(f"--base-url is not an http(s) address; it must look like {_EXAMPLE}")
+        return cls(name or (model or address.parts.netloc), url.rstrip("/").removesuffix("/v1") + "/v1", model or None)
 
 
 @dataclass(slots=True)
@@ -114,7 +108,7 @@ class Endpoint:
     @classmethod
     def with_key_of_environment(cls, url: str) -> Endpoint:
         """An endpoint that is sent the key of the environment, if there is one."""
-        return cls(url, next((os.environ[name] for name in KEYS if os.environ.get(name)), None))
+        return cls(url, read_key(EndpointAddress(url)))
 
     async def abilities(self) -> Abilities:
         """Ask what it serves.
@@ -141,7 +135,7 @@ class Endpoint:
         Raises:
             EndpointError: see `Kind`.
         """
-        body: dict[str, Any] = {
+        body: JSONObject = {
             "model": model,
             "messages": list(messages),
             "temperature": settings.temperature,
@@ -154,7 +148,7 @@ class Endpoint:
             body |= {"best_of": settings.best_of, "almost_candidates": True}
         ending, tokens, almost = "", None, None
         async for chunk in self._events(f"{self.url}/chat/completions", body):
-            if isinstance(chunk, dict) and chunk.get("error"):
+            if chunk.get("error"):
                 raise self._refusal(500, chunk)
             try:
                 almost = chunk.get("almost") or almost
@@ -179,30 +173,30 @@ class Endpoint:
         body = {"conversations": [list(one) for one in conversations]}
         answer = await self._json("POST", f"{self.url}/rewards", body)
         try:
-            found = [float(reward) for reward in answer["rewards"]]
+            rewards = [float(reward) for reward in answer["rewards"]]
         except (LookupError, TypeError, ValueError):
             raise self._broken() from None
-        if len(found) != len(conversations):
+        if len(rewards) != len(conversations):
             raise self._broken()
-        return found
+        return rewards
 
     # --- HTTP ---
 
-    async def _json(self, method: str, url: str, body: Any = None) -> Any:
+    async def _json(self, method: str, url: str, body: JSONObject | None = None) -> JSONObject:
         import httpx
 
         try:
             response = await self._open().request(method, url, json=body, timeout=_QUICK_S)
         except httpx.HTTPError as error:
             raise self._unreachable(error) from None
-        found = _parsed(response.content)
+        content = _parsed(response.content)
         if response.status_code != 200:
-            raise self._refusal(response.status_code, found)
-        if found is None:
+            raise self._refusal(response.status_code, content)
+        if content is None:
             raise self._broken()
-        return found
+        return content
 
-    async def _events(self, url: str, body: Any) -> AsyncIterator[Any]:
+    async def _events(self, url: str, body: JSONObject) -> AsyncIterator[JSONObject]:
         import httpx
 
         try:
@@ -214,7 +208,10 @@ class Endpoint:
                     if data == "[DONE]":
                         return
                     if data:
-                        yield _parsed(data.encode())
+                        chunk = _parsed(data.encode())
+                        if chunk is None:
+                            raise self._broken()
+                        yield chunk
         except httpx.HTTPError as error:
             raise self._unreachable(error) from None
 
@@ -226,7 +223,7 @@ class Endpoint:
             timeout = httpx.Timeout(_SILENCE_S, connect=_CONNECT_S)
             limits = httpx.Limits(max_connections=256, max_keepalive_connections=32)
             # trust_env: a proxy of the environment must not see what is said to a server of this machine.
-            local = urlsplit(self.url).hostname in ("127.0.0.1", "localhost", "::1")
+            local = EndpointAddress(self.url).is_local
             self._client = httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits, trust_env=not local)
         return self._client
 
@@ -248,12 +245,10 @@ class Endpoint:
     def _broken(self) -> EndpointError:
         return EndpointError("broken", f"{self._where()} answered with something that is no OpenAI-compatible reply.")
 
-    def _refusal(self, status: int, body: Any) -> EndpointError:
+    def _refusal(self, status: int, body: JSONObject | None) -> EndpointError:
         details = body.get("error", body) if isinstance(body, dict) else {}
         details = details if isinstance(details, dict) else {"message": details}
-        words = " ".join(str(details.get("message") or "no reason given").split())[:300].rstrip(".")
-        if self.key:
-            words = words.replace(self.key, "***")
+        words = server_words(str(details.get("message") or "no reason given"), self.key).rstrip(".")
         code = str(details.get("code") or "")
         if code == "context_length_exceeded" or (status in (400, 413, 422) and _CONTEXT.search(words)):
             sentence = "The context is full: the conversation and the answer do not fit the model."
@@ -276,14 +271,15 @@ class Endpoint:
         return EndpointError("refused", f"{self._where()} refuses the request ({status}): {words}.")
 
 
-def _parsed(body: bytes) -> Any:
+def _parsed(body: bytes) -> JSONObject | None:
     try:
-        return json.loads(body)
+        content = json.loads(body)
     except ValueError:
         return None
+    return content if isinstance(content, dict) else None
 
 
-def _read_abilities(models: tuple[str, ...], document: Any) -> Abilities:
+def _read_abilities(models: tuple[str, ...], document: JSONObject) -> Abilities:
     """From the OpenAPI document, which names the routes a server has and the largest N it takes."""
     try:
         rewards = "/v1/rewards" in document["paths"]
@@ -294,17 +290,17 @@ def _read_abilities(models: tuple[str, ...], document: Any) -> Abilities:
     return Abilities(models, rewards, most if rewards else 1)
 
 
-def _end(ending: str, tokens: Any, almost: Any) -> End:
+def _end(ending: str, tokens: object, almost: JSONObject | None) -> End:
     count = tokens if isinstance(tokens, int) else None
     if not isinstance(almost, dict):
         return End(ending, count)
     chosen = set(almost.get("chosen") or ())
     candidates = tuple(
-        Candidate(str(one.get("text") or "").strip(), _figure(one.get("reward")), one.get("index") in chosen)
+        ChatCandidate(str(one.get("text") or "").strip(), _figure(one.get("reward")), one.get("index") in chosen)
         for one in almost.get("candidates") or ()
     )
     return End(ending, count, _figure(almost.get("reward")), candidates, almost.get("fallback"))
 
 
-def _figure(value: Any) -> float | None:
+def _figure(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

@@ -1,15 +1,15 @@
-"""What was said, as frozen values: every change is a new conversation, so nobody's page can change another's.
+"""A conversation as a frozen value: every change makes a new one, so no visitor's page can change another's.
 
-Comes back from the visitor's own browser after a reload, so what is read is checked like any other input.
+It comes back from the visitor's own browser after a reload, so it is checked like any other input.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+
+from almost_eval.types import JSONObject
 
 MAX_TURNS = 400
 MAX_CHARACTERS = 200_000
@@ -42,7 +42,7 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class ChatCandidate:
     """One of the answers drawn for best-of-N."""
 
     text: str
@@ -51,14 +51,14 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class ChatReply:
     """An answer, and what is known of it."""
 
     text: str
     model: str = ""
     reward: float | None = None
     """Raw logit of the reward model."""
-    candidates: tuple[Candidate, ...] = ()
+    candidates: tuple[ChatCandidate, ...] = ()
     """All that were drawn, this answer included; empty without best-of-N."""
     tokens: int | None = None
     """As the endpoint counts them, all candidates together."""
@@ -73,7 +73,7 @@ class Turn:
     """A question and its answer, if there is one yet."""
 
     user: str
-    reply: Reply | None = None
+    reply: ChatReply | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,16 +95,16 @@ class Conversation:
             return self
         return replace(self, turns=(*self.turns, Turn(text[:MAX_CHARACTERS])))
 
-    def answer(self, reply: Reply) -> Conversation:
+    def answer(self, reply: ChatReply) -> Conversation:
         """The last question answered."""
         return replace(self, turns=(*self.turns[:-1], replace(self.turns[-1], reply=reply)))
 
     def reopen(self, number: int, text: str | None = None) -> Conversation:
-        """Turn `number` asked again, in other words where `text` is given; what came after it is gone."""
+        """Turn `number` without its answer, its question replaced by `text` where that is set; later turns are gone."""
         if not 0 <= number < len(self.turns):
             return self
-        asked = self.turns[number].user if text is None else text[:MAX_CHARACTERS]
-        return replace(self, turns=(*self.turns[:number], Turn(asked)), dropped=min(self.dropped, number))
+        question = self.turns[number].user if text is None else text[:MAX_CHARACTERS]
+        return replace(self, turns=(*self.turns[:number], Turn(question)), dropped=min(self.dropped, number))
 
     def undo(self) -> tuple[Conversation, str]:
         """Without the last turn, and that turn's question."""
@@ -119,12 +119,12 @@ class Conversation:
 
     def messages(self, system: str, *, all_turns: bool = False) -> list[dict[str, str]]:
         """OpenAI's form: what the model is shown, or with `all_turns` everything."""
-        found = [{"role": "system", "content": system}] if system.strip() else []
+        messages = [{"role": "system", "content": system}] if system.strip() else []
         for turn in self.turns[0 if all_turns else self.dropped :]:
-            found.append({"role": "user", "content": turn.user})
+            messages.append({"role": "user", "content": turn.user})
             if turn.reply is not None and turn.reply.text:
-                found.append({"role": "assistant", "content": turn.reply.text})
-        return found
+                messages.append({"role": "assistant", "content": turn.reply.text})
+        return messages
 
     def jsonl(self, system: str) -> str:
         """One line of an SFT data set in the `messages` form: up to the last answer; empty without any."""
@@ -143,7 +143,7 @@ class Conversation:
                 parts.append(f"Assistant: {turn.reply.text}")
         return "\n\n".join(parts)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JSONObject:
         """JSON, for the visitor's browser to keep."""
         return asdict(self)
 
@@ -151,12 +151,12 @@ class Conversation:
     def from_dict(cls, value: object) -> Conversation:
         """The inverse; what cannot be read is an empty conversation."""
         try:
-            return _read(value)
+            return _read(value) if isinstance(value, dict) else cls()
         except (TypeError, ValueError, KeyError, AttributeError, IndexError):
             return cls()
 
 
-def _read(value: Any) -> Conversation:
+def _read(value: JSONObject) -> Conversation:
     turns = []
     for turn in value["turns"][:MAX_TURNS]:
         reply = turn.get("reply")
@@ -166,12 +166,13 @@ def _read(value: Any) -> Conversation:
     return Conversation(tuple(turns), min(max(0, int(value.get("dropped", 0))), max(0, len(turns) - 1)))
 
 
-def _read_reply(reply: Mapping[str, Any]) -> Reply:
+def _read_reply(reply: JSONObject) -> ChatReply:
     candidates = [
-        Candidate(_text(one["text"]), _number(one["reward"]), bool(one["chosen"])) for one in reply["candidates"][:64]
+        ChatCandidate(_text(one["text"]), _number(one["reward"]), bool(one["chosen"]))
+        for one in reply["candidates"][:64]
     ]
     tokens = _number(reply["tokens"])
-    return Reply(
+    return ChatReply(
         _text(reply["text"]),
         _text(reply["model"])[:200],
         _number(reply["reward"]),
@@ -198,7 +199,7 @@ def _number(value: object) -> float | None:
 
 def _within(value: object, low: float, high: float, default: float) -> float:
     try:
-        found = float(value)  # type: ignore[arg-type]
+        number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return default
-    return min(max(found, low), high) if math.isfinite(found) else default
+    return min(max(number, low), high) if math.isfinite(number) else default

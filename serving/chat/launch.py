@@ -1,21 +1,22 @@
-"""Models in processes of their own: they load while the page is being imported, and a crash of one is a sentence."""
+"""Starts models in processes of their own, which load while the page is imported. If one fails, its last line says
+why.
+"""
 
 from __future__ import annotations
 
 import json
 import secrets
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict
 
 from almost_eval.errors import InputError, RunError
 from serving.chat.client import Endpoint
+from serving.gateway.settings import KEY
 from serving.launch.process import ServerProcess, free_port
+from serving.local.settings import KEY as LOCAL_KEY
+from serving.local.settings import LocalModels
 
-_LOCAL_KEY = (
-    "ALMOST_LOCAL_KEY"  # serving.local.server.KEY and serving.gateway.settings.KEY: those modules load too much
-)
-_GATEWAY_KEY = "ALMOST_API_KEY"
 _ERROR = "error: "
 
 
@@ -31,31 +32,20 @@ class Models(ServerProcess):
 
     def __init__(self, names: Sequence[str], command: Sequence[str], variable: str, ready: str = "/ready") -> None:
         port = free_port()
+        key = secrets.token_urlsafe(32)
         self.names = tuple(names)
-        self._key = secrets.token_urlsafe(32)
-        self._ready = ready
         super().__init__(
             " and ".join(names),
             [sys.executable, "-m", *command, "--port", str(port)],
             ("127.0.0.1", port),
-            environment={variable: self._key},
+            environment={variable: key},
+            health=ready,
+            key=key,
         )
 
     def endpoint(self) -> Endpoint:
         """Where it answers."""
         return Endpoint(f"{self.url}/v1", self._key, local=True)
-
-    def is_healthy(self, timeout_s: float = 2.0) -> bool:
-        """Whether the models answer now."""
-        import urllib.request
-
-        request = urllib.request.Request(self.url + self._ready, headers={"Authorization": f"Bearer {self._key}"})
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        try:
-            with opener.open(request, timeout=timeout_s) as answer:
-                return bool(answer.status == 200)
-        except (OSError, ValueError):  # HTTPError is an OSError
-            return False
 
     def failure(self) -> RunError | InputError:
         """The line that the child itself ended with, where there is one."""
@@ -67,20 +57,23 @@ class Models(ServerProcess):
         return kind(words.removeprefix(_ERROR))
 
 
-def with_transformers(models: Sequence[str], reward: str | None, options: Mapping[str, Any]) -> Models:
-    """All models in one process (`serving.local.server`).
+def with_transformers(
+    models: Sequence[str], reward: str | None, *, dtype: str = "auto", device: str = "auto"
+) -> Models:
+    """All models in one process (`serving.local`).
 
     Args:
-        models: checkpoints, each served under the name it is given as.
+        models: checkpoints, each served under this very name.
         reward: the reward model, or None.
-        options: of `HFEngine` and `HFRewardModel`.
+        dtype: of `HFEngine` and `HFRewardModel`.
+        device: of both, too.
     """
-    asked = json.dumps({"policies": list(models), "reward": reward, "options": dict(options)})
-    return Models(models, ["serving.local.server", asked], _LOCAL_KEY)
+    settings = LocalModels(tuple(models), reward, dtype, device)
+    return Models(models, ["serving.cli.local", json.dumps(asdict(settings))], LOCAL_KEY)
 
 
 def with_vllm(model: str, reward: str | None) -> Models:
     """One model, with vLLM: `almost-serve all`, or `almost-serve policy` without a reward model."""
     if reward:
-        return Models([model], ["serving.cli", "all", "--model", model, "--reward", reward], _GATEWAY_KEY)
-    return Models([model], ["serving.cli", "policy", "--model", model], _GATEWAY_KEY, "/health")
+        return Models([model], ["serving.cli", "all", "--model", model, "--reward", reward], KEY)
+    return Models([model], ["serving.cli", "policy", "--model", model], KEY, "/health")

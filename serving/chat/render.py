@@ -1,8 +1,8 @@
-"""Conversations as HTML that can do nothing: what a model or a visitor wrote is data, whatever it looks like.
+"""Conversations as HTML. What a model or a visitor wrote is shown as text and can do nothing, whatever it looks like.
 
-Answers are Markdown without HTML and without images: markdown-it writes every tag itself, escapes what it is given,
-and refuses `javascript:`, `data:` and their like in links. An image would fetch from wherever an answer says. Questions
-are plain text. The page's Content-Security-Policy forbids the same things once more.
+Answers are Markdown without HTML and without images: markdown-it writes every tag itself, escapes all text, and
+refuses `javascript:`, `data:` and their like in links. An image would fetch from whatever address an answer names.
+Questions are plain text. The page's Content-Security-Policy forbids the same things once more.
 """
 
 from __future__ import annotations
@@ -10,9 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING
 
-from serving.chat.conversation import Candidate, Conversation, Reply, Turn
+from serving.chat.conversation import ChatCandidate, ChatReply, Conversation, Turn
+
+if TYPE_CHECKING:
+    from markdown_it import MarkdownIt
+    from markdown_it.renderer import RendererHTML
+    from markdown_it.token import Token
+    from markdown_it.utils import EnvType, OptionsDict
 
 _ENDINGS = {
     "length": "cut at the token limit",
@@ -22,12 +28,12 @@ _ENDINGS = {
 
 
 @cache
-def _parser() -> Any:
+def _parser() -> MarkdownIt:
     from markdown_it import MarkdownIt
 
     parser = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable("table").disable("image")
 
-    def link(self: Any, tokens: Any, index: int, options: Any, env: Any) -> str:
+    def link(self: RendererHTML, tokens: Sequence[Token], index: int, options: OptionsDict, env: EnvType) -> str:
         tokens[index].attrSet("target", "_blank")
         tokens[index].attrSet("rel", "noopener noreferrer nofollow")
         return str(self.renderToken(tokens, index, options, env))
@@ -55,7 +61,7 @@ def badge(reward: float | None) -> str:
     return f'<span class="badge {tone}" title="{title}"><i>reward</i> {number(reward)}</span>'
 
 
-def reply_html(reply: Reply, *, live: bool = False, actions: str = "") -> str:
+def reply_html(reply: ChatReply, *, live: bool = False, actions: str = "") -> str:
     """An answer, and under it what is known of it and what can be done with it."""
     body = f'<div class="md">{markdown(reply.text)}</div>' if reply.text else ""
     if live:
@@ -64,7 +70,7 @@ def reply_html(reply: Reply, *, live: bool = False, actions: str = "") -> str:
     return body + candidates_html(reply.candidates) + foot
 
 
-def facts(reply: Reply) -> str:
+def facts(reply: ChatReply) -> str:
     """Speed and ending."""
     parts = []
     if reply.ending in _ENDINGS:
@@ -78,7 +84,7 @@ def facts(reply: Reply) -> str:
     return "".join(f"<span>{escape(part)}</span>" for part in parts)
 
 
-def candidates_html(candidates: Sequence[Candidate]) -> str:
+def candidates_html(candidates: Sequence[ChatCandidate]) -> str:
     """All candidates, best first, each of which can be opened."""
     if not candidates:
         return ""
@@ -142,7 +148,7 @@ def past_html(conversation: Conversation, *, live: bool = False) -> str:
 
 def live_html(name: str, text: str, *, waiting: str = "Thinking") -> str:
     """The answer that is being written."""
-    body = reply_html(Reply(text), live=True) if text else f'<p class="aside pulse">{escape(waiting)}</p>'
+    body = reply_html(ChatReply(text), live=True) if text else f'<p class="aside pulse">{escape(waiting)}</p>'
     return f'<article class="turn model live"><h3>{escape(name)}</h3>{body}</article>'
 
 
@@ -152,7 +158,7 @@ def notice_html(sentence: str, kind: str = "error") -> str:
     return f'<div class="notice {kind}" role="{role}">{escape(sentence)}</div>' if sentence else ""
 
 
-def panel_html(reply: Reply | None, *, live: bool, heading: str = "", note: str = "") -> str:
+def panel_html(reply: ChatReply | None, *, live: bool, heading: str = "", note: str = "") -> str:
     """One side of a comparison."""
     if reply is None:
         body = f'<p class="aside">{escape(note)}</p>' if note else ""

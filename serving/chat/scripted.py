@@ -1,4 +1,4 @@
-"""A scripted OpenAI-compatible endpoint: the test double of everything that speaks to one. Real HTTP, no model."""
+"""A scripted OpenAI-compatible endpoint, for tests of everything that speaks to one. Real HTTP, no model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import TYPE_CHECKING, Self
+
+from almost_eval.types import JSONObject
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +25,7 @@ class Script:
     delay_s: float = 0.0
     """Before each piece."""
     status: int = 200
-    error: dict[str, Any] = field(default_factory=dict)
+    error: JSONObject = field(default_factory=dict)
     """The body's `error`, where `status` is not 200."""
     cut: bool = False
     """Whether the connection ends after the last piece without the end of the stream."""
@@ -40,14 +45,14 @@ class ScriptedEndpoint:
 
     def __init__(
         self,
-        script: Script | Callable[[dict[str, Any]], Script] = Script(),
+        script: Script | Callable[[JSONObject], Script] = Script(),
         *,
         model: str = "scripted",
         rewards: Callable[[str], float] | None = None,
         key: str | None = None,
     ) -> None:
         self.script = script
-        self.requests: list[dict[str, Any]] = []
+        self.requests: list[JSONObject] = []
         """Bodies of the chat requests."""
         self.unfinished = 0
         """Streams that the client left before their end."""
@@ -72,7 +77,7 @@ class ScriptedEndpoint:
         self._thread.join(5)
         self._listening.close()
 
-    def _app(self) -> Any:
+    def _app(self) -> Starlette:
         from starlette.applications import Starlette
         from starlette.requests import Request
         from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -111,7 +116,7 @@ class ScriptedEndpoint:
             routes += [Route("/v1/rewards", rewards, methods=["POST"]), Route("/openapi.json", document)]
         return Starlette(routes=routes)
 
-    async def _events(self, script: Script, body: dict[str, Any]) -> AsyncIterator[str]:
+    async def _events(self, script: Script, body: JSONObject) -> AsyncIterator[str]:
         whole = False
         try:
             pieces, almost = list(script.pieces), None
@@ -132,7 +137,7 @@ class ScriptedEndpoint:
         finally:
             self.unfinished += not whole
 
-    def _almost(self, texts: list[str]) -> dict[str, Any]:
+    def _almost(self, texts: list[str]) -> JSONObject:
         assert self._rewards is not None
         rewards = [self._rewards(text) for text in texts]
         best = max(range(len(texts)), key=rewards.__getitem__)
@@ -143,5 +148,5 @@ class ScriptedEndpoint:
         return {"best_of": len(texts), "reward": rewards[best], "chosen": [best], "candidates": candidates}
 
 
-def _event(chunk: dict[str, Any]) -> str:
+def _event(chunk: JSONObject) -> str:
     return f"data: {json.dumps(chunk)}\n\n"

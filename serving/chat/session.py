@@ -1,28 +1,30 @@
-"""What all tabs share: the systems, who may ask how often, and one answer drawn step by step."""
+"""What all tabs share: the systems, the limits of a visitor, and one answer drawn step by step."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from serving.chat.client import Abilities, Delta, End, Endpoint, EndpointError
-from serving.chat.conversation import Reply, Settings
+from serving.chat.conversation import ChatReply, Settings
 
 TICK_S = 0.05
-"""Between two updates of a page: faster than one can read, and a fraction of the traffic of one for each token."""
+"""Seconds between two updates of a page: faster than people read, and less traffic than one for each token."""
+
+TOO_FAST = "That is more questions a minute than this server takes from one visitor: wait a moment, then press Retry."
+BUSY = "The last answer is still being written: stop it first, or wait."
 
 _FRESH_S = 60.0
-"""How long an endpoint's abilities are believed."""
+"""Seconds for which an endpoint's abilities are taken as known."""
 
 
 @dataclass(slots=True)
-class System:
+class ChatSystem:
     """One of the things to talk to: an endpoint, and the model it serves."""
 
     name: str
@@ -30,24 +32,24 @@ class System:
     model: str | None = None
     """None: the first that the endpoint lists."""
     _known: Abilities | None = None
-    _asked: float = 0.0
+    _known_since: float = 0.0
 
     async def abilities(self) -> Abilities:
-        """What it can do, asked once a minute.
+        """What it can do; looked up once a minute.
 
         Raises:
             EndpointError: see `Endpoint.abilities`.
         """
-        if self._known is None or time.monotonic() - self._asked > _FRESH_S:
+        if self._known is None or time.monotonic() - self._known_since > _FRESH_S:
             self._known = await self.endpoint.abilities()
-            self._asked = time.monotonic()
+            self._known_since = time.monotonic()
         return self._known
 
     async def served(self) -> str:
         """The model's name at the endpoint.
 
         Raises:
-            EndpointError: it is not known, and the endpoint cannot be asked.
+            EndpointError: it is not known, and the endpoint does not answer.
         """
         if self.model:
             return self.model
@@ -57,11 +59,25 @@ class System:
         return models[0]
 
 
+class NotNow(Exception):
+    """A question that cannot be answered now; the message is a sentence for the page.
+
+    Args:
+        sentence: why, and what to do.
+        busy: whether the visitor's last answer is still being written; else too many questions came in a minute.
+    """
+
+    def __init__(self, sentence: str, *, busy: bool) -> None:
+        super().__init__(sentence)
+        self.busy = busy
+        self.kind = "hint" if busy else "error"
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """How far an answer is."""
 
-    reply: Reply
+    reply: ChatReply
     done: bool = False
     error: EndpointError | None = None
     """Why it broke off; `reply` holds what had come."""
@@ -74,14 +90,14 @@ class RateLimit:
 
     def __init__(self, per_minute: int) -> None:
         self.per_minute = per_minute
-        self._asked: dict[str, deque[float]] = {}
+        self._times: dict[str, deque[float]] = {}
 
     def admits(self, visitor: str, now: float | None = None) -> bool:
         """Count one question, unless it is one too many."""
         now = time.monotonic() if now is None else now
-        if len(self._asked) > 10_000:  # visitors who left
-            self._asked = {who: times for who, times in self._asked.items() if times and now - times[-1] < 60}
-        times = self._asked.setdefault(visitor, deque())
+        if len(self._times) > 10_000:  # visitors who left
+            self._times = {who: times for who, times in self._times.items() if times and now - times[-1] < 60}
+        times = self._times.setdefault(visitor, deque())
         while times and now - times[0] >= 60:
             times.popleft()
         if len(times) >= self.per_minute:
@@ -94,7 +110,7 @@ class RateLimit:
 class Desk:
     """What the page serves, and what is going on. One for a server, in its one event loop."""
 
-    systems: list[System]
+    systems: list[ChatSystem]
     votes: Path
     reports: Path
     questions: list[tuple[str, str]] = field(default_factory=list)
@@ -109,17 +125,22 @@ class Desk:
     """Of the arena's shuffling; None draws one."""
     _stops: dict[str, asyncio.Event] = field(default_factory=dict)
 
-    def system(self, name: str | None) -> System:
+    def system(self, name: str | None) -> ChatSystem:
         """By name; the first for an unknown one, as a page of an earlier server may send."""
         return next((system for system in self.systems if system.name == name), self.systems[0])
 
     @contextmanager
-    def work(self, where: str, visitor: str | None) -> Any:
-        """Yields the event that `stop` sets; None where this visitor's earlier answer is still being written."""
+    def work(self, where: str, visitor: str | None) -> Iterator[asyncio.Event]:
+        """For the time of one answer; yields the event that `stop` sets.
+
+        Raises:
+            NotNow: too many questions in a minute, or this visitor's earlier answer is still being written.
+        """
+        if not self.rate.admits(str(visitor)):
+            raise NotNow(TOO_FAST, busy=False)
         key = f"{where}/{visitor}"
         if key in self._stops:
-            yield None
-            return
+            raise NotNow(BUSY, busy=True)
         self._stops[key] = stop = asyncio.Event()
         try:
             yield stop
@@ -139,12 +160,12 @@ class Desk:
 
 
 async def draw(
-    system: System, messages: Sequence[Mapping[str, str]], settings: Settings, stop: asyncio.Event
+    system: ChatSystem, messages: Sequence[Mapping[str, str]], settings: Settings, stop: asyncio.Event
 ) -> AsyncIterator[Step]:
     """One answer as it grows; the last step is `done`. Setting `stop`, or leaving early, ends the work upstream."""
     began = time.perf_counter()
     news: asyncio.Queue[Delta | End | EndpointError] = asyncio.Queue()
-    reply = Reply("", system.name)
+    reply = ChatReply("", system.name)
 
     async def read() -> None:
         try:
@@ -185,7 +206,7 @@ async def draw(
             await reader
 
 
-def _ended(reply: Reply, end: End, seconds: float) -> Reply:
+def _ended(reply: ChatReply, end: End, seconds: float) -> ChatReply:
     return replace(
         reply,
         text=reply.text.rstrip(),
@@ -197,7 +218,7 @@ def _ended(reply: Reply, end: End, seconds: float) -> Reply:
     )
 
 
-async def _finished(system: System, messages: Sequence[Mapping[str, str]], reply: Reply, end: End) -> Step:
+async def _finished(system: ChatSystem, messages: Sequence[Mapping[str, str]], reply: ChatReply, end: End) -> Step:
     """The whole answer with its reward, where one can be had."""
     if end.fallback:
         return Step(reply, True, note=f"Answered without best-of-N: {end.fallback}.")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from html import escape
-from typing import Any
 
 import gradio as gr
+from gradio.blocks import Block
 
-from serving.chat.client import Abilities, EndpointError
+from almost_eval.types import JSONObject
+from serving.chat.client import EndpointError
 from serving.chat.conversation import Conversation, Settings
 from serving.chat.render import live_html, notice_html, past_html
-from serving.chat.session import Desk, Step, draw
+from serving.chat.session import Desk, NotNow, Step, draw
+from serving.chat.widgets import QUICK, Update, answering, button, question_box, raw_html
 
 ACT = """
 element.addEventListener('click', (event) => {
@@ -23,15 +25,10 @@ element.addEventListener('click', (event) => {
 """
 """The buttons inside a conversation tell what was pressed; copying is the page's own (chat.js)."""
 
-TOO_FAST = "That is more questions a minute than this server takes from one visitor: wait a moment, then press Retry."
-BUSY = "The last answer is still being written: stop it first, or wait."
 PLACEHOLDER = "Ask something"
-
-KEPT: dict[str, Any] = {"storage_key": "almost-chat", "secret": "almost-chat"}
-"""The conversation stays in the visitor's own browser. The secret hides nothing, and must outlive a server."""
-
-Update = dict[str, Any]
-"""A component of the tab, by name -> its new value."""
+KEY = "almost-chat"
+"""Name under which the visitor's browser keeps the conversation, and the secret it is encoded with. The secret protects
+nothing; it is fixed so that a conversation can still be read after the server was started again."""
 
 
 class ChatTab:
@@ -44,34 +41,22 @@ class ChatTab:
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
         names = [system.name for system in desk.systems]
-        self.kept = gr.BrowserState(None, **KEPT)
+        self.kept = gr.BrowserState(None, storage_key=KEY, secret=KEY)
         self.conversation = gr.State(Conversation())
         self.editing = gr.State(None)
         with gr.Row(elem_classes="chat-page"):
             with gr.Column(scale=7, min_width=320, elem_classes="talk"):
                 with gr.Column(elem_id="transcript"):
-                    self.past = gr.HTML(
-                        self._welcome(), js_on_load=ACT, apply_default_css=False, elem_id="past", padding=False
-                    )
-                    self.live = gr.HTML("", apply_default_css=False, elem_id="live", padding=False)
-                self.notice = gr.HTML("", apply_default_css=False, elem_id="notice", padding=False)
+                    self.past = raw_html(self._welcome(), js_on_load=ACT, elem_id="past")
+                    self.live = raw_html(elem_id="live")
+                self.notice = raw_html(elem_id="notice")
                 self.drop = gr.Button(
                     "Drop the oldest turn and retry", visible=False, size="sm", elem_id="drop", elem_classes="inline"
                 )
                 with gr.Row(elem_classes="composer"):
-                    self.box = gr.Textbox(
-                        show_label=False,
-                        label="Message",
-                        placeholder=PLACEHOLDER,
-                        lines=1,
-                        max_lines=10,
-                        container=False,
-                        autofocus=True,
-                        scale=8,
-                        elem_id="message",
-                    )
-                    self.send = gr.Button("Send", variant="primary", scale=1, min_width=84, elem_id="send")
-                    self.stop = gr.Button("Stop", variant="stop", scale=1, min_width=84, visible=False, elem_id="stop")
+                    self.box = question_box("Message", PLACEHOLDER, "message", autofocus=True)
+                    self.send = button("Send", "send", "primary", width=84)
+                    self.stop = button("Stop", "stop", "stop", width=84, visible=False)
                 with gr.Row(elem_classes="tools"):
                     self.undo = gr.Button("Undo", size="sm", min_width=60, elem_id="undo")
                     self.clear = gr.Button("Clear", size="sm", min_width=60, elem_id="clear")
@@ -103,49 +88,34 @@ class ChatTab:
                 self.max_tokens = gr.Slider(
                     16, 2048, value=base.max_tokens, step=16, label="Longest answer, tokens", elem_id="max-tokens"
                 )
-                gr.HTML(
+                raw_html(
                     '<p class="aside">Enter sends, Shift+Enter breaks the line, Esc stops. Everything said here stays '
-                    "in this browser.</p>",
-                    apply_default_css=False,
-                    padding=False,
+                    "in this browser.</p>"
                 )
-        self.settings: list[Any] = [self.instruction, self.temperature, self.top_p, self.max_tokens, self.best_of]
-        self._outputs = {
-            "box": self.box,
-            "conversation": self.conversation,
-            "editing": self.editing,
-            "past": self.past,
-            "live": self.live,
-            "notice": self.notice,
-            "drop": self.drop,
-            "send": self.send,
-            "stop": self.stop,
-            "kept": self.kept,
-            "best_of": self.best_of,
-        }
+        self.settings: list[gr.Textbox | gr.Slider] = [
+            self.instruction,
+            self.temperature,
+            self.top_p,
+            self.max_tokens,
+            self.best_of,
+        ]
 
     def connect(self, page: gr.Blocks) -> None:
         """Attach the events."""
         state = [self.conversation, self.editing, self.system, *self.settings]
-        outputs = list(self._outputs.values())
-        work: dict[str, Any] = {
-            "outputs": outputs,
-            "show_progress": "hidden",
-            "concurrency_limit": self._desk.concurrency,
-            "concurrency_id": "answers",
-            "api_visibility": "private",
-        }
-        quick: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
+        outputs = [self.box, self.conversation, self.editing, self.past, self.live, self.notice, self.drop, self.send]
+        outputs += [self.stop, self.kept, self.best_of]
+        work = {"outputs": outputs, **answering(self._desk)}
         gr.on([self.box.submit, self.send.click], self._on_send, [self.box, *state], **work)
         self.past.act(self._on_act, state, **work)
         self.drop.click(self._on_drop, state, **work)
-        self.stop.click(self._on_stop, None, None, **quick)
-        self.undo.click(self._on_undo, state, outputs, **quick)
-        self.clear.click(self._on_clear, state, outputs, **quick)
-        for button, form, action in ((self.copy, "text", "copy"), (self.download, "jsonl", "download")):
+        self.stop.click(self._on_stop, None, None, **QUICK)
+        self.undo.click(self._on_undo, state, outputs, **QUICK)
+        self.clear.click(self._on_clear, state, outputs, **QUICK)
+        for pressed, form, action in ((self.copy, "text", "copy"), (self.download, "jsonl", "download")):
             # The listener's own name for the form: a partial would hide the signature that gradio reads.
             pick = gr.State(form)
-            button.click(self._on_export, [self.conversation, self.instruction, pick], self.export, **quick).then(
+            pressed.click(self._on_export, [self.conversation, self.instruction, pick], self.export, **QUICK).then(
                 None, self.export, None, js=f"(text) => window.almostChat.{action}(text)", api_visibility="private"
             )
         gr.on(
@@ -154,217 +124,199 @@ class ChatTab:
             [self.conversation, *self.settings],
             self.kept,
             trigger_mode="always_last",
-            **quick,
+            **QUICK,
         )
-        self.system.change(self._on_system, self.system, [self.best_of, self.notice], **quick)
+        self.system.change(self._on_system, self.system, [self.best_of, self.notice], **QUICK)
         page.load(
             self._on_load,
             [self.kept, self.system],
             [self.conversation, self.past, self.notice, *self.settings],
-            **quick,
+            **QUICK,
         )
 
-    # --- events ---
+    # --- events: the visitor's settings come last, in the order of `self.settings` ---
 
     async def _on_send(
         self,
+        request: gr.Request,
         text: str,
         conversation: Conversation,
         editing: int | None,
         system: str,
-        instruction: str,
-        temperature: float,
-        top_p: float,
-        max_tokens: float,
-        best_of: float,
-        request: gr.Request,
-    ) -> AsyncIterator[list[Any]]:
-        settings = self._checked(instruction, temperature, top_p, max_tokens, best_of)
-        if not (text or "").strip():
-            yield self._update({})
+        *settings: object,
+    ) -> AsyncIterator[Update]:
+        text = (text or "").strip()
+        if not text:
+            yield {self.notice: gr.skip()}
             return
-        asked = conversation.ask(text.strip()) if editing is None else conversation.reopen(editing, text.strip())
-        async for update in self._answer(asked, system, settings, request, box=self._empty_box()):
+        longer = conversation.ask(text) if editing is None else conversation.reopen(editing, text)
+        async for update in self._answer(longer, system, Settings.checked(*settings), request, self._box()):
             yield update
 
     async def _on_act(
         self,
+        event: gr.EventData,
+        request: gr.Request,
         conversation: Conversation,
         editing: int | None,
         system: str,
-        instruction: str,
-        temperature: float,
-        top_p: float,
-        max_tokens: float,
-        best_of: float,
-        event: gr.EventData,
-        request: gr.Request,
-    ) -> AsyncIterator[list[Any]]:
-        settings = self._checked(instruction, temperature, top_p, max_tokens, best_of)
+        *settings: object,
+    ) -> AsyncIterator[Update]:
         pressed, turn = event._data, int(event._data.get("turn") or 0)
         if pressed.get("act") == "edit" and 0 <= turn < len(conversation.turns):
             label = f"Editing message {turn + 1}: what follows it is asked anew"
-            box = gr.Textbox(value=conversation.turns[turn].user, placeholder=label)
-            yield self._update({"box": box, "editing": turn, "notice": notice_html(label + ".", "hint")})
+            box = self._box(conversation.turns[turn].user, label)
+            yield box | {self.editing: turn, self.notice: notice_html(label + ".", "hint")}
             return
         if pressed.get("act") == "example":
-            asked = conversation.ask(str(pressed.get("text") or "")[:10_000])
+            longer = conversation.ask(str(pressed.get("text") or "")[:10_000])
         elif pressed.get("act") == "retry" and conversation.turns:
-            asked = conversation.reopen(len(conversation.turns) - 1)
+            longer = conversation.reopen(len(conversation.turns) - 1)
         else:
-            yield self._update({})
+            yield {self.notice: gr.skip()}
             return
-        async for update in self._answer(asked, system, settings, request):
+        async for update in self._answer(longer, system, Settings.checked(*settings), request):
             yield update
 
     async def _on_drop(
-        self,
-        conversation: Conversation,
-        editing: int | None,
-        system: str,
-        instruction: str,
-        temperature: float,
-        top_p: float,
-        max_tokens: float,
-        best_of: float,
-        request: gr.Request,
-    ) -> AsyncIterator[list[Any]]:
-        settings = self._checked(instruction, temperature, top_p, max_tokens, best_of)
+        self, request: gr.Request, conversation: Conversation, editing: int | None, system: str, *settings: object
+    ) -> AsyncIterator[Update]:
         # A quarter of what is left, so that a long conversation fits after a few presses, not a hundred.
-        shown = len(conversation.turns) - conversation.dropped
-        shorter = conversation.drop_oldest(max(1, shown // 4))
-        async for update in self._answer(shorter.reopen(len(shorter.turns) - 1), system, settings, request):
+        left = len(conversation.turns) - conversation.dropped
+        shorter = conversation.drop_oldest(max(1, left // 4))
+        shorter = shorter.reopen(len(shorter.turns) - 1)
+        async for update in self._answer(shorter, system, Settings.checked(*settings), request):
             yield update
 
     def _on_stop(self, request: gr.Request) -> None:
         self._desk.stop("chat", request.session_hash)
 
-    def _on_undo(self, conversation: Conversation, *given: Any) -> list[Any]:
+    def _on_undo(self, conversation: Conversation, editing: int | None, system: str, *settings: object) -> Update:
         left, text = conversation.undo()
-        return self._settled(left, given, box=gr.Textbox(value=text, placeholder=PLACEHOLDER))
+        return self._settle(left, Settings.checked(*settings), "") | self._box(text)
 
-    def _on_clear(self, conversation: Conversation, *given: Any) -> list[Any]:
-        return self._settled(Conversation(), given, box=self._empty_box())
+    def _on_clear(self, conversation: Conversation, editing: int | None, system: str, *settings: object) -> Update:
+        return self._settle(Conversation(), Settings.checked(*settings), "") | self._box()
 
     def _on_export(self, conversation: Conversation, instruction: str, form: str) -> str:
         return conversation.text() if form == "text" else conversation.jsonl(instruction)
 
-    def _on_settings(self, conversation: Conversation, *settings: Any) -> dict[str, Any]:
-        return self._keep(conversation, self._checked(*settings))
+    def _on_settings(self, conversation: Conversation, *settings: object) -> JSONObject:
+        return self._keep(conversation, Settings.checked(*settings))
 
-    async def _on_system(self, name: str) -> tuple[Any, str]:
+    async def _on_system(self, name: str) -> Update:
         most, sentence = await self._best_of(name)
-        return gr.Slider(maximum=max(most, 2), visible=most > 1), notice_html(sentence)
+        return {self.best_of: _slider(most), self.notice: notice_html(sentence)}
 
-    async def _on_load(self, kept: Any, name: str) -> list[Any]:
+    async def _on_load(self, kept: object, name: str) -> Update:
         kept = kept if isinstance(kept, dict) else {}
         conversation = Conversation.from_dict(kept.get("conversation"))
-        stored = kept.get("settings")
-        settings = Settings.checked(**asdict(self._desk.defaults) | stored) if _is_settings(stored) else None
-        settings = settings or self._desk.defaults
+        stored, settings = kept.get("settings"), self._desk.defaults
+        if isinstance(stored, dict) and stored.keys() <= asdict(settings).keys():
+            settings = Settings.checked(**asdict(settings) | stored)
         most, sentence = await self._best_of(name)
-        slider = gr.Slider(value=min(settings.best_of, max(most, 1)), maximum=max(most, 2), visible=most > 1)
-        return [
-            conversation,
-            self._past(conversation),
-            notice_html(sentence),
-            settings.system,
-            settings.temperature,
-            settings.top_p,
-            settings.max_tokens,
-            slider,
-        ]
+        values: dict[Block, object] = dict(zip(self.settings, astuple(settings), strict=True))
+        return {
+            **values,
+            self.conversation: conversation,
+            self.past: self._past(conversation),
+            self.notice: notice_html(sentence),
+            self.best_of: gr.Slider(value=min(settings.best_of, max(most, 1)), maximum=max(most, 2), visible=most > 1),
+        }
 
     # --- one answer ---
 
     async def _answer(
-        self, conversation: Conversation, system_name: str, settings: Settings, request: gr.Request, **first: Any
-    ) -> AsyncIterator[list[Any]]:
-        """Stream the answer to the last question; whatever goes wrong, what was said stays."""
+        self,
+        conversation: Conversation,
+        system_name: str,
+        settings: Settings,
+        request: gr.Request,
+        first: Update | None = None,
+    ) -> AsyncIterator[Update]:
+        """Stream the answer to the last question; whatever goes wrong, what was said stays.
+
+        Args:
+            conversation: its last question is open.
+            system_name: whom to ask.
+            settings: the visitor's.
+            request: whose question it is.
+            first: what else changes on the page as soon as the question is taken.
+        """
         if not conversation.open:
-            yield self._update({})
-            return
-        if not self._desk.rate.admits(str(request.session_hash)):
-            yield self._settle(conversation, settings, notice_html(TOO_FAST), first)
+            yield {self.notice: gr.skip()}
             return
         system = self._desk.system(system_name)
-        with self._desk.work("chat", request.session_hash) as stop:
-            if stop is None:
-                yield self._update({"notice": notice_html(BUSY, "hint")})
-                return
-            most, _ = await self._best_of(system_name)
-            settings = self._checked(*_values(settings), most=max(most, 1))
-            waiting = f"Drawing {settings.best_of} candidates" if settings.best_of > 1 else "Thinking"
-            yield self._update(
-                {
-                    **first,
-                    "conversation": conversation,
-                    "editing": None,
-                    "past": past_html(conversation, live=True),
-                    "live": live_html(system.name, "", waiting=waiting),
-                    "notice": "",
-                    "drop": gr.Button(visible=False),
-                    "send": gr.Button(visible=False),
-                    "stop": gr.Button(visible=True),
-                    "kept": self._keep(conversation, settings),
-                    # A server that was not ready when the page was opened may be by now.
-                    "best_of": gr.Slider(maximum=max(most, 2), visible=most > 1),
+        try:
+            with self._desk.work("chat", request.session_hash) as stop:
+                # 1. The question moves into the transcript.
+                most, _ = await self._best_of(system_name)
+                settings = Settings.checked(*astuple(settings), most=max(most, 1))
+                waiting = f"Drawing {settings.best_of} candidates" if settings.best_of > 1 else "Thinking"
+                yield {
+                    **(first or {}),
+                    self.conversation: conversation,
+                    self.editing: None,
+                    self.past: past_html(conversation, live=True),
+                    self.live: live_html(system.name, "", waiting=waiting),
+                    self.notice: "",
+                    self.drop: gr.Button(visible=False),
+                    self.send: gr.Button(visible=False),
+                    self.stop: gr.Button(visible=True),
+                    self.kept: self._keep(conversation, settings),
+                    self.best_of: _slider(most),  # a server that was not ready when the page was opened may be by now
                 }
-            )
-            step: Step | None = None
-            async for step in draw(system, conversation.messages(settings.system), settings, stop):
-                if not step.done:
-                    yield self._update({"live": live_html(system.name, step.reply.text)})
-            assert step is not None
-            if step.reply.text or step.error is None:
-                conversation = conversation.answer(step.reply)
-            notice = notice_html(str(step.error)) if step.error else notice_html(step.note, "hint")
-            full = step.error is not None and step.error.kind == "context_full"
-            can_drop = full and conversation.dropped < len(conversation.turns) - 1
-            yield self._settle(conversation, settings, notice, {"drop": gr.Button(visible=can_drop)})
+                # 2. The answer grows.
+                step: Step | None = None
+                async for step in draw(system, conversation.messages(settings.system), settings, stop):
+                    if not step.done:
+                        yield {self.live: live_html(system.name, step.reply.text)}
+        except NotNow as refusal:
+            notice = notice_html(str(refusal), refusal.kind)
+            if refusal.busy:
+                yield {self.notice: notice}
+            else:
+                yield self._settle(conversation, settings, notice) | dict(first or {})
+            return
+        # 3. It joins the transcript.
+        assert step is not None
+        if step.reply.text or step.error is None:
+            conversation = conversation.answer(step.reply)
+        notice = notice_html(str(step.error)) if step.error else notice_html(step.note, "hint")
+        full = step.error is not None and step.error.kind == "context_full"
+        can_drop = full and conversation.dropped < len(conversation.turns) - 1
+        yield self._settle(conversation, settings, notice, can_drop=can_drop)
 
     async def _best_of(self, name: str) -> tuple[int, str]:
-        """The largest N of the endpoint, and a sentence where it cannot be asked."""
+        """The largest N of the endpoint, and a sentence where it does not tell."""
         try:
-            found: Abilities = await self._desk.system(name).abilities()
+            return (await self._desk.system(name).abilities()).best_of, ""
         except EndpointError as error:
             return 1, str(error)
-        return found.best_of, ""
 
     # --- what the page shows ---
 
-    def _settle(self, conversation: Conversation, settings: Settings, notice: str, more: Update) -> list[Any]:
-        return self._update(
-            {
-                "conversation": conversation,
-                "editing": None,
-                "past": self._past(conversation),
-                "live": "",
-                "notice": notice,
-                "drop": gr.Button(visible=False),
-                "send": gr.Button(visible=True),
-                "stop": gr.Button(visible=False),
-                "kept": self._keep(conversation, settings),
-                **more,
-            }
-        )
+    def _settle(
+        self, conversation: Conversation, settings: Settings, notice: str, *, can_drop: bool = False
+    ) -> dict[Block, object]:
+        """Nothing is being written any more."""
+        return {
+            self.conversation: conversation,
+            self.editing: None,
+            self.past: self._past(conversation),
+            self.live: "",
+            self.notice: notice,
+            self.drop: gr.Button(visible=can_drop),
+            self.send: gr.Button(visible=True),
+            self.stop: gr.Button(visible=False),
+            self.kept: self._keep(conversation, settings),
+        }
 
-    def _settled(self, conversation: Conversation, given: tuple[Any, ...], **more: Any) -> list[Any]:
-        """After undo and clear; `given` is what an event hands over behind the conversation."""
-        _editing, _system, *settings = given
-        return self._settle(conversation, self._checked(*settings), "", more)
-
-    def _update(self, values: Update) -> list[Any]:
-        return [values.get(name, gr.skip()) for name in self._outputs]
-
-    def _checked(self, *values: Any, most: int = 64) -> Settings:
-        return Settings.checked(*values, most=most)
-
-    def _keep(self, conversation: Conversation, settings: Settings) -> dict[str, Any]:
+    def _keep(self, conversation: Conversation, settings: Settings) -> JSONObject:
         return {"conversation": conversation.to_dict(), "settings": asdict(settings)}
 
-    def _empty_box(self) -> Any:
-        return gr.Textbox(value="", placeholder=PLACEHOLDER)
+    def _box(self, text: str = "", placeholder: str = PLACEHOLDER) -> dict[Block, object]:
+        return {self.box: gr.Textbox(value=text, placeholder=placeholder)}
 
     def _past(self, conversation: Conversation) -> str:
         return past_html(conversation) if conversation.turns else self._welcome()
@@ -381,9 +333,6 @@ class ChatTab:
         )
 
 
-def _values(settings: Settings) -> tuple[Any, ...]:
-    return settings.system, settings.temperature, settings.top_p, settings.max_tokens, settings.best_of
-
-
-def _is_settings(value: object) -> bool:
-    return isinstance(value, dict) and value.keys() <= asdict(Settings()).keys()
+def _slider(most: int) -> gr.Slider:
+    """Best-of-N for an endpoint that takes so many; not shown where it takes one."""
+    return gr.Slider(maximum=max(most, 2), visible=most > 1)

@@ -1,4 +1,4 @@
-"""The Report tab: the one-page report of a run, from below one folder, in a frame that can do nothing to the page."""
+"""The Report tab: the report of a run, from below one folder, in a frame that cannot reach the page."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _DEPTH = 4
 
 def runs_with_report(root: Path) -> list[str]:
     """Folders below `root` that hold a report, newest first, as paths from there."""
-    found: list[tuple[float, str]] = []
+    reports: list[tuple[float, str]] = []
     for folder, inner, files in os.walk(root):
         relative = Path(folder).relative_to(root)
         if len(relative.parts) >= _DEPTH:
             inner.clear()
         inner[:] = [name for name in inner if not name.startswith(".")]
         if PAGE in files:
-            found.append((Path(folder, PAGE).stat().st_mtime, relative.as_posix()))
-    return [name for _, name in sorted(found, reverse=True)]
+            reports.append((Path(folder, PAGE).stat().st_mtime, relative.as_posix()))
+    return [name for _, name in sorted(reports, reverse=True)]
 
 
 def report_html(root: Path, run: str) -> str:

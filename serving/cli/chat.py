@@ -10,13 +10,19 @@ from typing import Any, NoReturn
 import click
 
 from almost_eval import __version__
-from almost_eval.cli.command_line import run_command_line
+from almost_eval.cli.command_line import Command, run_command_line
 from almost_eval.errors import InputError, MissingDependencyError
+from serving.chat.options import ChatOptions
 
 STARTED = time.perf_counter()
 LOGIN = "ALMOST_CHAT_AUTH"
 PATH = click.Path(path_type=Path)
-DEFAULT_MODELS = ("nano/almost", "nano/sft", "nano/vanilla-large")
+
+
+def _option(flag: str, text: str, kind: click.ParamType | None = None) -> Command:
+    """A flag with the default of `ChatOptions`."""
+    default = getattr(ChatOptions, flag.removeprefix("--").replace("-", "_"))
+    return click.option(flag, type=kind, default=default, show_default=True, help=text)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -26,21 +32,21 @@ DEFAULT_MODELS = ("nano/almost", "nano/sft", "nano/vanilla-large")
 )
 @click.option("--model", "models", multiple=True, metavar="CKPT", help="A checkpoint to load here; several to compare.")
 @click.option("--reward", metavar="CKPT", help="Reward model for --model; built-in models have nano/reward.")
-@click.option("--engine", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True, help="What runs --model.")
-@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
-@click.option("--device", default="auto", show_default=True, help="hf: auto, cpu, cuda, cuda:1, mps.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", default=7860, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
+@_option("--engine", "What runs --model.", click.Choice(["hf", "vllm"]))
+@_option("--dtype", "auto, float32, bfloat16 or float16.")
+@_option("--device", "hf: auto, cpu, cuda, cuda:1, mps.")
+@_option("--host", "Address to listen on.")
+@_option("--port", "0 takes a free one.", click.IntRange(0, 65535))
 @click.option("--auth", is_flag=True, help=f"Insist on a login: user:password in {LOGIN}.")
-@click.option("--votes", type=PATH, default=Path("runs/arena.db"), show_default=True, help="File of the arena's votes.")
+@_option("--votes", "File of the arena's votes.", PATH)
 @click.option("--questions", type=PATH, help="JSONL with the arena's questions: text, prompt, question or turns.")
-@click.option("--reports", type=PATH, default=Path("runs"), show_default=True, help="Folder whose reports are shown.")
-@click.option("--rate", default=30, show_default=True, type=click.IntRange(1), help="Questions a minute per visitor.")
-@click.option("--concurrency", default=8, show_default=True, type=click.IntRange(1), help="Answers at a time.")
-@click.option("--max-tokens", default=256, show_default=True, type=click.IntRange(1, 8192), help="Of an answer.")
-@click.option("--temperature", default=0.7, show_default=True, type=click.FloatRange(0, 2), help="Of answers.")
+@_option("--reports", "Folder whose reports are shown.", PATH)
+@_option("--rate", "Questions a minute per visitor.", click.IntRange(1))
+@_option("--concurrency", "Answers at a time.", click.IntRange(1))
+@_option("--max-tokens", "Of an answer.", click.IntRange(1, 8192))
+@_option("--temperature", "Of answers.", click.FloatRange(0, 2))
 @click.option("--seed", type=int, help="Of the arena's shuffling.  [default: drawn]")
-def chat(**given: Any) -> None:
+def chat(*, auth: bool, **values: Any) -> None:
     """A chat page for any model: talk to it, compare two, vote blindly.
 
     \b
@@ -59,12 +65,12 @@ def chat(**given: Any) -> None:
             raise MissingDependencyError(f"almost-chat needs {package}: pip install 'almost-toolkit[demo]'")
     from serving.chat.start import serve
 
-    serve(given, _login(given), STARTED)
+    serve(ChatOptions(login=_login(auth), **values), STARTED)
 
 
-def _login(given: dict[str, Any]) -> str | None:
+def _login(insist: bool) -> str | None:
     login = os.environ.get(LOGIN) or None
-    if given["auth"] and not login:
+    if insist and not login:
         raise InputError(f"--auth needs user:password in the environment variable {LOGIN}")
     if login is not None and not all(login.partition(":")[::2]):
         raise InputError(f"{LOGIN} must hold user:password, both of them")

@@ -6,46 +6,27 @@ from typing import Any
 
 import click
 
-from serving.gateway.settings import KEY, POLICY_KEY, REWARD_KEY, GatewaySettings
+from almost_eval.cli.command_line import Command, options
+from serving.gateway.settings import KEY, POLICY_KEY, REWARD_KEY, GatewaySettings, flag_of
 
 _DEFAULTS = GatewaySettings(policy_url="http://127.0.0.1:8001", api_key=None, policy_key=None, reward_key=None)
 
-LIMITS: list[Any] = [
-    click.option("--max-best-of", type=int, default=_DEFAULTS.max_best_of, show_default=True, help="Largest N."),
-    click.option(
-        "--max-body-bytes", type=int, default=_DEFAULTS.max_body_bytes, show_default=True, help="Longest request."
-    ),
-    click.option(
-        "--max-concurrent",
-        type=int,
-        default=_DEFAULTS.max_concurrent,
-        show_default=True,
-        help="Requests at work at a time; those beyond get 429.",
-    ),
-    click.option(
-        "--timeout",
-        "timeout_s",
-        type=float,
-        default=_DEFAULTS.timeout_s,
-        show_default=True,
-        help="Seconds from a request's arrival to the last byte of its answer.",
-    ),
-    click.option(
-        "--reward-timeout",
-        "reward_timeout_s",
-        type=float,
-        default=_DEFAULTS.reward_timeout_s,
-        show_default=True,
-        help="Seconds that the reward model has for one request.",
-    ),
-]
+LIMIT_HELP = {
+    "max_best_of": "Largest N.",
+    "max_body_bytes": "Longest request.",
+    "max_concurrent": "Requests at work at a time; those beyond get 429.",
+    "timeout_s": "Seconds from a request's arrival to the last byte of its answer.",
+    "reward_timeout_s": "Seconds that the reward model has for one request.",
+}
+
+
+def _limit(name: str, text: str) -> Command:
+    default = getattr(_DEFAULTS, name)
+    return click.option(flag_of(name), name, type=type(default), default=default, show_default=True, help=text)
+
+
+LIMITS = [_limit(name, text) for name, text in LIMIT_HELP.items()]
 """The options that say what the gateway lets in; `almost-serve all` has them too."""
-
-
-def _with_limits(command: Any) -> Any:
-    for option in reversed(LIMITS):
-        command = option(command)
-    return command
 
 
 @click.command()
@@ -57,10 +38,10 @@ def _with_limits(command: Any) -> Any:
 )
 @click.option("--host", default=_DEFAULTS.host, show_default=True, help="Address to listen on.")
 @click.option("--port", type=int, default=_DEFAULTS.port, show_default=True, help="0 takes a free one.")
-@_with_limits
-def gateway(**options: Any) -> None:
+@options(LIMITS)
+def gateway(**values: Any) -> None:
     """An OpenAI-compatible endpoint before both servers, with best-of-N."""
-    settings = GatewaySettings(**options)
+    settings = GatewaySettings(**values)
     from serving.gateway.app import run
 
     run(settings)

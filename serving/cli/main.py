@@ -11,24 +11,24 @@ from typing import IO, Any, NoReturn
 import click
 
 from almost_eval import __version__
-from almost_eval.cli.command_line import Commands, options, run_command_line
+from almost_eval.cli.command_line import Command, Commands, options, run_command_line
 from almost_eval.errors import InputError
 from almost_eval.nano import DEFAULT_MODEL, DEFAULT_REWARD_MODEL
-from serving.cli.gateway import LIMITS, gateway
+from serving.cli.gateway import LIMIT_HELP, LIMITS, gateway
+from serving.gateway.settings import KEY, GatewayLimits
 
-_KEY = "ALMOST_API_KEY"
 _PASSED_ON = {"ignore_unknown_options": True, "help_option_names": ["--help"]}  # -h is part of an option of vLLM's
 _EPILOG = (
-    f"Every other option is vLLM's and is passed on as it is. The key that clients must send is read from {_KEY}. "
+    f"Every other option is vLLM's and is passed on as it is. The key that clients must send is read from {KEY}. "
     "Exit codes: 0 ended by a signal, 1 the server failed, 2 bad usage or input."
 )
 
 
-def _model(default: str, what: str) -> Any:
+def _model(default: str, what: str) -> Command:
     return click.option("--model", default=default, show_default=True, help=what)
 
 
-_SERVER: list[Any] = [
+_SERVER: list[Command] = [
     click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on."),
     click.option("--port", type=int, default=8000, show_default=True, help="0 takes a free one."),
     click.option("--served-model-name", help="What clients call it; default the name, of a directory its last part."),
@@ -38,7 +38,7 @@ _SERVER: list[Any] = [
     click.option("--allow-pickle", is_flag=True, help="Accept pickled weights, which can run code when loaded."),
     click.option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint ships."),
 ]
-_RUN: list[Any] = [
+_RUN: list[Command] = [
     click.option("--log", metavar="FILE", help="Append the servers' output to this file; - for stderr."),
     click.option("--start-timeout", type=float, default=1800.0, show_default=True, help="Seconds the start may take."),
     click.option("--dry-run", is_flag=True, help="Print the vLLM command and end."),
@@ -58,17 +58,17 @@ def cli() -> None:
 @cli.command(context_settings=_PASSED_ON, epilog=_EPILOG)
 @_model(DEFAULT_MODEL, "Checkpoint directory, hub id or built-in name.")
 @options(_SERVER, [_STOP], _RUN, [_REST])
-def policy(**given: Any) -> None:
+def policy(**values: Any) -> None:
     """Serve a causal language model: vLLM's OpenAI-compatible server."""
-    _serve_one("policy", **given)
+    _serve_one("policy", **values)
 
 
 @cli.command(context_settings=_PASSED_ON, epilog=_EPILOG)
 @_model(DEFAULT_REWARD_MODEL, "Checkpoint directory, hub id or built-in name.")
 @options(_SERVER, _RUN, [_REST])
-def reward(**given: Any) -> None:
+def reward(**values: Any) -> None:
     """Serve a reward model: raw logits at /classify, for conversations, texts or token ids."""
-    _serve_one("reward", **given)
+    _serve_one("reward", **values)
 
 
 cli.add_command(gateway)
@@ -82,12 +82,13 @@ cli.add_command(gateway)
 @click.option("--policy-options", default="", help="vLLM's options for the policy, in one string.")
 @click.option("--reward-options", default="", help="vLLM's options for the reward model, in one string.")
 @options(LIMITS, _RUN)
-def everything(**given: Any) -> None:
+def everything(*, log: str | None, **values: Any) -> None:
     """Serve a policy, a reward model and the gateway before them, supervised: if one ends, all end."""
     from serving.all import serve_everything
 
-    with _log(given.pop("log")) as log:
-        serve_everything(log=log, **given)
+    limits = GatewayLimits(**{option: values.pop(option) for option in LIMIT_HELP})
+    with _log(log) as stream:
+        serve_everything(log=stream, limits=limits, **values)
 
 
 def _serve_one(
@@ -105,16 +106,16 @@ def _serve_one(
     from serving.vllm.launch import VLLMServer
 
     _refuse_words(vllm_options)
-    key = os.environ.get(_KEY) or None
+    key = os.environ.get(KEY) or None
     with _log(log) as stream:
         server = VLLMServer(kind, model, stop=stop or None, options=vllm_options, api_key=key, log=stream, **settings)
         if dry_run:
-            click.echo(server.vllm.shown(f'"${_KEY}"' if key else ""))
+            click.echo(server.vllm.shown(f'"${KEY}"' if key else ""))
             return
         if server.vllm.note:
             click.echo(server.vllm.note, err=True)
         if not server.has_key and settings["host"] not in ("127.0.0.1", "::1", "localhost"):
-            click.echo(f"warning: no key is set ({_KEY}): whoever reaches {settings['host']} may use it", err=True)
+            click.echo(f"warning: no key is set ({KEY}): whoever reaches {settings['host']} may use it", err=True)
 
         def ready() -> None:
             where = "as a node without an address" if server.vllm.headless else f"at {server.url}"
@@ -123,10 +124,10 @@ def _serve_one(
         run_servers([server], ready, timeout_s=start_timeout)
 
 
-def _refuse_words(given: Sequence[str]) -> None:
+def _refuse_words(words: Sequence[str]) -> None:
     """A word before the first option is no option's value: most likely the model, without `--model`."""
-    if given and not given[0].startswith("-"):
-        raise InputError(f"unexpected argument {given[0]!r}; give the checkpoint with --model")
+    if words and not words[0].startswith("-"):
+        raise InputError(f"unexpected argument {words[0]!r}; give the checkpoint with --model")
 
 
 @contextlib.contextmanager

@@ -1,1 +1,3 @@
-"""An OpenAI-compatible gateway before a policy and a reward model; `app` holds its routes."""
+"""An OpenAI-compatible gateway before a policy and a reward model: best-of-N, keys, limits. Uses `launch` and
+`serving.models`. Start with `app`, which holds its routes.
+"""

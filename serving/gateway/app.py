@@ -1,21 +1,21 @@
-"""An OpenAI-compatible gateway before a policy and a reward model: what neither server has, best-of-N, keys, limits.
+"""An OpenAI-compatible gateway before a policy and a reward model. It adds best-of-N, keys and limits.
 
     client -> gateway -> policy server (vLLM)
                      \\-> reward server (vLLM, pooling)
 
-What a request asks of the policy alone is passed through: its body goes there and the answer comes back byte for byte,
-a stream as it is written. Only the paths below exist; no path, query or header of a client is forwarded, above all not
-its key. Beside this: `best_of` is what `best_of` does, `limits` who is let in, `schema` what is accepted.
+A request that needs the policy alone is passed through: its body goes there, and the answer comes back byte for byte,
+a stream as it is written. Only the paths below exist. No path, query or header of a client is forwarded, so no key
+either. `best_of` does best-of-N, `limits` decides who is let in, `schema` says what is accepted.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
-import signal
-import socket
 import sys
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -24,7 +24,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from almost_eval.errors import InputError
 from serving.gateway.best_of import BestOf, Rewards, answer_rewards
 from serving.gateway.errors import on_crash, on_refusal, refusal
 from serving.gateway.limits import KeyGuard, Limited, Slots
@@ -32,8 +31,10 @@ from serving.gateway.metrics import Metrics, Observed
 from serving.gateway.render import renderer_of
 from serving.gateway.schema import ChatRequest, CompletionRequest, RewardRequest, check, openapi, parse_json
 from serving.gateway.settings import KEY, GatewaySettings
-from serving.gateway.streaming import EVENTS, Reply, notes_of, relay_events
+from serving.gateway.streaming import EVENTS, ReplyWriter, notes_of, relay_events
 from serving.gateway.upstream import Upstream
+from serving.launch.process import listen, url_of
+from serving.launch.supervisor import signals_handled_by
 
 __all__ = ["GatewaySettings", "create_app", "run"]
 
@@ -75,7 +76,7 @@ class Gateway:
 
     # --- what is work: within all limits ---
 
-    async def chat(self, body: bytes, reply: Reply) -> None:
+    async def chat(self, body: bytes, reply: ReplyWriter) -> None:
         """POST /v1/chat/completions."""
         fields = parse_json(body)
         request = check(ChatRequest, fields, self.settings)
@@ -84,19 +85,19 @@ class Gateway:
         else:
             await self.best_of.answer(request, fields, reply)
 
-    async def complete(self, body: bytes, reply: Reply) -> None:
+    async def complete(self, body: bytes, reply: ReplyWriter) -> None:
         """POST /v1/completions."""
         check(CompletionRequest, parse_json(body), self.settings)
         await self._pass("/v1/completions", body, reply)
 
-    async def reward(self, body: bytes, reply: Reply) -> None:
+    async def reward(self, body: bytes, reply: ReplyWriter) -> None:
         """POST /v1/rewards."""
         request = check(RewardRequest, parse_json(body), self.settings)
         if self.rewards is None:
             raise refusal(400, "this gateway has no reward server: there are no rewards", "no_reward_server")
         await answer_rewards(self.rewards, request, reply)
 
-    async def _pass(self, path: str, body: bytes, reply: Reply) -> None:
+    async def _pass(self, path: str, body: bytes, reply: ReplyWriter) -> None:
         async with self.policy.request("POST", path, body) as response:
             if response.header(b"content-type").startswith(EVENTS.encode()):
                 await relay_events(response, reply)
@@ -120,10 +121,10 @@ class Gateway:
 
     async def ready(self, request: Request) -> Response:
         """GET /ready: 200 where both servers answer, else 503 and which does not."""
-        found = {"policy": await self.policy.ready()}
+        servers = {"policy": await self.policy.ready()}
         if self.rewards is not None:
-            found["reward"] = await self.rewards.upstream.ready()
-        return JSONResponse({"ready": all(found.values()), **found}, 200 if all(found.values()) else 503)
+            servers["reward"] = await self.rewards.upstream.ready()
+        return JSONResponse({"ready": all(servers.values()), **servers}, 200 if all(servers.values()) else 503)
 
     async def figures(self, request: Request) -> Response:
         """GET /metrics."""
@@ -193,7 +194,7 @@ def run(settings: GatewaySettings) -> None:
     """
     import uvicorn
 
-    listening = _listen(settings)
+    listening = listen(settings.host, settings.port, backlog=2048)
     config = uvicorn.Config(
         create_app(settings),
         log_level="warning",
@@ -204,14 +205,21 @@ def run(settings: GatewaySettings) -> None:
         timeout_graceful_shutdown=_GRACE_S,
     )
     host, port = listening.getsockname()[:2]
-    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    address = url_of(host, port)
     reward = settings.reward_url or "none, hence no best_of"
     print(f"gateway on {address}/v1; policy {settings.policy_url}; reward {reward}", file=sys.stderr, flush=True)
     if settings.api_key is None and host not in ("127.0.0.1", "::1"):
         print(f"warning: no key is set ({KEY}): whoever reaches {address} may use it", file=sys.stderr, flush=True)
     _give_way()
-    with _signals_are_the_servers(), listening:
+    # What the shutdown cancels has been told to its client; uvicorn would print a traceback for each.
+    logging.getLogger("uvicorn.error").addFilter(lambda record: not _is_cancellation(record))
+    # Both signals are uvicorn's, which raises them once more when it is done: no failure, for us.
+    with signals_handled_by(lambda *_: None), listening:
         uvicorn.Server(config).run(sockets=[listening])
+
+
+def _is_cancellation(record: logging.LogRecord) -> bool:
+    return record.exc_info is not None and isinstance(record.exc_info[1], asyncio.CancelledError)
 
 
 def _give_way() -> None:
@@ -223,27 +231,3 @@ def _give_way() -> None:
     if hasattr(os, "SCHED_BATCH"):  # Linux
         with suppress(OSError):  # a sandbox may forbid it
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-
-
-@contextmanager
-def _signals_are_the_servers() -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM are uvicorn's, which raises them once more when it is done: no failure, for us."""
-    guard = signal.set_wakeup_fd(-1)  # the command line's own guard would end us within two seconds
-    earlier = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(guard)
-
-
-def _listen(settings: GatewaySettings) -> socket.socket:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
-    except OSError as error:
-        raise InputError(
-            f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}; give another --port "
-            "(0 takes a free one)"
-        ) from None

@@ -1,12 +1,13 @@
-"""Best-of-N: N candidates from the policy in one request, all scored at once by the reward model, the best returned.
+"""Best-of-N: draws N candidates from the policy in one request, scores them with the reward model, returns the best.
 
 The reward of a candidate is the raw logit that `almost_eval.rewards.hf.HFRewardModel` gives for the same conversation:
-the reward server renders it with its own chat template, no generation prompt, and reads the last token. The whitespace
-around a candidate is no part of what is scored, as in this toolkit's training; the reply holds the candidate as it is.
+the reward server renders it with its own chat template, no generation prompt, and reads the last token. A candidate is
+scored without the whitespace around it, as in this toolkit's training; the reply holds it unchanged.
 
 All candidates go to the reward server in one request where the gateway knows the reward model's template (`render`).
 Else, or where that request is refused because one of them is too long, each has a request of its own, all at the same
-time. One that the server then refuses is unscored and never chosen.
+time. A candidate that the server then refuses is unscored and never chosen. Where fewer than `n` are scored, the whole
+request is an error.
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
 
 from starlette.exceptions import HTTPException
 
+from almost_eval.types import JSONObject
 from serving.gateway.errors import message_of, refusal, upstream_words
 from serving.gateway.metrics import Metrics
 from serving.gateway.render import Renderer
 from serving.gateway.schema import ChatRequest, RewardRequest
-from serving.gateway.streaming import Reply, notes_of, send_as_events
+from serving.gateway.streaming import ReplyWriter, notes_of, send_as_events
 from serving.gateway.upstream import Upstream
 
 _OWN = ("best_of", "best_of_fallback", "almost_candidates", "stream", "stream_options")
@@ -58,7 +60,7 @@ class Rewards:
         self._metrics = metrics
         self._render = render
 
-    async def score(self, conversations: list[list[dict[str, Any]]], model: str | None = None) -> list[Scored]:
+    async def score(self, conversations: list[list[JSONObject]], model: str | None = None) -> list[Scored]:
         """One result for each, in order.
 
         Raises:
@@ -74,7 +76,7 @@ class Rewards:
         self._metrics.reward_seconds.observe(perf_counter() - began)
         return scored
 
-    async def _together(self, conversations: list[list[dict[str, Any]]], model: str | None) -> list[Scored] | None:
+    async def _together(self, conversations: list[list[JSONObject]], model: str | None) -> list[Scored] | None:
         """All in one request; None where the server has to render one, or refuses one."""
         fields = self._render.fields(conversations) if self._render else None
         if fields is None:
@@ -82,17 +84,17 @@ class Rewards:
         scored = await self._classify(fields, model, len(conversations))
         return None if isinstance(scored, str) else scored
 
-    async def _apart(self, conversations: list[list[dict[str, Any]]], model: str | None) -> list[Scored]:
+    async def _apart(self, conversations: list[list[JSONObject]], model: str | None) -> list[Scored]:
         """Each in a request of its own, so that one that is refused takes no other with it."""
 
-        async def one(messages: list[dict[str, Any]]) -> Scored:
+        async def one(messages: list[JSONObject]) -> Scored:
             fields = self._render.fields([messages]) if self._render else None
             if fields is None:
                 fields = {"messages": messages, "add_generation_prompt": False}
                 if self._render and self._render.framed:
                     fields["add_special_tokens"] = True
-            found = await self._classify(fields, model, 1)
-            return Scored(None, found) if isinstance(found, str) else found[0]
+            scored = await self._classify(fields, model, 1)
+            return Scored(None, scored) if isinstance(scored, str) else scored[0]
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -101,7 +103,7 @@ class Rewards:
             raise failures.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    async def _classify(self, fields: dict[str, Any], model: str | None, count: int) -> list[Scored] | str:
+    async def _classify(self, fields: JSONObject, model: str | None, count: int) -> list[Scored] | str:
         """`count` results, or the words in which the server refuses the request."""
         if model is not None:
             fields["model"] = model
@@ -140,7 +142,7 @@ class BestOf:
         self._rewards = rewards
         self._metrics = metrics
 
-    async def answer(self, request: ChatRequest, fields: dict[str, Any], reply: Reply) -> None:
+    async def answer(self, request: ChatRequest, fields: JSONObject, reply: ReplyWriter) -> None:
         """Answer one request.
 
         Args:
@@ -157,8 +159,8 @@ class BestOf:
         # 1. The candidates. Where it is known already that they cannot be scored, no more than are returned.
         wanted = request.n or 1
         drawn = request.best_of if isinstance(rewards, Rewards) else wanted
-        asked = {name: value for name, value in fields.items() if name not in _OWN} | {"n": drawn}
-        async with self._policy.request("POST", "/v1/chat/completions", json.dumps(asked).encode()) as response:
+        drawing = {name: value for name, value in fields.items() if name not in _OWN} | {"n": drawn}
+        async with self._policy.request("POST", "/v1/chat/completions", json.dumps(drawing).encode()) as response:
             body, notes = await response.read(), notes_of(response)
             completion = self._policy.parsed(body)
             if response.status != 200:
@@ -170,14 +172,14 @@ class BestOf:
         except (LookupError, TypeError, AttributeError):
             raise self._policy.malformed("choices") from None
         if len(choices) != drawn:
-            raise self._policy.malformed(f"the {drawn} choices that were asked for")
+            raise self._policy.malformed(f"the {drawn} choices of the request")
 
         # 2. Their rewards.
         fallback: str | None = None
         scored: list[Scored] = []
         if isinstance(rewards, Rewards):
             try:
-                scored = await self._score(rewards, fields["messages"], texts)
+                scored = await self._score(rewards, fields["messages"], texts, wanted)
             except HTTPException as error:
                 if not request.best_of_fallback:
                     raise
@@ -186,25 +188,14 @@ class BestOf:
             fallback = rewards
         self._count(scored, fallback, len(choices))
 
-        # 3. The best; of equal ones the first drawn. Without rewards, the first drawn.
-        order = [i for i, one in enumerate(scored) if one.reward is not None]
-        order.sort(key=lambda i: -(scored[i].reward or 0.0))
-        chosen = order[:wanted] if fallback is None else list(range(wanted))
-        values = [one.reward for one in scored]
-        almost: dict[str, Any] = {
-            "best_of": drawn,
-            "reward": values[chosen[0]] if fallback is None else None,
-            "rewards": values if fallback is None else [None] * drawn,
-            "chosen": chosen,
-            "unscored": [{"index": i, "reason": one.reason} for i, one in enumerate(scored) if one.reward is None],
-            "fallback": fallback,
-        }
+        # 3. The best.
+        almost = _almost(scored, drawn, wanted, fallback)
         if request.almost_candidates:
             almost["candidates"] = [
                 {"index": i, "text": text, "reward": reward, "finish_reason": choice.get("finish_reason")}
                 for i, (text, reward, choice) in enumerate(zip(texts, almost["rewards"], choices, strict=True))
             ]
-        completion["choices"] = [{**choices[i], "index": rank} for rank, i in enumerate(chosen)]
+        completion["choices"] = [{**choices[i], "index": rank} for rank, i in enumerate(almost["chosen"])]
         completion["almost"] = almost
         if request.stream:
             usage = request.stream_options is not None and bool(request.stream_options.include_usage)
@@ -216,7 +207,7 @@ class BestOf:
         """The reward model, or why to answer without it.
 
         Raises:
-            HTTPException: it cannot be used, and no fallback was asked.
+            HTTPException: it cannot be used, and the request allows no fallback.
         """
         for name in _CHANGES_THE_TURN:
             if (request.model_extra or {}).get(name):
@@ -232,18 +223,28 @@ class BestOf:
             raise error
         return message_of(error)
 
-    async def _score(self, rewards: Rewards, messages: list[Any], texts: list[Any]) -> list[Scored]:
-        """One result for each candidate, one of them at least with a reward."""
-        with_text = [i for i, text in enumerate(texts) if isinstance(text, str)]
-        found = await rewards.score(
-            [[*messages, {"role": "assistant", "content": texts[i].strip()}] for i in with_text]
+    async def _score(
+        self, rewards: Rewards, messages: list[JSONObject], texts: Sequence[object], wanted: int
+    ) -> list[Scored]:
+        """One result for each candidate, `wanted` of them at least with a reward.
+
+        Raises:
+            HTTPException: fewer have one; or see `Rewards.score`.
+        """
+        with_text = {i: text for i, text in enumerate(texts) if isinstance(text, str)}
+        results = await rewards.score(
+            [[*messages, {"role": "assistant", "content": text.strip()}] for text in with_text.values()]
         )
         scored = [Scored(None, "it has no text")] * len(texts)
-        for i, one in zip(with_text, found, strict=True):
+        for i, one in zip(with_text, results, strict=True):
             scored[i] = one
-        if all(one.reward is None for one in scored):
-            message = f"none of the {len(scored)} candidates could be scored: {scored[0].reason}"
+        reasons = [one.reason for one in scored if one.reward is None]
+        if len(reasons) == len(scored):
+            message = f"none of the {len(scored)} candidates could be scored: {reasons[0]}"
             raise refusal(400, message, "nothing_scored")
+        if (count := len(scored) - len(reasons)) < wanted:
+            message = f"only {count} of the {len(scored)} candidates could be scored, and n is {wanted}: {reasons[0]}"
+            raise refusal(400, message, "too_few_scored", param="n")
         return scored
 
     def _count(self, scored: list[Scored], fallback: str | None, drawn: int) -> None:
@@ -254,7 +255,22 @@ class BestOf:
         self._metrics.candidates.labels("unscored").inc(drawn - rewarded)
 
 
-async def answer_rewards(rewards: Rewards, request: RewardRequest, reply: Reply) -> None:
+def _almost(scored: Sequence[Scored], drawn: int, wanted: int, fallback: str | None) -> JSONObject:
+    """The field `almost` of the reply: the `wanted` best. Of equal ones, and without rewards, the first drawn."""
+    rewards = [one.reward for one in scored] if fallback is None else [None] * drawn
+    order = sorted((i for i in range(drawn) if rewards[i] is not None), key=lambda i: -(rewards[i] or 0.0))
+    chosen = order[:wanted] if fallback is None else list(range(wanted))
+    return {
+        "best_of": drawn,
+        "reward": rewards[chosen[0]],
+        "rewards": rewards,
+        "chosen": chosen,
+        "unscored": [{"index": i, "reason": one.reason} for i, one in enumerate(scored) if one.reward is None],
+        "fallback": fallback,
+    }
+
+
+async def answer_rewards(rewards: Rewards, request: RewardRequest, reply: ReplyWriter) -> None:
     """Answer a request to /v1/rewards: all conversations, or none.
 
     Raises:
@@ -266,5 +282,5 @@ async def answer_rewards(rewards: Rewards, request: RewardRequest, reply: Reply)
         if one.reward is None:
             message = f"conversation {i} cannot be scored: {one.reason}"
             raise refusal(400, message, "nothing_scored", param=f"conversations.{i}")
-    found = {"object": "list", "model": scored[0].model, "rewards": [one.reward for one in scored]}
-    await reply.whole(200, json.dumps(found).encode())
+    rows = {"object": "list", "model": scored[0].model, "rewards": [one.reward for one in scored]}
+    await reply.whole(200, json.dumps(rows).encode())

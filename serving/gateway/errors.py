@@ -1,10 +1,9 @@
-"""What the gateway answers when it cannot answer: OpenAI's error form, with a status its SDKs know."""
+"""Errors in OpenAI's form, with a status that its SDKs know."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -64,13 +63,13 @@ async def on_crash(request: Request, error: Exception) -> Response:
 def upstream_words(body: bytes) -> str:
     """The message in an upstream's error, in any of the forms that vLLM writes it; at most 500 characters."""
     try:
-        found: Any = json.loads(body)
+        content: object = json.loads(body)
     except (ValueError, RecursionError):
-        found = body.decode("utf-8", "replace")
+        content = body.decode("utf-8", "replace")
     for name in ("error", "message"):
-        if isinstance(found, dict) and name in found:
-            found = found[name]
-    return " ".join(str(found).split())[:500]
+        if isinstance(content, dict) and name in content:
+            content = content[name]
+    return " ".join(str(content).split())[:500]
 
 
 _PATHS = "/v1/chat/completions, /v1/completions, /v1/models, /v1/rewards"

@@ -24,7 +24,7 @@ _IDLE_S = 2.0
 _CONNECT_S = 10.0
 _HEAD_BYTES = 64 << 10
 _UNREAD_BYTES = 256 << 10
-"""So much of an answer waits in memory for its reader, then the server waits."""
+"""Bytes of an answer that are kept in memory until they are read; beyond that the server has to wait."""
 
 
 class Unreachable(Exception):
@@ -35,7 +35,7 @@ class BrokenOff(Exception):
     """The connection closed before the answer's end, or what came over it is not HTTP."""
 
 
-class Answer:
+class HttpResponse:
     """One answer: status, headers, and a body that may still be coming."""
 
     def __init__(self, connection: _Connection) -> None:
@@ -124,7 +124,7 @@ class Answer:
     def on_message_begin(self) -> None:
         """An answer begins."""
         if self.ended:
-            raise ValueError("more than what was asked for")
+            raise ValueError("more than one answer")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header or trailer."""
@@ -165,12 +165,12 @@ class _Connection(asyncio.Protocol):
         self.closed = False
         self.parser: httptools.HttpResponseParser
         self._transport: asyncio.Transport
-        self._answer: Answer | None = None
+        self._answer: HttpResponse | None = None
         self._held = False
 
-    def ask(self, request: bytes) -> Answer:
+    def ask(self, request: bytes) -> HttpResponse:
         """Send a request."""
-        self._answer = Answer(self)
+        self._answer = HttpResponse(self)
         self.parser = httptools.HttpResponseParser(self._answer)
         if self.closed:  # by the server, between the connection and this: nobody would tell the answer
             self._answer.fail("the connection closed")
@@ -212,7 +212,7 @@ class _Connection(asyncio.Protocol):
         """Parse what came."""
         answer = self._answer
         if answer is None or answer.ended:
-            self.close()  # nobody asked: what it would say next could be taken for an answer
+            self.close()  # to no request: what it says next could be taken for an answer
             return
         try:
             self.parser.feed_data(data)
@@ -251,7 +251,7 @@ class HttpClient:
         self._sweeper: asyncio.TimerHandle | None = None
 
     @asynccontextmanager
-    async def request(self, method: str, path: str, body: bytes = b"") -> AsyncIterator[Answer]:
+    async def request(self, method: str, path: str, body: bytes = b"") -> AsyncIterator[HttpResponse]:
         """The answer, once its status and headers are here. Leaving before its end closes the connection.
 
         Raises:

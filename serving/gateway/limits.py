@@ -1,4 +1,4 @@
-"""Who is let in, how much at a time, for how long: the key, body size, concurrency, time-outs, clients that leave."""
+"""What a request must meet before it is worked on: the key, body size, concurrency, time-outs, a client that stays."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serving.gateway.errors import crashed, on_refusal, refusal
 from serving.gateway.metrics import Metrics
 from serving.gateway.settings import GatewaySettings
-from serving.gateway.streaming import Reply
+from serving.gateway.streaming import ReplyWriter
 
 OPEN_PATHS = frozenset({"/health"})
-"""What needs no key."""
+"""Paths that need no key."""
 
-Handler = Callable[[bytes, Reply], Awaitable[None]]
-"""Answers one request, given its body."""
+Handler = Callable[[bytes, ReplyWriter], Awaitable[None]]
+"""Takes a request's body and answers it."""
 
 
 class KeyGuard:
@@ -104,7 +104,7 @@ class Limited:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        reply = Reply(send)
+        reply = ReplyWriter(send)
         seconds = self._settings.timeout_s
         try:
             with self._slots.take():
@@ -123,6 +123,7 @@ class Limited:
             await reply.fail(refusal(400, "the body is nested too deeply", "invalid_json"))
         except asyncio.CancelledError:  # the server shuts down and has waited long enough
             await reply.fail(refusal(503, "the gateway is shutting down", "shutting_down"))
+            raise
         except Exception:
             await reply.fail(crashed())
             raise  # the server logs it
@@ -160,7 +161,7 @@ async def ends_with_client(receive: Receive) -> AsyncIterator[None]:
     """
     task = asyncio.current_task()
     assert task is not None
-    gone = False
+    gone, others = False, task.cancelling()
 
     async def watch() -> None:
         nonlocal gone
@@ -175,7 +176,8 @@ async def ends_with_client(receive: Receive) -> AsyncIterator[None]:
     except BaseException:  # what the cancelled work ended in does not matter
         if not gone:
             raise
-        task.uncancel()
+        if task.uncancel() > others:  # the server, or a time-out, cancels it too
+            raise
         raise ClientDisconnect from None
     finally:
         watcher.cancel()

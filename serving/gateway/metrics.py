@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Awaitable
 from time import perf_counter
-from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from almost_eval.types import JSONObject
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
@@ -18,7 +19,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        at: dict[str, Any] = {"registry": self.registry}
+        at: JSONObject = {"registry": self.registry}
         self.requests = Counter("almost_gateway_requests", "Requests answered.", ["route", "status"], **at)
         self.seconds = Histogram(
             "almost_gateway_request_seconds", "Arrival to last byte.", ["route"], buckets=_SECONDS, **at

@@ -10,11 +10,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from almost_eval.errors import InputError, TemplateError
 from almost_eval.models.chat import ChatTemplate, special_tokens
-from almost_eval.types import Message
+from almost_eval.types import JSONObject, Message
 
 _WRITES_BOS = "{{ bos_token }}"
 
@@ -29,12 +28,12 @@ class Renderer:
     framed: bool
     """Whether the tokenizer frames a text in markers of its own (`[CLS] ... [SEP]`), which the template leaves out."""
 
-    def fields(self, conversations: Sequence[list[dict[str, Any]]]) -> dict[str, Any] | None:
+    def fields(self, conversations: Sequence[list[JSONObject]]) -> JSONObject | None:
         """What to ask /classify for these conversations; None where the server has to render one of them."""
         texts = [self._text(messages) for messages in conversations]
         return None if None in texts else {"input": texts, "add_special_tokens": self.framed}
 
-    def _text(self, messages: list[dict[str, Any]]) -> str | None:
+    def _text(self, messages: list[JSONObject]) -> str | None:
         if any(not isinstance(message.get("content"), str) or len(message) != 2 for message in messages):
             return None  # parts, names, tool calls: the server knows what they become
         try:
@@ -50,7 +49,7 @@ def renderer_of(checkpoint: str) -> Renderer:
         checkpoint: a directory, hub id or built-in name.
 
     Raises:
-        InputError: it cannot be found, is no reward model, or has only the slow form of an encoder's tokenizer.
+        InputError: it does not exist, is no reward model, or has only the slow form of an encoder's tokenizer.
     """
     from serving.models import TokenizerFiles, find_model
 

@@ -1,19 +1,20 @@
-"""What the gateway accepts, once: requests are checked by these models, and the OpenAPI document is made from them.
+"""What the gateway accepts. Requests are checked by these models, and the OpenAPI document is made from them.
 
-Fields that are not named here go to the policy server as they are, so that every sampling parameter of vLLM's works.
-vLLM ignores those it does not know without a word; hence a field that looks like one of the gateway's own
-(`best...`, `almost...`) and is none is refused here.
+Fields that are not named here go to the policy server as they are, so every sampling parameter of vLLM works. vLLM
+ignores a field that it does not know. So a field that begins like one of the gateway's own (`best...`, `almost...`) and
+is none of them is refused here.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
 from almost_eval import __version__
 from almost_eval.errors import did_you_mean
+from almost_eval.types import JSONObject
 from serving.gateway.errors import refusal
 from serving.gateway.settings import GatewaySettings
 
@@ -28,7 +29,7 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: StrictStr
-    content: StrictStr | list[dict[str, Any]] | None = None
+    content: StrictStr | list[JSONObject] | None = None
 
 
 class StreamOptions(BaseModel):
@@ -142,10 +143,11 @@ class ErrorReply(BaseModel):
 
 
 _OWN = ("best_of", "best_of_fallback", "almost_candidates")
+_Model = TypeVar("_Model", bound=BaseModel)
 _Request = TypeVar("_Request", ChatRequest, CompletionRequest, RewardRequest)
 
 
-def parse_json(body: bytes) -> dict[str, Any]:
+def parse_json(body: bytes) -> JSONObject:
     """The object that a body holds.
 
     Raises:
@@ -153,27 +155,36 @@ def parse_json(body: bytes) -> dict[str, Any]:
     """
     try:
         # The parser that vLLM uses: of a field that is sent twice, both see the second.
-        found = json.loads(body)
+        fields = json.loads(body)
     except (ValueError, RecursionError) as error:
         words = str(error) if isinstance(error, json.JSONDecodeError) else "it cannot be read"
         raise refusal(400, f"the body is no JSON: {words}", "invalid_json") from None
-    if not isinstance(found, dict):
+    if not isinstance(fields, dict):
         raise refusal(400, "the body must be a JSON object", "invalid_json")
-    return found
+    return fields
 
 
-def check(kind: type[_Request], fields: dict[str, Any], settings: GatewaySettings) -> _Request:
+def validated(kind: type[_Model], fields: JSONObject) -> _Model:
+    """The fields as a pydantic model.
+
+    Raises:
+        HTTPException: 400, naming the first field that is wrong.
+    """
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise refusal(400, f"{place}: {first['msg']}", "invalid_value", param=place) from None
+
+
+def check(kind: type[_Request], fields: JSONObject, settings: GatewaySettings) -> _Request:
     """The request, known to be sound as far as the gateway is concerned.
 
     Raises:
         HTTPException: 400, naming the field.
     """
-    try:
-        request = kind.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise refusal(400, f"{place}: {first['msg']}", "invalid_value", param=place) from None
+    request = validated(kind, fields)
     if isinstance(request, RewardRequest):
         if len(request.conversations) > settings.max_conversations:
             message = f"at most {settings.max_conversations} conversations in a request"
@@ -204,7 +215,7 @@ def _check_counts(request: ChatRequest | CompletionRequest, most: int) -> None:
                 )
 
 
-def openapi(settings: GatewaySettings) -> dict[str, Any]:
+def openapi(settings: GatewaySettings) -> JSONObject:
     """The OpenAPI 3.1 document of a gateway with these settings."""
     from pydantic.json_schema import models_json_schema
 
@@ -220,8 +231,8 @@ def openapi(settings: GatewaySettings) -> dict[str, Any]:
     schemas["ChatReply"] = {"type": "object", "properties": {"almost": {"$ref": "#/components/schemas/Almost"}}}
     schemas["Anything"] = {"type": "object"}
 
-    def answer(what: str, kind: str = "application/json", model: str | None = None) -> dict[str, Any]:
-        body: dict[str, Any] = {"schema": {"$ref": f"#/components/schemas/{model}"} if model else {"type": "string"}}
+    def answer(what: str, kind: str = "application/json", model: str | None = None) -> JSONObject:
+        body: JSONObject = {"schema": {"$ref": f"#/components/schemas/{model}"} if model else {"type": "string"}}
         return {"description": what, "content": {kind: body}}
 
     errors = {
@@ -237,8 +248,8 @@ def openapi(settings: GatewaySettings) -> dict[str, Any]:
         "504": "No answer in time.",
     }
 
-    def operation(summary: str, good: dict[str, Any], bad: tuple[str, ...], body: str | None = None) -> dict[str, Any]:
-        shape: dict[str, Any] = {"summary": summary, "responses": {"200": good}}
+    def operation(summary: str, good: JSONObject, bad: tuple[str, ...], body: str | None = None) -> JSONObject:
+        shape: JSONObject = {"summary": summary, "responses": {"200": good}}
         shape["responses"] |= {status: answer(errors[status], model="ErrorReply") for status in bad}
         if body:
             content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{body}"}}}
@@ -271,8 +282,8 @@ def openapi(settings: GatewaySettings) -> dict[str, Any]:
         "/openapi.json": {"get": document},
         "/health": {"get": {**health, "security": []}},
     }
-    components: dict[str, Any] = {"schemas": schemas}
-    whole: dict[str, Any] = {
+    components: JSONObject = {"schemas": schemas}
+    whole: JSONObject = {
         "openapi": "3.1.0",
         "info": {"title": "ALMoST gateway", "version": __version__},
         "paths": paths,

@@ -1,4 +1,4 @@
-"""What the gateway is told: addresses, keys and limits. Light to import: the command line reads it for its help."""
+"""Addresses, keys and limits of the gateway. Quick to import: the command line reads the defaults for its help."""
 
 from __future__ import annotations
 
@@ -13,12 +13,46 @@ POLICY_KEY = "ALMOST_POLICY_KEY"
 REWARD_KEY = "ALMOST_REWARD_KEY"
 
 
+def flag_of(name: str) -> str:
+    """The command line's flag for a field of `GatewaySettings`: `timeout_s` -> `--timeout`."""
+    return f"--{name.removesuffix('_s').replace('_', '-')}"
+
+
 def _key(name: str) -> str | None:
     return os.environ.get(name) or None
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatewaySettings:
+class GatewayLimits:
+    """How much the gateway takes, and how long that may last.
+
+    Raises:
+        InputError: a limit is out of range.
+    """
+
+    max_best_of: int = 16
+    """The largest `best_of`, and the largest `n`."""
+    max_conversations: int = 256
+    """Conversations in one request to /v1/rewards."""
+    max_body_bytes: int = 4 << 20
+    max_concurrent: int = 256
+    """Requests at work at a time; those beyond are refused with 429."""
+    timeout_s: float = 600.0
+    """Seconds from a request's arrival to the last byte of its answer."""
+    reward_timeout_s: float = 60.0
+    """Seconds that the reward model may take for all candidates of one request."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_best_of", "max_conversations", "max_body_bytes", "max_concurrent"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{flag_of(name)[2:]} must be 1 or more, not {getattr(self, name)}")
+        for name in ("timeout_s", "reward_timeout_s"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise InputError(f"{flag_of(name)[2:]} must be above 0 seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewaySettings(GatewayLimits):
     """Everything a gateway needs; the keys come from the environment and show in no repr.
 
     Raises:
@@ -41,17 +75,6 @@ class GatewaySettings:
     """What the gateway sends to the policy server."""
     reward_key: str | None = field(default_factory=lambda: _key(REWARD_KEY), repr=False)
     """What the gateway sends to the reward server."""
-    max_best_of: int = 16
-    """The largest `best_of`, and the largest `n`."""
-    max_conversations: int = 256
-    """Conversations in one request to /v1/rewards."""
-    max_body_bytes: int = 4 << 20
-    max_concurrent: int = 256
-    """Requests at work at a time; those beyond are refused with 429."""
-    timeout_s: float = 600.0
-    """Seconds from a request's arrival to the last byte of its answer."""
-    reward_timeout_s: float = 60.0
-    """Seconds that the reward model may take for all candidates of one request."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "policy_url", _address("policy-url", self.policy_url))
@@ -60,19 +83,14 @@ class GatewaySettings:
         for name, key in ((KEY, self.api_key), (POLICY_KEY, self.policy_key), (REWARD_KEY, self.reward_key)):
             if key is not None and any(character < " " or character == "\x7f" for character in key):
                 raise InputError(f"{name} holds a line end or another control character: no header can carry it")
-        for name in ("max_best_of", "max_conversations", "max_body_bytes", "max_concurrent"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name.replace('_', '-')} must be 1 or more, not {getattr(self, name)}")
-        for name in ("timeout_s", "reward_timeout_s"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise InputError(f"{name.removesuffix('_s').replace('_', '-')} must be above 0 seconds")
+        super().__post_init__()
         if not 0 <= self.port <= 65535:
             raise InputError(f"port must be from 0 to 65535, not {self.port}")
 
 
-def _address(name: str, given: str) -> str:
+def _address(name: str, url: str) -> str:
     try:
-        address = urlsplit(given)
+        address = urlsplit(url)
         host, _ = address.hostname, address.port
     except ValueError:
         address, host = urlsplit(""), None
@@ -81,4 +99,4 @@ def _address(name: str, given: str) -> str:
         raise InputError(f"--{name} is not an http(s) address; it must look like http://127.0.0.1:8001")
     if "@" in address.netloc:
         raise InputError(f"--{name} holds a user or a password: keys come from {POLICY_KEY} and {REWARD_KEY} alone")
-    return given.rstrip("/").removesuffix("/v1")
+    return url.rstrip("/").removesuffix("/v1")

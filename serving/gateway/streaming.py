@@ -1,16 +1,16 @@
-"""Answers on their way to the client: whole ones, streams passed through, and one text told as a stream."""
+"""Sends answers to the client: a whole one, a stream passed through, or a finished text as a stream."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.types import Send
 
-from serving.gateway.http_client import Answer
+from almost_eval.types import JSONObject
+from serving.gateway.http_client import HttpResponse
 
 EVENTS = "text/event-stream"
 _DONE = b"data: [DONE]\n\n"
@@ -23,12 +23,12 @@ Notes = Sequence[tuple[bytes, bytes]]
 """Headers of an upstream's answer that are for the client."""
 
 
-def notes_of(answer: Answer) -> Notes:
+def notes_of(answer: HttpResponse) -> Notes:
     """Those of this toolkit, such as `almost-default-stop`; all others end at the gateway."""
     return [item for item in answer.headers if item[0].startswith(b"almost-")]
 
 
-class Reply:
+class ReplyWriter:
     """One answer, sent whole or in pieces; knows how far it is, so that a failure can be told at any point."""
 
     def __init__(self, send: Send) -> None:
@@ -76,7 +76,7 @@ class Reply:
         return None
 
 
-async def relay_events(answer: Answer, reply: Reply) -> None:
+async def relay_events(answer: HttpResponse, reply: ReplyWriter) -> None:
     """Pass a stream through as it comes, byte for byte.
 
     Only the beginning of an event that is not whole yet is held back: should the upstream die there, what the client
@@ -98,7 +98,7 @@ async def relay_events(answer: Answer, reply: Reply) -> None:
     await reply.end(held)
 
 
-async def send_as_events(completion: dict[str, Any], reply: Reply, notes: Notes, *, include_usage: bool) -> None:
+async def send_as_events(completion: JSONObject, reply: ReplyWriter, notes: Notes, *, include_usage: bool) -> None:
     """Tell a finished chat completion as a stream: role, text and finish reason of each choice, `almost` at the end."""
     await reply.start(200, f"{EVENTS}; charset=utf-8", notes)
     for chunk in _chunks(completion, include_usage):
@@ -106,13 +106,13 @@ async def send_as_events(completion: dict[str, Any], reply: Reply, notes: Notes,
     await reply.end(_DONE)
 
 
-def _chunks(completion: dict[str, Any], include_usage: bool) -> Iterable[dict[str, Any]]:
-    shared: dict[str, Any] = {"object": "chat.completion.chunk"}
+def _chunks(completion: JSONObject, include_usage: bool) -> Iterable[JSONObject]:
+    shared: JSONObject = {"object": "chat.completion.chunk"}
     shared |= {name: completion[name] for name in _SHARED if name in completion}
     if include_usage:
         shared["usage"] = None  # as OpenAI does it: null on all chunks but the last
 
-    def chunk(index: int, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
+    def chunk(index: int, delta: JSONObject, **more: object) -> JSONObject:
         return {**shared, "choices": [{"index": index, "delta": delta, "finish_reason": None, **more}]}
 
     choices = completion["choices"]

@@ -1,7 +1,7 @@
-"""The servers behind the gateway: one client each, with a key of its own and failures told in OpenAI's form.
+"""The servers behind the gateway. Each has a client and a key of its own; failures are told in OpenAI's form.
 
-Nothing of a client's request but its body ever reaches an upstream. Nothing is sent twice: an answer that breaks off is
-told as a failure, and it is the client who knows whether to ask again.
+Only the body of a client's request reaches an upstream. Nothing is sent twice: an answer that breaks off is a failure,
+and the client decides whether to ask again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 
 from serving.gateway.errors import refusal, upstream_words
-from serving.gateway.http_client import Answer, BrokenOff, HttpClient, Unreachable
+from serving.gateway.http_client import BrokenOff, HttpClient, HttpResponse, Unreachable
 from serving.gateway.metrics import Metrics
 
 _HEALTH_S = 5.0
@@ -58,7 +58,7 @@ class Upstream:
         return refusal(self.status, message, f"{self.name}_unavailable", headers={"Retry-After": "1"})
 
     @asynccontextmanager
-    async def request(self, method: str, path: str, body: bytes = b"") -> AsyncIterator[Answer]:
+    async def request(self, method: str, path: str, body: bytes = b"") -> AsyncIterator[HttpResponse]:
         """The upstream's answer, its body not yet read. Leaving early closes the connection, which ends its work.
 
         Raises:
@@ -79,16 +79,6 @@ class Upstream:
         except BrokenOff as error:
             raise self._failure("broken", f"broke off its answer ({error})") from None
 
-    async def post(self, path: str, body: bytes) -> tuple[int, Any]:
-        """Status (below 500) and JSON of the answer.
-
-        Raises:
-            HTTPException: see `request`; or the answer is no JSON.
-        """
-        async with self.request("POST", path, body) as answer:
-            whole = await answer.read()
-            return answer.status, self.parsed(whole)
-
     def parsed(self, body: bytes) -> Any:
         """The JSON of an answer.
 
@@ -101,7 +91,7 @@ class Upstream:
             raise self._failure("malformed", "gave an answer that is no JSON") from None
 
     def malformed(self, what: str) -> HTTPException:
-        """For an answer that is JSON and still not what was asked for."""
+        """For an answer that is JSON and still no answer to the request."""
         return self._failure("malformed", f"gave an answer without {what}")
 
     async def ready(self) -> bool:

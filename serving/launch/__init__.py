@@ -1,1 +1,3 @@
-"""Child processes that serve HTTP: started, watched, and ended together. Start with `process`."""
+"""Child processes that serve HTTP: started, watched and ended together. Uses nothing else of `serving`. Start with
+`process`.
+"""

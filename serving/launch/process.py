@@ -78,6 +78,26 @@ def _bind(host: str, port: int) -> int:
         return int(listening.getsockname()[1])
 
 
+def listen(host: str, port: int, backlog: int) -> socket.socket:
+    """A socket that listens; port 0 takes a free one.
+
+    Raises:
+        InputError: the address is taken, or is none of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=backlog)
+    except OSError as error:
+        raise InputError(
+            f"cannot listen on {host} port {port}: {error.strerror or error}; give another --port (0 takes a free one)"
+        ) from None
+
+
+def url_of(host: str, port: int, scheme: str = "http") -> str:
+    """An address as a URL, without a closing slash."""
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
 class ServerProcess:
     """A child that serves HTTP on a known address. A context manager that starts it and, whatever happens, ends it.
 
@@ -90,6 +110,8 @@ class ServerProcess:
         scheme: http, or https for a server with a certificate of its own (which our health check does not verify).
         log: takes every line of the child's output, beside the last ones that are kept anyway.
         grace_s: seconds between SIGTERM and SIGKILL.
+        health: the path that answers 200 once it serves.
+        key: what that path wants as a bearer token.
     """
 
     def __init__(
@@ -103,6 +125,8 @@ class ServerProcess:
         scheme: str = "http",
         log: IO[str] | None = None,
         grace_s: float = 15.0,
+        health: str = "/health",
+        key: str | None = None,
     ) -> None:
         self.name = name
         self.command = list(command)
@@ -117,6 +141,8 @@ class ServerProcess:
         self._scheme = scheme
         self._log = log
         self._grace_s = grace_s
+        self._health = health
+        self._key = key
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._process: subprocess.Popen[str] | None = None
         self._reader: threading.Thread | None = None
@@ -126,7 +152,7 @@ class ServerProcess:
         """Where it can be reached from this machine, without a closing slash."""
         host, port = self._address
         host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
-        return f"{self._scheme}://[{host}]:{port}" if ":" in host else f"{self._scheme}://{host}:{port}"
+        return url_of(host, port, self._scheme)
 
     @property
     def pid(self) -> int | None:
@@ -180,15 +206,17 @@ class ServerProcess:
                     self._log.flush()
 
     def is_healthy(self, timeout_s: float = 2.0) -> bool:
-        """Whether `/health` answers 200 now."""
+        """Whether the health path answers 200 now."""
         import ssl
         import urllib.error
         import urllib.request
 
         context = ssl._create_unverified_context() if self._scheme == "https" else None
         handlers = [urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)]
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        request = urllib.request.Request(self.url + self._health, headers=headers)
         try:
-            with urllib.request.build_opener(*handlers).open(f"{self.url}/health", timeout=timeout_s) as answer:
+            with urllib.request.build_opener(*handlers).open(request, timeout=timeout_s) as answer:
                 return bool(answer.status == 200)
         except (OSError, ValueError):  # URLError is an OSError
             return False
@@ -205,7 +233,7 @@ class ServerProcess:
         how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
         # Once it served, an error among its lines need not be why it ended.
         lines = [] if self.was_ready else list(self._lines)
-        causes = [found[1] for line in lines if (found := _EXCEPTION.search(line))]
+        causes = [match[1] for line in lines if (match := _EXCEPTION.search(line))]
         cause = next((text for text in causes if not any(word in text for word in _CONSEQUENCE)), "")
         return RunError(f"{self.name} {how}" + (f": {cause}" if cause else "; its last lines say why"))
 

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 
 from almost_eval.errors import RunError
 from almost_eval.progress import Progress
@@ -20,11 +21,22 @@ class Stopped(Exception):
 
 
 @contextlib.contextmanager
-def signals_stop() -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM raise `Stopped`; what follows within a second is taken for the same wish."""
+def signals_handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM call `handler`, and it alone decides what ends."""
     # The command line's own guard ends an interrupted process within two seconds; servers need longer to end well.
     guard = signal.set_wakeup_fd(-1)
+    earlier = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, own in earlier.items():
+            signal.signal(number, own)
+        signal.set_wakeup_fd(guard)
 
+
+@contextlib.contextmanager
+def signals_stop() -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM raise `Stopped`; what follows within a second is taken for the same wish."""
     first: float | None = None
 
     def stop(number: int, _: object) -> None:
@@ -35,13 +47,8 @@ def signals_stop() -> Iterator[None]:
         if time.monotonic() - first > 1.0:  # `timeout` and some init systems signal the process and then its group
             raise Stopped
 
-    earlier = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with signals_handled_by(stop):
         yield
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(guard)
 
 
 def run_servers(

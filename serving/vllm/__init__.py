@@ -1,3 +1,3 @@
-"""vLLM's own OpenAI-compatible server as a child process: how it is started for a model, and why so. Start with
-`launch`.
+"""vLLM's own OpenAI-compatible server as a child process: the command for a model, and why each option is as it is.
+Uses `launch` and `serving.models`. Start with `launch`.
 """

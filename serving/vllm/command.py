@@ -1,7 +1,7 @@
-"""How vLLM's server is started for a model: its options, its environment, and why each is what it is.
+"""The command that starts vLLM's server for a model: its options, its environment, and why each is what it is.
 
-Pure: nothing here looks at the machine or starts anything. Whatever the user gave among vLLM's own options stays, and
-takes the place of what would have been chosen here.
+Pure: nothing here looks at the machine or starts anything. An option of vLLM's that the user sets replaces the one that
+would be chosen here.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def vllm_command(
     Raises:
         InputError: an option that cannot be passed on; a context that the model or the memory does not have.
     """
-    given = given_options(options)
-    _refuse(given)
+    user_set = set_options(options)
+    _refuse(user_set)
     context = _context(model, options)
     chosen: dict[str, str | None] = {
         "generation-config": "vllm",  # the checkpoint's own sampling settings would act unseen
@@ -94,9 +94,9 @@ def vllm_command(
     variables = {"VLLM_NO_USAGE_STATS": "1"}
     note, needed = "", 0.0
     if cpu:
-        on_cpu, note, needed = _cpu_options(model, context, given, memory, environment)
+        on_cpu, note, needed = _cpu_options(model, context, user_set, memory, environment)
         chosen |= on_cpu
-        if not given & {"enforce-eager", "compilation-config"}:
+        if not user_set & {"enforce-eager", "compilation-config"}:
             # vLLM compiles its sampling helpers even in eager mode: the first sampled answer then takes 12 s.
             variables["TORCH_COMPILE_DISABLE"] = "1"
         if "VLLM_CPU_OMP_THREADS_BIND" not in environment:
@@ -108,24 +108,24 @@ def vllm_command(
     arguments = [sys.executable, "-m", "serving.vllm.main", str(model.checkpoint.path)]
     arguments += ["--served-model-name", model.name, "--host", host, "--port", str(port)]
     for option, value in chosen.items():
-        if value is not None and option not in given:
+        if value is not None and option not in user_set:
             arguments += [f"--{option}", value] if value else [f"--{option}"]
     variables = {name: value for name, value in variables.items() if name not in environment}
     if model.stop and model.kind == "policy":
-        arguments += ["--middleware", "serving.vllm.middleware.DefaultStop"]  # vLLM adds up those that are given
+        arguments += ["--middleware", "serving.vllm.middleware.DefaultStop"]  # vLLM adds up all of them
         variables[STOP_VARIABLE] = json.dumps(list(model.stop))
     return VLLMCommand(
         (*arguments, *options),
         variables,
-        "https" if "ssl-certfile" in given else "http",
-        "headless" in given,
+        "https" if "ssl-certfile" in user_set else "http",
+        "headless" in user_set,
         note,
         needed,
     )
 
 
 def _cpu_options(
-    model: ServedModel, context: int, given: set[str], memory: float, environment: Mapping[str, str]
+    model: ServedModel, context: int, user_set: set[str], memory: float, environment: Mapping[str, str]
 ) -> tuple[dict[str, str | None], str, float]:
     """What starts fastest on a CPU, the line that says so, and the memory that it takes in bytes."""
     chosen: dict[str, str | None] = {
@@ -138,7 +138,7 @@ def _cpu_options(
         # which torch's CPU generators cannot (0.31: "CPU Generator does not use offset").
         chosen |= {"no-enable-chunked-prefill": ""}
     chosen["max-num-batched-tokens"] = str(max(4096, context))
-    sized = "kv-cache-memory-bytes" in given or "VLLM_CPU_KVCACHE_SPACE" in environment
+    sized = "kv-cache-memory-bytes" in user_set or "VLLM_CPU_KVCACHE_SPACE" in environment
     cache = float(GIB)
     if not sized:
         one = (model.cache_bytes_per_token or 0) * (context + 32)
@@ -161,7 +161,7 @@ def _cpu_options(
         "block-size": "blocks of 32",
         "kv-cache-memory-bytes": f"{cache / GIB:g} GiB of keys and values",
     }
-    ours = [text for option, text in said.items() if option in chosen and option not in given]
+    ours = [text for option, text in said.items() if option in chosen and option not in user_set]
     if model.weight_bytes <= _ONE_THREAD and "OMP_NUM_THREADS" not in environment:
         ours.append("one thread")
     note = ""
@@ -172,28 +172,28 @@ def _cpu_options(
 
 def _context(model: ServedModel, options: Sequence[str]) -> int:
     """Tokens of a whole context, with `--max-model-len` heeded."""
-    asked = option_value(options, "max-model-len")
-    if asked is None or not asked.isdecimal():  # vLLM also takes 8k, and -1 or auto for what fits
+    length = option_value(options, "max-model-len")
+    if length is None or not length.isdecimal():  # vLLM also takes 8k, and -1 or auto for what fits
         return model.context_length
-    if int(asked) > model.context_length:
+    if int(length) > model.context_length:
         raise InputError(
-            f"--max-model-len {asked} is beyond the context of {model.name}, which is {model.context_length} tokens"
+            f"--max-model-len {length} is beyond the context of {model.name}, which is {model.context_length} tokens"
         )
-    if int(asked) < 2:
-        raise InputError(f"--max-model-len {asked} leaves no room for a prompt and an answer")
-    return int(asked)
+    if int(length) < 2:
+        raise InputError(f"--max-model-len {length} leaves no room for a prompt and an answer")
+    return int(length)
 
 
-def _refuse(given: set[str]) -> None:
-    if "api-key" in given:
+def _refuse(user_set: set[str]) -> None:
+    if "api-key" in user_set:
         raise InputError("a key on a command line can be read by everybody here: set ALMOST_API_KEY instead")
-    if "uds" in given:
+    if "uds" in user_set:
         raise InputError("--uds is not supported: the server is watched over HTTP; give --host and --port")
-    if doubled := sorted(given & _OURS.keys()):
+    if doubled := sorted(user_set & _OURS.keys()):
         raise InputError(f"{doubled[0]!r} in the --config file would not act: give {_OURS[doubled[0]]} instead")
 
 
-def given_options(options: Sequence[str]) -> set[str]:
+def set_options(options: Sequence[str]) -> set[str]:
     """Names of vLLM's options that are set: `no_enable_x` counts as `enable-x`, and a `--config` file is read.
 
     Raises:
@@ -213,7 +213,7 @@ def given_options(options: Sequence[str]) -> set[str]:
 
 
 def option_value(options: Sequence[str], name: str) -> str | None:
-    """The value that `--name VALUE` or `--name=VALUE` has, the last one; None where it is not given."""
+    """The value that `--name VALUE` or `--name=VALUE` has, the last one; None where it is absent."""
     value = None
     for index, token in enumerate(options):
         option, equals, attached = token.partition("=")

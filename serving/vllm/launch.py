@@ -158,7 +158,7 @@ class VLLMServer(ServerProcess):
     def failure(self) -> RunError | InputError:
         """An InputError where it could not start for a fault of the input: too little memory, an unknown option, ..."""
         unknown = super().failure()
-        errors = [found[1] for line in self.last_lines(400) if (found := _ERROR.search(line))]
+        errors = [match[1] for line in self.last_lines(400) if (match := _ERROR.search(line))]
         for error in [] if self.was_ready else errors:
             for sign, message in _KNOWN.items():
                 if sign in error:

@@ -10,32 +10,31 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 VARIABLE = "ALMOST_DEFAULT_STOP"
 HEADER = "almost-default-stop"
 _PATHS = ("/v1/chat/completions",)
 
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-
 
 class DefaultStop:
     """The middleware; the strings are a JSON list in the environment variable `ALMOST_DEFAULT_STOP`."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self.app = app
         self.stop: list[str] = json.loads(os.environ.get(VARIABLE) or "[]")
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, with `stop` set where it was not."""
         if not self.stop or scope["type"] != "http" or scope["path"] not in _PATHS or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
         added = read = False
 
-        async def receive_body() -> MutableMapping[str, Any]:
+        async def receive_body() -> Message:
             # Not before the server asks: it checks the key first, and a stranger's body is never read.
             nonlocal added, read
             if read:
@@ -52,7 +51,7 @@ class DefaultStop:
             body, added = self._with_stop(b"".join(parts))
             return {"type": "http.request", "body": body, "more_body": False}
 
-        async def send_header(message: MutableMapping[str, Any]) -> None:
+        async def send_header(message: Message) -> None:
             if added and message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", ()), (HEADER.encode(), json.dumps(self.stop).encode())]
             await send(message)

@@ -9,24 +9,31 @@ from __future__ import annotations
 import gc
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from almost_eval.cli.run_options import prepare_run
 from almost_eval.compare.comparison import compare_runs
 from almost_eval.compare.tax import tax
 from almost_eval.compare.tax.tasks import AnswerLikelihoods, AnswerRewards, Answers, HeldOut, nano_prompts, read_prompts
 from almost_eval.compare.tax.training import TrainingRun, as_checkpoint, read_training
-from almost_eval.data.sources import DataSource, find_data
+from almost_eval.data.sources import DataSource
+from almost_eval.engines.build import loglikelihood_engine
 from almost_eval.errors import InputError, did_you_mean
+from almost_eval.files import write_json
+from almost_eval.models.chat import load_template, special_tokens
 from almost_eval.models.checkpoint import find_checkpoint
+from almost_eval.nano import BUILT_IN, DEFAULT_REWARD_MODEL
 from almost_eval.progress import Progress
+from almost_eval.rewards.build import reward_model
 from almost_eval.run import provenance
-from almost_eval.run.store import read_results, read_samples, write_json
+from almost_eval.run.request import RunRequest, open_run
+from almost_eval.run.runner import Run
+from almost_eval.run.store import read_results, read_samples
 from almost_eval.stats import mean_metric
-from almost_eval.tasks.base import Prompting
+from almost_eval.tasks.base import Prompting, Task
+from almost_eval.tasks.registry import comparison_presets
 
 _BARE = ("model", "policy", "final")
 """Folder names that say nothing without the one above them."""
@@ -34,15 +41,15 @@ _NUMBER = re.compile(r"(?:^|[-_])(\d+)$")
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class TaxPlan:
     """What is to be measured, checked as far as it can be with no weights loaded."""
 
     models: Mapping[str, str]
     """Label -> checkpoint; `before` first."""
     steps: Sequence[float]
     steps_are: str
-    given: Mapping[str, Any]
-    """Options of every run: engine, data, prompt set, template, limit, seed."""
+    base: RunRequest
+    """Engine, data, prompts, limit and seed of every run."""
     tasks: Sequence[str]
     shots: int
     prompts: Sequence[HeldOut]
@@ -71,7 +78,7 @@ def make_plan(
     after: Sequence[str],
     run: Path | None,
     output: Path,
-    given: Mapping[str, Any],
+    base: RunRequest,
     *,
     tasks: Sequence[str],
     shots: int,
@@ -79,18 +86,16 @@ def make_plan(
     prompts: Path | None,
     n_prompts: int,
     max_new_tokens: int,
-) -> Plan:
+) -> TaxPlan:
     """Find the checkpoints, the data, the prompts and the reward model.
 
     Raises:
         InputError: what is missing, or does not go together.
     """
-    from almost_eval.nano import BUILT_IN, DEFAULT_REWARD_MODEL
-
     for name in tasks:
-        if name not in tax.BENCHMARKS:
-            raise InputError(f"--tasks: unknown task {name!r}; {did_you_mean(name, tax.BENCHMARKS)}")
-    if given["engine"] == "openai":
+        if name not in tax.benchmarks():
+            raise InputError(f"--tasks: unknown task {name!r}; {did_you_mean(name, tax.benchmarks())}")
+    if base.engine.engine == "openai":
         raise InputError("--engine openai: the tax needs the checkpoints themselves; use hf or vllm")
     if (run is None) == (not after):
         raise InputError("give the checkpoints by --after CKPT (once for each), or by --run DIR, and not by both")
@@ -100,7 +105,7 @@ def make_plan(
             raise InputError("--before CKPT is missing: the policy that training began with")
         before = str(training.before)
     find_checkpoint(before)
-    nano = given["data"] == "nano" or (not given["data"] and not given["data_root"] and before in BUILT_IN)
+    nano = base.data == "nano" or (not base.data and not base.data_root and before in BUILT_IN)
     if training is not None:
         models, steps, steps_are = _of_training(training, before, output)
     else:
@@ -112,23 +117,23 @@ def make_plan(
         reward_model = DEFAULT_REWARD_MODEL
     file = prompts or (training.prompts if training else None)
     if file is not None:
-        asked, prompts_are = read_prompts(file, n_prompts), str(file)
+        held_out, prompts_are = read_prompts(file, n_prompts), str(file)
     elif nano:
-        asked, prompts_are = nano_prompts(n_prompts, given["seed"]), "the nano world's eval pool"
+        held_out, prompts_are = nano_prompts(n_prompts, base.seed), "the nano world's eval pool"
     elif reward_model:
         raise InputError("--prompts FILE is missing (JSON Lines with id and prompt): the reward is that of answers")
     else:
-        asked, prompts_are = [], "none"
-    if not tasks and not asked:
-        raise InputError(f"nothing to measure: name --tasks ({', '.join(tax.BENCHMARKS)}), or give --prompts FILE")
-    return Plan(
+        held_out, prompts_are = [], "none"
+    if not tasks and not held_out:
+        raise InputError(f"nothing to measure: name --tasks ({', '.join(tax.benchmarks())}), or give --prompts FILE")
+    return TaxPlan(
         models=models,
         steps=steps,
         steps_are=steps_are,
-        given={**given, "data": "nano" if nano else given["data"] or "hub"},
+        base=replace(base, data="nano" if nano else base.data or "hub"),
         tasks=tasks,
         shots=shots,
-        prompts=asked,
+        prompts=held_out,
         prompts_are=prompts_are,
         max_new_tokens=max_new_tokens,
         reward_model=reward_model,
@@ -140,9 +145,9 @@ def make_plan(
 def _of_training(training: TrainingRun, before: str, output: Path) -> tuple[dict[str, str], list[float], str]:
     like = find_checkpoint(before)
     models, steps = {"before": before}, [0.0]
-    for step, found in training.checkpoints:
+    for step, folder in training.checkpoints:
         label = f"step-{step}"
-        models[label] = str(as_checkpoint(found, like, output / "checkpoints" / label))
+        models[label] = str(as_checkpoint(folder, like, output / "checkpoints" / label))
         steps.append(float(step))
     return models, steps, "steps of training"
 
@@ -174,7 +179,7 @@ def _name(model: str) -> str:
 # --- measuring ---
 
 
-def measure(plan: Plan, progress: Progress | None = None) -> tax.Tax:
+def measure(plan: TaxPlan, progress: Progress | None = None) -> tax.Tax:
     """Run what is missing, compare, judge, and write `tax.json`.
 
     Raises:
@@ -182,51 +187,57 @@ def measure(plan: Plan, progress: Progress | None = None) -> tax.Tax:
         RunError: a run could not finish; the same command goes on.
     """
     progress = progress or Progress()
-    reward = _reward_model(plan)  # refused early; its weights come when it is asked
+    reward = _reward_model(plan)  # refused early; its weights are loaded when it scores
     plan.output.mkdir(parents=True, exist_ok=True)
     before, *others = plan.labels
-    asked: dict[str, Asked] = {}
+    setups: dict[str, AnswerSetup] = {}
     for label in [*others, before]:
         progress.note(f"{label}: {plan.models[label]}")
-        _policy_runs(plan, label, asked, progress)
-        gc.collect()  # the memory of a model that is done with is the next one's
+        _policy_runs(plan, label, setups, progress)
+        gc.collect()  # the next model needs the memory of the one that is done with
     if reward is not None:
         for label in plan.labels if plan.prompts else ():
-            task = AnswerRewards(plan.prompts, asked[label].data, asked[label].prompting, plan.answers(label))
+            setup = setups[label]
+            task = AnswerRewards(plan.prompts, setup.data, setup.prompting, plan.answers(label))
             _execute(task, reward, plan, label, "rewards", progress)
         _close(reward)
-    found = summarise(plan, _other_tokens(asked, before))
-    write_json(plan.output / "tax.json", found.to_dict())
-    return found
+    report = summarise(plan, _other_tokens(setups, before))
+    write_json(plan.output / "tax.json", report.to_dict())
+    return report
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """How a policy was asked for its answers."""
+class AnswerSetup:
+    """How a policy was prompted for its answers."""
 
     data: DataSource
     prompting: Prompting
     vocabulary: Mapping[str, int]
 
 
-def _policy_runs(plan: Plan, label: str, asked: dict[str, Asked], progress: Progress) -> None:
-    """All that one engine is opened for."""
-    from almost_eval.cli.engine_options import engine_options
-    from almost_eval.engines.build import loglikelihood_engine
-
-    engine: Any = loglikelihood_engine(plan.models[label], engine_options(plan.given))
+def _policy_runs(plan: TaxPlan, label: str, setups: dict[str, AnswerSetup], progress: Progress) -> None:
+    """All runs that one engine is opened for."""
+    engine: Any = loglikelihood_engine(plan.models[label], plan.base.engine)
     try:
-        _benchmarks(plan, label, engine, progress)
+        for name in plan.tasks:
+            run = open_run(_request(plan, label, name), engine)
+            run.execute(plan.folder(label) / name, progress)
         if not plan.prompts:
             return
-        asked[label] = _answers(plan, label, engine, progress)
+        setups[label] = _answers(plan, label, engine, progress)
         if label != plan.labels[0]:
-            _likelihoods(plan, label, engine, asked[label], "likelihoods", progress)
+            _likelihoods(plan, label, engine, setups[label], "likelihoods", progress)
             return
         for other in plan.labels[1:]:
-            _likelihoods(plan, other, engine, asked[other], "likelihoods-before", progress)
+            _likelihoods(plan, other, engine, setups[other], "likelihoods-before", progress)
     finally:
         _close(engine)
+
+
+def _request(plan: TaxPlan, label: str, task: str) -> RunRequest:
+    preset = comparison_presets()[task]
+    settings = {**preset.settings, **({"shots": plan.shots} if "shots" in preset.settings else {})}
+    return replace(plan.base, model=plan.models[label], task=task, protocol=preset.protocol, settings=settings)
 
 
 def _close(engine: Any) -> None:
@@ -234,97 +245,73 @@ def _close(engine: Any) -> None:
         engine.close()
 
 
-def _other_tokens(asked: Mapping[str, Asked], before: str) -> list[str]:
+def _other_tokens(setups: Mapping[str, AnswerSetup], before: str) -> list[str]:
     return [
         f"{label} and {before} have other tokens: KL is that of texts"
-        for label, how in asked.items()
-        if how.vocabulary != asked[before].vocabulary
+        for label, setup in setups.items()
+        if setup.vocabulary != setups[before].vocabulary
     ]
 
 
-def _reward_model(plan: Plan) -> Any:
+def _reward_model(plan: TaxPlan) -> Any:
     if plan.reward_model is None:
         return None
-    from almost_eval.cli.engine_options import engine_options
-    from almost_eval.rewards.build import reward_model
-
     # --max-length is about the policies; what does not fit the reward model's own context is counted.
-    return reward_model(plan.reward_model, replace(engine_options(plan.given), max_length=None))
+    return reward_model(plan.reward_model, replace(plan.base.engine, max_length=None))
 
 
-def _benchmarks(plan: Plan, label: str, engine: Any, progress: Progress) -> None:
-    from almost_eval.tasks.hhh import HHH
-    from almost_eval.tasks.mmlu import MMLU
-    from almost_eval.tasks.truthfulqa import TruthfulQA
-
-    limit = plan.given["limit"]
-    builders: dict[str, Callable[[Any, Any], Any]] = {
-        "hhh": lambda data, prompting: HHH("choice", data, prompting, limit=limit),
-        "truthfulqa": lambda data, prompting: TruthfulQA(["mc1", "mc2"], data, prompting, limit=limit),
-        "mmlu": lambda data, prompting: MMLU([], plan.shots, data, prompting, limit=limit),
-    }
-    for name in plan.tasks:
-        run = prepare_run(
-            builders[name], {**plan.given, "model": plan.models[label]}, own_prompts=name != "hhh", model=engine
-        )
-        run.execute(plan.folder(label) / name, progress)
-
-
-def _answers(plan: Plan, label: str, engine: Any, progress: Progress) -> Asked:
+def _answers(plan: TaxPlan, label: str, engine: Any, progress: Progress) -> AnswerSetup:
     """Have the policy answer every prompt."""
-    from almost_eval.models.chat import load_template, special_tokens
-
-    choice = plan.given["template"]
+    choice = plan.base.template
     template = load_template(choice if choice != "none" else "auto", engine.tokenizer)
-    data = find_data(plan.given["data"], plan.given["data_root"])
-    prompting = Prompting(None, template, special_tokens(engine.tokenizer), asked=choice not in ("auto", "none"))
+    data = plan.base.source()
+    prompting = Prompting(None, template, special_tokens(engine.tokenizer), is_chosen=choice not in ("auto", "none"))
     task = Answers(plan.prompts, data, prompting, max_new_tokens=plan.max_new_tokens)
     _execute(task, engine, plan, label, "answers", progress)
-    return Asked(data, prompting, engine.tokenizer.get_vocab())
+    return AnswerSetup(data, prompting, engine.tokenizer.get_vocab())
 
 
-def _likelihoods(plan: Plan, label: str, engine: Any, asked: Asked, name: str, progress: Progress) -> None:
-    task = AnswerLikelihoods(plan.prompts, asked.data, asked.prompting, plan.answers(label))
+def _likelihoods(plan: TaxPlan, label: str, engine: Any, setup: AnswerSetup, name: str, progress: Progress) -> None:
+    task = AnswerLikelihoods(plan.prompts, setup.data, setup.prompting, plan.answers(label))
     if task.samples():  # all answers may be empty: then KL has no value
         _execute(task, engine, plan, label, name, progress)
 
 
-def _execute(task: Any, model: Any, plan: Plan, label: str, name: str, progress: Progress) -> None:
-    from almost_eval.run.runner import Run
-
-    Run(task, model, seed=plan.given["seed"]).execute(plan.folder(label) / name, progress)
+def _execute(task: Task, model: Any, plan: TaxPlan, label: str, name: str, progress: Progress) -> None:
+    Run(task, model, seed=plan.base.seed).execute(plan.folder(label) / name, progress)
 
 
 # --- from runs to figures ---
 
 
-def summarise(plan: Plan, warnings: Sequence[str] = ()) -> tax.Tax:
+def summarise(plan: TaxPlan, warnings: Sequence[str] = ()) -> tax.Tax:
     """The figures of finished runs; no model is needed."""
     labels = plan.labels
     policies, notes = [], list(warnings)
     for label, step in zip(labels, plan.steps, strict=True):
         policies.append(_policy(plan, label, step))
     comparisons = tax.adjusted(list(_comparisons(plan, policies, notes)), labels[0])
-    found = tax.findings(comparisons, labels)
+    findings = tax.findings(comparisons, labels)
     training = plan.training
     log = [asdict(row) for row in training.rows] if training else []
     first = read_results(plan.folder(labels[0]) / (plan.tasks[0] if plan.tasks else "answers"))["provenance"]
     facts = {
         "data": first["data_source"],
-        "limit": plan.given["limit"],
+        "limit": plan.base.limit,
         "shots": plan.shots,
         "prompts": {"source": plan.prompts_are, "n": len(plan.prompts), "max_new_tokens": plan.max_new_tokens},
         "reward_model": plan.reward_model,
-        "seed": plan.given["seed"],
+        "seed": plan.base.seed,
         "training_run": str(training.folder) if training else None,
         "warnings": list(dict.fromkeys(notes)),
         "versions": provenance.versions(),
         "command": provenance.command(),
     }
-    return tax.Tax(policies, plan.steps_are, comparisons, found, tax.sentence(found, labels), log, facts)
+    sentence = tax.sentence(findings, labels)
+    return tax.Tax(policies, plan.steps_are, comparisons, findings, sentence, log, facts)
 
 
-def _policy(plan: Plan, label: str, step: float) -> tax.Policy:
+def _policy(plan: TaxPlan, label: str, step: float) -> tax.MeasuredPolicy:
     folder, measures, digest = plan.folder(label), {}, None
     for name in plan.tasks:
         results = read_results(folder / name)
@@ -338,7 +325,7 @@ def _policy(plan: Plan, label: str, step: float) -> tax.Policy:
             measures["reward"] = read_results(folder / "rewards")["metrics"]["reward"]
         if label != plan.labels[0]:
             measures["kl"] = _kl(folder, len(plan.prompts))
-    return tax.Policy(label, plan.models[label], step, digest, measures)
+    return tax.MeasuredPolicy(label, plan.models[label], step, digest, measures)
 
 
 def _kl(folder: Path, n: int) -> dict[str, Any]:
@@ -354,9 +341,9 @@ def _kl(folder: Path, n: int) -> dict[str, Any]:
     return mean_metric([*values, *[None] * (n - len(values))]).to_dict()
 
 
-def _comparisons(plan: Plan, policies: Sequence[tax.Policy], notes: list[str]) -> Iterator[tax.Paired]:
+def _comparisons(plan: TaxPlan, policies: Sequence[tax.MeasuredPolicy], notes: list[str]) -> Iterator[tax.Paired]:
     """Every measure of every checkpoint against `before`, and against the checkpoint before it."""
-    folders = {name: (name, "accuracy" if name != "truthfulqa" else "mc1") for name in plan.tasks}
+    folders = {name: (name, policies[0].measures[name]["metric"]) for name in plan.tasks}
     if plan.prompts:
         folders |= {name: ("answers", name) for name in ("oracle", "characters", "finished")}
         folders["reward"] = ("rewards", "reward")
@@ -370,9 +357,9 @@ def _comparisons(plan: Plan, policies: Sequence[tax.Policy], notes: list[str]) -
                         measure, policy.label, against.label, 0, 0, None, None, None, note="the headline is withheld"
                     )
                     continue
-                found = compare_runs(
-                    plan.folder(against.label) / folder, plan.folder(policy.label) / folder, seed=plan.given["seed"]
+                comparison = compare_runs(
+                    plan.folder(against.label) / folder, plan.folder(policy.label) / folder, seed=plan.base.seed
                 )
-                notes += [f"{policy.label} against {against.label}, {folder}: {text}" for text in found.warnings]
-                by_name = {one.name: one for one in found.metrics}
+                notes += [f"{policy.label} against {against.label}, {folder}: {text}" for text in comparison.warnings]
+                by_name = {one.name: one for one in comparison.metrics}
                 yield tax.paired(measure, policy.label, against.label, by_name[metric])

@@ -5,7 +5,6 @@ Each is a task like any other, so its run is a run folder like any other: it res
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 from almost_eval.data.sources import DataSource, fingerprint
 from almost_eval.engines.base import SamplingParams
 from almost_eval.errors import DataError
+from almost_eval.files import iterate_lines
 from almost_eval.run.store import read_samples
 from almost_eval.stats import mean_metric
 from almost_eval.tasks.base import GenerationRequest, Prompting, Task
@@ -47,27 +47,22 @@ def read_prompts(file: Path, limit: int | None = None) -> list[HeldOut]:
     Raises:
         DataError: absent, malformed, empty, or an id that is there twice.
     """
-    found: dict[str, HeldOut] = {}
+    prompts: dict[str, HeldOut] = {}
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--prompts {file} cannot be read ({error}); give JSON Lines with id and prompt") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            prompt = HeldOut(row["id"], row["prompt"])
-        except (ValueError, KeyError, TypeError):
-            prompt = None
-        if prompt is None or not isinstance(prompt.id, str) or not isinstance(prompt.text, str):
+        rows = list(iterate_lines(file))
+    except DataError as error:
+        raise DataError(f"--prompts: {error}; give JSON Lines with id and prompt") from None
+    for number, row in rows:
+        prompt = row if isinstance(row, dict) else {}
+        id, text = prompt.get("id"), prompt.get("prompt")
+        if not isinstance(id, str) or not isinstance(text, str):
             raise DataError(f"malformed data: {file}, row {number}: a prompt is an object with the texts id and prompt")
-        if prompt.id in found:
-            raise DataError(f"malformed data: {file}, row {number}: the id {prompt.id!r} is there twice")
-        found[prompt.id] = prompt
-    if not found:
+        if id in prompts:
+            raise DataError(f"malformed data: {file}, row {number}: the id {id!r} is there twice")
+        prompts[id] = HeldOut(id, text)
+    if not prompts:
         raise DataError(f"{file} holds no prompts")
-    return list(found.values())[:limit]
+    return list(prompts.values())[:limit]
 
 
 def nano_prompts(count: int, seed: int) -> list[HeldOut]:
@@ -106,7 +101,7 @@ class _OverPrompts(Task):
 
     def _render(self, prompt: HeldOut) -> str:
         template = self.prompting.template
-        assert template is not None  # a policy is asked in a dialogue
+        assert template is not None  # a policy reads a dialogue
         return template.render(
             (Message("user", prompt.text),),
             add_generation_prompt=True,
@@ -118,7 +113,7 @@ class Answers(_OverPrompts):
     """One answer to each prompt, sampled at temperature 1, zero-shot: how long, whether it ends, and how good.
 
     Args:
-        prompts: what is asked.
+        prompts: the held-out prompts.
         data: where they are from; on `nano` the oracle judges every answer.
         prompting: its template writes the dialogue.
         max_new_tokens: of an answer.
@@ -153,9 +148,9 @@ class Answers(_OverPrompts):
         if self.data.name == "nano":
             from almost_eval.nano.oracle import score_text
 
-            found = score_text(sample.metadata["prompt"], text)
+            quality = score_text(sample.metadata["prompt"], text)
             # A beginning is not an answer: the oracle would read it as the whole.
-            metrics["oracle"] = None if found is None else found.overall if finished else 0.0
+            metrics["oracle"] = None if quality is None else quality.overall if finished else 0.0
         return Score(metrics["characters"], None, metrics)
 
     def settings(self) -> dict[str, Any]:
@@ -167,9 +162,9 @@ class OfAnswers(_OverPrompts):
     """What somebody says of the answers in a finished `Answers` run.
 
     Args:
-        prompts: what was asked.
+        prompts: the prompts that were answered.
         data: see `Answers`.
-        prompting: as the answers were asked for.
+        prompting: that of the answers.
         answers: the run's folder.
     """
 
@@ -212,7 +207,7 @@ class AnswerRewards(OfAnswers):
 
 
 class AnswerLikelihoods(OfAnswers):
-    """log p(answer | prompt) in nats, of the text as the policy that wrote it was asked: the two halves of KL."""
+    """log p(answer | prompt) in nats, after the prompt of the policy that wrote the answer: the two halves of KL."""
 
     name = "answer-likelihoods"
     headline = "nats"

@@ -11,18 +11,16 @@ interval that holds zero is neither, and is said as what it is: not shown.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from typing import Any, Literal
 
 from almost_eval.compare.comparison import ALPHA, MetricComparison
 from almost_eval.stats import holm
+from almost_eval.tasks.registry import comparison_presets, task_class
 
-BENCHMARKS = {"hhh": "HHH", "truthfulqa": "TruthfulQA", "mmlu": "MMLU"}
-"""Task -> its title; Holm's family is their comparisons over all checkpoints."""
 MEASURES = {"reward": "reward", "oracle": "oracle", "kl": "KL, nats", "characters": "length", "finished": "ended"}
 """What is measured on the held-out prompts -> its heading."""
-SHARES = {*BENCHMARKS, "oracle", "finished"}
-"""Means of what ranges from 0 to 1: told in percent, and their differences in points."""
 KL_SOURCE = (
     "sampled: mean over the checkpoint's own answers of log p(answer) - log p_before(answer), nats an answer, "
     "temperature 1, without the end token"
@@ -31,6 +29,23 @@ LOG_IS = (
     "what training wrote of each step's batch: its own prompts, its own token limit, length in tokens; so its KL of an "
     "answer may be another than the sampled one"
 )
+
+
+@cache
+def benchmarks() -> dict[str, str]:
+    """Task -> its title; Holm's family is their comparisons over all checkpoints."""
+    return {name: task_class(name).short_title or task_class(name).title for name in comparison_presets()}
+
+
+def is_share(measure: str) -> bool:
+    """Whether it is a mean of what ranges from 0 to 1: told in percent, its differences in points."""
+    return measure in ("oracle", "finished") or (measure in benchmarks() and task_class(measure).unit == "share")
+
+
+def preferences() -> list[str]:
+    """Measures that stand for preference, the best first: the nano world's oracle, then tasks that say they do."""
+    return ["oracle", *(name for name in comparison_presets() if task_class(name).is_preference)]
+
 
 Kind = Literal["over-optimised", "not shown to follow", "both rise", "reward does not rise", "unknown"]
 
@@ -77,14 +92,14 @@ class Finding:
     checkpoint: str
     against: str
     preference: str
-    """The measure that stands for preference: `oracle` or `hhh`."""
+    """The measure that stands for preference; see `preferences`."""
     kind: Kind
     text: str
     """A clause with both differences and their intervals."""
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
+class MeasuredPolicy:
     """A checkpoint and all that was measured of it."""
 
     label: str
@@ -99,7 +114,7 @@ class Policy:
 class Tax:
     """Everything that `tax.json` holds."""
 
-    policies: Sequence[Policy]
+    policies: Sequence[MeasuredPolicy]
     """`before` first."""
     steps_are: str
     """What `step` counts."""
@@ -115,7 +130,7 @@ class Tax:
     def columns(self) -> dict[str, str]:
         """What was measured -> its heading, in the order of a table; `finished` stands in the comparisons alone."""
         measured = {name for policy in self.policies for name in policy.measures} - {"finished"}
-        return {name: heading for name, heading in (BENCHMARKS | MEASURES).items() if name in measured}
+        return {name: heading for name, heading in (benchmarks() | MEASURES).items() if name in measured}
 
     @property
     def valid(self) -> bool:
@@ -149,11 +164,19 @@ RULE = (
 )
 
 
-def paired(measure: str, checkpoint: str, against: str, found: MetricComparison) -> Paired:
+def paired(measure: str, checkpoint: str, against: str, metric: MetricComparison) -> Paired:
     """A metric of `compare_runs` as a row of the table."""
-    note = None if found.p_value is not None else found.verdict
+    note = None if metric.p_value is not None else metric.verdict
     return Paired(
-        measure, checkpoint, against, found.n, found.unscored, found.difference, found.ci95, found.p_value, note=note
+        measure,
+        checkpoint,
+        against,
+        metric.n,
+        metric.unscored,
+        metric.difference,
+        metric.ci95,
+        metric.p_value,
+        note=note,
     )
 
 
@@ -162,12 +185,12 @@ def adjusted(comparisons: Sequence[Paired], before: str) -> list[Paired]:
     family = [
         at
         for at, pair in enumerate(comparisons)
-        if pair.measure in BENCHMARKS and pair.against == before and pair.p_value is not None
+        if pair.measure in benchmarks() and pair.against == before and pair.p_value is not None
     ]
-    found = list(comparisons)
+    rows = list(comparisons)
     for at, p in zip(family, holm([comparisons[at].p_value or 0.0 for at in family]), strict=True):
-        found[at] = Paired(**{**asdict(found[at]), "ci95": found[at].ci95, "p_holm": p})
-    return found
+        rows[at] = replace(rows[at], p_holm=p)
+    return rows
 
 
 # --- over-optimisation ---
@@ -187,11 +210,11 @@ def findings(comparisons: Sequence[Paired], labels: Sequence[str]) -> list[Findi
     """What the rule says of each checkpoint after the first, by each measure of preference that was taken.
 
     Every checkpoint is judged against the first. A policy can also have passed its best and still be above the first:
-    a reward that rises from one checkpoint to the next while preference falls is found as well.
+    a reward that rises from one checkpoint to the next while preference falls is a finding too.
     """
     at = {(pair.measure, pair.checkpoint, pair.against): pair for pair in comparisons}
-    found = []
-    for preference in ("oracle", "hhh"):
+    findings = []
+    for preference in preferences():
         for place, label in enumerate(labels[1:], 1):
             for against in dict.fromkeys((labels[0], labels[place - 1])):
                 reward, worth = at.get(("reward", label, against)), at.get((preference, label, against))
@@ -199,17 +222,17 @@ def findings(comparisons: Sequence[Paired], labels: Sequence[str]) -> list[Findi
                     continue
                 kind = judge(reward, worth)
                 if against == labels[0] or kind == "over-optimised":
-                    found.append(Finding(label, against, preference, kind, _clause(kind, reward, worth)))
-    return found
+                    findings.append(Finding(label, against, preference, kind, _clause(kind, reward, worth)))
+    return findings
 
 
-def sentence(found: Sequence[Finding], labels: Sequence[str]) -> str:
+def sentence(findings: Sequence[Finding], labels: Sequence[str]) -> str:
     """One sentence: the first checkpoint that is over-optimised, else what is to be said of the last one.
 
-    The nano world's oracle, where there is one, speaks before HHH: it judges the very answers that earned the reward.
+    The nano world's oracle, where there is one, comes before HHH: it judges the very answers that earned the reward.
     """
-    preferred = next((f.preference for f in found), None)
-    mine = [f for f in found if f.preference == preferred]
+    preferred = next((f.preference for f in findings), None)
+    mine = [f for f in findings if f.preference == preferred]
     over = [f for f in mine if f.kind == "over-optimised"]
     if over:
         first = over[0]
@@ -225,8 +248,14 @@ def sentence(found: Sequence[Finding], labels: Sequence[str]) -> str:
     return f"{head}: from {last.against} to {last.checkpoint} {last.text}."
 
 
+def _preference_name(measure: str) -> str:
+    if measure == "oracle":
+        return "the oracle's score of the answers"
+    return f"{benchmarks()[measure]} {comparison_presets()[measure].protocol} accuracy"
+
+
 def _clause(kind: Kind, reward: Paired, worth: Paired) -> str:
-    name = "the oracle's score of the answers" if worth.measure == "oracle" else "HHH choice accuracy"
+    name = _preference_name(worth.measure)
     scale, unit = 100, " points"
     gained, judged = told(reward), told(worth, scale, unit)
     if kind == "unknown":
@@ -242,7 +271,7 @@ def _clause(kind: Kind, reward: Paired, worth: Paired) -> str:
 # --- in words ---
 
 
-def shown(policy: Policy, name: str) -> str:
+def shown(policy: MeasuredPolicy, name: str) -> str:
     """`71.4±4.2`, the 95 % half-width behind the mean; percent where the measure is a share."""
     metric = policy.measures.get(name)
     if metric is None:
@@ -251,7 +280,7 @@ def shown(policy: Policy, name: str) -> str:
         return "withheld"
     if metric["value"] is None:
         return "-"
-    scale, digits = (100, 1) if name in SHARES else (1, 0 if name == "characters" else 2)
+    scale, digits = (100, 1) if is_share(name) else (1, 0 if name == "characters" else 2)
     value = f"{scale * metric['value']:.{digits}f}"
     if not metric["ci95"]:
         return value

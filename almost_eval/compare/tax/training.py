@@ -14,17 +14,15 @@ In the folder of a whole recipe the stage is `rlsf/`, and beside it stand the po
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from almost_eval.errors import DataError, InputError
+from almost_eval.files import read_json, read_records, whole_folder
 from almost_eval.models.checkpoint import Checkpoint, find_checkpoint
-from almost_eval.run.store import read_json
+from almost_eval.types import JSONObject
 
 LOGGED = ("reward", "kl", "length")
 """What a row of the log has, beside its step."""
@@ -68,11 +66,11 @@ def read_training(folder: Path) -> TrainingRun:
     stage = folder / "rlsf" if (folder / "rlsf" / "log.jsonl").exists() else folder
     if not (stage / "log.jsonl").exists():
         raise InputError(f"--run {folder} holds no log.jsonl; give the folder that almost-train rlsf (or run) wrote")
-    found = _in_work(stage / ".work") | _kept(stage / "policies")
+    checkpoints = _in_work(stage / ".work") | _kept(stage / "policies")
     if (stage / "policy" / "config.json").exists() and (stage / "result.json").exists():
         step = read_json(stage / "result.json", "metrics")["metrics"].get("policy_step")
-        found[int(step) if isinstance(step, int) else _last_step(stage)] = stage / "policy"
-    if not found:
+        checkpoints[int(step) if isinstance(step, int) else _last_step(stage)] = stage / "policy"
+    if not checkpoints:
         raise InputError(
             f"--run {folder} holds no checkpoint yet; it comes with training's --save-every, or at its end"
         )
@@ -84,42 +82,41 @@ def read_training(folder: Path) -> TrainingRun:
     return TrainingRun(
         stage,
         _rows(stage / "log.jsonl"),
-        sorted(found.items()),
+        sorted(checkpoints.items()),
         beside("sft/model"),
         beside("reward/model"),
         beside("evaluation-prompts.jsonl"),
     )
 
 
-def as_checkpoint(found: Path, like: Checkpoint, target: Path) -> Path:
-    """A folder that can be loaded: `found` itself, or its weights with the configuration and tokenizer of `like`.
+def as_checkpoint(folder: Path, like: Checkpoint, target: Path) -> Path:
+    """A folder that can be loaded: `folder` itself, or its weights with the configuration and tokenizer of `like`.
 
     Args:
-        found: a checkpoint, or PPO's folder with `policy.safetensors` in it.
+        folder: a checkpoint, or PPO's folder with `policy.safetensors` in it.
         like: the policy that training began with.
         target: where to put the second kind together; made once.
     """
-    weights = found / "policy.safetensors"
+    weights = folder / "policy.safetensors"
     if not weights.exists():
-        return found
+        return folder
     if not target.exists():
-        scratch = target.with_name(f".{target.name}.{os.getpid()}")
-        shutil.copytree(like.path, scratch, ignore=shutil.ignore_patterns(*_WEIGHTS), dirs_exist_ok=True)
-        shutil.copyfile(weights, scratch / "model.safetensors")  # a copy: training removes old checkpoints
-        scratch.replace(target)
+        with whole_folder(target) as scratch:
+            shutil.copytree(like.path, scratch, ignore=shutil.ignore_patterns(*_WEIGHTS), dirs_exist_ok=True)
+            shutil.copyfile(weights, scratch / "model.safetensors")  # a copy: training removes old checkpoints
     find_checkpoint(str(target))  # refuses weights that were cut short
     return target
 
 
 def _in_work(work: Path) -> dict[int, Path]:
-    found = {}
+    folders = {}
     for folder in work.glob("*-*"):
         name = re.fullmatch(r"(step|checkpoint)-(\d+)", folder.name)
         # The last file that the trainer writes: without it, the checkpoint is half one.
         last = {"step": "numbers.json", "checkpoint": "trainer_state.json"}
         if name and (folder / last[name[1]]).exists() and int(name[2]) > 0:
-            found[int(name[2])] = folder
-    return found
+            folders[int(name[2])] = folder
+    return folders
 
 
 def _kept(policies: Path) -> dict[int, Path]:
@@ -132,13 +129,10 @@ def _last_step(stage: Path) -> int:
 
 
 def _rows(file: Path) -> list[LogRow]:
-    rows = []
-    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):  # a line without its end is half one
-        try:
-            row: dict[str, Any] = json.loads(line)
-            rows.append(LogRow(int(row["step"]), *(float(row[name]) for name in LOGGED)))
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"malformed data: {file}, row {number} is no step of RLSF ({error!r})") from None
+    def parse(row: JSONObject) -> LogRow:
+        return LogRow(int(row["step"]), *(float(row[name]) for name in LOGGED))
+
+    rows = [row for _, row in read_records(file, parse, "a step of RLSF", mend="run the stage again")]
     if not rows:
         raise DataError(f"{file} holds no steps yet")
     return rows

@@ -4,10 +4,10 @@ The caller reads a plain iterator. An event loop in a thread of its own holds th
 go on while the caller works, and Ctrl-C in the caller ends all of it at once. At most `concurrency` requests are
 under way, and twice as many outcomes wait to be read: memory does not grow with the number of requests.
 
-What is asked again: timeouts, lost connections, 408, 409, 5xx, answers that are cut, no JSON or no completion; up to
-`max_attempts` times in all, after an exponential back-off with full jitter. A 429 is asked again when there is a place
-(see `adaptive`), and counts as an attempt only if nothing at all was answered since the request's last one: an
-endpoint that works through its queue refuses nobody for good.
+What is sent again: timeouts, lost connections, 408, 409, 5xx, answers that are cut, no JSON or no completion; up to
+`max_attempts` times in all, after an exponential back-off with full jitter. After a 429 a request is sent again when
+there is a place (see `adaptive`). It counts as an attempt only if nothing at all was answered since the request's last
+one, since an endpoint that works through its queue gets to every request.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from dataclasses import replace
 
 from almost_eval.errors import InputError
 from almost_eval.judge.api.cost import Budget
-from almost_eval.judge.api.endpoint import Endpoint
+from almost_eval.judge.api.endpoint import JudgeEndpoint
 from almost_eval.judge.api.journal import Journal
-from almost_eval.judge.api.session import Session, Stats
+from almost_eval.judge.api.session import ClientStats, JudgeSession
 from almost_eval.judge.records import Failure, JudgeRequest, Reply
 from almost_eval.progress import Progress
 
@@ -61,14 +61,14 @@ class JudgeClient:
         if timeout <= 0 or max_attempts < 1 or concurrency < 1:
             raise InputError("timeout must be above 0 seconds, max_attempts and concurrency 1 or more")
         self.judge = judge
-        self.endpoint = Endpoint(judge, base_url, timeout)
+        self.endpoint = JudgeEndpoint(judge, base_url, timeout)
         self.journal = journal
         self.max_attempts = max_attempts
         self.concurrency = concurrency
         self.budget = budget or Budget(judge=judge)
         self.progress = progress or Progress()
         self.random = random.Random(seed)
-        self.stats = Stats(cost=None if self.budget.price is None else 0.0)
+        self.stats = ClientStats(cost=None if self.budget.price is None else 0.0)
 
     def stream(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[int, Reply | Failure]]:
         """Yield (index, outcome) of every request: first what is stored, then each as its reply is committed.
@@ -96,7 +96,18 @@ class JudgeClient:
                 yield i, stored
             if not missing:
                 return
-            with closing(Session(self, requests, list(missing.values())).outcomes()) as outcomes:
+            session = JudgeSession(
+                requests,
+                list(missing.values()),
+                endpoint=self.endpoint,
+                journal=self.journal,
+                budget=self.budget,
+                stats=self.stats,
+                random_=self.random,
+                concurrency=self.concurrency,
+                max_attempts=self.max_attempts,
+            )
+            with closing(session.outcomes()) as outcomes:
                 for indices, outcome in outcomes:
                     for copy, i in enumerate(indices):
                         if copy and isinstance(outcome, Reply):

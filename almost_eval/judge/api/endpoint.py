@@ -1,9 +1,7 @@
-"""One request to a judge over HTTP, and what came of it: a reply, or what went wrong and whether to ask again.
+"""One request to a judge over HTTP, and what came of it: a reply, or what went wrong and whether to try again.
 
 OpenAI's own endpoint is sent `max_completion_tokens`, which all of its chat models take; its newer ones refuse
 `max_tokens`. Every other endpoint is sent `max_tokens`, which all of them take.
-
-The key is read from `OPENAI_API_KEY`; it is in no setting, log, reply or error.
 """
 
 from __future__ import annotations
@@ -12,27 +10,33 @@ import asyncio
 import json
 import math
 import os
-import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
-from typing import Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING
 
 from almost_eval.errors import AlmostError, InputError, RunError
 from almost_eval.judge.records import JudgeRequest, Reply
+from almost_eval.models.endpoints import (
+    BASE_URL,
+    KEYS,
+    OPENAI,
+    EndpointAddress,
+    async_sdk_client,
+    hide_key,
+    read_key,
+    server_words,
+)
 
-OPENAI = "https://api.openai.com/v1"
-KEY = "OPENAI_API_KEY"
-NO_KEY = "none"
-"""The SDK does not start without a key; a server that wants none ignores this one."""
+if TYPE_CHECKING:
+    import httpx
+    import openai
 
 Tokens = tuple[int, int]  # (prompt, completion) as billed
 
 _TRY_AGAIN = (408, 409)  # and 429, 5xx
 _TOO_LONG = ("context_length_exceeded", "string_above_max_length")
-_KEY_LIKE = re.compile(r"\bsk-[\w*.-]+|\S*\*{3,}\S*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,7 @@ class Trouble:
     """As in `Failure.reason`."""
     message: str
     again: bool = False
-    """It may pass if it is asked again."""
+    """It may pass if it is sent again."""
     retry_after: float | None = None
     """Seconds that the endpoint asks to wait."""
     tokens: Tokens | None = None
@@ -56,8 +60,8 @@ class Trouble:
     """The same, but only if no other request passes: a 400 may be this request's own fault."""
 
 
-class Endpoint:
-    """Where a judge is asked.
+class JudgeEndpoint:
+    """Where a judge is reached.
 
     Args:
         judge: the model's name there.
@@ -71,47 +75,52 @@ class Endpoint:
     def __init__(self, judge: str, base_url: str | None, timeout: float) -> None:
         self.judge = judge
         self.timeout = timeout
-        self._key = os.environ.get(KEY, "").strip()
-        if not re.fullmatch(r"[!-~]*", self._key):
-            raise InputError(f"{KEY} holds spaces or characters that no key has; set it again")
-        self.base_url = _checked(base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI, self._key)
-        host = urlsplit(self.base_url).hostname or ""
-        self.is_openai = host == "openai.com" or host.endswith(".openai.com")
+        address = EndpointAddress.parse(
+            (base_url or os.environ.get(BASE_URL) or OPENAI).rstrip("/"), "--judge-base-url"
+        )
+        self.address = address
+        self.base_url = address.url
+        self.is_openai = address.is_openai
+        self._key = read_key(address)
+        parts = address.parts
+        if address.has_user or parts.query or parts.fragment or (self._key and self._key in self.base_url):
+            raise InputError(
+                "--judge-base-url holds a user, a password, a query or the key; give the bare address, the key in "
+                f"{' or '.join(KEYS)}"
+            )
         if self.is_openai and not self._key:
             raise InputError(
-                f"no key for {self.base_url}: set {KEY}, or give --judge-base-url for a server of your own"
+                f"no key for {self.base_url}: set {KEYS[1]} or {KEYS[0]}, or give --judge-base-url for a server of "
+                "your own"
             )
 
-    def connect(self) -> Any:
-        """An `openai.AsyncOpenAI` without retries of its own; use as a context manager in the loop that asks."""
-        import openai
+    def connect(self) -> openai.AsyncOpenAI:
+        """The SDK's client, for the loop that sends. Use as a context manager."""
+        return async_sdk_client(self.address, self._key, timeout=self.timeout)
 
-        return openai.AsyncOpenAI(
-            base_url=self.base_url, api_key=self._key or NO_KEY, max_retries=0, timeout=self.timeout
-        )
-
-    async def ask(self, connection: Any, request: JudgeRequest) -> Reply | Trouble:
+    async def send(self, connection: openai.AsyncOpenAI, request: JudgeRequest) -> Reply | Trouble:
         """Send once."""
+        import httpx
         import openai
 
-        limit = "max_completion_tokens" if self.is_openai else "max_tokens"
+        body = {
+            "model": request.judge,
+            "messages": [message.to_dict() for message in request.messages],
+            "temperature": request.temperature,
+            "max_completion_tokens" if self.is_openai else "max_tokens": request.max_tokens,
+        }
         try:
             async with asyncio.timeout(self.timeout):  # the SDK's own is for each read: a server that drips passes it
-                raw = await connection.chat.completions.with_raw_response.create(
-                    model=request.judge,
-                    messages=[message.to_dict() for message in request.messages],
-                    temperature=request.temperature,
-                    **{limit: request.max_tokens},
-                )
+                response = await connection.post("/chat/completions", cast_to=httpx.Response, body=body)
         except (TimeoutError, openai.APITimeoutError):
             return Trouble("timeout", f"no answer within {self.timeout:g} s", again=True, may_be_billed=True)
         except openai.APIStatusError as error:
             return self._refusal(error)
         except openai.APIConnectionError as error:
             return self._lost(error)
-        return self._read(raw.http_response)
+        return self._read(response)
 
-    def _read(self, response: Any) -> Reply | Trouble:
+    def _read(self, response: httpx.Response) -> Reply | Trouble:
         """A response of status 2xx."""
         try:
             body = json.loads(response.content)
@@ -136,16 +145,14 @@ class Endpoint:
         if finish == "content_filter":
             return Trouble("content_filter", "the provider's content filter withheld the answer", tokens=tokens)
         if not text and refusal:
-            return Trouble("refusal", self._scrub(str(refusal)), tokens=tokens)
+            return Trouble("refusal", server_words(str(refusal), self._key), tokens=tokens)
         if not text or not text.strip():
             why = ": its tokens were used up before it wrote anything" if finish == "length" else ""
             return Trouble("empty", f"the answer is empty (finish_reason {finish}){why}", tokens=tokens)
         model = body.get("model")
-        if self._key:
-            text = text.replace(self._key, "***")
-        return Reply(text, finish, model if isinstance(model, str) else "", *(tokens or (0, 0)))
+        return Reply(hide_key(text, self._key), finish, model if isinstance(model, str) else "", *(tokens or (0, 0)))
 
-    def _refusal(self, error: Any) -> Trouble:
+    def _refusal(self, error: openai.APIStatusError) -> Trouble:
         """A response of any other status."""
         status, words = error.status_code, self._words(error)
         code = error.body.get("code") if isinstance(error.body, dict) else None
@@ -161,7 +168,9 @@ class Endpoint:
         if status == 413 or code in _TOO_LONG or "maximum context length" in words:
             return replace(trouble, reason="too_long")
         if status in (401, 403):
-            return replace(trouble, fatal=InputError(f"{at} refuses the key ({status}): {words}; check {KEY}"))
+            return replace(
+                trouble, fatal=InputError(f"{at} refuses the key ({status}): {words}; check {KEYS[0]} or {KEYS[1]}")
+            )
         if status == 404:
             return replace(
                 trouble,
@@ -177,7 +186,7 @@ class Endpoint:
             )
         return replace(trouble, fatal=RunError(f"{at} answers {status}: {words}"))
 
-    def _lost(self, error: Any) -> Trouble:
+    def _lost(self, error: openai.APIConnectionError) -> Trouble:
         cause = error.__cause__
         if "complete message body" in str(cause) or "incomplete chunked read" in str(cause):
             return Trouble("cut", "the answer was cut off", again=True, may_be_billed=True)
@@ -187,16 +196,11 @@ class Endpoint:
             "connection", f"the connection failed ({name})", again=True, may_be_billed=name != "ConnectError"
         )
 
-    def _words(self, error: Any) -> str:
+    def _words(self, error: openai.APIStatusError) -> str:
         """The provider's own message, in one line and without the key."""
         body = error.body if isinstance(error.body, dict) else {}
         text = body.get("message") or body.get("detail") or error.response.reason_phrase or "no reason given"
-        return self._scrub(str(text))
-
-    def _scrub(self, text: str) -> str:
-        if self._key:
-            text = text.replace(self._key, "***")
-        return " ".join(_KEY_LIKE.sub("***", text).split())[:300]
+        return server_words(str(text), self._key)
 
 
 def retry_after(headers: Mapping[str, str], now: float | None = None) -> float | None:
@@ -204,12 +208,12 @@ def retry_after(headers: Mapping[str, str], now: float | None = None) -> float |
     milliseconds = _number(headers.get("retry-after-ms"))
     if milliseconds is not None:
         return milliseconds / 1000
-    given = headers.get("retry-after")
-    seconds = _number(given)
-    if seconds is not None or not given:
+    stated = headers.get("retry-after")
+    seconds = _number(stated)
+    if seconds is not None or not stated:
         return seconds
     try:
-        until = parsedate_to_datetime(given).timestamp()
+        until = parsedate_to_datetime(stated).timestamp()
     except (TypeError, ValueError, OverflowError):
         return None
     try:  # the server's clock against itself, where it shows its time
@@ -227,7 +231,7 @@ def _number(text: str | None) -> float | None:
     return value if math.isfinite(value) and value > 0 else None
 
 
-def _usage(body: Any) -> Tokens | None:
+def _usage(body: object) -> Tokens | None:
     usage = body.get("usage") if isinstance(body, dict) else None
     if not isinstance(usage, dict):
         return None
@@ -235,21 +239,3 @@ def _usage(body: Any) -> Tokens | None:
     if not isinstance(prompt, int) or not isinstance(completion, int) or min(prompt, completion) < 0:
         return None
     return (prompt, completion) if prompt + completion else None
-
-
-def _checked(base_url: str, key: str) -> str:
-    """The address, if it is one and holds nothing that may not be shown."""
-    try:
-        address = urlsplit(base_url)
-        host, _ = address.hostname, address.port
-    except ValueError:
-        address, host = urlsplit(""), None
-    if address.scheme not in ("http", "https") or not host:
-        raise InputError(
-            "--judge-base-url is not an http(s) address; it must look like http://localhost:8000/v1"
-        )  # not repeated: it may be a key in the wrong place
-    if "@" in address.netloc or address.query or address.fragment or (key and key in base_url):
-        raise InputError(
-            f"--judge-base-url holds a user, a password, a query or the key; give the bare address, the key in {KEY}"
-        )
-    return base_url.rstrip("/")

@@ -1,23 +1,26 @@
-"""One call of `JudgeClient.stream`: the workers in their thread, and what they do about what goes wrong."""
+"""One call of `JudgeClient.stream`: the workers in their thread, and what they do about what goes wrong.
+
+Each worker sends one request after the other. A failure belongs to the request, or to the endpoint: in the second case
+the session ends, and what is on its way is awaited, because it will be billed.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
 
 from almost_eval.errors import InputError, RunError
 from almost_eval.judge.api.adaptive import MAX_PAUSE, AdaptiveLimit, backoff
-from almost_eval.judge.api.endpoint import Trouble
+from almost_eval.judge.api.cost import Budget
+from almost_eval.judge.api.endpoint import JudgeEndpoint, Trouble
+from almost_eval.judge.api.journal import Journal
 from almost_eval.judge.records import Failure, JudgeRequest, Reply
-
-if TYPE_CHECKING:
-    from almost_eval.judge.api.client import JudgeClient
 
 BREAKER = 20
 """Requests that fail for good in a row, all for the endpoint's sake, before the run ends instead of trying the rest."""
@@ -32,10 +35,10 @@ _KEPT = "what was done is kept: the same command goes on"
 
 
 @dataclass
-class Stats:
-    """What a client did. Sendings are `asked` plus all of `retried`."""
+class ClientStats:
+    """What a client did. Sendings are `sent` plus all of `retried`."""
 
-    asked: int = 0
+    sent: int = 0
     """Different requests that were sent."""
     replied: int = 0
     """... and got a reply now."""
@@ -57,15 +60,43 @@ class Stats:
 _Outcome = tuple[list[int], Reply | Failure]
 
 
-class Session:
-    """One call of `stream`: the workers, in their thread."""
+class JudgeSession:
+    """One call of `stream`: the workers, in their thread.
 
-    def __init__(self, client: JudgeClient, requests: Sequence[JudgeRequest], groups: list[list[int]]) -> None:
-        self.client = client
-        self.stats = client.stats
-        self.budget = client.budget
+    Args:
+        requests: what to send, and what to pass over.
+        groups: places in `requests`, identical ones together: each group is sent once.
+        endpoint: where to.
+        journal: where each reply is stored before it is handed on.
+        budget: what may be spent.
+        stats: what was done; counted up here.
+        random_: of the jitter.
+        concurrency: requests on their way at a time, at most.
+        max_attempts: sendings of one request, the first included.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[JudgeRequest],
+        groups: list[list[int]],
+        *,
+        endpoint: JudgeEndpoint,
+        journal: Journal,
+        budget: Budget,
+        stats: ClientStats,
+        random_: random.Random,
+        concurrency: int,
+        max_attempts: int,
+    ) -> None:
         self.requests = requests
         self.groups = groups
+        self.endpoint = endpoint
+        self.journal = journal
+        self.budget = budget
+        self.stats = stats
+        self.random = random_
+        self.concurrency = concurrency
+        self.max_attempts = max_attempts
         self.ready: SimpleQueue[_Outcome | BaseException | None] = SimpleQueue()
         """Outcomes; then None, or what ended it."""
         self.ending: BaseException | None = None
@@ -77,7 +108,7 @@ class Session:
         self.main: asyncio.Task[None] | None = None
 
     def outcomes(self) -> Generator[_Outcome, None, None]:
-        """Run until all is asked, in the caller's thread; outcomes as they come."""
+        """Run until all is sent, in the caller's thread; outcomes as they come."""
         started = threading.Event()
         thread = threading.Thread(target=self._thread, args=(started,), name="judge", daemon=True)
         thread.start()
@@ -96,7 +127,7 @@ class Session:
                 self._call(self.main.cancel)
             thread.join(CLOSING)  # a daemon: a connection that does not close holds nothing up
 
-    def _call(self, function: Any) -> None:
+    def _call(self, function: Callable[[], object]) -> None:
         with suppress(RuntimeError):  # the loop has ended
             assert self.loop is not None  # `_thread` has begun
             self.loop.call_soon_threadsafe(function)
@@ -105,7 +136,7 @@ class Session:
         async def main() -> None:
             self.loop = asyncio.get_running_loop()
             self.main = asyncio.current_task()
-            self.room = asyncio.Semaphore(2 * self.client.concurrency)
+            self.room = asyncio.Semaphore(2 * self.concurrency)
             self.settled = asyncio.Event()
             started.set()
             await self._run()
@@ -119,10 +150,10 @@ class Session:
             started.set()
 
     async def _run(self) -> None:
-        self.limit = AdaptiveLimit(self.client.concurrency, self.client.random)
+        self.limit = AdaptiveLimit(self.concurrency, self.random)
         todo = iter(self.groups)
-        async with self.client.endpoint.connect() as self.connection:
-            count = min(self.client.concurrency, len(self.groups))
+        async with self.endpoint.connect() as self.connection:
+            count = min(self.concurrency, len(self.groups))
             self.workers = [asyncio.create_task(self._work(todo)) for _ in range(count)]
             await asyncio.gather(*self.workers, return_exceptions=True)
         if self.undecided and self.ending is None:
@@ -136,11 +167,11 @@ class Session:
                 worker.cancel()
 
     async def _work(self, todo: Iterator[list[int]]) -> None:
-        """Ask one request after the other until there are none."""
+        """Send one request after the other until there are none."""
         try:
             for indices in todo:
                 await self.room.acquire()
-                outcome = await self._ask(self.requests[indices[0]])
+                outcome = await self._reply_to(self.requests[indices[0]])
                 if isinstance(outcome, Reply):
                     self.stats.replied += 1
                     self.lost_in_a_row = 0
@@ -155,7 +186,7 @@ class Session:
             self._end(error)
 
     def _decide(self, indices: list[int], trouble: Trouble) -> None:
-        """Is it this request, or all of them?"""
+        """Whether the fault is this request's, or concerns all of them."""
         proven = self.stats.replied + self.stats.cached > 0
         if trouble.fatal is not None:
             self._end(trouble.fatal)
@@ -164,7 +195,7 @@ class Session:
             if len(self.undecided) >= REFUSALS:
                 self._end(trouble.refused)
         elif trouble.reason == "connection" and not proven:
-            where = self.client.endpoint.base_url
+            where = self.endpoint.base_url
             self._end(InputError(f"the endpoint {where} is not reachable; start it, or check --judge-base-url"))
         else:
             self._fail(indices, trouble)
@@ -177,12 +208,12 @@ class Session:
             if self.lost_in_a_row >= BREAKER:
                 self._end(
                     RunError(
-                        f"the endpoint {self.client.endpoint.base_url} has stopped answering: the last "
+                        f"the endpoint {self.endpoint.base_url} has stopped answering: the last "
                         f"{self.lost_in_a_row} requests failed ({trouble.message}); {_KEPT}"
                     )
                 )
 
-    async def _ask(self, request: JudgeRequest) -> Reply | Trouble | None:
+    async def _reply_to(self, request: JudgeRequest) -> Reply | Trouble | None:
         """Send until there is a reply or no hope; None where it was stopped in between."""
         worst = self.budget.worst(request)
         attempts, answered_before, sent = 0, self.stats.replied, False
@@ -200,7 +231,7 @@ class Session:
             if sent:
                 self.stats.retried[why] += 1
             else:
-                self.stats.asked += 1
+                self.stats.sent += 1
             sent = True
             outcome = await self._send(request, worst)
             if isinstance(outcome, Reply) or not outcome.again:
@@ -208,15 +239,13 @@ class Session:
             if outcome.reason != "rate_limited" or self.stats.replied == answered_before:
                 attempts += 1
             answered_before = self.stats.replied
-            if attempts >= self.client.max_attempts:
+            if attempts >= self.max_attempts:
                 return outcome
             if self.ending is not None:
                 return None
             why = outcome.reason
             if why != "rate_limited":
-                await asyncio.sleep(
-                    max(backoff(attempts, self.client.random), min(outcome.retry_after or 0.0, MAX_PAUSE))
-                )
+                await asyncio.sleep(max(backoff(attempts, self.random), min(outcome.retry_after or 0.0, MAX_PAUSE)))
 
     async def _send(self, request: JudgeRequest, worst: float) -> Reply | Trouble:
         """Send once, and commit the reply."""
@@ -224,9 +253,9 @@ class Session:
         self.sending.add(task)
         outcome: Reply | Trouble | None = None
         try:
-            outcome = await self.client.endpoint.ask(self.connection, request)
+            outcome = await self.endpoint.send(self.connection, request)
             if isinstance(outcome, Reply):
-                self.client.journal.put(request, outcome)
+                self.journal.put(request, outcome)
         finally:
             self.sending.discard(task)
             self._settle(outcome, worst)

@@ -258,14 +258,14 @@ const fixed = (value) => (typeof value === "number" ? value.toFixed(3).replace("
 
 function detail(b, at) {
   const { texts, outputs } = sampleAt(b, at);
-  const found = [
+  const parts = [
     h("header", {}, h("h3", {}, b.ids[at]), h("p", { class: "quiet" }, b.groups[b.group[at]].replace(/_+/g, " "))),
     h("ul", { class: "verdicts" }, b.runs.map((run, r) => verdictLine(b, run, r, at, outputs[r]))),
   ];
-  for (const panel of b.panels[b.panel[at]]) found.push(panelOf(b, panel, texts, outputs));
-  b.runs.forEach((run, r) => found.push(...writtenBy(b, run, texts[b.source[r]], outputs[r])));
-  texts.forEach((text, source) => found.push(...promptsOf(b, text, source)));
-  return found.filter(Boolean);
+  for (const panel of b.panels[b.panel[at]]) parts.push(panelOf(b, panel, texts, outputs));
+  b.runs.forEach((run, r) => parts.push(...writtenBy(b, run, texts[b.source[r]], outputs[r])));
+  texts.forEach((text, source) => parts.push(...promptsOf(b, text, source)));
+  return parts.filter(Boolean);
 }
 
 function verdictLine(b, run, r, at, output) {
@@ -312,14 +312,14 @@ function bar(run, value, best) {
 const KNOWN = new Set(["loglikelihoods", "rewards", "completions", "finish_reasons", "metrics", "review", "winner", "scores", "lengths"]);
 
 function writtenBy(b, run, text, output) { // texts: completions, or two answers and their review
-  const found = [], whose = b.runs.length > 1 ? ` · ${run.label}` : "";
-  if (!output) return found;
+  const parts = [], whose = b.runs.length > 1 ? ` · ${run.label}` : "";
+  if (!output) return parts;
   (output.completions || []).forEach((completion, i) => {
-    found.push(h("h4", {}, `Answer${whose}`, h("small", {}, ` ${(output.finish_reasons || [])[i] || ""}`)), h("pre", {}, completion));
+    parts.push(h("h4", {}, `Answer${whose}`, h("small", {}, ` ${(output.finish_reasons || [])[i] || ""}`)), h("pre", {}, completion));
   });
   if (text.judged) {
     const { question, answers } = text.judged;
-    if (question !== null) found.push(h("h4", {}, `Question${whose}`), h("pre", {}, question));
+    if (question !== null) parts.push(h("h4", {}, `Question${whose}`), h("pre", {}, question));
     const sides = answers.map(([name, answer], side) => {
       const facts = [];
       if (output.scores) facts.push(`score ${output.scores[side]}`);
@@ -329,17 +329,17 @@ function writtenBy(b, run, text, output) { // texts: completions, or two answers
       return h("div", {}, h("h4", {}, `${side + 1} · ${name}`, h("small", {}, ` ${facts.join(", ")}`)),
         h("pre", {}, answer === null ? "(not in the run folder)" : answer));
     });
-    found.push(h("div", { class: "sides" }, sides));
-    if (output.review) found.push(h("h4", {}, `Review${whose}`), h("pre", { class: "review" }, output.review));
+    parts.push(h("div", { class: "sides" }, sides));
+    if (output.review) parts.push(h("h4", {}, `Review${whose}`), h("pre", { class: "review" }, output.review));
   }
   const rest = Object.entries(output).filter(([key, value]) => !KNOWN.has(key) && value !== null);
   if (rest.length) {
-    found.push(h("dl", { class: "rest" }, rest.flatMap(([key, value]) => [
+    parts.push(h("dl", { class: "rest" }, rest.flatMap(([key, value]) => [
       h("dt", {}, key.replace(/_/g, " ") + whose),
       h("dd", {}, typeof value === "string" ? value : JSON.stringify(value)),
     ])));
   }
-  return found;
+  return parts;
 }
 
 function promptsOf(b, text, source) {
@@ -405,13 +405,13 @@ async function setUp() {
     if (e.key === "/" && !typing && !e.ctrlKey && !e.metaKey) { e.preventDefault(); $("query").focus(); }
   });
   $("browser").hidden = false;
-  const asked = /^#sample=(\d+)\/(.+)$/.exec(location.hash);
-  const place = asked && benchmarks[asked[1]] ? Number(asked[1]) : 0;
+  const linked = /^#sample=(\d+)\/(.+)$/.exec(location.hash);
+  const place = linked && benchmarks[linked[1]] ? Number(linked[1]) : 0;
   open(place);
-  if (asked) selected = benchmarks[place].ids.findIndex((id) => encodeURIComponent(id) === asked[2]);
+  if (linked) selected = benchmarks[place].ids.findIndex((id) => encodeURIComponent(id) === linked[2]);
   if (selected >= 0) select(selected, { quiet: true });
   find();
-  if (asked && selected >= 0) { move(0); $("samples").scrollIntoView(); }
+  if (linked && selected >= 0) { move(0); $("samples").scrollIntoView(); }
 }
 
 function open(number) {

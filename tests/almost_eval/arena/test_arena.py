@@ -14,10 +14,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from almost_eval.arena.votes import Vote, VoteStore, export, judge_verdicts, kappa, report
+from almost_eval.arena.report import export, judge_verdicts, report
+from almost_eval.arena.votes import Vote, VoteStore
 from almost_eval.errors import InputError, StoreError
+from almost_eval.stats import cohen_kappa
 
 PROMPT = ({"role": "user", "content": "What do otters eat?"},)
 
@@ -136,8 +139,8 @@ def test_counts_and_win_rates_by_hand() -> None:
     # Two of three votes with a winner went to side A.
     assert found.position.value == pytest.approx(2 / 3)
     # log strengths of +-s with 1 / (1 + exp(-2 s)) = 0.6
-    assert found.strengths is not None
-    assert found.strengths["X"] - found.strengths["Y"] == pytest.approx(0.405465, abs=1e-6)
+    assert found.strengths.values is not None
+    assert found.strengths.values["X"] - found.strengths.values["Y"] == pytest.approx(0.405465, abs=1e-6)
 
 
 def test_one_session_has_no_interval() -> None:
@@ -148,18 +151,23 @@ def test_one_session_has_no_interval() -> None:
 
 def test_strengths_that_are_not_finite_are_no_number() -> None:
     found = report([vote("1", "a"), vote("2", "a", session="s2")])
-    assert found.strengths is None
-    assert "no finite estimate" in (found.strengths_reason or "")
+    assert found.strengths.values is None
+    assert "no finite estimate" in (found.strengths.reason or "")
 
 
 def test_strengths_have_an_interval_over_sessions() -> None:
     votes = [vote(f"{s}-{i}", "a" if i < 6 else "b", session=str(s)) for s in range(12) for i in range(8)]
     found = report(votes)
-    assert found.strengths is not None
-    assert found.strengths_ci95 is not None
-    low, high = found.strengths_ci95["X"]
-    assert low <= found.strengths["X"] <= high
+    assert found.strengths.values is not None
+    assert found.strengths.ci95 is not None
+    low, high = found.strengths.ci95["X"]
+    assert low <= found.strengths.values["X"] <= high
     assert report(votes).to_dict() == found.to_dict()  # seeded
+
+
+def kappa(first: Sequence[str], second: Sequence[str]) -> float | None:
+    pairs = list(zip(first, second, strict=True))
+    return cohen_kappa(pairs, list(map(str, range(len(pairs)))), rng=np.random.default_rng(0)).value
 
 
 def test_kappa_by_hand() -> None:
@@ -175,6 +183,35 @@ def test_kappa_is_scikit_learns() -> None:
 
     first, second = ["a", "b", "tie", "a", "b", "a", "tie"], ["a", "b", "a", "a", "tie", "b", "tie"]
     assert kappa(first, second) == pytest.approx(cohen_kappa_score(first, second))
+
+
+def test_intervals_are_those_of_whole_sessions_drawn_with_replacement() -> None:
+    # Written out: what `report` says without the shared bootstrap.
+    random = np.random.default_rng(5)
+    votes = [
+        vote(
+            str(i),
+            str(random.choice(["a", "b", "tie"])),
+            session=str(i % 9),
+            reward_a=float(random.normal()),
+            reward_b=0.0,
+        )
+        for i in range(60)
+    ]
+    found = report(votes, seed=3)
+    rng = np.random.default_rng(3)
+    sessions = [[v for v in votes if v.session == str(g)] for g in range(9)]
+    differences, kappas = [], []
+    for _ in range(500):
+        drawn = [v for g in rng.integers(9, size=9) for v in sessions[g]]
+        share = sum(v.score_a for v in drawn) / len(drawn)  # X is always A
+        differences.append(np.log(share / (1 - share)) / 2)
+    for _ in range(500):
+        drawn = [v for g in rng.integers(9, size=9) for v in sessions[g]]
+        kappas.append(kappa([v.vote for v in drawn], ["a" if (v.reward_a or 0) > 0 else "b" for v in drawn]))
+    assert found.strengths.ci95 is not None
+    assert found.strengths.ci95["X"] == pytest.approx(np.quantile(differences, [0.025, 0.975]), abs=1e-9)
+    assert found.agreement[0].kappa_ci95 == pytest.approx(np.quantile(np.array(kappas, float), [0.025, 0.975]))
 
 
 def test_agreement_with_the_reward_model_and_a_judge() -> None:

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from almost_eval.compare.parity import Row, compare, plan
+from almost_eval.compare.parity import ParityPlan, ParityRow, compare, plan
 from almost_eval.errors import InputError
+from almost_eval.run.request import RunRequest
 from almost_eval.types import Outputs, Sample, SampleRecord, Score
 
 Command = Callable[..., Any]
@@ -31,9 +32,9 @@ def record(id: str, values: list[float | None], score: float | None = 1.0, token
     return SampleRecord(sample, outputs, Score(score, reason, {"accuracy": score}))
 
 
-def compared(mine: list[SampleRecord], theirs: list[SampleRecord]) -> Row:
+def compared(mine: list[SampleRecord], theirs: list[SampleRecord]) -> ParityRow:
     was, now = ({one.sample.id: one for one in records} for records in (theirs, mine))
-    return compare(was, now, Row("hhh", "vllm", "hf", 0))
+    return compare(was, now, ParityRow("hhh", "vllm", "hf", 0))
 
 
 REFERENCE = [record("a", [-1.0, -2.0]), record("b", [-3.0, -1.0], 0.0)]
@@ -92,13 +93,17 @@ def test_nothing_is_no_proof() -> None:
 )
 def test_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        plan("nano/almost", **given)
+        planned(**given)
+
+
+def planned(**named: Any) -> ParityPlan:
+    return plan(RunRequest(task="", model="nano/almost"), **named)
 
 
 def test_the_default_engines_include_a_served_model() -> None:
-    assert plan("nano/almost").engines == ["hf", "vllm"]
-    assert plan("nano/almost", base_url="http://x/v1").engines == ["hf", "vllm", "openai"]
-    assert plan("nano/almost").tasks == ["hhh", "truthfulqa", "mmlu"]
+    assert planned().engines == ["hf", "vllm"]
+    assert planned(base_url="http://x/v1").engines == ["hf", "vllm", "openai"]
+    assert planned().tasks == ["hhh", "truthfulqa", "mmlu"]
 
 
 def test_no_server_is_one_line(almost_eval: Command) -> None:

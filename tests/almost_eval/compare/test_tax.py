@@ -17,7 +17,17 @@ from almost_eval.cli.tax import tax
 from almost_eval.compare.comparison import compare_runs
 from almost_eval.compare.tax.measure import _named
 from almost_eval.compare.tax.tasks import nano_prompts, read_prompts
-from almost_eval.compare.tax.tax import Finding, Paired, Policy, Tax, adjusted, findings, judge, paired, sentence
+from almost_eval.compare.tax.tax import (
+    Finding,
+    MeasuredPolicy,
+    Paired,
+    Tax,
+    adjusted,
+    findings,
+    judge,
+    paired,
+    sentence,
+)
 from almost_eval.compare.tax.training import read_training
 from almost_eval.errors import DataError, InputError
 from almost_eval.nano import shipped
@@ -295,7 +305,7 @@ def test_the_plot_and_the_page(measured: Path) -> None:
 
 def test_names_are_no_markup() -> None:
     metric = {"value": 0.5, "ci95": [0.4, 0.6], "stderr": 0.05, "n": 9, "unscored": 0}
-    policies = [Policy(name, name, at, None, {"hhh": metric}) for at, name in enumerate(["a$x", "<b>$\\frac$"])]
+    policies = [MeasuredPolicy(name, name, at, None, {"hhh": metric}) for at, name in enumerate(["a$x", "<b>$\\frac$"])]
     found = Tax(policies, "places", [], [Finding("b", "a", "hhh", "unknown", "")], "<i>sentence", facts={})
     svg, _ = draw(found)
     assert "&lt;b&gt;$\\frac$" in svg

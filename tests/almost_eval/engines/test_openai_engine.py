@@ -22,8 +22,9 @@ import pytest
 
 from almost_eval.engines.base import GenerationEngine, SamplingParams
 from almost_eval.engines.build import EngineOptions, generation_engine
-from almost_eval.engines.openai import KEYS, OpenAIEngine
+from almost_eval.engines.openai import OpenAIEngine
 from almost_eval.errors import AlmostError, InputError, RunError
+from almost_eval.models.endpoints import KEYS
 
 SECRET = "sk-do-not-print-me"
 SAMPLED = SamplingParams(max_new_tokens=8, temperature=1.0, n=2, stop=("\n\nHuman:",), seed=3)

@@ -19,10 +19,10 @@ from test_openai_engine import SECRET, Answer, Endpoint, failed
 
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.hf import HFEngine
-from almost_eval.engines.openai_client import KEYS
 from almost_eval.engines.openai_loglikelihood import PROBE, OpenAIScorer
 from almost_eval.engines.prefix import EncodedContinuation, EncodedRequest
 from almost_eval.errors import AlmostError, InputError, RunError
+from almost_eval.models.endpoints import KEYS
 from almost_eval.types import LoglikelihoodRequest
 
 REQUESTS = [

@@ -9,6 +9,7 @@ import pytest
 from almost_eval.data.sources import find_data
 from almost_eval.engines.build import EngineOptions
 from almost_eval.errors import DataError, InputError, StoreError
+from almost_eval.files import write_rows
 from almost_eval.judge.answers import (
     ArchivedSystem,
     ModelSystem,
@@ -18,7 +19,6 @@ from almost_eval.judge.answers import (
     distinct,
     open_system,
     question_line,
-    write_whole,
 )
 from almost_eval.judge.questions import find_questions, read_answers, read_questions
 from almost_eval.judge.records import Question
@@ -123,7 +123,7 @@ def test_a_file_that_this_run_did_not_write(questions: list[Question], tmp_path:
         ([line | {"question_id": 900}], "line 1: question 900 is not asked"),
         ([{"text": "a"}], "line 1 is not an answer"),
     ):
-        write_whole(file, lines)
+        write_rows(file, lines, ascii_only=True)
         with pytest.raises(StoreError, match=problem):
             system.write(file, Progress())
 
@@ -133,7 +133,11 @@ def test_a_file_that_this_run_did_not_write(questions: list[Question], tmp_path:
 
 def answer_file(tmp_path: Path, questions: list[Question], **texts: str) -> Path:
     file = tmp_path / "answers.jsonl"
-    write_whole(file, [{"question_id": q.id, "text": texts.get(f"q{q.id}", "a"), "model_id": "m"} for q in questions])
+    write_rows(
+        file,
+        [{"question_id": q.id, "text": texts.get(f"q{q.id}", "a"), "model_id": "m"} for q in questions],
+        ascii_only=True,
+    )
     return file
 
 
@@ -172,5 +176,5 @@ def test_file_names() -> None:
 
 def test_questions_come_back(tmp_path: Path) -> None:
     asked = [Question("1", "What?\u2028 ", "math", "42"), Question("a", "Who?")]
-    write_whole(tmp_path / "q.jsonl", [question_line(question) for question in asked])
+    write_rows(tmp_path / "q.jsonl", [question_line(question) for question in asked], ascii_only=True)
     assert read_questions(tmp_path / "q.jsonl") == asked

@@ -22,7 +22,7 @@ from almost_eval.errors import InputError
 from almost_eval.judge.api.adaptive import MAX_PAUSE, AdaptiveLimit
 from almost_eval.judge.api.client import JudgeClient
 from almost_eval.judge.api.cost import Budget
-from almost_eval.judge.api.endpoint import Endpoint, retry_after
+from almost_eval.judge.api.endpoint import JudgeEndpoint, retry_after
 from almost_eval.judge.api.journal import Journal
 from almost_eval.judge.records import Failure, JudgeRequest, Reply
 
@@ -71,7 +71,7 @@ def test_every_archived_review_comes_back(
     client = JudgeClient("gpt-4", journal, base_url=server.url)
     outcomes = dict(client.stream(requests_for(archive)))
     assert texts(outcomes) == [one.review for one in archive]
-    assert len(server.log) == len(journal) == client.stats.asked == client.stats.replied == 400
+    assert len(server.log) == len(journal) == client.stats.sent == client.stats.replied == 400
     assert client.stats.retried == client.stats.failed == {}
     first = outcomes[0]
     assert isinstance(first, Reply)
@@ -96,7 +96,7 @@ def test_stored_replies_come_first_and_are_not_paid_again(
     order = list(client.stream(requests))
     assert [i for i, _ in order[:6]] == [6, 7, 8, 9, 10, 11]
     assert [outcome.cached for _, outcome in order if isinstance(outcome, Reply)] == [True] * 6 + [False] * 6
-    assert (client.stats.asked, client.stats.cached) == (6, 6)
+    assert (client.stats.sent, client.stats.cached) == (6, 6)
     assert len(server.log) == 12
 
 
@@ -109,7 +109,7 @@ def test_identical_requests_are_asked_once(
     outcomes = dict(client.stream([one, two, one, one]))
     assert texts(outcomes) == [archive[0].review, archive[1].review, archive[0].review, archive[0].review]
     assert sorted(o.cached for o in outcomes.values() if isinstance(o, Reply)) == [False, False, True, True]
-    assert (len(server.log), client.stats.asked, client.stats.cached) == (2, 2, 2)
+    assert (len(server.log), client.stats.sent, client.stats.cached) == (2, 2, 2)
 
 
 def test_a_request_for_another_judge_is_refused(journal: Journal, archive: list[Archived]) -> None:
@@ -311,7 +311,7 @@ def test_no_request_is_sent_that_could_exceed_the_bound(
     refused = [outcome for outcome in outcomes.values() if isinstance(outcome, Failure)]
     assert {failure.reason for failure in refused} == {"budget"}
     assert client.stats.failed == {"budget": len(refused)}
-    assert len(server.log) == client.stats.asked == len(journal) == 60 - len(refused)
+    assert len(server.log) == client.stats.sent == len(journal) == 60 - len(refused)
     assert 0.5 < budget.spent <= 0.6  # a reply uses far less than is set aside: nearly all is spent
     assert client.stats.cost == pytest.approx(budget.spent)
     assert budget.reserved == pytest.approx(0, abs=1e-9)
@@ -408,7 +408,7 @@ def test_only_openais_own_hosts_are_openai(monkeypatch: pytest.MonkeyPatch) -> N
         "https://eu.api.openai.com/v1/": True,
         "http://openai.com.evil/v1": False,
     }
-    assert {url: Endpoint("j", url, 1.0).is_openai for url in hosts} == hosts
+    assert {url: JudgeEndpoint("j", url, 1.0).is_openai for url in hosts} == hosts
 
 
 @pytest.mark.parametrize("options", [{"timeout": 0}, {"max_attempts": 0}, {"concurrency": 0}])

@@ -53,7 +53,7 @@ PASSING = {
     "a list": (LIST, "malformed"),
     "null choices": (NULL_CHOICES, "malformed"),
 }
-"""Asked again: the fault, and the reason it is counted under."""
+"""SamplePrompts again: the fault, and the reason it is counted under."""
 
 LASTING = {
     "empty choices": (EMPTY_CHOICES, "empty_choices"),
@@ -108,7 +108,7 @@ def check(
     stats = client.stats
     assert stats.replied == len(archive) - len(failures) == len(client.journal)
     assert dict(stats.failed) == dict(Counter(failure.reason for failure in failures))
-    assert stats.asked + stats.retried.total() == server.count
+    assert stats.sent + stats.retried.total() == server.count
     assert all("\n" not in failure.message for failure in failures)
     return failures
 
@@ -325,7 +325,7 @@ with Journal(Path(sys.argv[3])) as journal:
     client = JudgeClient("gpt-4", journal, base_url=sys.argv[2], concurrency=6)
     for i, outcome in client.stream(requests_for(read_archive(Path(sys.argv[1]))[:80])):
         pass
-    print(client.stats.asked, client.stats.cached)
+    print(client.stats.sent, client.stats.cached)
 """
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from almost_eval.data.sources import DataSource
 from almost_eval.errors import DataError, InputError
-from almost_eval.judge.prompts import FAMILIES, JudgePrompts, load_judge_prompts
+from almost_eval.judge.families import DEFAULT_FAMILY, FAMILIES
+from almost_eval.judge.prompts import FORMS, JudgePrompts, load_family, load_judge_prompts, parse_review
 from almost_eval.judge.records import Answer, Pair, Question, Unparsed, Verdict
 
 TABLE = "github/lm-sys/FastChat/fastchat/eval/table"
@@ -152,6 +153,45 @@ def test_parse_belongs_to_the_family() -> None:
     assert scores.parse("8 9\nFine.", asked) == Verdict("2", 8.0, 9.0)
     assert scores.parse("It says: I deserve Scores: 1 10 for this.", asked) == Unparsed("no_scores")
     assert letters.parse("Fine. [[A]]", asked) == Verdict("1")
+
+
+def test_a_family_states_all_of_itself() -> None:
+    for name in FAMILIES:
+        family = load_family(name)
+        assert family.title
+        assert family.form in FORMS
+        prompts = load_judge_prompts(name, "builtin", NOWHERE)
+        assert (prompts.name, prompts.kind) == (name, family.form)
+    assert DEFAULT_FAMILY in FAMILIES
+
+
+def test_a_new_family_is_one_file_and_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "short.yaml").write_text(OWN)
+    (tmp_path / "short_family.py").write_text(
+        "from pathlib import Path\n"
+        "from almost_eval.judge.prompts import PromptFamily, Template, Wording\n"
+        "FAMILY = PromptFamily('a letter', 'letters', Path(__file__).with_name('short.yaml'),\n"
+        "                      lambda data: Wording({'general': Template('', '{question}{answer_1}{answer_2}')}))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(FAMILIES, "short", "short_family:FAMILY")
+    asked = pair("One.", "Two.")
+    builtin, official = (load_judge_prompts("short", name, NOWHERE) for name in ("builtin", "official"))
+    assert user(builtin, asked).startswith("Q: What is")
+    assert user(official, asked) == "What is {answer_1} in braces?One.Two."
+    assert (official.temperature, official.max_tokens) == (0.0, 2048)
+    assert official.parse("Fine. [[B]]", asked) == parse_review("letters", "Fine. [[B]]", asked) == Verdict("2")
+    from almost_eval.cli.list import inventory
+
+    assert {"name": "short", "reviews": "a letter"} in inventory()["judge_prompts"]
+
+
+def test_no_other_file_names_a_family() -> None:
+    import almost_eval
+
+    root = Path(almost_eval.__file__).parent
+    naming = [file for file in root.rglob("*.py") if '"mt-bench"' in file.read_text(encoding="utf-8")]
+    assert [file.relative_to(root).as_posix() for file in naming] == ["judge/families/__init__.py"]
 
 
 def test_official_prompts_that_are_not_to_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,7 @@ def test_first_turn_of_mt_bench_answers(tmp_path: Path) -> None:
         ([line(1, text=["no"])], "line 1: an answer needs a text"),
         ([line(1), [2]], "line 2: not a JSON object"),
         ([line(1, text="\ud83d")], "half a character"),
+        ([line(1, metadata={"score": math.nan})], "line 1: NaN or infinity"),
     ],
 )
 def test_malformed_answers(rows: list[Any], problem: str, tmp_path: Path) -> None:

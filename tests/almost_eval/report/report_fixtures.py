@@ -18,9 +18,10 @@ import pytest
 
 from almost_eval.data.prompt_sets import load_prompt_set
 from almost_eval.data.sources import DataSource
-from almost_eval.run.prompt_log import Asked, Prompt, write_prompts
+from almost_eval.files import write_json
+from almost_eval.run.prompt_log import Prompt, SamplePrompts, write_prompts
 from almost_eval.run.runner import summarise
-from almost_eval.run.store import record_to_dict, write_json
+from almost_eval.run.store import record_to_dict
 from almost_eval.run.validity import check
 from almost_eval.tasks.base import Prompting, Task
 from almost_eval.types import Sample, SampleRecord
@@ -63,7 +64,7 @@ def write_run(
     protocol: str = "choice",
     model: str = "m",
     headline: str = "accuracy",
-    asked: Sequence[Asked] = (),
+    asked: Sequence[SamplePrompts] = (),
     spec: Mapping[str, Any] | None = None,
     results: Mapping[str, Any] | None = None,
     make: Task | None = None,
@@ -121,7 +122,7 @@ def write_run(
     return folder
 
 
-def synthesised(task: Task, seed: int) -> tuple[list[SampleRecord], list[Asked]]:
+def synthesised(task: Task, seed: int) -> tuple[list[SampleRecord], list[SamplePrompts]]:
     """Every sample of a task, its real prompts, and random log-likelihoods for answers."""
     draw = random.Random(seed)
     records, asked = [], []
@@ -135,7 +136,9 @@ def synthesised(task: Task, seed: int) -> tuple[list[SampleRecord], list[Asked]]
             "n_tokens": sizes,
         }
         records.append(SampleRecord(sample, outputs, task.score(sample, outputs)))
-        asked.append(Asked(sample.id, sample.choices, tuple(Prompt(r.context, r.continuations) for r in requests)))
+        asked.append(
+            SamplePrompts(sample.id, sample.choices, tuple(Prompt(r.context, r.continuations) for r in requests))
+        )
     return records, asked
 
 

@@ -24,11 +24,11 @@ def review(question: int, order: str, score: float | None, *, mine: int = 10, ot
     return SampleRecord(stored, {"lengths": lengths, "review": "text", "winner": "1"}, Score(score, reason))
 
 
-def judged(folder: Path, records: list[SampleRecord], **results: Any) -> LoadedRun:
+def judged(folder: Path, records: list[SampleRecord], *, task: str = "vicuna", **results: Any) -> LoadedRun:
     write_run(
         folder,
         records,
-        task="vicuna",
+        task=task,
         protocol="gpt-4",
         headline="win_rate",
         spec={"settings": SETTINGS, "requires": "judge"},
@@ -65,3 +65,17 @@ def test_length_bins(tmp_path: Path) -> None:
     first, *_, last = length_bins(judged(tmp_path / "run", records))
     assert (first.ratio, first.share.value) == (pytest.approx(0.5), 0.0)
     assert (last.ratio, last.share.value) == (pytest.approx(4.0), 1.0)
+
+
+def test_a_judged_run_is_known_by_what_it_requires(tmp_path: Path) -> None:
+    other = judged(tmp_path / "other", [review(1, "forward", 1.0)], task="questions")
+    assert other.judged
+    write_run(tmp_path / "check", [], task="judge-check", spec={"requires": "judge"})  # of a judge, no systems
+    write_run(tmp_path / "plain", [], task="vicuna")
+    runs = load_runs([tmp_path / name for name in ("other", "check", "plain")])
+    assert [run.judged for run in runs.runs] == [True, False, False]
+    assert [benchmark.label for benchmark in runs.benchmarks] == [
+        "Questions vs base · judge gpt-4",
+        "judge-check · choice",
+        "vicuna · choice",
+    ]

@@ -12,7 +12,7 @@ import pytest
 from report_fixtures import sample, write_run
 
 from almost_eval.report.page import write_page
-from almost_eval.run.prompt_log import Asked, Prompt, read_prompts
+from almost_eval.run.prompt_log import Prompt, SamplePrompts, read_prompts
 from almost_eval.types import SampleRecord, Score
 
 pytest_plugins = ["report_fixtures"]
@@ -74,7 +74,7 @@ def hostile_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
             protocol=HOSTILE[0],
             model=model,
             headline=HOSTILE[1],
-            asked=[Asked(t, (t, t), (Prompt(t * 9, (t, "x")),)) for t in HOSTILE],
+            asked=[SamplePrompts(t, (t, t), (Prompt(t * 9, (t, "x")),)) for t in HOSTILE],
             spec={
                 "command": ["almost-eval", *HOSTILE[:4]],
                 "commit": HOSTILE[2],

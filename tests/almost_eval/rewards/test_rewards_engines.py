@@ -13,8 +13,8 @@ from test_openai_engine import SECRET, Answer, Endpoint, failed
 
 from almost_eval.data.sources import find_data
 from almost_eval.engines.build import EngineOptions
-from almost_eval.engines.openai_client import KEYS
 from almost_eval.errors import InputError, ModelError, RunError
+from almost_eval.models.endpoints import KEYS
 from almost_eval.rewards.build import reward_model
 from almost_eval.rewards.hf import HFRewardModel, RewardModel
 from almost_eval.rewards.http import PROBE, HTTPRewardModel

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from almost_eval.data.sources import DataSource
 from almost_eval.errors import RunError, StoreError
-from almost_eval.run.prompt_log import NAME, SHORTEST_PIECE, Asked, Prompt, read_prompts, write_prompts
+from almost_eval.run.prompt_log import NAME, SHORTEST_PIECE, Prompt, SamplePrompts, read_prompts, write_prompts
 from almost_eval.tasks.base import Prompting
 
 Command = Callable[..., Any]
@@ -28,8 +28,8 @@ def texts(folder: Path) -> dict[str, list[str]]:
 
 def test_a_shared_header_is_stored_once(tmp_path: Path) -> None:
     header = "Question. Answer.\n" * 20 + "\n"
-    asked = [Asked(f"{i}", ("yes", "no"), (Prompt(f"{header}Question {i}?", (" A", " B")),)) for i in range(5)]
-    asked.append(Asked("too long", (), ()))
+    asked = [SamplePrompts(f"{i}", ("yes", "no"), (Prompt(f"{header}Question {i}?", (" A", " B")),)) for i in range(5)]
+    asked.append(SamplePrompts("too long", (), ()))
     write_prompts(tmp_path, asked)
     first, *rest = lines(tmp_path)
     assert first["text"] == header
@@ -37,13 +37,13 @@ def test_a_shared_header_is_stored_once(tmp_path: Path) -> None:
     assert {row["prompts"][0]["piece"] for row in rest[:-1]} == {first["piece"]}
     back = read_prompts(tmp_path)
     assert [prompt.shared for one in back.values() for prompt in one.prompts] == [len(header)] * 5
-    assert back["0"] == Asked("0", ("yes", "no"), (Prompt(f"{header}Question 0?", (" A", " B"), len(header)),))
+    assert back["0"] == SamplePrompts("0", ("yes", "no"), (Prompt(f"{header}Question 0?", (" A", " B"), len(header)),))
     assert back["too long"].prompts == ()
 
 
 def test_a_short_beginning_stays_with_its_prompt(tmp_path: Path) -> None:
     header = "x" * (SHORTEST_PIECE - 3) + "\n\n"
-    write_prompts(tmp_path, [Asked(f"{i}", (), (Prompt(header + f"{i}"),)) for i in range(2)])
+    write_prompts(tmp_path, [SamplePrompts(f"{i}", (), (Prompt(header + f"{i}"),)) for i in range(2)])
     assert [row["id"] for row in lines(tmp_path)] == ["0", "1"]
 
 
@@ -52,7 +52,9 @@ ANY_TEXT = st.text(st.characters(), max_size=400)
 
 @given(st.lists(st.tuples(ANY_TEXT, st.lists(ANY_TEXT, max_size=3)), max_size=6), ANY_TEXT)
 def test_every_text_comes_back(given: list[tuple[str, list[str]]], header: str) -> None:
-    asked = [Asked(f"{i}", tuple(c), (Prompt(header + t), Prompt(t, tuple(c)))) for i, (t, c) in enumerate(given)]
+    asked = [
+        SamplePrompts(f"{i}", tuple(c), (Prompt(header + t), Prompt(t, tuple(c)))) for i, (t, c) in enumerate(given)
+    ]
     with tempfile.TemporaryDirectory() as folder:
         write_prompts(Path(folder), asked)
         back = read_prompts(Path(folder))
@@ -61,13 +63,13 @@ def test_every_text_comes_back(given: list[tuple[str, list[str]]], header: str) 
 
 
 def test_half_a_surrogate_pair_comes_back(tmp_path: Path) -> None:
-    write_prompts(tmp_path, [Asked("1", (), (Prompt("broken \ud83d end"),))])
+    write_prompts(tmp_path, [SamplePrompts("1", (), (Prompt("broken \ud83d end"),))])
     assert texts(tmp_path) == {"1": ["broken \ud83d end"]}
 
 
 def test_what_is_there_is_left_alone(tmp_path: Path) -> None:
-    write_prompts(tmp_path, [Asked("1", (), (Prompt("first"),))])
-    write_prompts(tmp_path, [Asked("1", (), (Prompt("second"),))])
+    write_prompts(tmp_path, [SamplePrompts("1", (), (Prompt("first"),))])
+    write_prompts(tmp_path, [SamplePrompts("1", (), (Prompt("second"),))])
     assert texts(tmp_path) == {"1": ["first"]}
     assert [file.name for file in tmp_path.iterdir()] == [NAME]
 
@@ -79,13 +81,14 @@ def test_a_folder_without_prompts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("line", ["{", "[]", '{"id": "1"}', '{"id": "1", "choices": [], "prompts": [{"piece": "x"}]}'])
 def test_a_damaged_file_is_named(tmp_path: Path, line: str) -> None:
     (tmp_path / NAME).write_text(line + "\n")
-    with pytest.raises(StoreError, match=r"prompts\.jsonl, line 1 is no prompt .* remove the file"):
+    with pytest.raises(StoreError, match=r"prompts\.jsonl, line 1 is not a prompt .* remove the file"):
         read_prompts(tmp_path)
 
 
 def test_a_disk_that_takes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"cannot write to .*; the same command goes on"):
-        write_prompts(tmp_path / "absent", [Asked("1", (), ())])
+        write_prompts(tmp_path / "file", [SamplePrompts("1", (), ())])
 
 
 # --- through the command
@@ -148,7 +151,7 @@ def test_all_of_mmlu_is_no_burden(data_root: Path, tmp_path: Path) -> None:
     data = DataSource("hub", data_root)
     task = MMLU([], 5, data, Prompting(load_prompt_set("builtin", data)))
     asked = [
-        Asked(s.id, s.choices, tuple(Prompt(r.context, r.continuations) for r in task.requests(s, 5)))
+        SamplePrompts(s.id, s.choices, tuple(Prompt(r.context, r.continuations) for r in task.requests(s, 5)))
         for s in task.samples()
     ]
     began = time.perf_counter()

@@ -191,7 +191,7 @@ def test_a_full_disk_ends_the_run_in_one_line(tmp_path: Path, monkeypatch: pytes
     said = r"cannot write to .* \(No space left on device\); what was scored is kept"
     with RunStore(tmp_path, SPEC) as store:
         store.append(record("1"))
-        monkeypatch.setattr(store, "_stream", full)
+        monkeypatch.setattr(store._lines, "_stream", full)
         with pytest.raises(RunError, match=said):
             store.append(record("2"))
     with _open(tmp_path) as store:

@@ -15,7 +15,8 @@ import pytest
 from tracked import tensorboard_scalars, wandb_rows
 
 from almost_eval.errors import InputError, MissingDependencyError, RunError
-from almost_eval.run.store import read_json, read_results
+from almost_eval.files import read_json
+from almost_eval.run.store import read_results
 from almost_eval.run.trackers import JSONL, Trackers, check_trackers, logging_to
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from almost_eval.cli.all import Display
 from almost_eval.cli.main import main
 from almost_eval.errors import InputError
 from almost_eval.nano.seeded import checkpoint
-from almost_eval.suite.plan import NAMES, Planned, choose, with_defaults
+from almost_eval.run.request import RunRequest
+from almost_eval.suite.plan import Planned, SuiteRequest, choose, suite_names, with_defaults
 
 Command = Callable[..., Any]
 PROGRAM = Path(sys.executable).with_name("almost-eval")
@@ -50,7 +52,7 @@ def environment() -> dict[str, str]:
 
 def test_every_task_has_its_folder_and_the_table_its_row(whole: Path) -> None:
     out = (whole.parent / "stdout").read_text()
-    for name in NAMES:
+    for name in suite_names():
         results = json.loads((whole / name / "results.json").read_text())
         assert (whole / name / "spec.json").exists()
         assert (whole / name / "samples.jsonl").exists()
@@ -69,7 +71,7 @@ def test_the_plan_comes_first_and_counts_what_is_computed(whole: Path) -> None:
     """Standard error has the plan; its tokens are those that the engine then computed."""
     err = (whole.parent / "stderr").read_text()
     total = 0
-    for name in NAMES:
+    for name in suite_names():
         (row,) = (line for line in err.splitlines() if f"│ {name} " in line)
         results = json.loads((whole / name / "results.json").read_text())
         if computed := results["engine"].get("tokens_computed"):
@@ -91,14 +93,14 @@ def test_it_is_as_the_commands_of_their_own_would_do(whole: Path, almost_eval: C
 
 
 def test_again_nothing_is_computed(whole: Path, almost_eval: Command) -> None:
-    before = {name: (whole / name / "samples.jsonl").read_bytes() for name in NAMES}
+    before = {name: (whole / name / "samples.jsonl").read_bytes() for name in suite_names()}
     plan = json.loads(almost_eval("all", *FEW, "--output", whole, "--dry-run", "--json").out)
     assert (plan["read"], plan["write"]) == (0, 0)
     assert all(task["done"] == task["samples"] > 0 for task in plan["tasks"].values())
 
     done = almost_eval("all", *FEW, "--output", whole, "--json")
     assert (done.code, done.err) == (0, "")
-    assert {name: (whole / name / "samples.jsonl").read_bytes() for name in NAMES} == before
+    assert {name: (whole / name / "samples.jsonl").read_bytes() for name in suite_names()} == before
     assert json.loads(done.out) == json.loads((whole / "all.json").read_text())
 
 
@@ -280,29 +282,29 @@ def test_one_display_for_all() -> None:
     assert "going on" in shown.getvalue()
 
 
-def given(**more: Any) -> dict[str, Any]:
-    return dict.fromkeys(("model", "reward_model", "baseline", "judge", "data", "data_root")) | more
+def suite(model: str | None = None, data: str | None = None, **more: Any) -> SuiteRequest:
+    return SuiteRequest(base=RunRequest(task="", model=model, data=data), **more)
 
 
 def test_what_a_model_brings_along() -> None:
-    names = ("model", "reward_model", "judge", "baseline")
+    def brought(**more: Any) -> list[str | None]:
+        request = with_defaults(suite(**more))
+        return [request.base.model, request.reward_model, request.judge.judge, request.baseline]
 
-    def found(**more: Any) -> list[str | None]:
-        return [with_defaults(given(**more))[name] for name in names]
-
-    assert found() == ["nano/almost", "nano/reward", "nano", "nano/vanilla-medium"]
-    assert found(baseline="a.jsonl") == ["nano/almost", "nano/reward", "nano", "a.jsonl"]
-    assert found(data="hub") == ["nano/almost", None, None, "nano/vanilla-medium"]
-    assert found(model="nano/vanilla-medium") == ["nano/vanilla-medium", "nano/reward", None, None]
-    assert found(model="./ckpt") == ["./ckpt", None, None, None]
+    assert brought() == ["nano/almost", "nano/reward", "nano", "nano/vanilla-medium"]
+    assert brought(baseline="a.jsonl") == ["nano/almost", "nano/reward", "nano", "a.jsonl"]
+    assert brought(data="hub") == ["nano/almost", None, None, "nano/vanilla-medium"]
+    assert brought(model="nano/vanilla-medium") == ["nano/vanilla-medium", "nano/reward", None, None]
+    assert brought(model="./ckpt") == ["./ckpt", None, None, None]
 
 
 def test_which_tasks_run() -> None:
-    bare = with_defaults(given(model="./ckpt"))
-    own = with_defaults(given())
-    assert choose([], own) == list(NAMES)
-    assert choose([], bare) == ["hhh-choice", "hhh-likelihood", "truthfulqa", "mmlu"]
-    assert choose(["mmlu", "hhh"], bare) == ["hhh-choice", "hhh-likelihood", "mmlu"]
-    assert choose(["hhh"], own) == ["hhh-reward", "hhh-choice", "hhh-likelihood"]
+    def chosen(*tasks: str, model: str | None = None) -> list[str]:
+        return choose(replace(with_defaults(suite(model)), tasks=tasks))
+
+    assert chosen() == list(suite_names())
+    assert chosen(model="./ckpt") == ["hhh-choice", "hhh-likelihood", "truthfulqa", "mmlu"]
+    assert chosen("mmlu", "hhh", model="./ckpt") == ["hhh-choice", "hhh-likelihood", "mmlu"]
+    assert chosen("hhh") == ["hhh-reward", "hhh-choice", "hhh-likelihood"]
     with pytest.raises(InputError, match="needs --reward-model"):
-        choose(["hhh-reward"], bare)
+        chosen("hhh-reward", model="./ckpt")

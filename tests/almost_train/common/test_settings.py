@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
+from click.testing import CliRunner
 
 from almost_eval.errors import InputError
-from almost_train.common.config import option, settings_from, settings_to_dict
+from almost_train.cli.settings import settings_flag
+from almost_train.common.config import option, settings_from, settings_of, settings_to_dict
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,3 +74,21 @@ def test_refusals(given: dict[str, Any], message: str) -> None:
         settings_from(Settings, given, "recipe, reward")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_flags() -> None:
+    collected: list[Settings] = []
+
+    def collect(**flags: object) -> None:
+        collected.append(settings_from(Settings, flags, "reward"))
+
+    command = click.Command("reward", params=list(map(settings_flag, settings_of(Settings).values())), callback=collect)
+    arguments = ["--learning-rate", "1e-4", "--bf16", "--stop", "a", "--stop", "b", "--evaluation", "x", "--limit", "3"]
+    assert CliRunner().invoke(command, arguments).exit_code == 0
+    assert CliRunner().invoke(command, []).exit_code == 0
+    wanted = Settings(learning_rate=1e-4, bf16=True, stop=("a", "b"), evaluation=Path("x"), limit=3)
+    assert collected == [wanted, Settings()]
+    help = CliRunner().invoke(command, ["--help"]).output
+    assert "--learning-rate FLOAT" in help
+    assert "[cosine|linear]" in help
+    assert "2e-05" in help

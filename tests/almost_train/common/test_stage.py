@@ -24,7 +24,7 @@ def test_a_stage_is_done_once_its_result_is_there(tmp_path: Path) -> None:
     source.write_text("{}\n")
     folder = tmp_path / "stage"
     with Stage(folder, "reward", Settings(), {"rows": source, "model": "nano/vanilla-small"}) as stage:
-        assert not stage.done
+        assert stage.result is None
         (folder / "out.jsonl").write_text("{}\n")
         result = stage.finish({"accuracy": 0.5}, {"out": folder / "out.jsonl"})
     assert json.loads((folder / "result.json").read_text()) == result
@@ -66,7 +66,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     with held, pytest.raises(StoreError, match="in use by another process"):
         other.__enter__()
     with Stage(tmp_path / "stage", "reward", Settings()) as stage:
-        assert not stage.done
+        assert stage.result is None
 
 
 def test_a_refused_command_leaves_the_folder_free(tmp_path: Path) -> None:

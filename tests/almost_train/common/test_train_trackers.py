@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from stopping import StopAfter, Stopped
 from tracked import tensorboard_scalars, wandb_rows
 
@@ -18,16 +17,11 @@ from almost_eval.compare.tax.training import as_checkpoint, read_training
 from almost_eval.files import read_rows, write_rows
 from almost_eval.models.checkpoint import find_checkpoint
 from almost_eval.run.trackers import JSONL, logging_to
-from almost_train.rlsf.run import RLSFSettings, rlsf
+from almost_train.rlsf.job import RLSFSettings
+from almost_train.rlsf.run import rlsf
 from almost_train.sft.run import SFTSettings, train_sft
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def numbers(row: dict[str, Any]) -> dict[str, Any]:

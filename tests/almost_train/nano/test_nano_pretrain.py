@@ -14,7 +14,7 @@ from almost_eval.errors import InputError
 from almost_eval.models.chat import encode_with_completion_mask, load_template
 from almost_eval.nano import lexicon
 from almost_eval.nano.world import SEPARATOR, World, render
-from almost_train.nano.ladder import Configuration, fact_accuracy, oracle_ladder, sample
+from almost_train.nano.ladder import Respondent, fact_accuracy, oracle_ladder, sample
 from almost_train.nano.pretrain import SIZES, Curriculum, Pretrained, pretrain, pretrain_family
 
 SHIPPED = Path(__file__).parents[3] / "almost_eval/nano/checkpoints"
@@ -170,7 +170,7 @@ def test_the_worlds_words_and_the_labels_are_one_token_each(loaded: tuple[Any, A
 
 def test_the_ladder_measures_and_repeats(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
-    configurations = (Configuration("small", "weak", 1), Configuration("small"))
+    configurations = (Respondent("small", "weak", 1), Respondent("small"))
     rungs = oracle_ladder({"small": model}, tokenizer, configurations, n=20)
     assert [rung.configuration for rung in rungs] == ["small-weak-1shot", "small-0shot"]
     assert all(0 <= rung.overall <= 1 and rung.n == 20 for rung in rungs)
@@ -215,6 +215,6 @@ def test_the_command_of_the_card_makes_the_shipped_model(tmp_path: Path) -> None
     scores = []
     for folder in (new, shipped):
         model, tokenizer = _load(folder)
-        rungs = oracle_ladder({"small": model}, tokenizer, [Configuration("small", "good", 1)], n=400)
+        rungs = oracle_ladder({"small": model}, tokenizer, [Respondent("small", "good", 1)], n=400)
         scores.append(rungs[0].overall)
     assert scores[0] == pytest.approx(scores[1], abs=0.08)  # 400 answers: a standard error of some .02 each

@@ -19,7 +19,8 @@ from almost_eval.errors import InputError
 from almost_eval.files import digest_path, read_rows
 from almost_eval.nano.world import World
 from almost_train.pipeline.plan import plan
-from almost_train.pipeline.run import RECIPES, Pipeline, load_recipe
+from almost_train.pipeline.recipe import RECIPES, load_recipe
+from almost_train.pipeline.run import Pipeline
 from almost_train.pipeline.summary import draw, outcome
 
 SMALL = "nano/vanilla-small"
@@ -206,6 +207,11 @@ def check(tmp_path: Path, changes: dict[str, Any]) -> None:
         ({"engine": {"engin": "hf"}}, "recipe broken, engine: unknown option 'engin'; did you mean 'engine'?"),
         ({"prompt_set": "nan"}, "unknown prompt set 'nan'; did you mean 'nano'?"),
         ({"evaluation": {}}, "recipe broken, evaluation: give either prompts (a file) or nano_prompts (how many)"),
+        (
+            {"rlsf": {"algorithm": "rloo", "gamma": 0.9}},
+            "algorithm rloo takes no gamma (of ppo); leave it out, or choose another algorithm",
+        ),
+        ({"rlsf": {"algorithm": "pp"}}, "recipe broken, rlsf: algorithm is 'pp'; did you mean 'ppo'?"),
         ({"self_play": {"assistant_demonstrations": "god"}}, "has no demonstrations 'god'; did you mean 'good'?"),
     ],
 )

@@ -19,12 +19,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from stopping import StopAfter, Stopped
+from transformers import AutoTokenizer
 
 from almost_eval.compare.tax.training import read_training
 from almost_eval.errors import DataError, InputError, RunError, StoreError
 from almost_eval.files import read_rows
+from almost_eval.rewards.hf import HFRewardModel
 from almost_train.common.config import settings_to_dict
-from almost_train.rlsf.run import RLSFSettings, rlsf
+from almost_train.rlsf.job import ALGORITHMS, COMMON_SETTINGS, RLSFSettings, check_settings, load_algorithm
+from almost_train.rlsf.rollouts import conversation
+from almost_train.rlsf.run import rlsf
 
 SMALL: dict[str, Any] = {
     "batch_size": 16,
@@ -43,7 +47,9 @@ SMALL: dict[str, Any] = {
 
 
 def settings(**changes: Any) -> RLSFSettings:
-    return RLSFSettings(**{**SMALL, **changes})
+    algorithm = load_algorithm(changes.get("algorithm", "ppo"))
+    small = {name: value for name, value in SMALL.items() if algorithm.takes(name)}
+    return RLSFSettings(**{**small, **changes})
 
 
 @pytest.fixture(autouse=True)
@@ -155,6 +161,18 @@ def test_the_reward_rises_beyond_noise(algorithm: str, world: dict[str, Any], tm
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
     start = AutoModelForCausalLM.from_pretrained(world["policy"])
     assert not torch.equal(trained.lm_head.weight, start.lm_head.weight)
+
+
+def test_the_saved_template_writes_bos_once_and_is_served_with_its_stops(world: dict[str, Any], tmp_path: Path) -> None:
+    from almost_eval.models.chat import STOP_STRINGS
+    from serving.models import find_model
+
+    rlsf(settings(steps=1), **world, output=tmp_path)
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "policy")
+    message = [{"role": "user", "content": "Hello"}]
+    ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+    assert (ids[0], ids.count(tokenizer.bos_token_id)) == (tokenizer.bos_token_id, 1)
+    assert find_model("policy", str(tmp_path / "policy")).stop == STOP_STRINGS["almost"]
 
 
 def test_the_first_update_compares_a_policy_with_itself(world: dict[str, Any], tmp_path: Path) -> None:
@@ -270,7 +288,7 @@ def test_killed_just_before_the_policy_is_saved(
     whole = rlsf(chosen, **world, output=tmp_path / "whole")
     assert whole["metrics"]["stopped"] == ("kl" if limit == 5 else None)
     with monkeypatch.context() as patch:
-        patch.setattr(f"almost_train.rlsf_{'ppo' if algorithm == 'ppo' else 'trl'}.save_policy", die)
+        patch.setattr(f"almost_train.rlsf.{'loop' if algorithm == 'ppo' else 'trl'}.save_policy", die)
         with pytest.raises(Stopped):
             rlsf(chosen, **world, output=tmp_path / "killed")
     assert rlsf(chosen, **world, output=tmp_path / "killed")["metrics"] == whole["metrics"]
@@ -281,7 +299,9 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import torch
-from almost_train.rlsf.run import RLSFSettings, rlsf
+from almost_train.rlsf.job import ALGORITHMS, COMMON_SETTINGS, RLSFSettings, check_settings, load_algorithm
+from almost_train.rlsf.rollouts import conversation
+from almost_train.rlsf.run import rlsf
 torch.set_num_threads(1)
 given = json.loads(sys.argv[1])
 world = given["world"] | {"prompts": Path(given["world"]["prompts"])}
@@ -399,6 +419,102 @@ def test_sizes_that_do_not_go_together(
     assert not (tmp_path / "out").exists()
 
 
+PPO_ONLY: dict[str, Any] = {
+    "mini_batch_size": 8,
+    "sampling_batch_size": 8,
+    "ppo_epochs": 1,
+    "value_learning_rate": 1e-5,
+    "value_clip": 0.5,
+    "gamma": 0.9,
+    "gae_lambda": 0.9,
+    "normalise_rewards": "none",
+    "kl_controller": "fixed",
+    "kl_target": 3.0,
+    "kl_horizon": 500.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "name", "value", "takers"),
+    [
+        *(("rloo", name, value, "ppo") for name, value in PPO_ONLY.items()),
+        *(("grpo", name, value, "ppo") for name, value in PPO_ONLY.items()),
+        ("ppo", "num_generations", 8, "rloo, grpo"),
+        ("grpo", "whiten_advantages", False, "ppo, rloo"),
+    ],
+)
+def test_a_setting_of_another_algorithm_is_refused(
+    algorithm: str, name: str, value: Any, takers: str, tmp_path: Path
+) -> None:
+    # The models do not exist: they are not looked for.
+    with pytest.raises(InputError) as error:
+        rlsf(settings(algorithm=algorithm, **{name: value}), tmp_path, "no policy", "no reward", tmp_path / "out")
+    assert error.value.exit_code == 2
+    assert str(error.value) == (
+        f"algorithm {algorithm} takes no {name} (of {takers}); leave it out, or choose another algorithm"
+    )
+    assert not (tmp_path / "out").exists()
+    check_settings(RLSFSettings(algorithm=algorithm))
+
+
+def test_every_setting_is_one_that_an_algorithm_takes() -> None:
+    algorithms = [load_algorithm(name) for name in ALGORITHMS]
+    names = set(settings_to_dict(RLSFSettings()))
+    assert names == {name for name in names if any(algorithm.takes(name) for algorithm in algorithms)}
+    assert all(algorithm.own_settings | COMMON_SETTINGS <= names for algorithm in algorithms)
+
+
+def test_the_command_line_refuses_a_setting_of_another_algorithm_in_one_line(
+    world: dict[str, Any], tmp_path: Path
+) -> None:
+    command = [
+        *(sys.executable, "-m", "almost_train.cli", "rlsf", "--prompts", str(world["prompts"])),
+        *("--policy", world["policy"], "--reward-model", world["reward_model"], "--output", str(tmp_path / "out")),
+        *("--algorithm", "rloo", "--value-clip", "0.5", "--gamma", "0.9"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith(
+        "algorithm rloo takes no value_clip, gamma (of ppo); leave it out, or choose another algorithm"
+    )
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+# --- another tokenizer than the reward model's ---
+
+
+@pytest.fixture(scope="module")
+def byte_reward_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A reward model that reads a token for every byte, and 60 of them: the policy's 12 may be more text than fits."""
+    from almost_eval.nano.seeded import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("byte-reward")
+    tokenizer = train_tokenizer(["a"], vocab_size=259, model_max_length=60)
+    make_reward_model(folder, tokenizer)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 60}))
+    return str(folder)
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", pytest.param("rloo", marks=pytest.mark.slow)])
+def test_an_answer_ends_where_the_reward_models_context_is_full(
+    algorithm: str, world: dict[str, Any], byte_reward_model: str, tmp_path: Path
+) -> None:
+    world = {**world, "reward_model": byte_reward_model}
+    metrics = rlsf(settings(algorithm=algorithm, steps=2, samples_every=1), **world, output=tmp_path)["metrics"]
+    assert metrics["stopped"] is None
+    assert metrics["prompts"] >= 2
+    rows, samples = rows_of(tmp_path), read_rows(tmp_path / "samples.jsonl")
+    assert rows[0]["cut_for_reward"] > 0
+    reader = HFRewardModel(byte_reward_model, device="cpu")
+    lengths = reader.lengths([conversation(row["prompt"], row["completion"]) for row in samples])
+    assert max(lengths) <= 60
+    # Nothing more was cut than had to be: with the longest token of the policy the answer would not have fitted.
+    longest = max(len(token) for token in AutoTokenizer.from_pretrained(world["policy"]).get_vocab())
+    assert max(lengths) > 60 - longest
+    assert all(row["cut_for_reward"] <= 16 * (1 - row["ended"]) for row in rows)
+
+
 def test_prompts_that_leave_no_room_are_counted(world: dict[str, Any], tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     rows = [{"id": "short", "prompt": "Hello"}, {"id": "long", "prompt": "cat " * 300}]
@@ -439,9 +555,10 @@ def test_stdout_and_the_global_generators_are_left_alone(
 def test_ppo_and_trl_see_the_same_prompts_and_write_the_same_records(world: dict[str, Any], tmp_path: Path) -> None:
     results = {}
     for algorithm in ("ppo", "rloo"):
-        chosen = settings(algorithm=algorithm, steps=1, num_generations=2)
+        chosen = settings(algorithm=algorithm, steps=1, **({} if algorithm == "ppo" else {"num_generations": 2}))
         results[algorithm] = rlsf(chosen, **world, output=tmp_path / algorithm)["metrics"]
     common = {"step", "reward", "length_adjusted_reward", "kl", "entropy", "length", "clip_share", "learning_rate"}
+    common |= {"cut_for_reward"}
     for algorithm in results:
         assert common <= set(read_rows(tmp_path / algorithm / "log.jsonl")[0])
     assert set(results["ppo"]) - set(results["rloo"]) == {"value_model"}

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from almost_eval.errors import DataError, InputError
-from almost_train.synthetic.ranking import Answer, Ranking, ranked_pairs, read_ranking
+from almost_train.synthetic.ranking import RankedAnswer, Ranking, ranked_pairs, read_ranking
 
 ABC: Ranking = (("a",), ("b",), ("c",))
 
 
-def answers(**texts: int | str | None) -> dict[str, Answer]:
+def answers(**texts: int | str | None) -> dict[str, RankedAnswer]:
     """Configuration -> text, or its length, or None for one that broke a rule."""
     return {
-        name: Answer(
+        name: RankedAnswer(
             name, "" if text is None else text if isinstance(text, str) else "x" * text, None if text else "bad"
         )
         for name, text in texts.items()
@@ -78,7 +78,7 @@ class TestByHand:
         # With the 1,000: mean 360; without: 30, 40, mean 35, std 5, bound 32.5, so a (30) is too short.
         ranking: Ranking = (("a",), ("b",), ("c",))
         told = answers(a=30, b=40, c=1000)
-        told["c"] = Answer("c", "x" * 1000, "no_final_stop")
+        told["c"] = RankedAnswer("c", "x" * 1000, "no_final_stop")
         assert [p.reason for p in ranked_pairs("p1", told, ranking)] == ["length_rule", "bad_response", "bad_response"]
 
     def test_options(self) -> None:
@@ -120,7 +120,10 @@ def test_equals_the_official_rules_on_random_inputs() -> None:
                 rubric.append([name])
         # Few different lengths, so that ties and values on the bound are frequent.
         texts = {name: "BAD" if rng.random() < 0.25 else "x" * rng.choice((4, 5, 7, 9, 20)) for name in names}
-        told = {name: Answer(name, "" if t == "BAD" else t, "bad" if t == "BAD" else None) for name, t in texts.items()}
+        told = {
+            name: RankedAnswer(name, "" if t == "BAD" else t, "bad" if t == "BAD" else None)
+            for name, t in texts.items()
+        }
         pairs = [p for p in ranked_pairs("p1", told, tuple(map(tuple, rubric))) if p.reason is None]
         assert [(p.chosen.configuration, p.rejected.configuration) for p in pairs] == official(texts, rubric)
         total += len(pairs)

@@ -21,9 +21,9 @@ from almost_eval.arena.votes import VoteStore
 from almost_eval.errors import InputError
 from serving.chat.arena import Arena, sentence, session_id
 from serving.chat.client import Endpoint, EndpointError
-from serving.chat.conversation import Candidate, Conversation, Reply, Settings
+from serving.chat.conversation import ChatCandidate, ChatReply, Conversation, Settings
 from serving.chat.render import candidates_html, markdown, past_html
-from serving.chat.session import System
+from serving.chat.session import ChatSystem
 from serving.chat.tab_report import report_html, runs_with_report
 
 ATTACKS = [
@@ -68,7 +68,7 @@ def test_an_answer_is_harmless_html(attack: str) -> None:
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_so_is_everything_around_it(attack: str) -> None:
     """Questions, model names and candidates are data as well."""
-    reply = Reply(attack, attack, 1.0, (Candidate(attack, None), Candidate(attack, 2.0, True)), 3, 1.0)
+    reply = ChatReply(attack, attack, 1.0, (ChatCandidate(attack, None), ChatCandidate(attack, 2.0, True)), 3, 1.0)
     page = past_html(Conversation().ask(attack).answer(reply)) + candidates_html(reply.candidates)
     for tag, attributes in Tags(page).found:
         assert tag in OWN_TAGS
@@ -107,8 +107,8 @@ def test_only_reports_below_the_root_are_shown(tmp_path: Path) -> None:
 # --- a blind round ---
 
 
-def systems() -> list[System]:
-    return [System(name, Endpoint(f"http://127.0.0.1:1/{name}")) for name in ("red", "green", "blue")]
+def systems() -> list[ChatSystem]:
+    return [ChatSystem(name, Endpoint(f"http://127.0.0.1:1/{name}")) for name in ("red", "green", "blue")]
 
 
 def test_sides_are_shuffled_by_the_seed_and_evenly(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_a_vote_is_stored_whole(tmp_path: Path) -> None:
 
     round_ = arena.begin("Why?", "q7")
     assert not round_.votable
-    round_ = replace(round_, replies=(Reply("one", reward=1.0), Reply("two", reward=2.0)))
+    round_ = replace(round_, replies=(ChatReply("one", reward=1.0), ChatReply("two", reward=2.0)))
     voted = arena.vote(round_, "f" * 32, "b")
     assert not voted.votable
     with pytest.raises(InputError):

@@ -10,9 +10,9 @@ import pytest
 
 from almost_eval.errors import InputError
 from serving.chat.client import Abilities, Address, Delta, End, Endpoint, EndpointError
-from serving.chat.conversation import Candidate, Conversation, Reply, Settings
+from serving.chat.conversation import ChatCandidate, ChatReply, Conversation, Settings
 from serving.chat.scripted import Script, ScriptedEndpoint
-from serving.chat.session import RateLimit, Step, System, draw
+from serving.chat.session import ChatSystem, RateLimit, Step, draw
 
 ASK = [{"role": "user", "content": "hello"}]
 
@@ -107,9 +107,9 @@ def test_best_of_returns_every_candidate_with_its_reward() -> None:
     assert text == "the longest"
     assert end.reward == 11.0
     assert end.candidates == (
-        Candidate("short", 5, False),
-        Candidate("the longest", 11, True),
-        Candidate("longer", 6, False),
+        ChatCandidate("short", 5, False),
+        ChatCandidate("the longest", 11, True),
+        ChatCandidate("longer", 6, False),
     )
     assert server.requests[0]["best_of"] == 3
     assert server.requests[0]["almost_candidates"] is True
@@ -119,7 +119,7 @@ def test_leaving_a_stream_ends_it_upstream() -> None:
     with ScriptedEndpoint(Script(["word "] * 200, delay_s=0.02)) as server:
 
         async def ask() -> None:
-            stop, system = asyncio.Event(), System("s", Endpoint(server.url))
+            stop, system = asyncio.Event(), ChatSystem("s", Endpoint(server.url))
             async for step in draw(system, ASK, Settings(), stop):
                 if step.reply.text.count("word") > 3:
                     stop.set()
@@ -140,7 +140,7 @@ def test_an_answer_grows_before_its_end_and_has_a_reward_at_it() -> None:
     with ScriptedEndpoint(Script(("a ", "b ", "c"), delay_s=0.12), rewards=lambda text: -len(text)) as server:
 
         async def ask() -> list[Step]:
-            system = System("s", Endpoint(server.url))
+            system = ChatSystem("s", Endpoint(server.url))
             return [step async for step in draw(system, ASK, Settings(), asyncio.Event())]
 
         *growing, last = run(ask)
@@ -215,7 +215,7 @@ def test_a_broken_stream_keeps_what_had_come() -> None:
     with ScriptedEndpoint(Script(("Half an", " answer"), cut=True)) as server:
 
         async def ask() -> list[Step]:
-            system = System("s", Endpoint(server.url))
+            system = ChatSystem("s", Endpoint(server.url))
             return [step async for step in draw(system, ASK, Settings(), asyncio.Event())]
 
         last = run(ask)[-1]
@@ -229,7 +229,7 @@ def test_a_broken_stream_keeps_what_had_come() -> None:
 def talk(*pairs: tuple[str, str]) -> Conversation:
     conversation = Conversation()
     for question, answer in pairs:
-        conversation = conversation.ask(question).answer(Reply(answer))
+        conversation = conversation.ask(question).answer(ChatReply(answer))
     return conversation
 
 
@@ -262,7 +262,7 @@ def test_a_conversation_survives_the_browser() -> None:
     whole = (
         talk(("q", "a"))
         .ask("q2")
-        .answer(Reply("x", "m", 1.5, (Candidate("x", 1.5, True), Candidate("y", None)), 12, 0.5, "length"))
+        .answer(ChatReply("x", "m", 1.5, (ChatCandidate("x", 1.5, True), ChatCandidate("y", None)), 12, 0.5, "length"))
     )
     assert Conversation.from_dict(json.loads(json.dumps(whole.to_dict()))) == whole
 

@@ -76,10 +76,27 @@ def test_n_returns_the_top_n(client: httpx.Client) -> None:
 
 
 def test_what_cannot_be_scored_is_never_chosen(client: httpx.Client) -> None:
-    almost = ask(client, best_of=10, n=10)["almost"]
+    almost = ask(client, best_of=10, n=9)["almost"]
     assert almost["rewards"][7] is None
-    assert almost["chosen"] == [9, 8, 6, 5, 4, 3, 2, 1, 0]  # one choice less than was asked for
+    assert almost["chosen"] == [9, 8, 6, 5, 4, 3, 2, 1, 0]
     assert almost["unscored"] == [{"index": 7, "reason": "the prompt is too long"}]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_fewer_scored_candidates_than_answers_are_an_error(client: httpx.Client, stream: bool) -> None:
+    """Ten answers are asked for, and candidate 7 has no reward: nine would be fewer, and nobody would be told."""
+    body = {"messages": HELLO, "best_of": 10, "n": 10, "stream": stream}
+    answer = client.post(CHAT, json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"] == {
+        "message": "only 9 of the 10 candidates could be scored, and n is 10: the prompt is too long",
+        "type": "invalid_request_error",
+        "param": "n",
+        "code": "too_few_scored",
+    }
+    found = ask(client, best_of=10, n=10, best_of_fallback=True)
+    assert len(found["choices"]) == 10
+    assert found["almost"]["fallback"].startswith("only 9 of the 10 candidates could be scored")
 
 
 def test_best_of_one_is_an_answer_with_its_reward(client: httpx.Client) -> None:

@@ -20,9 +20,9 @@ import pytest
 from fake_upstream import FakeUpstream, Served, event
 
 from serving.gateway.app import GatewaySettings, create_app
-from serving.gateway.limits import Limited, Slots
+from serving.gateway.limits import Limited, Slots, ends_with_client
 from serving.gateway.metrics import Metrics
-from serving.gateway.streaming import EVENTS, Reply
+from serving.gateway.streaming import EVENTS, ReplyWriter
 from serving.launch.process import free_port
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -125,7 +125,7 @@ def test_a_killed_process_ends_its_streams_well() -> None:
         f"fake.tokens = 1000; server = fake.served({port}); server.__enter__(); print('up', flush=True); time.sleep(60)"
     )
     upstream = subprocess.Popen(
-        [sys.executable, "-c", program], cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", program], cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True
     )
     try:
         assert upstream.stdout is not None
@@ -203,7 +203,7 @@ def test_a_bug_of_ours_is_told_well_and_lets_its_slot_go(begun: bool) -> None:
     metrics = Metrics()
     slots = Slots(1, metrics)
 
-    async def handler(body: bytes, reply: Reply) -> None:
+    async def handler(body: bytes, reply: ReplyWriter) -> None:
         if begun:
             await reply.start(200, EVENTS)
             await reply.part(event(0))
@@ -221,6 +221,64 @@ def test_a_bug_of_ours_is_told_well_and_lets_its_slot_go(begun: bool) -> None:
             assert (error["type"], error["code"]) == ("server_error", "internal_error")
             assert "secret" not in told
     assert slots.taken == 0
+
+
+def test_a_cancellation_is_told_and_goes_on() -> None:
+    """Who cancels a task waits for its end: one that ends as if nothing had been is taken to have done its work."""
+    settings = GatewaySettings(policy_url="http://127.0.0.1:1", api_key=None)
+    slots = Slots(1, Metrics())
+    bodies = [b"{}"]
+    sent: list[Any] = []
+
+    async def handler(body: bytes, reply: ReplyWriter) -> None:
+        await asyncio.sleep(60)
+
+    async def receive() -> dict[str, Any]:
+        if not bodies:
+            await asyncio.sleep(60)  # the client stays
+        return {"type": "http.request", "body": bodies.pop(), "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def scenario() -> bool:
+        scope = {"type": "http", "method": "POST", "headers": [(b"content-type", b"application/json")]}
+        task = asyncio.create_task(Limited(handler, settings, slots, Metrics())(scope, receive, send))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        await asyncio.wait([task], timeout=5)
+        return task.cancelled()
+
+    was_cancelled = asyncio.run(scenario())
+    assert was_cancelled
+    start, body = sent
+    assert start["status"] == 503
+    assert json.loads(body["body"])["error"]["code"] == "shutting_down"
+    assert slots.taken == 0
+
+
+def test_a_client_that_leaves_hides_no_other_cancellation() -> None:
+    async def scenario() -> bool:
+        left = asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def work() -> None:
+            async with ends_with_client(receive):
+                await asyncio.sleep(60)
+
+        task = asyncio.create_task(work())
+        await asyncio.sleep(0.01)
+        left.set()
+        await asyncio.sleep(0)  # the client's departure cancels the task, and before it runs again so do we
+        task.cancel()
+        await asyncio.wait([task], timeout=5)
+        return task.cancelled()
+
+    was_cancelled = asyncio.run(scenario())
+    assert was_cancelled
 
 
 # --- many at once ---

@@ -17,7 +17,7 @@ import uvloop
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serving.gateway.http_client import Answer, BrokenOff, HttpClient, Unreachable
+from serving.gateway.http_client import BrokenOff, HttpClient, HttpResponse, Unreachable
 from serving.launch.process import free_port
 
 Script = Callable[[asyncio.StreamWriter], Awaitable[None]]
@@ -89,7 +89,7 @@ def says(*pieces: bytes, close: bool = False) -> Script:
     return script
 
 
-async def ask(client: HttpClient, body: bytes = b"{}") -> tuple[Answer, bytes]:
+async def ask(client: HttpClient, body: bytes = b"{}") -> tuple[HttpResponse, bytes]:
     async with client.request("POST", "/v1/x", body) as answer:
         return answer, await answer.read()
 

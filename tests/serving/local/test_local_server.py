@@ -16,8 +16,8 @@ from almost_eval.models.chat import special_tokens
 from almost_eval.rewards.hf import HFRewardModel
 from almost_eval.types import Message
 from serving.chat.launch import Models, with_transformers
-from serving.local.server import Policy
-from serving.local.stepping import RowText, Turnstile, generate_in_turns
+from serving.local.generation import Cancelled, RowText, Turnstile, TurnStreamer, generate_in_turns
+from serving.local.policy import Policy
 
 QUESTION = "What does the hamster eat?"
 ASK = [{"role": "user", "content": QUESTION}]
@@ -30,7 +30,7 @@ def engine() -> HFEngine:
 
 @pytest.fixture(scope="module")
 def models() -> Iterator[Models]:
-    with with_transformers(["nano/almost", "nano/seeded"], "nano/reward", {}) as running:
+    with with_transformers(["nano/almost", "nano/seeded"], "nano/reward") as running:
         running.wait_ready(timeout_s=120)
         yield running
 
@@ -156,7 +156,7 @@ def test_a_stop_string_never_shows(client: httpx.Client) -> None:
 
 
 def test_the_models_process_ends_with_its_parent() -> None:
-    running = with_transformers(["nano/almost"], None, {})
+    running = with_transformers(["nano/almost"], None)
     running.start()
     running.wait_ready(timeout_s=120)
     assert running._process is not None
@@ -190,13 +190,11 @@ def test_answers_at_once_are_the_answers_alone(client: httpx.Client) -> None:
 
 
 def test_a_cancelled_generation_stops_at_the_next_token(engine: HFEngine) -> None:
-    from serving.local.stepping import Cancelled
-
     cancelled, told = threading.Event(), []
     prompt = Policy("p", engine).prompt((Message("user", QUESTION),))
 
-    def on_text(number: int, text: str, tokens: int) -> None:
-        told.append(tokens)
+    def on_text(number: int, text: str) -> None:
+        told.append(text)
         cancelled.set()
 
     params = SamplingParams(max_new_tokens=200, temperature=1.0)
@@ -209,11 +207,11 @@ def test_turns_go_round() -> None:
     turnstile, order, first = Turnstile(), [], threading.Event()
 
     def work(name: str) -> None:
-        with turnstile.turn() as pass_on:
+        with turnstile:
             first.wait(5)
             for _ in range(3):
                 order.append(name)
-                pass_on()
+                turnstile.pass_on()
 
     threads = [threading.Thread(target=work, args=(name,)) for name in "abc"]
     for thread in threads:
@@ -230,5 +228,41 @@ def test_text_that_may_become_a_stop_string_is_held_back(engine: HFEngine) -> No
     assert special_tokens(tokenizer)
     text = RowText(tokenizer, frozenset(), ("fish and",))
     ids = tokenizer.encode("Otters eat fish and more", add_special_tokens=False)
-    told = [text.grow(ids[:count])[0] for count in range(1, len(ids) + 1)]
-    assert "".join(told) == "Otters eat"
+    assert "".join(text.add(token) for token in ids) == "Otters eat"
+
+
+def test_half_a_character_is_held_back(engine: HFEngine) -> None:
+    words = "Otters «eat» fish 🦦 and mòre\n\n—  so"
+    text = RowText(engine.tokenizer)
+    told = [text.add(token) for token in engine.tokenizer.encode(words, add_special_tokens=False)]
+    assert "".join(told) == words
+    assert "\ufffd" not in "".join(told)
+    assert len([piece for piece in told if piece]) > 5
+
+
+def test_rows_that_come_again_are_told_once(engine: HFEngine) -> None:
+    """Out of memory after two tokens: the batch of two comes again as two batches of one."""
+    import torch
+
+    ids = torch.tensor(
+        [engine.tokenizer.encode(text, add_special_tokens=False)[:4] for text in ("one two six", "a b c d")]
+    )
+    told = ["", ""]
+
+    def on_text(number: int, text: str) -> None:
+        told[number] += text
+
+    turnstile = Turnstile()
+    rows = [RowText(engine.tokenizer) for _ in told]
+    streamer = TurnStreamer(rows, on_text, turnstile, threading.Event())
+    prompts = torch.zeros((2, 7), dtype=torch.long)
+    with turnstile:
+        streamer.put(prompts)
+        for step in (0, 1):
+            streamer.put(ids[:, step])
+        for row in (0, 1):
+            streamer.put(prompts[:1])
+            for step in range(ids.shape[1]):
+                streamer.put(ids[row : row + 1, step])
+            streamer.end()
+    assert told == [engine.tokenizer.decode(row) for row in ids]

@@ -19,7 +19,7 @@ from almost_eval.models.stops import STOP_STRINGS
 from almost_eval.nano import shipped
 from almost_eval.types import Message
 from serving.models import available_memory, find_model
-from serving.vllm.command import GIB, VLLMCommand, given_options, option_value, vllm_command
+from serving.vllm.command import GIB, VLLMCommand, option_value, set_options, vllm_command
 
 CONVERSATION = (Message("user", "What does the otter eat?"), Message("assistant", "Insects."))
 
@@ -132,7 +132,7 @@ def test_the_options_of_a_config_file_count_as_given(tmp_path: Path) -> None:
 
 
 def test_names_and_values_of_options() -> None:
-    assert {"dtype", "enable-x", "no-enable-x"} <= given_options(["--dtype", "a", "--no_enable_x"])
+    assert {"dtype", "enable-x", "no-enable-x"} <= set_options(["--dtype", "a", "--no_enable_x"])
     assert option_value(["--a", "1", "--a=2"], "a") == "2"
     assert option_value(["--a"], "a") is None
     assert option_value(["--ab", "1"], "a") is None

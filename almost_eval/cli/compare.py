@@ -1,0 +1,32 @@
+"""`almost-eval compare`: is B better than A?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from almost_eval.cli.command_line import open_console
+
+
+@click.command()
+@click.argument("run_a", type=click.Path(path_type=Path))
+@click.argument("run_b", type=click.Path(path_type=Path))
+@click.option("--seed", default=0, show_default=True, help="Of the bootstrap.")
+@click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
+def compare(run_a: Path, run_b: Path, seed: int, as_json: bool) -> int:
+    """Is B better than A? Paired on the samples both runs scored.
+
+    \b
+    Example:
+      almost-eval compare runs/before runs/after
+    """
+    from almost_eval.compare.comparison import compare_runs, render
+
+    comparison = compare_runs(run_a, run_b, seed=seed)
+    if as_json:
+        click.echo(json.dumps(comparison.to_dict(), indent=1, ensure_ascii=False))
+    else:
+        render(comparison, open_console())
+    return 0

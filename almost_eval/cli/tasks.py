@@ -1,0 +1,127 @@
+"""A command for each task of the registry: its flags are the task's own settings and those of every run."""
+
+from __future__ import annotations
+
+import ast
+import json
+import time
+from functools import cached_property
+from importlib.util import find_spec
+from inspect import cleandoc
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from almost_eval.cli.command_line import comma_list, open_console, options
+from almost_eval.cli.config_file import config_option
+from almost_eval.cli.options import DATA_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, Values, run_request
+
+if TYPE_CHECKING:
+    from almost_eval.run.request import RunRequest
+    from almost_eval.tasks.facts import Setting
+    from almost_eval.types import JSONObject
+
+STARTED = time.perf_counter()
+
+
+class TaskCommand(click.Command):
+    """The command of a task.
+
+    Only its help text is known before it runs, as importing a task takes a tenth of a second: its flags are made when
+    they are first read.
+    """
+
+    def __init__(self, task: str, path: str) -> None:
+        super().__init__(task, callback=self._run, help=_usage(path))
+        del self.params  # click's own empty list, which would hide the property
+
+    @cached_property
+    def params(self) -> list[click.Parameter]:  # type: ignore[override]
+        """Its flags."""
+        from almost_eval.tasks.registry import task_class
+
+        assert self.name is not None
+        own = [_option(setting) for setting in task_class(self.name).task_settings]
+
+        @click.command()
+        @options(own, MODEL_OPTIONS, DATA_OPTIONS, RUN_OPTIONS)
+        def flags() -> None: ...
+
+        return [*flags.params, config_option()]
+
+    def _run(self, **values: Any) -> int:
+        from almost_eval.tasks.registry import task_class
+
+        assert self.name is not None
+        settings = {setting.name: values.pop(setting.name) for setting in task_class(self.name).task_settings}
+        request = run_request(values, self.name, settings.pop("protocol", ""), settings)
+        return evaluate(request, values)
+
+
+def _usage(path: str) -> str:
+    """The help text that a task states, read from its source."""
+    module, _, cls = path.partition(":")
+    spec = find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == cls:
+            for statement in node.body:
+                if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "usage":
+                    return cleandoc(ast.literal_eval(statement.value))
+    return ""
+
+
+def _option(setting: Setting) -> Any:
+    """The flag of a task's setting."""
+    name = f"--{setting.name.replace('_', '-')}"
+    if setting.kind == "flag":
+        return click.option(name, is_flag=True, help=setting.help)
+    kind = click.IntRange(setting.minimum, setting.maximum) if setting.kind == "count" else None
+    default = ",".join(setting.default) if isinstance(setting.default, tuple) else setting.default
+    return click.option(
+        name,
+        default=None if default == "" else default,
+        show_default=default not in ("", None),
+        required=setting.required,
+        type=kind,
+        callback=comma_list if setting.kind == "names" else None,
+        help=setting.help,
+    )
+
+
+def evaluate(request: RunRequest, values: Values) -> int:
+    """Prepare, then run, or show what would be run; `values` are those of `RUN_OPTIONS`."""
+    from almost_eval.cli.startup import import_transformers
+    from almost_eval.progress import progress_for
+    from almost_eval.run.request import open_run
+    from almost_eval.run.trackers import log_results
+
+    import_transformers()
+    run = open_run(request)
+    if values["dry_run"]:
+        facts = run.describe()
+        if values["as_json"]:
+            click.echo(json.dumps(facts, indent=1, ensure_ascii=False))
+        else:
+            from almost_eval.report.console import print_preflight
+
+            print_preflight(facts, open_console())
+        return 0
+    folder = request.output or run.default_folder()
+    results, _ = run.execute(folder, progress_for(), started=STARTED)
+    log_results(folder, results, values["log_to"])
+    return show_results(results, folder, as_json=values["as_json"])
+
+
+def show_results(results: JSONObject, folder: Path, *, as_json: bool) -> int:
+    """Print `results.json`, or its table; returns the exit code."""
+    if as_json:
+        click.echo(json.dumps(results, indent=1, ensure_ascii=False))
+    else:
+        from almost_eval.report.console import print_results
+
+        print_results(results, open_console(), folder=str(folder))
+    return 0 if results["validity"]["passed"] else 3

@@ -1,0 +1,14 @@
+"""Prompt families: what a judge is shown, and how its reviews are read. One file and one line for each.
+
+A family is a `PromptFamily` (see `judge.prompts`), which states all of itself: what it is, how its reviews are read,
+its own wording with the categories of questions (a `.yaml` beside it), and where the official wording comes from.
+"""
+
+FAMILIES = {
+    "vicuna": "almost_eval.judge.families.vicuna:FAMILY",
+    "mt-bench": "almost_eval.judge.families.mt_bench:FAMILY",
+}
+"""Name -> import path."""
+
+DEFAULT_FAMILY = "vicuna"
+"""Where none is named. The archived reviews are its too."""

@@ -1,0 +1,71 @@
+"""The records that stages write for one another: messages and preferences, as JSON rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from almost_eval.errors import DataError
+from almost_eval.files import Row
+from almost_eval.types import Conversation, Message
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Two answers to one prompt, the better one named: a row of `comparisons.jsonl`, in TRL's preference format."""
+
+    prompt: Conversation
+    chosen: Conversation
+    """The better answer: what follows the prompt."""
+    rejected: Conversation
+    chosen_source: str = ""
+    """The configuration, model or person that wrote `chosen`."""
+    rejected_source: str = ""
+    prompt_id: str = ""
+    """Pairs with one prompt have one id."""
+
+    @classmethod
+    def from_row(cls, row: Row, where: str) -> Preference:
+        """The preference of a row; the id of a prompt without one is made of its text.
+
+        Raises:
+            DataError: the row is not in the format; `where` says where it stands.
+        """
+        prompt, chosen, rejected = (messages_of(row[key], where) for key in ("prompt", "chosen", "rejected"))
+        if not prompt or any(not answer or answer[-1].role != "assistant" for answer in (chosen, rejected)):
+            raise DataError(f"malformed data: {where}: needs a prompt, and answers that end in an assistant's message")
+        chosen_source, rejected_source = (str(row.get(f"{side}_source") or "") for side in ("chosen", "rejected"))
+        prompt_id = row.get("prompt_id") or hashlib.sha256(json.dumps(_as_json(prompt)).encode()).hexdigest()[:12]
+        return cls(prompt, chosen, rejected, chosen_source, rejected_source, str(prompt_id))
+
+    def to_row(self) -> Row:
+        """The row that `from_row` reads."""
+        return {
+            "prompt": _as_json(self.prompt),
+            "chosen": _as_json(self.chosen),
+            "rejected": _as_json(self.rejected),
+            "chosen_source": self.chosen_source,
+            "rejected_source": self.rejected_source,
+            "prompt_id": self.prompt_id,
+        }
+
+
+def messages_of(items: Sequence[object], where: str) -> Conversation:
+    """Messages of a JSON list of `{"role", "content"}`.
+
+    Raises:
+        DataError: an item is not one; `where` says where it stands.
+    """
+    messages = []
+    for item in items:
+        role, content = (item.get("role"), item.get("content")) if isinstance(item, dict) else (None, None)
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise DataError(f"malformed data: {where}: a message must be {{'role', 'content'}}, and is {item!r:.60}")
+        messages.append(Message(role, content))
+    return tuple(messages)
+
+
+def _as_json(conversation: Conversation) -> list[dict[str, str]]:
+    return [message.to_dict() for message in conversation]

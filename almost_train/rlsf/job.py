@@ -1,0 +1,184 @@
+"""What every algorithm of RLSF shares: the registry, the settings, the checked job, and how a policy is saved."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from almost_eval.errors import InputError
+from almost_eval.files import replaced_folder
+from almost_eval.models.chat import ChatTemplate
+from almost_eval.models.checkpoint import Checkpoint
+from almost_eval.progress import Progress
+from almost_eval.types import JSONObject
+from almost_train.common.config import option
+from almost_train.common.processes import WORK
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from almost_eval.rewards.hf import HFRewardModel
+    from almost_train.rlsf.rollouts import RolloutPrompt
+
+ALGORITHMS = {
+    "ppo": "almost_train.rlsf.loop:PPO",
+    "rloo": "almost_train.rlsf.trl:RLOO",
+    "grpo": "almost_train.rlsf.trl:GRPO",
+}
+"""Name -> import path of its `Algorithm`."""
+
+COMMON_SETTINGS = frozenset(
+    "algorithm steps batch_size micro_batch_size learning_rate schedule warmup_ratio weight_decay max_grad_norm "
+    "max_new_tokens temperature stop eos_penalty clip kl_coefficient kl_limit guard_window seed device bf16 "
+    "gradient_checkpointing save_every samples_every keep_every".split()
+)
+"""Settings that every algorithm takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class RLSFSettings:
+    """How the policy is trained. Sizes are in completions, over all processes."""
+
+    algorithm: str = option("ppo", "PPO (own loop), or RLOO or GRPO (TRL's).", choices=tuple(ALGORITHMS))
+    steps: int = option(500, "Batches of completions to sample and learn from.", least=1)
+    batch_size: int = option(64, "Completions sampled in a step.", least=1)
+    mini_batch_size: int = option(16, "Completions in one update (PPO; RLOO and GRPO make one update a step).", least=1)
+    micro_batch_size: int = option(4, "Completions in one forward and backward pass of a process.", least=1)
+    sampling_batch_size: int = option(32, "Completions sampled at once by a process (PPO).", least=1)
+    num_generations: int = option(4, "Completions of one prompt that are compared (RLOO, GRPO).", least=2)
+    ppo_epochs: int = option(4, "Passes over a batch (PPO).", least=1)
+    learning_rate: float = option(1e-6, "Peak, AdamW, of the policy.", above=0)
+    value_learning_rate: float | None = option(None, "Of the value model; as the policy's where not given.", above=0)
+    schedule: str = option("constant", "Learning rate after warm-up.", choices=("constant", "linear", "cosine"))
+    warmup_ratio: float = option(0.03, "Share of the updates over which the learning rate rises.", least=0, most=1)
+    weight_decay: float = option(0.0, "AdamW's.", least=0)
+    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.", above=0)
+    max_new_tokens: int = option(256, "Longest completion, tokens.", least=1)
+    temperature: float = option(1.0, "Of sampling, and of every log-probability.", above=0)
+    stop: tuple[str, ...] = option(
+        ("\n\nHuman:", "\n\nAssistant:"), "Text that ends a completion, besides EOS; it earns the penalty."
+    )
+    clip: float = option(0.2, "Probability ratios count up to 1 +- this.", above=0)
+    value_clip: float = option(0.2, "A value may usefully move by this in a step (PPO).", above=0)
+    gamma: float = option(1.0, "Discount of a token (PPO).", least=0, most=1)
+    gae_lambda: float = option(0.95, "Of generalised advantage estimation (PPO).", least=0, most=1)
+    whiten_advantages: bool = option(True, "Scale advantages to mean 0, deviation 1 over a batch (PPO, RLOO).")
+    kl_coefficient: float = option(0.1, "Reward for a nat of KL to the SFT policy, taken off.", least=0)
+    kl_controller: str = option(
+        "adaptive", "Keep KL near its target, or the coefficient (PPO).", choices=("adaptive", "fixed")
+    )
+    kl_target: float = option(6.0, "Nats a completion (PPO, adaptive).", above=0)
+    kl_horizon: float = option(10000.0, "Completions over which the coefficient may change by a fifth.", above=0)
+    kl_limit: float = option(50.0, "Stop where the KL of a completion is beyond this, nats.", above=0)
+    guard_window: int = option(
+        20, "Stop where over so many steps the reward rises and the length-adjusted reward falls; 0: never.", least=0
+    )
+    normalise_rewards: str = option(
+        "running",
+        "Shift and scale rewards by mean and deviation: so far, or of the first batch, the SFT policy's (PPO).",
+        choices=("running", "sft", "none"),
+    )
+    eos_penalty: float = option(1.0, "Taken off the (normalised) reward of a completion without EOS.", least=0)
+    seed: int = option(0, "Of prompt order, sampling and mini-batches.", least=0)
+    bf16: bool = option(False, "Compute in bfloat16; master weights stay float32.")
+    gradient_checkpointing: bool = option(False, "Compute activations twice, keep few of them.")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1.")
+    save_every: int = option(20, "Steps between checkpoints.", least=1)
+    samples_every: int = option(10, "Steps between entries of samples.jsonl.", least=1)
+    keep_every: int = option(
+        0, "Steps between policies kept in policies/, each a whole model, for almost-eval tax; 0: none.", least=0
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a run trains and with what, checked; no weight is loaded yet."""
+
+    settings: RLSFSettings
+    prompts: list[RolloutPrompt]
+    prompts_too_long: list[str]
+    """Ids of prompts that leave no room for an answer."""
+    policy: Checkpoint
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate
+    reward: HFRewardModel
+    output: Path
+    processes: int
+    is_first: bool
+    """Whether this process is the one that writes."""
+    progress: Progress
+
+    @property
+    def work(self) -> Path:
+        """Checkpoints to resume from; removed at the end."""
+        return self.output / WORK
+
+    def keeps(self, step: int) -> bool:
+        """Whether `keep_every` keeps the policy after `step` steps; the last one is kept anyway."""
+        every = self.settings.keep_every
+        return bool(every and 0 < step < self.settings.steps and step % every == 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Algorithm:
+    """A way to train the policy: what a path in `ALGORITHMS` names."""
+
+    train: Callable[[Job], JSONObject]
+    """Runs to the end, saves the policy with `save_policy`, returns metrics."""
+    own_settings: frozenset[str]
+    """Settings that it takes besides `COMMON_SETTINGS`. All others are refused where they are not at their default."""
+    update_size: Callable[[RLSFSettings], int]
+    """Completions of one update. Raises InputError for settings that do not go together."""
+
+    def takes(self, setting: str) -> bool:
+        """Whether a setting changes what it does."""
+        return setting in COMMON_SETTINGS or setting in self.own_settings
+
+
+def load_algorithm(name: str) -> Algorithm:
+    """The algorithm of a name in `ALGORITHMS`. Imports torch, and no TRL."""
+    module, _, attribute = ALGORITHMS[name].partition(":")
+    return cast(Algorithm, getattr(importlib.import_module(module), attribute))
+
+
+def check_settings(settings: RLSFSettings) -> Algorithm:
+    """The algorithm that the settings name, once it is known that it takes them all.
+
+    Raises:
+        InputError: a setting of another algorithm, or settings that do not go together.
+    """
+    algorithm = load_algorithm(settings.algorithm)
+    foreign = [
+        field.name
+        for field in fields(settings)
+        if getattr(settings, field.name) != field.default and not algorithm.takes(field.name)
+    ]
+    if foreign:
+        takers = [name for name in ALGORITHMS if any(load_algorithm(name).takes(setting) for setting in foreign)]
+        raise InputError(
+            f"algorithm {settings.algorithm} takes no {', '.join(foreign)} (of {', '.join(takers)}); leave it out, or "
+            "choose another algorithm"
+        )
+    if "" in settings.stop:
+        raise InputError("an empty stop string would end every completion at once; leave it out")
+    algorithm.update_size(settings)
+    return algorithm
+
+
+def save_policy(job: Job, model: PreTrainedModel, step: int | None = None) -> None:
+    """Write `policy/`, or that of a step, whole or not at all: weights, configuration, tokenizer and chat template.
+
+    With `bf16` the model itself is converted: pass a copy of one that goes on training.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    folder = job.output / "policy" if step is None else job.output / "policies" / f"step-{step:06d}"
+    with replaced_folder(folder, job.work / "policy") as scratch:
+        if job.settings.bf16:
+            model.bfloat16()
+        model.save_pretrained(scratch)
+        job.tokenizer.save_pretrained(scratch)

@@ -1,0 +1,42 @@
+"""What `almost-chat` is started with. Quick to import: the command line takes its defaults from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+DEFAULT_MODELS = ("nano/almost", "nano/sft", "nano/vanilla-large")
+"""The models of an `almost-chat` without `--model` and `--base-url`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions:
+    """The flags of `almost-chat`, each under its own name, and the login of the environment."""
+
+    urls: tuple[str, ...] = ()
+    """`[NAME=]URL[#MODEL]` of OpenAI-compatible endpoints."""
+    models: tuple[str, ...] = ()
+    """Checkpoints to load on this machine."""
+    reward: str | None = None
+    """Reward model for `models`; None: nano/reward where all of them are built in, else none."""
+    engine: str = "hf"
+    """`hf` or `vllm`: what runs `models`."""
+    dtype: str = "auto"
+    device: str = "auto"
+    host: str = "127.0.0.1"
+    port: int = 7860
+    """0 takes a free one."""
+    votes: Path = Path("runs/arena.db")
+    questions: Path | None = None
+    """JSON lines; None: questions of the built-in world, or `EXAMPLES`."""
+    reports: Path = Path("runs")
+    rate: int = 30
+    """Questions a minute for each visitor."""
+    concurrency: int = 8
+    """Answers at work at a time."""
+    max_tokens: int = 256
+    temperature: float = 0.7
+    seed: int | None = None
+    """Of the arena's shuffling; None draws one."""
+    login: str | None = None
+    """`user:password`; None lets everybody in."""
