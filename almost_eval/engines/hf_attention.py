@@ -1,9 +1,9 @@
-"""What a pass over a trie chunk need not compute: keys that no query sees, and last-layer rows that nobody reads.
+"""Leaves out what a pass over a trie chunk need not compute: keys that no query sees, and last-layer rows without use.
 
-Of the nodes before a block of queries only the path to the block can be visible to it (see `prefix.py`), so attention
-goes block by block over the columns that the mask opens. Of the last layer only keys and values are needed at rows
-without a scored continuation. Both leave every number that is read as it was, up to rounding; `hf_probe.py`
-runs with both, and the engine falls back to the plain path where a model does not agree.
+Of the nodes before a block of queries only the path to the block can be visible to it (see `prefix.py`). So attention
+goes block by block, over the columns that the mask leaves open. Of the last layer only keys and values are needed at
+rows without a scored continuation. Both leave every number that is read as it was, up to rounding: `hf_probe.py` runs
+with both, and the engine takes the plain path where the numbers of a model differ.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def visible_attention(
 
     plan = _plan.get()
     blocks = None if plan is None else plan.blocks(attention_mask, module)
-    # A position bias, sinks: tensors we know nothing of.
+    # Other tensors, such as a position bias or attention sinks, change the scores in ways this code does not compute.
     foreign = any(isinstance(value, torch.Tensor) and name not in _IGNORED for name, value in kwargs.items())
     fits = len(query) == 1 and query.shape[1] % key.shape[1] == 0
     if blocks is None or foreign or dropout or not fits:

@@ -54,7 +54,7 @@ class Limits:
     """Input sequences, or None for as many as fit."""
 
     def halved(self) -> Limits | None:
-        """Half of each after an out-of-memory error, or None at the end of the road."""
+        """Half of each after an out-of-memory error, or None where that is too little to go on."""
         if self.tokens <= 16:
             return None
         sequences = None if self.sequences is None else max(1, self.sequences // 2)

@@ -1,7 +1,7 @@
-"""Pure part of shared-prefix scoring: joint encoding, the token trie, the batch plan. numpy only.
+"""The pure part of shared-prefix scoring: joint encoding, the token trie, the batch plan. Needs numpy only.
 
-Benchmarks repeat themselves: TruthfulQA puts the same six shots before 817 questions and each question before every
-choice. All requests of a run form one trie over token ids, and a model need visit each node once.
+Prompts of a benchmark repeat each other: TruthfulQA puts the same six shots before 817 questions, and each question
+before every choice. All requests of a run form one trie over token ids. A model must visit each node once.
 
 The trie is never built as a tree. Sort the sequences; what a sequence adds to the trie is what follows its longest
 common prefix with its predecessor, so the additions, laid end to end, are the nodes in depth-first order:
@@ -11,7 +11,7 @@ common prefix with its predecessor, so the additions, laid end to end, are the n
                 a f        depth  0 1 2 2 3 1
                            end    6 5 3 5 5 6      node u is an ancestor of v  <=>  u <= v < end[u]
 
-Depth-first order has the property the engine lives on: of the nodes before position `p`, only the ancestors of node
+Depth-first order has the property that the engine needs: of the nodes before position `p`, only the ancestors of node
 `p` are ancestors of any node from `p` on. So a forward pass can take any run of consecutive nodes, with the
 keys and values of one root-to-node path as its cache: no padding, no branch copied twice, nothing computed twice.
 """

@@ -1,6 +1,7 @@
 """Causal language models on vLLM, in this process: generation, and log-likelihoods that use the prefix cache.
 
-Reproducible up to rounding: every completion has a seed of its own, but which requests share a step depends on all.
+Results are reproducible up to rounding: every completion has a seed of its own, but which requests share a step depends
+on all of them.
 """
 
 from __future__ import annotations

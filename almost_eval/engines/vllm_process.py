@@ -1,8 +1,9 @@
-"""vLLM models in this process: what they are loaded with, how several live side by side, how memory comes back.
+"""vLLM models in this process: how they are loaded, how several share a process, how their memory is given back.
 
-vLLM's engine core runs in our process, not in a child: it then cannot outlive us, however we end; its scheduling does
-not depend on a race between two processes; and a second model starts in seconds. Devices beyond the first (tensor or
-pipeline parallelism) are run by workers that watch a pipe of ours and end with it.
+vLLM's engine core runs in this process and not in a child, for three reasons. It ends when this process ends, also
+after a kill. Its scheduling does not depend on a race between two processes. A second model starts in seconds.
+Devices beyond the first (tensor or pipeline parallelism) have worker processes, which end when their pipe to this
+process closes.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class VLLMOptions:
 
 
 class HoldsLLM:
-    """Has a `vllm.LLM` as its cached property `llm`, until it is closed or forgotten."""
+    """Has a `vllm.LLM` as its cached property `llm`; its memory is given back by `close`, or by garbage collection."""
 
     def _hold(self, llm: LLM) -> LLM:
         self._release = weakref.finalize(self, release, llm)

@@ -1,7 +1,7 @@
 """Dialogues as messages, as text and as token ids.
 
 The dialogue format is ALMoST's (arXiv 2305.13735; naver-ai/ALMoST `eval/eval_prompt.py`), which Static HHH uses too:
-`\\n\\nHuman: ...\\n\\nAssistant: ...`. Other formats are Jinja files beside this one, chosen by flag or taken from the
+`\\n\\nHuman: ...\\n\\nAssistant: ...`. Other formats are Jinja files in `templates/`, chosen by flag or taken from the
 tokenizer, and rendered as `transformers.PreTrainedTokenizerBase.apply_chat_template` renders them.
 
 Departures from the official code: a prompt is split into turns before its placeholders are filled, so no data can open

@@ -1,4 +1,4 @@
-"""Reward models: one raw number for one conversation, and right answers whatever a batch is padded with.
+"""Reward models of transformers: one raw number for one conversation, which does not depend on the padding.
 
 A reward model here is what ALMoST (arXiv 2305.13735, section 3.1), TRL and vLLM mean by it: a transformers
 sequence-classification checkpoint with one label, read at the last token. Rewards are raw logits: no sigmoid.

@@ -1,6 +1,6 @@
 """Rewards by vLLM in this process: its pooling runner on the token ids that transformers would get.
 
-vLLM puts a sigmoid on a one-label classifier unless told otherwise; here it is told: rewards are raw logits.
+By default vLLM puts a sigmoid on a one-label classifier. Here that is switched off: rewards are raw logits.
 """
 
 from __future__ import annotations
