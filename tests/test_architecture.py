@@ -21,6 +21,7 @@ HEAVY = {
         "almost_eval/engines/hf_attention.py",
         "almost_eval/engines/hf_generation.py",
         "almost_eval/engines/hf_loglikelihood.py",
+        "almost_eval/engines/hf_probe.py",
         "almost_train/rlsf/ppo.py",
         "almost_train/rlsf/checkpoint.py",
         "almost_train/rlsf/models.py",

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.hf import HFEngine
+from almost_eval.models.stops import end_ids
 from almost_eval.types import Completion
 
 if TYPE_CHECKING:
@@ -183,10 +184,8 @@ def generate_in_turns(
         InputError: the prompt and `max_new_tokens` do not fit the context.
         RunError: out of memory.
     """
-    ends = engine.model.generation_config.eos_token_id
-    end_ids = {*(ends if isinstance(ends, list) else [ends]), engine.tokenizer.eos_token_id}
-
-    rows = [RowText(engine.tokenizer, end_ids, params.stop) for _ in range(params.n)]
+    ends = end_ids(engine.model.generation_config.eos_token_id, engine.tokenizer)
+    rows = [RowText(engine.tokenizer, ends, params.stop) for _ in range(params.n)]
     streamer = TurnStreamer(rows, on_text, turnstile, cancelled)
     with turnstile:
         # Copies that share the weights: the streamer, and the engine's report, are of this generation alone.
