@@ -93,6 +93,17 @@ def data_root() -> Path:
     return root
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch on one CPU thread: models this small are faster so, and the same bits come out on any number of cores."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def bpe_tokenizer() -> Any:
     """Byte-level BPE that puts `<s>` (0) before every text; `</s>` is 1, `<pad>` 2."""
@@ -186,15 +197,4 @@ def almost_eval(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # these models are too small for two, which wait for each other on a busy machine
     yield run
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Torch computes with one thread: sums over several vary in order, and small models are faster so."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
     torch.set_num_threads(threads)

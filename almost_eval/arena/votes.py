@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from almost_eval.errors import InputError, RunError, StoreError
-from almost_eval.types import JSONObject
+from almost_eval.types import JSONMapping, JSONObject
 
 VOTES = ("a", "b", "tie", "both_bad")
 """What can be voted: the side that is better, neither, or neither being any good."""
@@ -58,7 +58,7 @@ class Vote:
     reward_a: float | None = None
     """Raw logit of the reward model, where there is one; not shown before the vote."""
     reward_b: float | None = None
-    settings: JSONObject = field(default_factory=dict)
+    settings: JSONMapping = field(default_factory=dict)
     """How both answers were drawn, and the seed that shuffled the sides."""
     recorded: str = ""
     """UTC, ISO 8601, to the second; set when it is stored."""

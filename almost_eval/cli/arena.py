@@ -101,9 +101,10 @@ def _print(results: ArenaReport, db: Path) -> None:
     console.print(f"position: side A won {_share(position.value)} of {position.n} decided {_interval(position.ci95)}")
     for one in results.agreement:
         kappa = "not defined" if one.kappa is None else f"{one.kappa:.2f}"
-        ends_ = "" if one.kappa_ci95 is None else f" [{one.kappa_ci95[0]:.2f}, {one.kappa_ci95[1]:.2f}]"
+        interval = "" if one.kappa_ci95 is None else f" [{one.kappa_ci95[0]:.2f}, {one.kappa_ci95[1]:.2f}]"
         same = f"{_share(one.rate.value)} of {one.decisive} decided {_interval(one.rate.ci95)}"
-        console.print(Text(f"agreement with {one.source}: kappa {kappa}{ends_} over {one.n} pairs, same winner {same}"))
+        line = f"agreement with {one.source}: kappa {kappa}{interval} over {one.n} pairs, same winner {same}"
+        console.print(Text(line))
 
 
 def _share(value: float | None) -> str:

@@ -27,6 +27,7 @@ from almost_eval.cli.judge_options import (
 from almost_eval.errors import InputError
 from almost_eval.judge.build import DEFAULT_BASELINE, NANO_JUDGE, answer_budget
 from almost_eval.judge.families import DEFAULT_FAMILY
+from almost_eval.types import JSONMapping, JSONObject
 
 if TYPE_CHECKING:
     from almost_eval.data.sources import DataSource
@@ -166,7 +167,7 @@ def _engine_options(flags: Flags) -> EngineOptions:
     return EngineOptions(**{name: value for name, value in flags.items() if name in names})
 
 
-def _show_plan(facts: Mapping[str, Any], as_json: bool) -> int:
+def _show_plan(facts: JSONMapping, as_json: bool) -> int:
     if as_json:
         click.echo(json.dumps(facts, indent=1, ensure_ascii=False))
     else:
@@ -176,7 +177,7 @@ def _show_plan(facts: Mapping[str, Any], as_json: bool) -> int:
     return 0
 
 
-def show(results: Mapping[str, Any], folder: Path | None, as_json: bool) -> int:
+def show(results: JSONObject, folder: Path | None, as_json: bool) -> int:
     """Print results, and say whether the headline stands."""
     if as_json:
         click.echo(json.dumps(results, indent=1, ensure_ascii=False))

@@ -36,6 +36,7 @@ def import_transformers() -> None:
             import transformers.modeling_utils
             import transformers.models.auto.auto_factory  # noqa: F401
 
+            utils.logging.set_verbosity_error()  # a command says itself what there is to say
             if not sys.stderr.isatty():  # a pipe gets errors and nothing else
                 utils.logging.disable_progress_bar()
         finally:

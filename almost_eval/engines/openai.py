@@ -25,17 +25,6 @@ class OpenAIEngine(OpenAIClient):
     `Completion.token_ids` is empty: the protocol does not tell. A completion is as reproducible as the server's seeds.
     """
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        base_url: str | None = None,
-        concurrency: int = 32,
-        timeout: float = 600.0,
-        retries: int = 6,
-    ) -> None:
-        super().__init__(model, base_url=base_url, concurrency=concurrency, timeout=timeout, retries=retries)
-
     def settings(self) -> JSONObject:
         """What belongs in a run's spec."""
         return {"name": self.name, "base_url": self.endpoint, "model": self.model}

@@ -16,13 +16,13 @@ from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from almost_eval.errors import AlmostError, InputError, ModelError, RunError, did_you_mean
 from almost_eval.models.checkpoint import Checkpoint, find_checkpoint
 from almost_eval.models.endpoints import BASE_URL, KEYS, EndpointAddress, read_key, sdk_client, server_words
 from almost_eval.nano import BUILT_IN
-from almost_eval.types import JSONObject
+from almost_eval.types import JSONMapping, JSONObject
 
 if TYPE_CHECKING:
     import openai
@@ -202,7 +202,7 @@ class OpenAIClient:
                 raise answer
             yield job, answer
 
-    def post_json(self, path: str, body: dict[str, Any]) -> Any:
+    def post_json(self, path: str, body: JSONMapping) -> JSONObject:
         """The JSON of the answer to a POST, after retries; `path` follows the base address, or is a whole one.
 
         Raises:
@@ -211,14 +211,16 @@ class OpenAIClient:
         """
         import httpx
 
-        return self.client.post(path, cast_to=httpx.Response, body=body).json()
+        answer: JSONObject = self.client.post(path, cast_to=httpx.Response, body=body).json()
+        return answer
 
-    def get_json(self, path: str) -> Any:
+    def get_json(self, path: str) -> JSONObject:
         """The JSON of the answer to a GET, tried once; raises as `post_json` does."""
         import httpx
 
         client = self.client.with_options(max_retries=0, timeout=min(self.timeout, 10.0))
-        return client.get(path, cast_to=httpx.Response).json()
+        answer: JSONObject = client.get(path, cast_to=httpx.Response).json()
+        return answer
 
     @cached_property
     def client(self) -> openai.OpenAI:
@@ -228,13 +230,13 @@ class OpenAIClient:
     # --- failures ---
 
     def unreadable(self, what: str) -> RunError:
-        """For an answer that came and is not what was asked for."""
+        """For an answer that came and is not what was requested."""
         return RunError(
             f"{self.endpoint} answered with something else than {what}; base_url must be an OpenAI-compatible "
             "endpoint, /v1 included"
         )
 
-    def fail(self, error: Any, path: str = "/completions") -> NoReturn:
+    def fail(self, error: openai.OpenAIError, path: str = "/completions") -> NoReturn:
         """One line for what the SDK raises. The server's own words are quoted where they cannot hold the key."""
         import openai
 
@@ -259,7 +261,7 @@ class OpenAIClient:
             failure = RunError(f"{at} gave an answer that cannot be read ({type(error).__name__}); {kept}")
         raise failure from None
 
-    def words(self, error: Any) -> str:
+    def words(self, error: openai.APIStatusError) -> str:
         """What the server said of a failure, on one line and without the key."""
         body = error.body if isinstance(error.body, dict) else {}
         return server_words(str(body.get("message") or type(error).__name__), self._key)

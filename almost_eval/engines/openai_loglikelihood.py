@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from almost_eval.engines.base import EngineReport, RequestScores
 from almost_eval.engines.openai import OpenAIEngine
@@ -27,7 +27,10 @@ from almost_eval.errors import InputError
 from almost_eval.models.checkpoint import Checkpoint, find_checkpoint
 from almost_eval.models.loading import load_tokenizer
 from almost_eval.nano import BUILT_IN
-from almost_eval.types import ContinuationScore, LoglikelihoodRequest
+from almost_eval.types import ContinuationScore, JSONObject, LoglikelihoodRequest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PROBE = "The cat sat on the mat, and 12 dogs barked at it."
 _BEYOND = {"ids": 1, "echo": 2}
@@ -70,7 +73,7 @@ class OpenAIScorer(OpenAIEngine):
         self._max_length = max_length
         self._report = EngineReport()
         self.route: str | None = None
-        """`ids` or `echo`, once `check_scores` has found out."""
+        """`ids` or `echo`, once `check_scores` has run."""
 
     # --- the model ---
 
@@ -81,11 +84,11 @@ class OpenAIScorer(OpenAIEngine):
         return self.served_model(("CausalLM", "LMHeadModel"))
 
     @cached_property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer.
 
         Raises:
-            InputError: none was given, and the endpoint names no folder of this machine.
+            InputError: no `tokenizer`, and the endpoint names no folder of this machine.
             ModelError: there is none at that place.
         """
         self.check()
@@ -112,7 +115,7 @@ class OpenAIScorer(OpenAIEngine):
 
     @property
     def context_length(self) -> int | None:
-        """Positions that can be scored, or None where the server does not say and nothing was given.
+        """Positions that can be scored, or None where neither the server nor `max_length` says.
 
         One or two below the server's own limit, which counts a sampled token too.
 
@@ -131,7 +134,7 @@ class OpenAIScorer(OpenAIEngine):
         """What the last `stream` did; `tokens_computed` are those sent, less those the server says it had cached."""
         return self._report
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> JSONObject:
         """What belongs in a run's spec: what decides the numbers, as far as the server tells."""
         self.check()
         return {
@@ -157,11 +160,11 @@ class OpenAIScorer(OpenAIEngine):
             return
         self.check()
         ids = self.encoder.encode_texts([PROBE])[0].tolist()
-        asked = [ids[-1], ids[-2]]
+        probed = [ids[-1], ids[-2]]
         plain = {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
         more = {
-            "logprobs": len(set(asked)),
-            "logprob_token_ids": sorted(set(asked)),
+            "logprobs": len(set(probed)),
+            "logprob_token_ids": sorted(set(probed)),
             "prompt_logprobs": 0,
             "return_tokens_as_token_ids": True,
         }
@@ -170,7 +173,7 @@ class OpenAIScorer(OpenAIEngine):
                 answer = self.post_json("completions", plain | more)
             except (openai.BadRequestError, openai.UnprocessableEntityError):
                 answer = self.post_json("completions", plain)  # a strict server, to which the other fields are unknown
-            self._judge(answer, ids, asked)
+            self._judge(answer, ids, probed)
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             self._refuse(f"it answers {error.status_code}: {self.words(error)}")
         except openai.OpenAIError as error:
@@ -178,13 +181,13 @@ class OpenAIScorer(OpenAIEngine):
         except (AttributeError, LookupError, TypeError, ValueError):
             self._refuse("its answer to a prompt of token ids is no completion with log-probabilities")
 
-    def _judge(self, answer: Any, ids: list[int], asked: Collection[int]) -> None:
+    def _judge(self, answer: JSONObject, ids: list[int], probed: Collection[int]) -> None:
         """Read the answer to the probe."""
         [choice] = answer["choices"]
         if (read := answer["usage"]["prompt_tokens"]) != len(ids):
             self._refuse(f"it read {read} tokens where {len(ids)} were sent, so it takes no token ids as they are")
         seen = " ".join(str(choice.get("text") or "").split())
-        ours = (PROBE, " ".join(self.tokenizer.decode(ids, skip_special_tokens=True).split()))
+        ours = (PROBE, " ".join(str(self.tokenizer.decode(ids, skip_special_tokens=True)).split()))
         if not any(text in seen for text in ours):
             raise InputError(
                 f"the endpoint {self.endpoint} reads the ids of {PROBE!r} as {seen[:60]!r}: the tokenizer is not the "
@@ -193,7 +196,7 @@ class OpenAIScorer(OpenAIEngine):
         logprobs = choice.get("logprobs") or {}
         rows = choice.get("prompt_logprobs") or []
         named = (logprobs.get("top_logprobs") or [{}])[-1] or {}
-        if len(rows) == len(ids) and all(token_name(token) in named for token in asked):
+        if len(rows) == len(ids) and all(token_name(token) in named for token in probed):
             for row, token in zip(rows[1:], ids[1:], strict=True):
                 float(row[str(token)]["logprob"]), int(row[str(token)]["rank"])
             self.route = "ids"
@@ -284,10 +287,10 @@ class OpenAIScorer(OpenAIEngine):
             except (AttributeError, LookupError, TypeError, ValueError):
                 raise self.unreadable("the log-probabilities it gave before") from None
 
-    def _ask(self, job: ScoringPrompt | Whole) -> Any:
+    def _ask(self, job: ScoringPrompt | Whole) -> JSONObject:
         import openai
 
-        body: dict[str, Any] = {"model": self.model, "prompt": job.ids.tolist(), "max_tokens": 1, "temperature": 0}
+        body: JSONObject = {"model": self.model, "prompt": job.ids.tolist(), "max_tokens": 1, "temperature": 0}
         if isinstance(job, ScoringPrompt):
             last = sorted(job.last)
             body |= {"logprobs": len(last), "logprob_token_ids": last, "return_tokens_as_token_ids": True}

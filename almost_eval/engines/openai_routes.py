@@ -1,16 +1,15 @@
-"""The two ways in which servers tell log-probabilities of given tokens: what is sent, and how the answer is read."""
+"""The two ways in which servers tell log-probabilities of known tokens: what is sent, and how the answer is read."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from almost_eval.engines.prefix import EncodedRequest, Ids
-from almost_eval.types import ContinuationScore
+from almost_eval.types import ContinuationScore, JSONObject
 
 _MINUS_INFINITY = -9999.0
 """What vLLM's server writes for minus infinity, which JSON has not."""
@@ -18,7 +17,7 @@ _MINUS_INFINITY = -9999.0
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """What is asked of the route `echo` in one request, and for whom."""
+    """One request of the route `echo`, and which continuations it answers."""
 
     ids: Ids
     """Context and continuation."""
@@ -37,7 +36,7 @@ def plan_wholes(requests: Sequence[EncodedRequest], wanted: Sequence[int]) -> li
     return [wholes[key] for key in sorted(wholes)]
 
 
-def read_ids(choice: Any, start: int, scored: Ids) -> ContinuationScore:
+def read_ids(choice: JSONObject, start: int, scored: Ids) -> ContinuationScore:
     """Log p of `scored`, which begins at position `start` of the prompt and whose last token follows it."""
     last = int(scored[-1])
     rows = [choice["prompt_logprobs"][start + at][str(int(token))] for at, token in enumerate(scored[:-1])]
@@ -47,7 +46,7 @@ def read_ids(choice: Any, start: int, scored: Ids) -> ContinuationScore:
     return ContinuationScore(math.fsum(values), greedy, len(scored))
 
 
-def read_echo(choice: Any, start: int, scored: Ids) -> ContinuationScore:
+def read_echo(choice: JSONObject, start: int, scored: Ids) -> ContinuationScore:
     """Log p of `scored`, which begins at position `start` of the echoed prompt."""
     logprobs, here = choice["logprobs"], slice(start, start + len(scored))
     values = [_value(value) for value in logprobs["token_logprobs"][here]]
@@ -58,7 +57,7 @@ def read_echo(choice: Any, start: int, scored: Ids) -> ContinuationScore:
     return ContinuationScore(math.fsum(values), greedy, len(scored))
 
 
-def _value(value: Any) -> float:
+def _value(value: float | str) -> float:
     return -math.inf if float(value) <= _MINUS_INFINITY else float(value)
 
 

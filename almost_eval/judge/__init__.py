@@ -1,3 +1,3 @@
-"""Pairwise judging: questions and answers, what a judge is asked, its verdicts, and what they say of two systems. Uses
+"""Pairwise judging: questions and answers, what a judge is shown, its verdicts, and what they say of two systems. Uses
 `run` for the folder, `engines` for the answers. Start with `records`, then `run`.
 """

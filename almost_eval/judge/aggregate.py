@@ -24,13 +24,14 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from almost_eval.errors import InputError
 from almost_eval.judge.records import Review
 from almost_eval.stats import (
+    Floats,
     bradley_terry,
     bradley_terry_bootstrap,
     cohen_kappa,
@@ -38,7 +39,7 @@ from almost_eval.stats import (
     mcnemar_exact,
     mean_metric,
 )
-from almost_eval.types import Metric
+from almost_eval.types import JSONObject, Metric
 
 Ties = Literal["half", "drop"]
 Orders = Literal["both", "forward", "reverse"]
@@ -104,7 +105,7 @@ class JudgeResults:
     """Win rate at equal length."""
     sign_test: SignTest
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JSONObject:
         """As JSON."""
         return _plain(self)
 
@@ -270,7 +271,7 @@ class RoundRobin:
     problem: str | None
     """Why there are no strengths, or no intervals."""
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JSONObject:
         """As JSON."""
         return _plain(self)
 
@@ -302,14 +303,14 @@ def round_robin(reviews: Sequence[Review], *, rng: np.random.Generator, n_resamp
     problem = None if bootstrapped else "too many resamples of the questions have no finite strengths for an interval"
     order = sorted(range(len(names)), key=lambda i: -strengths[i])
     games = total + total.T
-    found = {}
+    ranked = {}
     for i in order:
         interval = (float(bootstrapped[0][i, 0]), float(bootstrapped[0][i, 1])) if bootstrapped else None
-        found[names[i]] = Metric(float(strengths[i]), None, interval, round(games[i].sum()))
-    return RoundRobin(tuple(found), found, _rows(total[np.ix_(order, order)]), unscored, problem)
+        ranked[names[i]] = Metric(float(strengths[i]), None, interval, round(games[i].sum()))
+    return RoundRobin(tuple(ranked), ranked, _rows(total[np.ix_(order, order)]), unscored, problem)
 
 
-def _rows(matrix: Any) -> tuple[tuple[float, ...], ...]:
+def _rows(matrix: Floats) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(float(x) for x in row) for row in matrix)
 
 
@@ -331,7 +332,7 @@ class Agreement:
     only_one: int
     """Reviews whose pair the other judge has not seen."""
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JSONObject:
         """As JSON."""
         return _plain(self)
 
@@ -358,7 +359,7 @@ def agreement(a: Sequence[Review], b: Sequence[Review], *, rng: np.random.Genera
     )
 
 
-def _plain(record: Any) -> dict[str, Any]:
+def _plain(record: JudgeResults | RoundRobin | Agreement) -> JSONObject:
     """A record of this file as JSON; tuples become lists."""
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(record)))
+    plain: JSONObject = json.loads(json.dumps(dataclasses.asdict(record)))
     return plain

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import Protocol, overload
 
 from almost_eval.judge.api.client import JudgeClient
 from almost_eval.judge.api.cost import Budget, estimate, price_of
@@ -18,13 +18,13 @@ from almost_eval.judge.api.journal import Journal
 from almost_eval.judge.api.session import ClientStats
 from almost_eval.judge.prompts import JudgePrompts
 from almost_eval.judge.records import Failure, JudgeRequest, Pair, Question, Reply, Unparsed, Verdict
-from almost_eval.types import Message, SampleRecord
+from almost_eval.types import JSONObject, Message, SampleRecord
 
 UNPARSED = "unparsed"
 """The reason of a review whose verdict cannot be read."""
 
 LASTING = frozenset({"content_filter", "refusal", "too_long", "context_too_long", "non_finite", UNPARSED})
-"""Reasons that asking the same again would not change. Any other is asked again when the command is repeated."""
+"""Reasons that would come again. A review with another one is requested anew when the command is repeated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Judgement:
     """None: unscored, with `reason`."""
     reason: str | None
     """`unparsed`, or why there is no review: `timeout`, `http_500`, `context_too_long`, ..."""
-    outputs: dict[str, Any]
+    outputs: JSONObject
     """The review and how it came about, as JSON."""
 
 
@@ -43,11 +43,11 @@ class Judge(Protocol):
     """Says which of two answers is better."""
 
     name: str
-    """As `--judge` gave it."""
+    """As `--judge` names it."""
     kind: str
     """`model`, `reward` or `oracle`."""
 
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> JSONObject:
         """What decides its verdicts, as JSON."""
         ...
 
@@ -59,26 +59,26 @@ class Judge(Protocol):
         """
         ...
 
-    def plan(self, pairs: Sequence[Pair], folder: Path | None, repeats: int = 1) -> dict[str, Any]:
+    def plan(self, pairs: Sequence[Pair], folder: Path | None, repeats: int = 1) -> JSONObject:
         """What judging these takes, at most, and what the first prompt is. Loads no weights, sends nothing."""
         ...
 
-    def open(self, folder: Path) -> AbstractContextManager[Any]:
+    def open(self, folder: Path) -> AbstractContextManager[object]:
         """Ready to judge inside; what it must remember is kept in the run folder."""
         ...
 
     def asks_again(self, record: SampleRecord) -> bool:
-        """Whether a stored review that has no verdict should be asked for anew."""
+        """Whether a stored review that has no verdict should be requested anew."""
         ...
 
     def stream(self, pairs: Sequence[Pair], wanted: Sequence[int], attempt: int = 0) -> Iterator[tuple[int, Judgement]]:
         """(index, judgement) of each wanted pair as soon as it is known, in any order.
 
-        `attempt` k asks the same for the k-th time on purpose; a judge that always says the same ignores it.
+        `attempt` k is the k-th time on purpose; a judge that always says the same ignores it.
         """
         ...
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> JSONObject:
         """What the `stream`s of this process took, as JSON; it belongs beside the times."""
         ...
 
@@ -112,9 +112,9 @@ class ModelJudge:
 
     Args:
         name: the model, as the provider calls it.
-        prompts: what it is asked, and how its reviews are read.
+        prompts: what it is shown, and how its reviews are read.
         connection: how to reach it.
-        reask: whether a review that cannot be read is asked for once more.
+        reask: whether a review that cannot be read is requested once more.
         dry: nothing will be sent, so that no key is needed.
 
     Raises:
@@ -136,8 +136,8 @@ class ModelJudge:
         if not dry:
             JudgeEndpoint(name, connection.base_url, connection.timeout)
 
-    def spec(self) -> dict[str, Any]:
-        """What it is asked, and where."""
+    def spec(self) -> JSONObject:
+        """What it is shown, and where."""
         return {
             "name": self.name,
             "kind": self.kind,
@@ -151,22 +151,22 @@ class ModelJudge:
     def check(self, questions: Sequence[Question]) -> None:
         """Nothing is refused here."""
 
-    def plan(self, pairs: Sequence[Pair], folder: Path | None, repeats: int = 1) -> dict[str, Any]:
+    def plan(self, pairs: Sequence[Pair], folder: Path | None, repeats: int = 1) -> JSONObject:
         """Requests that no reply in the folder's journal answers, their tokens and their price, at most."""
-        given = self.connection
+        prices = (self.connection.price_in, self.connection.price_out)
         places = range(len(pairs))
         requests = (r for k in range(repeats) for r in Requests(self.name, self.prompts, pairs, places, k))
         file = folder / "journal.sqlite" if folder else None
         with Journal(file) if file and file.is_file() else nullcontext() as journal:
-            found = estimate(requests, price_in=given.price_in, price_out=given.price_out, journal=journal)
-        price = price_of(self.name, given.price_in, given.price_out)
+            needed = estimate(requests, price_in=prices[0], price_out=prices[1], journal=journal)
+        price = price_of(self.name, *prices)
         source = f"{price.source} {price.date}".strip() if price else "unknown: give --price-in and --price-out"
         return {
-            "requests": found.requests,
-            "answered_by_the_journal_or_the_same": len(pairs) * repeats - found.requests,
-            "prompt_tokens_at_most": found.prompt_tokens,
-            "completion_tokens_at_most": found.completion_tokens,
-            "price_usd_at_most": None if found.price is None else round(found.price, 4),
+            "requests": needed.requests,
+            "answered_by_the_journal_or_the_same": len(pairs) * repeats - needed.requests,
+            "prompt_tokens_at_most": needed.prompt_tokens,
+            "completion_tokens_at_most": needed.completion_tokens,
+            "price_usd_at_most": None if needed.price is None else round(needed.price, 4),
             "price_from": source,
             "prompt": shown(self.prompts.messages(pairs[0])),
         }
@@ -174,19 +174,19 @@ class ModelJudge:
     @contextmanager
     def open(self, folder: Path) -> Iterator[None]:
         """Inside, there is a client, and every reply is kept in `journal.sqlite`."""
-        given = self.connection
+        connection = self.connection
         with Journal(folder / "journal.sqlite") as journal:
-            budget = Budget(given.max_cost, given.price_in, given.price_out, judge=self.name)
+            budget = Budget(connection.max_cost, connection.price_in, connection.price_out, judge=self.name)
             if budget.price is not None:
                 budget.spent = budget.price.of(*journal.tokens())  # what was paid before counts
             self._client = JudgeClient(
                 self.name,
                 journal,
-                base_url=given.base_url,
-                timeout=given.timeout,
-                concurrency=given.concurrency,
+                base_url=connection.base_url,
+                timeout=connection.timeout,
+                concurrency=connection.concurrency,
                 budget=budget,
-                seed=given.seed,
+                seed=connection.seed,
             )
             self._stats = self._client.stats
             try:
@@ -195,11 +195,11 @@ class ModelJudge:
                 self._client = None
 
     def asks_again(self, record: SampleRecord) -> bool:
-        """A review that could not be read, where `reask` says so and it was asked for once only."""
+        """A review that could not be read, where `reask` says so and it was requested once only."""
         return self._reask and record.score.reason == UNPARSED and record.outputs.get("attempt") == 0
 
     def stream(self, pairs: Sequence[Pair], wanted: Sequence[int], attempt: int = 0) -> Iterator[tuple[int, Judgement]]:
-        """See `Judge.stream`; what cannot be read is asked once more at the end, as `attempt` + 1."""
+        """See `Judge.stream`; what cannot be read is requested once more at the end, as `attempt` + 1."""
         again = []
         for index, judgement in self._ask(pairs, wanted, attempt):
             if self._reask and judgement.reason == UNPARSED:
@@ -209,7 +209,7 @@ class ModelJudge:
         if again:
             yield from self._ask(pairs, again, attempt + 1)
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> JSONObject:
         """The client's counts: what was sent, stored already, sent again, and what it cost."""
         stats = self._stats
         return {
@@ -290,7 +290,7 @@ def judgement_of(prompts: JudgePrompts, pair: Pair, answer: Reply | Failure, att
     return Judgement(verdict, None, outputs)
 
 
-def verdict_fields(verdict: Verdict | Unparsed) -> dict[str, Any]:
+def verdict_fields(verdict: Verdict | Unparsed) -> JSONObject:
     """`winner` and `scores`, by place in the prompt, as a line stores them."""
     if isinstance(verdict, Unparsed):
         return {"winner": None, "scores": None}

@@ -32,7 +32,7 @@ def couples(
     """Ids of the lines, what is judged, and the characters cut off its two answers by place; in the questions' order.
 
     Args:
-        questions: what was asked.
+        questions: in the order of the lines.
         answers: of each system, the baseline's before the model's.
         orders: a key of `ORDERS`.
         max_answer_chars: where longer answers are cut; None cuts nothing.
@@ -139,8 +139,8 @@ def reviews_of(records: Sequence[SampleRecord]) -> list[Review]:
 
 def check_reviews(records: Sequence[SampleRecord], n_samples: int, allowed: dict[str, float]) -> Validity:
     """The gate: as everywhere, and a review that could not be had (a failure of the judge) is missing."""
-    found = check(records, n_samples, allowed)
+    gate = check(records, n_samples, allowed)
     failed = sum(r.score.reason is not None and r.score.reason not in SCORING for r in records)
-    counts = found.counts | {"missing": found.counts["missing"] + failed}
+    counts = gate.counts | {"missing": gate.counts["missing"] + failed}
     del counts["all_tied"]  # a tie is a verdict here
-    return Validity(found.n, counts, found.allowed)
+    return Validity(gate.n, counts, gate.allowed)

@@ -1,6 +1,6 @@
 """Judges that need no key and no network: the nano world's oracle, and any reward model.
 
-Both score each answer on its own, so they have no position bias, ask nothing twice and always say the same.
+Both score each answer on its own, so they have no position bias and always say the same.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from almost_eval.errors import InputError
 from almost_eval.judge.judges import Judgement, verdict_fields
 from almost_eval.judge.records import Pair, Question, Side, Verdict
-from almost_eval.types import Conversation, Message, SampleRecord
+from almost_eval.types import Conversation, JSONObject, Message, SampleRecord
 
 if TYPE_CHECKING:
     from almost_eval.rewards.hf import HFRewardModel
@@ -24,9 +24,9 @@ TIE_MARGIN = 0.05
 
 
 class LocalJudge:
-    """What judges without a key have in common: nothing to open, to ask again, to pay or to say."""
+    """What judges without a key have in common: nothing to open, to repeat, to pay or to warn of."""
 
-    def plan(self, pairs: Sequence[Pair], folder: Path | None, repeats: int = 1) -> dict[str, Any]:
+    def plan(self, pairs: Sequence[Pair], folder: Path | None, repeats: int = 1) -> JSONObject:
         """No request, no price."""
         return {"requests": 0, "price_usd_at_most": 0.0, "prompt": pairs[0].question.text}
 
@@ -38,7 +38,7 @@ class LocalJudge:
         """No: the answer would be the same."""
         return False
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> JSONObject:
         """Nothing: no token is billed."""
         return {}
 
@@ -56,7 +56,7 @@ class NanoJudge(LocalJudge):
     name = "nano"
     kind = "oracle"
 
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> JSONObject:
         """The world's digest: its facts decide."""
         from almost_eval.nano.tables import digest
         from almost_eval.nano.world import World
@@ -87,8 +87,8 @@ def judge_by_oracle(pair: Pair) -> Judgement:
     """The oracle's judgement; needs nothing but the texts."""
     from almost_eval.nano.oracle import score_text
 
-    found = [score_text(pair.question.text, answer.text) for answer in (pair.answer_1, pair.answer_2)]
-    first, second = (score.overall if score else 0.0 for score in found)  # `check` has refused what has none
+    scores = [score_text(pair.question.text, answer.text) for answer in (pair.answer_1, pair.answer_2)]
+    first, second = (score.overall if score else 0.0 for score in scores)  # `check` has refused what has none
     winner: Side = "tie" if abs(first - second) < TIE_MARGIN else "1" if first > second else "2"
     verdict = Verdict(winner, *(round(1 + 9 * value, 2) for value in (first, second)))
     review = f"{verdict.score_1:g} {verdict.score_2:g}\nBy the facts of the nano world, each answer on its own."
@@ -116,7 +116,7 @@ class RewardJudge(LocalJudge):
             "engine": model.settings(),
         }
 
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> JSONObject:
         """Weights, template and engine."""
         return self._spec
 
@@ -155,7 +155,7 @@ class RewardJudge(LocalJudge):
 
 def judge_by_reward(first: float, second: float) -> Judgement:
     """The judgement of two raw logits; one that is not finite is no number to compare."""
-    outputs: dict[str, Any] = {"review": None, "winner": None, "scores": None}
+    outputs: JSONObject = {"review": None, "winner": None, "scores": None}
     if not (math.isfinite(first) and math.isfinite(second)):
         rewards = [r if math.isfinite(r) else None for r in (first, second)]
         return Judgement(None, "non_finite", outputs | {"rewards": rewards})
@@ -164,5 +164,5 @@ def judge_by_reward(first: float, second: float) -> Judgement:
 
 
 def _conversations(pair: Pair) -> list[Conversation]:
-    asked = Message("user", pair.question.text)
-    return [(asked, Message("assistant", answer.text)) for answer in (pair.answer_1, pair.answer_2)]
+    question = Message("user", pair.question.text)
+    return [(question, Message("assistant", answer.text)) for answer in (pair.answer_1, pair.answer_2)]

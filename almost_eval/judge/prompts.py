@@ -66,7 +66,7 @@ _MARKER = re.compile(r"\[([A-Z][^\[\]{}\n]*)\]")
 _QUOTED = "quoted: "
 
 
-class Template(NamedTuple):
+class PromptTemplate(NamedTuple):
     """The two messages of a request, with places to fill."""
 
     system: str
@@ -76,7 +76,7 @@ class Template(NamedTuple):
 class Wording(NamedTuple):
     """The words of a family."""
 
-    templates: Mapping[str, Template]
+    templates: Mapping[str, PromptTemplate]
     """By category of the question; `general` for the rest, `reference` where there is a reference answer."""
     temperature: float | None = None
     """None: that of the family's form; so the next."""
@@ -123,7 +123,7 @@ class JudgePrompts:
     temperature: float
     max_tokens: int
     """Of the review."""
-    templates: Mapping[str, Template]
+    templates: Mapping[str, PromptTemplate]
     """See `Wording`."""
 
     @property
@@ -137,7 +137,7 @@ class JudgePrompts:
     def messages(self, pair: Pair) -> tuple[Message, ...]:
         """The request for one pair: the system message, if there is one, and the user's."""
         template, (texts, _) = self._template(pair), self._texts(pair)
-        filled = Template(*(_PLACES.sub(lambda match: texts[match[1]], part) for part in template))
+        filled = PromptTemplate(*(_PLACES.sub(lambda match: texts[match[1]], part) for part in template))
         user = Message("user", filled.user)
         return (Message("system", filled.system), user) if filled.system else (user,)
 
@@ -149,7 +149,7 @@ class JudgePrompts:
         """What a review of this pair says; see `parse_review`."""
         return parse_review(self.kind, review, pair)
 
-    def _template(self, pair: Pair) -> Template:
+    def _template(self, pair: Pair) -> PromptTemplate:
         category = pair.question.category
         if REFERENCE in self.templates and pair.question.reference and category in REFERENCE_CATEGORIES:
             return self.templates[REFERENCE]
@@ -283,7 +283,7 @@ def _checked(content: object) -> tuple[str, Wording]:
     return form, Wording(templates, float(temperature), max_tokens)
 
 
-def _checked_template(category: str, row: object) -> Template:
+def _checked_template(category: str, row: object) -> PromptTemplate:
     if not isinstance(row, dict) or not isinstance(row.get("user"), str) or not row.keys() <= {"system", "user"}:
         raise ValueError(f"prompt {category} must have a text `user`, and may have a text `system`")
     system = row.get("system") or ""
@@ -295,4 +295,4 @@ def _checked_template(category: str, row: object) -> Template:
     known = {*needed, "fence"}
     if unknown := [place for place in re.findall(r"\{(\w+)\}", row["user"] + system) if place not in known]:
         raise ValueError(f"prompt {category} has an unknown place {{{unknown[0]}}}; {did_you_mean(unknown[0], known)}")
-    return Template(system, row["user"])
+    return PromptTemplate(system, row["user"])

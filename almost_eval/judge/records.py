@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from almost_eval.types import Message
+from almost_eval.types import JSONMapping, Message
 
 Order = Literal["forward", "reverse"]
 """`forward` shows the baseline as Assistant 1 and the model as Assistant 2, as the official script does."""
@@ -43,7 +42,7 @@ class Answer:
     """May be empty: judged as it is."""
     model: str
     """The system's name (`model_id` in the file)."""
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    metadata: JSONMapping = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +69,7 @@ class JudgeRequest:
     temperature: float
     max_tokens: int
     attempt: int = 0
-    """0, or k for the k-th time the same thing is asked on purpose (a re-ask, a repeat)."""
+    """0, or k for the k-th time the same thing is sent on purpose (a re-ask, a repeat)."""
 
     @property
     def digest(self) -> str:
@@ -93,7 +92,7 @@ class Reply:
     finish_reason: str
     """`stop` or `length`, as the provider says."""
     model: str
-    """The model the provider says has answered (`gpt-4-0613`), which is seldom the one that was asked for."""
+    """The model the provider says has answered (`gpt-4-0613`), which is seldom the one that was requested."""
     prompt_tokens: int
     completion_tokens: int
     """Billed tokens as the provider counts them; 0 where it does not say."""

@@ -7,7 +7,7 @@ its scores in four ways, each a *reading*:
 2. `tuple`: "(8, 9)" beside a word such as score, rating, tuple or output; the last such tuple of the review counts;
 3. `labelled`: a score for each assistant by name ("Assistant 1: 8/10 ... Assistant 2: 9/10") where a word says that
    these are scores; without such a word only as the first or last thing of the review;
-4. `prose`: "Assistant 1 receives a score of 8 ...", where 1 to 3 found nothing.
+4. `prose`: "Assistant 1 receives a score of 8 ...", where 1 to 3 see nothing.
 
 Readings that disagree make the review ambiguous: no verdict is better than a wrong one. Numbers that the review quotes
 from the question (three words or more in a row) are struck out first. Nothing else is a score: no equation, no count of
@@ -140,10 +140,10 @@ def parse_scores(review: str, question_text: str = "") -> Verdict | Unparsed:
     decisive = [r for r in readings if r.first or r.final] if any(r.final for r in readings) else readings
     if len({(r.scores, r.scale) for r in decisive}) > 1:
         return Unparsed("ambiguous")
-    found = decisive[0]
-    if not found.scale or not all(_in_range(side, found, text) for side in (0, 1)):
+    reading = decisive[0]
+    if not reading.scale or not all(_in_range(side, reading, text) for side in (0, 1)):
         return Unparsed("out_of_range")
-    first, second = found.scores
+    first, second = reading.scores
     winner: Side = "tie" if first == second else "1" if first > second else "2"
     return Verdict(winner, first, second)
 
@@ -163,15 +163,15 @@ def _without_quotes(text: str, quoted: str) -> str:
         return text
     n = min(3, len(words))
     runs = {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
-    found = list(_ECHO_WORD.finditer(text))
-    heard = [match[0].casefold() for match in found]
+    spoken = list(_ECHO_WORD.finditer(text))
+    heard = [match[0].casefold() for match in spoken]
     struck = {j for i in range(len(heard) - n + 1) if tuple(heard[i : i + n]) in runs for j in range(i, i + n)}
     if not struck:
         return text
     letters = list(text)
     for j in struck:
         if any(c.isdigit() for c in heard[j]):
-            letters[found[j].start() : found[j].end()] = "\u25a1" * len(found[j][0])
+            letters[spoken[j].start() : spoken[j].end()] = "\u25a1" * len(spoken[j][0])
     return "".join(letters)
 
 
@@ -241,7 +241,7 @@ def _labelled(text: str) -> list[_Reading]:
 
 def _prose(text: str) -> list[_Reading]:
     """One score for each assistant, each in a clause, or a paragraph, that speaks of that assistant alone."""
-    found: dict[int, set[tuple[str | None, ...]]] = {0: set(), 1: set()}
+    stated: dict[int, set[tuple[str | None, ...]]] = {0: set(), 1: set()}
     for paragraph in re.split(r"\n\s*\n", text):
         header = re.match(rf"\s*{_LABEL}(?:'s \w+)? ?[:\n]", paragraph, re.I)
         others = {m[1].lower() for m in re.finditer(_LABEL, paragraph, re.I)}
@@ -254,10 +254,10 @@ def _prose(text: str) -> list[_Reading]:
             if not labels and header and len(others) == 1:
                 labels = {_SIDES[header[1].lower()]}
             if len(labels) == 1 and len(numbers) == 1:
-                found[labels.pop()].add(numbers[0])
-    if not all(found.values()):
+                stated[labels.pop()].add(numbers[0])
+    if not all(stated.values()):
         return []
-    return [_reading((*one, *two)) for one in found[0] for two in found[1]]
+    return [_reading((*one, *two)) for one in stated[0] for two in stated[1]]
 
 
 _SIDES = {"1": 0, "a": 0, "one": 0, "2": 1, "b": 1, "two": 1}
@@ -277,7 +277,7 @@ def _three(groups: Sequence[str | None]) -> tuple[str | None, ...]:
 
 
 def _plausible(numbers: Sequence[tuple[str | None, ...]]) -> bool:
-    return all(LOWEST <= float(found[0] or 0) <= HIGHEST for found in numbers)
+    return all(LOWEST <= float(number[0] or 0) <= HIGHEST for number in numbers)
 
 
 def _reading(groups: Sequence[str | None], *, final: bool = False, first: bool = False) -> _Reading:
@@ -293,7 +293,7 @@ def _in_range(side: int, reading: _Reading, text: str) -> bool:
 
 
 def _meant(side: int, text: str) -> bool:
-    """Whether the review says in words that 0 is given, or that this assistant gave no answer."""
+    """Whether the review says in words that 0 is meant, or that this assistant gave no answer."""
     silent = rf"\b{_NAME} {('(?:1|a)', '(?:2|b)')[side]}\b[^.]{{0,80}}{_NO_ANSWER}"
     return bool(re.search(rf"{silent}|\b(?:scores?|rating) of (?:0|zero)\b", text, re.I))
 

@@ -6,6 +6,8 @@ Whatever cannot be loaded is refused in one line that says what to do.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from almost_eval.errors import InputError, ModelError, RunError
@@ -35,23 +37,42 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
         ModelError: there is none, or it cannot be read.
     """
     from transformers import AutoTokenizer
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()  # it warns of long texts; we count them and refuse them ourselves
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(checkpoint.path), trust_remote_code=trust_remote_code
-        )
+        with _quiet_transformers():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                str(checkpoint.path), trust_remote_code=trust_remote_code
+            )
     except Exception as error:  # transformers raises half a dozen unrelated kinds here
         raise ModelError(
             f"{checkpoint.path} has no tokenizer that transformers can read ({first_line(error)}); save the "
             "tokenizer beside the weights"
         ) from None
+    # It warns of long texts, once: they are counted and refused here.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
 
 
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Inside, transformers draws no bars and says only errors; then it is as it was."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity, had_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if had_bars:
+            transformers_logging.enable_progress_bar()
+
+
 def load_weights(
-    auto_class: Any, checkpoint: Checkpoint, *, dtype: Any, device: str, attention: str, trust_remote_code: bool
+    auto_class: Any, checkpoint: Checkpoint, *, dtype: torch.dtype, device: str, attention: str, trust_remote_code: bool
 ) -> Any:
     """A transformers model in eval mode with every weight from the checkpoint.
 
@@ -60,14 +81,10 @@ def load_weights(
         RunError: not enough memory.
     """
     import torch
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
     extra = {} if attention == "auto" else {"attn_implementation": attention}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _quiet_transformers():
             model, info = auto_class.from_pretrained(
                 str(checkpoint.path),
                 dtype=dtype,

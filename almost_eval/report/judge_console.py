@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -11,7 +10,7 @@ from rich.text import Text
 
 from almost_eval.judge.aggregate import Combined, JudgeResults, RoundRobin, SignTest
 from almost_eval.report.judge_tables import print_judge_results, print_round_robin
-from almost_eval.types import Metric
+from almost_eval.types import JSONMapping, JSONObject, Metric
 
 CHECK_ROWS = {
     "kappa": "kappa with the archived verdicts",
@@ -28,7 +27,7 @@ CHECK_ROWS = {
 """Metric -> what it is called in a table."""
 
 
-def print_judged(results: Mapping[str, Any], console: Console) -> None:
+def print_judged(results: JSONMapping, console: Console) -> None:
     """The table of a run of `vicuna` or of a judge's check."""
     title = f"judge {results['protocol']}"
     if results["task"] == "judge-check":
@@ -45,8 +44,8 @@ def print_judged(results: Mapping[str, Any], console: Console) -> None:
         console.print(Text.assemble(("warning:", "yellow"), f" {warning}"))
 
 
-def _two(results: Mapping[str, Any]) -> JudgeResults:
-    stored: dict[str, Any] = dict(results["judging"])
+def _two(results: JSONMapping) -> JudgeResults:
+    stored: JSONObject = dict(results["judging"])
     stored["metrics"] = {name: _metric(metric) for name, metric in results["metrics"].items()}
     for name in ("consistency", "first_wins", "longer_wins", "length_controlled"):
         stored[name] = stored[name] and _metric(stored[name])
@@ -55,7 +54,7 @@ def _two(results: Mapping[str, Any]) -> JudgeResults:
     return JudgeResults(**stored)
 
 
-def _round_robin(results: Mapping[str, Any]) -> RoundRobin:
+def _round_robin(results: JSONMapping) -> RoundRobin:
     stored = results["judging"]
     strengths = {
         name.removeprefix("strength/"): _metric(metric)
@@ -66,7 +65,7 @@ def _round_robin(results: Mapping[str, Any]) -> RoundRobin:
     return RoundRobin(tuple(stored["names"]), strengths, wins, stored["unscored"], stored["problem"])
 
 
-def _metric(stored: Mapping[str, Any]) -> Metric:
+def _metric(stored: JSONMapping) -> Metric:
     interval = stored["ci95"]
     return Metric(
         stored["value"],
@@ -77,7 +76,7 @@ def _metric(stored: Mapping[str, Any]) -> Metric:
     )
 
 
-def _print_check(results: Mapping[str, Any], console: Console) -> None:
+def _print_check(results: JSONMapping, console: Console) -> None:
     table = Table(title=Text(f"judge {results['model']} on archived pairs"), title_justify="left", title_style="bold")
     table.add_column("metric")
     for column in ("value", "95 % interval", "n", "unscored"):
@@ -97,13 +96,11 @@ def _print_check(results: Mapping[str, Any], console: Console) -> None:
         )
     console.print(table)
     if cost := results["timing"].get("cost_usd"):
-        asked = results["timing"]["requests_sent"]
-        console.print(
-            Text(f"price: {cost:.4f} USD for {asked} requests, {1000 * cost / max(1, asked):.2f} per thousand")
-        )
+        sent = results["timing"]["requests_sent"]
+        console.print(Text(f"price: {cost:.4f} USD for {sent} requests, {1000 * cost / max(1, sent):.2f} per thousand"))
 
 
-def print_archives(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+def print_archives(rows: Sequence[JSONMapping], console: Console) -> None:
     """One line for each archived review file."""
     table = Table(title=Text("archived reviews, aggregated anew"), title_justify="left", title_style="bold")
     for column in ("Assistant 1", "Assistant 2"):
@@ -142,7 +139,7 @@ def print_archives(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
         console.print(Text(f"the longer answer wins {share:.1%} of all {n} decisive verdicts between unequal lengths"))
 
 
-def _with_interval(metric: Mapping[str, Any] | None) -> str:
+def _with_interval(metric: JSONMapping | None) -> str:
     if metric is None or metric["value"] is None:
         return "-"
     bounds = f"\n{'-'.join(f'{100 * bound:.1f}' for bound in metric['ci95'])}" if metric["ci95"] else ""

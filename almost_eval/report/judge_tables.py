@@ -1,4 +1,4 @@
-"""What `aggregate` found, as tables in a terminal. Names come from outside, so they are `Text`: "[b]x" is no markup."""
+"""Results of `aggregate` as tables in a terminal. Names come from outside, so they are `Text`: "[b]x" is no markup."""
 
 from __future__ import annotations
 

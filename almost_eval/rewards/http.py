@@ -5,7 +5,7 @@
 - `classify`: vLLM's server of a reward model (`/classify` beside `/v1`). The conversations are encoded here, where the
   checkpoint is at hand, and sent as token ids with `use_activation: false`; else the server's own template writes them.
 
-The server is asked once, before the start, which kind it is, and that its rewards are raw logits.
+One request before the start tells which kind of server it is, and whether its rewards are raw logits.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import math
 import re
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from almost_eval.engines.openai_client import EndpointModel, OpenAIClient
 from almost_eval.errors import InputError, ModelError
 from almost_eval.models.chat import ChatTemplate, dialogue_text
 from almost_eval.rewards.base import ARCHITECTURES
 from almost_eval.rewards.hf import HFRewardModel
-from almost_eval.types import Conversation, Message
+from almost_eval.types import Conversation, JSONObject, Message
 
 PROBE: Conversation = (
     Message("user", "What is the capital of France?"),
@@ -85,7 +85,7 @@ class HTTPRewardModel(OpenAIClient):
         # A gateway lists its policy; the reward model behind it shows in the answer alone.
         self.card = served.get(self.model) or (next(iter(served.values())) if len(served) == 1 else {})
         try:
-            found = self._probe_rewards() or self._probe_classify()
+            kind, name = self._probe_rewards() or self._probe_classify()
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             self._refuse(f"it answers {error.status_code}: {self.words(error)}")
         except openai.NotFoundError as error:
@@ -94,7 +94,6 @@ class HTTPRewardModel(OpenAIClient):
             self.fail(error, "/rewards")
         except (AttributeError, LookupError, TypeError, ValueError):
             self._refuse("it answers with something else than one number for a conversation")
-        kind, name = found
         if self.model and name and name != self.model:
             raise InputError(f"the endpoint {self.endpoint} serves the reward model {name!r}, not {self.model!r}")
         if kind == "rewards":
@@ -126,7 +125,7 @@ class HTTPRewardModel(OpenAIClient):
         answers = [self.post_json(url, body | {"use_activation": on}) for on in (False, True)]
         raw, activated = (_one_number(answer) for answer in answers)
         # A server that does not know the field gives a sigmoid, or a raw logit, both times: which, cannot be told
-        # from a number between 0 and 1. (One that was started without a sigmoid gives none when asked for it either.)
+        # from a number between 0 and 1. (One that was started without a sigmoid never applies one.)
         obeyed = abs(activated - 1 / (1 + math.exp(-max(raw, -700.0)))) <= 1e-3 < abs(activated - raw)
         if not obeyed and 0 <= raw <= 1 and not self._knows_the_field():
             self._refuse(f"its rewards seem to be probabilities ({raw:.3f}), and raw logits cannot be asked of it")
@@ -134,10 +133,10 @@ class HTTPRewardModel(OpenAIClient):
 
     def _knows_the_field(self) -> bool:
         """Whether this is a vLLM that has `use_activation`: 0.31 and later, read in its source."""
-        found = re.match(r"(\d+)\.(\d+)", self.server["version"] or "")
-        return found is not None and (int(found[1]), int(found[2])) >= (0, 31)
+        version = re.match(r"(\d+)\.(\d+)", self.server["version"] or "")
+        return version is not None and (int(version[1]), int(version[2])) >= (0, 31)
 
-    def _fields(self) -> dict[str, Any]:
+    def _fields(self) -> JSONObject:
         return {"model": self.model} if self.model else {}
 
     def _refuse(self, reason: str) -> NoReturn:
@@ -189,7 +188,7 @@ class HTTPRewardModel(OpenAIClient):
         known = [n for n in (self._max_length, self.context_limit, self.reader.context_length) if n is not None]
         return min(known)
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> JSONObject:
         """What belongs in a run's spec: what decides the numbers, as far as the server tells."""
         self.check()
         return {
@@ -267,7 +266,7 @@ def _messages(conversation: Conversation) -> list[dict[str, str]]:
     return [message.to_dict() for message in conversation]
 
 
-def _one_number(answer: Any) -> float:
+def _one_number(answer: JSONObject) -> float:
     [data] = answer["data"]
     [value] = data["probs"]
     return float(value)

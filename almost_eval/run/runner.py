@@ -19,7 +19,7 @@ from almost_eval.progress import Progress
 from almost_eval.run import provenance
 from almost_eval.run.preflight import Prepared, describe, prepare
 from almost_eval.run.prompt_log import Prompt, SamplePrompts, write_prompts
-from almost_eval.run.store import RunStore, digest_records
+from almost_eval.run.store import RunStore, default_folder, origin
 from almost_eval.run.validity import ALLOWED, Validity, check
 from almost_eval.tasks.base import GenerationRequest, Task, loglikelihood_outputs, reward_outputs
 from almost_eval.types import (
@@ -132,10 +132,7 @@ class Run:
 
     def default_folder(self) -> Path:
         """`runs/<task>-<protocol>-<model>-<digest of the spec>`: the same command goes on where it stopped."""
-        spec = {k: v for k, v in self.spec().items() if k not in ("command", "commit", "model_name")}
-        parts = (self.task.name, self.task.protocol, Path(self.model.checkpoint.name).name)
-        readable = "-".join("".join(c if c.isalnum() or c in "+-_." else "_" for c in part)[:60] for part in parts)
-        return Path("runs") / f"{readable}-{provenance.digest(spec)[:10]}"
+        return default_folder(self.spec(), self.task.name, self.task.protocol, Path(self.model.checkpoint.name).name)
 
     def describe(self) -> JSONObject:
         """What `--dry-run` prints."""
@@ -339,12 +336,6 @@ def summarise(
             "template_text": template.get("text"),
             "prompt_set": spec["prompt_set"],
             "prompt_ids_digest": spec["prompt_ids_digest"],
-            "samples_digest": digest_records(records),
-            "dtype": spec["engine"].get("dtype"),
-            "device": spec["engine"].get("device"),
-            "seed": spec["seed"],
-            "versions": spec["versions"],
-            "command": spec["command"],
-            "commit": spec["commit"],
+            **origin(spec, records),
         },
     }

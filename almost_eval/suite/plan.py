@@ -15,7 +15,7 @@ from almost_eval.errors import AlmostError, InputError, did_you_mean
 from almost_eval.judge.build import DEFAULT_BASELINE, NANO_JUDGE, JudgeOptions, answer_budget, open_judge
 from almost_eval.nano import BUILT_IN, DEFAULT_MODEL, DEFAULT_REWARD_MODEL
 from almost_eval.run.request import RunRequest, open_run
-from almost_eval.run.store import RunStore
+from almost_eval.run.store import RunStore, default_folder
 from almost_eval.tasks.facts import Preset
 from almost_eval.tasks.registry import task_classes
 
@@ -245,11 +245,8 @@ def _refuse_all(planned: Sequence[Planned]) -> None:
 
 
 def _default_folder(planned: Sequence[Planned], request: SuiteRequest) -> Path:
-    from almost_eval.run import provenance
-
     runs = {one.name: one.run.default_folder().name if one.run else None for one in planned}
-    readable = "".join(c if c.isalnum() or c in "+-_." else "_" for c in Path(str(request.base.model)).name)[:60]
-    return Path("runs") / f"all-{readable}-{provenance.digest(runs)[:10]}"
+    return default_folder(runs, "all", Path(str(request.base.model)).name)
 
 
 # --- what it takes ---

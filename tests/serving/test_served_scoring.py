@@ -92,7 +92,7 @@ def test_a_full_context_is_scored_and_one_token_more_refused(
     engine.route = route
     assert engine.context_length is not None
     [ids] = engine.encoder.encode_texts([QUESTION * 400])
-    text = engine.tokenizer.decode(ids[: engine.context_length])
+    text = str(engine.tokenizer.decode(ids[: engine.context_length]))
     request = LoglikelihoodRequest(text, (" yes",))
     positions = engine.encode([request])[0].n_positions
     assert abs(positions - engine.context_length) <= 1

@@ -1,4 +1,4 @@
-"""How many requests may be on their way: found from what the endpoint refuses (429), not from a setting.
+"""How many requests may be on their way: learnt from what the endpoint refuses (429), not a setting.
 
 Additive increase, and a decrease to what the endpoint holds at the moment it refuses. Where an endpoint allows N at a
 time and more are sent, the N are still being answered when the others come back, so one burst of refusals finds N

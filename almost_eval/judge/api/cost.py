@@ -15,11 +15,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any
 
 from almost_eval.errors import InputError
 from almost_eval.judge.api.journal import Journal
 from almost_eval.judge.records import JudgeRequest
+from almost_eval.types import JSONObject
 
 _PIECES = re.compile(r"[A-Za-z]+|[0-9]{1,3}| (?=[0-9])|[^\S ]+| {2,}|[!-/:-@\[-`{-~]|[^\x00-\x7f]+")
 _LETTERS_PER_TOKEN = 4
@@ -35,9 +35,9 @@ class Price:
     input: float
     output: float
     source: str
-    """Where it was read; `--price-in, --price-out` where it was given."""
+    """Where it was read; `--price-in, --price-out` where the flags state it."""
     date: str
-    """When; empty where it was given."""
+    """When; empty where the flags state it."""
 
     def of(self, prompt_tokens: int, completion_tokens: int) -> float:
         """USD for so many tokens."""
@@ -59,7 +59,7 @@ class Estimate:
 
 
 def price_of(judge: str, price_in: float | None = None, price_out: float | None = None) -> Price | None:
-    """What was given, else the table's line for exactly this model; None where there is neither.
+    """The price that the flags state, else the table's line for exactly this model; None where there is neither.
 
     Raises:
         InputError: one price without the other, or one below zero.
@@ -182,6 +182,6 @@ def _text_tokens(text: str) -> int:
 
 
 @cache
-def _table() -> list[dict[str, Any]]:
+def _table() -> list[JSONObject]:
     content = files("almost_eval.judge.api").joinpath("prices.json").read_text(encoding="utf-8")
     return list(json.loads(content)["prices"])

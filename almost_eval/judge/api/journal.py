@@ -2,7 +2,7 @@
 
 One SQLite file beside the run: a row for each request that was answered, keyed by the request's digest. WAL with
 `synchronous=FULL` means that a reply that was put survives a SIGKILL and a power cut. Failures are not replies and are
-not kept: a later run asks again. Nothing of a key is ever in a request or a reply, so nothing of it is here.
+not kept: a later run sends the request again. No request and no reply holds a key, so this file holds none.
 
 Two processes may hold the same file: SQLite orders their writes, and the first reply to a request stays.
 """
@@ -91,7 +91,7 @@ class Journal:
         Raises:
             RunError: the disk is full, or gone.
         """
-        asked = {
+        sent = {
             "judge": request.judge,
             "messages": [message.to_dict() for message in request.messages],
             "temperature": request.temperature,
@@ -105,7 +105,7 @@ class Journal:
             "prompt_tokens": reply.prompt_tokens,
             "completion_tokens": reply.completion_tokens,
         }
-        row = (request.digest, json.dumps(asked), json.dumps(answered), time.time())
+        row = (request.digest, json.dumps(sent), json.dumps(answered), time.time())
         try:
             with self._lock:
                 self._connection.execute("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?)", row)
@@ -171,7 +171,8 @@ class Journal:
             return StoreError(f"{self.path} is a folder; the journal of a run is a file")
         if not os.access(self.path.parent, os.W_OK) or (self.path.exists() and not os.access(self.path, os.W_OK)):
             return StoreError(f"cannot write to {self.path}; choose another folder")
-        if "locked" in str(error):
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # less the extended code; our own error has none
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             return StoreError(f"{self.path} is in use by another process; wait for it")
         return StoreError(
             f"{self.path} is damaged or not a journal of replies ({error}); move it away: what it held is asked again"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from almost_eval.data.sources import DataSource
 from almost_eval.judge.fastchat import fastchat_rows
-from almost_eval.judge.prompts import REFERENCE, PromptFamily, Template, Wording
+from almost_eval.judge.prompts import REFERENCE, PromptFamily, PromptTemplate, Wording
 
 _PROMPTS = "fastchat/llm_judge/data/judge_prompts.jsonl"
 _PLACES = {"answer_a": "answer_1", "answer_b": "answer_2", "ref_answer_1": "reference"}
@@ -24,7 +24,7 @@ def official(data: DataSource) -> Wording:
         user = rows[name]["prompt_template"]
         for theirs, ours in _PLACES.items():
             user = user.replace(f"{{{theirs}}}", f"{{{ours}}}")
-        templates[category] = Template(rows[name]["system_prompt"], user)
+        templates[category] = PromptTemplate(rows[name]["system_prompt"], user)
     return Wording(templates)
 
 

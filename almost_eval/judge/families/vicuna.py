@@ -6,7 +6,7 @@ from pathlib import Path
 
 from almost_eval.data.sources import DataSource
 from almost_eval.judge.fastchat import fastchat_rows
-from almost_eval.judge.prompts import PromptFamily, Template, Wording
+from almost_eval.judge.prompts import PromptFamily, PromptTemplate, Wording
 
 _TABLE = "fastchat/eval/table"
 
@@ -19,7 +19,7 @@ def official(data: DataSource) -> Wording:
     for reviewer in reviewers:
         row = prompts[reviewer["prompt_id"]]
         user = row["prompt_template"].replace("{prompt}", row["defaults"]["prompt"])
-        templates[reviewer["category"]] = Template(row["system_prompt"], user)
+        templates[reviewer["category"]] = PromptTemplate(row["system_prompt"], user)
     settings = reviewers[0]["metadata"]
     return Wording(templates, settings["temperature"], settings["max_tokens"])
 

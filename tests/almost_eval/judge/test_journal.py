@@ -117,6 +117,17 @@ def test_a_folder_and_a_file_in_the_way(tmp_path: Path) -> None:
         Journal(tmp_path / "file" / "j").__enter__()
 
 
+def test_a_journal_that_another_process_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("almost_eval.judge.api.journal.PATIENCE", 0.05)
+    with Journal(tmp_path / "j") as journal:
+        journal.put(question("a"), REPLY)
+    other = sqlite3.connect(tmp_path / "j", isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(StoreError, match="is in use by another process; wait for it"):
+        Journal(tmp_path / "j").__enter__()
+    other.close()
+
+
 def test_a_closed_journal_says_so(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j")
     with journal:
