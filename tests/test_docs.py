@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 from shown_commands import PROGRAMS, ROOT, check_command, check_links, contexts, options_of, shown
 
-from almost_eval.errors import InputError
+from almost_eval.data.sources import find_data
+from almost_eval.errors import DataError, InputError
+from almost_eval.judge.prompts import load_judge_prompts
 
 DOCS = ROOT / "docs"
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted(DOCS.glob("*.md"))}
@@ -227,15 +229,52 @@ def follow(
         return printed
 
     yield run
-    for name in ("bigram", "reinforce"):
+    for name in ("bigram", "brief", "quiz", "reinforce"):
         sys.modules.pop(name, None)
 
 
-def test_a_task_of_ones_own(follow: Callable[[str], list[str]]) -> None:
+def test_a_task_of_ones_own(
+    follow: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch, almost_eval: Callable[..., Any]
+) -> None:
+    from almost_eval.tasks.registry import TASKS
+
+    monkeypatch.setitem(TASKS, "quiz", "")  # gone again after the test
     printed, table = follow("A task")
     assert printed == "1.0 True\nTrue\n"  # the built-in model knows all three; the run verifies
     assert "quiz" in table
     assert (Path("runs/quiz") / "results.json").is_file()
+    # The rest of the page's claim: with the line in the registry every command knows it.
+    for shown_text, *command in (
+        ("verified", "verify", "runs/quiz", "--data-root", "data"),
+        ("scored again", "verify", "runs/quiz", "--model", "nano/almost", "--data-root", "data"),
+        ("not distinguishable", "compare", "runs/quiz", "runs/quiz"),
+        ("quiz.html", "report", "runs/quiz", "-o", "quiz.html"),
+        ("quiz", "list", "--json"),
+        ("My quiz", "all", "--dry-run", "--data", "hub", "--data-root", "data", "--prompt-set", "builtin"),
+    ):
+        outcome = almost_eval(*command, *(("--tasks", "quiz") if command[0] == "all" else ()))
+        assert outcome.code == 0, f"{command}: {outcome.err}"
+        assert shown_text in outcome.out + outcome.err, command
+    assert "My quiz" in Path("quiz.html").read_text(encoding="utf-8")
+
+
+def test_the_task_is_about_forty_lines() -> None:
+    code = re.findall(r"^`quiz\.py`:\n\n```python\n(.*?)```$", PAGES["extend.md"], flags=re.MULTILINE | re.DOTALL)[0]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 45
+
+
+def test_a_judge_prompt_family_of_ones_own(
+    follow: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch, almost_eval: Callable[..., Any]
+) -> None:
+    from almost_eval.judge.families import FAMILIES
+
+    monkeypatch.setitem(FAMILIES, "brief", "")  # gone again after the test
+    (printed,) = follow("A judge prompt family")
+    assert "Question: What does the otter eat?" in printed
+    assert "Verdict(winner='2'" in printed
+    assert "the letter of the better answer, after the reasons" in almost_eval("list", "--json").out
+    with pytest.raises(DataError, match="only our own words"):
+        load_judge_prompts("brief", "official", find_data("nano", None))
 
 
 def test_an_engine_of_ones_own(
