@@ -17,7 +17,7 @@ from almost_eval.errors import InputError
 from almost_eval.models.chat import ChatTemplate, load_template, special_tokens
 from almost_eval.models.checkpoint import Checkpoint, context_length, find_checkpoint
 from almost_eval.models.stops import STOP_STRINGS, stop_strings, template_file
-from almost_eval.types import Message
+from almost_eval.types import JSONObject, Message
 
 ARCHITECTURES = {
     "policy": ("CausalLM", "LMHeadModel"),
@@ -148,7 +148,9 @@ class TokenizerFiles:
         own = config.get("chat_template")
         if isinstance(own, list):  # older checkpoints: several, with names
             own = {entry["name"]: entry["template"] for entry in own}
-        self.chat_template: Any = template.read_text(encoding="utf-8") if template.is_file() else own
+        self.chat_template: str | dict[str, str] | None = (
+            template.read_text(encoding="utf-8") if template.is_file() else own
+        )
         tokens = {**_json(folder / "special_tokens_map.json"), **config}
         self.special_tokens_map: dict[str, str] = {
             name: str(value["content"] if isinstance(value, dict) else value)
@@ -159,7 +161,7 @@ class TokenizerFiles:
         self.model_max_length: int | None = int(limit) if isinstance(limit, int | float) else None
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _json(file: Path) -> JSONObject:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -93,6 +93,17 @@ def data_root() -> Path:
     return root
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch on one CPU thread: models this small are faster so, and the same bits come out on any number of cores."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def bpe_tokenizer() -> Any:
     """Byte-level BPE that puts `<s>` (0) before every text; `</s>` is 1, `<pad>` 2."""

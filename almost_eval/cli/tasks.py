@@ -19,7 +19,7 @@ from almost_eval.cli.options import DATA_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, Va
 
 if TYPE_CHECKING:
     from almost_eval.run.request import RunRequest
-    from almost_eval.tasks.facts import Setting
+    from almost_eval.tasks.facts import TaskSetting
     from almost_eval.types import JSONObject
 
 STARTED = time.perf_counter()
@@ -74,7 +74,7 @@ def _usage(path: str) -> str:
     return ""
 
 
-def _option(setting: Setting) -> Any:
+def _option(setting: TaskSetting) -> Any:
     """The flag of a task's setting."""
     name = f"--{setting.name.replace('_', '-')}"
     if setting.kind == "flag":

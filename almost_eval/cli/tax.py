@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from almost_eval.cli.command_line import comma_list, open_console, options
-from almost_eval.cli.engine_options import ENGINE_OPTIONS
-from almost_eval.cli.options import DATA_OPTIONS, run_request
+from almost_eval.cli.options import DATA_OPTIONS, ENGINE_OPTIONS, run_request
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -18,11 +18,14 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from almost_eval import files
 from almost_eval.errors import DataError, did_you_mean
 from almost_eval.types import JSONObject
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
 
 RAW = "https://raw.githubusercontent.com"
 
@@ -96,7 +99,7 @@ class DataSource:
 
         original = datasets.load_dataset
 
-        def load(path: str, name: str | None = None, **options: Any) -> Any:
+        def load(path: str, name: str | None = None, **options: object) -> object:
             local = self.root / path if self.root else None
             if local is not None and local.is_dir():
                 try:
@@ -119,7 +122,7 @@ class DataSource:
         finally:
             datasets.load_dataset = original
 
-    def _as_datasets(self, dataset: str, config: str | None) -> Any:
+    def _as_datasets(self, dataset: str, config: str | None) -> DatasetDict | None:
         """The parquet files of one configuration as a `DatasetDict` in memory, or None where the layout is another."""
         import datasets
         import pyarrow.parquet as parquet
@@ -186,7 +189,7 @@ def find_data(name: str | None, root: str | Path | None, *, built_in_model: bool
     return DataSource("hub", path)
 
 
-def fingerprint(rows: Sequence[Any]) -> str:
+def fingerprint(rows: Sequence[object]) -> str:
     """sha256 over rows as canonical JSON: two runs with the same fingerprint read the same data."""
     digest = hashlib.sha256()
     for row in rows:

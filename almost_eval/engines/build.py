@@ -160,7 +160,7 @@ SCORERS_TAKE: dict[str, set[str]] = _takes("scorers")
 
 
 def generation_engine(model: str, options: EngineOptions | None = None) -> GenerationEngine:
-    """The engine that continues prompts with `model`. No weight is loaded; an endpoint is asked whether it is there.
+    """The engine that continues prompts with `model`. No weight is loaded; an endpoint must answer.
 
     Args:
         model: a checkpoint directory, hub id or built-in name; for `openai` the name the endpoint serves it under.
@@ -178,7 +178,7 @@ def generation_engine(model: str, options: EngineOptions | None = None) -> Gener
 def loglikelihood_engine(model: str, options: EngineOptions | None = None) -> LoglikelihoodEngine:
     """The engine that scores continuations with `model`, and continues prompts too; see `generation_engine`.
 
-    Whether an endpoint can score is asked by `check_scores`, before the first score at the latest.
+    Whether an endpoint can score is known from `check_scores`, before the first score at the latest.
 
     Raises:
         InputError: whatever `generation_engine` refuses.

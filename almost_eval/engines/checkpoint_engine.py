@@ -1,4 +1,4 @@
-"""What engines that hold a checkpoint share: its tokenizer, joint encoding, and the lengths that do not fit."""
+"""The base of the engines that hold a checkpoint: joint encoding, and the refusal of what does not fit the context."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any causal language model of transformers: exact log-likelihoods that share prefixes, and generation.
+"""Causal language models of transformers: exact log-likelihoods that share prefixes, and generation.
 
 Departures from lm-eval's `hf` model: all requests of a run form one trie and every shared prefix is computed once;
 logits are read at scored positions only; a prompt that does not fit is an error, never cut.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from almost_eval.engines.base import EngineReport, RequestScores, SamplingParams
 from almost_eval.engines.checkpoint_engine import CheckpointEngine
@@ -16,14 +16,18 @@ from almost_eval.engines.prefix import EncodedRequest, build_trie, scores_of_not
 from almost_eval.errors import InputError, did_you_mean
 from almost_eval.models.checkpoint import Checkpoint
 from almost_eval.models.loading import ATTENTION, load_weights
-from almost_eval.types import Completion
+from almost_eval.types import Completion, JSONObject
+
+if TYPE_CHECKING:
+    from almost_eval.engines.hf_loglikelihood import AttentionWindow, Limits
+    from almost_eval.engines.hf_probe import Probe
 
 
 class HFEngine(CheckpointEngine):
     """A transformers causal LM. Config and tokenizer load at once, weights on first use.
 
     Args:
-        model: a checkpoint directory, hub id, built-in name, or a `Checkpoint` already found.
+        model: a checkpoint directory, hub id, built-in name, or an open `Checkpoint`.
         dtype: `auto` is float32 on a CPU and the checkpoint's own elsewhere.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
         attention: transformers' attention implementation; `auto` is sdpa where the model has it, else eager.
@@ -96,7 +100,7 @@ class HFEngine(CheckpointEngine):
         model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
         return model
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> JSONObject:
         """What belongs in a run's spec: runs that differ in any of it may differ in the last bits."""
         return {
             "name": self.name,
@@ -137,7 +141,7 @@ class HFEngine(CheckpointEngine):
             reason = f"sharing {off} on a probe of this checkpoint"
         if self.share_prefixes and reason:
             report.warnings.append(f"prefixes are not shared: {reason}")
-        limits = self._limits(scoring.Limits)
+        limits = self._limits()
         scorer: scoring.SharedPrefixScorer | scoring.PlainScorer
         if self.share_prefixes and not reason:
             report.path, report.tokens_computed = "shared-prefix", len(trie)
@@ -151,11 +155,11 @@ class HFEngine(CheckpointEngine):
         if scorer.limits_used != limits and scorer.limits_used is not None:
             report.warnings.append(f"out of memory: went on with {scorer.limits_used.tokens} tokens in a batch")
 
-    def _probe(self, window: Any) -> Any:
-        from almost_eval.engines.hf_loglikelihood import probe
+    def _probe(self, window: AttentionWindow) -> Probe:
+        from almost_eval.engines.hf_probe import probe
 
         if not hasattr(self, "_probes"):
-            self._probes: dict[Any, Any] = {}
+            self._probes: dict[AttentionWindow, Probe] = {}
         if window not in self._probes:
             self._probes[window] = probe(self.model, window, min(len(self.tokenizer), self._vocabulary))
         return self._probes[window]
@@ -164,11 +168,13 @@ class HFEngine(CheckpointEngine):
     def _vocabulary(self) -> int:
         return int(self.model.config.get_text_config().vocab_size)
 
-    def _limits(self, kind: Any) -> Any:
+    def _limits(self) -> Limits:
+        from almost_eval.engines.hf_loglikelihood import Limits
+
         on_cpu = self.device == "cpu"
         tokens = self.batch_tokens or (1024 if on_cpu else 4096)
         logits = (1 << 28) if on_cpu else (1 << 30)  # bytes of float32 logits in one pass
-        return kind(tokens, max(8, logits // (4 * self._vocabulary)), self.batch_size)
+        return Limits(tokens, max(8, logits // (4 * self._vocabulary)), self.batch_size)
 
     def stream_completions(
         self, prompts: Sequence[str], params: SamplingParams

@@ -1,21 +1,26 @@
-"""What a pass over a trie chunk need not compute: keys that no query sees, and last-layer rows that nobody reads.
+"""Leaves out what a pass over a trie chunk need not compute: keys that no query sees, and last-layer rows without use.
 
-Of the nodes before a block of queries only the path to the block can be visible to it (see `prefix.py`), so attention
-goes block by block over the columns that the mask opens. Of the last layer only keys and values are needed at rows
-without a scored continuation. Both leave every number that is read as it was, up to rounding; `probe` in
-`hf_loglikelihood.py` runs with both and falls back to the plain path where a model thinks otherwise.
+Of the nodes before a block of queries only the path to the block can be visible to it (see `prefix.py`). So attention
+goes block by block, over the columns that the mask leaves open. Of the last layer only keys and values are needed at
+rows without a scored continuation. Both leave every number that is read as it was, up to rounding: `hf_probe.py` runs
+with both, and the engine takes the plain path where the numbers of a model differ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from almost_eval.models.loading import CausalLM
+
+Inputs = tuple[torch.Tensor, ...]
 
 NAME = "almost_visible_sdpa"
 """Name of `visible_attention` in transformers' registry."""
@@ -42,7 +47,7 @@ class ChunkPlan:
 
     Args:
         allowed: kind of layer -> (n, past + n) bool, True where the query sees the key. Every query sees itself.
-        masks: kind of layer -> (1, 1, n, past + n) additive, the very tensors that the model is given.
+        masks: kind of layer -> (1, 1, n, past + n) additive, the very tensors that the model gets.
         rows: (r,) positions whose last-layer output is read, ascending; None where it is all of them.
         last: the attention module of the last layer, where it is known.
         block: queries in a block.
@@ -90,7 +95,7 @@ class ChunkPlan:
 
 
 def _identity(mask: torch.Tensor) -> tuple[int, tuple[int, ...], torch.dtype]:
-    # Not `id`: models may hand their layers a view of the mask they were given.
+    # Not `id`: models may hand their layers a view of the mask that they got.
     return mask.data_ptr(), tuple(mask.shape), mask.dtype
 
 
@@ -129,8 +134,8 @@ def visible_attention(
 
     plan = _plan.get()
     blocks = None if plan is None else plan.blocks(attention_mask, module)
-    # A position bias, sinks: tensors we know nothing of.
-    foreign = any(isinstance(given, torch.Tensor) and name not in _IGNORED for name, given in kwargs.items())
+    # Other tensors, such as a position bias or attention sinks, change the scores in ways this code does not compute.
+    foreign = any(isinstance(value, torch.Tensor) and name not in _IGNORED for name, value in kwargs.items())
     fits = len(query) == 1 and query.shape[1] % key.shape[1] == 0
     if blocks is None or foreign or dropout or not fits:
         result: tuple[torch.Tensor, None] = sdpa_attention_forward(
@@ -139,8 +144,8 @@ def visible_attention(
         return result
     out = query.new_zeros((1, query.shape[2], query.shape[1], value.shape[-1]))
     for block in blocks:
-        found = _attend(query[:, :, block.queries], _columns(key, block), _columns(value, block), block.mask, scaling)
-        out[:, block.queries] = found.transpose(1, 2)
+        part = _attend(query[:, :, block.queries], _columns(key, block), _columns(value, block), block.mask, scaling)
+        out[:, block.queries] = part.transpose(1, 2)  # (1, heads, q, value size) -> (1, q, heads, value size)
     return out, None
 
 
@@ -157,12 +162,12 @@ def _attend(
     if groups > 1:
         query = query.reshape(1, key.shape[1], groups * q, query.shape[-1])
         mask = mask.repeat(1, 1, groups, 1)
-    found = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    return found.reshape(1, heads, q, value.shape[-1])
+    out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    return out.reshape(1, heads, q, value.shape[-1])
 
 
 @contextmanager
-def attending(model: Any, plan: ChunkPlan) -> Iterator[None]:
+def attending(model: CausalLM, plan: ChunkPlan) -> Iterator[None]:
     """Let the model's layers attend by the plan; its attention setting is back as it was afterwards.
 
     Nothing changes for a model that does not take its attention from transformers' registry, or uses another than
@@ -181,7 +186,7 @@ def attending(model: Any, plan: ChunkPlan) -> Iterator[None]:
         _plan.reset(token)
 
 
-def _takes_registered_attention(model: Any) -> bool:
+def _takes_registered_attention(model: CausalLM) -> bool:
     ask = getattr(type(model), "_can_set_attn_implementation", None)
     if ask is None or not ask():
         return False
@@ -199,10 +204,10 @@ class LastLayer:
 
     attention: nn.Module
     position_wise: tuple[nn.Module, ...]
-    """Modules that may be given some positions only."""
+    """Modules that can compute some positions only."""
 
     @classmethod
-    def of(cls, model: Any) -> LastLayer | None:
+    def of(cls, model: CausalLM) -> LastLayer | None:
         """Recognise the usual decoder: a list of layers with `self_attn` and, in each, linear maps and an `mlp`."""
         decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
         layers = getattr(decoder, "layers", None)
@@ -214,12 +219,11 @@ class LastLayer:
         if not isinstance(attention, nn.Module):
             return None
         maps = [getattr(attention, name, None) for name in ("q_proj", "o_proj")]
-        found: list[nn.Module] = [
-            m for m in maps if type(m) is nn.Linear
-        ]  # a quantised subclass may look at all positions together
+        # Not `isinstance`: a quantised subclass may look at all positions together.
+        modules: list[nn.Module] = [part for part in maps if type(part) is nn.Linear]
         if isinstance(mlp, nn.Module) and _is_plain_mlp(mlp):
-            found.append(mlp)
-        return cls(attention, tuple(found))
+            modules.append(mlp)
+        return cls(attention, tuple(modules))
 
     @contextmanager
     def reading(self, rows: torch.Tensor | None, n: int) -> Iterator[None]:
@@ -244,19 +248,23 @@ def _is_plain_mlp(mlp: nn.Module) -> bool:
     return bool(parts) and not list(mlp.parameters(recurse=False)) and all(plain(part) for part in parts)
 
 
-def _picker(rows: torch.Tensor, n: int) -> Any:
-    def pick(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not given or given[0].ndim != 3 or given[0].shape[:2] != (1, n):
+def _picker(rows: torch.Tensor, n: int) -> Callable[[nn.Module, Inputs], Inputs | None]:
+    """A hook that leaves of a module's input (1, n, size) only `rows`: (1, r, size)."""
+
+    def pick(_: nn.Module, inputs: Inputs) -> Inputs | None:
+        if not inputs or inputs[0].ndim != 3 or inputs[0].shape[:2] != (1, n):
             return None
-        return (given[0].index_select(1, rows), *given[1:])
+        return (inputs[0].index_select(1, rows), *inputs[1:])
 
     return pick
 
 
-def _putter(rows: torch.Tensor, n: int) -> Any:
-    def put(_: nn.Module, __: tuple[Any, ...], found: torch.Tensor) -> torch.Tensor | None:
-        if found.ndim != 3 or found.shape[:2] != (1, len(rows)):
+def _putter(rows: torch.Tensor, n: int) -> Callable[[nn.Module, Inputs, torch.Tensor], torch.Tensor | None]:
+    """A hook that puts a module's output at `rows` (1, r, size) back among zeros: (1, n, size)."""
+
+    def put(_: nn.Module, __: Inputs, output: torch.Tensor) -> torch.Tensor | None:
+        if output.ndim != 3 or output.shape[:2] != (1, len(rows)):
             return None
-        return found.new_zeros((1, n, found.shape[-1])).index_copy_(1, rows, found)
+        return output.new_zeros((1, n, output.shape[-1])).index_copy_(1, rows, output)
 
     return put

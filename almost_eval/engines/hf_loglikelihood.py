@@ -2,8 +2,8 @@
 
 The shared path feeds any run of consecutive trie nodes as one row: position ids are depths, a 4-D mask lets a node
 attend to its ancestors alone, and the cache holds the one path that leads to the run (see `prefix.py`). It needs a
-model that takes position ids, a 4-D mask and a plain key-value cache; `probe` measures whether this one does, by
-comparing it with the plain path on this very checkpoint.
+model that takes position ids, a 4-D mask and a plain key-value cache; `hf_probe.py` measures whether this one does,
+by comparing it with the plain path on this very checkpoint.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,14 +25,20 @@ from almost_eval.engines.prefix import (
     EncodedContinuation,
     EncodedRequest,
     TokenTrie,
-    build_trie,
     chunks_to_compute,
     path_after,
     plan_chunks,
 )
 from almost_eval.errors import RunError
-from almost_eval.types import ContinuationScore, LoglikelihoodRequest
+from almost_eval.types import ContinuationScore
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from almost_eval.models.loading import CausalLM
+
+Cache = Any
+"""transformers' `DynamicCache`, of whose layers its types do not say that they have keys and values."""
 Results = Iterator[tuple[int, list[ContinuationScore]]]
 
 
@@ -48,7 +54,7 @@ class Limits:
     """Input sequences, or None for as many as fit."""
 
     def halved(self) -> Limits | None:
-        """Half of each after an out-of-memory error, or None at the end of the road."""
+        """Half of each after an out-of-memory error, or None where that is too little to go on."""
         if self.tokens <= 16:
             return None
         sequences = None if self.sequences is None else max(1, self.sequences // 2)
@@ -65,7 +71,7 @@ class AttentionWindow:
     """Kinds of attention the model mixes (`full_attention`, `sliding_attention`), empty where all layers are alike."""
 
     @classmethod
-    def of(cls, config: Any, longest: int) -> AttentionWindow:
+    def of(cls, config: PretrainedConfig, longest: int) -> AttentionWindow:
         """Read a transformers config; a window no sequence reaches (`longest` tokens) is no window."""
         text = config.get_text_config()
         size = getattr(text, "sliding_window", None)
@@ -75,7 +81,7 @@ class AttentionWindow:
         return cls(int(size), kinds)
 
 
-def length_dependence(config: Any, longest: int) -> str | None:
+def length_dependence(config: PretrainedConfig, longest: int) -> str | None:
     """Why the same tokens score differently beside longer rows, or None."""
     text = config.get_text_config()
     parameters = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
@@ -94,7 +100,7 @@ def length_dependence(config: Any, longest: int) -> str | None:
 _OWN_WINDOWS = ("window_size", "attention_window", "attention_window_size", "local_attention", "sliding_window_size")
 
 
-def refusal(config: Any, longest: int) -> str | None:
+def refusal(config: PretrainedConfig, longest: int) -> str | None:
     """Why prefixes cannot be shared on this model whatever its arithmetic says, or None."""
     if reason := length_dependence(config, longest):
         return reason
@@ -118,7 +124,7 @@ class SharedPrefixScorer:
         block: queries that attend together, see `hf_attention`.
     """
 
-    def __init__(self, model: Any, window: AttentionWindow, *, block: int = BLOCK) -> None:
+    def __init__(self, model: CausalLM, window: AttentionWindow, *, block: int = BLOCK) -> None:
         self.model = model
         self.window = window
         self.block = block
@@ -165,7 +171,7 @@ class SharedPrefixScorer:
         )
         return deque(zip(chunks, chunks_to_compute(trie, chunks, wanted).tolist(), strict=True))
 
-    def _forward(self, trie: TokenTrie, chunk: Chunk, cache: Any) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    def _forward(self, trie: TokenTrie, chunk: Chunk, cache: Cache) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         nodes = slice(chunk.begin, chunk.stop)
         depth = torch.from_numpy(trie.depth[nodes].astype(np.int64)).to(self.device)  # (n,)
         end = torch.from_numpy(trie.end[nodes] - chunk.begin).to(self.device)  # (n,)
@@ -173,7 +179,7 @@ class SharedPrefixScorer:
         rows, row_of = np.unique(trie.targets.node[chunk.targets] - chunk.begin, return_inverse=True)
         if not len(rows):  # a piece of a header: only its keys and values matter
             rows = np.array([0])
-        read = torch.from_numpy(rows).to(self.device)
+        read = torch.from_numpy(rows).to(self.device)  # (rows,)
         allowed = self._visible(depth, end)
         masks = {kind: self._additive(seen) for kind, seen in allowed.items()}
         last = self.last_layer
@@ -196,14 +202,14 @@ class SharedPrefixScorer:
         """Kind of layer -> (n, past + n) bool: True where the key is an ancestor of the query or itself, and near."""
         n = len(depth)
         past = int(depth[0])
-        index = torch.arange(n, device=self.device)
-        shallowest = torch.cummin(depth, 0).values  # the cached path is shared down to this depth
+        index = torch.arange(n, device=self.device)  # (n,)
+        shallowest = torch.cummin(depth, 0).values  # (n,) the cached path is shared down to this depth
         sees_past = torch.arange(past, device=self.device)[None] < shallowest[:, None]  # (n, past)
         sees_chunk = (index[None] <= index[:, None]) & (end[None] > index[:, None])  # (n, n)
-        allowed = torch.cat([sees_past, sees_chunk], dim=1)
+        allowed = torch.cat([sees_past, sees_chunk], dim=1)  # (n, past + n)
         if self.window.size is None:
             return {"full_attention": allowed}
-        key_depth = torch.cat([torch.arange(past, device=self.device), depth])
+        key_depth = torch.cat([torch.arange(past, device=self.device), depth])  # (past + n,)
         near = allowed & (depth[:, None] - key_depth[None] < self.window.size)
         by_kind = {"full_attention": allowed, "sliding_attention": near}
         return {kind: by_kind[kind] for kind in self.window.layer_types or ("sliding_attention",)}
@@ -214,7 +220,7 @@ class SharedPrefixScorer:
         mask = torch.zeros(allowed.shape, dtype=dtype, device=self.device)
         return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[None, None]
 
-    def _advance(self, trie: TokenTrie, chunk: Chunk, cache: Any) -> None:
+    def _advance(self, trie: TokenTrie, chunk: Chunk, cache: Cache) -> None:
         """Leave in the cache the path to the next chunk. A skipped chunk left no keys: zeros hold their place.
 
         Nothing that is computed attends to those zeros: they are gone from the path before (`chunks_to_compute`).
@@ -233,7 +239,7 @@ class SharedPrefixScorer:
                 setattr(layer, name, torch.cat([old[..., :keep_path, :], new], dim=-2))
 
     @staticmethod
-    def _truncate(cache: Any, length: int) -> None:
+    def _truncate(cache: Cache, length: int) -> None:
         for layer in cache.layers:
             layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
 
@@ -241,7 +247,7 @@ class SharedPrefixScorer:
 class PlainScorer:
     """Scores each distinct continuation as its own left-padded row: slower, and right for any causal LM."""
 
-    def __init__(self, model: Any, *, pad_id: int = 0, padding: bool = True) -> None:
+    def __init__(self, model: CausalLM, *, pad_id: int = 0, padding: bool = True) -> None:
         self.model = model
         self.pad_id = pad_id
         self.padding = padding
@@ -312,14 +318,15 @@ class PlainScorer:
         longest = max(len(ids) for ids in inputs)
         keep = max(len(c.scored) for c in batch)
         ids = torch.full((len(batch), longest), self.pad_id, dtype=torch.long)  # (B, T), padded on the left
-        real = torch.zeros((len(batch), longest), dtype=torch.long)
+        real = torch.zeros((len(batch), longest), dtype=torch.long)  # (B, T), 1 on tokens that are no padding
         for row, values in enumerate(inputs):
             ids[row, longest - len(values) :] = torch.from_numpy(values.astype(np.int64))
             real[row, longest - len(values) :] = 1
-        extra: dict[str, Any] = {}
+        extra: dict[str, torch.Tensor] = {}  # each (B, T)
         if self.padding:
             extra["position_ids"] = (real.cumsum(1) - 1).clamp(min=0).to(device)
             extra["attention_mask"] = real.to(device)
+        # (B, keep, V)
         logits = self.model(input_ids=ids.to(device), use_cache=False, logits_to_keep=keep, **extra).logits
         scores = []
         for row, continuation in enumerate(batch):
@@ -352,9 +359,9 @@ def read_logits(
     rows = torch.from_numpy(np.asarray(row)).to(logits.device)
     ids = torch.from_numpy(token.astype(np.int64)).to(logits.device)
     logits = logits.float()
-    normaliser = logits.logsumexp(-1)
-    logprob = logits[rows, ids] - normaliser[rows]
-    greedy = logits.argmax(-1)[rows] == ids
+    normaliser = logits.logsumexp(-1)  # (rows,)
+    logprob = logits[rows, ids] - normaliser[rows]  # (n,) log p, nats
+    greedy = logits.argmax(-1)[rows] == ids  # (n,)
     return logprob.double().cpu().numpy(), greedy.cpu().numpy()
 
 
@@ -366,61 +373,3 @@ def out_of_memory(error: BaseException) -> bool:
 
 def _no_memory(limits: Limits) -> str:
     return f"out of memory even with {limits.tokens} tokens in a batch; use a smaller dtype or another device"
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """What this checkpoint can do, measured against one unpadded row at a time."""
-
-    shared: float | None
-    """Largest difference of a log-probability on the shared path, nats; None where the path failed outright."""
-    padded: float | None
-    """The same for left-padded batches."""
-    tolerance: float
-
-    @property
-    def sharing_is_exact(self) -> bool:
-        """Whether the shared path agrees."""
-        return self.shared is not None and self.shared <= self.tolerance
-
-    @property
-    def padding_is_exact(self) -> bool:
-        """Whether left-padded batches agree."""
-        return self.padded is not None and self.padded <= self.tolerance
-
-
-def probe(model: Any, window: AttentionWindow, vocabulary: int, *, seed: int = 0) -> Probe:
-    """Score a dozen short random sequences that fork at several depths in three ways, and compare.
-
-    Small on purpose (a few hundred tokens): it costs less than one batch, and a model that ignores the mask, the
-    positions or the padding is off by orders of magnitude more than the tolerance.
-    """
-    rng = np.random.default_rng(seed)
-    length = 24 if window.size is None else min(max(24, 2 * window.size), 256)
-    trunk = rng.integers(0, vocabulary, length, dtype=np.int32)
-    requests = []
-    for fork in (1, 3, length // 2, length // 2 + 1, length - 2):
-        tails = [rng.integers(0, vocabulary, int(rng.integers(2, 6)), dtype=np.int32) for _ in range(2)]
-        continuations = tuple(EncodedContinuation(trunk[:fork], tail) for tail in tails)
-        requests.append(EncodedRequest(LoglikelihoodRequest("", ("", "")), continuations))
-    everything = range(len(requests))
-    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.25
-
-    one_by_one = PlainScorer(model, padding=False)
-    truth = dict(one_by_one.stream(requests, everything, Limits(4096, 4096, 1)))
-
-    def worst(results: Results) -> float | None:
-        try:
-            found = dict(results)
-        except Exception:  # architectures refuse foreign masks and caches in many ways; all mean the same
-            return None
-        off = [abs(a.logprob - b.logprob) for r in everything for a, b in zip(found[r], truth[r], strict=True)]
-        return float(np.max(off))  # NaN wherever one is, unlike the built-in max
-
-    trie = build_trie(requests)
-    small = Limits(11, 4096)  # cuts through branches, so that the cache is exercised too
-    return Probe(
-        worst(SharedPrefixScorer(model, window, block=4).stream(trie, requests, everything, small)),
-        worst(PlainScorer(model).stream(requests, everything, Limits(4096, 4096))),
-        tolerance,
-    )

@@ -1,7 +1,7 @@
-"""Pure part of shared-prefix scoring: joint encoding, the token trie, the batch plan. numpy only.
+"""The pure part of shared-prefix scoring: joint encoding, the token trie, the batch plan. Needs numpy only.
 
-Benchmarks repeat themselves: TruthfulQA puts the same six shots before 817 questions and each question before every
-choice. All requests of a run form one trie over token ids, and a model need visit each node once.
+Prompts of a benchmark repeat each other: TruthfulQA puts the same six shots before 817 questions, and each question
+before every choice. All requests of a run form one trie over token ids. A model must visit each node once.
 
 The trie is never built as a tree. Sort the sequences; what a sequence adds to the trie is what follows its longest
 common prefix with its predecessor, so the additions, laid end to end, are the nodes in depth-first order:
@@ -11,7 +11,7 @@ common prefix with its predecessor, so the additions, laid end to end, are the n
                 a f        depth  0 1 2 2 3 1
                            end    6 5 3 5 5 6      node u is an ancestor of v  <=>  u <= v < end[u]
 
-Depth-first order has the property the engine lives on: of the nodes before position `p`, only the ancestors of node
+Depth-first order has the property that the engine needs: of the nodes before position `p`, only the ancestors of node
 `p` are ancestors of any node from `p` on. So a forward pass can take any run of consecutive nodes, with the
 keys and values of one root-to-node path as its cache: no padding, no branch copied twice, nothing computed twice.
 """
@@ -21,13 +21,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from almost_eval.errors import TemplateError
 from almost_eval.types import ContinuationScore, LoglikelihoodRequest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Ids = NDArray[np.int32]
 
@@ -64,12 +67,12 @@ class EncodedRequest:
 class TokenEncoder:
     """Encodes context and continuation jointly, with the tokenizer's own BOS exactly once.
 
-    Any tokenizer of transformers will do. The special tokens that the tokenizer puts around plain text are read off
+    The tokenizer is one of transformers. The special tokens that the tokenizer puts around plain text are read off
     it once: those in front are kept, those behind (an EOS, on some) would end the text before it is scored and are
     left out.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         probe = list(tokenizer("a", add_special_tokens=False)["input_ids"])
         full = list(tokenizer("a")["input_ids"])

@@ -9,7 +9,7 @@ import json
 def request_seed(seed: int, prompt: str, number: int) -> int:
     """A seed of each completion's own, below 2**31 so that every server takes it.
 
-    Made from what is asked and never from a place in a list: handing in what is missing after a kill draws the same.
+    Made from the prompt and never from its place in a list: handing in what is missing after a kill draws the same.
 
     >>> request_seed(0, "Human: hello", 1) == request_seed(0, "Human: hello", 1)
     True

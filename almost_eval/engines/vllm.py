@@ -1,25 +1,25 @@
-"""Any causal language model on vLLM, in this process: generation, and log-likelihoods that use the prefix cache.
+"""Causal language models on vLLM, in this process: generation, and log-likelihoods that use the prefix cache.
 
-Reproducible up to rounding: every completion has a seed of its own, but which requests share a step depends on all.
+Results are reproducible up to rounding: every completion has a seed of its own, but which requests share a step depends
+on all of them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
-from typing import Any
 
 from almost_eval.engines.base import EngineReport, RequestScores, SamplingParams
 from almost_eval.engines.checkpoint_engine import CheckpointEngine
-from almost_eval.engines.prefix import EncodedRequest, Ids, scores_of_nothing
+from almost_eval.engines.prefix import EncodedRequest, scores_of_nothing
 from almost_eval.engines.seeding import request_seed
 from almost_eval.engines.vllm_loglikelihood import stream_scores
-from almost_eval.engines.vllm_process import HoldsLLM, VLLMOptions, load, run
+from almost_eval.engines.vllm_process import LLM, HoldsLLM, Output, Params, Requests, VLLMOptions, load, run
 from almost_eval.errors import InputError
 from almost_eval.models.checkpoint import Checkpoint
 from almost_eval.models.stops import end_ids
-from almost_eval.types import Completion
+from almost_eval.types import Completion, JSONObject
 
 
 class VLLMEngine(HoldsLLM, CheckpointEngine):
@@ -28,7 +28,7 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
     vLLM sets the global random seeds of this process when it loads; nothing here draws from them.
 
     Args:
-        model: a checkpoint directory, hub id, built-in name, or a `Checkpoint` already found.
+        model: a checkpoint directory, hub id, built-in name, or an open `Checkpoint`.
         dtype: `auto` is float32 on a CPU and the checkpoint's own elsewhere.
         max_length: a context length below the model's own.
         batch_size: sequences in a step, or None for vLLM's own choice.
@@ -81,14 +81,14 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
             trust_remote_code=trust_remote_code,
         )
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> JSONObject:
         """What belongs in a run's spec; see `HFEngine.settings`."""
         return self.options.settings(self.dtype, self.context_length)
 
     # --- the model ---
 
     @cached_property
-    def llm(self) -> Any:
+    def llm(self) -> LLM:
         """The `vllm.LLM`, loaded.
 
         Raises:
@@ -99,7 +99,7 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
         options = self.options.for_loading(self.dtype, longest, trust_remote_code=self._trust_remote_code)
         return self._hold(load(self.checkpoint.path, options))
 
-    def results(self, requests: Mapping[str, tuple[Ids, Any]]) -> Iterator[tuple[str, Any]]:
+    def results(self, requests: Requests) -> Iterator[tuple[str, Output]]:
         """Yield (name, vLLM's output) of each request (token ids, vLLM's sampling parameters) as it finishes."""
         return run(self.llm, requests, self.checkpoint.path)
 
@@ -154,7 +154,7 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
                 whole = done.pop(p)
                 yield p, [whole[i % draws] for i in range(params.n)]
 
-    def _sampling(self, prompt: str, number: int, params: SamplingParams, ends: Collection[int]) -> Any:
+    def _sampling(self, prompt: str, number: int, params: SamplingParams, ends: Collection[int]) -> Params:
         import vllm
         from vllm.sampling_params import RequestOutputKind
 
@@ -177,7 +177,7 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
         return end_ids(own, self.tokenizer, stop)
 
 
-def _completion(output: Any, ends: Collection[int]) -> Completion:
+def _completion(output: Output, ends: Collection[int]) -> Completion:
     ids = tuple(output.token_ids)
     if ids and ids[-1] in ends:
         ids = ids[:-1]

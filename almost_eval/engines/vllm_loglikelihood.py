@@ -11,18 +11,18 @@ the cache off.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from almost_eval.engines.base import EngineReport, RequestScores
 from almost_eval.engines.prefix import EncodedRequest, Ids, build_trie
+from almost_eval.engines.vllm_process import Output, Params, Requests
 from almost_eval.errors import RunError
 from almost_eval.types import ContinuationScore
 
-Results = Callable[[Mapping[str, tuple[Ids, Any]]], Iterator[tuple[str, Any]]]
+Results = Callable[[Requests], Iterator[tuple[str, Output]]]
 """Takes requests by name (token ids, vLLM's sampling parameters); yields name and vLLM's output as each finishes."""
 
 MAX_IDS = 128
@@ -108,7 +108,7 @@ def plan_prompts(requests: Sequence[EncodedRequest], wanted: Collection[int]) ->
     return prompts
 
 
-def _sampling(prompt: ScoringPrompt, use_cache: bool) -> Any:
+def _sampling(prompt: ScoringPrompt, use_cache: bool) -> Params:
     import vllm
 
     return vllm.SamplingParams(
@@ -121,7 +121,7 @@ def _sampling(prompt: ScoringPrompt, use_cache: bool) -> Any:
     )
 
 
-def _score(output: Any, start: int, scored: Ids) -> ContinuationScore:
+def _score(output: Output, start: int, scored: Ids) -> ContinuationScore:
     """Log p of `scored`, which begins at position `start` of the prompt and whose last token follows it."""
     last = int(scored[-1])
     rows = [output.prompt_logprobs[start + at][int(token)] for at, token in enumerate(scored[:-1])]

@@ -1,8 +1,9 @@
-"""vLLM models in this process: what they are loaded with, how several live side by side, how memory comes back.
+"""vLLM models in this process: how they are loaded, how several share a process, how their memory is given back.
 
-vLLM's engine core runs in our process, not in a child: it then cannot outlive us, however we end; its scheduling does
-not depend on a race between two processes; and a second model starts in seconds. Devices beyond the first (tensor or
-pipeline parallelism) are run by workers that watch a pipe of ours and end with it.
+vLLM's engine core runs in this process and not in a child, for three reasons. It ends when this process ends, also
+after a kill. Its scheduling does not depend on a race between two processes. A second model starts in seconds.
+Devices beyond the first (tensor or pipeline parallelism) have worker processes, which end when their pipe to this
+process closes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 from almost_eval.engines.prefix import Ids
 from almost_eval.errors import InputError, ModelError, RunError
 from almost_eval.models.loading import first_line, pick_device
+from almost_eval.types import JSONObject
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core in this process
@@ -31,7 +33,16 @@ _ENVIRONMENT = {
 _CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # `auto` leaves a core idle, and two engines share them
 """What vLLM reads from the environment; whatever is set there already stays."""
 
-_loaded: list[Any] = []
+LLM = Any
+"""`vllm.LLM`. vLLM is an optional package, and its types change from version to version."""
+Params = Any
+"""`vllm.SamplingParams` or `vllm.PoolingParams`."""
+Output = Any
+"""`vllm.RequestOutput` or `vllm.PoolingRequestOutput`."""
+Requests = Mapping[str, tuple[Ids, Params]]
+"""Name of a request -> token ids (T,), and what to do with them."""
+
+_loaded: list[LLM] = []
 """The `vllm.LLM`s of this process that hold memory."""
 
 
@@ -73,7 +84,7 @@ class VLLMOptions:
             "pipeline_parallel_size": self.pipeline_parallel_size,
         }
 
-    def settings(self, dtype: str, context_length: int) -> dict[str, Any]:
+    def settings(self, dtype: str, context_length: int) -> JSONObject:
         """What belongs in a run's spec; see `HFEngine.settings`."""
         return {
             "name": "vllm",
@@ -86,7 +97,7 @@ class VLLMOptions:
             **self.parallel,
         }
 
-    def for_loading(self, dtype: str, max_model_len: int, *, trust_remote_code: bool) -> dict[str, Any]:
+    def for_loading(self, dtype: str, max_model_len: int, *, trust_remote_code: bool) -> JSONObject:
         """By the names of `vllm.LLM`, for `load`."""
         return {
             "dtype": dtype,
@@ -101,9 +112,9 @@ class VLLMOptions:
 
 
 class HoldsLLM:
-    """Has a `vllm.LLM` as its cached property `llm`, until it is closed or forgotten."""
+    """Has a `vllm.LLM` as its cached property `llm`; its memory is given back by `close`, or by garbage collection."""
 
-    def _hold(self, llm: Any) -> Any:
+    def _hold(self, llm: LLM) -> LLM:
         self._release = weakref.finalize(self, release, llm)
         return llm
 
@@ -114,7 +125,7 @@ class HoldsLLM:
             give_back()
 
 
-def load(path: Path, options: Mapping[str, Any]) -> Any:
+def load(path: Path, options: JSONObject) -> LLM:
     """A `vllm.LLM` of the checkpoint at `path`; options that are None are vLLM's to choose.
 
     Raises:
@@ -152,7 +163,7 @@ def load(path: Path, options: Mapping[str, Any]) -> Any:
     return llm
 
 
-def run(llm: Any, requests: Mapping[str, tuple[Ids, Any]], path: Path) -> Iterator[tuple[str, Any]]:
+def run(llm: LLM, requests: Requests, path: Path) -> Iterator[tuple[str, Output]]:
     """Yield (name, vLLM's output) of each request (token ids, vLLM's parameters) as it finishes.
 
     Raises:
@@ -175,7 +186,7 @@ def run(llm: Any, requests: Mapping[str, tuple[Ids, Any]], path: Path) -> Iterat
     except (RuntimeError, ValueError, AssertionError) as error:  # of a kernel, the scheduler, a full memory
         raise RunError(f"vLLM stopped while it ran {path}: {first_line(error)}") from None
     finally:
-        if running:  # an error, or nobody wants the rest
+        if running:  # an error, or the caller left early
             core.abort_request(sorted(running))
 
 
@@ -194,7 +205,7 @@ def device() -> str:
     return pick_device("auto")
 
 
-def release(llm: Any) -> None:
+def release(llm: LLM) -> None:
     """Give a model's memory back."""
     _loaded.remove(llm)
     client = llm.llm_engine.engine_core
@@ -206,10 +217,10 @@ def release(llm: Any) -> None:
     gc.collect()
 
 
-def _cpu_options(options: Mapping[str, Any]) -> dict[str, Any]:
+def _cpu_options(options: JSONObject) -> JSONObject:
     for name, value in _CPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    chosen: dict[str, Any] = {
+    chosen: JSONObject = {
         "enforce_eager": True,  # 2.5-3x faster on small models, and ready sooner
         "block_size": 32,  # prefixes are reused in whole blocks; the default on a CPU is 128
         # No prompt may be read in parts: vLLM samples after each part, throws the token away and sets the request's

@@ -22,8 +22,7 @@ from almost_eval.judge.lines import ORDERS, check_reviews, record_of, review_of,
 from almost_eval.judge.records import Pair, Review, Side, Verdict
 from almost_eval.progress import Progress
 from almost_eval.run import provenance
-from almost_eval.run.identity import default_folder
-from almost_eval.run.store import RunStore
+from almost_eval.run.store import RunStore, default_folder
 from almost_eval.run.validity import ALLOWED
 from almost_eval.stats import cohen_kappa, mean_metric
 from almost_eval.types import JSONMapping, JSONObject, Metric, SampleRecord
@@ -125,7 +124,7 @@ class JudgeCheck:
         }
 
     def default_folder(self) -> Path:
-        """`runs/judge-check-<judge>-<digest of the spec>`; see `identity.default_folder`."""
+        """`runs/judge-check-<judge>-<digest of the spec>`; see `store.default_folder`."""
         return default_folder(self.spec(), TASK, self.judge.name)
 
     def describe(self, folder: Path | None = None) -> JSONObject:

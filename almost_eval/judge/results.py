@@ -21,8 +21,7 @@ from almost_eval.judge.local import judge_by_oracle, judge_by_reward
 from almost_eval.judge.prompts import load_family, parse_review
 from almost_eval.judge.questions import read_answers, read_questions
 from almost_eval.judge.records import Pair, Review, Unparsed
-from almost_eval.run.identity import origin
-from almost_eval.run.store import read_results, read_samples, read_spec
+from almost_eval.run.store import origin, read_results, read_samples, read_spec
 from almost_eval.run.validity import Validity
 from almost_eval.stats import mean_metric
 from almost_eval.types import JSONMapping, JSONObject, Metric, SampleRecord

@@ -27,9 +27,8 @@ from almost_eval.judge.records import Answer, Question
 from almost_eval.judge.results import summarise
 from almost_eval.progress import Progress
 from almost_eval.run import provenance
-from almost_eval.run.identity import default_folder
 from almost_eval.run.prompt_log import Prompt, SamplePrompts, write_prompts
-from almost_eval.run.store import RunStore
+from almost_eval.run.store import RunStore, default_folder
 from almost_eval.run.validity import ALLOWED, Validity
 from almost_eval.types import JSONObject, SampleRecord
 
@@ -129,7 +128,7 @@ class JudgeRun:
         return f"{names[1]} vs {names[0]}" if len(names) == 2 else ", ".join(names)
 
     def default_folder(self) -> Path:
-        """`runs/vicuna-<judge>-<model>-<digest of the spec>`; see `identity.default_folder`."""
+        """`runs/vicuna-<judge>-<model>-<digest of the spec>`; see `store.default_folder`."""
         return default_folder(self.spec(), TASK, self.judge.name, Path(self.systems[-1].name).name)
 
     def execute(

@@ -1,7 +1,7 @@
 """Dialogues as messages, as text and as token ids.
 
 The dialogue format is ALMoST's (arXiv 2305.13735; naver-ai/ALMoST `eval/eval_prompt.py`), which Static HHH uses too:
-`\\n\\nHuman: ...\\n\\nAssistant: ...`. Other formats are Jinja files beside this one, chosen by flag or taken from the
+`\\n\\nHuman: ...\\n\\nAssistant: ...`. Other formats are Jinja files in `templates/`, chosen by flag or taken from the
 tokenizer, and rendered as `transformers.PreTrainedTokenizerBase.apply_chat_template` renders them.
 
 Departures from the official code: a prompt is split into turns before its placeholders are filled, so no data can open
@@ -199,7 +199,7 @@ def _compile(source: str) -> jinja2.Template:
     def raise_exception(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)
 
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    def tojson(value: object, ensure_ascii: bool = False, **options: Any) -> str:
         # Jinja's own filter escapes HTML.
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 

@@ -14,10 +14,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from almost_eval.errors import ModelError, did_you_mean
 from almost_eval.nano import BUILT_IN, DEFAULT_MODEL, SEEDED, SHIPPED, shipped
+from almost_eval.types import JSONObject
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"  # what transformers loads, the first that exists
 _PICKLES = (
@@ -35,7 +35,7 @@ class Checkpoint:
     name: str
     """As the user gave it."""
     path: Path
-    config: dict[str, Any]
+    config: JSONObject
     """`config.json`."""
     weight_files: tuple[Path, ...]
     allow_pickle: bool = False
@@ -84,8 +84,8 @@ def find_checkpoint(name: str, *, allow_pickle: bool = False, architectures: Col
     path = _locate(name, allow_pickle)
     config_file = path / "config.json"
     if not config_file.is_file():
-        found = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
-        raise ModelError(f"{path} is not a model: it has no config.json (found {found}); give a checkpoint directory")
+        names = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
+        raise ModelError(f"{path} is not a model: it has no config.json (found {names}); give a checkpoint directory")
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
         kinds = [str(kind) for kind in config.get("architectures") or []]
@@ -126,7 +126,7 @@ def _download(name: str, allow_pickle: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        # Only what is loaded: no other framework's weights, and pickles only where they are asked for and needed.
+        # Only what is loaded: no other framework's weights, and pickles only where they are allowed and needed.
         patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
         path = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=_hub_offline()))
         if allow_pickle and not any(path.glob("*.safetensors")):
@@ -175,7 +175,7 @@ def _weight_files(path: Path, allow_pickle: bool) -> tuple[Path, ...]:
     raise ModelError(f"{path} has a config.json but no {_WHOLE} or {_INDEX}; download or save the weights there")
 
 
-def _header(file: Path) -> dict[str, Any]:
+def _header(file: Path) -> JSONObject:
     """The JSON header of a safetensors file: 8 bytes of length, then the header; then as many bytes as it promises."""
     try:
         with file.open("rb") as stream:
@@ -183,7 +183,7 @@ def _header(file: Path) -> dict[str, Any]:
             size = file.stat().st_size
             if length > size:
                 raise ValueError("its header is longer than the file")
-            header: dict[str, Any] = json.loads(stream.read(length))
+            header: JSONObject = json.loads(stream.read(length))
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         if size < 8 + length + max(ends, default=0):
             raise ValueError("it is shorter than its header says")
@@ -192,7 +192,7 @@ def _header(file: Path) -> dict[str, Any]:
     return header
 
 
-def context_length(config: dict[str, Any], tokenizer: Any = None) -> int:
+def context_length(config: JSONObject, tokenizer: object = None) -> int:
     """Tokens the model can attend to, read as lm-eval reads it: the config, else the tokenizer, else 2,048."""
     text = config.get("text_config") or config
     for attribute in ("n_positions", "max_position_embeddings", "n_ctx"):

@@ -72,7 +72,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def load_weights(
-    auto_class: Any, checkpoint: Checkpoint, *, dtype: Any, device: str, attention: str, trust_remote_code: bool
+    auto_class: Any, checkpoint: Checkpoint, *, dtype: torch.dtype, device: str, attention: str, trust_remote_code: bool
 ) -> Any:
     """A transformers model in eval mode with every weight from the checkpoint.
 

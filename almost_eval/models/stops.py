@@ -31,7 +31,7 @@ BOS_LINE = "{{- bos_token -}}\n"
 no special token of their own."""
 
 
-class Template(Protocol):
+class AnswerFormat(Protocol):
     """The part of a `ChatTemplate` that decides where an answer ends."""
 
     @property
@@ -50,7 +50,7 @@ def template_file(name: str) -> Path:
     return _FOLDER / f"{name}.jinja"
 
 
-def stop_strings(template: Template) -> tuple[str, ...]:
+def stop_strings(template: AnswerFormat) -> tuple[str, ...]:
     """The strings that end an answer, besides EOS.
 
     A tokenizer's own template has those of the built-in one whose text it is, with or without `BOS_LINE`.

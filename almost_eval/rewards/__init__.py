@@ -1,3 +1,3 @@
 """Reward models: one raw logit for one conversation, by transformers, vLLM or a server. Uses `engines` and `models`.
-Start with `base`.
+Start with `base`, then `build`.
 """

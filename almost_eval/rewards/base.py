@@ -8,13 +8,16 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from almost_eval.errors import InputError, ModelError
 from almost_eval.models.chat import ChatTemplate, encode_text, load_template, special_tokens
 from almost_eval.models.checkpoint import Checkpoint, context_length
 from almost_eval.models.held import HeldCheckpoint, shorter_context
 from almost_eval.types import Conversation, JSONObject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TokenIds = tuple[int, ...]
 
@@ -167,6 +170,6 @@ def refuse_wrong_head(checkpoint: Checkpoint, *, custom: bool) -> None:
         )
 
 
-def _is_framed(tokenizer: Any) -> bool:
+def _is_framed(tokenizer: PreTrainedTokenizerBase) -> bool:
     separator = tokenizer.special_tokens_map.get("sep_token")
     return separator is not None and list(tokenizer.encode("a"))[-1:] == [tokenizer.sep_token_id]

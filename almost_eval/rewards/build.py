@@ -22,7 +22,7 @@ REWARD_MODELS = {
 def reward_model(
     model: str | None, options: EngineOptions, template: ChatTemplate | None = None
 ) -> CheckpointRewardModel | HTTPRewardModel:
-    """The reward model on the engine of `options`. Loads no weights; a server is asked at once what it serves.
+    """The reward model on the engine of `options`. Loads no weights; a server must say at once what it serves.
 
     Args:
         model: checkpoint directory, hub id or built-in name; for `openai` the served name, or None for whichever.

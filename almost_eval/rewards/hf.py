@@ -1,4 +1,4 @@
-"""Reward models: one raw number for one conversation, and right answers whatever a batch is padded with.
+"""Reward models of transformers: one raw number for one conversation, which does not depend on the padding.
 
 A reward model here is what ALMoST (arXiv 2305.13735, section 3.1), TRL and vLLM mean by it: a transformers
 sequence-classification checkpoint with one label, read at the last token. Rewards are raw logits: no sigmoid.
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 
 from almost_eval.errors import InputError, ModelError, RunError, did_you_mean
 from almost_eval.models.chat import ChatTemplate
@@ -20,14 +20,17 @@ from almost_eval.models.checkpoint import Checkpoint
 from almost_eval.models.loading import ATTENTION, load_weights
 from almost_eval.rewards.base import CheckpointRewardModel, TokenIds
 from almost_eval.rewards.base import RewardModel as RewardModel
-from almost_eval.types import Conversation
+from almost_eval.types import Conversation, JSONObject
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 class HFRewardModel(CheckpointRewardModel):
     """A transformers sequence classifier with one label. Config and tokenizer load at once, weights on first use.
 
     Args:
-        model: a checkpoint directory, hub id, built-in name, or a `Checkpoint` already found.
+        model: a checkpoint directory, hub id, built-in name, or an open `Checkpoint`.
         template: how a conversation is written; None is the tokenizer's own template, else ALMoST's dialogue format,
             whose last answer ends with EOS as the official reward model reads it.
         dtype: `auto` is float32 on a CPU and the checkpoint's own elsewhere.
@@ -75,7 +78,7 @@ class HFRewardModel(CheckpointRewardModel):
         self._attention = attention
 
     @cached_property
-    def model(self) -> Any:
+    def model(self) -> PreTrainedModel:
         """The model in eval mode, its weights on the device.
 
         Raises:
@@ -93,7 +96,7 @@ class HFRewardModel(CheckpointRewardModel):
             trust_remote_code=self._trust_remote_code,
         )
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> JSONObject:
         """What belongs in a run's spec; see `HFEngine.settings`."""
         return {
             "name": "hf",
@@ -225,7 +228,7 @@ def _pad_id(batch: Sequence[TokenIds], own: int | None, vocabulary: int) -> int:
 
 
 @contextmanager
-def _padding_with(config: Any, pad: int) -> Iterator[None]:
+def _padding_with(config: PretrainedConfig, pad: int) -> Iterator[None]:
     """Sets `pad_token_id` where transformers reads it: on the config, or on the part of it that is about text."""
     configs = [config, config.get_text_config()]
     own = [getattr(part, "pad_token_id", None) for part in configs]

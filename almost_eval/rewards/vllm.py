@@ -1,22 +1,21 @@
 """Rewards by vLLM in this process: its pooling runner on the token ids that transformers would get.
 
-vLLM puts a sigmoid on a one-label classifier unless told otherwise; here it is told: rewards are raw logits.
+By default vLLM puts a sigmoid on a one-label classifier. Here that is switched off: rewards are raw logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
-from almost_eval.engines.vllm_process import HoldsLLM, VLLMOptions, load, run
+from almost_eval.engines.vllm_process import LLM, HoldsLLM, Params, VLLMOptions, load, run
 from almost_eval.errors import ModelError
 from almost_eval.models.chat import ChatTemplate
 from almost_eval.models.checkpoint import Checkpoint
 from almost_eval.rewards.base import CheckpointRewardModel
-from almost_eval.types import Conversation
+from almost_eval.types import Conversation, JSONObject
 
 
 class VLLMRewardModel(HoldsLLM, CheckpointRewardModel):
@@ -59,12 +58,12 @@ class VLLMRewardModel(HoldsLLM, CheckpointRewardModel):
             trust_remote_code=trust_remote_code,
         )
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> JSONObject:
         """What belongs in a run's spec; see `HFEngine.settings`."""
         return self.options.settings(self.dtype, self.context_length)
 
     @cached_property
-    def llm(self) -> Any:
+    def llm(self) -> LLM:
         """The `vllm.LLM`, loaded.
 
         Raises:
@@ -105,7 +104,7 @@ class VLLMRewardModel(HoldsLLM, CheckpointRewardModel):
             yield from ((index, values[0]) for index in texts[names[name]])
 
     @staticmethod
-    def _params() -> Any:
+    def _params() -> Params:
         import vllm
 
         return vllm.PoolingParams(task="classify", use_activation=False)

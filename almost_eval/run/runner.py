@@ -17,10 +17,9 @@ from almost_eval.engines.base import Described, SamplingParams
 from almost_eval.errors import InputError
 from almost_eval.progress import Progress
 from almost_eval.run import provenance
-from almost_eval.run.identity import default_folder, origin
 from almost_eval.run.preflight import Prepared, describe, prepare
 from almost_eval.run.prompt_log import Prompt, SamplePrompts, write_prompts
-from almost_eval.run.store import RunStore
+from almost_eval.run.store import RunStore, default_folder, origin
 from almost_eval.run.validity import ALLOWED, Validity, check
 from almost_eval.tasks.base import GenerationRequest, Task, loglikelihood_outputs, reward_outputs
 from almost_eval.types import (

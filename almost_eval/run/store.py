@@ -16,7 +16,8 @@ from typing import Any
 
 from almost_eval.errors import StoreError
 from almost_eval.files import LineWriter, locked_folder, read_json, read_records, write_json
-from almost_eval.types import Sample, SampleRecord, Score
+from almost_eval.run import provenance
+from almost_eval.types import JSONMapping, JSONObject, Sample, SampleRecord, Score
 
 FREE_KEYS = ("command", "commit", "model_name")
 """Spec keys that may differ when a run goes on: how it was asked for, and where its weights lie."""
@@ -135,6 +136,29 @@ def digest_records(records: Iterable[SampleRecord]) -> str:
     for record in sorted(records, key=lambda record: record.sample.id):
         digest.update(json.dumps(record_to_dict(record), sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
+
+
+def default_folder(spec: JSONMapping, *names: str) -> Path:
+    """`runs/<names>-<digest of the spec>`: the same command goes on where it stopped.
+
+    Args:
+        spec: of the run; what may differ when it goes on is left out.
+        names: to be read by people; characters that file names lack are replaced.
+    """
+    decisive = {key: value for key, value in spec.items() if key not in FREE_KEYS}
+    readable = "-".join("".join(c if c.isalnum() or c in "+-_." else "_" for c in name)[:60] for name in names)
+    return Path("runs") / f"{readable}-{provenance.digest(decisive)[:10]}"
+
+
+def origin(spec: JSONMapping, records: Iterable[SampleRecord]) -> JSONObject:
+    """The end of every `provenance` in `results.json`: lines, number format, seed, versions, command."""
+    engine = spec["engine"]
+    return {
+        "samples_digest": digest_records(records),
+        "dtype": engine.get("dtype"),
+        "device": engine.get("device"),
+        **{key: spec[key] for key in ("seed", "versions", "command", "commit")},
+    }
 
 
 def record_to_dict(record: SampleRecord) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from almost_eval.data.sources import DataSource
 from almost_eval.engines.base import SamplingParams
 from almost_eval.errors import InputError
 from almost_eval.models.chat import ChatTemplate, load_template, special_tokens
-from almost_eval.tasks.facts import HubDataset, MetricGroup, NumberPanel, Preset, Setting, Unit
+from almost_eval.tasks.facts import HubDataset, MetricGroup, NumberPanel, Preset, TaskSetting, Unit
 from almost_eval.types import (
     ContinuationScore,
     Conversation,
@@ -87,7 +87,7 @@ class Task(ABC):
     metric_names: ClassVar[tuple[str, ...]] = ()
     metric_titles: ClassVar[Mapping[str, str]] = {}
     """For people, of metrics whose name says too little; what stands before a comma is the short form."""
-    task_settings: ClassVar[tuple[Setting, ...]] = ()
+    task_settings: ClassVar[tuple[TaskSetting, ...]] = ()
     """What, besides model, data and limit, one may choose."""
     presets: ClassVar[tuple[Preset, ...]] = ()
     """How `all` runs it; none leaves it out."""

@@ -26,7 +26,7 @@ class HubDataset:
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class TaskSetting:
     """A setting of a task: a flag of its command, a keyword of `evaluate`, an entry of the spec's `settings`."""
 
     name: str

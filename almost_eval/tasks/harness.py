@@ -25,7 +25,7 @@ from almost_eval.engines.base import SamplingParams
 from almost_eval.errors import DataError, InputError, did_you_mean
 from almost_eval.stats import mean_metric
 from almost_eval.tasks.base import GenerationRequest, Prompting, Task
-from almost_eval.tasks.facts import Setting
+from almost_eval.tasks.facts import TaskSetting
 from almost_eval.types import (
     LoglikelihoodRequest,
     Message,
@@ -206,8 +206,8 @@ class Harness(Task):
     protocols = ("lm-eval's",)
     metric_names = ("lm-eval's",)
     task_settings = (
-        Setting("tasks", "names", "lm-eval's names: tasks, groups or tags, by commas.", (), required=True),
-        Setting("shots", "count", "Examples before a document.  [each task's own]", None, minimum=0),
+        TaskSetting("tasks", "names", "lm-eval's names: tasks, groups or tags, by commas.", (), required=True),
+        TaskSetting("shots", "count", "Examples before a document.  [each task's own]", None, minimum=0),
     )
 
     def __init__(

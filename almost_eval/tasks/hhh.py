@@ -20,7 +20,7 @@ from almost_eval.errors import InputError, did_you_mean
 from almost_eval.models.chat import dialogue_text, parse_dialogue, render_prompt
 from almost_eval.stats import mean_metric
 from almost_eval.tasks.base import Prompting, Task, choice_score
-from almost_eval.tasks.facts import HubDataset, MetricGroup, NumberPanel, Preset, Setting
+from almost_eval.tasks.facts import HubDataset, MetricGroup, NumberPanel, Preset, TaskSetting
 from almost_eval.types import (
     Conversation,
     LoglikelihoodRequest,
@@ -66,8 +66,8 @@ class HHH(Task):
     protocols = PROTOCOLS
     metric_names = ("accuracy", *(f"accuracy/{category}" for category in CATEGORIES))
     task_settings = (
-        Setting("protocol", "text", "choice, reward or likelihood.", "choice"),
-        Setting("normalise", "flag", "likelihood: mean over tokens instead of the sum.", False),
+        TaskSetting("protocol", "text", "choice, reward or likelihood.", "choice"),
+        TaskSetting("normalise", "flag", "likelihood: mean over tokens instead of the sum.", False),
     )
     presets = tuple(Preset(f"hhh-{protocol}", protocol) for protocol in ("reward", "choice", "likelihood"))
     comparison = Preset("hhh", "choice")

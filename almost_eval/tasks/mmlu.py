@@ -15,7 +15,7 @@ from almost_eval.errors import DataError, InputError, did_you_mean
 from almost_eval.models.chat import fill
 from almost_eval.stats import mean_metric, mean_of_means
 from almost_eval.tasks.base import Prompting, Task, choice_score
-from almost_eval.tasks.facts import HubDataset, MetricGroup, NumberPanel, Preset, Setting
+from almost_eval.tasks.facts import HubDataset, MetricGroup, NumberPanel, Preset, TaskSetting
 from almost_eval.types import (
     LoglikelihoodRequest,
     Message,
@@ -60,8 +60,8 @@ class MMLU(Task):
     metric_names = ("accuracy", "accuracy_macro", *(f"accuracy/{name}" for name in (*CATEGORIES, "SUBJECT")))
     metric_titles: ClassVar[Mapping[str, str]] = {"accuracy_macro": "mean of subjects"}
     task_settings = (
-        Setting("shots", "count", "Examples before a question.", SHOTS, minimum=0, maximum=SHOTS),
-        Setting("subjects", "names", "Subjects, or stem, humanities, social_sciences, other.  [all]", ()),
+        TaskSetting("shots", "count", "Examples before a question.", SHOTS, minimum=0, maximum=SHOTS),
+        TaskSetting("subjects", "names", "Subjects, or stem, humanities, social_sciences, other.  [all]", ()),
     )
     presets = (Preset("mmlu", settings={"subjects": (), "shots": SHOTS}),)
     comparison = Preset("mmlu", "choice", {"subjects": (), "shots": SHOTS})

@@ -20,7 +20,7 @@ from almost_eval.errors import InputError, did_you_mean
 from almost_eval.models.chat import render_prompt
 from almost_eval.stats import mean_metric
 from almost_eval.tasks.base import Prompting, Task, choice_score
-from almost_eval.tasks.facts import HubDataset, MetricGroup, NumberPanel, Preset, Setting
+from almost_eval.tasks.facts import HubDataset, MetricGroup, NumberPanel, Preset, TaskSetting
 from almost_eval.types import (
     LoglikelihoodRequest,
     Message,
@@ -67,7 +67,7 @@ class TruthfulQA(Task):
         "mc2": "mc2, probability on true answers",
         "mc1_true_prompt": "mc1, true-or-false prompt",
     }
-    task_settings = (Setting("metrics", "names", "mc1, mc2, mc1_true_prompt.", ("mc1", "mc2")),)
+    task_settings = (TaskSetting("metrics", "names", "mc1, mc2, mc1_true_prompt.", ("mc1", "mc2")),)
     presets = (Preset("truthfulqa", settings={"metrics": METRICS}),)
     comparison = Preset("truthfulqa", "likelihood", {"metrics": ("mc1", "mc2")})
     headline_alone = False

@@ -16,7 +16,7 @@ from almost_train.cli.options import show
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-    from almost_train.common.config import Setting
+    from almost_train.common.config import SettingField
 
 _ENGINE_FLAGS: dict[str, tuple[type, str]] = {
     "engine": (str, "hf, vllm or openai (any OpenAI-compatible endpoint)."),
@@ -122,7 +122,7 @@ def settings_command(
     return click.command(name, cls=SettingsCommand, settings=settings, engine=engine, check=check)
 
 
-def settings_flag(setting: Setting) -> click.Option:
+def settings_flag(setting: SettingField) -> click.Option:
     """The flag of one setting."""
     name = setting.name.replace("_", "-")
     if setting.kind is bool:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from almost_eval.progress import Progress
     from almost_eval.types import JSONObject
     from almost_train.reward.run import RewardSettings
-    from almost_train.rlsf.run import RLSFSettings
+    from almost_train.rlsf.job import RLSFSettings
     from almost_train.self_play.settings import SelfPlaySettings
     from almost_train.sft.run import SFTSettings
     from almost_train.synthetic.sampling import EngineFactory

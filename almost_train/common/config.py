@@ -40,7 +40,7 @@ def option(
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class SettingField:
     """One field of a settings dataclass, as data."""
 
     name: str
@@ -61,10 +61,11 @@ class Setting:
     """A value must be larger than this."""
 
 
-def settings_of(cls: type[DataclassInstance]) -> dict[str, Setting]:
+def settings_of(cls: type[DataclassInstance]) -> dict[str, SettingField]:
     """Name -> setting, in the order of the dataclass, whose fields are made by `option`."""
     hints = typing.get_type_hints(cls)
-    return {f.name: Setting(f.name, *_kind(hints[f.name]), f.default, **f.metadata) for f in dataclasses.fields(cls)}
+    fields = dataclasses.fields(cls)
+    return {f.name: SettingField(f.name, *_kind(hints[f.name]), f.default, **f.metadata) for f in fields}
 
 
 def settings_from(cls: type[T], values: Mapping[str, object], where: str) -> T:
@@ -104,7 +105,7 @@ def _kind(hint: object) -> tuple[type, bool, bool]:
     return kind, many, optional
 
 
-def _checked(value: object, setting: Setting, where: str) -> object:
+def _checked(value: object, setting: SettingField, where: str) -> object:
     if value is None:
         if setting.optional:
             return None
@@ -116,7 +117,7 @@ def _checked(value: object, setting: Setting, where: str) -> object:
     return _one(value, setting, where)
 
 
-def _one(value: object, setting: Setting, where: str) -> object:
+def _one(value: object, setting: SettingField, where: str) -> object:
     # 1. The type. Two texts are converted, as YAML has no other way to write them.
     kind = setting.kind
     if kind is Path and isinstance(value, str):

@@ -169,6 +169,7 @@ def fit(make_trainer: Callable[[], Trainer], stage: SharedStage, steps: int, pro
     import torch
     from transformers import PrinterCallback
 
+    # 1. Where to begin: done, or at the last whole checkpoint.
     if from_main((stage.folder / MODEL).exists()):
         return
     work = stage.folder / WORK
@@ -180,12 +181,14 @@ def fit(make_trainer: Callable[[], Trainer], stage: SharedStage, steps: int, pro
         _step_log(stage.folder / "log.jsonl", done) as log,
         progress.track("training", steps, done) as advance,
     ):
+        # 2. The trainer, with our log in place of its own.
         trainer = make_trainer()
         trainer.remove_callback(PrinterCallback)  # it prints on stdout
         trainer.add_callback(_callback(log, advance))
         if trainer.args.device.type == "cpu":
             # Of several processes on CPUs each is told "cpu:0", where torch.load refuses to put an optimiser's state.
             vars(trainer.args)["_setup_devices"] = torch.device("cpu")
+        # 3. Training, and the model into `.work`.
         trainer.train(resume_from_checkpoint=resume)
         model: Any = trainer.model
         for config in (model.config, model.config.get_text_config()):
@@ -193,6 +196,7 @@ def fit(make_trainer: Callable[[], Trainer], stage: SharedStage, steps: int, pro
                 config.use_cache = True  # the Trainer turned it off, for good
         trainer.save_model(str(work / MODEL))
         trainer.accelerator.free_memory()
+    # 4. In one move to its place.
     wait_for_all()
     if is_main():
         (work / MODEL / "training_args.bin").unlink(missing_ok=True)  # a pickle

@@ -25,10 +25,10 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    StoppingCriteria,
     StoppingCriteriaList,
 )
 
+from almost_eval.engines.hf_generation import StopStrings
 from almost_eval.files import Row
 from almost_eval.models import stops
 from almost_eval.models.chat import ChatTemplate, encode_text, special_tokens
@@ -135,22 +135,6 @@ class _Draw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)  # type: ignore[return-value]
 
 
-class _Stops(StoppingCriteria):
-    """Ends a row once its completion holds a stop string; looks at its last tokens only."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], prompt_length: int) -> None:
-        self._tokenizer = tokenizer
-        self._stop = stop
-        self._prompt_length = prompt_length
-        self._tail = max(len(text.encode()) for text in stop) + 8  # a token is at least a byte
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.BoolTensor:
-        tails = input_ids[:, max(self._prompt_length, input_ids.shape[1] - self._tail) :]
-        texts = self._tokenizer.batch_decode(tails, skip_special_tokens=True)
-        stopped = [any(stop in text for stop in self._stop) for text in texts]
-        return torch.tensor(stopped, device=input_ids.device)  # type: ignore[return-value]
-
-
 @torch.no_grad()
 def sample(
     model: PreTrainedModel,
@@ -191,7 +175,7 @@ def sample(
                 do_sample=False,
                 pad_token_id=pad,
                 logits_processor=LogitsProcessorList([_Draw(numbers[begin : begin + max_rows], width, temperature)]),
-                stopping_criteria=StoppingCriteriaList([_Stops(tokenizer, stop, width)] if stop else []),
+                stopping_criteria=StoppingCriteriaList([StopStrings(tokenizer, stop, width)] if stop else []),
             )
             completions += [as_sampled(tokenizer, ids[width:], frozenset(ends), stop) for ids in output.tolist()]
     finally:

@@ -17,36 +17,19 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from almost_eval.errors import DataError, InputError, did_you_mean
 from almost_eval.files import Row, RowLog, read_rows, write_rows
 from almost_eval.models.chat import dialogue_text
 from almost_eval.progress import Progress
 from almost_eval.rewards.base import RewardModel
-from almost_eval.types import Conversation, JSONObject, Message
+from almost_eval.types import JSONObject, Message
 from almost_train.common.held_out import HeldOut, is_held_out, read_held_out
 from almost_train.common.stage import Stage, model_input
 from almost_train.self_play.settings import SelfPlaySettings
 from almost_train.self_play.turns import Dialogue, Play
+from almost_train.synthetic.prompt_sets import SEPARATOR, DemonstrationSet
 from almost_train.synthetic.sampling import EngineFactory
-
-SEPARATOR = "\n\n-----"
-"""Ends a dialogue in a document of demonstrations; the next turn brings its own blank line."""
-
-
-class Demonstrations(Protocol):
-    """A demonstration set, as self-play uses it."""
-
-    @property
-    def header(self) -> str:
-        """Text in front of the demonstrations."""
-        ...
-
-    @property
-    def conversations(self) -> tuple[Conversation, ...]:
-        """The demonstrations."""
-        ...
 
 
 def self_play(
@@ -56,7 +39,7 @@ def self_play(
     output: Path,
     *,
     engine_for: EngineFactory,
-    demonstrations: Mapping[str, Demonstrations],
+    demonstrations: Mapping[str, DemonstrationSet],
     reward_for: Callable[[str], RewardModel] | None = None,
     held_out: Path | None = None,
     progress: Progress | None = None,
@@ -109,7 +92,7 @@ def self_play(
         if stage.result is not None:
             turns.unlink(missing_ok=True)
             return stage.result
-        # 1. Every model is looked at, none is loaded.
+        # 1. Every model is checked, none is loaded.
         names = {"assistant": settings.assistant_model, "user": settings.user_model}
         engines = {name: engine_for(name) for name in dict.fromkeys(names.values())}
         judge = (reward_for or _hf_reward)(reward_model) if reward_model else None
@@ -120,7 +103,7 @@ def self_play(
                 play.assistant_turn(turn, dialogues)
                 if turn < settings.max_turns:
                     play.user_turn(turn, dialogues)
-        # 3. What came of it.
+        # 3. The outputs.
         kept, rejected = _outcome(dialogues, settings.min_reward)
         files = {
             "demonstrations": kept,
@@ -193,7 +176,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return math.fsum(known) / len(known) if known else None
 
 
-def _few_shot(name: str, shots: int, sets: Mapping[str, Demonstrations]) -> str:
+def _few_shot(name: str, shots: int, sets: Mapping[str, DemonstrationSet]) -> str:
     """The document in front of a dialogue."""
     if name not in sets:
         raise InputError(f"no demonstrations {name!r}; {did_you_mean(name, sets)}")

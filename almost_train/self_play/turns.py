@@ -59,9 +59,11 @@ class Play:
 
     def assistant_turn(self, turn: int, dialogues: Sequence[Dialogue]) -> None:
         """Sample, score, choose: every live dialogue gets its answer, or ends."""
+        # 1. Candidates and their rewards.
         completions = self._complete("assistant", turn, dialogues, self.settings.candidates)
         live = [dialogue for dialogue in dialogues if dialogue.ended is None]
         scores = self._score(turn, live, completions)
+        # 2. Of each dialogue the best candidate that breaks no rule.
         for dialogue in live:
             rows, chosen = [], None
             for number, completion in enumerate(completions[dialogue.id]):

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from almost_eval.errors import InputError, MissingDependencyError
@@ -28,16 +27,6 @@ def tokens(text: str) -> list[str]:
     """Words in lower case without accents, punctuation marks and CJK characters, each a token."""
     plain = "".join(c for c in unicodedata.normalize("NFD", text.lower()) if not unicodedata.combining(c))
     return _TOKEN.findall(plain)
-
-
-def rouge_l(one: Sequence[str], other: Sequence[str]) -> float:
-    """F1 of two token sequences, by the textbook recursion; `OverlapIndex` is tested against it."""
-    row = [0] * (len(other) + 1)
-    for token in one:
-        diagonal = 0
-        for j, against in enumerate(other, 1):
-            diagonal, row[j] = row[j], diagonal + 1 if token == against else max(row[j], row[j - 1])
-    return 2 * row[-1] / (len(one) + len(other)) if one and other else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +88,7 @@ class OverlapIndex:
     def _least_common(self, total: int, beaten: float) -> int:
         """The shortest LCS with F1 >= threshold and F1 > `beaten`, for m + n = `total` tokens; at least 1."""
         least = max(1, math.floor(max(self.threshold, beaten) * total / 2) - 1)
-        # The same division as in `rouge_l`, so that both round alike at the threshold.
+        # The same division as in the definition of F1, so that both round alike at the threshold.
         while total and (2 * least / total < self.threshold or 2 * least / total <= beaten):
             least += 1
         return least

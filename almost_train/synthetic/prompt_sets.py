@@ -27,7 +27,7 @@ from almost_eval.types import Conversation
 
 PROMPT_SETS = ("official", "builtin", "nano")
 SEPARATOR = "\n\n-----"
-"""Stands before every dialogue of a document, as in the official files."""
+"""Between the dialogues of a document, as in the official files; the next turn brings its own blank line."""
 
 _OFFICIAL = {
     "assets/seed_prompts.txt": "2db6b8542282125b92bf156cd8df29a173ba7eaaaa51f5e4229327dd23b40983",

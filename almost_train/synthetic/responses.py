@@ -123,6 +123,7 @@ def synthesize_responses(
         InputError: no such demonstrations, or fewer than `shots`; prompts that are absent, malformed or repeat an id;
             a folder of another run; a prompt that does not fit the model.
     """
+    # 1. What is refused before any model is loaded.
     seeds = load_seed_set(settings.prompt_set, data)
     for c in configurations:
         has = len(seeds.demonstration_set(c.demonstrations).conversations)
@@ -137,6 +138,7 @@ def synthesize_responses(
     with Stage(output, "synthesize-responses", settings, inputs) as stage:
         if stage.result is not None:
             return stage.result
+        # 2. One model after the other: the answers that are missing, then all in the order of the prompts.
         metrics: JSONObject = {}
         for model, group in _by_model(configurations):
             engine: GenerationEngine | None = None  # made for the first configuration that lacks an answer

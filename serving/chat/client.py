@@ -11,12 +11,15 @@ import math
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from almost_eval.errors import InputError, RunError
 from almost_eval.models.endpoints import KEYS, EndpointAddress, read_key, server_words
 from almost_eval.types import JSONObject
 from serving.chat.conversation import ChatCandidate, Settings
+
+if TYPE_CHECKING:
+    import httpx
 
 Kind = Literal["down", "key", "context_full", "loading", "busy", "reward", "refused", "broken"]
 
@@ -77,14 +80,14 @@ class Address:
     model: str | None
 
     @classmethod
-    def parse(cls, given: str) -> Address:
-        """Read what `--base-url` was given.
+    def parse(cls, text: str) -> Address:
+        """Read a value of `--base-url`.
 
         Raises:
             InputError: no http(s) address, or one that holds a password.
         """
-        head, equals, rest = given.partition("=")
-        name, url = (head.strip(), rest) if equals and "://" not in head else ("", given)
+        head, equals, rest = text.partition("=")
+        name, url = (head.strip(), rest) if equals and "://" not in head else ("", text)
         url, _, model = url.partition("#")
         address = EndpointAddress.parse(url, "--base-url", example=_EXAMPLE)
         if address.has_user:
@@ -103,7 +106,7 @@ class Endpoint:
     key: str | None = field(default=None, repr=False)
     local: bool = False
     """Whether this program started it: then the sentences do not speak of a server that somebody should start."""
-    _client: Any = field(default=None, repr=False)
+    _client: httpx.AsyncClient | None = field(default=None, repr=False)
 
     @classmethod
     def with_key_of_environment(cls, url: str) -> Endpoint:
@@ -215,7 +218,7 @@ class Endpoint:
         except httpx.HTTPError as error:
             raise self._unreachable(error) from None
 
-    def _open(self) -> Any:
+    def _open(self) -> httpx.AsyncClient:
         import httpx
 
         if self._client is None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
 
 from almost_eval.errors import InputError
+from almost_eval.models.endpoints import EndpointAddress
 
 KEY = "ALMOST_API_KEY"
 POLICY_KEY = "ALMOST_POLICY_KEY"
 REWARD_KEY = "ALMOST_REWARD_KEY"
+_EXAMPLE = "http://127.0.0.1:8001"
 
 
 def flag_of(name: str) -> str:
@@ -77,9 +78,9 @@ class GatewaySettings(GatewayLimits):
     """What the gateway sends to the reward server."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "policy_url", _address("policy-url", self.policy_url))
+        object.__setattr__(self, "policy_url", _address("--policy-url", self.policy_url))
         if self.reward_url is not None:
-            object.__setattr__(self, "reward_url", _address("reward-url", self.reward_url))
+            object.__setattr__(self, "reward_url", _address("--reward-url", self.reward_url))
         for name, key in ((KEY, self.api_key), (POLICY_KEY, self.policy_key), (REWARD_KEY, self.reward_key)):
             if key is not None and any(character < " " or character == "\x7f" for character in key):
                 raise InputError(f"{name} holds a line end or another control character: no header can carry it")
@@ -88,15 +89,10 @@ class GatewaySettings(GatewayLimits):
             raise InputError(f"port must be from 0 to 65535, not {self.port}")
 
 
-def _address(name: str, url: str) -> str:
-    try:
-        address = urlsplit(url)
-        host, _ = address.hostname, address.port
-    except ValueError:
-        address, host = urlsplit(""), None
-    plain = not (address.query or address.fragment)
-    if address.scheme not in ("http", "https") or not host or not plain:
-        raise InputError(f"--{name} is not an http(s) address; it must look like http://127.0.0.1:8001")
-    if "@" in address.netloc:
-        raise InputError(f"--{name} holds a user or a password: keys come from {POLICY_KEY} and {REWARD_KEY} alone")
+def _address(flag: str, url: str) -> str:
+    address = EndpointAddress.parse(url, flag, example=_EXAMPLE)
+    if address.parts.query or address.parts.fragment:
+        raise InputError(f"{flag} is not an http(s) address; it must look like {_EXAMPLE}")
+    if address.has_user:
+        raise InputError(f"{flag} holds a user or a password: keys come from {POLICY_KEY} and {REWARD_KEY} alone")
     return url.rstrip("/").removesuffix("/v1")

@@ -4,10 +4,10 @@ transformers' `generate` runs in a thread for each request. Its streamer, which 
 and lets the next thread have the model: nobody waits for somebody else's long answer. The result is what
 `HFEngine.generate` gives for the same prompt and seed, since the same code runs on the same batches.
 
-Why neither of the two ways of transformers itself: one generation at a time (a lock and `TextIteratorStreamer`) lets
-the second visitor, and the right side of two models side by side, wait for the whole first answer, and that streamer
-takes no batch, so no best-of-N. Continuous batching takes no streamer and no logits processor of one request, so
-neither the engine's draws nor its seeds.
+Why neither of the two ways of transformers itself. One generation at a time (a lock and `TextIteratorStreamer`): a
+second visitor, and the right side of two models side by side, would wait for the whole first answer; and that streamer
+takes no batch, so no best-of-N. Continuous batching: it streams, but draws all requests from one generator, so an
+answer would depend on who else asks, and a request's `seed` would mean nothing.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.hf import HFEngine
+from almost_eval.models.stops import end_ids
 from almost_eval.types import Completion
 
 if TYPE_CHECKING:
@@ -183,10 +184,8 @@ def generate_in_turns(
         InputError: the prompt and `max_new_tokens` do not fit the context.
         RunError: out of memory.
     """
-    ends = engine.model.generation_config.eos_token_id
-    end_ids = {*(ends if isinstance(ends, list) else [ends]), engine.tokenizer.eos_token_id}
-
-    rows = [RowText(engine.tokenizer, end_ids, params.stop) for _ in range(params.n)]
+    ends = end_ids(engine.model.generation_config.eos_token_id, engine.tokenizer)
+    rows = [RowText(engine.tokenizer, ends, params.stop) for _ in range(params.n)]
     streamer = TurnStreamer(rows, on_text, turnstile, cancelled)
     with turnstile:
         # Copies that share the weights: the streamer, and the engine's report, are of this generation alone.

@@ -10,8 +10,8 @@ from typing import Any
 import click
 import pytest
 
-from almost_eval.cli.engine_options import ENGINE_OPTIONS, engine_options
 from almost_eval.cli.main import cli
+from almost_eval.cli.options import ENGINE_OPTIONS, engine_options
 from almost_eval.engines.build import EngineOptions
 
 Command = Callable[..., Any]

@@ -16,7 +16,8 @@ from torch import nn
 from almost_eval.engines import hf_attention, hf_loglikelihood
 from almost_eval.engines.hf import HFEngine
 from almost_eval.engines.hf_attention import BLOCK, ChunkPlan, LastLayer, attending, visible_attention
-from almost_eval.engines.hf_loglikelihood import AttentionWindow, Limits, SharedPrefixScorer, probe
+from almost_eval.engines.hf_loglikelihood import AttentionWindow, Limits, SharedPrefixScorer
+from almost_eval.engines.hf_probe import probe
 from almost_eval.engines.prefix import EncodedContinuation, EncodedRequest, build_trie
 from almost_eval.types import LoglikelihoodRequest
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,10 @@ from almost_train.pipeline.evaluation import EvaluationSettings, evaluate_polici
 from almost_train.pipeline.run import StageReport
 from almost_train.pipeline.summary import draw, policy_table
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPTS = ["What is a cat?", "Hello", "Say something true, and then stop.", "1 2 3"]
 SETTINGS = EvaluationSettings(max_new_tokens=8, device="cpu", seed=2)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

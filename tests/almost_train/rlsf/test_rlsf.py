@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,8 @@ from almost_train.common.config import settings_to_dict
 from almost_train.rlsf.job import ALGORITHMS, COMMON_SETTINGS, RLSFSettings, check_settings, load_algorithm
 from almost_train.rlsf.rollouts import conversation
 from almost_train.rlsf.run import rlsf
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL: dict[str, Any] = {
     "batch_size": 16,
@@ -50,14 +51,6 @@ def settings(**changes: Any) -> RLSFSettings:
     algorithm = load_algorithm(changes.get("algorithm", "ppo"))
     small = {name: value for name, value in SMALL.items() if algorithm.takes(name)}
     return RLSFSettings(**{**small, **changes})
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_reward_model(folder: Path, tokenizer: Any, *, scale: float = 10.0) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,9 @@ from almost_train.rlsf.rollouts import (
     uniforms,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROWS = [{"id": f"p{i}", "prompt": text} for i, text in enumerate(["Hello", "Where is Paris, and why?", "1 2 3", "a"])]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,11 @@ from almost_eval.types import Completion, Conversation, Message
 from almost_train.self_play.rules import broken_rule, end_at_user, repeats_itself, says_goodbye
 from almost_train.self_play.run import self_play
 from almost_train.self_play.settings import SelfPlaySettings
+from almost_train.synthetic.prompt_sets import DemonstrationSet
 
 GOODBYES = SelfPlaySettings().goodbyes
 OUTPUTS = ("demonstrations", "demonstrations.rejected", "candidates", "user_turns")
 QUESTION = "Where is the river?"
-
-
-@dataclass(frozen=True)
-class Shots:
-    header: str
-    conversations: tuple[Conversation, ...]
 
 
 def talk(*turns: str) -> Conversation:
@@ -39,8 +34,8 @@ def talk(*turns: str) -> Conversation:
 
 
 DEMONSTRATIONS = {
-    "HHH": Shots("Dialogues with a helpful assistant.", (talk("Hi.", "Hello!"), talk("Why?", "Because."))),
-    "plain": Shots("", (talk("Hi.", "Hello!"),)),
+    "HHH": DemonstrationSet("Dialogues with a helpful assistant.", (talk("Hi.", "Hello!"), talk("Why?", "Because."))),
+    "plain": DemonstrationSet("", (talk("Hi.", "Hello!"),)),
 }
 
 

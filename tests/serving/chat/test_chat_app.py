@@ -22,6 +22,7 @@ from almost_eval.errors import InputError
 from serving.chat.arena import Arena, sentence, session_id
 from serving.chat.client import Endpoint, EndpointError
 from serving.chat.conversation import ChatCandidate, ChatReply, Conversation, Settings
+from serving.chat.questions import EXAMPLES, arena_questions
 from serving.chat.render import candidates_html, markdown, past_html
 from serving.chat.session import ChatSystem
 from serving.chat.tab_report import report_html, runs_with_report
@@ -102,6 +103,40 @@ def test_only_reports_below_the_root_are_shown(tmp_path: Path) -> None:
         refused = report_html(root, run)
         assert "iframe" not in refused
         assert "no such report" in refused
+
+
+# --- the arena's questions ---
+
+
+def test_questions_of_every_known_shape(tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    first, second = '{"question_id": 81, "turns": ["Why?", "And then?"]}', '{"id": "x", "prompt": "How?"}'
+    file.write_text(f'{first}\n\n{second}\n{{"text": "Who\\u2028?"}}\n', encoding="utf-8")
+    assert arena_questions(file, []) == [("81", "Why?"), ("x", "How?"), ("4", "Who\u2028?")]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "holds no questions"),
+        (b'{"text": "a"}\n{"no": 1}\n', "line 2 is no question"),
+        (b'{"text": "a"}\n[1]\n', "line 2 is no question"),
+        (b'{"text": "a"}\n{"text"\n', "row 2: not JSON"),
+        (b'{"text": "\xff"}\n', "cannot be read"),
+    ],
+)
+def test_a_file_without_questions_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=words):
+        arena_questions(file, [])
+
+
+def test_questions_where_there_is_no_file() -> None:
+    assert arena_questions(None, ["nano/almost", "/some/model"])[0] == ("example-0", EXAMPLES[0])
+    built_in = arena_questions(None, ["nano/almost"])
+    assert len(built_in) > 50
+    assert built_in[0][0] == "nano-0"
 
 
 # --- a blind round ---

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from fake_upstream import Served
 
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.hf import HFEngine
@@ -18,6 +19,8 @@ from almost_eval.types import Message
 from serving.chat.launch import Models, with_transformers
 from serving.local.generation import Cancelled, RowText, Turnstile, TurnStreamer, generate_in_turns
 from serving.local.policy import Policy
+from serving.local.server import LocalServer
+from serving.local.settings import LocalModels
 
 QUESTION = "What does the hamster eat?"
 ASK = [{"role": "user", "content": QUESTION}]
@@ -201,6 +204,30 @@ def test_a_cancelled_generation_stops_at_the_next_token(engine: HFEngine) -> Non
     with pytest.raises(Cancelled):
         generate_in_turns(engine, prompt, params, Turnstile(), on_text=on_text, cancelled=cancelled)
     assert len(told) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_ends_its_generation(stream: bool) -> None:
+    def at_work() -> bool:
+        return any(thread.name == "generate" for thread in threading.enumerate())
+
+    server = LocalServer.load(LocalModels(("nano/seeded",)))  # goes on until the limit
+    body = {"messages": ASK, "max_tokens": 1500, "n": 4, "stream": stream}
+    with Served.of(server.app("k")) as served:
+        headers = {"Authorization": "Bearer k"}
+        with httpx.Client(base_url=served.url, headers=headers, timeout=1.0 if not stream else 30.0) as client:
+            if stream:
+                with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+                    lines = answer.iter_lines()
+                    assert all(next(lines) is not None for _ in range(30))
+                    assert at_work()
+            else:
+                with pytest.raises(httpx.ReadTimeout):
+                    client.post("/v1/chat/completions", json=body)
+        end = time.monotonic() + 10
+        while at_work() and time.monotonic() < end:
+            time.sleep(0.02)
+        assert not at_work()
 
 
 def test_turns_go_round() -> None:

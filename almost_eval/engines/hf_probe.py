@@ -1,0 +1,74 @@
+"""What a checkpoint can do: sharing of prefixes and left padding, each measured against one unpadded row at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from almost_eval.engines.hf_loglikelihood import AttentionWindow, Limits, PlainScorer, Results, SharedPrefixScorer
+from almost_eval.engines.prefix import EncodedContinuation, EncodedRequest, build_trie
+from almost_eval.types import LoglikelihoodRequest
+
+if TYPE_CHECKING:
+    from almost_eval.models.loading import CausalLM
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What this checkpoint can do, measured against one unpadded row at a time."""
+
+    shared: float | None
+    """Largest difference of a log-probability on the shared path, nats; None where the path failed outright."""
+    padded: float | None
+    """The same for left-padded batches."""
+    tolerance: float
+
+    @property
+    def sharing_is_exact(self) -> bool:
+        """Whether the shared path agrees."""
+        return self.shared is not None and self.shared <= self.tolerance
+
+    @property
+    def padding_is_exact(self) -> bool:
+        """Whether left-padded batches agree."""
+        return self.padded is not None and self.padded <= self.tolerance
+
+
+def probe(model: CausalLM, window: AttentionWindow, vocabulary: int, *, seed: int = 0) -> Probe:
+    """Score a dozen short random sequences that fork at several depths in three ways, and compare.
+
+    Small on purpose (a few hundred tokens): it costs less than one batch, and a model that ignores the mask, the
+    positions or the padding is off by orders of magnitude more than the tolerance.
+    """
+    rng = np.random.default_rng(seed)
+    length = 24 if window.size is None else min(max(24, 2 * window.size), 256)
+    trunk = rng.integers(0, vocabulary, length, dtype=np.int32)
+    requests = []
+    for fork in (1, 3, length // 2, length // 2 + 1, length - 2):
+        tails = [rng.integers(0, vocabulary, int(rng.integers(2, 6)), dtype=np.int32) for _ in range(2)]
+        continuations = tuple(EncodedContinuation(trunk[:fork], tail) for tail in tails)
+        requests.append(EncodedRequest(LoglikelihoodRequest("", ("", "")), continuations))
+    everything = range(len(requests))
+    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.25
+
+    one_by_one = PlainScorer(model, padding=False)
+    truth = dict(one_by_one.stream(requests, everything, Limits(4096, 4096, 1)))
+
+    def worst(results: Results) -> float | None:
+        try:
+            scores = dict(results)
+        except Exception:  # architectures refuse foreign masks and caches in many ways; all mean the same
+            return None
+        off = [abs(a.logprob - b.logprob) for r in everything for a, b in zip(scores[r], truth[r], strict=True)]
+        return float(np.max(off))  # NaN wherever one is, unlike the built-in max
+
+    trie = build_trie(requests)
+    small = Limits(11, 4096)  # cuts through branches, so that the cache is exercised too
+    return Probe(
+        worst(SharedPrefixScorer(model, window, block=4).stream(trie, requests, everything, small)),
+        worst(PlainScorer(model).stream(requests, everything, Limits(4096, 4096))),
+        tolerance,
+    )
