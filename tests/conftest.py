@@ -198,14 +198,3 @@ def almost_eval(
     torch.set_num_threads(1)  # these models are too small for two, which wait for each other on a busy machine
     yield run
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Torch computes with one thread: sums over several vary in order, and small models are faster so."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
