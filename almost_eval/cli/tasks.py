@@ -97,7 +97,6 @@ def evaluate(request: RunRequest, values: Values) -> int:
     from almost_eval.cli.startup import import_transformers
     from almost_eval.progress import progress_for
     from almost_eval.run.request import open_run
-    from almost_eval.run.trackers import log_results
 
     import_transformers()
     run = open_run(request)
@@ -112,7 +111,10 @@ def evaluate(request: RunRequest, values: Values) -> int:
         return 0
     folder = request.output or run.default_folder()
     results, _ = run.execute(folder, progress_for(), started=STARTED)
-    log_results(folder, results, values["log_to"])
+    if values["log_to"]:
+        from almost_eval.run.trackers import log_results
+
+        log_results(folder, results, values["log_to"])
     return show_results(results, folder, as_json=values["as_json"])
 
 

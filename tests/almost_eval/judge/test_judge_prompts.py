@@ -171,7 +171,7 @@ def test_a_new_family_is_one_file_and_one_line(tmp_path: Path, monkeypatch: pyte
         "from pathlib import Path\n"
         "from almost_eval.judge.prompts import PromptFamily, PromptTemplate, Wording\n"
         "FAMILY = PromptFamily('a letter', 'letters', Path(__file__).with_name('short.yaml'),\n"
-        "                      lambda data: Wording({'general': PromptTemplate('', '{question}{answer_1}{answer_2}')}))\n"  # noqa: E501
+        "                lambda data: Wording({'general': PromptTemplate('', '{question}{answer_1}{answer_2}')}))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(FAMILIES, "short", "short_family:FAMILY")
