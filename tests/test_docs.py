@@ -250,7 +250,7 @@ def test_a_task_of_ones_own(
         ("not distinguishable", "compare", "runs/quiz", "runs/quiz"),
         ("quiz.html", "report", "runs/quiz", "-o", "quiz.html"),
         ("quiz", "list", "--json"),
-        ("My quiz", "all", "--dry-run", "--data", "hub", "--data-root", "data", "--prompt-set", "builtin"),
+        ("quiz", "all", "--dry-run", "--data", "hub", "--data-root", "data", "--prompt-set", "builtin"),
     ):
         outcome = almost_eval(*command, *(("--tasks", "quiz") if command[0] == "all" else ()))
         assert outcome.code == 0, f"{command}: {outcome.err}"

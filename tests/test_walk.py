@@ -16,7 +16,7 @@ from almost_eval.nano.data import data_root
 
 TESTS = Path(__file__).resolve().parent
 PAGE = (TESTS.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
-MOST = 37
+MOST = 36
 """Files that `almost-eval hhh` may enter; the aim is 25."""
 
 
