@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from shown_commands import ROOT, check_command, check_links, shown
+
+from almost_eval import __version__
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -36,10 +39,32 @@ def test_every_command_and_option_exists() -> None:
     assert counts["almost-serve"] >= 4
 
 
-def test_every_file_and_make_target_exists() -> None:
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_every_file_and_make_target_exists(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"`make ([a-z-]+)`", README):
-        assert f"\n{target}:" in makefile
-    check_links(README, ROOT)
-    for path in re.findall(r"`(benchmarks/[a-z_]+\.py)`", README):
-        assert (ROOT / path).exists(), path
+    for target in re.findall(r"`make ([a-z-]+)`|^make ([a-z-]+)", text, flags=re.MULTILINE):
+        assert f"\n{''.join(target)}:" in makefile
+    check_links(text, ROOT)
+    for path in re.findall(r"`((?:benchmarks|tests|almost_eval)/[a-z_/]+\.py)`", text):
+        assert (ROOT / path).exists() or page == "CHANGELOG.md", path
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.encode()) < 12_000
+
+
+def test_the_changelog_has_dates_and_the_usual_heads() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    first, *released = re.findall(r"^## (.+)$", text, flags=re.MULTILINE)
+    assert first == "[Unreleased]"
+    assert f"[{__version__}] - " in released[0]
+    assert all(re.fullmatch(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d", head) for head in released)
+    assert set(re.findall(r"^### (.+)$", text, flags=re.MULTILINE)) <= {
+        *("Added", "Changed", "Deprecated", "Removed", "Fixed", "Security")
+    }
+
+
+def test_the_licence_is_the_apache_licence() -> None:
+    text = (ROOT / "LICENSE").read_bytes()
+    assert hashlib.sha256(text).hexdigest() == "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"

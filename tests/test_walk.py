@@ -35,9 +35,9 @@ def listed(heading: str) -> list[str]:
     return re.findall(r"^\| \d+ \| `([\w/]+\.py)` \|", section, flags=re.MULTILINE)
 
 
-def climbs(rows: list[dict[str, str | None]]) -> list[tuple[str | None, str]]:
+def climbs(rows: list[dict[str, str | None]]) -> list[tuple[str, str]]:
     """(caller, file) where a file is first entered from a room further down in the order of use."""
-    found = []
+    upward = []
     for row in rows:
         caller, file = row["caller"], str(row["file"])
         if caller is None or caller.split("/")[0] != file.split("/")[0]:
@@ -45,8 +45,8 @@ def climbs(rows: list[dict[str, str | None]]) -> list[tuple[str | None, str]]:
         order = ROOMS[file.split("/")[0]]
         here, there = (path.split("/")[1].removesuffix(".py") for path in (caller, file))
         if "__init__" not in (here, there) and order.index(there) > order.index(here):
-            found.append((caller, file))
-    return found
+            upward.append((caller, file))
+    return upward
 
 
 def test_a_run_of_hhh_from_the_command_line_to_its_results(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def main() -> None:
     package = sys.argv[1].replace("-", "_")
     program = importlib.import_module(f"{package}.cli.main")
     sys.argv = sys.argv[1:]
-    code: object = 0
+    code: str | int | None = 0
     sys.setprofile(enter)
     try:
         program.main()
