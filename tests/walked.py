@@ -37,6 +37,7 @@ def enter(frame: FrameType, event: str, _: object) -> None:
 
 def main() -> None:
     """Run the command line, whatever its end, and print the files."""
+    sys.path[0] = str(ROOT)  # this file's own folder holds folders of the packages' names
     package = sys.argv[1].replace("-", "_")
     program = importlib.import_module(f"{package}.cli.main")
     sys.argv = sys.argv[1:]

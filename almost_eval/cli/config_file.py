@@ -21,17 +21,27 @@ from almost_eval.errors import InputError, did_you_mean
 NAME = "config"
 
 
-def config_option() -> click.Option:
-    """The option `--config` of a command."""
-    return click.Option(
-        [f"--{NAME}"],
-        type=click.Path(path_type=Path),
-        metavar="FILE.yaml",
-        is_eager=True,  # the other options take their values from it
-        expose_value=False,
-        callback=_apply,
-        help="Options from a file, named as here (limit: 10); a flag on the command line wins.",
-    )
+class ConfigFile(click.ParamType):
+    """A file of options: reading it sets the defaults of the command's other options."""
+
+    name = "file"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Read the file, where the command line names one."""
+        if ctx is not None and not ctx.resilient_parsing:
+            _apply(ctx, Path(value))
+        return value
+
+
+CONFIG = click.Option(
+    [f"--{NAME}"],
+    type=ConfigFile(),
+    metavar="FILE.yaml",
+    is_eager=True,  # the other options take their values from it
+    expose_value=False,
+    help="Options from a file, named as here (limit: 10); a flag on the command line wins.",
+)
+"""The option `--config` of every command."""
 
 
 def add_config(group: click.Group, leave_out: Collection[str] = ()) -> None:
@@ -40,12 +50,10 @@ def add_config(group: click.Group, leave_out: Collection[str] = ()) -> None:
         if isinstance(command, click.Group):
             add_config(command)
         elif name not in leave_out:
-            command.params.append(config_option())
+            command.params.append(CONFIG)
 
 
-def _apply(context: click.Context, param: click.Parameter, file: Path | None) -> None:
-    if file is None or context.resilient_parsing:
-        return
+def _apply(context: click.Context, file: Path) -> None:
     from almost_eval.run.provenance import recording_command
 
     values = read_config(file, context)

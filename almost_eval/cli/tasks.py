@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from almost_eval.cli.command_line import comma_list, open_console, options
-from almost_eval.cli.config_file import config_option
+from almost_eval.cli.config_file import CONFIG
 from almost_eval.cli.options import DATA_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, Values, run_request
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class TaskCommand(click.Command):
         @options(own, MODEL_OPTIONS, DATA_OPTIONS, RUN_OPTIONS)
         def flags() -> None: ...
 
-        return [*flags.params, config_option()]
+        return [*flags.params, CONFIG]
 
     def _run(self, **values: Any) -> int:
         from almost_eval.tasks.registry import task_class

@@ -255,11 +255,11 @@ def _read(file: Path) -> tuple[str, Wording]:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         problem = " ".join(str(error).split())[:160]
-        raise DataError(f"{file} cannot be read as judge prompts ({problem}); see the README for the format") from None
+        raise DataError(f"{file} cannot be read as judge prompts ({problem}); the format is in docs/judge.md") from None
     try:
         return _checked(content)
     except ValueError as error:
-        raise DataError(f"{file} holds no judge prompts: {error}; see the README for the format") from None
+        raise DataError(f"{file} holds no judge prompts: {error}; see docs/judge.md for the format") from None
 
 
 def _checked(content: object) -> tuple[str, Wording]:
