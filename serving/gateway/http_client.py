@@ -1,9 +1,9 @@
 """HTTP/1.1 to one server: a request out, its answer in as it comes, over connections that are kept.
 
-Why no library: with aiohttp's client, the fastest there was, an answer takes 1.43 ms of the CPU, with this one
-1.04, where a model keeps the cores busy, and the overhead is at its bound (benchmarks/LOG.md). aiohttp redirects,
-decodes, traces and keeps cookies, none of which a gateway may do; this is what is left. The parser is httptools,
-Node's, as in uvicorn; the connections and TLS are the event loop's.
+Why no library: beside a model on the same cores a gateway on aiohttp, the fastest one, takes 1.0 to 1.5 times the CPU
+for an answer and is over the bounds of its overhead more often; on httpx it halves the throughput (benchmarks/LOG.md).
+aiohttp redirects, decodes, traces and keeps cookies, none of which a gateway may do; this is what is left. The parser
+is httptools, Node's, as in uvicorn; the connections and TLS are the event loop's.
 """
 
 from __future__ import annotations
