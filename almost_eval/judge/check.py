@@ -19,7 +19,7 @@ from almost_eval.errors import DataError, InputError
 from almost_eval.judge.archive import Archive, as_review
 from almost_eval.judge.judges import LASTING, Judge
 from almost_eval.judge.lines import ORDERS, check_reviews, record_of, review_of, stored_verdict
-from almost_eval.judge.records import Pair, Review, Side, Verdict
+from almost_eval.judge.records import Pair, Review, Verdict
 from almost_eval.progress import Progress
 from almost_eval.run import provenance
 from almost_eval.run.store import RunStore, default_folder
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from almost_eval.judge.prompts import JudgePrompts
 
 TASK = "judge-check"
-REVERSED: dict[Side, Side] = {"1": "2", "2": "1", "tie": "tie"}
 
 
 @dataclass(frozen=True, slots=True)

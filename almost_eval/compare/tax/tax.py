@@ -137,11 +137,6 @@ class Tax:
         """Whether no headline was withheld."""
         return not any(metric.get("withheld") for policy in self.policies for metric in policy.measures.values())
 
-    def against_before(self, checkpoint: str, measure: str) -> Paired | None:
-        """The comparison with `before`."""
-        wanted = (measure, checkpoint, self.policies[0].label)
-        return next((p for p in self.comparisons if (p.measure, p.checkpoint, p.against) == wanted), None)
-
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
         return {
