@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +59,6 @@ class SuiteTask:
         return replace(base, task=self.task, protocol=preset.protocol, settings=preset.settings, output=None)
 
 
-@cache
 def suite_tasks() -> dict[str, SuiteTask]:
     """Name, which is also the folder's -> the task; `JUDGED` is planned apart."""
     return {preset.name: SuiteTask(cls.name, preset) for cls in task_classes() for preset in cls.presets}

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
 from typing import Any, Literal
 
 from almost_eval.compare.comparison import ALPHA, MetricComparison
@@ -31,7 +30,6 @@ LOG_IS = (
 )
 
 
-@cache
 def benchmarks() -> dict[str, str]:
     """Task -> its title; Holm's family is their comparisons over all checkpoints."""
     return {name: task_class(name).short_title or task_class(name).title for name in comparison_presets()}
