@@ -46,6 +46,8 @@ class EngineReport:
     """Distinct prefixes over all requests: the fewest positions that can be computed."""
     tokens_computed: int = 0
     """Token positions the plan computes; a resumed run reports the plan of the whole run."""
+    rounding: JSONObject | None = None
+    """In half precision with shared prefixes: see `hf_rounding.measure_rounding`."""
     warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> JSONObject:
@@ -57,6 +59,7 @@ class EngineReport:
             "tokens_computed": self.tokens_computed,
             "computed_over_trie": self.tokens_computed / self.tokens_in_trie if self.tokens_in_trie else None,
             "plain_over_computed": self.tokens_plain / self.tokens_computed if self.tokens_computed else None,
+            **({"rounding": self.rounding} if self.rounding else {}),
             "warnings": list(self.warnings),
         }
 

@@ -19,8 +19,9 @@ from almost_eval.models.loading import ATTENTION, load_weights
 from almost_eval.types import Completion, JSONObject
 
 if TYPE_CHECKING:
-    from almost_eval.engines.hf_loglikelihood import AttentionWindow, Limits
+    from almost_eval.engines.hf_loglikelihood import AttentionWindow, Limits, SharedPrefixScorer
     from almost_eval.engines.hf_probe import Probe
+    from almost_eval.engines.prefix import TokenTrie
 
 
 class HFEngine(CheckpointEngine):
@@ -146,7 +147,10 @@ class HFEngine(CheckpointEngine):
         if self.share_prefixes and not reason:
             report.path, report.tokens_computed = "shared-prefix", len(trie)
             scorer = scoring.SharedPrefixScorer(model, window)
-            results = scorer.stream(trie, requests, wanted, limits)
+            if self.dtype in ("bfloat16", "float16"):
+                results = self._stream_and_measure(scorer, trie, requests, wanted, limits, padding=not uneven)
+            else:
+                results = scorer.stream(trie, requests, wanted, limits)
         else:
             report.path, report.tokens_computed = "plain", scoring.plain_tokens(requests)
             scorer = scoring.PlainScorer(model, padding=not uneven)
@@ -154,6 +158,28 @@ class HFEngine(CheckpointEngine):
         yield from results
         if scorer.limits_used != limits and scorer.limits_used is not None:
             report.warnings.append(f"out of memory: went on with {scorer.limits_used.tokens} tokens in a batch")
+
+    def _stream_and_measure(
+        self,
+        scorer: SharedPrefixScorer,
+        trie: TokenTrie,
+        requests: Sequence[EncodedRequest],
+        wanted: frozenset[int],
+        limits: Limits,
+        *,
+        padding: bool,
+    ) -> Iterator[tuple[int, RequestScores]]:
+        """Yield as `stream` does, and measure rounding on a sample that a resumed run would take too."""
+        from almost_eval.engines.hf_rounding import measure_rounding, rounding_sample
+
+        sample = frozenset(rounding_sample(requests, len(trie)))
+        shared: dict[int, RequestScores] = {}
+        for index, scores in scorer.stream(trie, requests, wanted | sample, limits):
+            if index in sample:
+                shared[index] = scores
+            if index in wanted:
+                yield index, scores
+        self._report.rounding = measure_rounding(self.model, requests, shared, limits, padding=padding)
 
     def _probe(self, window: AttentionWindow) -> Probe:
         from almost_eval.engines.hf_probe import probe
