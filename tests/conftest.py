@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from own_environment import DATA_ROOT  # before what reads the environment as it is imported
 
 VOCABULARY = 300
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -86,11 +87,9 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def data_root() -> Path:
     """The real data sets, laid out like the hub."""
-    default = Path(__file__).parents[2] / "shared" / "data" / "hub"
-    root = Path(os.environ.get("ALMOST_DATA_ROOT") or default)
-    if not root.is_dir():
-        pytest.skip(f"no data root at {root}; set ALMOST_DATA_ROOT to a folder laid out like the hub")
-    return root
+    if not DATA_ROOT.is_dir():
+        pytest.skip(f"no data root at {DATA_ROOT}; set ALMOST_DATA_ROOT to a folder laid out like the hub")
+    return DATA_ROOT
 
 
 class RealModels:

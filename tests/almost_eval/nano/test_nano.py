@@ -20,6 +20,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from own_environment import DATA_ROOT
 
 from almost_eval.errors import DataError, InputError, ModelError
 from almost_eval.files import whole_folder
@@ -194,8 +195,7 @@ def test_an_unknown_table_names_the_nearest() -> None:
     ],
 )
 def test_schemas_equal_the_real_ones(root: Path, nano: str, real: str) -> None:
-    shared = Path(os.environ.get("ALMOST_DATA_ROOT") or REPOSITORY.parent / "shared/data/hub")
-    file = shared / f"{real}-00000-of-00001.parquet"
+    file = DATA_ROOT / f"{real}-00000-of-00001.parquet"
     if not file.is_file():
         pytest.skip(f"the real data is not here: no {file}")
     ours = pq.read_schema(root / f"{nano}-00000-of-00001.parquet").remove_metadata()
