@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from almost_eval.errors import DataError, InputError
+from almost_eval.files import read_json
+from almost_eval.run.store import NEW_RESULTS, NEW_RUN
 from almost_eval.stats import is_binary, mcnemar_exact, paired_bootstrap
 
 if TYPE_CHECKING:
@@ -296,21 +298,14 @@ def _read_run(folder: Path) -> _Run:
             f"{folder} is no run folder: expected samples.jsonl, spec.json and results.json in it; "
             "give the folder that a run wrote (its --output)"
         )
-    results = _read_object(folder / "results.json")
-    return _Run(folder, results is not None, _read_object(folder / "spec.json") or {}, results or {}, _lines(samples))
-
-
-def _read_object(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None where there is no such file."""
-    if not path.is_file():
-        return None
-    try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}); run the evaluation again to write it anew") from error
-    if not isinstance(read, dict):
-        raise DataError(f"{path} holds a JSON {type(read).__name__}, not an object; run the evaluation again")
-    return read
+    results, spec = folder / "results.json", folder / "spec.json"
+    return _Run(
+        folder,
+        results.exists(),
+        read_json(spec, mend=NEW_RUN) if spec.exists() else {},
+        read_json(results, mend=NEW_RESULTS) if results.exists() else {},
+        _lines(samples),
+    )
 
 
 def _lines(path: Path) -> dict[str, _Line]:

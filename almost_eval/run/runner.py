@@ -170,7 +170,7 @@ class Run:
         with RunStore(folder, spec) as store:
             write_prompts(folder, self.prompts())
             missing = [i for i, sample in enumerate(self.samples) if sample.id not in store.done]
-            earlier = store.results()
+            earlier = store.results("engine", "timing")
             if not missing and earlier is not None:
                 engine, timing = earlier["engine"], earlier["timing"]
             else:
