@@ -95,7 +95,7 @@ def _folded(results: Results) -> list[str]:
         return names
     main = stated_by(results["task"]).main_metrics(names)
     if len(main) == len(names):
-        main = [name for name in names if "/" not in name]
+        main = [name for name in names if "/" not in name] or names[:MANY_ROWS]
     return [name for name in names if name in main or name == results["headline"]]
 
 

@@ -13,6 +13,7 @@ import math
 import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, cached_property
 from itertools import count, islice
 from pathlib import Path
@@ -26,6 +27,7 @@ from almost_eval.errors import DataError, InputError, did_you_mean
 from almost_eval.stats import mean_metric
 from almost_eval.tasks.base import GenerationRequest, Prompting, Task
 from almost_eval.tasks.facts import TaskSetting
+from almost_eval.tasks.harness_groups import LmEvalTasks, group_headline, group_metrics, task_key
 from almost_eval.types import (
     LoglikelihoodRequest,
     Message,
@@ -97,7 +99,7 @@ def lm_eval_index() -> dict[str, Any]:
     return index
 
 
-def load_lm_eval_tasks(names: Sequence[str], data: DataSource) -> dict[str, Any]:
+def load_lm_eval_tasks(names: Sequence[str], data: DataSource) -> LmEvalTasks:
     """lm-eval's task objects by name, groups and tags expanded; data sets come from the data root first.
 
     Raises:
@@ -113,15 +115,15 @@ def load_lm_eval_tasks(names: Sequence[str], data: DataSource) -> dict[str, Any]
             raise InputError(f"lm-eval has no task {name!r}; {did_you_mean(name, manager.all_tasks)}")
     with _quiet(), _seeded(), data.serving_lm_eval():
         try:
-            tasks: dict[str, Any] = manager.load(list(names))["tasks"]
+            loaded = manager.load(list(names))
         except DataError:
             raise
         except Exception as error:  # a task's own code may raise anything
             problem = next(iter(str(error).splitlines()), "") or type(error).__name__
             raise InputError(f"lm-eval cannot load {', '.join(names)}: {problem}") from None
-    for task in tasks.values():
+    for task in loaded["tasks"].values():
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
-    return tasks
+    return LmEvalTasks(loaded["tasks"], loaded["groups"])
 
 
 def lm_eval_instances(task: Any, doc: dict[str, Any], shots: int, prompting: Prompting) -> list[Any]:
@@ -266,13 +268,19 @@ class Harness(Task):
         return tasks
 
     @property
+    def groups(self) -> dict[str, Any]:
+        """lm-eval's group objects by name: those that were named, and those inside them."""
+        return dict(getattr(self.tasks, "groups", {}))
+
+    @property
     def headline(self) -> str:  # type: ignore[override]
-        """The first metric of the first task."""
+        """The first metric of what was named first: a group's own, as lm-eval aggregates it, or a task's."""
+        own = group_headline(self.groups[self.names[0]]) if self.names[0] in self.groups else None
         name, task = next(iter(self.tasks.items()))
-        return self._headline_of(name, task)
+        return own or self._headline_of(name, task)
 
     def _headline_of(self, name: str, task: Any) -> str:
-        return _key(name, task, next(iter(task.aggregation())), task._filters[0].name)
+        return task_key(name, task, next(iter(task.aggregation())), task._filters[0].name)
 
     def samples(self) -> list[Sample]:
         """One sample a document; `group` is the lm-eval task."""
@@ -373,13 +381,13 @@ class Harness(Task):
             pipeline.apply(instances)
             with np.errstate(all="ignore"):
                 metrics = task.process_results(doc, [i.filtered_resps[pipeline.name] for i in instances])
-            results |= {_key(sample.group, task, metric, pipeline.name): value for metric, value in metrics.items()}
+            results |= {task_key(sample.group, task, metric, pipeline.name): value for metric, value in metrics.items()}
         return results
 
     def metrics(self, records: Sequence[SampleRecord]) -> dict[str, Metric]:
         """`<task>/<metric>`: a mean with its interval, or lm-eval's own aggregation where that is not a mean.
 
-        A task with several filters has `<task>/<metric>,<filter>` for each.
+        A task with several filters has `<task>/<metric>,<filter>` for each. Groups stand first.
         """
         metrics: dict[str, Metric] = {}
         for name, task in self.tasks.items():
@@ -388,15 +396,19 @@ class Harness(Task):
             scored = [r for r in mine if r.outputs and r.score.reason is None]
             for pipeline in task._filters:
                 for metric, aggregate in task.aggregation().items():
-                    key = _key(name, task, metric, pipeline.name)
+                    key = task_key(name, task, metric, pipeline.name)
                     if getattr(aggregate, "__name__", "") in {"mean", "nanmean"}:
-                        metrics[key] = mean_metric([r.score.metrics.get(key) for r in mine], clusters)
+                        values = [r.score.metrics.get(key) for r in mine]
+                        mean = mean_metric(values, clusters)
+                        # lm-eval's sum, in its order: a mean by numpy may differ in the last digit.
+                        exact = float(aggregate([value for value in values if value is not None])) if mean.n else None
+                        metrics[key] = replace(mean, value=exact)
                         continue
                     items = [self._results(r.sample, r.outputs) for r in scored]
-                    values = [item[key] for item in items if item is not None and key in item]
-                    value = float(aggregate(values)) if values else None
-                    metrics[key] = Metric(value, None, None, len(values), len(mine) - len(values))
-        return metrics
+                    results = [item[key] for item in items if item is not None and key in item]
+                    value = float(aggregate(results)) if results else None
+                    metrics[key] = Metric(value, None, None, len(results), len(mine) - len(results))
+        return group_metrics(self.groups, self.tasks, metrics, records) | metrics
 
     def settings(self) -> dict[str, Any]:
         """See `Task.settings`."""
@@ -404,17 +416,13 @@ class Harness(Task):
             "tasks": list(self.names),
             "shots": self.shots,
             "limit": self.limit,
-            "versions": {name: str(task.VERSION) for name, task in self.tasks.items()},
+            "versions": {name: str(task.VERSION) for name, task in self.tasks.items()}
+            | {name: str(group.version) for name, group in self.groups.items()},
         }
 
     def data_fingerprint(self) -> str:
         """See `Task.data_fingerprint`."""
         return self._fingerprint
-
-
-def _key(name: str, task: Any, metric: str, pipeline: str) -> str:
-    """Name of a metric; the filter is part of it where a task has several."""
-    return f"{name}/{metric},{pipeline}" if len(task._filters) > 1 else f"{name}/{metric}"
 
 
 def _numbered(name: str) -> Iterator[str]:
