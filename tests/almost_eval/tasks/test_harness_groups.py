@@ -17,6 +17,8 @@ from almost_eval.tasks.harness import Harness
 from almost_eval.tasks.harness_groups import LmEvalTasks, group_headline
 from almost_eval.types import SampleRecord
 
+pytest_plugins = ["benchmark_fixtures"]
+
 Ask = Callable[..., dict[str, SampleRecord]]
 LmEval = Callable[..., tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]]
 
