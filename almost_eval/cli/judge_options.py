@@ -73,7 +73,7 @@ ANSWER_OPTIONS = [
         "--template",
         default="auto",
         show_default=True,
-        help="auto, none, almost, alpaca, vicuna, dolly, oasst, a FILE.",
+        help="auto, none, tokenizer, almost, alpaca, vicuna, dolly, oasst, a FILE.",
     ),
     click.option("--max-answer-chars", type=click.IntRange(min=1), help="Cut longer answers, and count them."),
 ]

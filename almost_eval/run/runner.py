@@ -22,6 +22,7 @@ from almost_eval.run.prompt_log import Prompt, SamplePrompts, write_prompts
 from almost_eval.run.store import RunStore, default_folder, origin
 from almost_eval.run.validity import ALLOWED, Validity, check
 from almost_eval.tasks.base import GenerationRequest, Task, loglikelihood_outputs, reward_outputs
+from almost_eval.tasks.facts import PROMPT_SETTINGS
 from almost_eval.types import (
     ContinuationScore,
     Conversation,
@@ -317,6 +318,7 @@ def summarise(
     if not validity.passed:
         metrics[task.headline] |= {"value": None, "stderr": None, "ci95": None, "withheld": validity.reason}
     template = spec["template"] or {}
+    chosen = {name: spec["settings"][name] for name in PROMPT_SETTINGS if name in spec["settings"]}
     return {
         "task": spec["task"],
         "protocol": spec["protocol"],
@@ -335,6 +337,7 @@ def summarise(
             "template_digest": template.get("digest"),
             "template_text": template.get("text"),
             "prompt_set": spec["prompt_set"],
+            **({"prompt_settings": chosen} if chosen else {}),
             "prompt_ids_digest": spec["prompt_ids_digest"],
             **origin(spec, records),
         },

@@ -166,6 +166,14 @@ class Task(ABC):
         rows = tuple((r, c, -1, -1) for r, row in enumerate(table) for c in range(len(row)))
         return [NumberPanel("continuations", "nats", rows)] if rows else []
 
+    def check_prompting(self) -> None:
+        """Refuse settings that do not go with the template or the prompt set, both known by now.
+
+        Raises:
+            InputError: what does not go together.
+        """
+        return
+
     @abstractmethod
     def samples(self) -> list[Sample]:
         """All samples, in a fixed order. Reads the data.

@@ -28,9 +28,9 @@ from almost_eval.stats import mean_metric
 from almost_eval.tasks.base import GenerationRequest, Prompting, Task
 from almost_eval.tasks.facts import TaskSetting
 from almost_eval.tasks.harness_groups import LmEvalTasks, group_headline, group_metrics, task_key
+from almost_eval.tasks.harness_prompts import DocumentChat, as_requests, lm_eval_instances
 from almost_eval.types import (
     LoglikelihoodRequest,
-    Message,
     Metric,
     Outputs,
     Sample,
@@ -126,65 +126,6 @@ def load_lm_eval_tasks(names: Sequence[str], data: DataSource) -> LmEvalTasks:
     return LmEvalTasks(loaded["tasks"], loaded["groups"])
 
 
-def lm_eval_instances(task: Any, doc: dict[str, Any], shots: int, prompting: Prompting) -> list[Any]:
-    """The lm-eval requests (`Instance`s) of one document."""
-    template = prompting.document_template
-    chat: dict[str, Any] = {}
-    if template is not None:
-
-        def render(messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            turns = tuple(Message(m["role"], m["content"]) for m in messages)
-            prefix = ""
-            if not add_generation_prompt and turns and turns[-1].role == "assistant":
-                turns, prefix = turns[:-1], turns[-1].content
-            return template.render(
-                turns, add_generation_prompt=True, response_prefix=prefix, special_tokens=prompting.special_tokens
-            )
-
-        chat = {"apply_chat_template": True, "chat_template": render}
-    context = task.fewshot_context(doc, num_fewshot=shots, gen_prefix=task.doc_to_prefix(doc), **chat)
-    made = task.construct_requests(doc=doc, ctx=context, metadata=(task.task_name, 0, 1), **chat)
-    instances = made if isinstance(made, list) else [made]
-    if template is not None and task.OUTPUT_TYPE == "multiple_choice" and (seam := _seam(prompting)):
-        for instance in instances:
-            context, continuation = instance.args
-            if not (context[-1:].isspace() or continuation[:1].isspace()):
-                instance.arguments = (context, seam + continuation)
-    return instances
-
-
-def _seam(prompting: Prompting) -> str:
-    """What a template writes between `Assistant:` and an answer.
-
-    lm-eval writes nothing there, and "Assistant:A" is no text that a model was trained on.
-    """
-    template, tokens = prompting.document_template, prompting.special_tokens
-    assert template is not None
-    turn = (Message("user", "Q"),)
-    prompt = template.render(turn, add_generation_prompt=True, special_tokens=tokens)
-    whole = template.render((*turn, Message("assistant", "A")), special_tokens=tokens)
-    between = whole.removeprefix(prompt).partition("A")[0] if whole.startswith(prompt) else ""
-    return between if between.isspace() else ""
-
-
-def lm_eval_requests(task: Any, doc: dict[str, Any], shots: int, prompting: Prompting) -> list[LoglikelihoodRequest]:
-    """The same as our requests."""
-    return _grouped([instance.args for instance in lm_eval_instances(task, doc, shots, prompting)])
-
-
-def _grouped(arguments: Sequence[tuple[Any, ...]]) -> list[LoglikelihoodRequest]:
-    """(context, continuation) pairs as requests: neighbours with one context travel together."""
-    if arguments and len(arguments[0]) == 1:  # a whole text, for its perplexity
-        return [LoglikelihoodRequest("", (text,), rolling=True) for (text,) in arguments]
-    requests: list[LoglikelihoodRequest] = []
-    for context, continuation in arguments:
-        if requests and requests[-1].context == context:
-            requests[-1] = LoglikelihoodRequest(context, (*requests[-1].continuations, continuation))
-        else:
-            requests.append(LoglikelihoodRequest(context, (continuation,)))
-    return requests
-
-
 class Harness(Task):
     """Tasks of lm-eval, evaluated in one run.
 
@@ -194,6 +135,8 @@ class Harness(Task):
         data: the data root that data sets are looked for in first.
         prompting: a template to apply; lm-eval's prompts are sent as they are without one.
         limit: documents of each task, or None for all.
+        fewshot_as_multiturn: examples as turns of the template; None is as in lm-eval, where there is a template.
+        system_instruction: before each prompt: a system message of the template, or text without one.
     """
 
     name = "harness"
@@ -210,6 +153,8 @@ class Harness(Task):
     task_settings = (
         TaskSetting("tasks", "names", "lm-eval's names: tasks, groups or tags, by commas.", (), required=True),
         TaskSetting("shots", "count", "Examples before a document.  [each task's own]", None, minimum=0),
+        TaskSetting("fewshot_as_multiturn", "switch", "With a template: examples as turns.  [on, as in lm-eval]"),
+        TaskSetting("system_instruction", "text", "System message before each prompt, as lm-eval writes it."),
     )
 
     def __init__(
@@ -220,6 +165,8 @@ class Harness(Task):
         *,
         shots: int | None = None,
         limit: int | None = None,
+        fewshot_as_multiturn: bool | None = None,
+        system_instruction: str | None = None,
     ) -> None:
         if not names:
             raise InputError("no task named; give --tasks a,b,c (lm-eval's names)")
@@ -229,6 +176,7 @@ class Harness(Task):
         self.data = data
         self.prompting = prompting or Prompting()
         self.limit = limit
+        self.chat = DocumentChat(fewshot_as_multiturn, system_instruction or None)
         self._fingerprint = ""
         self._docs: dict[str, dict[str, Any]] = {}  # task -> sample id -> document
         self._rendered: dict[str, dict[str, list[tuple[Any, ...]]]] = {}  # task -> sample id -> arguments of requests
@@ -238,12 +186,17 @@ class Harness(Task):
         cls, protocol: str, settings: Mapping[str, Any], data: DataSource, prompting: Prompting | None = None
     ) -> Harness:
         """See `Task.build`."""
-        return cls(settings["tasks"], data, prompting, shots=settings.get("shots"), limit=settings.get("limit"))
+        names = ("shots", "limit", "fewshot_as_multiturn", "system_instruction")
+        return cls(settings["tasks"], data, prompting, **{name: settings.get(name) for name in names})
 
     @property
     def own_prompts(self) -> bool:
         """All prompts are lm-eval's documents."""
         return True
+
+    def check_prompting(self) -> None:
+        """See `Task.check_prompting`."""
+        self.chat.check(self.prompting)
 
     @cached_property
     def tasks(self) -> dict[str, Any]:
@@ -311,20 +264,27 @@ class Harness(Task):
         rendered in their order, once: a resumed run, which asks for some of them, draws the same examples.
         """
         doc, task = self._doc(sample), self.tasks[sample.group]
+
+        def written(doc: dict[str, Any], shots: int) -> list[tuple[Any, ...]]:
+            return [instance.args for instance in lm_eval_instances(task, doc, shots, self.prompting, self.chat)]
+
         if shots < self._shots(task):
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
-            return [instance.args for instance in lm_eval_instances(task, doc, shots, self.prompting)]
+            return written(doc, shots)
         if sample.group not in self._rendered:
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
             self._rendered[sample.group] = {
-                i: [instance.args for instance in lm_eval_instances(task, d, self._shots(task), self.prompting)]
+                i: [
+                    instance.args
+                    for instance in lm_eval_instances(task, d, self._shots(task), self.prompting, self.chat)
+                ]
                 for i, d in self._docs[sample.group].items()
             }
         return self._rendered[sample.group][sample.id]
 
     def requests(self, sample: Sample, shots: int) -> list[LoglikelihoodRequest]:
         """lm-eval's requests of the document."""
-        return _grouped(self._arguments(sample, shots))
+        return as_requests(self._arguments(sample, shots))
 
     def generation(self, sample: Sample, shots: int) -> GenerationRequest:
         """lm-eval's prompt of the document, with its own stop strings, length and number of tries."""
@@ -418,6 +378,7 @@ class Harness(Task):
             "limit": self.limit,
             "versions": {name: str(task.VERSION) for name, task in self.tasks.items()}
             | {name: str(group.version) for name, group in self.groups.items()},
+            **self.chat.settings(self.prompting, any(task.config.description for task in self.tasks.values())),
         }
 
     def data_fingerprint(self) -> str:
