@@ -85,6 +85,7 @@ def _prepare(flags: Flags) -> JudgeRun:
         seed=flags["seed"],
         template=flags["template"],
         stop=flags["stop"],
+        reasoning=flags["reasoning"],
     )
     opened: dict[int, System] = {}
     # Files first: they are read in no time, and a model may have to be downloaded.

@@ -205,6 +205,11 @@ def _completion(
         if token in ends:
             ids, reason = ids[:at], "stop"
             break
+    if params.alone:
+        whole = text = str(tokenizer.decode(ids, skip_special_tokens=True))
+        for stop in params.stop:
+            text = text.partition(stop)[0]
+        return Completion(text, tuple(ids), reason if text == whole else "stop")
     text = _decode_after(tokenizer, before, ids)
     cut = first_stop(text, params.stop)
     if cut is not None:

@@ -20,6 +20,7 @@ from almost_eval.run import provenance
 from almost_eval.run.preflight import Prepared, describe, prepare
 from almost_eval.run.prompt_log import Prompt, SamplePrompts, write_prompts
 from almost_eval.run.store import RunStore, default_folder, origin
+from almost_eval.run.texts import score_texts, text_outputs
 from almost_eval.run.validity import ALLOWED, Validity, check
 from almost_eval.tasks.base import GenerationRequest, Task, loglikelihood_outputs, reward_outputs
 from almost_eval.tasks.facts import PROMPT_SETTINGS
@@ -279,11 +280,8 @@ class Run:
         for params, prompts in groups.items():
             for at, completions in self.model.stream_completions([prompt for _, prompt in prompts], params):
                 index = prompts[at][0]
-                outputs = {
-                    "completions": [c.text for c in completions],
-                    "finish_reasons": [c.finish_reason for c in completions],
-                }
-                yield index, outputs, self.task.score(self.samples[index], outputs)
+                outputs = text_outputs(self.task, prompts[at][1], completions)
+                yield index, outputs, score_texts(self.task, self.samples[index], outputs)
 
     def _fitting(self, index: int) -> GenerationRequest | None:
         """What to have the model write, with as many examples as leave room for the answer; None where none do."""
