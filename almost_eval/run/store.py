@@ -113,7 +113,7 @@ class RunStore:
             write_json(file, self.spec)
             return
         stored = read_json(file, mend=NEW_RUN)
-        was, now = _flat(stored), _flat(self.spec)
+        was, now = flat(stored), flat(self.spec)
         # In the order of the spec, but digests last: they say that something differs, the other keys what.
         differ = [key for key in {**now, **was} if was.get(key) != now.get(key) and key not in FREE_KEYS]
         differ.sort(key=lambda key: "digest" in key or "fingerprint" in key)
@@ -226,12 +226,12 @@ def read_results(folder: Path) -> dict[str, Any]:
     return read_json(file, *keys, mend=NEW_RESULTS)
 
 
-def _flat(value: Any, at: str = "") -> dict[str, Any]:
+def flat(value: Any, at: str = "") -> dict[str, Any]:
     """Nested objects as one: `engine.dtype`."""
     if not isinstance(value, dict):
         return {at: value}
     return {
-        name: leaf for key, item in value.items() for name, leaf in _flat(item, f"{at}.{key}" if at else key).items()
+        name: leaf for key, item in value.items() for name, leaf in flat(item, f"{at}.{key}" if at else key).items()
     }
 
 
