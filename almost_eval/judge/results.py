@@ -220,4 +220,4 @@ def redraw(folder: Path, *, ties: Ties | None = None, orders: Orders = "both", f
         if run.spec["settings"]["judge"]["kind"] != "model":
             raise InputError(f"--prompt-family: the judge {run.spec['protocol']!r} wrote no reviews to read")
         records = [run.again(record, family) for record in records]
-    return run.summarise(records, ties=ties, orders=orders)
+    return {**run.summarise(records, ties=ties, orders=orders), "orders": have if orders == "both" else orders}

@@ -180,6 +180,7 @@ class JudgeRun:
             digests = {s.name: digest_answers(a) for s, a in zip(self.systems, answers, strict=True)}
             engine = {"path": "judge", "warnings": warnings}
             results = summarise(records, begun, validity, engine, digests)
+            results["orders"] = self.orders
             results["timing"] = {
                 "seconds": round(time.perf_counter() - started, 3),
                 "samples_computed_now": len(missing),
