@@ -93,6 +93,36 @@ def data_root() -> Path:
     return root
 
 
+class RealModels:
+    """Where the real checkpoints are; a test that takes one that is not there is skipped."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def smollm2(self) -> Path:
+        """SmolLM2-135M-Instruct: an instruction-tuned Llama with a ChatML template."""
+        return self._checkpoint("smollm2-135m-instruct")
+
+    @property
+    def gemma(self) -> Path:
+        """Gemma 3 270M, pre-trained only: no template, BOS before every text, sliding windows of 512."""
+        return self._checkpoint("gemma-3-270m")
+
+    def _checkpoint(self, name: str) -> Path:
+        path = self.folder / name
+        if not (path / "config.json").is_file():
+            pytest.skip(f"no real model at {path}; run `make test-real`, or set ALMOST_REAL_MODELS")
+        return path
+
+
+@pytest.fixture(scope="session")
+def real_models() -> RealModels:
+    """`real_models.smollm2` and `real_models.gemma`, for tests with the mark `real`."""
+    default = Path(__file__).parents[1] / "runs" / "models"
+    return RealModels(Path(os.environ.get("ALMOST_REAL_MODELS") or default).resolve())
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Torch on one CPU thread: models this small are faster so, and the same bits come out on any number of cores."""
