@@ -1,4 +1,4 @@
-"""More numbers of a real model against plain transformers, one prompt at a time: few shots, and every TruthfulQA form."""
+"""More numbers of a real model against plain transformers, a prompt at a time: few shots, all forms of TruthfulQA."""
 
 from __future__ import annotations
 
