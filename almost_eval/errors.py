@@ -15,13 +15,25 @@ Every message is one line: what is wrong, what exists, what to do next.
 from __future__ import annotations
 
 import difflib
+import json
+import re
 from collections.abc import Iterable
+
+# Bytes that a terminal obeys or hides: controls (not line ends and tabs), line separators, direction marks, halves of
+# surrogate pairs, which no UTF-8 holds.
+_UNPRINTABLE = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+_ESCAPES = re.compile(r"(?P<one>\\x[0-9a-f]{2}|\\u[0-9a-f]{4}|\\0)(?P=one){3,}")
 
 
 class AlmostError(Exception):
-    """Base of every error this toolkit raises on purpose."""
+    """Base of every error this toolkit raises on purpose. Its text is safe to print, whatever data it quotes."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class InputError(AlmostError):
@@ -54,6 +66,19 @@ class MissingDependencyError(AlmostError):
 
 class RunError(AlmostError):
     """The run started and could not finish."""
+
+
+def printable(text: str) -> str:
+    """A text that quotes data, with control bytes as escapes; one that repeats is written once and counted."""
+    escaped = _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    return _ESCAPES.sub(lambda match: f"{match['one']} ({len(match[0]) // len(match['one'])} times)", escaped)
+
+
+def problem_of(error: Exception, limit: int = 160) -> str:
+    """What an exception says of data, in short: the `repr` of a UnicodeDecodeError would hold all of the bytes."""
+    is_plain = isinstance(error, UnicodeError | json.JSONDecodeError)
+    text = printable(" ".join((str(error) if is_plain else repr(error)).split()))
+    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def did_you_mean(name: str, known: Iterable[str], limit: int = 12) -> str:

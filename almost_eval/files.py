@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, TypeVar
 
-from almost_eval.errors import AlmostError, DataError, InputError, RunError, StoreError
+from almost_eval.errors import AlmostError, DataError, InputError, RunError, StoreError, problem_of
 from almost_eval.types import JSONObject
 
 Row = JSONObject
@@ -148,10 +148,19 @@ def read_records(
             if not line.endswith(b"\n"):
                 return
             try:
-                record = parse(json.loads(line))
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
-                raise StoreError(f"{file}, line {number} is not {a} ({error!r}); {mend}") from None
+                record = parse(json.loads(line.decode()))  # not of bytes: json takes NULs for UTF-32
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+                raise StoreError(f"{file}, line {number} is not {a} ({_damage(line, error)}); {mend}") from None
             yield number, record
+
+
+def _damage(content: bytes, error: Exception) -> str:
+    """Why a file or line is none of this toolkit's, in words."""
+    if not content.strip():
+        return "it is empty"
+    if nul := content.count(0):
+        return f"{nul} NUL bytes: the disk kept its length and lost what was in it"
+    return problem_of(error)
 
 
 def repair_end(file: Path) -> None:
@@ -298,26 +307,36 @@ def write_json(file: Path, value: Mapping[str, Any]) -> None:
         stream.write(content.encode())
 
 
-def read_json(file: Path, *keys: str, absent: str = "give the folder of a run (spec.json, samples.jsonl)") -> Row:
+def read_json(
+    file: Path,
+    *keys: str,
+    absent: str = "give the folder of a run (spec.json, samples.jsonl)",
+    mend: str = "choose another --output, or put back a whole copy of the file",
+) -> Row:
     """A JSON object, with `keys` in it.
 
     Args:
         file: the file.
         keys: those it must have.
         absent: the end of the error of a file that is not there: what to do.
+        mend: the end of the error of a damaged file: what to do.
 
     Raises:
         StoreError: absent, or not such an object.
     """
+    content = b""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        content = file.read_bytes()
+        value = json.loads(content.decode())
     except FileNotFoundError:
         raise StoreError(f"{file} is not there; {absent}") from None
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{file} cannot be read as JSON ({error})") from None
+    except OSError as error:
+        raise StoreError(f"{file} cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{file} cannot be read as JSON ({_damage(content, error)}); {mend}") from None
     lacking = [key for key in keys if key not in value] if isinstance(value, dict) else ["a JSON object"]
     if lacking:
-        raise StoreError(f"{file} is not a run's: it lacks {', '.join(lacking)}")
+        raise StoreError(f"{file} is not a run's: it lacks {', '.join(lacking)}; {mend}")
     return dict(value)
 
 

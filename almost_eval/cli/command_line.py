@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import click
 
 from almost_eval.cli.startup import INTERRUPTED, prompt_interrupt
-from almost_eval.errors import AlmostError, InputError, RunError, did_you_mean
+from almost_eval.errors import AlmostError, InputError, RunError, did_you_mean, printable
 
 Command = Callable[..., Any]
 
@@ -91,5 +91,5 @@ def run_command_line(cli: click.Command, name: str) -> NoReturn:
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    click.echo(f"error: {printable(' '.join(message.split()))}", err=True)
     return code

@@ -86,6 +86,7 @@ def _prepare(flags: Flags) -> JudgeRun:
         seed=flags["seed"],
         template=flags["template"],
         stop=flags["stop"],
+        reasoning=flags["reasoning"],
     )
     engine = engine_options({name: value for name, value in flags.items() if name not in JUDGES_OWN})
     opened: dict[int, System] = {}

@@ -75,7 +75,14 @@ ANSWER_OPTIONS = [
         "--template",
         default="auto",
         show_default=True,
-        help="auto, none, almost, alpaca, vicuna, dolly, oasst, a FILE.",
+        help="auto, none, tokenizer, almost, alpaca, vicuna, dolly, oasst, a FILE.",
+    ),
+    click.option(
+        "--reasoning",
+        type=click.Choice(["strip", "keep", "refuse"]),
+        default="strip",
+        show_default=True,
+        help="Thoughts in the answers that a model writes.",
     ),
     click.option("--max-answer-chars", type=click.IntRange(min=1), help="Cut longer answers, and count them."),
 ]

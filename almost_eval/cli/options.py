@@ -96,7 +96,7 @@ DATA_OPTIONS = [
         "--template",
         default="auto",
         show_default=True,
-        help="auto, none, almost, alpaca, vicuna, dolly, oasst, a FILE.",
+        help="auto, none, tokenizer, almost, alpaca, vicuna, dolly, oasst, a FILE.",
     ),
     LIMIT,
 ]

@@ -79,6 +79,8 @@ def _option(setting: TaskSetting) -> Any:
     name = f"--{setting.name.replace('_', '-')}"
     if setting.kind == "flag":
         return click.option(name, is_flag=True, help=setting.help)
+    if setting.kind == "switch":
+        return click.option(f"{name}/--no-{name[2:]}", default=None, help=setting.help)
     kind = click.IntRange(setting.minimum, setting.maximum) if setting.kind == "count" else None
     default = ",".join(setting.default) if isinstance(setting.default, tuple) else setting.default
     return click.option(

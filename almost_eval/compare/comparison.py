@@ -17,7 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from almost_eval.compare.differences import other_measure, setting_differences, shown
 from almost_eval.errors import DataError, InputError
+from almost_eval.files import read_json
+from almost_eval.run.store import NEW_RESULTS, NEW_RUN
 from almost_eval.stats import is_binary, mcnemar_exact, paired_bootstrap
 
 if TYPE_CHECKING:
@@ -28,6 +31,12 @@ HEADLINE = "score"
 """The name of the one metric compared where the lines name no metric that both runs have."""
 MUST_MATCH = ("task", "protocol")
 SHOULD_MATCH = {"data_fingerprint": "the data", "prompt_set": "the prompt sets", "template_digest": "the templates"}
+KEYS_OF = {
+    "data_fingerprint": {"data.fingerprint"},
+    "prompt_set": {"prompt_set", "prompt_set.name", "prompt_set.digest"},
+    "template_digest": {"template.digest"},
+}
+"""The same facts in a spec."""
 FLIPS_SHOWN = 20
 
 
@@ -133,6 +142,11 @@ def compare_runs(a: Path, b: Path, *, seed: int = 0, n_resamples: int = 10_000) 
             raise InputError(
                 f"the runs differ in {key}: {in_a!r} in {a}, {in_b!r} in {b}; compare two runs of the same {key}"
             )
+    if problem := other_measure(run_a.spec, run_b.spec):
+        raise InputError(
+            f"the runs differ in {problem} (A is {a}, B is {b}), so their metric is not the same; compare two runs of "
+            "the same metric"
+        )
     # Sorted: a resumed run writes its lines in another order, and the same seed must still give the same interval.
     ids = sorted(run_a.lines.keys() & run_b.lines.keys())
     if not ids:
@@ -265,10 +279,13 @@ def _verdict(difference: float, ci95: tuple[float, float] | None, p_value: float
 def _warnings(a: _Run, b: _Run, pairs: Mapping[str, tuple[_Line, _Line]]) -> list[str]:
     """What makes the two runs less comparable than they look; only what both have on record can be checked."""
     warnings = [f"{run.folder} has no results.json: the run is not finished" for run in (a, b) if not run.finished]
+    told: set[str] = set()
     for key, what in SHOULD_MATCH.items():
         in_a, in_b = a.fact(key), b.fact(key)
         if in_a is not None and in_b is not None and in_a != in_b:
-            warnings.append(f"{what} differ ({key}): {in_a} in A, {in_b} in B")
+            warnings.append(f"{what} differ ({key}): {shown(in_a)} in A, {shown(in_b)} in B")
+            told |= KEYS_OF[key]
+    warnings += [line for line in setting_differences(a.spec, b.spec) if line.partition(": ")[0] not in told]
     if differing := sum(x.gold != y.gold for x, y in pairs.values()):
         warnings.append(f"{differing} shared samples have another right answer in A than in B")
     if differing := sum(x.cluster != y.cluster for x, y in pairs.values()):
@@ -296,21 +313,14 @@ def _read_run(folder: Path) -> _Run:
             f"{folder} is no run folder: expected samples.jsonl, spec.json and results.json in it; "
             "give the folder that a run wrote (its --output)"
         )
-    results = _read_object(folder / "results.json")
-    return _Run(folder, results is not None, _read_object(folder / "spec.json") or {}, results or {}, _lines(samples))
-
-
-def _read_object(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None where there is no such file."""
-    if not path.is_file():
-        return None
-    try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}); run the evaluation again to write it anew") from error
-    if not isinstance(read, dict):
-        raise DataError(f"{path} holds a JSON {type(read).__name__}, not an object; run the evaluation again")
-    return read
+    results, spec = folder / "results.json", folder / "spec.json"
+    return _Run(
+        folder,
+        results.exists(),
+        read_json(spec, mend=NEW_RUN) if spec.exists() else {},
+        read_json(results, mend=NEW_RESULTS) if results.exists() else {},
+        _lines(samples),
+    )
 
 
 def _lines(path: Path) -> dict[str, _Line]:

@@ -21,6 +21,8 @@ from almost_eval.judge.records import Answer, Question
 from almost_eval.models.chat import ChatTemplate, load_template, special_tokens
 from almost_eval.progress import Progress
 from almost_eval.run import provenance
+from almost_eval.run.texts import split_completion, unscored_reason
+from almost_eval.tasks.base import ReasoningRule
 from almost_eval.types import JSONObject, Message
 
 MAX_ANSWER_CHARS = 100_000
@@ -44,6 +46,8 @@ class Sampling:
     """See `load_template`; its stop strings end an answer."""
     stop: tuple[str, ...] = ()
     """Strings that end an answer, besides the template's own and EOS."""
+    reasoning: ReasoningRule = "strip"
+    """What becomes of a thought before an answer; what is stripped is kept in the answer's metadata."""
 
 
 class System(Protocol):
@@ -157,6 +161,7 @@ class ModelSystem:
                 "max_new_tokens": sampling.max_new_tokens,
                 "seed": sampling.seed,
                 "stop": list(self._stop),
+                **({} if sampling.reasoning == "strip" else {"reasoning": sampling.reasoning}),
             },
         }
 
@@ -197,8 +202,12 @@ class ModelSystem:
             ):
                 for place, [completion] in self.engine.stream_completions([self.prompts[i] for i in todo], params):
                     question = self._questions[todo[place]]
+                    prompt = self.prompts[todo[place]]
+                    part = split_completion(self._sampling.reasoning, prompt, completion)
                     made = {"finish_reason": completion.finish_reason, "sampling": self._spec["sampling"]}
-                    answer = Answer(question.id, completion.text.strip(), self.name, made)
+                    if part.thought is not None:
+                        made |= {"reasoning": part.thought, "unscored": unscored_reason(self._sampling.reasoning, part)}
+                    answer = Answer(question.id, part.answer.strip(), self.name, made)
                     lines.append(answer_line(answer, question))
                     answers[question.id] = answer
                     advance(1)

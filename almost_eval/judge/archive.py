@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from almost_eval.errors import DataError
+from almost_eval.errors import DataError, problem_of
 from almost_eval.files import read_rows
 from almost_eval.judge.aggregate import Orders, Ties, aggregate
 from almost_eval.judge.records import Answer, Pair, Question, Review, Unparsed, Verdict
@@ -118,7 +118,7 @@ def _archive(file: Path, answers: Mapping[str, Answer], questions: Mapping[str, 
             stated = row.get("score")
             score = (float(stated[0]), float(stated[1])) if stated else None
         except (LookupError, TypeError, ValueError) as error:
-            raise DataError(f"malformed data: {where} is not a review ({error!r})") from None
+            raise DataError(f"malformed data: {where} is not a review ({problem_of(error)})") from None
         if lost := next((id for id in ids if id not in answers), None):
             raise DataError(f"{where} is about answer {lost!r}, which no file of the archive's answer folder holds")
         if question not in questions:

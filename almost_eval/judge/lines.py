@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
-from almost_eval.errors import StoreError
-from almost_eval.judge.judges import UNPARSED, Judgement
+from almost_eval.errors import StoreError, problem_of
+from almost_eval.judge.judges import UNANSWERED, UNPARSED, Judgement
 from almost_eval.judge.questions import truncate_answers
 from almost_eval.judge.records import Answer, Order, Pair, Question, Review, Verdict
 from almost_eval.run.validity import Validity, check
@@ -19,7 +19,7 @@ ORDERS: dict[str, tuple[Order, ...]] = {
 }
 """What `--orders` names."""
 
-SCORING = frozenset({UNPARSED, "non_finite", "context_too_long"})
+SCORING = frozenset({UNPARSED, "non_finite", "context_too_long", *UNANSWERED})
 """Reasons that `validity.check` counts by itself; a review with any other is missing."""
 
 
@@ -128,7 +128,7 @@ def review_of(record: SampleRecord, verdict: Verdict | None) -> Review:
         )
     except (LookupError, TypeError) as error:
         raise StoreError(
-            f"sample {record.sample.id!r} is not a judged pair ({error!r}); give a run of vicuna"
+            f"sample {record.sample.id!r} is not a judged pair ({problem_of(error)}); give a run of vicuna"
         ) from None
 
 

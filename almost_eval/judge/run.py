@@ -7,6 +7,7 @@ that may pass (a timeout, a budget) has a line that says so. The same command re
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from almost_eval.judge.answers import (
     distinct,
     question_line,
 )
-from almost_eval.judge.judges import LASTING, Judge, ModelJudge, shown
+from almost_eval.judge.judges import LASTING, Judge, ModelJudge, shown, without_answer
 from almost_eval.judge.lines import ORDERS, check_reviews, couples, record_of
 from almost_eval.judge.records import Answer, Question
 from almost_eval.judge.results import summarise
@@ -165,7 +166,9 @@ class JudgeRun:
             if known := len(ids) - len(missing):
                 progress.note(f"going on in {folder}: {known} of {len(ids)} reviews are there")
             with progress.track(f"{TASK} {self.judge.name}", len(ids), known) as advance:
-                for at, judgement in self.judge.stream(pairs, missing):
+                without = {at: judgement for at in missing if (judgement := without_answer(pairs[at])) is not None}
+                asked = self.judge.stream(pairs, [at for at in missing if at not in without])
+                for at, judgement in itertools.chain(without.items(), asked):
                     store.append(record_of(pairs[at], judgement, id=ids[at], cut=cuts[at]))
                     advance(1)
             records = [store.done[id] for id in ids]
@@ -177,6 +180,7 @@ class JudgeRun:
             digests = {s.name: digest_answers(a) for s, a in zip(self.systems, answers, strict=True)}
             engine = {"path": "judge", "warnings": warnings}
             results = summarise(records, begun, validity, engine, digests)
+            results["orders"] = self.orders
             results["timing"] = {
                 "seconds": round(time.perf_counter() - started, 3),
                 "samples_computed_now": len(missing),

@@ -1,3 +1,3 @@
-"""A checkpoint and how it speaks: where it is, what it may hold, its chat template, where an answer stops. Uses
-`files` and `nano`. Start with `checkpoint`, then `chat` and `stops`.
+"""A checkpoint and how it speaks: where it is, what it may hold, its chat template, what it thinks before it answers,
+where an answer stops. Uses `files` and `nano`. Start with `checkpoint`, then `chat`, `reasoning` and `stops`.
 """

@@ -131,18 +131,21 @@ class ChatTemplate:
 
 
 def load_template(choice: str, tokenizer: PreTrainedTokenizerBase | None = None) -> ChatTemplate | None:
-    """The template of a `--template` flag: `auto`, `none`, a built-in name, or a path to a Jinja file.
+    """The template of a `--template` flag: `auto`, `none`, `tokenizer`, a built-in name, or a path to a Jinja file.
 
-    `auto` is the tokenizer's own, else `almost`. `none` is None: prompts go to the model as they are.
+    `auto` is the tokenizer's own, else `almost`. `none` is None: prompts go to the model as they are. `tokenizer` is
+    the tokenizer's own or an error; where it has several, `tokenizer:NAME` is the one of that name.
     """
     if choice == "none":
         return None
+    if choice.partition(":")[0] == "tokenizer" and not os.path.isfile(choice):
+        return _named_template(choice, tokenizer)
     if choice == "auto":
         return _own_template(tokenizer) or _built_in("almost")
     if choice in STOP_STRINGS:
         return _built_in(choice)
     if not os.path.isfile(choice):  # not Path.is_file, which raises for a name that is too long
-        known = did_you_mean(choice, ["auto", "none", *STOP_STRINGS])
+        known = did_you_mean(choice, ["auto", "none", "tokenizer", *STOP_STRINGS])
         raise TemplateError(f"unknown chat template {choice!r}: {known}; a path to a Jinja file also works")
     try:
         source = Path(choice).read_text(encoding="utf-8")
@@ -166,11 +169,26 @@ def _own_template(tokenizer: PreTrainedTokenizerBase | None) -> ChatTemplate | N
     if isinstance(source, dict) and source:
         if "default" not in source:
             raise TemplateError(
-                f"the tokenizer has chat templates {sorted(source)} but no 'default': save the one that is meant to a "
-                "file and pass its path"
+                f"the tokenizer has chat templates {sorted(source)} but no 'default': pass the one that is meant as "
+                f"--template tokenizer:{min(source)}, or save it to a file and pass its path"
             )
         source = source["default"]
     return ChatTemplate("tokenizer", source).check() if source else None
+
+
+def _named_template(choice: str, tokenizer: PreTrainedTokenizerBase | None) -> ChatTemplate:
+    """`tokenizer` or `tokenizer:NAME`."""
+    name = choice.partition(":")[2]
+    sources = getattr(tokenizer, "chat_template", None)
+    if name and isinstance(sources, dict):
+        if name not in sources:
+            raise TemplateError(f"the tokenizer has no chat template {name!r}; {did_you_mean(name, sources)}")
+        return ChatTemplate(choice, sources[name]).check()
+    template = None if name else _own_template(tokenizer)
+    if template is None:
+        what = f"only one chat template, so none of the name {name!r}" if sources else "no chat template of its own"
+        raise TemplateError(f"--template {choice}: the tokenizer has {what}; known: {', '.join(STOP_STRINGS)}, a FILE")
+    return template
 
 
 @cache

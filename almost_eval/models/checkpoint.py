@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from almost_eval.errors import ModelError, did_you_mean
+from almost_eval.errors import ModelError, did_you_mean, problem_of
 from almost_eval.nano import BUILT_IN, DEFAULT_MODEL, SEEDED, SHIPPED, shipped
 from almost_eval.types import JSONObject
 
@@ -154,7 +154,7 @@ def _weight_files(path: Path, allow_pickle: bool) -> tuple[Path, ...]:
                 {str(shard) for shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
             )
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ModelError(f"{index} is not a valid index: {error!r}; download it again") from None
+            raise ModelError(f"{index} is not a valid index: {problem_of(error)}; download it again") from None
         if outside := [shard for shard in shards if Path(shard).name != shard]:
             raise ModelError(f"{index} names {outside[0]!r}, which is not a file of its own folder; download it again")
         files = [path / shard for shard in shards]

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from almost_eval.report.runs import Results, counted
+from almost_eval.report.runs import Results, counted, readable
 from almost_eval.tasks.registry import stated_by
 
 MANY_ROWS = 24
@@ -76,6 +76,8 @@ def _notes(results: Results) -> list[Text]:
     if not results["validity"]["passed"]:
         reason = results["validity"]["reason"] or "no samples"
         lines.append(Text.assemble(("headline withheld:", "red"), f" {reason}"))
+    if prompts := _prompts(results):
+        lines.append(Text(prompts, style="dim"))
     engine = results["engine"]
     if engine.get("tokens_computed"):
         saving = engine["plain_over_computed"]
@@ -88,6 +90,19 @@ def _notes(results: Results) -> list[Text]:
     return lines
 
 
+def _prompts(results: Results) -> str:
+    """How prompts were written, where that was chosen: `prompts: template tokenizer, few-shot examples as turns`."""
+    provenance = results.get("provenance") or {}
+    chosen = dict(provenance.get("prompt_settings") or {})
+    if not chosen:
+        return ""
+    parts = [f"template {provenance['template'] or 'none'}"]
+    if (is_multiturn := chosen.pop("fewshot_as_multiturn", None)) is not None:
+        parts.append("few-shot examples as turns" if is_multiturn else "few-shot examples in one turn")
+    parts += [f"{readable(name)}: {value}" for name, value in chosen.items()]
+    return f"prompts: {', '.join(parts)}"
+
+
 def _folded(results: Results) -> list[str]:
     """The metrics to show; of many, those that the task calls its main ones, or else those of no group."""
     names = list(results["metrics"])
@@ -95,7 +110,7 @@ def _folded(results: Results) -> list[str]:
         return names
     main = stated_by(results["task"]).main_metrics(names)
     if len(main) == len(names):
-        main = [name for name in names if "/" not in name]
+        main = [name for name in names if "/" not in name] or names[:MANY_ROWS]
     return [name for name in names if name in main or name == results["headline"]]
 
 

@@ -107,6 +107,7 @@ def open_task(task: Task, request: RunRequest, model: Any = None) -> Run:
     task.prompting = resolve_prompting(
         task.data, request.prompt_set, request.template, engine.tokenizer, own_prompts=task.own_prompts
     )
+    task.check_prompting()
     return Run(task, engine, seed=request.seed, allowed=request.allowed)
 
 
@@ -123,4 +124,6 @@ def _scorer(request: RunRequest, model: Any) -> Any:
 def _reward_template(choice: str) -> ChatTemplate | None:
     if choice == "none":
         raise InputError("--template none: a reward model reads a conversation, so it needs a template; use auto")
+    if choice == "tokenizer":
+        raise InputError("--template tokenizer: auto is the tokenizer's own for a reward model; leave it out")
     return None if choice == "auto" else load_template(choice, None)

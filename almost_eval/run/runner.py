@@ -20,8 +20,10 @@ from almost_eval.run import provenance
 from almost_eval.run.preflight import Prepared, describe, prepare
 from almost_eval.run.prompt_log import Prompt, SamplePrompts, write_prompts
 from almost_eval.run.store import RunStore, default_folder, origin
+from almost_eval.run.texts import score_texts, text_outputs
 from almost_eval.run.validity import ALLOWED, Validity, check
 from almost_eval.tasks.base import GenerationRequest, Task, loglikelihood_outputs, reward_outputs
+from almost_eval.tasks.facts import PROMPT_SETTINGS
 from almost_eval.types import (
     ContinuationScore,
     Conversation,
@@ -170,7 +172,7 @@ class Run:
         with RunStore(folder, spec) as store:
             write_prompts(folder, self.prompts())
             missing = [i for i, sample in enumerate(self.samples) if sample.id not in store.done]
-            earlier = store.results()
+            earlier = store.results("engine", "timing")
             if not missing and earlier is not None:
                 engine, timing = earlier["engine"], earlier["timing"]
             else:
@@ -278,13 +280,10 @@ class Run:
         for params, prompts in groups.items():
             for at, completions in self.model.stream_completions([prompt for _, prompt in prompts], params):
                 index = prompts[at][0]
-                outputs = {
-                    "completions": [c.text for c in completions],
-                    "finish_reasons": [c.finish_reason for c in completions],
-                }
+                outputs = text_outputs(self.task, prompts[at][1], completions)
                 if self.task.keeps_tokens:
                     outputs["token_ids"] = [list(c.token_ids) for c in completions]
-                yield index, outputs, self.task.score(self.samples[index], outputs)
+                yield index, outputs, score_texts(self.task, self.samples[index], outputs)
 
     def _fitting(self, index: int) -> GenerationRequest | None:
         """What to have the model write, with as many examples as leave room for the answer; None where none do."""
@@ -319,6 +318,7 @@ def summarise(
     if not validity.passed:
         metrics[task.headline] |= {"value": None, "stderr": None, "ci95": None, "withheld": validity.reason}
     template = spec["template"] or {}
+    chosen = {name: spec["settings"][name] for name in PROMPT_SETTINGS if name in spec["settings"]}
     return {
         "task": spec["task"],
         "protocol": spec["protocol"],
@@ -337,6 +337,7 @@ def summarise(
             "template_digest": template.get("digest"),
             "template_text": template.get("text"),
             "prompt_set": spec["prompt_set"],
+            **({"prompt_settings": chosen} if chosen else {}),
             "prompt_ids_digest": spec["prompt_ids_digest"],
             **origin(spec, records),
         },

@@ -22,6 +22,11 @@ from almost_eval.types import JSONMapping, JSONObject, Sample, SampleRecord, Sco
 FREE_KEYS = ("command", "commit", "model_name")
 """Spec keys that may differ when a run goes on: how it was asked for, and where its weights lie."""
 
+NEW_RESULTS = "remove that file: the samples are kept, and the run's command writes it anew"
+"""What to do about a damaged `results.json`."""
+NEW_RUN = "what made the samples is unknown without it: put back a whole copy of the file, or choose another --output"
+"""What to do about a damaged `spec.json`."""
+
 
 class RunStore:
     """An open run folder. Use as a context manager: the lock is held inside.
@@ -75,10 +80,14 @@ class RunStore:
             del self.done[id]
         self._lines.rewrite(map(record_to_dict, self.done.values()))
 
-    def results(self) -> dict[str, Any] | None:
-        """What an earlier process wrote into `results.json`, or None."""
+    def results(self, *keys: str) -> dict[str, Any] | None:
+        """What an earlier process wrote into `results.json`, or None.
+
+        Raises:
+            StoreError: the file is damaged, or lacks one of `keys`.
+        """
         file = self.folder / "results.json"
-        return read_json(file) if file.exists() else None
+        return read_json(file, *keys, mend=NEW_RESULTS) if file.exists() else None
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Write `results.json`, whole or not at all.
@@ -103,8 +112,8 @@ class RunStore:
                     )
             write_json(file, self.spec)
             return
-        stored = read_json(file)
-        was, now = _flat(stored), _flat(self.spec)
+        stored = read_json(file, mend=NEW_RUN)
+        was, now = flat(stored), flat(self.spec)
         # In the order of the spec, but digests last: they say that something differs, the other keys what.
         differ = [key for key in {**now, **was} if was.get(key) != now.get(key) and key not in FREE_KEYS]
         differ.sort(key=lambda key: "digest" in key or "fingerprint" in key)
@@ -201,7 +210,7 @@ def read_spec(folder: Path) -> dict[str, Any]:
         StoreError: absent, or not a run's.
     """
     keys = ("task", "protocol", "settings", "engine", "data", "n_samples")
-    return read_json(folder / "spec.json", *keys)
+    return read_json(folder / "spec.json", *keys, mend=NEW_RUN)
 
 
 def read_results(folder: Path) -> dict[str, Any]:
@@ -214,15 +223,15 @@ def read_results(folder: Path) -> dict[str, Any]:
     if not file.exists() and (folder / "spec.json").exists():
         raise StoreError(f"{folder} is not finished; run its command again, and it goes on")
     keys = ("task", "metrics", "headline", "validity", "engine", "provenance")
-    return read_json(file, *keys)
+    return read_json(file, *keys, mend=NEW_RESULTS)
 
 
-def _flat(value: Any, at: str = "") -> dict[str, Any]:
+def flat(value: Any, at: str = "") -> dict[str, Any]:
     """Nested objects as one: `engine.dtype`."""
     if not isinstance(value, dict):
         return {at: value}
     return {
-        name: leaf for key, item in value.items() for name, leaf in _flat(item, f"{at}.{key}" if at else key).items()
+        name: leaf for key, item in value.items() for name, leaf in flat(item, f"{at}.{key}" if at else key).items()
     }
 
 

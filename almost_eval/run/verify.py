@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from almost_eval.data.sources import DataSource
-from almost_eval.errors import InputError
+from almost_eval.errors import InputError, problem_of
 from almost_eval.run.runner import Run, summarise
 from almost_eval.run.store import read_results, read_samples, read_spec
+from almost_eval.run.texts import score_texts
 from almost_eval.run.validity import check
 from almost_eval.tasks.base import Task
 from almost_eval.tasks.registry import build_task
@@ -61,9 +62,13 @@ def verify_run(folder: Path, data: DataSource, task: Task | None = None) -> Veri
     verification = Verification(str(folder), len(records))
     for at, record in enumerate(records):
         try:
-            again = task.score(record.sample, record.outputs) if record.outputs else Score(None, "context_too_long")
+            again = Score(None, "context_too_long")
+            if record.outputs:
+                again = score_texts(task, record.sample, record.outputs)
         except (LookupError, TypeError, ValueError) as error:
-            verification.problems.append(f"sample {record.sample.id}: its outputs cannot be scored ({error!r})")
+            verification.problems.append(
+                f"sample {record.sample.id}: its outputs cannot be scored ({problem_of(error)})"
+            )
             records[at] = replace(record, outputs={})
             continue
         verification.problems += score_differences(record, again)

@@ -31,6 +31,8 @@ from almost_eval.types import (
 )
 
 Requires = Literal["loglikelihood", "generation", "reward"]
+ReasoningRule = Literal["strip", "keep", "refuse"]
+"""What becomes of a thought that a model wrote before its answer: see `run.texts`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,8 @@ class Task(ABC):
     """Whether a run stores the ids of what was generated."""
     headline: str = "accuracy"
     requires: Requires = "loglikelihood"
+    reasoning: ReasoningRule = "keep"
+    """Where it has the model write."""
     max_shots: int = 0
     """Few-shot examples that may be dropped, last resort first, where a prompt does not fit."""
     single_token_labels: bool = False
@@ -167,6 +171,14 @@ class Task(ABC):
         table = record.outputs.get("loglikelihoods") or []
         rows = tuple((r, c, -1, -1) for r, row in enumerate(table) for c in range(len(row)))
         return [NumberPanel("continuations", "nats", rows)] if rows else []
+
+    def check_prompting(self) -> None:
+        """Refuse settings that do not go with the template or the prompt set, both known by now.
+
+        Raises:
+            InputError: what does not go together.
+        """
+        return
 
     @abstractmethod
     def samples(self) -> list[Sample]:

@@ -12,6 +12,9 @@ from typing import Literal
 Unit = Literal["share", "count", "number"]
 """How a metric reads: a share of 1 (shown in percent), a count, or a number in a unit of its own."""
 
+PROMPT_SETTINGS = ("fewshot_as_multiturn", "description", "system_instruction")
+"""Entries of a spec's `settings` that say how prompts were written, shown below the table."""
+
 SettingValue = str | int | bool | None | list[str] | tuple[str, ...]
 
 
@@ -31,14 +34,16 @@ class TaskSetting:
 
     name: str
     """The flag is the same with dashes."""
-    kind: Literal["text", "flag", "count", "names"]
-    """`names` is a list, written with commas on the command line."""
+    kind: Literal["text", "flag", "switch", "count", "names"]
+    """`names` is a list, written with commas on the command line; `switch` is on, off or, by default, neither."""
     help: str
     default: SettingValue = None
     minimum: int | None = None
     """`count`: smallest value."""
     maximum: int | None = None
     required: bool = False
+    changes_metric: bool = False
+    """Runs that differ in it measure something else, and are not compared."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,11 @@ import math
 import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, cached_property
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 
@@ -24,11 +25,12 @@ from almost_eval.data.sources import DataSource, fingerprint
 from almost_eval.engines.base import SamplingParams
 from almost_eval.errors import DataError, InputError, did_you_mean
 from almost_eval.stats import mean_metric
-from almost_eval.tasks.base import GenerationRequest, Prompting, Task
+from almost_eval.tasks.base import GenerationRequest, Prompting, ReasoningRule, Task
 from almost_eval.tasks.facts import TaskSetting
+from almost_eval.tasks.harness_groups import LmEvalTasks, group_headline, group_metrics, task_key
+from almost_eval.tasks.harness_prompts import DocumentChat, as_requests, lm_eval_instances
 from almost_eval.types import (
     LoglikelihoodRequest,
-    Message,
     Metric,
     Outputs,
     Sample,
@@ -97,7 +99,7 @@ def lm_eval_index() -> dict[str, Any]:
     return index
 
 
-def load_lm_eval_tasks(names: Sequence[str], data: DataSource) -> dict[str, Any]:
+def load_lm_eval_tasks(names: Sequence[str], data: DataSource) -> LmEvalTasks:
     """lm-eval's task objects by name, groups and tags expanded; data sets come from the data root first.
 
     Raises:
@@ -113,74 +115,15 @@ def load_lm_eval_tasks(names: Sequence[str], data: DataSource) -> dict[str, Any]
             raise InputError(f"lm-eval has no task {name!r}; {did_you_mean(name, manager.all_tasks)}")
     with _quiet(), _seeded(), data.serving_lm_eval():
         try:
-            tasks: dict[str, Any] = manager.load(list(names))["tasks"]
+            loaded = manager.load(list(names))
         except DataError:
             raise
         except Exception as error:  # a task's own code may raise anything
             problem = next(iter(str(error).splitlines()), "") or type(error).__name__
             raise InputError(f"lm-eval cannot load {', '.join(names)}: {problem}") from None
-    for task in tasks.values():
+    for task in loaded["tasks"].values():
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
-    return tasks
-
-
-def lm_eval_instances(task: Any, doc: dict[str, Any], shots: int, prompting: Prompting) -> list[Any]:
-    """The lm-eval requests (`Instance`s) of one document."""
-    template = prompting.document_template
-    chat: dict[str, Any] = {}
-    if template is not None:
-
-        def render(messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            turns = tuple(Message(m["role"], m["content"]) for m in messages)
-            prefix = ""
-            if not add_generation_prompt and turns and turns[-1].role == "assistant":
-                turns, prefix = turns[:-1], turns[-1].content
-            return template.render(
-                turns, add_generation_prompt=True, response_prefix=prefix, special_tokens=prompting.special_tokens
-            )
-
-        chat = {"apply_chat_template": True, "chat_template": render}
-    context = task.fewshot_context(doc, num_fewshot=shots, gen_prefix=task.doc_to_prefix(doc), **chat)
-    made = task.construct_requests(doc=doc, ctx=context, metadata=(task.task_name, 0, 1), **chat)
-    instances = made if isinstance(made, list) else [made]
-    if template is not None and task.OUTPUT_TYPE == "multiple_choice" and (seam := _seam(prompting)):
-        for instance in instances:
-            context, continuation = instance.args
-            if not (context[-1:].isspace() or continuation[:1].isspace()):
-                instance.arguments = (context, seam + continuation)
-    return instances
-
-
-def _seam(prompting: Prompting) -> str:
-    """What a template writes between `Assistant:` and an answer.
-
-    lm-eval writes nothing there, and "Assistant:A" is no text that a model was trained on.
-    """
-    template, tokens = prompting.document_template, prompting.special_tokens
-    assert template is not None
-    turn = (Message("user", "Q"),)
-    prompt = template.render(turn, add_generation_prompt=True, special_tokens=tokens)
-    whole = template.render((*turn, Message("assistant", "A")), special_tokens=tokens)
-    between = whole.removeprefix(prompt).partition("A")[0] if whole.startswith(prompt) else ""
-    return between if between.isspace() else ""
-
-
-def lm_eval_requests(task: Any, doc: dict[str, Any], shots: int, prompting: Prompting) -> list[LoglikelihoodRequest]:
-    """The same as our requests."""
-    return _grouped([instance.args for instance in lm_eval_instances(task, doc, shots, prompting)])
-
-
-def _grouped(arguments: Sequence[tuple[Any, ...]]) -> list[LoglikelihoodRequest]:
-    """(context, continuation) pairs as requests: neighbours with one context travel together."""
-    if arguments and len(arguments[0]) == 1:  # a whole text, for its perplexity
-        return [LoglikelihoodRequest("", (text,), rolling=True) for (text,) in arguments]
-    requests: list[LoglikelihoodRequest] = []
-    for context, continuation in arguments:
-        if requests and requests[-1].context == context:
-            requests[-1] = LoglikelihoodRequest(context, (*requests[-1].continuations, continuation))
-        else:
-            requests.append(LoglikelihoodRequest(context, (continuation,)))
-    return requests
+    return LmEvalTasks(loaded["tasks"], loaded["groups"])
 
 
 class Harness(Task):
@@ -192,6 +135,9 @@ class Harness(Task):
         data: the data root that data sets are looked for in first.
         prompting: a template to apply; lm-eval's prompts are sent as they are without one.
         limit: documents of each task, or None for all.
+        fewshot_as_multiturn: examples as turns of the template; None is as in lm-eval, where there is a template.
+        system_instruction: before each prompt: a system message of the template, or text without one.
+        reasoning: what becomes of thoughts, where the tasks generate.
     """
 
     name = "harness"
@@ -208,6 +154,9 @@ class Harness(Task):
     task_settings = (
         TaskSetting("tasks", "names", "lm-eval's names: tasks, groups or tags, by commas.", (), required=True),
         TaskSetting("shots", "count", "Examples before a document.  [each task's own]", None, minimum=0),
+        TaskSetting("fewshot_as_multiturn", "switch", "With a template: examples as turns.  [on, as in lm-eval]"),
+        TaskSetting("system_instruction", "text", "System message before each prompt, as lm-eval writes it."),
+        TaskSetting("reasoning", "text", "Thoughts in what a model writes: strip, keep or refuse.", "strip"),
     )
 
     def __init__(
@@ -218,15 +167,22 @@ class Harness(Task):
         *,
         shots: int | None = None,
         limit: int | None = None,
+        fewshot_as_multiturn: bool | None = None,
+        system_instruction: str | None = None,
+        reasoning: str = "strip",
     ) -> None:
         if not names:
             raise InputError("no task named; give --tasks a,b,c (lm-eval's names)")
+        if reasoning not in get_args(ReasoningRule):
+            raise InputError(f"--reasoning {reasoning}: {did_you_mean(reasoning, get_args(ReasoningRule))}")
+        self.reasoning = cast(ReasoningRule, reasoning)
         self.names = tuple(dict.fromkeys(names))
         self.shots = shots
         self.protocol = "+".join(self.names)
         self.data = data
         self.prompting = prompting or Prompting()
         self.limit = limit
+        self.chat = DocumentChat(fewshot_as_multiturn, system_instruction or None)
         self._fingerprint = ""
         self._docs: dict[str, dict[str, Any]] = {}  # task -> sample id -> document
         self._rendered: dict[str, dict[str, list[tuple[Any, ...]]]] = {}  # task -> sample id -> arguments of requests
@@ -236,12 +192,18 @@ class Harness(Task):
         cls, protocol: str, settings: Mapping[str, Any], data: DataSource, prompting: Prompting | None = None
     ) -> Harness:
         """See `Task.build`."""
-        return cls(settings["tasks"], data, prompting, shots=settings.get("shots"), limit=settings.get("limit"))
+        names = ("shots", "limit", "fewshot_as_multiturn", "system_instruction")
+        chosen = {name: settings.get(name) for name in names} | {"reasoning": settings.get("reasoning") or "strip"}
+        return cls(settings["tasks"], data, prompting, **chosen)
 
     @property
     def own_prompts(self) -> bool:
         """All prompts are lm-eval's documents."""
         return True
+
+    def check_prompting(self) -> None:
+        """See `Task.check_prompting`."""
+        self.chat.check(self.prompting)
 
     @cached_property
     def tasks(self) -> dict[str, Any]:
@@ -263,16 +225,26 @@ class Harness(Task):
             if len(kinds) > 1:
                 raise InputError("tasks that generate and tasks that score choices need a run each")
             self.requires = "generation"
+        elif self.reasoning != "strip":
+            raise InputError(
+                f"--reasoning {self.reasoning}: these tasks score choices, and write nothing; leave it out"
+            )
         return tasks
 
     @property
+    def groups(self) -> dict[str, Any]:
+        """lm-eval's group objects by name: those that were named, and those inside them."""
+        return dict(getattr(self.tasks, "groups", {}))
+
+    @property
     def headline(self) -> str:  # type: ignore[override]
-        """The first metric of the first task."""
+        """The first metric of what was named first: a group's own, as lm-eval aggregates it, or a task's."""
+        own = group_headline(self.groups[self.names[0]]) if self.names[0] in self.groups else None
         name, task = next(iter(self.tasks.items()))
-        return self._headline_of(name, task)
+        return own or self._headline_of(name, task)
 
     def _headline_of(self, name: str, task: Any) -> str:
-        return _key(name, task, next(iter(task.aggregation())), task._filters[0].name)
+        return task_key(name, task, next(iter(task.aggregation())), task._filters[0].name)
 
     def samples(self) -> list[Sample]:
         """One sample a document; `group` is the lm-eval task."""
@@ -303,20 +275,27 @@ class Harness(Task):
         rendered in their order, once: a resumed run, which asks for some of them, draws the same examples.
         """
         doc, task = self._doc(sample), self.tasks[sample.group]
+
+        def written(doc: dict[str, Any], shots: int) -> list[tuple[Any, ...]]:
+            return [instance.args for instance in lm_eval_instances(task, doc, shots, self.prompting, self.chat)]
+
         if shots < self._shots(task):
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
-            return [instance.args for instance in lm_eval_instances(task, doc, shots, self.prompting)]
+            return written(doc, shots)
         if sample.group not in self._rendered:
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
             self._rendered[sample.group] = {
-                i: [instance.args for instance in lm_eval_instances(task, d, self._shots(task), self.prompting)]
+                i: [
+                    instance.args
+                    for instance in lm_eval_instances(task, d, self._shots(task), self.prompting, self.chat)
+                ]
                 for i, d in self._docs[sample.group].items()
             }
         return self._rendered[sample.group][sample.id]
 
     def requests(self, sample: Sample, shots: int) -> list[LoglikelihoodRequest]:
         """lm-eval's requests of the document."""
-        return _grouped(self._arguments(sample, shots))
+        return as_requests(self._arguments(sample, shots))
 
     def generation(self, sample: Sample, shots: int) -> GenerationRequest:
         """lm-eval's prompt of the document, with its own stop strings, length and number of tries."""
@@ -329,7 +308,8 @@ class Harness(Task):
             temperature=float(options.get("temperature") or 0.0) if options["do_sample"] else 0.0,
             top_p=float(options.get("top_p") or 1.0),
             n=int(self.tasks[sample.group].config.repeats or 1),
-            stop=tuple(stop for stop in options["until"] if stop),
+            stop=tuple(stop for stop in [*options["until"], self.prompting.special_tokens.get("eos_token")] if stop),
+            alone=True,
         )
         return GenerationRequest(prompt, params)
 
@@ -373,13 +353,13 @@ class Harness(Task):
             pipeline.apply(instances)
             with np.errstate(all="ignore"):
                 metrics = task.process_results(doc, [i.filtered_resps[pipeline.name] for i in instances])
-            results |= {_key(sample.group, task, metric, pipeline.name): value for metric, value in metrics.items()}
+            results |= {task_key(sample.group, task, metric, pipeline.name): value for metric, value in metrics.items()}
         return results
 
     def metrics(self, records: Sequence[SampleRecord]) -> dict[str, Metric]:
         """`<task>/<metric>`: a mean with its interval, or lm-eval's own aggregation where that is not a mean.
 
-        A task with several filters has `<task>/<metric>,<filter>` for each.
+        A task with several filters has `<task>/<metric>,<filter>` for each. Groups stand first.
         """
         metrics: dict[str, Metric] = {}
         for name, task in self.tasks.items():
@@ -388,15 +368,24 @@ class Harness(Task):
             scored = [r for r in mine if r.outputs and r.score.reason is None]
             for pipeline in task._filters:
                 for metric, aggregate in task.aggregation().items():
-                    key = _key(name, task, metric, pipeline.name)
+                    key = task_key(name, task, metric, pipeline.name)
                     if getattr(aggregate, "__name__", "") in {"mean", "nanmean"}:
-                        metrics[key] = mean_metric([r.score.metrics.get(key) for r in mine], clusters)
+                        values = [r.score.metrics.get(key) for r in mine]
+                        mean = mean_metric(values, clusters)
+                        # lm-eval's sum, in its order: a mean by numpy may differ in the last digit.
+                        exact = float(aggregate([value for value in values if value is not None])) if mean.n else None
+                        metrics[key] = replace(mean, value=exact)
                         continue
                     items = [self._results(r.sample, r.outputs) for r in scored]
-                    values = [item[key] for item in items if item is not None and key in item]
-                    value = float(aggregate(values)) if values else None
-                    metrics[key] = Metric(value, None, None, len(values), len(mine) - len(values))
-        return metrics
+                    results = [item[key] for item in items if item is not None and key in item]
+                    value = float(aggregate(results)) if results else None
+                    metrics[key] = Metric(value, None, None, len(results), len(mine) - len(results))
+        return group_metrics(self.groups, self.tasks, metrics, records) | metrics
+
+    def details(self, records: Sequence[SampleRecord]) -> dict[str, float | int]:
+        """How many answers came after a thought."""
+        thoughts = sum(thought is not None for r in records for thought in r.outputs.get("reasoning", ()))
+        return {"answers_after_a_thought": thoughts} if thoughts else {}
 
     def settings(self) -> dict[str, Any]:
         """See `Task.settings`."""
@@ -404,17 +393,15 @@ class Harness(Task):
             "tasks": list(self.names),
             "shots": self.shots,
             "limit": self.limit,
-            "versions": {name: str(task.VERSION) for name, task in self.tasks.items()},
+            "versions": {name: str(task.VERSION) for name, task in self.tasks.items()}
+            | {name: str(group.version) for name, group in self.groups.items()},
+            **({"reasoning": self.reasoning} if self.requires == "generation" else {}),
+            **self.chat.settings(self.prompting, any(task.config.description for task in self.tasks.values())),
         }
 
     def data_fingerprint(self) -> str:
         """See `Task.data_fingerprint`."""
         return self._fingerprint
-
-
-def _key(name: str, task: Any, metric: str, pipeline: str) -> str:
-    """Name of a metric; the filter is part of it where a task has several."""
-    return f"{name}/{metric},{pipeline}" if len(task._filters) > 1 else f"{name}/{metric}"
 
 
 def _numbered(name: str) -> Iterator[str]:

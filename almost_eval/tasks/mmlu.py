@@ -16,6 +16,7 @@ from almost_eval.models.chat import fill
 from almost_eval.stats import mean_metric, mean_of_means
 from almost_eval.tasks.base import Prompting, Task, choice_score
 from almost_eval.tasks.facts import HubDataset, MetricGroup, NumberPanel, Preset, TaskSetting
+from almost_eval.tasks.harness_prompts import DocumentChat
 from almost_eval.types import (
     LoglikelihoodRequest,
     Message,
@@ -42,6 +43,7 @@ class MMLU(Task):
         data: where the data set comes from.
         prompting: prompt set and template.
         limit: questions of each subject, or None for all.
+        fewshot_as_multiturn: examples as turns of the template; else all are in the question's turn.
 
     Raises:
         InputError: an unknown subject, or a number of shots that the data does not have.
@@ -61,6 +63,9 @@ class MMLU(Task):
     metric_titles: ClassVar[Mapping[str, str]] = {"accuracy_macro": "mean of subjects"}
     task_settings = (
         TaskSetting("shots", "count", "Examples before a question.", SHOTS, minimum=0, maximum=SHOTS),
+        TaskSetting(
+            "fewshot_as_multiturn", "flag", "With a template: examples as turns, not in the user's one.", False
+        ),
         TaskSetting("subjects", "names", "Subjects, or stem, humanities, social_sciences, other.  [all]", ()),
     )
     presets = (Preset("mmlu", settings={"subjects": (), "shots": SHOTS}),)
@@ -74,6 +79,7 @@ class MMLU(Task):
         prompting: Prompting | None = None,
         *,
         limit: int | None = None,
+        fewshot_as_multiturn: bool = False,
     ) -> None:
         if not 0 <= shots <= SHOTS:
             raise InputError(f"{shots} shots: each subject has {SHOTS} examples, so 0 to {SHOTS}")
@@ -82,6 +88,7 @@ class MMLU(Task):
         self.data = data
         self.prompting = prompting or Prompting()
         self.limit = limit
+        self.chat = DocumentChat(fewshot_as_multiturn)
         self.chosen = list(subjects)
         self._fingerprint = ""
 
@@ -90,12 +97,22 @@ class MMLU(Task):
         cls, protocol: str, settings: Mapping[str, Any], data: DataSource, prompting: Prompting | None = None
     ) -> MMLU:
         """See `Task.build`."""
-        return cls(settings["subjects"], settings["shots"], data, prompting, limit=settings.get("limit"))
+        multiturn = bool(settings.get("fewshot_as_multiturn"))
+        limit = settings.get("limit")
+        return cls(
+            settings["subjects"], settings["shots"], data, prompting, limit=limit, fewshot_as_multiturn=multiturn
+        )
 
     @property
     def own_prompts(self) -> bool:
         """All prompts are lm-eval's documents."""
         return True
+
+    def check_prompting(self) -> None:
+        """See `Task.check_prompting`."""
+        if self._builtin and self.chat.fewshot_as_multiturn:
+            raise InputError("--fewshot-as-multiturn: the built-in prompt is one turn; add --prompt-set official")
+        self.chat.check(self.prompting)
 
     @classmethod
     def main_metrics(cls, names: Sequence[str]) -> list[str]:
@@ -184,9 +201,10 @@ class MMLU(Task):
                     special_tokens=self.prompting.special_tokens,
                 )
             return [LoglikelihoodRequest(text, tuple(f" {letter}" for letter in LETTERS))]
-        from almost_eval.tasks.harness import lm_eval_requests
+        from almost_eval.tasks.harness_prompts import as_requests, lm_eval_instances
 
-        return lm_eval_requests(self._lm_eval_tasks[f"mmlu_{subject}"], row, shots, self.prompting)
+        task = self._lm_eval_tasks[f"mmlu_{subject}"]
+        return as_requests([i.args for i in lm_eval_instances(task, row, shots, self.prompting, self.chat)])
 
     def _block(self, row: dict[str, Any]) -> str:
         values = dict(zip("abcd", row["choices"], strict=True)) | {"question": row["question"].strip()}
@@ -229,7 +247,8 @@ class MMLU(Task):
 
     def settings(self) -> dict[str, Any]:
         """See `Task.settings`."""
-        return {"subjects": list(self.categories), "shots": self.shots, "limit": self.limit}
+        chosen = {"subjects": list(self.categories), "shots": self.shots, "limit": self.limit}
+        return chosen if self._builtin else {**chosen, **self.chat.settings(self.prompting, has_description=True)}
 
     def data_fingerprint(self) -> str:
         """See `Task.data_fingerprint`."""

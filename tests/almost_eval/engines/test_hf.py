@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -600,3 +601,15 @@ def test_a_completion_keeps_the_space_it_begins_with(
     ids = tokenizer.encode("the answer is that way")[len(prompt) :]
     assert hf_generation._decode_after(tokenizer, prompt[-1], ids) == " that way"
     assert hf_generation._decode_after(tokenizer, prompt[-1], []) == ""
+
+
+def test_special_tokens_that_mark_a_thought_stay_in_the_text(bpe_tokenizer: Any) -> None:
+    """Skipped, as other special tokens are, they would make the thought a part of the answer."""
+    tokenizer = copy.deepcopy(bpe_tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]", "[OTHER]"]})
+    ids = tokenizer.encode("[THINK]The capital[/THINK] of[OTHER] France", add_special_tokens=False)
+    assert hf_generation._decode(tokenizer, ids) == "[THINK]The capital[/THINK] of France"
+    assert hf_generation._decode_after(tokenizer, ids[1], ids) == "[THINK]The capital[/THINK] of France"
+    assert hf_generation._decode(tokenizer, []) == ""
+    plain = tokenizer.encode("The capital[OTHER]", add_special_tokens=False)
+    assert hf_generation._decode(tokenizer, plain) == "The capital"

@@ -6,7 +6,7 @@ import hashlib
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from own_environment import DATA_ROOT
@@ -421,3 +421,30 @@ def test_completion_mask_errors() -> None:
 def test_import_is_light() -> None:
     code = "import sys, almost_eval.models.chat; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], check=False).returncode == 0
+
+
+def test_the_tokenizers_own_template_by_name() -> None:
+    class Own:
+        def __init__(self, chat_template: object) -> None:
+            self.chat_template = chat_template
+
+    one, many, none = (
+        Own("{{ 'one' }}"),
+        Own({"rag": "{{ 'rag' }}", "default": "{{ 'd' }}"}),
+        Own(None),
+    )
+
+    def load(choice: str, tokenizer: object) -> ChatTemplate:
+        template = load_template(choice, cast(Any, tokenizer))
+        assert template is not None
+        return template
+
+    assert (load("tokenizer", one).name, load("tokenizer", one).render(())) == ("tokenizer", "one")
+    assert load("tokenizer", many).render(()) == "d"
+    assert (load("tokenizer:rag", many).name, load("tokenizer:rag", many).render(())) == ("tokenizer:rag", "rag")
+    with pytest.raises(TemplateError, match=r"no chat template 'rga'; did you mean 'rag'\?"):
+        load("tokenizer:rga", many)
+    with pytest.raises(TemplateError, match=r"has no chat template of its own; known: almost"):
+        load("tokenizer", none)
+    with pytest.raises(TemplateError, match=r"has only one chat template, so none of the name 'rag'"):
+        load("tokenizer:rag", one)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from almost_eval.run.store import (
     read_json,
     read_results,
     read_samples,
+    read_spec,
     record_from_dict,
     record_to_dict,
     write_json,
@@ -242,3 +244,59 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text('{"task": 1}')
     with pytest.raises(StoreError, match="it lacks metrics, headline"):
         read_results(tmp_path)
+
+
+TORN: dict[str, Callable[[bytes], bytes]] = {
+    "half": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "nul": lambda content: b"\0" * len(content),
+    "half nul": lambda content: content[:20] + b"\0" * 4096,
+    "garbage": lambda content: bytes(range(128, 256)) * 40,
+    "another value": lambda content: b"null",
+    "nested": lambda content: b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("damage", TORN)
+def test_torn_results_say_that_their_file_may_go(tmp_path: Path, damage: str) -> None:
+    filled(tmp_path, "1")
+    results = json.dumps(dict.fromkeys(("task", "metrics", "headline", "validity", "engine", "timing"), 1)).encode()
+    (tmp_path / "results.json").write_bytes(TORN[damage](results))
+    advice = "remove that file: the samples are kept, and the run's command writes it anew"
+    for read in (lambda: read_results(tmp_path), lambda: _results_of(tmp_path)):
+        with pytest.raises(StoreError) as error:
+            read()
+        assert advice in str(error.value)
+        _is_readable(str(error.value))
+        assert error.value.exit_code == 2
+
+
+def _results_of(folder: Path) -> object:
+    with _open(folder) as store:
+        return store.results("engine", "timing")
+
+
+@pytest.mark.parametrize("damage", TORN)
+def test_a_torn_spec_says_what_to_do(tmp_path: Path, damage: str) -> None:
+    filled(tmp_path, "1")
+    spec = tmp_path / "spec.json"
+    spec.write_bytes(TORN[damage](spec.read_bytes()))
+    for read in (lambda: read_spec(tmp_path), lambda: _results_of(tmp_path)):
+        with pytest.raises(StoreError, match=r"put back a whole copy of the file, or choose another --output") as error:
+            read()
+        _is_readable(str(error.value))
+
+
+@pytest.mark.parametrize("line", [b"\0" * 4096, b"\xff\xfe" * 2000, b'{"id": "' + b"\\u0000" * 500, b"\x1b[31m" * 100])
+def test_damaged_bytes_are_never_printed(tmp_path: Path, line: bytes) -> None:
+    file = filled(tmp_path, "1", "2")
+    file.write_bytes(line + b"\n" + file.read_bytes())
+    with pytest.raises(StoreError, match=r"line 1 is not a sample") as error, _open(tmp_path):
+        pass
+    _is_readable(str(error.value))
+
+
+def _is_readable(text: str) -> None:
+    assert text.isprintable()
+    assert r"\x00\x00" not in text
+    assert len(text) < 600
