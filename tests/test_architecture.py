@@ -20,6 +20,7 @@ HEAVY = {
     "torch": {
         "almost_eval/engines/hf_attention.py",
         "almost_eval/engines/hf_generation.py",
+        "almost_eval/engines/hf_header.py",
         "almost_eval/engines/hf_loglikelihood.py",
         "almost_eval/engines/hf_probe.py",
         "almost_train/rlsf/ppo.py",

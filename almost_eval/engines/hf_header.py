@@ -124,7 +124,8 @@ def refusal(model: CausalLM, longest: int) -> str | None:
 def _is_plain(cache: Cache, length: int) -> bool:
     from transformers.cache_utils import DynamicLayer
 
-    return bool(cache.layers) and all(
-        type(layer) is DynamicLayer and layer.keys.ndim == 4 and layer.keys.shape[-2] == length
-        for layer in cache.layers
-    )
+    for layer in cache.layers:
+        keys = layer.keys if type(layer) is DynamicLayer else None
+        if keys is None or keys.ndim != 4 or keys.shape[-2] != length:
+            return False
+    return bool(cache.layers)
