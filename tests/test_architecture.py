@@ -22,6 +22,7 @@ HEAVY = {
         "almost_eval/engines/hf_float32.py",
         "almost_eval/engines/hf_generation.py",
         "almost_eval/engines/hf_head.py",
+        "almost_eval/engines/hf_header.py",
         "almost_eval/engines/hf_loglikelihood.py",
         "almost_eval/engines/hf_probe.py",
         "almost_train/rlsf/ppo.py",

@@ -219,8 +219,16 @@ class HFEngine(CheckpointEngine):
         self._report = EngineReport("generate")
         done = generation.GenerationReport(self.batch_tokens or self._generation_tokens())
         yield from generation.stream_completions(
-            self.model, self.tokenizer, ids, params, done, max_sequences=self.batch_size
+            self.model,
+            self.tokenizer,
+            ids,
+            params,
+            done,
+            max_sequences=self.batch_size,
+            share_prefixes=self.share_prefixes,
         )
+        if done.not_shared:
+            self._report.warnings.append(f"prefixes are not shared: {done.not_shared}")
         if done.halved:
             self._report.warnings.append(f"out of memory: went on with {done.max_tokens} tokens in a batch")
 

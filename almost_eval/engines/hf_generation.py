@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from almost_eval.engines.base import SamplingParams
+from almost_eval.engines.hf_header import SharedHeader
 from almost_eval.engines.hf_loglikelihood import out_of_memory
 from almost_eval.errors import RunError
 from almost_eval.models.reasoning import marker_tokens
@@ -95,6 +96,8 @@ class GenerationReport:
     max_tokens: int
     """Tokens a batch may hold now: halved after each out-of-memory error."""
     halved: bool = False
+    not_shared: str | None = None
+    """Why the header of the prompts was read for every row; None where it was read once, or not to be shared."""
 
 
 def stream_completions(
@@ -105,6 +108,7 @@ def stream_completions(
     report: GenerationReport,
     *,
     max_sequences: int | None = None,
+    share_prefixes: bool = True,
 ) -> Iterator[tuple[int, list[Completion]]]:
     """Yield (index, `params.n` completions) of each prompt (token ids) when its last is known; longest prompts first.
 
@@ -115,6 +119,7 @@ def stream_completions(
         params: how to sample.
         report: `max_tokens` bounds rows x (prompt + new tokens) in one batch.
         max_sequences: rows in one batch, or None.
+        share_prefixes: read what all prompts of a batch begin with once.
 
     Raises:
         RunError: out of memory with a single row.
@@ -125,12 +130,15 @@ def stream_completions(
         )
     )
     done: dict[int, dict[int, Completion]] = {}
+    header = None
+    if share_prefixes and jobs:
+        header = SharedHeader(model, max(len(prompt) for prompt in prompts) + params.max_new_tokens)
     while jobs:
         width = len(prompts[jobs[0][0]]) + params.max_new_tokens
         rows = max(1, min(report.max_tokens // width, max_sequences or len(jobs), len(jobs)))
         batch = [jobs[i] for i in range(rows)]
         try:
-            completions = _batch(model, tokenizer, prompts, batch, params)
+            completions = _batch(model, tokenizer, prompts, batch, params, header)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
@@ -141,6 +149,7 @@ def stream_completions(
                 ) from error
             report.max_tokens, report.halved = rows * width // 2, True
             continue
+        report.not_shared = header.reason if header else None
         for _ in range(rows):
             jobs.popleft()
         for (p, c), completion in zip(batch, completions, strict=True):
@@ -157,6 +166,7 @@ def _batch(
     prompts: Sequence[NDArray[np.int32]],
     batch: Sequence[tuple[int, int]],
     params: SamplingParams,
+    header: SharedHeader | None,
 ) -> list[Completion]:
     ends = end_ids(model.generation_config.eos_token_id, tokenizer, params.stop)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
@@ -174,9 +184,11 @@ def _batch(
             processors.append(TopPLogitsWarper(params.top_p))
         processors.append(GumbelNoise([_generator(params.seed, prompts[p], c) for p, c in batch]))
     stops = StopStrings(tokenizer, params.stop, longest)
+    cache = header.rows([prompts[p] for p, _ in batch]) if header else None
     output = model.generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
+        **({} if cache is None else {"past_key_values": cache}),
         max_new_tokens=params.max_new_tokens,
         do_sample=False,
         temperature=None,

@@ -378,6 +378,55 @@ def test_a_draw_does_not_depend_on_its_neighbours(name: str, engines: Engines) -
     assert engines(name).generate(PROMPTS, other_seed) != together
 
 
+_HEADER = " ".join(["The cat sat on the mat, and the dog sat by the door."] * 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_shared"),
+    [
+        ("llama-gqa", True),
+        ("llama-tied", True),
+        ("gpt2", True),
+        ("mistral-window", True),
+        ("gemma3", True),
+        ("qwen2", True),
+        ("gpt-neox", True),
+        ("mixtral", True),
+        ("bloom", False),
+        ("phi3-longrope", False),
+        ("mamba", False),
+    ],
+)
+def test_a_header_read_once_changes_no_text(name: str, is_shared: bool, engines: Engines) -> None:
+    """Prompts of uneven lengths behind a header, in several batches, against every row read by itself."""
+    prompts = [f"{_HEADER} {text}" for text in (*PROMPTS, "hello", "an answer that is true is a true answer")]
+    params = SamplingParams(max_new_tokens=8, temperature=0.7, top_p=0.95, n=2, seed=5)
+    plain = engines(name, share_prefixes=False).generate(prompts, params)
+    for settings in ({}, {"batch_size": 3}, {"batch_size": 1}):
+        engine = engines(name, **settings)
+        assert engine.generate(prompts, params) == plain
+        assert engine.generate(prompts[::-1], params) == plain[::-1]
+        assert is_shared != any("not shared" in warning for warning in engine.report.warnings)
+
+
+def test_a_header_is_computed_once(engines: Engines) -> None:
+    positions: list[int] = []
+    prompts = [f"{_HEADER} {text}" for text in PROMPTS]
+
+    def count(_: Any, __: Any, inputs: Any) -> None:
+        positions.append(inputs["input_ids"].numel())
+
+    for share in (False, True):
+        engine = engines("llama-gqa", share_prefixes=share, batch_size=2)
+        hook = engine.model.register_forward_pre_hook(count, with_kwargs=True)
+        engine.generate(prompts, SamplingParams(max_new_tokens=1))
+        hook.remove()
+        if not share:
+            plain = sum(positions)
+            positions.clear()
+    assert sum(positions) < plain / 2
+
+
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (2.0, 1.0), (1.0, 0.6)])
 def test_frequencies_are_those_of_the_softmax(bpe_tokenizer: Any, temperature: float, top_p: float) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -576,11 +625,11 @@ def test_generation_goes_on_with_half_the_batch_when_memory_runs_out(
     engine, params = engines("llama-gqa"), SamplingParams(max_new_tokens=4, temperature=1.0, n=2)
     expected, whole, sizes = engine.generate(PROMPTS, params), hf_generation._batch, []
 
-    def short_of_memory(model: Any, tokenizer: Any, prompts: Any, batch: Any, params: SamplingParams) -> Any:
+    def short_of_memory(model: Any, tokenizer: Any, prompts: Any, batch: Any, params: Any, header: Any) -> Any:
         sizes.append(len(batch))
         if len(batch) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return whole(model, tokenizer, prompts, batch, params)
+        return whole(model, tokenizer, prompts, batch, params, header)
 
     monkeypatch.setattr(hf_generation, "_batch", short_of_memory)
     assert engine.generate(PROMPTS, params) == expected
