@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.build import EngineOptions, generation_engine
-from almost_eval.errors import InputError, StoreError
+from almost_eval.errors import InputError, RunError, StoreError
 from almost_eval.files import LineWriter, read_records, repair_end, write_rows
 from almost_eval.judge.questions import answer_line, over_long, read_answers
 from almost_eval.judge.records import Answer, Question
@@ -143,6 +143,7 @@ class ModelSystem:
             "source": "model",
             "architecture": checkpoint.architecture if checkpoint else None,
             "weight_digest": checkpoint.weight_digest() if checkpoint else None,
+            "model_files": checkpoint.file_digests() if checkpoint else None,
             "engine": engine.settings(),
             "template": {
                 "name": self.template.name,
@@ -202,6 +203,11 @@ class ModelSystem:
                     lines.append(answer_line(answer, question))
                     answers[question.id] = answer
                     advance(1)
+        if (checkpoint := getattr(self.engine, "checkpoint", None)) and (
+            checkpoint.file_digests() != self._spec["model_files"]
+            or checkpoint.weight_digest() != self._spec["weight_digest"]
+        ):
+            raise RunError(f"{self.name} was changed while it answered: remove {file.parent.parent}, and run it again")
         self.engine = None  # two models need not fit in memory at a time
         return {question.id: answers[question.id] for question in self._questions}
 

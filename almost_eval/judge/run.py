@@ -109,6 +109,7 @@ class JudgeRun:
             "model_name": self.title(),
             "architecture": model.get("architecture"),
             "weight_digest": model.get("weight_digest"),
+            "model_files": model.get("model_files"),
             "engine": model.get("engine") or {"name": "file", "dtype": None, "device": None},
             "template": model.get("template"),
             "template_asked": True,

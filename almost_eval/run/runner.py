@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from almost_eval.engines.base import Described, SamplingParams
-from almost_eval.errors import InputError
+from almost_eval.errors import InputError, RunError
 from almost_eval.progress import Progress
 from almost_eval.run import provenance
 from almost_eval.run.preflight import Prepared, describe, prepare
@@ -110,6 +110,7 @@ class Run:
             "model_name": model.checkpoint.name,
             "architecture": model.checkpoint.architecture,
             "weight_digest": self._weight_digest,
+            "model_files": self._model_files,
             "engine": model.settings(),
             "template": {"name": template.name, "digest": template.digest, "text": template.source}
             if template
@@ -129,6 +130,27 @@ class Run:
     def _weight_digest(self) -> str | None:
         digest: str | None = self.model.checkpoint.weight_digest()
         return digest
+
+    @cached_property
+    def _model_files(self) -> dict[str, str] | None:
+        files: dict[str, str] | None = self.model.checkpoint.file_digests()
+        return files
+
+    def _refuse_changed(self, folder: Path) -> None:
+        """The checkpoint must still be what the spec says, or nobody knows which model gave which line.
+
+        Raises:
+            RunError: a file of it is another one than when this process began.
+        """
+        checkpoint = self.model.checkpoint
+        was, now = self._model_files or {}, checkpoint.file_digests() or {}
+        changed = [name for name in sorted({*was, *now}) if was.get(name) != now.get(name)]
+        changed += ["the weights"] if checkpoint.weight_digest() != self._weight_digest else []
+        if changed:
+            raise RunError(
+                f"{checkpoint.name} was changed while it ran ({', '.join(changed[:3])}), so these numbers belong to "
+                f"no one checkpoint: remove {folder} and run the command again"
+            )
 
     def default_folder(self) -> Path:
         """`runs/<task>-<protocol>-<model>-<digest of the spec>`: the same command goes on where it stopped."""
@@ -183,6 +205,7 @@ class Run:
                         first = first or time.perf_counter() - started
                         store.append(SampleRecord(self.samples[index], outputs, score, self.truncated.get(index, 0)))
                         advance(1)
+                self._refuse_changed(folder)
                 engine = self._engine_report()
                 if spec["commit"] != store.spec["commit"]:
                     engine["warnings"].append(f"begun on commit {store.spec['commit']}, ended on {spec['commit']}")
