@@ -28,6 +28,7 @@ import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from almost_eval.errors import TemplateError, did_you_mean
+from almost_eval.models.openings import Opening
 from almost_eval.models.stops import STOP_STRINGS, template_file
 from almost_eval.types import Conversation, Message
 
@@ -252,14 +253,8 @@ class MaskedTokens:
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a rendered text: BOS once where tokenizer or template wants it, and no EOS but the text's own."""
-    ids = list(tokenizer.encode(text, add_special_tokens=False))
-    bos = special_tokens(tokenizer).get("bos_token")
-    if bos is None or text.lstrip().startswith(bos):
-        return ids
-    # A letter, not "": where BOS and EOS are one token, an empty text cannot tell which of the two was added.
-    adds_bos = list(tokenizer.encode("a"))[:1] == [tokenizer.bos_token_id]
-    return [tokenizer.bos_token_id, *ids] if adds_bos else ids
+    """Token ids of a rendered text: its opening once (see `Opening`), and no EOS but the text's own."""
+    return Opening.of(tokenizer).before(text, list(tokenizer.encode(text, add_special_tokens=False)))
 
 
 def encode_with_completion_mask(

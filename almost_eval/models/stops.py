@@ -12,6 +12,7 @@ there the tokenizer's template has those of the built-in format that it is.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -19,16 +20,13 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_OPENING_LINE = re.compile(r"\A\{\{- (?:bos_token|'[^'\n]*') -\}\}\n")
 _FOLDER = Path(__file__).with_name("templates")
 
 STOP_STRINGS: dict[str, tuple[str, ...]] = {
     name: tuple(stop) for name, stop in json.loads((_FOLDER / "stop_strings.json").read_text(encoding="utf-8")).items()
 }
 """Name of a built-in template -> the strings that end an answer."""
-
-BOS_LINE = "{{- bos_token -}}\n"
-"""Training puts this in front of a built-in template where the tokenizer adds BOS: other programs render a chat and add
-no special token of their own."""
 
 
 class AnswerFormat(Protocol):
@@ -53,9 +51,10 @@ def template_file(name: str) -> Path:
 def stop_strings(template: AnswerFormat) -> tuple[str, ...]:
     """The strings that end an answer, besides EOS.
 
-    A tokenizer's own template has those of the built-in one whose text it is, with or without `BOS_LINE`.
+    A tokenizer's own template has those of the built-in one whose text it is, with or without the line that training
+    puts in front where the tokenizer adds BOS (`Opening.line`): other programs add no special token of their own.
     """
-    source = template.source.removeprefix(BOS_LINE)
+    source = _OPENING_LINE.sub("", template.source)
     alike = (name for name in STOP_STRINGS if template_file(name).read_text(encoding="utf-8") == source)
     return template.stop or STOP_STRINGS.get(next(alike, ""), ())
 
