@@ -269,6 +269,9 @@ def _warnings(a: _Run, b: _Run, pairs: Mapping[str, tuple[_Line, _Line]]) -> lis
         in_a, in_b = a.fact(key), b.fact(key)
         if in_a is not None and in_b is not None and in_a != in_b:
             warnings.append(f"{what} differ ({key}): {in_a} in A, {in_b} in B")
+    in_a, in_b = ((run.spec.get("template") or {}).get("now") for run in (a, b))
+    if in_a != in_b:
+        warnings.append(f"the dates that the template writes differ: {in_a} in A, {in_b} in B")
     if differing := sum(x.gold != y.gold for x, y in pairs.values()):
         warnings.append(f"{differing} shared samples have another right answer in A than in B")
     if differing := sum(x.cluster != y.cluster for x, y in pairs.values()):

@@ -8,7 +8,7 @@ file of one run is a baseline of the next, here or there.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -134,8 +134,8 @@ class ModelSystem:
         self.engine = engine
         tokenizer = getattr(engine, "tokenizer", None)
         self.template: ChatTemplate | None = load_template(sampling.template, tokenizer)
-        tokens = special_tokens(tokenizer) if tokenizer is not None else {}
-        self.prompts = [self._render(question, tokens) for question in questions]
+        self._tokens = special_tokens(tokenizer) if tokenizer is not None else {}
+        self.prompts = [self._render(question, self._tokens) for question in questions]
         self._refuse_long()
         checkpoint = getattr(engine, "checkpoint", None)
         self._spec = {
@@ -145,13 +145,7 @@ class ModelSystem:
             "weight_digest": checkpoint.weight_digest() if checkpoint else None,
             "model_files": checkpoint.file_digests() if checkpoint else None,
             "engine": engine.settings(),
-            "template": {
-                "name": self.template.name,
-                "digest": self.template.digest,
-                "text": self.template.source,
-            }
-            if self.template
-            else None,
+            "template": self.template.to_dict() if self.template else None,
             "sampling": {
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
@@ -168,6 +162,14 @@ class ModelSystem:
     def spec(self) -> JSONObject:
         """Weights, engine, template and sampling."""
         return self._spec
+
+    def adopt_date(self, stored: JSONObject) -> None:
+        """Let the template write the time that it wrote when the run began, of whose spec `stored` is the part."""
+        now = (stored.get("template") or {}).get("now")
+        if self.template is not None and self.template.now and now:
+            self.template = replace(self.template, now=now)
+            self.prompts = [self._render(question, self._tokens) for question in self._questions]
+            self._spec["template"] = self.template.to_dict()
 
     def known(self) -> None:
         """None: they are yet to be written."""

@@ -46,12 +46,14 @@ class Opening:
 
     def is_written(self, text: str) -> bool:
         """Whether a text brings its own opening: all of the prefix, or the named BOS."""
-        start = text.lstrip()
-        return any(bool(mark) and start.startswith(mark) for mark in (self.text, self.bos))
+        # As it is, too: the mark of some tokenizers is white space itself.
+        marks = tuple(mark for mark in (self.text, self.bos) if mark)
+        return text.startswith(marks) or text.lstrip().startswith(marks)
 
     def before(self, text: str, ids: Sequence[int]) -> list[int]:
         """The ids of a text, encoded without special tokens, with the opening in front where it has none."""
-        return list(ids) if self.is_written(text) else [*self.ids, *ids]
+        written = self.is_written(text) or (self.ids and tuple(ids[: len(self.ids)]) == self.ids)
+        return list(ids) if written else [*self.ids, *ids]
 
     @property
     def line(self) -> str:

@@ -5,8 +5,8 @@ that format is over, besides EOS, as a model may open the next turn itself. The 
 new template is one file and one line.
 
 Two rules follow from them, each stated once. In-process evaluation ends an answer at `ChatTemplate.stop`: a template of
-the tokenizer's own has none, and what its model writes is scored as it is. A server ends a chat at `stop_strings`:
-there the tokenizer's template has those of the built-in format that it is.
+the tokenizer's own has the token that it writes after an answer, where the checkpoint's EOS is another one. A server
+ends a chat at `stop_strings`: there the tokenizer's template has those of the built-in format that it is.
 """
 
 from __future__ import annotations
@@ -75,5 +75,9 @@ def end_ids(
         stop: stop strings. One that is a special token never shows in the decoded text, so it ends by its id.
     """
     ids = [*(stated if isinstance(stated, Sequence) else [stated]), tokenizer.eos_token_id]
-    ids += [tokenizer.convert_tokens_to_ids(text) for text in stop if text in tokenizer.all_special_tokens]
-    return frozenset(int(i) for i in ids if i is not None)
+    # Not all special tokens have a name in the config; the decoder leaves them out all the same.
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    special = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
+    ids += [tokenizer.convert_tokens_to_ids(text) for text in stop if text in special]
+    # An id beyond the vocabulary, as some configs hold, is never written, and no embedding has it.
+    return frozenset(int(i) for i in ids if i is not None and 0 <= int(i) < len(tokenizer))

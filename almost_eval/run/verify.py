@@ -89,6 +89,7 @@ def score_differences(record: SampleRecord, again: Score) -> list[str]:
 def rescore(folder: Path, run: Run, verification: Verification, *, n: int, seed: int) -> None:
     """Ask the model again about `n` samples drawn with `seed`, and compare with what is stored."""
     spec = read_spec(folder)
+    run.adopt_date(spec)
     mine = run.spec()
     was, now = (
         {

@@ -88,7 +88,7 @@ def test_training_and_serving_write_what_evaluation_reads(tmp_path: Path, bos_na
     assert trained == read_by_server == encode_text(tokenizer, text)
 
 
-@pytest.mark.parametrize("tokenizer_class", ["PreTrainedTokenizerFast", "LlamaTokenizerFast", "GemmaTokenizerFast"])
+@pytest.mark.parametrize("tokenizer_class", ["PreTrainedTokenizerFast", "LlamaTokenizerFast"])
 @pytest.mark.parametrize("flag", [True, False])
 @pytest.mark.parametrize("processed", [True, False])
 def test_a_prompt_begins_as_the_tokenizer_of_transformers_begins_it(
