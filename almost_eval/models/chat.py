@@ -108,7 +108,7 @@ class ChatTemplate:
         `response_prefix` is the beginning of the answer, which the model is to continue: it follows the generation
         prompt (and implies it) verbatim, after one space where neither side of the seam has whitespace.
         """
-        variables = {
+        variables: dict[str, Any] = {
             **special_tokens,
             "messages": [message.to_dict() for message in conversation],
             "add_generation_prompt": add_generation_prompt or bool(response_prefix),

@@ -173,7 +173,11 @@ class Run:
 
     @cached_property
     def _model_files(self) -> dict[str, str] | None:
-        files: dict[str, str] | None = self.model.checkpoint.file_digests()
+        return self._read_files()
+
+    def _read_files(self) -> dict[str, str] | None:
+        read = getattr(self.model.checkpoint, "file_digests", None)  # an engine of one's own may have no files
+        files: dict[str, str] | None = read() if read else None
         return files
 
     def _refuse_changed(self, folder: Path) -> None:
@@ -183,7 +187,7 @@ class Run:
             RunError: a file of it is another one than when this process began.
         """
         checkpoint = self.model.checkpoint
-        was, now = self._model_files or {}, checkpoint.file_digests() or {}
+        was, now = self._model_files or {}, self._read_files() or {}
         changed = [name for name in sorted({*was, *now}) if was.get(name) != now.get(name)]
         changed += ["the weights"] if checkpoint.weight_digest() != self._weight_digest else []
         if changed:
