@@ -16,6 +16,7 @@ from typing import Any
 from almost_eval.errors import InputError
 from almost_eval.models.chat import ChatTemplate, load_template, special_tokens
 from almost_eval.models.checkpoint import Checkpoint, context_length, find_checkpoint
+from almost_eval.models.openings import Opening
 from almost_eval.models.stops import STOP_STRINGS, stop_strings, template_file
 from almost_eval.types import JSONObject, Message
 
@@ -127,13 +128,14 @@ def _chat_template(
     do checkpoints saved with them: there the template must write it, or the model would miss it in every chat.
     """
     tokens = special_tokens(tokenizer)  # type: ignore[arg-type]
-    bos = tokens.get("bos_token")
-    if bos and not template.render(_SAMPLE, special_tokens=tokens).lstrip().startswith(bos):
+    bos, text = tokens.get("bos_token"), template.render(_SAMPLE, special_tokens=tokens)
+    # A tokenizer whose config names no BOS may write one all the same: its post-processor tells.
+    if not (bos and text.lstrip().startswith(bos)) and (bos or tokenizer.has_post_processor):
         from almost_eval.models.loading import load_tokenizer
 
-        whole = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
-        if list(whole.encode("a"))[:1] == [whole.bos_token_id]:
-            return "{{ bos_token }}" + template.source
+        opening = Opening.of(load_tokenizer(checkpoint, trust_remote_code=trust_remote_code))
+        if opening.ids and not opening.is_written(text):
+            return opening.line.replace(" -}}\n", " }}").replace("{{- ", "{{ ") + template.source
     if template.name == "tokenizer":
         return None
     return str(template_file(template.name) if template.name in STOP_STRINGS else Path(template.name).resolve())
@@ -157,8 +159,14 @@ class TokenizerFiles:
             for name in ("bos_token", "eos_token", "pad_token", "unk_token")
             if (value := tokens.get(name))
         }
+        self._tokenizer_file = folder / "tokenizer.json"
         limit = config.get("model_max_length")
         self.model_max_length: int | None = int(limit) if isinstance(limit, int | float) else None
+
+    @property
+    def has_post_processor(self) -> bool:
+        """Whether something may be written around a text; a tokenizer of another kind than `tokenizer.json` may."""
+        return not self._tokenizer_file.is_file() or bool(_json(self._tokenizer_file).get("post_processor"))
 
 
 def _json(file: Path) -> JSONObject:

@@ -84,6 +84,10 @@ class ModelIdentity(Protocol):
         """sha256 over the weight files; None where they are not at hand."""
         ...
 
+    def file_digests(self) -> dict[str, str] | None:
+        """sha256 of each file beside the weights that decides a number; None where they are not at hand."""
+        ...
+
 
 @runtime_checkable
 class Described(Protocol):

@@ -8,13 +8,13 @@ file of one run is a baseline of the next, here or there.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.build import EngineOptions, generation_engine
-from almost_eval.errors import InputError, StoreError
+from almost_eval.errors import InputError, RunError, StoreError
 from almost_eval.files import LineWriter, read_records, repair_end, write_rows
 from almost_eval.judge.questions import answer_line, over_long, read_answers
 from almost_eval.judge.records import Answer, Question
@@ -138,8 +138,8 @@ class ModelSystem:
         self.engine = engine
         tokenizer = getattr(engine, "tokenizer", None)
         self.template: ChatTemplate | None = load_template(sampling.template, tokenizer)
-        tokens = special_tokens(tokenizer) if tokenizer is not None else {}
-        self.prompts = [self._render(question, tokens) for question in questions]
+        self._tokens = special_tokens(tokenizer) if tokenizer is not None else {}
+        self.prompts = [self._render(question, self._tokens) for question in questions]
         self._refuse_long()
         checkpoint = getattr(engine, "checkpoint", None)
         self._spec = {
@@ -147,14 +147,9 @@ class ModelSystem:
             "source": "model",
             "architecture": checkpoint.architecture if checkpoint else None,
             "weight_digest": checkpoint.weight_digest() if checkpoint else None,
+            "model_files": checkpoint.file_digests() if checkpoint else None,
             "engine": engine.settings(),
-            "template": {
-                "name": self.template.name,
-                "digest": self.template.digest,
-                "text": self.template.source,
-            }
-            if self.template
-            else None,
+            "template": self.template.to_dict() if self.template else None,
             "sampling": {
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
@@ -172,6 +167,14 @@ class ModelSystem:
     def spec(self) -> JSONObject:
         """Weights, engine, template and sampling."""
         return self._spec
+
+    def adopt_date(self, stored: JSONObject) -> None:
+        """Let the template write the time that it wrote when the run began, of whose spec `stored` is the part."""
+        now = (stored.get("template") or {}).get("now")
+        if self.template is not None and self.template.now and now:
+            self.template = replace(self.template, now=now)
+            self.prompts = [self._render(question, self._tokens) for question in self._questions]
+            self._spec["template"] = self.template.to_dict()
 
     def known(self) -> None:
         """None: they are yet to be written."""
@@ -211,6 +214,11 @@ class ModelSystem:
                     lines.append(answer_line(answer, question))
                     answers[question.id] = answer
                     advance(1)
+        if (checkpoint := getattr(self.engine, "checkpoint", None)) and (
+            checkpoint.file_digests() != self._spec["model_files"]
+            or checkpoint.weight_digest() != self._spec["weight_digest"]
+        ):
+            raise RunError(f"{self.name} was changed while it answered: remove {file.parent.parent}, and run it again")
         self.engine = None  # two models need not fit in memory at a time
         return {question.id: answers[question.id] for question in self._questions}
 

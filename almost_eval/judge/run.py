@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from almost_eval.files import write_rows
+from almost_eval.files import read_json, write_rows
 from almost_eval.judge.answers import (
     Answers,
+    ModelSystem,
     System,
     answer_files,
     digest_answers,
@@ -110,6 +111,7 @@ class JudgeRun:
             "model_name": self.title(),
             "architecture": model.get("architecture"),
             "weight_digest": model.get("weight_digest"),
+            "model_files": model.get("model_files"),
             "engine": model.get("engine") or {"name": "file", "dtype": None, "device": None},
             "template": model.get("template"),
             "template_asked": True,
@@ -146,6 +148,11 @@ class JudgeRun:
         """
         progress = progress or Progress()
         started = time.perf_counter() if started is None else started
+        if (folder / "spec.json").is_file():
+            stored = read_json(folder / "spec.json").get("settings", {}).get("systems", {})
+            for system, part in zip(self.systems, stored.values(), strict=False):
+                if isinstance(system, ModelSystem):
+                    system.adopt_date(part)
         spec = self.spec()
         with RunStore(folder, spec) as store, self.judge.open(folder):
             write_rows(folder / "questions.jsonl", map(question_line, self.questions), ascii_only=True)
@@ -177,6 +184,11 @@ class JudgeRun:
             warnings = list(self.judge.warnings())
             if spec["commit"] != begun["commit"]:
                 warnings.append(f"begun on commit {begun['commit']}, ended on {spec['commit']}")
+            for system, mine in zip(self.systems, answers, strict=True):
+                if cut := sum((a.metadata or {}).get("finish_reason") == "length" for a in mine.values()):
+                    warnings.append(
+                        f"{cut} of {len(mine)} answers of {system.name} were cut at the limit of new tokens"
+                    )
             digests = {s.name: digest_answers(a) for s, a in zip(self.systems, answers, strict=True)}
             engine = {"path": "judge", "warnings": warnings}
             results = summarise(records, begun, validity, engine, digests)

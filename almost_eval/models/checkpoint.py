@@ -23,6 +23,19 @@ _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"  # what tra
 _PICKLES = (
     "pytorch_model*.bin"  # its name for pickled weights; an optimizer's state or training_args.bin are no weights
 )
+_BESIDE = (
+    *("config.json", "generation_config.json", "adapter_config.json"),
+    *(
+        "tokenizer*.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template*",
+        "additional_chat_templates/*",
+    ),
+    *("vocab*", "merges.txt", "*.model", "*.tiktoken", "*.jinja"),  # vocabularies of other kinds of tokenizers
+    *("sentence_bert_config.json", "processor_config.json", "*.py"),
+)
+"""What, besides the weights, transformers reads of a checkpoint."""
 CAUSAL = ("CausalLM", "LMHeadModel")
 """Parts of the class name that the config of a causal language model holds."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -48,7 +61,18 @@ class Checkpoint:
     def weight_digest(self) -> str:
         """sha256 over the weight files, in the order of their names; read once by a process that leaves them alone."""
         states = [(file, file.stat()) for file in self.weight_files]
-        return _sha256(tuple((file, state.st_size, state.st_mtime_ns) for file, state in states))
+        # The time of the last change of the inode too: `cp -p` gives other weights the old time of change.
+        times = [(file, state.st_size, state.st_mtime_ns, state.st_ctime_ns) for file, state in states]
+        return _sha256(tuple(times))
+
+    def file_digests(self) -> dict[str, str]:
+        """File -> sha256, of what stands beside the weights and decides what they compute and read: settings,
+        tokenizer, chat template, end tokens, own code. Read anew each time, so that a mended file is another model.
+        """
+        return {
+            file.relative_to(self.path).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in sorted({file for pattern in _BESIDE for file in self.path.glob(pattern) if file.is_file()})
+        }
 
     def tensor_names(self) -> set[str]:
         """Names of all tensors, read from the safetensors headers alone; empty for pickles."""
@@ -60,10 +84,10 @@ class Checkpoint:
 
 
 @cache
-def _sha256(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """Over the contents of files, each with its size and time of change, which tell it from an earlier state."""
+def _sha256(files: tuple[tuple[Path, int, int, int], ...]) -> str:
+    """Over the contents of files, each with its size and times of change, which tell it from an earlier state."""
     digest = hashlib.sha256()
-    for file, _, _ in files:
+    for file, *_ in files:
         with file.open("rb") as stream:
             while block := stream.read(1 << 24):
                 digest.update(block)

@@ -154,9 +154,24 @@ def default_folder(spec: JSONMapping, *names: str) -> Path:
         spec: of the run; what may differ when it goes on is left out.
         names: to be read by people; characters that file names lack are replaced.
     """
-    decisive = {key: value for key, value in spec.items() if key not in FREE_KEYS}
+    decisive = {key: value for key, value in undated(spec).items() if key not in FREE_KEYS}
     readable = "-".join("".join(c if c.isalnum() or c in "+-_." else "_" for c in name)[:60] for name in names)
     return Path("runs") / f"{readable}-{provenance.digest(decisive)[:10]}"
+
+
+def undated(spec: JSONMapping) -> JSONObject:
+    """A spec without the time that its template writes, and what follows from it: tomorrow it is the same run."""
+
+    def strip(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        inner = {key: strip(item) for key, item in value.items()}
+        return {key: item for key, item in inner.items() if not (key == "now" and "digest" in inner)}
+
+    plain: JSONObject = strip(spec)
+    if (spec.get("template") or {}).get("now"):
+        plain["prompt_ids_digest"] = None
+    return plain
 
 
 def origin(spec: JSONMapping, records: Iterable[SampleRecord]) -> JSONObject:
