@@ -63,6 +63,7 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
         kv_cache_gib: float | None = None,
         allow_pickle: bool = False,
         trust_remote_code: bool = False,
+        allow_unused_weights: bool = False,
     ) -> None:
         if data_parallel_size != 1:
             raise InputError(
@@ -79,11 +80,12 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
             sizes={},
             allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
+            allow_unused_weights=allow_unused_weights,
         )
 
     def settings(self) -> JSONObject:
         """What belongs in a run's spec; see `HFEngine.settings`."""
-        return self.options.settings(self.dtype, self.context_length)
+        return {**self.options.settings(self.dtype, self.context_length), **self.identity()}
 
     # --- the model ---
 
@@ -116,7 +118,7 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
             InputError: a request longer than the context; nothing is cut.
             ModelError: vLLM cannot run the model.
         """
-        self._report = report = EngineReport("vllm")
+        self._report = report = EngineReport("vllm", warnings=self.notes)
         wanted = range(len(requests)) if wanted is None else wanted
         yield from scores_of_nothing(requests, wanted)
         if not any(request.continuations for request in requests):
@@ -138,7 +140,7 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
         if not prompts:
             return
         ids = self._prompt_ids(prompts, params)
-        self._report = EngineReport("generate")
+        self._report = EngineReport("generate", warnings=self.notes)
         ends = self._end_ids(params.stop)
         draws = params.n if params.temperature > 0 else 1  # greedy completions are all the same
         requests = {

@@ -23,6 +23,14 @@ _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"  # what tra
 _PICKLES = (
     "pytorch_model*.bin"  # its name for pickled weights; an optimizer's state or training_args.bin are no weights
 )
+_FOREIGN = {
+    "*.gguf": "GGUF",
+    "*.onnx": "ONNX",
+    "tf_model.h5": "TensorFlow",
+    "flax_model.msgpack": "Flax",
+    "consolidated*": "the maker's own shards",
+}
+"""Files of weights in other formats -> what the format is called."""
 CAUSAL = ("CausalLM", "LMHeadModel")
 """Parts of the class name that the config of a causal language model holds."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -58,6 +66,15 @@ class Checkpoint:
                 names |= _header(file).keys() - {"__metadata__"}
         return names
 
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of all tensors, read from the safetensors headers alone; empty for pickles."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for file in self.weight_files:
+            if file.suffix == ".safetensors":
+                header = _header(file)
+                shapes |= {n: tuple(entry["shape"]) for n, entry in header.items() if n != "__metadata__"}
+        return shapes
+
 
 @cache
 def _sha256(files: tuple[tuple[Path, int, int], ...]) -> str:
@@ -84,6 +101,8 @@ def find_checkpoint(name: str, *, allow_pickle: bool = False, architectures: Col
     path = _locate(name, allow_pickle)
     config_file = path / "config.json"
     if not config_file.is_file():
+        if foreign := _foreign(path):
+            raise ModelError(f"{path} {foreign}")
         names = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
         raise ModelError(f"{path} is not a model: it has no config.json (found {names}); give a checkpoint directory")
     try:
@@ -114,6 +133,8 @@ def _locate(name: str, allow_pickle: bool) -> Path:
     if is_dir:
         return path.resolve()
     if exists:
+        if path.suffix == ".gguf":
+            raise ModelError(f"{path} is a GGUF file, which is not read here; give the original checkpoint's folder")
         raise ModelError(f"{path} is a file; give the checkpoint directory that holds config.json and *.safetensors")
     if name.startswith("nano/"):
         raise ModelError(f"no built-in model {name!r}; {did_you_mean(name, BUILT_IN)}")
@@ -146,6 +167,13 @@ def _hub_offline() -> bool:
 def _weight_files(path: Path, allow_pickle: bool) -> tuple[Path, ...]:
     index = path / _INDEX
     files: list[Path] = []
+    others = sorted(file.name for file in path.glob("model*.safetensors") if file.name != _WHOLE)
+    if (path / _WHOLE).is_file() and (index.is_file() or others):
+        # transformers would load the whole file, vLLM the shards: one of the two is stale.
+        raise ModelError(
+            f"{path} holds {_WHOLE} and beside it {index.name if index.is_file() else others[0]}: two sets of weights; "
+            f"remove the one that is not meant (transformers would load {_WHOLE})"
+        )
     if (path / _WHOLE).is_file():
         files = [path / _WHOLE]
     elif index.is_file():
@@ -172,7 +200,20 @@ def _weight_files(path: Path, allow_pickle: bool) -> tuple[Path, ...]:
             f"{path} has only pickled weights ({pickles[0].name}), which can run code when loaded; convert them to "
             "safetensors, or pass --allow-pickle if you trust their source"
         )
+    if foreign := _foreign(path):
+        raise ModelError(f"{path} {foreign}")
     raise ModelError(f"{path} has a config.json but no {_WHOLE} or {_INDEX}; download or save the weights there")
+
+
+def _foreign(path: Path) -> str | None:
+    """What to say of a folder that has weights in a format which is not read here; None where it has none."""
+    for pattern, kind in _FOREIGN.items():
+        if files := sorted(path.glob(pattern)):
+            return (
+                f"holds weights as {kind} ({files[0].name}), which are not read here; give the folder of the original "
+                f"checkpoint, with config.json and {_WHOLE}, or serve it elsewhere and use the engine openai"
+            )
+    return None
 
 
 def _header(file: Path) -> JSONObject:

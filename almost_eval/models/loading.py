@@ -34,12 +34,14 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
     """The checkpoint's tokenizer.
 
     Raises:
-        ModelError: there is none, or it cannot be read.
+        ModelError: there is none, it cannot be read, or it would feed the model something else than its text.
     """
     from transformers import AutoTokenizer
 
+    from almost_eval.models.tokenizers import check_tokenizer
+
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 str(checkpoint.path), trust_remote_code=trust_remote_code
             )
@@ -50,11 +52,12 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
         ) from None
     # It warns of long texts, once: they are counted and refused here.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    check_tokenizer(tokenizer, checkpoint, checkpoint.path)
     return tokenizer
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Inside, transformers draws no bars and says only errors; then it is as it was."""
     from transformers.utils import logging as transformers_logging
 
@@ -72,7 +75,14 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def load_weights(
-    auto_class: Any, checkpoint: Checkpoint, *, dtype: torch.dtype, device: str, attention: str, trust_remote_code: bool
+    auto_class: Any,
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    attention: str,
+    trust_remote_code: bool,
+    allow_unused: bool = False,
 ) -> Any:
     """A transformers model in eval mode with every weight from the checkpoint.
 
@@ -84,7 +94,7 @@ def load_weights(
 
     extra = {} if attention == "auto" else {"attn_implementation": attention}
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             model, info = auto_class.from_pretrained(
                 str(checkpoint.path),
                 dtype=dtype,
@@ -103,6 +113,13 @@ def load_weights(
             f"{checkpoint.path} lacks {len(lost)} weights of its own architecture, first {lost[0]!r}; transformers "
             "would set them at random, so nothing it says would mean anything"
         )
+    if (unused := sorted(info.get("unexpected_keys", ()))) and not allow_unused:
+        raise ModelError(
+            f"{checkpoint.path} holds {len(unused)} tensors that its model would not use, first {unused[0]!r}; mend "
+            "the checkpoint or its config.json"
+        )
+    if allow_unused and getattr(model.config, "tie_word_embeddings", False):
+        model.tie_weights()  # transformers leaves apart what differs; the config is what was accepted
     try:
         return model.to(device).eval()
     except torch.OutOfMemoryError:
