@@ -15,7 +15,7 @@ from typing import Any
 
 from almost_eval.errors import InputError
 from almost_eval.models.chat import ChatTemplate, load_template, special_tokens
-from almost_eval.models.checkpoint import Checkpoint, context_length, find_checkpoint
+from almost_eval.models.checkpoint import Checkpoint, context_length, find_checkpoint, refuse_adapter
 from almost_eval.models.stops import STOP_STRINGS, stop_strings, template_file
 from almost_eval.types import JSONObject, Message
 
@@ -100,6 +100,7 @@ def find_model(
         ModelError: see `find_checkpoint`; for a reward model also more labels than one, or no score head.
     """
     checkpoint = find_checkpoint(name, allow_pickle=allow_pickle, architectures=ARCHITECTURES[kind])
+    refuse_adapter(checkpoint, "vLLM's server")
     if kind == "reward":
         from almost_eval.rewards.base import refuse_wrong_head
 

@@ -17,7 +17,7 @@ from almost_eval.engines.seeding import request_seed
 from almost_eval.engines.vllm_loglikelihood import stream_scores
 from almost_eval.engines.vllm_process import LLM, HoldsLLM, Output, Params, Requests, VLLMOptions, load, run
 from almost_eval.errors import InputError
-from almost_eval.models.checkpoint import Checkpoint
+from almost_eval.models.checkpoint import Checkpoint, refuse_adapter
 from almost_eval.models.stops import end_ids
 from almost_eval.types import Completion, JSONObject
 
@@ -82,6 +82,7 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
             trust_remote_code=trust_remote_code,
             allow_unused_weights=allow_unused_weights,
         )
+        refuse_adapter(self.checkpoint, "the engine vllm")
 
     def settings(self) -> JSONObject:
         """What belongs in a run's spec; see `HFEngine.settings`."""

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from almost_eval.errors import ModelError, did_you_mean
+from almost_eval.models.adapters import CONFIG, Adapter, find_adapter
 from almost_eval.nano import BUILT_IN, DEFAULT_MODEL, SEEDED, SHIPPED, shipped
 from almost_eval.types import JSONObject
 
@@ -47,6 +48,13 @@ class Checkpoint:
     """`config.json`."""
     weight_files: tuple[Path, ...]
     allow_pickle: bool = False
+    adapter: Adapter | None = None
+    """What is merged into the weights; `path`, `config` and `weight_files` are then those of its base."""
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer and its chat template are."""
+        return (self.adapter.tokenizer_folder if self.adapter else None) or self.path
 
     @property
     def architecture(self) -> str:
@@ -54,8 +62,11 @@ class Checkpoint:
         return str((self.config.get("architectures") or [""])[0])
 
     def weight_digest(self) -> str:
-        """sha256 over the weight files, in the order of their names; read once by a process that leaves them alone."""
-        states = [(file, file.stat()) for file in self.weight_files]
+        """sha256 over the weight files, in the order of their names; read once by a process that leaves them alone.
+
+        An adapter's files follow those of its base.
+        """
+        states = [(file, file.stat()) for file in (*self.weight_files, *(self.adapter.files if self.adapter else ()))]
         return _sha256(tuple((file, state.st_size, state.st_mtime_ns) for file, state in states))
 
     def tensor_names(self) -> set[str]:
@@ -64,7 +75,7 @@ class Checkpoint:
         for file in self.weight_files:
             if file.suffix == ".safetensors":
                 names |= _header(file).keys() - {"__metadata__"}
-        return names
+        return names | set(self.adapter.shapes if self.adapter else ())
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of all tensors, read from the safetensors headers alone; empty for pickles."""
@@ -99,6 +110,8 @@ def find_checkpoint(name: str, *, allow_pickle: bool = False, architectures: Col
         ModelError: missing, not a model, the wrong kind of model, or pickled weights only.
     """
     path = _locate(name, allow_pickle)
+    if path.is_dir() and (adapter := find_adapter(path, has_weights=_has_weights(path), allow_pickle=allow_pickle)):
+        return _with_base(name, adapter, allow_pickle, architectures)
     config_file = path / "config.json"
     if not config_file.is_file():
         if foreign := _foreign(path):
@@ -116,6 +129,48 @@ def find_checkpoint(name: str, *, allow_pickle: bool = False, architectures: Col
         wanted = " or ".join(f"*{part}*" for part in architectures)
         raise ModelError(f"{path} holds a {kinds[0]}; this needs a {wanted} checkpoint")
     return Checkpoint(name, path, config, _weight_files(path, allow_pickle), allow_pickle)
+
+
+def refuse_adapter(checkpoint: Checkpoint, what: str) -> None:
+    """Raise ModelError for an adapter, where `what` can only load whole checkpoints."""
+    if checkpoint.adapter:
+        raise ModelError(
+            f"{checkpoint.adapter.path} is an adapter, and {what} takes whole checkpoints: merge it first "
+            "(peft's merge_and_unload, then save_pretrained), or use the engine hf"
+        )
+
+
+def _has_weights(path: Path) -> bool:
+    return any((path / name).is_file() for name in (_WHOLE, _INDEX)) or any(path.glob(_PICKLES))
+
+
+def _with_base(name: str, adapter: Adapter, allow_pickle: bool, architectures: Collection[str]) -> Checkpoint:
+    """The adapter on its base, which is looked for in the working directory, beside the adapter, then by its name."""
+    if not adapter.base:
+        raise ModelError(f"{adapter.path / CONFIG} names no base model; set base_model_name_or_path to its folder")
+    beside = adapter.path / adapter.base
+    base = adapter.base if Path(adapter.base).expanduser().exists() or not beside.is_dir() else str(beside)
+    scores = tuple(architectures) != CAUSAL and adapter.is_classifier
+    if tuple(architectures) == CAUSAL and adapter.is_classifier:
+        raise ModelError(f"{adapter.path} is an adapter of a classifier (SEQ_CLS); this needs one of a language model")
+    try:
+        of = find_checkpoint(
+            base, allow_pickle=allow_pickle, architectures=(*architectures, *CAUSAL) if scores else architectures
+        )
+    except ModelError as error:
+        raise ModelError(
+            f"the base model of the adapter {adapter.path} cannot be used: {error} (base_model_name_or_path in "
+            f"{CONFIG} is {adapter.base!r})"
+        ) from None
+    if of.adapter:
+        raise ModelError(f"the base of the adapter {adapter.path} is an adapter too; merge that one and save the model")
+    config = of.config
+    heads = [shape[0] for key, shape in adapter.shapes.items() if key.endswith(".score.weight")]
+    if scores and heads:
+        kind = of.architecture.replace("ForCausalLM", "ForSequenceClassification")
+        config = {**config, "num_labels": heads[0], "architectures": [kind]}
+        config.pop("id2label", None)
+    return Checkpoint(name, of.path, config, of.weight_files, allow_pickle, adapter)
 
 
 def _locate(name: str, allow_pickle: bool) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -71,7 +72,15 @@ class HeldCheckpoint:
 
     def identity(self) -> JSONObject:
         """What of the weights belongs in a run's spec besides their digest; empty where nothing is unusual."""
-        return {"unused_weights": self.unused_weights} if self.unused_weights else {}
+        identity: JSONObject = {"unused_weights": self.unused_weights} if self.unused_weights else {}
+        if self.checkpoint.adapter:
+            identity["adapter"] = {
+                "base": str(self.checkpoint.path),
+                "base_digest": replace(self.checkpoint, adapter=None).weight_digest(),
+                "adapter_digest": replace(self.checkpoint, weight_files=()).weight_digest(),
+                "merged_in": "float32",
+            }
+        return identity
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -60,6 +60,8 @@ def compare_tensors(
     """
     if any(file.suffix != ".safetensors" for file in checkpoint.weight_files):
         return Tensors(unknown="its weights are pickled")
+    if checkpoint.adapter and checkpoint.adapter.is_classifier and "CausalLM" in _own_kind(checkpoint):
+        auto_class = "AutoModelForCausalLM"  # the base as it is; the adapter brings the score head
     import transformers
 
     from almost_eval.models.loading import first_line, quiet_transformers
@@ -119,6 +121,12 @@ def refuse_tensors(checkpoint: Checkpoint, tensors: Tensors, *, allow_unused: bo
             f"{where} holds {len(tensors.unused)} tensors that its model would not use: {names(tensors.unused)}{cause}"
             f"; mend the checkpoint{way}"
         )
+
+
+def _own_kind(checkpoint: Checkpoint) -> str:
+    """The class that the base's own `config.json` names; an adapter may make another of it."""
+    config = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
+    return str((config.get("architectures") or [""])[0])
 
 
 def names(tensors: Sequence[str], most: int = 3) -> str:

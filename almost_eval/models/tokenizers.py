@@ -49,6 +49,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint, 
 
 def embedding_rows(checkpoint: Checkpoint) -> int | None:
     """Rows of the embedding: as the weights have them, else as the config says; None where neither tells."""
+    if checkpoint.adapter and checkpoint.adapter.embedding_rows:
+        return checkpoint.adapter.embedding_rows
     shapes = [shape for name, shape in checkpoint.tensor_shapes().items() if _EMBEDDING.search(name)]
     if counts := [shape[0] for shape in shapes if len(shape) == 2]:
         return max(counts)

@@ -13,7 +13,7 @@ import numpy as np
 from almost_eval.engines.vllm_process import LLM, HoldsLLM, Params, VLLMOptions, load, run
 from almost_eval.errors import ModelError
 from almost_eval.models.chat import ChatTemplate
-from almost_eval.models.checkpoint import Checkpoint
+from almost_eval.models.checkpoint import Checkpoint, refuse_adapter
 from almost_eval.rewards.base import CheckpointRewardModel
 from almost_eval.types import Conversation, JSONObject
 
@@ -59,6 +59,7 @@ class VLLMRewardModel(HoldsLLM, CheckpointRewardModel):
             trust_remote_code=trust_remote_code,
             allow_unused_weights=allow_unused_weights,
         )
+        refuse_adapter(self.checkpoint, "the engine vllm")
 
     def settings(self) -> JSONObject:
         """What belongs in a run's spec; see `HFEngine.settings`."""

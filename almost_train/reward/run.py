@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, cast
 
 from almost_eval.errors import DataError, ModelError
 from almost_eval.files import Row, read_rows, write_rows
-from almost_eval.models.checkpoint import CAUSAL, Checkpoint, context_length, find_checkpoint
+from almost_eval.models.checkpoint import CAUSAL, Checkpoint, context_length, find_checkpoint, refuse_adapter
 from almost_eval.models.loading import load_tokenizer
 from almost_eval.models.tensors import check_weights
 from almost_eval.progress import Progress
@@ -89,6 +89,7 @@ def train_reward(
 
     # 1. What is refused without weights.
     checkpoint = find_checkpoint(model, architectures=KINDS)
+    refuse_adapter(checkpoint, "a reward model's training")
     _refuse_other_labels(checkpoint)
     check_batches(settings)
     pairs = read_pairs(comparisons)
