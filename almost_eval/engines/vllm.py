@@ -15,9 +15,20 @@ from almost_eval.engines.checkpoint_engine import CheckpointEngine
 from almost_eval.engines.prefix import EncodedRequest, scores_of_nothing
 from almost_eval.engines.seeding import request_seed
 from almost_eval.engines.vllm_loglikelihood import stream_scores
-from almost_eval.engines.vllm_process import LLM, HoldsLLM, Output, Params, Requests, VLLMOptions, load, run
+from almost_eval.engines.vllm_process import (
+    LLM,
+    HoldsLLM,
+    Output,
+    Params,
+    Requests,
+    VLLMOptions,
+    load,
+    run,
+    with_adapter,
+)
 from almost_eval.errors import InputError
-from almost_eval.models.checkpoint import Checkpoint, refuse_adapter
+from almost_eval.models.adapters import refuse_for_vllm
+from almost_eval.models.checkpoint import Checkpoint
 from almost_eval.models.stops import end_ids
 from almost_eval.types import Completion, JSONObject
 
@@ -82,7 +93,8 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
             trust_remote_code=trust_remote_code,
             allow_unused_weights=allow_unused_weights,
         )
-        refuse_adapter(self.checkpoint, "the engine vllm")
+        if self.checkpoint.adapter:
+            refuse_for_vllm(self.checkpoint.adapter)
 
     def settings(self) -> JSONObject:
         """What belongs in a run's spec; see `HFEngine.settings`."""
@@ -100,11 +112,11 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
         # One more than the context: vLLM wants room for a new token even where a full context is only scored.
         longest = self.context_length + 1
         options = self.options.for_loading(self.dtype, longest, trust_remote_code=self._trust_remote_code)
-        return self._hold(load(self.checkpoint.path, options))
+        return self._hold(load(self.checkpoint.path, with_adapter(options, self.checkpoint.adapter)))
 
     def results(self, requests: Requests) -> Iterator[tuple[str, Output]]:
         """Yield (name, vLLM's output) of each request (token ids, vLLM's sampling parameters) as it finishes."""
-        return run(self.llm, requests, self.checkpoint.path)
+        return run(self.llm, requests, self.checkpoint.path, self.checkpoint.adapter)
 
     # --- log-likelihoods ---
 

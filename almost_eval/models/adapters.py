@@ -1,7 +1,8 @@
 """An adapter of PEFT on disk, and how it becomes one model with its base.
 
 It is merged into the base in float32 and then brought to the dtype of the run. So everything that holds for a model
-holds for it (prefix sharing, padding, speed), and the numbers are those of the merged checkpoint that others would save.
+holds for it (prefix sharing, padding, speed), and the numbers are those of the merged checkpoint that others save.
+vLLM keeps the two apart and adds what the adapter says at each layer.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from almost_eval.errors import MissingDependencyError, ModelError
 from almost_eval.types import JSONObject
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _PROMPTS = {"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT"}
 """Kinds of PEFT that add to the input, not to the weights: nothing can be merged."""
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's `max_lora_rank` may be (0.31)."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,16 @@ class Adapter:
     def is_classifier(self) -> bool:
         """Whether it holds a score head for its base."""
         return self.config.get("task_type") == "SEQ_CLS"
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of a LoRA."""
+        return max(int(self.config.get("r") or 1), *map(int, (self.config.get("rank_pattern") or {0: 0}).values()))
+
+    @property
+    def vllm_rank(self) -> int:
+        """The rank that vLLM makes room for: it knows some sizes."""
+        return next(size for size in _RANKS if size >= self.rank)
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -76,6 +89,29 @@ class Adapter:
         """Rows of the embedding that it brings, or None where it leaves the base's."""
         rows = [shape[0] for name, shape in self.shapes.items() if name.endswith(("embed_tokens.weight", "wte.weight"))]
         return max(rows) if rows else None
+
+
+def refuse_for_vllm(adapter: Adapter) -> None:
+    """Raise ModelError where vLLM would leave out a part of the adapter, or cannot run it."""
+    config = adapter.config
+    part = None
+    if config.get("peft_type") != "LORA":
+        part = f"of the kind {config.get('peft_type')}"
+    elif config.get("use_dora"):
+        part = "with DoRA"
+    elif config.get("bias") not in (None, "none"):
+        part = "with biases"
+    elif config.get("modules_to_save") or config.get("trainable_token_indices") or adapter.is_classifier:
+        part = "with whole modules or tokens of its own"
+    elif extra := [name for name in adapter.shapes if ".lora_A." not in name and ".lora_B." not in name]:
+        part = f"with {extra[0]}"
+    elif adapter.rank > _RANKS[-1]:
+        part = f"of rank {adapter.rank}"
+    if part:
+        raise ModelError(
+            f"{adapter.path} is an adapter {part}, which vLLM cannot run: use the engine hf, or merge it first (peft's "
+            "merge_and_unload, then save_pretrained)"
+        )
 
 
 def find_adapter(path: Path, *, has_weights: bool, allow_pickle: bool) -> Adapter | None:
@@ -137,7 +173,8 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
             whole = peft.get_peft_model(model, config)
         weights = peft.load_peft_weights(str(adapter.path), device="cpu")
         missing = sorted(peft.get_peft_model_state_dict(whole).keys() - weights.keys())
-        unused = sorted(peft.set_peft_model_state_dict(whole, weights).unexpected_keys)
+        result: Any = peft.set_peft_model_state_dict(whole, weights)
+        unused = sorted(result.unexpected_keys)
     except Exception as error:  # peft raises whatever its parts do
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(f"{adapter.path} does not fit its base {adapter.base}: {first:.200}") from None

@@ -78,7 +78,6 @@ class HeldCheckpoint:
                 "base": str(self.checkpoint.path),
                 "base_digest": replace(self.checkpoint, adapter=None).weight_digest(),
                 "adapter_digest": replace(self.checkpoint, weight_files=()).weight_digest(),
-                "merged_in": "float32",
             }
         return identity
 

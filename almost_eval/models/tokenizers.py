@@ -99,7 +99,7 @@ def _tokenizer_config(folder: Path) -> dict[str, object]:
 def _refuse_lost_words(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Words and the spaces between them come back; case, punctuation and kinds of blanks may not, by design."""
     # A small vocabulary lacks some words, an encoder's lowers them: what is known alone must be known in a row.
-    known = [word for word in _WORDS if tokenizer.decode(_encode(tokenizer, word)).strip().lower() == word]
+    known = [word for word in _WORDS if str(tokenizer.decode(_encode(tokenizer, word))).strip().lower() == word]
     text = " ".join(known)
     back = str(tokenizer.decode(_encode(tokenizer, text)))
     if back.lower().split() != known:

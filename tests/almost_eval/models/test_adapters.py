@@ -32,7 +32,7 @@ def _train(auto: Any, base: Path, folder: Path, kind: str, **options: Any) -> An
     for name, parameter in model.named_parameters():
         if "lora_B" in name or "score" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     return model.eval()
 
 
@@ -141,3 +141,28 @@ def test_a_config_of_the_base_in_the_folder_does_no_harm(adapter: Path, base: Pa
 def test_where_whole_checkpoints_are_needed_it_says_so(adapter: Path) -> None:
     with pytest.raises(ModelError, match="merge it first"):
         find_model("policy", str(adapter))
+
+
+def test_vllm_refuses_what_it_would_leave_out(adapter: Path) -> None:
+    from almost_eval.engines.vllm import VLLMEngine
+
+    assert VLLMEngine(str(adapter)).settings()["adapter"]
+    for change in ({"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"r": 1024}):
+        _config(adapter, **{"use_dora": False, "bias": "none", "modules_to_save": None, **change})
+        with pytest.raises(ModelError, match="vLLM cannot run"):
+            VLLMEngine(str(adapter))
+
+
+@pytest.mark.slow
+def test_vllm_gives_the_scores_and_texts_of_transformers(adapter: Path) -> None:
+    from almost_eval.engines.base import SamplingParams
+    from almost_eval.engines.vllm import VLLMEngine
+
+    engine, plain = VLLMEngine(str(adapter), kv_cache_gib=0.25), HFEngine(str(adapter))
+    try:
+        for mine, theirs in zip(engine.loglikelihood(REQUESTS), plain.loglikelihood(REQUESTS), strict=True):
+            assert [score.logprob for score in mine] == pytest.approx([s.logprob for s in theirs], abs=1e-3)
+        params = SamplingParams(max_new_tokens=8)
+        assert engine.generate(["The panther is"], params) == plain.generate(["The panther is"], params)
+    finally:
+        engine.close()
