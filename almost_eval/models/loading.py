@@ -128,8 +128,8 @@ def load_weights(
     if allow_unused and getattr(model.config, "tie_word_embeddings", False):
         model.tie_weights()  # transformers leaves apart what differs; the config is what was accepted
     if adapter:
-        model = merge_adapter(model, adapter)
-        model.to(dtype)
+        merged: Any = merge_adapter(model, adapter)
+        model = merged.to(dtype)
     try:
         return model.to(device).eval()
     except torch.OutOfMemoryError:
