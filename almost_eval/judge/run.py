@@ -146,7 +146,7 @@ class JudgeRun:
         progress = progress or Progress()
         started = time.perf_counter() if started is None else started
         spec = self.spec()
-        with RunStore(folder, spec) as store, self.judge.open(folder):
+        with RunStore(folder, spec) as store, self.judge.open(folder, progress.notice):
             write_rows(folder / "questions.jsonl", map(question_line, self.questions), ascii_only=True)
             files = answer_files(folder, [system.name for system in self.systems])
             answers = [s.write(file, progress) for s, file in zip(self.systems, files, strict=True)]
