@@ -64,6 +64,9 @@ class LoglikelihoodRequest:
     rolling: bool = False
     """True to score the whole of the one continuation, however long, in windows of the model's context (perplexity):
     one score for each window."""
+    token_ids: tuple[tuple[int, ...], ...] = ()
+    """Ids of each continuation, where they were sampled: its text, encoded anew, may be other tokens. Empty: encode the
+    texts."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from almost_eval.cli.command_line import comma_list, open_console, options
-from almost_eval.cli.judge_options import JUDGE_OPTIONS
+from almost_eval.cli.command_line import comma_list, open_console, options, options_of
+from almost_eval.cli.judge_options import JUDGE_OPTIONS, JUDGES_OWN
 from almost_eval.cli.options import DATA_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, Values, run_request
 from almost_eval.progress import Progress
 
@@ -21,25 +21,15 @@ if TYPE_CHECKING:
     from almost_eval.suite.plan import Planned
     from almost_eval.suite.run import Outcome
 
-_NAMED = ("judge", "judge_base_url", "judge_prompt", "prompt_family", "max_cost", "price_in", "price_out")
-
-
-def _judge_options() -> list[Any]:
-    """Those of `vicuna` that the engine has no option of the same name for."""
-
-    def named(option: Any) -> str:
-        def bare() -> None: ...
-
-        return str(option(bare).__click_params__[0].name)
-
-    return [option for option in JUDGE_OPTIONS if named(option) in _NAMED]
+_JUDGE_OPTIONS = [option for option in JUDGE_OPTIONS if options_of([option])[0].name not in (*JUDGES_OWN, "prompt_set")]
+"""Those of `vicuna` that no other group has an option of the same name for."""
 
 
 @click.command("all")
 @click.option("--reward-model", help="Checkpoint of a reward model, for Static HHH.")
 @click.option("--baseline", help="Checkpoint or answer file that the judge compares the model with.")
 @click.option("--tasks", callback=comma_list, help="Some only: hhh, hhh-choice, truthfulqa, mmlu, vicuna, ...  [all]")
-@options(MODEL_OPTIONS, _judge_options(), DATA_OPTIONS, RUN_OPTIONS)
+@options(MODEL_OPTIONS, _JUDGE_OPTIONS, DATA_OPTIONS, RUN_OPTIONS)
 def all_tasks(reward_model: str | None, baseline: str | None, tasks: list[str], **values: Any) -> int:
     """All benchmarks of one model, and one page that shows them.
 
@@ -96,7 +86,7 @@ def _judge(values: Values) -> JudgeOptions:
     """The flags about the judge; the engine's requests at a time and its patience are not the judge's."""
     from almost_eval.judge.build import JudgeOptions
 
-    names = {field.name for field in fields(JudgeOptions)} - {"concurrency", "timeout"}
+    names = {field.name for field in fields(JudgeOptions)} - {*JUDGES_OWN}
     return JudgeOptions(**{name: value for name, value in values.items() if name in names})
 
 

@@ -50,6 +50,11 @@ def options(*groups: list[Any]) -> Callable[[Command], Command]:
     return decorate
 
 
+def options_of(group: list[Any]) -> list[click.Option]:
+    """The options of a group as click's own."""
+    return [param for param in click.command(options(group)(lambda: None)).params if isinstance(param, click.Option)]
+
+
 def comma_list(context: click.Context, param: click.Parameter, value: str | None) -> list[str]:
     """A click callback: the names of an option such as `mc1,mc2`."""
     return [name.strip() for name in (value or "").split(",") if name.strip()]

@@ -19,11 +19,13 @@ from almost_eval.cli.judge_options import (
     FAMILY,
     JSON,
     JUDGE_OPTIONS,
+    JUDGES_OWN,
     LOADING_OPTIONS,
     ORDERS,
     PATH,
     RUN_OPTIONS,
 )
+from almost_eval.cli.options import engine_options
 from almost_eval.errors import InputError
 from almost_eval.judge.build import DEFAULT_BASELINE, NANO_JUDGE, answer_budget
 from almost_eval.judge.families import DEFAULT_FAMILY
@@ -31,7 +33,6 @@ from almost_eval.types import JSONMapping, JSONObject
 
 if TYPE_CHECKING:
     from almost_eval.data.sources import DataSource
-    from almost_eval.engines.build import EngineOptions
     from almost_eval.judge.answers import System
     from almost_eval.judge.judges import Judge
     from almost_eval.judge.records import Question
@@ -86,13 +87,14 @@ def _prepare(flags: Flags) -> JudgeRun:
         template=flags["template"],
         stop=flags["stop"],
     )
+    engine = engine_options({name: value for name, value in flags.items() if name not in JUDGES_OWN})
     opened: dict[int, System] = {}
     # Files first: they are read in no time, and a model may have to be downloaded.
     for at in sorted(range(len(names)), key=lambda at: not is_answer_file(names[at])):
         if not is_answer_file(names[at]):
             import_transformers()
         subset = flags["limit"] is not None
-        opened[at] = open_system(names[at], questions, sampling, _engine_options(flags), limit=limit, subset=subset)
+        opened[at] = open_system(names[at], questions, sampling, engine, limit=limit, subset=subset)
     return JudgeRun(
         questions,
         fingerprint,
@@ -157,14 +159,6 @@ def _open_judge(flags: Flags, data: DataSource) -> Judge:
     if options.is_reward_model:
         import_transformers()
     return open_judge(options, data)
-
-
-def _engine_options(flags: Flags) -> EngineOptions:
-    from almost_eval.engines.build import EngineOptions
-
-    # --timeout and --concurrency of these commands are the judge's.
-    names = {field.name for field in fields(EngineOptions)} - {"timeout", "concurrency"}
-    return EngineOptions(**{name: value for name, value in flags.items() if name in names})
 
 
 def _show_plan(facts: JSONMapping, as_json: bool) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import click
 
-from almost_eval.judge.build import MAX_NEW_TOKENS, NANO_MAX_NEW_TOKENS
+from almost_eval.cli.options import ENGINE_FIELDS, GENERATION_FIELDS, engine_flag
+from almost_eval.judge.build import MAX_NEW_TOKENS, NANO_MAX_NEW_TOKENS, JudgeOptions
 from almost_eval.judge.families import DEFAULT_FAMILY, FAMILIES
 
 PATH = click.Path(path_type=Path)
@@ -37,21 +39,21 @@ DATA_OPTIONS = [
     click.option("--questions", type=PATH, help="A question file (Vicuna's, MT-Bench's or AlpacaEval's shape)."),
     click.option("--limit", type=click.IntRange(min=1), help="Questions, the first so many."),
 ]
+JUDGES_OWN = ("concurrency", "timeout")
+"""Options of an engine that are the judge's here, not those of the engine that writes the answers."""
+_HELP = {
+    "engine": "hf, vllm or openai, which write the answers.  [hf]",
+    "base_url": "openai: the endpoint that answers, up to and with /v1.",
+}
 ENGINE_OPTIONS = [
-    click.option("--engine", default="hf", show_default=True, help="hf, vllm or openai, which write the answers."),
-    click.option("--base-url", help="openai: the endpoint that answers, up to and with /v1."),
-    click.option("--dtype", default="auto", show_default=True, help="hf, vllm: auto, float32, bfloat16 or float16."),
-    click.option("--device", default="auto", show_default=True, help="hf: auto, cpu, cuda, cuda:1, mps."),
-    click.option("--attention", default="auto", show_default=True, help="hf: auto, sdpa, eager, flash_attention_2."),
-    click.option("--batch-size", type=click.IntRange(min=1), help="hf, vllm: sequences in a forward pass."),
-    click.option("--batch-tokens", type=click.IntRange(min=1), help="hf, vllm: tokens in a forward pass."),
-    click.option("--max-length", type=click.IntRange(min=2), help="hf, vllm: context length, below the model's own."),
-    click.option("--tensor-parallel-size", type=click.IntRange(min=1), default=1, help="vllm: devices."),
-    click.option("--gpu-memory", type=float, help="vllm: share of the GPU's memory."),
-    click.option("--allow-pickle", is_flag=True, help="Accept pickled weights, which can run code."),
-    click.option("--trust-remote-code", is_flag=True, help="Run Python code that a checkpoint ships."),
+    engine_flag(option, _HELP.get(name, "")) for name, option in GENERATION_FIELDS.items() if name not in JUDGES_OWN
 ]
-LOADING_OPTIONS = [*ENGINE_OPTIONS[2:5], *ENGINE_OPTIONS[-2:]]
+"""Of the engine that writes the answers."""
+LOADING_OPTIONS = [
+    engine_flag(ENGINE_FIELDS[option.name])
+    for option in fields(JudgeOptions)
+    if option.name in ENGINE_FIELDS and option.name not in JUDGES_OWN
+]
 """How a reward model is loaded."""
 ANSWER_OPTIONS = [
     click.option("--model", help="Checkpoint directory, hub id or built-in name; or an answer file."),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import Field, fields
+from dataclasses import Field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,10 @@ Values = dict[str, Any]
 """Values of a command's flags by name, as click checked them."""
 
 
-def engine_flag(option: Field[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The flag of a field of `EngineOptions`."""
+def engine_flag(option: Field[Any], help: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The flag of a field of `EngineOptions`; `help` instead of its own."""
     flag: Flag = option.metadata["flag"]
+    flag = replace(flag, help=help or flag.help)
     name = f"--{option.name.replace('_', '-')}"
     make = partial(click.option, help=flag.help, show_default=flag.is_shown)
     if flag.kind is bool:
@@ -47,7 +48,13 @@ def _count_or_auto(ctx: click.Context, param: click.Parameter, value: str) -> in
     return int(value)
 
 
-ENGINE_OPTIONS = [engine_flag(option) for option in fields(EngineOptions) if option.metadata["flag"].help]
+ENGINE_FIELDS = {option.name: option for option in fields(EngineOptions) if option.metadata["flag"].help}
+"""Name of an option of the engine -> its field, of those that have a flag."""
+GENERATION_FIELDS = {
+    name: option for name, option in ENGINE_FIELDS.items() if option.metadata["engines"] or name == "engine"
+}
+"""The same where text is generated and nothing is scored."""
+ENGINE_OPTIONS = [engine_flag(option) for option in ENGINE_FIELDS.values()]
 """Everything but the model itself."""
 
 

@@ -120,7 +120,7 @@ class EngineOptions:
         least=2,
     )
     """For openai: below the server's."""
-    share_prefixes: bool = _option(True, "hf: compute shared prefixes once.", engines=["hf"], kind=bool)
+    share_prefixes: bool = _option(True, "hf: compute shared prefixes once.", engines=(), to_score=["hf"], kind=bool)
     tensor_parallel_size: int = _option(
         1, "vllm: devices that share each layer.  [1]", engines=["vllm"], kind=int, least=1
     )

@@ -104,10 +104,15 @@ class TokenEncoder:
         """
         if empty := next((r for r in requests if not r.continuations), None):
             raise TemplateError(f"no continuations to score after a context that ends in {empty.context[-40:]!r}")
-        pairs = [[_shift_trailing_space(r.context, c) for c in r.continuations] for r in requests]
+        # Sampled ids are scored as they are, after all of their context.
+        pairs = [
+            [] if r.token_ids else [_shift_trailing_space(r.context, c) for c in r.continuations] for r in requests
+        ]
         # Every distinct text once: the contexts, and each context with each of its continuations.
         index: dict[str, int] = {}
-        for row in pairs:
+        for request, row in zip(requests, pairs, strict=True):
+            if request.token_ids:
+                index.setdefault(request.context, len(index))
             for context, continuation in row:
                 index.setdefault(context, len(index))
                 index.setdefault(context + continuation, len(index))
@@ -115,6 +120,10 @@ class TokenEncoder:
         encoded = []
         for request, row in zip(requests, pairs, strict=True):
             continuations = []
+            if request.token_ids:
+                alone = ids[index[request.context]]
+                prefix = alone if len(alone) else self.stand_in()
+                continuations = [EncodedContinuation(prefix, np.array(t, dtype=np.int32)) for t in request.token_ids]
             for context, continuation in row:
                 alone, whole = ids[index[context]], ids[index[context + continuation]]
                 start = common_prefix_length(alone, whole) if context else len(self.special_prefix)

@@ -283,6 +283,8 @@ class Run:
                     "completions": [c.text for c in completions],
                     "finish_reasons": [c.finish_reason for c in completions],
                 }
+                if self.task.keeps_tokens:
+                    outputs["token_ids"] = [list(c.token_ids) for c in completions]
                 yield index, outputs, self.task.score(self.samples[index], outputs)
 
     def _fitting(self, index: int) -> GenerationRequest | None:

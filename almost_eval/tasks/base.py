@@ -106,6 +106,8 @@ class Task(ABC):
     prompting: Prompting
     version: int = 1
     """Raised whenever the same model and data would give another number."""
+    keeps_tokens: bool = False
+    """Whether a run stores the ids of what was generated."""
     headline: str = "accuracy"
     requires: Requires = "loglikelihood"
     max_shots: int = 0

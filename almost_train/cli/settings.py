@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from almost_eval.cli.command_line import options_of
+from almost_eval.cli.options import GENERATION_FIELDS, engine_flag, engine_options
 from almost_eval.run.trackers import logging_to
 from almost_eval.types import JSONObject
 from almost_train.cli.options import show
@@ -18,20 +20,8 @@ if TYPE_CHECKING:
 
     from almost_train.common.config import SettingField
 
-_ENGINE_FLAGS: dict[str, tuple[type, str]] = {
-    "engine": (str, "hf, vllm or openai (any OpenAI-compatible endpoint)."),
-    "base_url": (str, "openai: the endpoint, up to and with /v1."),
-    "concurrency": (int, "openai: requests on their way at a time."),
-    "timeout": (float, "openai: seconds that one answer may take."),
-    "dtype": (str, "hf, vllm: auto, float32, bfloat16 or float16."),
-    "device": (str, "hf: auto, cpu, cuda, cuda:1, ..."),
-    "batch_tokens": (int, "hf, vllm: token positions in a forward pass."),
-    "max_length": (int, "hf, vllm: context length, below the model's own."),
-    "tensor_parallel_size": (int, "vllm: devices that share each layer."),
-    "pipeline_parallel_size": (int, "vllm: devices that share the layers out."),
-    "gpu_memory": (float, "vllm: share of the GPU's memory."),
-}
-"""Engine option -> type and help: the flags of every command that generates."""
+GENERATION_OPTIONS = [engine_flag(option) for option in GENERATION_FIELDS.values()]
+"""The flags of every command that generates."""
 
 
 class SettingsCommand(click.Command):
@@ -83,7 +73,7 @@ class SettingsCommand(click.Command):
         settings = settings_of(self.settings_class())
         flags = [settings_flag(setting) for setting in settings.values()]
         if self._engine:
-            flags += [flag for flag in _engine_flags() if flag.name not in settings]
+            flags += [flag for flag in options_of(GENERATION_OPTIONS) if flag.name not in settings]
         return flags
 
     def invoke(self, ctx: click.Context) -> int:
@@ -96,9 +86,9 @@ class SettingsCommand(click.Command):
         values = {name: ctx.params.pop(name) for name in settings_of(cls) if name in ctx.params}
         ctx.params["settings"] = settings_from(cls, values, str(self.name))
         if self._engine:
-            from almost_eval.engines.build import EngineOptions, generation_engine
+            from almost_eval.engines.build import generation_engine
 
-            options = EngineOptions(**{name: ctx.params.pop(name) for name in _ENGINE_FLAGS if name in ctx.params})
+            options = engine_options({name: ctx.params.pop(name, None) for name in GENERATION_FIELDS})
             ctx.params["engine_for"] = lambda model: generation_engine(model, options)
         ctx.params["progress"] = progress_for()
         import_transformers()
@@ -140,15 +130,3 @@ def settings_flag(setting: SettingField) -> click.Option:
         show_default=setting.default not in (None, ()),
         help=setting.help,
     )
-
-
-def _engine_flags() -> list[click.Option]:
-    from almost_eval.engines.build import EngineOptions
-
-    defaults = EngineOptions()
-    return [
-        click.Option(
-            [f"--{name.replace('_', '-')}"], type=kind, default=getattr(defaults, name), show_default=True, help=help
-        )
-        for name, (kind, help) in _ENGINE_FLAGS.items()
-    ]

@@ -10,8 +10,8 @@ sampled after the policy's own prompt, without the end token: its text, encoded 
 What cannot be measured is unscored and counted, and the stage goes on: a prompt that leaves no room for an answer, an
 answer that the reward model or the reference cannot read whole, a number that is not finite, KL between two tokenizers.
 
-`almost_eval.compare.tax` measures the same of finished runs. It is not used here: its answers are sampled at
-temperature 1 alone, its run folders hold no token ids, and its oracle gives one score of the four in the table.
+`almost_eval.compare.tax` measures the same of finished runs, KL by the same requests. The rest of it is not used here:
+its answers are sampled at temperature 1 alone, and its oracle gives one score of the four in the table.
 """
 
 from __future__ import annotations
@@ -22,11 +22,9 @@ from math import isfinite
 from pathlib import Path
 from typing import cast
 
-import numpy as np
-
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.hf import HFEngine
-from almost_eval.engines.prefix import EncodedContinuation, EncodedRequest
+from almost_eval.engines.prefix import EncodedRequest
 from almost_eval.errors import InputError
 from almost_eval.files import Row, RowLog, read_rows
 from almost_eval.models.chat import ChatTemplate, load_template, special_tokens
@@ -238,17 +236,17 @@ def _kl(
 
 
 def _requests(engine: HFEngine, answers: Sequence[Row]) -> list[EncodedRequest | None]:
-    """The sampled ids of each answer after the ids of its prompt; None for an answer without a token."""
-    texts = _prompt_texts(engine, answers)
-    return [
-        EncodedRequest(
-            LoglikelihoodRequest(text, (row["answer"],)),
-            (EncodedContinuation(prompt, np.array(row["token_ids"], dtype=np.int32)),),
+    """The sampled ids of each answer after its prompt; None for an answer without a token."""
+    encoded = iter(
+        engine.encode(
+            [
+                LoglikelihoodRequest(text, (row["answer"],), token_ids=(tuple(row["token_ids"]),))
+                for row, text in zip(answers, _prompt_texts(engine, answers), strict=True)
+                if row["token_ids"]
+            ]
         )
-        if row["token_ids"]
-        else None
-        for row, text, prompt in zip(answers, texts, engine.encoder.encode_texts(texts), strict=True)
-    ]
+    )
+    return [next(encoded) if row["token_ids"] else None for row in answers]
 
 
 def _logprobs(engine: HFEngine, requests: Sequence[EncodedRequest | None]) -> Column:

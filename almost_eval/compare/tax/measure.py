@@ -190,10 +190,14 @@ def measure(plan: TaxPlan, progress: Progress | None = None) -> tax.Tax:
     reward = _reward_model(plan)  # refused early; its weights are loaded when it scores
     plan.output.mkdir(parents=True, exist_ok=True)
     before, *others = plan.labels
+    # Ids mean the same to both halves of KL only where the tokens are the same: known before any weight is loaded.
+    engine: Any = loglikelihood_engine(plan.models[before], plan.base.engine)
+    vocabulary = engine.tokenizer.get_vocab()
+    _close(engine)
     setups: dict[str, AnswerSetup] = {}
     for label in [*others, before]:
         progress.note(f"{label}: {plan.models[label]}")
-        _policy_runs(plan, label, setups, progress)
+        _policy_runs(plan, label, setups, vocabulary, progress)
         gc.collect()  # the next model needs the memory of the one that is done with
     if reward is not None:
         for label in plan.labels if plan.prompts else ():
@@ -201,7 +205,14 @@ def measure(plan: TaxPlan, progress: Progress | None = None) -> tax.Tax:
             task = AnswerRewards(plan.prompts, setup.data, setup.prompting, plan.answers(label))
             _execute(task, reward, plan, label, "rewards", progress)
         _close(reward)
-    report = summarise(plan, _other_tokens(setups, before))
+    report = summarise(
+        plan,
+        [
+            f"{label} and {before} have other tokens: KL is that of texts"
+            for label in setups
+            if not setups[label].of_tokens
+        ],
+    )
     write_json(plan.output / "tax.json", report.to_dict())
     return report
 
@@ -212,10 +223,13 @@ class AnswerSetup:
 
     data: DataSource
     prompting: Prompting
-    vocabulary: Mapping[str, int]
+    of_tokens: bool
+    """Whether its tokens are those of the policy `before`."""
 
 
-def _policy_runs(plan: TaxPlan, label: str, setups: dict[str, AnswerSetup], progress: Progress) -> None:
+def _policy_runs(
+    plan: TaxPlan, label: str, setups: dict[str, AnswerSetup], vocabulary: Mapping[str, int], progress: Progress
+) -> None:
     """All runs that one engine is opened for."""
     engine: Any = loglikelihood_engine(plan.models[label], plan.base.engine)
     try:
@@ -224,7 +238,7 @@ def _policy_runs(plan: TaxPlan, label: str, setups: dict[str, AnswerSetup], prog
             run.execute(plan.folder(label) / name, progress)
         if not plan.prompts:
             return
-        setups[label] = _answers(plan, label, engine, progress)
+        setups[label] = _answers(plan, label, engine, vocabulary, progress)
         if label != plan.labels[0]:
             _likelihoods(plan, label, engine, setups[label], "likelihoods", progress)
             return
@@ -245,14 +259,6 @@ def _close(engine: Any) -> None:
         engine.close()
 
 
-def _other_tokens(setups: Mapping[str, AnswerSetup], before: str) -> list[str]:
-    return [
-        f"{label} and {before} have other tokens: KL is that of texts"
-        for label, setup in setups.items()
-        if setup.vocabulary != setups[before].vocabulary
-    ]
-
-
 def _reward_model(plan: TaxPlan) -> Any:
     if plan.reward_model is None:
         return None
@@ -260,7 +266,7 @@ def _reward_model(plan: TaxPlan) -> Any:
     return reward_model(plan.reward_model, replace(plan.base.engine, max_length=None))
 
 
-def _answers(plan: TaxPlan, label: str, engine: Any, progress: Progress) -> AnswerSetup:
+def _answers(plan: TaxPlan, label: str, engine: Any, vocabulary: Mapping[str, int], progress: Progress) -> AnswerSetup:
     """Have the policy answer every prompt."""
     choice = plan.base.template
     template = load_template(choice if choice != "none" else "auto", engine.tokenizer)
@@ -268,11 +274,12 @@ def _answers(plan: TaxPlan, label: str, engine: Any, progress: Progress) -> Answ
     prompting = Prompting(None, template, special_tokens(engine.tokenizer), is_chosen=choice not in ("auto", "none"))
     task = Answers(plan.prompts, data, prompting, max_new_tokens=plan.max_new_tokens)
     _execute(task, engine, plan, label, "answers", progress)
-    return AnswerSetup(data, prompting, engine.tokenizer.get_vocab())
+    return AnswerSetup(data, prompting, engine.tokenizer.get_vocab() == vocabulary)
 
 
 def _likelihoods(plan: TaxPlan, label: str, engine: Any, setup: AnswerSetup, name: str, progress: Progress) -> None:
-    task = AnswerLikelihoods(plan.prompts, setup.data, setup.prompting, plan.answers(label))
+    answers = plan.answers(label)
+    task = AnswerLikelihoods(plan.prompts, setup.data, setup.prompting, answers, of_tokens=setup.of_tokens)
     if task.samples():  # all answers may be empty: then KL has no value
         _execute(task, engine, plan, label, name, progress)
 

@@ -120,6 +120,8 @@ class Answers(_OverPrompts):
     """
 
     name = "answers"
+    version = 2  # 1 kept no token ids
+    keeps_tokens = True
     requires = "generation"
     headline = "characters"
 
@@ -170,19 +172,23 @@ class OfAnswers(_OverPrompts):
 
     def __init__(self, prompts: Sequence[HeldOut], data: DataSource, prompting: Prompting, answers: Path) -> None:
         super().__init__(prompts, data, prompting)
-        self.answers: Mapping[str, str] = {
-            record.sample.id: record.outputs["completions"][0]
-            for record in read_samples(answers)
-            if record.outputs.get("completions")
+        outputs = {record.sample.id: record.outputs for record in read_samples(answers)}
+        self.answers: Mapping[str, str] = {id: o["completions"][0] for id, o in outputs.items() if "completions" in o}
+        self.tokens: Mapping[str, tuple[int, ...]] = {
+            id: tuple(o["token_ids"][0]) for id, o in outputs.items() if "token_ids" in o
         }
 
     def samples(self) -> list[Sample]:
-        """A sample for each answer; an empty one has none here, and is counted by who compares."""
+        """A sample for each answer that can be read."""
         return [
             Sample(p.id, (Message("user", p.text),), (self.answers[p.id],), 0, p.id)
             for p in self.prompts
-            if self.answers.get(p.id, "").strip() or (p.id in self.answers and self.requires == "reward")
+            if p.id in self.answers and self.is_readable(p.id)
         ]
+
+    def is_readable(self, id: str) -> bool:
+        """Whether there is anything to judge; an answer that has none is counted by who compares."""
+        return True
 
     def settings(self) -> dict[str, Any]:
         """The answers belong to the spec: others are another run."""
@@ -207,14 +213,47 @@ class AnswerRewards(OfAnswers):
 
 
 class AnswerLikelihoods(OfAnswers):
-    """log p(answer | prompt) in nats, after the prompt of the policy that wrote the answer: the two halves of KL."""
+    """log p(answer | prompt) in nats, after the prompt of the policy that wrote the answer: the two halves of KL.
+
+    Args:
+        prompts: see `OfAnswers`, as for the three that follow.
+        data: see there.
+        prompting: see there.
+        answers: see there.
+        of_tokens: score the ids that were sampled; False encodes the text, for a scorer with other tokens.
+    """
 
     name = "answer-likelihoods"
+    version = 2  # 1 always encoded the text
     headline = "nats"
 
+    def __init__(
+        self,
+        prompts: Sequence[HeldOut],
+        data: DataSource,
+        prompting: Prompting,
+        answers: Path,
+        *,
+        of_tokens: bool,
+    ) -> None:
+        super().__init__(prompts, data, prompting, answers)
+        self.of_tokens = of_tokens
+
+    def is_readable(self, id: str) -> bool:
+        """Whether the answer has a token, or a word."""
+        return bool(self.tokens.get(id)) if self.of_tokens else bool(self.answers[id].strip())
+
+    def settings(self) -> dict[str, Any]:
+        """See `OfAnswers.settings`, and the tokens."""
+        return super().settings() | {
+            "tokens_digest": fingerprint(sorted(self.tokens.items())) if self.of_tokens else None
+        }
+
     def requests(self, sample: Sample, shots: int) -> list[LoglikelihoodRequest]:
-        """The answer as it was sampled, its leading space included; the end token is no part of it."""
+        """The answer as it was sampled; the end token is no part of it."""
         prompt, answer = self._render(HeldOut(sample.id, sample.context[0].content)), sample.choices[0]
+        if self.of_tokens:
+            return [LoglikelihoodRequest(prompt, (answer,), token_ids=(self.tokens[sample.id],))]
         # Some tokenizers lose the space of a text's first token when they decode it.
         seam = "" if prompt[-1:].isspace() or answer[0].isspace() else " "
         return [LoglikelihoodRequest(prompt, (seam + answer,))]

@@ -29,9 +29,11 @@ from almost_eval.compare.tax.tax import (
     sentence,
 )
 from almost_eval.compare.tax.training import read_training
+from almost_eval.engines.hf import HFEngine
 from almost_eval.errors import DataError, InputError
 from almost_eval.nano import shipped
 from almost_eval.report.tax_page import draw, html
+from almost_eval.run import prompt_log
 from almost_eval.run.store import read_samples
 
 
@@ -247,7 +249,7 @@ def test_kl_is_the_difference_of_two_likelihoods(measured: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = measured / "nano_almost"
-    answers = {r.sample.id: r.outputs["completions"][0] for r in read_samples(folder / "answers")}
+    sampled = {r.sample.id: r.outputs["token_ids"][0] for r in read_samples(folder / "answers")}
     record = next(iter(read_samples(folder / "likelihoods")))
     prompt = next(
         row["prompts"][0]
@@ -256,8 +258,9 @@ def test_kl_is_the_difference_of_two_likelihoods(measured: Path) -> None:
     )
     context = prompt["text"] if isinstance(prompt, dict) else prompt
     tokenizer = AutoTokenizer.from_pretrained(shipped("nano/almost"))
-    start = len(tokenizer(context)["input_ids"])
-    ids = torch.tensor([tokenizer(context + answers[record.sample.id])["input_ids"]])
+    prompt_ids = tokenizer(context)["input_ids"]
+    start = len(prompt_ids)
+    ids = torch.tensor([prompt_ids + sampled[record.sample.id]])
     for name, run in (("nano/almost", "likelihoods"), ("nano/vanilla-medium", "likelihoods-before")):
         model = AutoModelForCausalLM.from_pretrained(shipped(name), dtype=torch.float32)
         with torch.no_grad():
@@ -290,6 +293,48 @@ def test_it_goes_on_where_it_was_and_ends_in_the_same_figures(
     one, other = read(measured), read(tmp_path / "cut")
     assert one.pop("command") != other.pop("command")
     assert one == other
+
+
+def test_kl_scores_sampled_tokens_whatever_their_text_would_be(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Random models write what their tokenizer would encode in another way."""
+    from transformers import AutoTokenizer
+
+    before, after = tiny_checkpoint("llama-gqa"), tiny_checkpoint("llama-tied")
+    (tmp_path / "p.jsonl").write_text("".join(f'{{"id": "p{i}", "prompt": "Hello {i}"}}\n' for i in range(4)))
+    flags = ("--prompts", tmp_path / "p.jsonl", "--max-new-tokens", 8, "--tasks", "", "--data", "hub", "--json")
+    arguments = ("--before", before, "--after", after, *flags, "--output", tmp_path / "out")
+    assert tax.main([*map(str, arguments)], standalone_mode=False) == 0
+    folder = tmp_path / "out" / after.name
+    tokenizer = AutoTokenizer.from_pretrained(after)
+    answers = {r.sample.id: r.outputs for r in read_samples(folder / "answers")}
+    assert any(
+        tokenizer(a["completions"][0], add_special_tokens=False)["input_ids"] != a["token_ids"][0]
+        for a in answers.values()
+    )
+    engine = HFEngine(str(after), device="cpu")
+    prompts = {row.id: row.prompts[0].text for row in prompt_log.read_prompts(folder / "likelihoods").values()}
+    for record in read_samples(folder / "likelihoods"):
+        ids = answers[record.sample.id]["token_ids"][0]
+        prompt = tokenizer(prompts[record.sample.id])["input_ids"]
+        with torch.no_grad():
+            table = engine.model(torch.tensor([prompt + ids])).logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
+        expected = float(table.gather(-1, torch.tensor(ids)[:, None]).sum())
+        assert record.score.value == pytest.approx(expected, abs=1e-3)
+
+
+def test_answers_without_token_ids_cannot_be_continued(
+    measured: Path, command: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    shutil.copytree(measured, tmp_path / "old")
+    file = tmp_path / "old" / "nano_sft" / "answers" / "spec.json"
+    spec = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**spec, "task_version": 1}), encoding="utf-8")
+    shown = command(*FAMILY, *SMALL, "--output", tmp_path / "old")
+    assert shown.code != 0
+    assert "task_version was 1, is 2; choose another --output" in shown.err
+    assert shown.err.count("error: ") == 1
 
 
 def test_the_plot_and_the_page(measured: Path) -> None:

@@ -424,3 +424,16 @@ def test_rolling_windows() -> None:
     ]
     assert rolling_windows(ids[:3], first, 4)[0][1].tolist() == [10, 11, 12]
     assert rolling_windows(ids[:0], first, 4) == []
+
+
+def test_sampled_ids_are_scored_as_they_are(tiny_checkpoint: Callable[[str], Any]) -> None:
+    from transformers import AutoTokenizer
+
+    encoder = TokenEncoder(AutoTokenizer.from_pretrained(tiny_checkpoint("llama-gqa")))
+    (prompt,) = encoder.encode_texts(["Hello "])
+    sampled = LoglikelihoodRequest("Hello ", ("ab",), token_ids=((7, 7, 5),))
+    _, ids = encoder.encode([LoglikelihoodRequest("Hello", (" a",)), sampled])
+    assert ids.continuations[0].prefix.tolist() == prompt.tolist()  # the trailing space too: it was read
+    assert ids.continuations[0].scored.tolist() == [7, 7, 5]
+    (bare,) = encoder.encode([LoglikelihoodRequest("", ("ab",), token_ids=((7,),))])
+    assert len(bare.continuations[0].prefix) == 1

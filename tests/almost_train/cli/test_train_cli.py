@@ -12,6 +12,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from almost_eval.cli.options import GENERATION_FIELDS
 from almost_eval.errors import AlmostError
 from almost_eval.files import read_rows
 from almost_train.cli.main import cli
@@ -109,6 +110,13 @@ def test_an_option_of_another_engine_is_refused(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli, [*arguments, "--tensor-parallel-size", "2"])
     assert isinstance(done.exception, AlmostError | click.ClickException)
     assert "takes no tensor_parallel_size" in str(done.exception)
+
+
+@pytest.mark.parametrize("command", ["synthesize prompts", "synthesize responses", "self-play"])
+def test_what_generates_has_every_option_of_the_engine(command: str) -> None:
+    shown = CliRunner().invoke(cli, [*command.split(), "--help"]).output
+    assert all(f"--{name.replace('_', '-')} " in shown for name in GENERATION_FIELDS)
+    assert {"base_url", "kv_cache_gib", "allow_pickle"} <= GENERATION_FIELDS.keys()
 
 
 def test_votes_are_wrong_as_often_as_asked(tmp_path: Path) -> None:
