@@ -12,6 +12,7 @@ from datetime import date
 from pathlib import Path
 from typing import Protocol, overload
 
+from almost_eval.errors import InputError
 from almost_eval.judge.api.client import JudgeClient
 from almost_eval.judge.api.cost import Budget, estimate, price_of, retirement_of
 from almost_eval.judge.api.endpoint import THOUGHT_ONLY, JudgeEndpoint
@@ -19,15 +20,12 @@ from almost_eval.judge.api.journal import Journal
 from almost_eval.judge.api.session import ClientStats
 from almost_eval.judge.prompts import JudgePrompts
 from almost_eval.judge.records import Failure, JudgeRequest, Pair, Question, Reply, Unparsed, Verdict
-from almost_eval.errors import InputError
 from almost_eval.types import JSONMapping, JSONObject, Message, SampleRecord
 
 UNPARSED = "unparsed"
 """The reason of a review whose verdict cannot be read."""
 
-LASTING = frozenset(
-    {"content_filter", "refusal", "too_long", "context_too_long", "non_finite", THOUGHT_ONLY, UNPARSED}
-)
+LASTING = frozenset({"content_filter", "refusal", "too_long", "context_too_long", "non_finite", THOUGHT_ONLY, UNPARSED})
 """Reasons that would come again. A review with another one is requested anew when the command is repeated."""
 
 
@@ -280,7 +278,6 @@ class ModelJudge:
         requests = self._requests(pairs, wanted, attempt)
         for place, answer in self._client.stream(requests):
             yield wanted[place], judgement_of(self.prompts, pairs[wanted[place]], answer, attempt)
-
 
     def _requests(self, pairs: Sequence[Pair], wanted: Sequence[int], attempt: int) -> Requests:
         return Requests(self.name, self.prompts, pairs, wanted, attempt, self.options)

@@ -219,9 +219,7 @@ def parse_review(form: str, review: str, pair: Pair, finish_reason: str = "stop"
         return Unparsed("thinking_cut")
     if split.thought is not None and not split.answer.strip():
         return Unparsed("only_thinking")
-    verdict = FORMS[form].parse(
-        split.answer, "\n".join((pair.question.text, pair.answer_1.text, pair.answer_2.text))
-    )
+    verdict = FORMS[form].parse(split.answer, "\n".join((pair.question.text, pair.answer_1.text, pair.answer_2.text)))
     if finish_reason != "length":
         return verdict
     if isinstance(verdict, Unparsed) or (split.thought is None and not opens_with(form, split.answer, verdict)):

@@ -15,8 +15,8 @@ import numpy as np
 
 from almost_eval.errors import InputError, StoreError
 from almost_eval.judge.aggregate import Orders, Ties, aggregate, round_robin
-from almost_eval.judge.api.endpoint import THOUGHT_ONLY
 from almost_eval.judge.answers import answer_files, digest_answers
+from almost_eval.judge.api.endpoint import THOUGHT_ONLY
 from almost_eval.judge.judges import UNPARSED, Judgement, verdict_fields
 from almost_eval.judge.lines import ORDERS, check_reviews, couples, record_of, reviews_of
 from almost_eval.judge.local import judge_by_oracle, judge_by_reward
@@ -151,6 +151,7 @@ def _details(records: Sequence[SampleRecord], settings: JSONMapping) -> JSONObje
         "asked twice": sum(bool(r.outputs.get("attempt")) for r in records),
         "reviews cut at their token limit": sum(r.outputs.get("finish_reason") == "length" for r in records),
         "reviews of cut answers": sum(any(r.outputs.get("cut", ())) for r in records),
+        "reviews of answers without their thinking": sum(bool(r.outputs.get("reasoning_stripped")) for r in records),
         "reviews of empty answers": sum(0 in r.outputs["lengths"] for r in records),
         "reviews of texts with the prompt's own markers, quoted": sum("markers_quoted" in r.outputs for r in records),
         "prompt tokens": sum(r.outputs.get("prompt_tokens") or 0 for r in records),

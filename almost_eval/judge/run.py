@@ -14,6 +14,7 @@ from typing import Literal
 
 from almost_eval.files import write_rows
 from almost_eval.judge.answers import (
+    AnswerReasoning,
     Answers,
     System,
     answer_files,
@@ -47,6 +48,7 @@ class JudgeRun:
         orders: `both`, `forward` (the baseline is Assistant 1) or `reverse`.
         ties: `half` (a tie is half a win) or `drop`.
         max_answer_chars: cut longer answers, and count them; None cuts nothing.
+        answer_reasoning: what became of thoughts in the systems' answers; recorded.
         seed: recorded, and of the bootstrap.
         allowed: shares for the validity gate, or None for the defaults.
 
@@ -65,6 +67,7 @@ class JudgeRun:
         orders: Literal["both", "forward", "reverse"] = "both",
         ties: Literal["half", "drop"] = "half",
         max_answer_chars: int | None = None,
+        answer_reasoning: AnswerReasoning = "strip",
         seed: int = 0,
         allowed: Mapping[str, float] | None = None,
     ) -> None:
@@ -76,6 +79,7 @@ class JudgeRun:
         self.orders = orders
         self.ties = ties
         self.max_answer_chars = max_answer_chars
+        self.answer_reasoning = answer_reasoning
         self.seed = seed
         self.allowed = dict(allowed or ALLOWED)
         judge.check(questions)
@@ -98,6 +102,8 @@ class JudgeRun:
             "judge": judge,
             "systems": systems,
         }
+        if self.answer_reasoning != "strip":
+            settings["answer_reasoning"] = self.answer_reasoning
         model = systems[roles[-1]]
         return {
             "schema": 1,
@@ -171,7 +177,7 @@ class JudgeRun:
             records = [store.done[id] for id in ids]
             validity = check_reviews(records, len(ids), self.allowed)
             begun = store.spec
-            warnings = list(self.judge.warnings())
+            warnings = [*self.judge.warnings(), *(note for system in self.systems for note in system.notes)]
             if spec["commit"] != begun["commit"]:
                 warnings.append(f"begun on commit {begun['commit']}, ended on {spec['commit']}")
             digests = {s.name: digest_answers(a) for s, a in zip(self.systems, answers, strict=True)}
