@@ -14,7 +14,7 @@ from typing import Protocol, overload
 
 from almost_eval.errors import InputError
 from almost_eval.judge.api.client import JudgeClient
-from almost_eval.judge.api.cost import Budget, estimate, price_of, retirement_of
+from almost_eval.judge.api.cost import Budget, StatedPrices, estimate, price_of, retirement_of
 from almost_eval.judge.api.endpoint import THOUGHT_ONLY, JudgeEndpoint
 from almost_eval.judge.api.journal import Journal
 from almost_eval.judge.api.session import ClientStats
@@ -116,9 +116,14 @@ class Connection:
     """Of the retries' jitter."""
 
     @property
-    def prices(self) -> dict[str, float | None]:
+    def prices(self) -> StatedPrices:
         """Prices by the names that `price_of`, `estimate` and `Budget` take."""
-        return {name: getattr(self, name) for name in ("price_in", "price_out", "price_cached", "price_reasoning")}
+        return {
+            "price_in": self.price_in,
+            "price_out": self.price_out,
+            "price_cached": self.price_cached,
+            "price_reasoning": self.price_reasoning,
+        }
 
 
 class ModelJudge:

@@ -154,7 +154,7 @@ def _answer(row: Row, where: str, by_text: Mapping[str, list[str]], name: str, c
         if text is None and isinstance(choices, list) and choices:
             if choice > len(choices):
                 raise DataError(
-                    f"{where}: there are {len(choices)} answers and no number {choice}; give another --choice"
+                    f"{where}: it has {len(choices)} answers, and no number {choice}; give another --choice"
                 )
             try:
                 text = choices[choice - 1]["turns"][0]

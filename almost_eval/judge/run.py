@@ -95,7 +95,7 @@ class JudgeRun:
         judge = self.judge.spec()
         roles = ["baseline", "model"] if len(self.systems) == 2 else [system.name for system in self.systems]
         systems = {role: system.spec() for role, system in zip(roles, self.systems, strict=True)}
-        settings = {
+        settings: JSONObject = {
             "orders": self.orders,
             "ties": self.ties,
             "max_answer_chars": self.max_answer_chars,

@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
+from typing import Any
 
 from almost_eval.judge.records import Usage
 from almost_eval.types import JSONObject
@@ -26,10 +27,10 @@ _SPAN = re.compile(r"(\d+(?:\.\d+)?) ?(ms|milli|d|h|m|s)", re.I)
 _UNITS = {"ms": 0.001, "milli": 0.001, "d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
 
 
-def parsed(content: bytes) -> object:
-    """A body as JSON; None where it is none."""
+def parsed(content: bytes) -> Any:
+    """A body as JSON, whatever it may be; None where it is none."""
     try:
-        body: object = json.loads(content)
+        body = json.loads(content)
     except (ValueError, RecursionError):
         return None
     return body
@@ -84,8 +85,9 @@ def usage_of(body: object) -> Usage | None:
     names = ("cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens")
     cached = next((n for part in (*details, usage) if isinstance(part, dict) and (n := _count(part, *names))), 0)
     details = (usage.get("completion_tokens_details"), usage.get("output_tokens_details"))
-    names = ("reasoning_tokens",)
-    thought = next((n for part in (*details, usage) if isinstance(part, dict) and (n := _count(part, *names))), 0)
+    thought = next(
+        (n for part in (*details, usage) if isinstance(part, dict) and (n := _count(part, "reasoning_tokens"))), 0
+    )
     # Some count thoughts beside the completion, and in the total alone; they are billed like the rest.
     beside = (_count(usage, "total_tokens") or 0) - prompt - completion
     if beside > 0:

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from typing import TypedDict
 
 from almost_eval.errors import InputError
 from almost_eval.judge.api.journal import Journal, Ledger
@@ -55,6 +56,15 @@ class Price:
         return (
             prompt * max(self.input, self.cached or 0.0) + completion * max(self.output, self.reasoning or 0.0)
         ) / 1e6
+
+
+class StatedPrices(TypedDict):
+    """What the flags state; None is the table's."""
+
+    price_in: float | None
+    price_out: float | None
+    price_cached: float | None
+    price_reasoning: float | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,7 +140,7 @@ class JudgeEndpoint:
         except (TimeoutError, openai.APITimeoutError):
             return Trouble("timeout", f"no answer within {self.timeout:g} s", again=True, may_be_billed=True)
         except openai.APIStatusError as error:
-            return self._refusal(error.status_code, error.response, request, sent)
+            return self._refusal(error.status_code, error.response, request, sent)  # type: ignore[arg-type]  # httpx2
         except openai.APIConnectionError as error:
             return self._lost(error)
         return self._read(response, request, sent)

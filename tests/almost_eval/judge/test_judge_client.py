@@ -170,9 +170,7 @@ def test_nothing_is_sent_before_retry_after_is_over(
     serve: Callable[..., ReplayServer], journal: Journal, archive: list[Archived]
 ) -> None:
     server = serve()
-    server.fault = lambda call: (
-        Fault("status", 429, headers={"Retry-After": "1"}) if call.number == 1 else None
-    )
+    server.fault = lambda call: Fault("status", 429, headers={"Retry-After": "1"}) if call.number == 1 else None
     client = JudgeClient("gpt-4", journal, base_url=server.url, concurrency=4)
     assert len(texts(dict(client.stream(requests_for(archive[:8]))))) == 8
     arrivals = sorted(call.began for call in server.log)
