@@ -61,8 +61,11 @@ REFERENCE = "reference"
 REFERENCE_CATEGORIES = frozenset({"math", "reasoning", "coding"})
 """Questions that are judged against a reference answer, if there is one: FastChat's list."""
 
-FIRST_LINE_WORDS = 12
-"""Words of a first line that is the verdict, and no sentence of a thought."""
+_VERDICT_WORDS = frozenset(
+    "assistant answer score scores rating ratings verdict output result final overall the my is are and to out of a b c"
+    " vs for".split()
+)
+"""Words of a first line that is the verdict. A sentence of a thought has others."""
 
 _REQUIRED = ("question", "answer_1", "answer_2")
 _PLACES = re.compile(r"\{(question|answer_1|answer_2|reference|fence)\}")
@@ -230,7 +233,7 @@ def parse_review(form: str, review: str, pair: Pair, finish_reason: str = "stop"
 def opens_with(form: str, review: str, verdict: Verdict) -> bool:
     """Whether the first line of a review that is not empty says this verdict by itself."""
     first = next((line for line in review.split("\n") if line.strip()), "")
-    return FORMS[form].parse(first, "") == verdict and len(first.split()) <= FIRST_LINE_WORDS
+    return FORMS[form].parse(first, "") == verdict and _VERDICT_WORDS.issuperset(re.findall(r"[a-z]+", first.lower()))
 
 
 def load_judge_prompts(

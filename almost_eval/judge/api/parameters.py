@@ -23,7 +23,8 @@ _BESIDE = ("temperature", "top_p")
 
 _REFUSES = re.compile(
     r"unsupported|unavailable|not support|n't support|only support|unrecognized|unrecognised|unknown|unexpected"
-    r"|not permitted|not allowed|forbidden|not accept|only accept|deprecated|cannot both|can't both|not available|not recognized"
+    r"|not permitted|not allowed|forbidden|not accept|only accept|deprecated|cannot both|can't both|not available"
+    r"|not recognized"
     r"|no longer|must be (?:1|omitted|unset)|only the default|not compatible|incompatible|mutually exclusive"
     r"|disallowed|not a valid (?:parameter|argument|field)|additional properties|invalid (?:parameter|argument|field)"
     r"|extra[_ ](?:forbidden|inputs?|fields?)",

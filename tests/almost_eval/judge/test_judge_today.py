@@ -55,8 +55,13 @@ TENTATIVE = "Assistant 1: 2\nAssistant 2: 9. The final scores would be 2 and 9. 
 @pytest.mark.parametrize("thought", [NEUTRAL, TENTATIVE], ids=["neutral", "tentative"])
 @pytest.mark.parametrize(
     ("opening", "closing"),
-    [("<think>\n", "\n</think>\n\n"), ("", "\n</think>\n\n"), ("[THINK]", "[/THINK]"), ("<thinking>", "</thinking>\n")]
-    + [("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>")],
+    [
+        ("<think>\n", "\n</think>\n\n"),
+        ("", "\n</think>\n\n"),
+        ("[THINK]", "[/THINK]"),
+        ("<thinking>", "</thinking>\n"),
+        ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
+    ],
 )
 def test_every_archived_review_is_read_as_before_behind_a_thought(
     archive: list[Archived], thought: str, opening: str, closing: str
