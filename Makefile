@@ -1,6 +1,7 @@
 # Everything runs in .venv, made from the pinned lock on first use.
 #   make demo      the main job on the built-in models: no GPU, no download of models or data
 #   make test      the tests           make test-all   and the slow ones
+#   make test-real     the tests on two real models (MODELS=DIR, default runs/models), made when absent
 #   make test-browser  the demo in a real chromium (Debian's, installed with apt where that can be done)
 #   make check     ruff and mypy       make clean      forget the environment
 
@@ -13,7 +14,26 @@ TORCH = $(shell grep '^torch==' requirements/cpu.lock)
 # The stamp's name is the digest of what the environment is made from: it is made anew when that changes.
 STAMP := .venv/.ready-$(shell cat requirements/cpu.lock pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: demo test test-all test-browser check format clean env
+# The real models of `make test-real`, and the program that makes them: `python REAL_MODELS_MAKER MODELS NAME...`
+MODELS ?= runs/models
+REAL_MODELS_MAKER ?= $(wildcard ../shared/real_models/make.py)
+SMOLLM2 := smollm2-135m-instruct
+GEMMA := gemma-3-270m
+REAL_TESTS = ALMOST_REAL_MODELS=$(abspath $(MODELS)) $(BIN)/python -m pytest -m real -rs
+# $(call make_models,NAMES): makes those that are not there, each in a scratch folder first, or says what to put where.
+define make_models
+@for name in $(1); do \
+  [ ! -f "$(MODELS)/$$name/config.json" ] || continue; \
+  [ -n "$(REAL_MODELS_MAKER)" ] || { echo "error: no $(MODELS)/$$name; put that checkpoint there, name the folder that" \
+    "holds $(SMOLLM2) and $(GEMMA) with MODELS=DIR, or what makes them with REAL_MODELS_MAKER=FILE" >&2; exit 2; }; \
+  echo "making $(MODELS)/$$name: one to three minutes, once"; \
+  rm -rf "$(MODELS)/.unfinished" && $(BIN)/python "$(REAL_MODELS_MAKER)" "$(MODELS)/.unfinished" "$$name" && \
+  mv "$(MODELS)/.unfinished/$$name" "$(MODELS)/$$name" && rmdir "$(MODELS)/.unfinished" || \
+  { echo "error: $(REAL_MODELS_MAKER) could not make $(MODELS)/$$name; put that checkpoint there" >&2; exit 1; }; \
+done
+endef
+
+.PHONY: demo test test-all test-real test-real-quick test-browser check format clean env
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -25,6 +45,16 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m ""
+
+test-real: $(STAMP)
+	$(call make_models,$(SMOLLM2) $(GEMMA))
+	@echo "the tests on real models: some ten minutes on two cores, beside making the models"
+	$(REAL_TESTS)
+
+# A few on the smaller model: two minutes, and one more to make it.
+test-real-quick: $(STAMP)
+	$(call make_models,$(SMOLLM2))
+	$(REAL_TESTS) tests/almost_eval/tasks/test_real_models.py -k smollm2
 
 # Without chromium and without the right to install it, the tests are skipped and say why.
 test-browser: $(STAMP)

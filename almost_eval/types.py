@@ -89,6 +89,8 @@ class Completion:
     token_ids: tuple[int, ...]
     finish_reason: str
     """`stop` (end token or stop string) or `length` (the token budget ran out)."""
+    reasoning: str = ""
+    """A thought that an endpoint delivered in a field of its own; a thought in the text stays there."""
 
 
 @dataclass(frozen=True, slots=True)

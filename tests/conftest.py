@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from own_environment import DATA_ROOT  # before what reads the environment as it is imported
 
 VOCABULARY = 300
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -32,7 +33,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
     "mistral-window": {"model_type": "mistral", **_COMMON, "sliding_window": 8},
     "gemma3": {"model_type": "gemma3_text", **_COMMON, "head_dim": 8, "sliding_window": 8, "layer_types": _MIXED},
-    "qwen2": {"model_type": "qwen2", **_COMMON},
+    "qwen2": {"model_type": "qwen2", **_COMMON, "vocab_size": VOCABULARY + 4},  # its tokenizer's class adds a token
     "gpt-neox": {"model_type": "gpt_neox", **_COMMON},
     "opt": {"model_type": "opt", **_COMMON, "ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.3},
     "phi3": {"model_type": "phi3", **_COMMON},
@@ -86,11 +87,39 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def data_root() -> Path:
     """The real data sets, laid out like the hub."""
-    default = Path(__file__).parents[2] / "shared" / "data" / "hub"
-    root = Path(os.environ.get("ALMOST_DATA_ROOT") or default)
-    if not root.is_dir():
-        pytest.skip(f"no data root at {root}; set ALMOST_DATA_ROOT to a folder laid out like the hub")
-    return root
+    if not DATA_ROOT.is_dir():
+        pytest.skip(f"no data root at {DATA_ROOT}; set ALMOST_DATA_ROOT to a folder laid out like the hub")
+    return DATA_ROOT
+
+
+class RealModels:
+    """Where the real checkpoints are; a test that takes one that is not there is skipped."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def smollm2(self) -> Path:
+        """SmolLM2-135M-Instruct: an instruction-tuned Llama with a ChatML template."""
+        return self._checkpoint("smollm2-135m-instruct")
+
+    @property
+    def gemma(self) -> Path:
+        """Gemma 3 270M, pre-trained only: no template, BOS before every text, sliding windows of 512."""
+        return self._checkpoint("gemma-3-270m")
+
+    def _checkpoint(self, name: str) -> Path:
+        path = self.folder / name
+        if not (path / "config.json").is_file():
+            pytest.skip(f"no real model at {path}; run `make test-real`, or set ALMOST_REAL_MODELS")
+        return path
+
+
+@pytest.fixture(scope="session")
+def real_models() -> RealModels:
+    """`real_models.smollm2` and `real_models.gemma`, for tests with the mark `real`."""
+    default = Path(__file__).parents[1] / "runs" / "models"
+    return RealModels(Path(os.environ.get("ALMOST_REAL_MODELS") or default).resolve())
 
 
 @pytest.fixture

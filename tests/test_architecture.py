@@ -19,7 +19,10 @@ FILES = sorted(p for package in ("almost_eval", "almost_train", "serving") for p
 HEAVY = {
     "torch": {
         "almost_eval/engines/hf_attention.py",
+        "almost_eval/engines/hf_float32.py",
         "almost_eval/engines/hf_generation.py",
+        "almost_eval/engines/hf_head.py",
+        "almost_eval/engines/hf_header.py",
         "almost_eval/engines/hf_loglikelihood.py",
         "almost_eval/engines/hf_probe.py",
         "almost_train/rlsf/ppo.py",

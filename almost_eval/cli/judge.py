@@ -86,6 +86,7 @@ def _prepare(flags: Flags) -> JudgeRun:
         seed=flags["seed"],
         template=flags["template"],
         stop=flags["stop"],
+        reasoning=flags["reasoning"],
     )
     engine = engine_options({name: value for name, value in flags.items() if name not in JUDGES_OWN})
     opened: dict[int, System] = {}
@@ -101,7 +102,7 @@ def _prepare(flags: Flags) -> JudgeRun:
             engine,
             limit=limit,
             subset=subset,
-            reasoning=flags["answer_reasoning"],
+            reasoning=flags["reasoning"],
             choice=flags["choice"],
         )
     return JudgeRun(
@@ -113,7 +114,7 @@ def _prepare(flags: Flags) -> JudgeRun:
         orders=flags["orders"],
         ties=flags["ties"],
         max_answer_chars=flags["max_answer_chars"],
-        answer_reasoning=flags["answer_reasoning"],
+        answer_reasoning=flags["reasoning"],
         seed=flags["seed"],
         allowed=allowed,
     )

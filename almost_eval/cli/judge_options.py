@@ -87,6 +87,8 @@ ANSWER_OPTIONS = [
     ),
     click.option(
         "--answer-reasoning",
+        "--reasoning",
+        "reasoning",
         type=click.Choice(["strip", "keep", "refuse"]),
         default="strip",
         show_default=True,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from almost_eval.compare.differences import other_measure, setting_differences, shown
 from almost_eval.errors import DataError, InputError
 from almost_eval.files import read_json
 from almost_eval.run.store import NEW_RESULTS, NEW_RUN
@@ -30,6 +31,12 @@ HEADLINE = "score"
 """The name of the one metric compared where the lines name no metric that both runs have."""
 MUST_MATCH = ("task", "protocol")
 SHOULD_MATCH = {"data_fingerprint": "the data", "prompt_set": "the prompt sets", "template_digest": "the templates"}
+KEYS_OF = {
+    "data_fingerprint": {"data.fingerprint"},
+    "prompt_set": {"prompt_set", "prompt_set.name", "prompt_set.digest"},
+    "template_digest": {"template.digest"},
+}
+"""The same facts in a spec."""
 FLIPS_SHOWN = 20
 
 
@@ -135,6 +142,11 @@ def compare_runs(a: Path, b: Path, *, seed: int = 0, n_resamples: int = 10_000) 
             raise InputError(
                 f"the runs differ in {key}: {in_a!r} in {a}, {in_b!r} in {b}; compare two runs of the same {key}"
             )
+    if problem := other_measure(run_a.spec, run_b.spec):
+        raise InputError(
+            f"the runs differ in {problem} (A is {a}, B is {b}), so their metric is not the same; compare two runs of "
+            "the same metric"
+        )
     # Sorted: a resumed run writes its lines in another order, and the same seed must still give the same interval.
     ids = sorted(run_a.lines.keys() & run_b.lines.keys())
     if not ids:
@@ -267,10 +279,13 @@ def _verdict(difference: float, ci95: tuple[float, float] | None, p_value: float
 def _warnings(a: _Run, b: _Run, pairs: Mapping[str, tuple[_Line, _Line]]) -> list[str]:
     """What makes the two runs less comparable than they look; only what both have on record can be checked."""
     warnings = [f"{run.folder} has no results.json: the run is not finished" for run in (a, b) if not run.finished]
+    told: set[str] = set()
     for key, what in SHOULD_MATCH.items():
         in_a, in_b = a.fact(key), b.fact(key)
         if in_a is not None and in_b is not None and in_a != in_b:
-            warnings.append(f"{what} differ ({key}): {in_a} in A, {in_b} in B")
+            warnings.append(f"{what} differ ({key}): {shown(in_a)} in A, {shown(in_b)} in B")
+            told |= KEYS_OF[key]
+    warnings += [line for line in setting_differences(a.spec, b.spec) if line.partition(": ")[0] not in told]
     if differing := sum(x.gold != y.gold for x, y in pairs.values()):
         warnings.append(f"{differing} shared samples have another right answer in A than in B")
     if differing := sum(x.cluster != y.cluster for x, y in pairs.values()):

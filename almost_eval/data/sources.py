@@ -13,9 +13,10 @@ import http.client
 import json
 import os
 import socket
+import tempfile
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from almost_eval.errors import DataError, did_you_mean
 from almost_eval.types import JSONObject
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
+    from datasets import Dataset, DatasetDict
 
 RAW = "https://raw.githubusercontent.com"
 
@@ -79,18 +80,21 @@ class DataSource:
         if self.root:
             there = (self.root / dataset).is_dir()
             where = f"{self.root / dataset} holds no such rows" if there else f"{self.root / dataset} is not there"
-        if self.name == "nano":
-            raise DataError(f"the nano data holds no {dataset} ({config}); use --data hub for the real data set")
+        self._check_hub_may_be_read(dataset, config)
         try:
             import datasets
 
             with _offline_where_unreachable():
-                return datasets.load_dataset(dataset, config)
+                return datasets.load_dataset(_address_on_hub(dataset), config)
         except Exception as error:  # offline, refused, unknown: the hub client raises a dozen unrelated kinds
             raise DataError(
                 f"data set {dataset} ({config}) not found: {where} and the hub could not give it "
                 f"({type(error).__name__}); pass --data-root DIR with DIR/{dataset} inside, or use --data nano"
             ) from None
+
+    def _check_hub_may_be_read(self, dataset: str, config: str | None) -> None:
+        if self.name == "nano":
+            raise DataError(f"the nano data holds no {dataset} ({config}); use --data hub for the real data set")
 
     @contextlib.contextmanager
     def serving_lm_eval(self) -> Iterator[None]:
@@ -100,16 +104,21 @@ class DataSource:
         original = datasets.load_dataset
 
         def load(path: str, name: str | None = None, **options: object) -> object:
+            options = {key: value for key, value in options.items() if value is not None}
             local = self.root / path if self.root else None
             if local is not None and local.is_dir():
                 try:
-                    return (None if options else self._as_datasets(path, name)) or original(str(local), name, **options)
+                    rows = None if options else self._as_datasets(path, name)
+                    return rows or _read_folder(original, local, name, options)
+                except DataError:
+                    raise
                 except Exception as error:  # see _from_hub
                     problem = (str(error).splitlines() or [""])[0][:120]
                     raise DataError(f"{local} ({name}) cannot be read: {type(error).__name__}: {problem}") from None
+            self._check_hub_may_be_read(path, name)
             try:
                 with _offline_where_unreachable():
-                    return original(path, name, **options)
+                    return original(path if "data_files" in options else _address_on_hub(path), name, **options)
             except Exception as error:  # see _from_hub
                 raise DataError(
                     f"data set {path} ({name}) not found: neither under the data root nor on the hub "
@@ -123,18 +132,60 @@ class DataSource:
             datasets.load_dataset = original
 
     def _as_datasets(self, dataset: str, config: str | None) -> DatasetDict | None:
-        """The parquet files of one configuration as a `DatasetDict` in memory, or None where the layout is another."""
+        """The files of one configuration as a `DatasetDict` in memory, or None where the layout is another.
+
+        Files that are named as the hub names its own are what any card says that they are. Others are taken by their
+        names, as `read` takes them, where no card says otherwise.
+        """
         import datasets
-        import pyarrow.parquet as parquet
-        from datasets.table import InMemoryTable
 
         assert self.root is not None
-        folder = self.root / dataset / (config or "")
-        splits = sorted({file.name.split("-")[0] for file in folder.glob("*-*-of-*.parquet")})
-        if not splits:
-            return None
-        tables = {split: parquet.read_table(sorted(folder.glob(f"{split}-*.parquet"))) for split in splits}
-        return datasets.DatasetDict({s: datasets.Dataset(InMemoryTable(t)) for s, t in tables.items()})
+        has_card = (self.root / dataset / "README.md").exists()
+        pattern = "*-*-of-*.parquet" if has_card or config is None else "*"
+        folders = [self.root / dataset / (config or "")]
+        if config and not has_card:
+            folders.append(self.root / dataset / "data" / config)
+        files = [f for folder in folders for f in folder.glob(pattern) if f.suffix in (".parquet", ".jsonl")]
+        splits = sorted({file.stem.split("-")[0] for file in files})
+        rows = {split: self._files(dataset, config or "", split) for split in splits}
+        return datasets.DatasetDict({split: _as_dataset(files) for split, files in rows.items()}) if splits else None
+
+
+def _as_dataset(files: Sequence[Path]) -> Dataset:
+    """Files of one split as a `Dataset` in memory, which no cache of `datasets` has a part in."""
+    import datasets
+    import pyarrow.parquet as parquet
+    from datasets.table import InMemoryTable
+
+    if files[0].suffix == ".parquet":
+        return datasets.Dataset(InMemoryTable(parquet.read_table(list(files))))
+    return datasets.Dataset.from_list([row for file in files for row in read_table(file)])
+
+
+def _read_folder(
+    load: Callable[..., object], folder: Path, config: str | None, options: Mapping[str, object]
+) -> object:
+    """A folder in a layout of its own, read by `datasets`: anew, in memory.
+
+    Its cache knows a folder by its last name, its card and the name of the configuration. So it would answer with the
+    rows of another data root whose folder is called the same, or with those that were here before.
+
+    Raises:
+        DataError: nothing in the folder is called as the configuration. `datasets` would take all files for it.
+    """
+    import datasets
+
+    if config is not None and not {"data_files", "data_dir"} & options.keys():
+        names = datasets.get_dataset_config_names(str(folder))
+        if config not in names:
+            raise DataError(f"{folder} holds no configuration {config!r}: no folder of that name, and no card names it")
+    with tempfile.TemporaryDirectory(prefix="almost-datasets-") as scratch:
+        return load(str(folder), config, **{**options, "cache_dir": scratch, "keep_in_memory": True})
+
+
+def _address_on_hub(dataset: str) -> str:
+    """What makes `datasets` look on the hub: by a bare name it would read a folder of that name where we stand."""
+    return f"hf://datasets/{dataset}" if os.path.isdir(dataset) and not os.path.isabs(dataset) else dataset
 
 
 @contextlib.contextmanager

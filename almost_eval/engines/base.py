@@ -32,6 +32,9 @@ class SamplingParams:
     """Strings that end a completion; they are not part of its text."""
     seed: int = 0
     """Each (prompt, completion) draws from its own generator seeded by this, so batching never changes a draw."""
+    alone: bool = False
+    """Read a completion as lm-eval does: decoded without its prompt, so that SentencePiece drops the space it begins
+    with, and cut at one stop string after the other."""
 
 
 @dataclass(slots=True)
@@ -46,6 +49,8 @@ class EngineReport:
     """Distinct prefixes over all requests: the fewest positions that can be computed."""
     tokens_computed: int = 0
     """Token positions the plan computes; a resumed run reports the plan of the whole run."""
+    rounding: JSONObject | None = None
+    """In half precision with shared prefixes: see `hf_rounding.measure_rounding`."""
     warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> JSONObject:
@@ -57,6 +62,7 @@ class EngineReport:
             "tokens_computed": self.tokens_computed,
             "computed_over_trie": self.tokens_computed / self.tokens_in_trie if self.tokens_in_trie else None,
             "plain_over_computed": self.tokens_plain / self.tokens_computed if self.tokens_computed else None,
+            **({"rounding": self.rounding} if self.rounding else {}),
             "warnings": list(self.warnings),
         }
 
@@ -76,6 +82,10 @@ class ModelIdentity(Protocol):
 
     def weight_digest(self) -> str | None:
         """sha256 over the weight files; None where they are not at hand."""
+        ...
+
+    def file_digests(self) -> dict[str, str] | None:
+        """sha256 of each file beside the weights that decides a number; None where they are not at hand."""
         ...
 
 

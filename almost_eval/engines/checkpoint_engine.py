@@ -37,16 +37,23 @@ class CheckpointEngine(HeldCheckpoint, ABC):
         sizes: dict[str, int | None],
         allow_pickle: bool,
         trust_remote_code: bool,
+        allow_unused_weights: bool = False,
     ) -> None:
         for flag, size in {"max length": max_length, **sizes}.items():
             if size is not None and size < 1:
                 raise InputError(f"{flag} is {size}; it must be 1 or more")
         super().__init__(
-            model, dtype=dtype, device=device, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
+            model,
+            dtype=dtype,
+            device=device,
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
+            allow_unused_weights=allow_unused_weights,
         )
         self._report = EngineReport()
         own = context_length(self.checkpoint.config, self.tokenizer)
         self._context_length = shorter_context(own, max_length)
+        self.check_tensors("AutoModelForCausalLM")
 
     @property
     def context_length(self) -> int:

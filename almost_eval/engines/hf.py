@@ -19,8 +19,9 @@ from almost_eval.models.loading import ATTENTION, load_weights
 from almost_eval.types import Completion, JSONObject
 
 if TYPE_CHECKING:
-    from almost_eval.engines.hf_loglikelihood import AttentionWindow, Limits
+    from almost_eval.engines.hf_loglikelihood import AttentionWindow, Limits, SharedPrefixScorer
     from almost_eval.engines.hf_probe import Probe
+    from almost_eval.engines.prefix import TokenTrie
 
 
 class HFEngine(CheckpointEngine):
@@ -39,6 +40,7 @@ class HFEngine(CheckpointEngine):
         max_length: a context length below the model's own.
         allow_pickle: accept pickled weights.
         trust_remote_code: run Python code that the checkpoint ships.
+        allow_unused_weights: accept tensors in the files that the model does not take.
 
     Raises:
         InputError: an unknown dtype or attention, a size below 1, or a `max_length` beyond the model's own.
@@ -60,6 +62,7 @@ class HFEngine(CheckpointEngine):
         max_length: int | None = None,
         allow_pickle: bool = False,
         trust_remote_code: bool = False,
+        allow_unused_weights: bool = False,
     ) -> None:
         if attention not in ATTENTION:
             raise InputError(f"unknown attention {attention!r}; {did_you_mean(attention, ATTENTION)}")
@@ -71,6 +74,7 @@ class HFEngine(CheckpointEngine):
             sizes={"batch size": batch_size, "batch tokens": batch_tokens},
             allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
+            allow_unused_weights=allow_unused_weights,
         )
         self.share_prefixes = share_prefixes
         self.batch_size = batch_size
@@ -94,6 +98,7 @@ class HFEngine(CheckpointEngine):
             device=self.device,
             attention=self._attention,
             trust_remote_code=self._trust_remote_code,
+            allow_unused=self._allow_unused_weights,
         )
         # What else a checkpoint's generation_config.json may hold (a repetition penalty, beams) would act unseen:
         # `SamplingParams` is all there is.
@@ -111,6 +116,7 @@ class HFEngine(CheckpointEngine):
             "batch_size": self.batch_size,
             "batch_tokens": self.batch_tokens,
             "context_length": self.context_length,
+            **self.identity(),
         }
 
     def stream(
@@ -119,7 +125,7 @@ class HFEngine(CheckpointEngine):
         """Yield (index, scores) of each wanted request as soon as it is known; see `LoglikelihoodEngine.stream`."""
         from almost_eval.engines import hf_loglikelihood as scoring
 
-        self._report = report = EngineReport()
+        self._report = report = EngineReport(warnings=self.notes)
         wanted = frozenset(range(len(requests)) if wanted is None else wanted)
         yield from scores_of_nothing(requests, wanted)
         if not any(request.continuations for request in requests):
@@ -146,7 +152,10 @@ class HFEngine(CheckpointEngine):
         if self.share_prefixes and not reason:
             report.path, report.tokens_computed = "shared-prefix", len(trie)
             scorer = scoring.SharedPrefixScorer(model, window)
-            results = scorer.stream(trie, requests, wanted, limits)
+            if self.dtype in ("bfloat16", "float16"):
+                results = self._stream_and_measure(scorer, trie, requests, wanted, limits, padding=not uneven)
+            else:
+                results = scorer.stream(trie, requests, wanted, limits)
         else:
             report.path, report.tokens_computed = "plain", scoring.plain_tokens(requests)
             scorer = scoring.PlainScorer(model, padding=not uneven)
@@ -154,6 +163,28 @@ class HFEngine(CheckpointEngine):
         yield from results
         if scorer.limits_used != limits and scorer.limits_used is not None:
             report.warnings.append(f"out of memory: went on with {scorer.limits_used.tokens} tokens in a batch")
+
+    def _stream_and_measure(
+        self,
+        scorer: SharedPrefixScorer,
+        trie: TokenTrie,
+        requests: Sequence[EncodedRequest],
+        wanted: frozenset[int],
+        limits: Limits,
+        *,
+        padding: bool,
+    ) -> Iterator[tuple[int, RequestScores]]:
+        """Yield as `stream` does, and measure rounding on a sample that a resumed run would take too."""
+        from almost_eval.engines.hf_rounding import measure_rounding, rounding_sample
+
+        sample = frozenset(rounding_sample(requests, len(trie)))
+        shared: dict[int, RequestScores] = {}
+        for index, scores in scorer.stream(trie, requests, wanted | sample, limits):
+            if index in sample:
+                shared[index] = scores
+            if index in wanted:
+                yield index, scores
+        self._report.rounding = measure_rounding(self.model, requests, shared, limits, padding=padding)
 
     def _probe(self, window: AttentionWindow) -> Probe:
         from almost_eval.engines.hf_probe import probe
@@ -190,11 +221,19 @@ class HFEngine(CheckpointEngine):
         if not prompts:
             return
         ids = self._prompt_ids(prompts, params)
-        self._report = EngineReport("generate")
+        self._report = EngineReport("generate", warnings=self.notes)
         done = generation.GenerationReport(self.batch_tokens or self._generation_tokens())
         yield from generation.stream_completions(
-            self.model, self.tokenizer, ids, params, done, max_sequences=self.batch_size
+            self.model,
+            self.tokenizer,
+            ids,
+            params,
+            done,
+            max_sequences=self.batch_size,
+            share_prefixes=self.share_prefixes,
         )
+        if done.not_shared:
+            self._report.warnings.append(f"prefixes are not shared: {done.not_shared}")
         if done.halved:
             self._report.warnings.append(f"out of memory: went on with {done.max_tokens} tokens in a batch")
 

@@ -8,6 +8,7 @@ draw from the same softmax (Gumbel-max): batching, resuming and reordering chang
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,8 +27,10 @@ from transformers import (
 )
 
 from almost_eval.engines.base import SamplingParams
+from almost_eval.engines.hf_header import SharedHeader
 from almost_eval.engines.hf_loglikelihood import out_of_memory
 from almost_eval.errors import RunError
+from almost_eval.models.reasoning import marker_tokens
 from almost_eval.models.stops import end_ids, first_stop
 from almost_eval.types import Completion
 
@@ -93,6 +96,8 @@ class GenerationReport:
     max_tokens: int
     """Tokens a batch may hold now: halved after each out-of-memory error."""
     halved: bool = False
+    not_shared: str | None = None
+    """Why the header of the prompts was read for every row; None where it was read once, or not to be shared."""
 
 
 def stream_completions(
@@ -103,6 +108,7 @@ def stream_completions(
     report: GenerationReport,
     *,
     max_sequences: int | None = None,
+    share_prefixes: bool = True,
 ) -> Iterator[tuple[int, list[Completion]]]:
     """Yield (index, `params.n` completions) of each prompt (token ids) when its last is known; longest prompts first.
 
@@ -113,6 +119,7 @@ def stream_completions(
         params: how to sample.
         report: `max_tokens` bounds rows x (prompt + new tokens) in one batch.
         max_sequences: rows in one batch, or None.
+        share_prefixes: read what all prompts of a batch begin with once.
 
     Raises:
         RunError: out of memory with a single row.
@@ -123,12 +130,15 @@ def stream_completions(
         )
     )
     done: dict[int, dict[int, Completion]] = {}
+    header = None
+    if share_prefixes and jobs:
+        header = SharedHeader(model, max(len(prompt) for prompt in prompts) + params.max_new_tokens)
     while jobs:
         width = len(prompts[jobs[0][0]]) + params.max_new_tokens
         rows = max(1, min(report.max_tokens // width, max_sequences or len(jobs), len(jobs)))
         batch = [jobs[i] for i in range(rows)]
         try:
-            completions = _batch(model, tokenizer, prompts, batch, params)
+            completions = _batch(model, tokenizer, prompts, batch, params, header)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
@@ -139,6 +149,7 @@ def stream_completions(
                 ) from error
             report.max_tokens, report.halved = rows * width // 2, True
             continue
+        report.not_shared = header.reason if header else None
         for _ in range(rows):
             jobs.popleft()
         for (p, c), completion in zip(batch, completions, strict=True):
@@ -155,6 +166,7 @@ def _batch(
     prompts: Sequence[NDArray[np.int32]],
     batch: Sequence[tuple[int, int]],
     params: SamplingParams,
+    header: SharedHeader | None,
 ) -> list[Completion]:
     ends = end_ids(model.generation_config.eos_token_id, tokenizer, params.stop)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
@@ -172,9 +184,11 @@ def _batch(
             processors.append(TopPLogitsWarper(params.top_p))
         processors.append(GumbelNoise([_generator(params.seed, prompts[p], c) for p, c in batch]))
     stops = StopStrings(tokenizer, params.stop, longest)
+    cache = header.rows([prompts[p] for p, _ in batch]) if header else None
     output = model.generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
+        **({} if cache is None else {"past_key_values": cache}),
         max_new_tokens=params.max_new_tokens,
         do_sample=False,
         temperature=None,
@@ -205,6 +219,11 @@ def _completion(
         if token in ends:
             ids, reason = ids[:at], "stop"
             break
+    if params.alone:
+        whole = text = _decode(tokenizer, ids)
+        for stop in params.stop:
+            text = text.partition(stop)[0]
+        return Completion(text, tuple(ids), reason if text == whole else "stop")
     text = _decode_after(tokenizer, before, ids)
     cut = first_stop(text, params.stop)
     if cut is not None:
@@ -214,9 +233,29 @@ def _completion(
 
 def _decode_after(tokenizer: PreTrainedTokenizerBase, before: int, ids: list[int]) -> str:
     """The text that `ids` add after the token `before`: SentencePiece decoders drop the space a text begins with."""
-    text = str(tokenizer.decode(ids, skip_special_tokens=True))
+    text = _decode(tokenizer, ids)
+    if not _marks(tokenizer).keys().isdisjoint(ids):
+        return text  # a thought's marks begin it
     lead = str(tokenizer.decode([before], skip_special_tokens=True))
     whole = str(tokenizer.decode([before, *ids], skip_special_tokens=True))
     return (
         whole[len(lead) :] if lead and whole.startswith(lead) and whole[len(lead) :].lstrip() == text.lstrip() else text
     )
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The text of `ids` without special tokens, but for those that mark a thought: skipped, it would read as answer."""
+    marks = _marks(tokenizer)
+    if marks.keys().isdisjoint(ids):
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+    pieces: list[str] = []
+    for is_mark, run in itertools.groupby(ids, key=marks.__contains__):
+        part = list(run)
+        pieces += [marks[i] for i in part] if is_mark else [str(tokenizer.decode(part, skip_special_tokens=True))]
+    return "".join(pieces)
+
+
+def _marks(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Id -> token of the special tokens that mark a thought."""
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in marker_tokens(tokenizer.all_special_tokens)}
+    return {i: token for token, i in ids.items() if isinstance(i, int)}

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from almost_eval.engines.hf_attention import BLOCK, ChunkPlan, LastLayer, attending
+from almost_eval.engines.hf_head import HALF, Head, corrected
 from almost_eval.engines.prefix import (
     Chunk,
     Collector,
@@ -122,13 +123,18 @@ class SharedPrefixScorer:
         model: a transformers causal LM.
         window: how far back its layers look.
         block: queries that attend together, see `hf_attention`.
+        dtype: of the mask: what the model computes in, or None for what its weights are stored in.
     """
 
-    def __init__(self, model: CausalLM, window: AttentionWindow, *, block: int = BLOCK) -> None:
+    def __init__(
+        self, model: CausalLM, window: AttentionWindow, *, block: int = BLOCK, dtype: torch.dtype | None = None
+    ) -> None:
         self.model = model
         self.window = window
         self.block = block
+        self.dtype = dtype or model.dtype
         self.last_layer = LastLayer.of(model)
+        self.head = Head(model) if model.dtype in HALF else None
         self.device = model.device
         self.limits_used: Limits | None = None
 
@@ -187,7 +193,7 @@ class SharedPrefixScorer:
         plan = ChunkPlan(allowed, masks, rows=few, last=last.attention if last else None, block=self.block)
         # An accelerator takes a chunk's attention in one kernel; blocks would be many small ones.
         blocks = attending(self.model, plan) if self.device.type == "cpu" else nullcontext()
-        with blocks, last.reading(few, len(token)) if last else nullcontext():
+        with blocks, last.reading(few, len(token)) if last else nullcontext(), self.head or nullcontext():
             logits = self.model(
                 input_ids=token[None],
                 position_ids=depth[None],
@@ -196,7 +202,7 @@ class SharedPrefixScorer:
                 use_cache=True,
                 logits_to_keep=read,
             ).logits[0]  # (rows, vocabulary)
-        return read_logits(logits, row_of, trie.targets.token[chunk.targets])
+        return read_logits(logits, row_of, trie.targets.token[chunk.targets], self.head)
 
     def _visible(self, depth: torch.Tensor, end: torch.Tensor) -> dict[str, torch.Tensor]:
         """Kind of layer -> (n, past + n) bool: True where the key is an ancestor of the query or itself, and near."""
@@ -216,9 +222,8 @@ class SharedPrefixScorer:
 
     def _additive(self, allowed: torch.Tensor) -> torch.Tensor:
         """(1, 1, n, past + n) mask to be added to the scores."""
-        dtype = self.model.dtype
-        mask = torch.zeros(allowed.shape, dtype=dtype, device=self.device)
-        return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[None, None]
+        mask = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device)
+        return mask.masked_fill_(~allowed, torch.finfo(self.dtype).min)[None, None]
 
     def _advance(self, trie: TokenTrie, chunk: Chunk, cache: Cache) -> None:
         """Leave in the cache the path to the next chunk. A skipped chunk left no keys: zeros hold their place.
@@ -250,6 +255,7 @@ class PlainScorer:
     def __init__(self, model: CausalLM, *, pad_id: int = 0, padding: bool = True) -> None:
         self.model = model
         self.pad_id = pad_id
+        self.head = Head(model) if model.dtype in HALF else None
         self.padding = padding
         """False where this model's answer changes with left padding: then only rows of one length share a batch."""
         self.limits_used: Limits | None = None
@@ -327,11 +333,12 @@ class PlainScorer:
             extra["position_ids"] = (real.cumsum(1) - 1).clamp(min=0).to(device)
             extra["attention_mask"] = real.to(device)
         # (B, keep, V)
-        logits = self.model(input_ids=ids.to(device), use_cache=False, logits_to_keep=keep, **extra).logits
+        with self.head or nullcontext():
+            logits = self.model(input_ids=ids.to(device), use_cache=False, logits_to_keep=keep, **extra).logits
         scores = []
         for row, continuation in enumerate(batch):
             n = len(continuation.scored)
-            logprob, greedy = read_logits(logits[row, -n:], np.arange(n), continuation.scored)
+            logprob, greedy = read_logits(logits[row, -n:], np.arange(n), continuation.scored, self.head)
             scores.append(ContinuationScore(float(logprob.sum()), bool(greedy.all()), n))
         return scores
 
@@ -347,7 +354,7 @@ def plain_tokens(requests: Sequence[EncodedRequest]) -> int:
 
 
 def read_logits(
-    logits: torch.Tensor, row: NDArray[np.int64], token: NDArray[np.int32]
+    logits: torch.Tensor, row: NDArray[np.int64], token: NDArray[np.int32], head: Head | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Read log p(token[i] | row[i]) in nats, and whether it is the row's most likely token.
 
@@ -355,13 +362,18 @@ def read_logits(
         logits: (rows, vocabulary), any float dtype; the softmax is taken in float32.
         row: (n,) rows to read.
         token: (n,) ids to read there.
+        head: in half precision, what listened while the logits were made.
     """
     rows = torch.from_numpy(np.asarray(row)).to(logits.device)
     ids = torch.from_numpy(token.astype(np.int64)).to(logits.device)
-    logits = logits.float()
-    normaliser = logits.logsumexp(-1)  # (rows,)
-    logprob = logits[rows, ids] - normaliser[rows]  # (n,) log p, nats
-    greedy = logits.argmax(-1)[rows] == ids  # (n,)
+    better = corrected(head, logits, rows, ids) if head else None
+    if better is not None:
+        logprob, greedy = better
+    else:
+        logits = logits.float()
+        normaliser = logits.logsumexp(-1)  # (rows,)
+        logprob = logits[rows, ids] - normaliser[rows]  # (n,) log p, nats
+        greedy = logits.argmax(-1)[rows] == ids  # (n,)
     return logprob.double().cpu().numpy(), greedy.cpu().numpy()
 
 

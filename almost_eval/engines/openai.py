@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.openai_client import OpenAIClient
@@ -69,11 +71,18 @@ class OpenAIEngine(OpenAIClient):
                 extra_body={"stop": list(params.stop[:MAX_STOPS])} if params.stop else None,
             )
             choice = answer.choices[0]
-            return _cut(choice.text or "", choice.finish_reason, params.stop)
+            completion = _cut(choice.text or "", choice.finish_reason, params.stop)
+            return replace(completion, reasoning=own_reasoning(choice))
         except openai.OpenAIError as error:
             self.fail(error)
         except (AttributeError, LookupError, TypeError, ValueError):
             raise self.unreadable("a completion") from None
+
+
+def own_reasoning(choice: Any) -> str:
+    """The thought that a server delivers beside the text, in `reasoning_content` or `reasoning`; empty without one."""
+    fields = (getattr(choice, name, None) for name in ("reasoning_content", "reasoning"))
+    return next((field for field in fields if isinstance(field, str) and field), "")
 
 
 def _cut(text: str, finish_reason: str | None, stop: Sequence[str]) -> Completion:

@@ -49,6 +49,10 @@ class EndpointModel:
         """sha256 over the weight files, or None: an endpoint does not tell what its weights are."""
         return self.folder.weight_digest() if self.folder else None
 
+    def file_digests(self) -> dict[str, str] | None:
+        """sha256 of each file beside the weights; None where they are not at hand."""
+        return self.folder.file_digests() if self.folder else None
+
 
 class OpenAIClient:
     """One model behind one endpoint.

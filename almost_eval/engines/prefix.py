@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from almost_eval.errors import TemplateError
+from almost_eval.models.openings import Opening
 from almost_eval.types import ContinuationScore, LoglikelihoodRequest
 
 if TYPE_CHECKING:
@@ -74,23 +75,18 @@ class TokenEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        probe = list(tokenizer("a", add_special_tokens=False)["input_ids"])
-        full = list(tokenizer("a")["input_ids"])
-        at = next((i for i in range(len(full)) if full[i : i + len(probe)] == probe), 0)
-        self.special_prefix: tuple[int, ...] = tuple(full[:at])
-        self.bos = tokenizer.bos_token or ""
+        self.opening = Opening.of(tokenizer)
+        self.special_prefix: tuple[int, ...] = self.opening.ids
         self.boundary_merges = 0
         """Continuations whose first token swallowed the end of the context: scored from that token on."""
 
     def encode_texts(self, texts: Sequence[str]) -> list[Ids]:
-        """Ids of each text; texts that already start with the BOS string (chat templates) get no second one."""
+        """Ids of each text; texts that bring their opening (chat templates) get no second one."""
         encoded: list[Ids] = []
-        prefix = list(self.special_prefix)
         for begin in range(0, len(texts), 512):  # blocks, so that the encoder's own objects stay few
             block = list(texts[begin : begin + 512])
             for text, ids in zip(block, self.tokenizer(block, add_special_tokens=False)["input_ids"], strict=True):
-                own_bos = bool(self.bos) and text.startswith(self.bos)
-                encoded.append(np.array(ids if own_bos else prefix + ids, dtype=np.int32))
+                encoded.append(np.array(self.opening.before(text, ids), dtype=np.int32))
         return encoded
 
     def encode(self, requests: Sequence[LoglikelihoodRequest]) -> list[EncodedRequest]:

@@ -14,14 +14,16 @@ from typing import Any, Literal, Protocol
 
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.build import EngineOptions, generation_engine
-from almost_eval.errors import InputError, StoreError
+from almost_eval.errors import InputError, RunError, StoreError
 from almost_eval.files import LineWriter, read_records, repair_end, write_rows
 from almost_eval.judge.questions import answer_line, over_long, read_answers
 from almost_eval.judge.records import Answer, Question
 from almost_eval.models.chat import ChatTemplate, load_template, special_tokens
-from almost_eval.models.reasoning import opens_thought, split_reasoning
+from almost_eval.models.reasoning import split_reasoning
 from almost_eval.progress import Progress
 from almost_eval.run import provenance
+from almost_eval.run.texts import split_completion, unscored_reason
+from almost_eval.tasks.base import ReasoningRule
 from almost_eval.types import JSONObject, Message
 
 MAX_ANSWER_CHARS = 100_000
@@ -48,6 +50,8 @@ class Sampling:
     """See `load_template`; its stop strings end an answer."""
     stop: tuple[str, ...] = ()
     """Strings that end an answer, besides the template's own and EOS."""
+    reasoning: ReasoningRule = "strip"
+    """What becomes of a thought before an answer; what is stripped is kept in the answer's metadata."""
 
 
 class System(Protocol):
@@ -135,7 +139,6 @@ class ModelSystem:
         questions: one user turn each.
         sampling: how to draw.
         options: which engine, and how.
-        reasoning: what becomes of thoughts in its answers; see `less_thoughts`.
 
     Raises:
         InputError: a prompt leaves no room for `max_new_tokens`; whatever the engine refuses.
@@ -148,20 +151,17 @@ class ModelSystem:
         questions: Sequence[Question],
         sampling: Sampling,
         options: EngineOptions | None = None,
-        *,
-        reasoning: AnswerReasoning = "strip",
     ) -> None:
         self.name = Path(model).name if Path(model).is_dir() else model
         self.notes: list[str] = []
-        self._reasoning = reasoning
         self._questions = questions
         self._sampling = sampling
         engine: Any = generation_engine(model, options)
         self.engine = engine
         tokenizer = getattr(engine, "tokenizer", None)
         self.template: ChatTemplate | None = load_template(sampling.template, tokenizer)
-        tokens = special_tokens(tokenizer) if tokenizer is not None else {}
-        self.prompts = [self._render(question, tokens) for question in questions]
+        self._tokens = special_tokens(tokenizer) if tokenizer is not None else {}
+        self.prompts = [self._render(question, self._tokens) for question in questions]
         self._refuse_long()
         checkpoint = getattr(engine, "checkpoint", None)
         self._spec = {
@@ -169,20 +169,16 @@ class ModelSystem:
             "source": "model",
             "architecture": checkpoint.architecture if checkpoint else None,
             "weight_digest": checkpoint.weight_digest() if checkpoint else None,
+            "model_files": checkpoint.file_digests() if checkpoint else None,
             "engine": engine.settings(),
-            "template": {
-                "name": self.template.name,
-                "digest": self.template.digest,
-                "text": self.template.source,
-            }
-            if self.template
-            else None,
+            "template": self.template.to_dict() if self.template else None,
             "sampling": {
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
                 "max_new_tokens": sampling.max_new_tokens,
                 "seed": sampling.seed,
                 "stop": list(self._stop),
+                **({} if sampling.reasoning == "strip" else {"reasoning": sampling.reasoning}),
             },
         }
 
@@ -193,6 +189,14 @@ class ModelSystem:
     def spec(self) -> JSONObject:
         """Weights, engine, template and sampling."""
         return self._spec
+
+    def adopt_date(self, stored: JSONObject) -> None:
+        """Let the template write the time that it wrote when the run began, of whose spec `stored` is the part."""
+        now = (stored.get("template") or {}).get("now")
+        if self.template is not None and self.template.now and now:
+            self.template = replace(self.template, now=now)
+            self.prompts = [self._render(question, self._tokens) for question in self._questions]
+            self._spec["template"] = self.template.to_dict()
 
     def known(self) -> None:
         """None: they are yet to be written."""
@@ -223,13 +227,20 @@ class ModelSystem:
             ):
                 for place, [completion] in self.engine.stream_completions([self.prompts[i] for i in todo], params):
                     question = self._questions[todo[place]]
+                    prompt = self.prompts[todo[place]]
+                    part = split_completion(self._sampling.reasoning, prompt, completion)
                     made = {"finish_reason": completion.finish_reason, "sampling": self._spec["sampling"]}
-                    opened = opens_thought(self.prompts[todo[place]])
-                    answer = Answer(question.id, completion.text.strip(), self.name, made)
-                    answer = less_thoughts(answer, self._reasoning, opened=opened)
+                    if part.thought is not None:
+                        made |= {"reasoning": part.thought, "unscored": unscored_reason(self._sampling.reasoning, part)}
+                    answer = Answer(question.id, part.answer.strip(), self.name, made)
                     lines.append(answer_line(answer, question))
                     answers[question.id] = answer
                     advance(1)
+        if (checkpoint := getattr(self.engine, "checkpoint", None)) and (
+            checkpoint.file_digests() != self._spec["model_files"]
+            or checkpoint.weight_digest() != self._spec["weight_digest"]
+        ):
+            raise RunError(f"{self.name} was changed while it answered: remove {file.parent.parent}, and run it again")
         self.engine = None  # two models need not fit in memory at a time
         return {question.id: answers[question.id] for question in self._questions}
 
@@ -272,7 +283,7 @@ def open_system(
     """
     if is_answer_file(name):
         return ArchivedSystem(Path(name), questions, limit=limit, subset=subset, reasoning=reasoning, choice=choice)
-    return ModelSystem(name, questions, sampling, options, reasoning=reasoning)
+    return ModelSystem(name, questions, sampling, options)
 
 
 def less_thoughts(answer: Answer, reasoning: AnswerReasoning, *, opened: bool = False) -> Answer:

@@ -20,12 +20,17 @@ from almost_eval.judge.api.journal import Journal
 from almost_eval.judge.api.session import ClientStats
 from almost_eval.judge.prompts import JudgePrompts
 from almost_eval.judge.records import Failure, JudgeRequest, Pair, Question, Reply, Unparsed, Verdict
+from almost_eval.run.texts import CUT, REFUSED
 from almost_eval.types import JSONMapping, JSONObject, Message, SampleRecord
 
+UNANSWERED = frozenset({CUT, REFUSED})
+"""The reasons of a pair that is not judged, as thoughts leave one of its answers out."""
 UNPARSED = "unparsed"
 """The reason of a review whose verdict cannot be read."""
 
-LASTING = frozenset({"content_filter", "refusal", "too_long", "context_too_long", "non_finite", THOUGHT_ONLY, UNPARSED})
+LASTING = frozenset(
+    {"content_filter", "refusal", "too_long", "context_too_long", "non_finite", THOUGHT_ONLY, UNPARSED, *UNANSWERED}
+)
 """Reasons that would come again. A review with another one is requested anew when the command is repeated."""
 
 
@@ -39,6 +44,13 @@ class Judgement:
     """`unparsed`, or why there is no review: `timeout`, `http_500`, `context_too_long`, ..."""
     outputs: JSONObject
     """The review and how it came about, as JSON."""
+
+
+def without_answer(pair: Pair) -> Judgement | None:
+    """What becomes of a pair that lacks an answer, as there was a thought alone; None where there are two to judge."""
+    reasons = [answer.metadata.get("unscored") for answer in (pair.answer_1, pair.answer_2)]
+    reason = next((reason for reason in reasons if reason in UNANSWERED), None)
+    return None if reason is None else Judgement(None, reason, {})
 
 
 class Judge(Protocol):

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 from almost_eval.errors import StoreError, problem_of
-from almost_eval.judge.judges import UNPARSED, Judgement
+from almost_eval.judge.judges import UNANSWERED, UNPARSED, Judgement
 from almost_eval.judge.questions import truncate_answers
 from almost_eval.judge.records import Answer, Order, Pair, Question, Review, Verdict
 from almost_eval.run.validity import Validity, check
@@ -19,7 +19,7 @@ ORDERS: dict[str, tuple[Order, ...]] = {
 }
 """What `--orders` names."""
 
-SCORING = frozenset({UNPARSED, "non_finite", "context_too_long"})
+SCORING = frozenset({UNPARSED, "non_finite", "context_too_long", *UNANSWERED})
 """Reasons that `validity.check` counts by itself; a review with any other is missing."""
 
 

@@ -112,6 +112,7 @@ class RewardJudge(LocalJudge):
             "name": self.name,
             "kind": self.kind,
             "weight_digest": model.checkpoint.weight_digest(),
+            "model_files": model.checkpoint.file_digests(),
             "template": model.template.digest,
             "engine": model.settings(),
         }

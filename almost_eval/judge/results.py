@@ -17,7 +17,7 @@ from almost_eval.errors import InputError, StoreError
 from almost_eval.judge.aggregate import Orders, Ties, aggregate, round_robin
 from almost_eval.judge.answers import answer_files, digest_answers
 from almost_eval.judge.api.endpoint import THOUGHT_ONLY
-from almost_eval.judge.judges import UNPARSED, Judgement, verdict_fields
+from almost_eval.judge.judges import UNPARSED, Judgement, verdict_fields, without_answer
 from almost_eval.judge.lines import ORDERS, check_reviews, couples, record_of, reviews_of
 from almost_eval.judge.local import judge_by_oracle, judge_by_reward
 from almost_eval.judge.prompts import load_family, parse_review
@@ -202,6 +202,8 @@ class StoredRun:
 
     def _judgement(self, pair: Pair, record: SampleRecord, outputs: JSONObject, family: str | None) -> Judgement:
         judge = self.spec["settings"]["judge"]
+        if (unjudged := without_answer(pair)) is not None:
+            return unjudged
         if judge["kind"] == "oracle":
             return judge_by_oracle(pair)
         if judge["kind"] == "reward" and outputs.get("rewards"):
@@ -249,4 +251,4 @@ def redraw(folder: Path, *, ties: Ties | None = None, orders: Orders = "both", f
         if run.spec["settings"]["judge"]["kind"] != "model":
             raise InputError(f"--prompt-family: the judge {run.spec['protocol']!r} wrote no reviews to read")
         records = [run.again(record, family) for record in records]
-    return run.summarise(records, ties=ties, orders=orders)
+    return {**run.summarise(records, ties=ties, orders=orders), "orders": have if orders == "both" else orders}

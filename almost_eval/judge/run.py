@@ -7,22 +7,24 @@ that may pass (a timeout, a budget) has a line that says so. The same command re
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from almost_eval.files import write_rows
+from almost_eval.files import read_json, write_rows
 from almost_eval.judge.answers import (
     AnswerReasoning,
     Answers,
+    ModelSystem,
     System,
     answer_files,
     digest_answers,
     distinct,
     question_line,
 )
-from almost_eval.judge.judges import LASTING, Judge, ModelJudge, shown
+from almost_eval.judge.judges import LASTING, Judge, ModelJudge, shown, without_answer
 from almost_eval.judge.lines import ORDERS, check_reviews, couples, record_of
 from almost_eval.judge.records import Answer, Question
 from almost_eval.judge.results import summarise
@@ -115,6 +117,7 @@ class JudgeRun:
             "model_name": self.title(),
             "architecture": model.get("architecture"),
             "weight_digest": model.get("weight_digest"),
+            "model_files": model.get("model_files"),
             "engine": model.get("engine") or {"name": "file", "dtype": None, "device": None},
             "template": model.get("template"),
             "template_asked": True,
@@ -151,6 +154,11 @@ class JudgeRun:
         """
         progress = progress or Progress()
         started = time.perf_counter() if started is None else started
+        if (folder / "spec.json").is_file():
+            stored = read_json(folder / "spec.json").get("settings", {}).get("systems", {})
+            for system, part in zip(self.systems, stored.values(), strict=False):
+                if isinstance(system, ModelSystem):
+                    system.adopt_date(part)
         spec = self.spec()
         with RunStore(folder, spec) as store, self.judge.open(folder, progress.notice):
             write_rows(folder / "questions.jsonl", map(question_line, self.questions), ascii_only=True)
@@ -171,7 +179,9 @@ class JudgeRun:
             if known := len(ids) - len(missing):
                 progress.note(f"going on in {folder}: {known} of {len(ids)} reviews are there")
             with progress.track(f"{TASK} {self.judge.name}", len(ids), known) as advance:
-                for at, judgement in self.judge.stream(pairs, missing):
+                without = {at: judgement for at in missing if (judgement := without_answer(pairs[at])) is not None}
+                asked = self.judge.stream(pairs, [at for at in missing if at not in without])
+                for at, judgement in itertools.chain(without.items(), asked):
                     store.append(record_of(pairs[at], judgement, id=ids[at], cut=cuts[at]))
                     advance(1)
             records = [store.done[id] for id in ids]
@@ -180,9 +190,15 @@ class JudgeRun:
             warnings = [*self.judge.warnings(), *(note for system in self.systems for note in system.notes)]
             if spec["commit"] != begun["commit"]:
                 warnings.append(f"begun on commit {begun['commit']}, ended on {spec['commit']}")
+            for system, mine in zip(self.systems, answers, strict=True):
+                if cut := sum((a.metadata or {}).get("finish_reason") == "length" for a in mine.values()):
+                    warnings.append(
+                        f"{cut} of {len(mine)} answers of {system.name} were cut at the limit of new tokens"
+                    )
             digests = {s.name: digest_answers(a) for s, a in zip(self.systems, answers, strict=True)}
             engine = {"path": "judge", "warnings": warnings}
             results = summarise(records, begun, validity, engine, digests)
+            results["orders"] = self.orders
             results["timing"] = {
                 "seconds": round(time.perf_counter() - started, 3),
                 "samples_computed_now": len(missing),

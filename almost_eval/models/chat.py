@@ -28,8 +28,9 @@ import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from almost_eval.errors import TemplateError, did_you_mean
+from almost_eval.models.openings import Opening
 from almost_eval.models.stops import STOP_STRINGS, template_file
-from almost_eval.types import Conversation, Message
+from almost_eval.types import Conversation, JSONObject, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,11 +82,18 @@ class ChatTemplate:
     """Jinja."""
     stop: tuple[str, ...] = ()
     """Strings that end an answer, besides EOS."""
+    now: str | None = None
+    """The time that the template writes, ISO, where it writes one: part of the spec, and kept while a run goes on."""
 
     @property
     def digest(self) -> str:
         """sha256 of the source, hex: goes into `spec.json`, where a name alone would not pin the prompt."""
         return hashlib.sha256(self.source.encode()).hexdigest()
+
+    def to_dict(self) -> JSONObject:
+        """What a spec holds of it."""
+        plain: JSONObject = {"name": self.name, "digest": self.digest, "text": self.source}
+        return plain if self.now is None else {**plain, "now": self.now}
 
     def render(
         self,
@@ -100,7 +108,7 @@ class ChatTemplate:
         `response_prefix` is the beginning of the answer, which the model is to continue: it follows the generation
         prompt (and implies it) verbatim, after one space where neither side of the seam has whitespace.
         """
-        variables = {
+        variables: dict[str, Any] = {
             **special_tokens,
             "messages": [message.to_dict() for message in conversation],
             "add_generation_prompt": add_generation_prompt or bool(response_prefix),
@@ -108,6 +116,9 @@ class ChatTemplate:
             "tools": None,
             "documents": None,
         }
+        if self.now is not None:
+            moment = datetime.fromisoformat(self.now)
+            variables["strftime_now"] = moment.strftime
         try:
             text = _compile(self.source).render(variables)
         except _TEMPLATE_FAULTS as error:
@@ -141,7 +152,8 @@ def load_template(choice: str, tokenizer: PreTrainedTokenizerBase | None = None)
     if choice.partition(":")[0] == "tokenizer" and not os.path.isfile(choice):
         return _named_template(choice, tokenizer)
     if choice == "auto":
-        return _own_template(tokenizer) or _built_in("almost")
+        own = _own_template(tokenizer)
+        return _settled(own, tokenizer) if own else _built_in("almost")
     if choice in STOP_STRINGS:
         return _built_in(choice)
     if not os.path.isfile(choice):  # not Path.is_file, which raises for a name that is too long
@@ -151,7 +163,30 @@ def load_template(choice: str, tokenizer: PreTrainedTokenizerBase | None = None)
         source = Path(choice).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise TemplateError(f"chat template {choice!r} cannot be read as UTF-8 text: {error}") from error
-    return ChatTemplate(choice, source).check()
+    return _settled(ChatTemplate(choice, source).check(), tokenizer)
+
+
+def _settled(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase | None) -> ChatTemplate:
+    """With the time it writes, and with the end of turn it writes, where the model's EOS is another token."""
+    now = datetime.now().isoformat(timespec="seconds") if "strftime_now" in template.source else None
+    end = _end_of_turn(template, tokenizer)
+    return replace(template, now=now, stop=(end,) if end else template.stop)
+
+
+def _end_of_turn(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase | None) -> str | None:
+    """The added token that the template writes right after an answer, unless it is EOS, which ends one anyhow."""
+    added = getattr(tokenizer, "added_tokens_decoder", None)
+    if tokenizer is None or not added:
+        return None
+    tokens, mark = special_tokens(tokenizer), "an answer of its own kind"
+    try:
+        text = template.render((Message("user", "a"), Message("assistant", mark)), special_tokens=tokens)
+    except TemplateError:
+        return None  # a template of one role, say: what it cannot write is refused where it is asked to
+    _, seam, after = text.rpartition(mark)
+    starts = [str(token) for token in added.values() if str(token).strip() and after.lstrip().startswith(str(token))]
+    end = max(starts, key=len, default=None) if seam else None
+    return None if end == tokens.get("eos_token") else end
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
@@ -227,6 +262,7 @@ def _compile(source: str) -> jinja2.Template:
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
+    # What `load_template` read has a time of its own, which hides this one.
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(source)
 
@@ -270,14 +306,8 @@ class MaskedTokens:
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a rendered text: BOS once where tokenizer or template wants it, and no EOS but the text's own."""
-    ids = list(tokenizer.encode(text, add_special_tokens=False))
-    bos = special_tokens(tokenizer).get("bos_token")
-    if bos is None or text.lstrip().startswith(bos):
-        return ids
-    # A letter, not "": where BOS and EOS are one token, an empty text cannot tell which of the two was added.
-    adds_bos = list(tokenizer.encode("a"))[:1] == [tokenizer.bos_token_id]
-    return [tokenizer.bos_token_id, *ids] if adds_bos else ids
+    """Token ids of a rendered text: its opening once (see `Opening`), and no EOS but the text's own."""
+    return Opening.of(tokenizer).before(text, list(tokenizer.encode(text, add_special_tokens=False)))
 
 
 def encode_with_completion_mask(

@@ -17,7 +17,7 @@ byte; whitespace between a thought and the answer goes with the thought.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 _NAMES = "think|thinking|thought|thoughts|reasoning|seed:think|antthinking"
@@ -41,6 +41,7 @@ _MESSAGE = re.compile(
     re.DOTALL,
 )
 _BARE_CHANNELS = re.compile(r"\s*analysis(?=\S)(?P<thought>.*?)assistant\s?final(?P<answer>.*)", re.DOTALL)
+_CHANNEL_TOKEN = re.compile(r"<\|(?:start|channel|message|end|constrain|return|call)\|>")
 _BARE_CUT = re.compile(r"\s*analysis(?=[A-Z])")
 
 
@@ -101,6 +102,16 @@ def opens_thought(prompt: str) -> bool:
     tags = list(_TAG.finditer(end, max(0, len(end) - 200)))
     last = tags[-1] if tags else None
     return last is not None and last.end() == len(end) and last["close"] is None
+
+
+def marker_tokens(special_tokens: Iterable[str]) -> frozenset[str]:
+    """Those of a tokenizer's special tokens that mark a thought: a decoder that skips them makes it part of the answer.
+
+    `<|end|>` and its like are of a channel only where there are channels; elsewhere they end a turn.
+    """
+    tokens = set(special_tokens)
+    channels = {token for token in tokens if "<|channel|>" in tokens and _CHANNEL_TOKEN.fullmatch(token)}
+    return frozenset(channels | {token for token in tokens if _TAG.fullmatch(token)})
 
 
 def _paragraphs(parts: list[str]) -> str:

@@ -5,13 +5,14 @@ that format is over, besides EOS, as a model may open the next turn itself. The 
 new template is one file and one line.
 
 Two rules follow from them, each stated once. In-process evaluation ends an answer at `ChatTemplate.stop`: a template of
-the tokenizer's own has none, and what its model writes is scored as it is. A server ends a chat at `stop_strings`:
-there the tokenizer's template has those of the built-in format that it is.
+the tokenizer's own has the token that it writes after an answer, where the checkpoint's EOS is another one. A server
+ends a chat at `stop_strings`: there the tokenizer's template has those of the built-in format that it is.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -19,16 +20,13 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_OPENING_LINE = re.compile(r"\A\{\{- (?:bos_token|'[^'\n]*') -\}\}\n")
 _FOLDER = Path(__file__).with_name("templates")
 
 STOP_STRINGS: dict[str, tuple[str, ...]] = {
     name: tuple(stop) for name, stop in json.loads((_FOLDER / "stop_strings.json").read_text(encoding="utf-8")).items()
 }
 """Name of a built-in template -> the strings that end an answer."""
-
-BOS_LINE = "{{- bos_token -}}\n"
-"""Training puts this in front of a built-in template where the tokenizer adds BOS: other programs render a chat and add
-no special token of their own."""
 
 
 class AnswerFormat(Protocol):
@@ -53,9 +51,10 @@ def template_file(name: str) -> Path:
 def stop_strings(template: AnswerFormat) -> tuple[str, ...]:
     """The strings that end an answer, besides EOS.
 
-    A tokenizer's own template has those of the built-in one whose text it is, with or without `BOS_LINE`.
+    A tokenizer's own template has those of the built-in one whose text it is, with or without the line that training
+    puts in front where the tokenizer adds BOS (`Opening.line`): other programs add no special token of their own.
     """
-    source = template.source.removeprefix(BOS_LINE)
+    source = _OPENING_LINE.sub("", template.source)
     alike = (name for name in STOP_STRINGS if template_file(name).read_text(encoding="utf-8") == source)
     return template.stop or STOP_STRINGS.get(next(alike, ""), ())
 
@@ -76,5 +75,9 @@ def end_ids(
         stop: stop strings. One that is a special token never shows in the decoded text, so it ends by its id.
     """
     ids = [*(stated if isinstance(stated, Sequence) else [stated]), tokenizer.eos_token_id]
-    ids += [tokenizer.convert_tokens_to_ids(text) for text in stop if text in tokenizer.all_special_tokens]
-    return frozenset(int(i) for i in ids if i is not None)
+    # Not all special tokens have a name in the config; the decoder leaves them out all the same.
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    special = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
+    ids += [tokenizer.convert_tokens_to_ids(text) for text in stop if text in special]
+    # An id beyond the vocabulary, as some configs hold, is never written, and no embedding has it.
+    return frozenset(int(i) for i in ids if i is not None and 0 <= int(i) < len(tokenizer))

@@ -5,6 +5,8 @@ Also the cache of this package: a folder in it appears whole or not at all, and 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -90,12 +92,38 @@ def cache_dir() -> Path:
 
 
 def cached(name: str, build: Callable[[Path], Path]) -> Path:
-    """The folder `name` of the cache, built on first use. Of two processes that build it at once, the first wins."""
-    path = cache_dir() / name
+    """The folder `name` of the cache, built on first use. Of two processes that build it at once, the first wins.
+
+    Raises:
+        InputError: a file in it is not what was built.
+    """
+    path = cache_dir() / f"{name}-2"  # folders without a number are of versions that kept no digests
     if not path.is_dir():
         try:
-            build(path)
+            with whole_folder(path) as folder:
+                build(folder)
+                (folder / DIGESTS).write_text(json.dumps(_digests(folder), indent=1), encoding="utf-8")
         except InputError:
             if not path.is_dir():  # otherwise the other process has finished the same folder meanwhile
                 raise
+    _check_unchanged(path)
     return path
+
+
+DIGESTS = ".digests.json"
+"""In a folder of the cache: its files as they were built, name -> sha256."""
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != DIGESTS)
+    return {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def _check_unchanged(folder: Path) -> None:
+    try:
+        built = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
+        differ = sorted(name for name, _ in built.items() ^ _digests(folder).items())
+    except (OSError, ValueError, AttributeError):
+        differ = [DIGESTS]
+    if differ:
+        raise InputError(f"{folder / differ[0]} is not as it was built; remove {folder}, and it is built again")

@@ -26,10 +26,16 @@ CHECK_ROWS = {
 }
 """Metric -> what it is called in a table."""
 
+ORDERS_IN_WORDS = {
+    "both": ("both orders",),
+    "forward": ("forward order only, the baseline is Assistant 1",),
+    "reverse": ("reverse order only, the model is Assistant 1",),
+}
+
 
 def print_judged(results: JSONMapping, console: Console) -> None:
     """The table of a run of `vicuna` or of a judge's check."""
-    title = f"judge {results['protocol']}"
+    title = " · ".join([f"judge {results['protocol']}", *ORDERS_IN_WORDS.get(results.get("orders", ""), ())])
     if results["task"] == "judge-check":
         _print_check(results, console)
     elif "names" in results["judging"]:

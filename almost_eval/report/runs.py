@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from almost_eval.compare.differences import measure_of
 from almost_eval.errors import InputError
 from almost_eval.run.prompt_log import SamplePrompts, read_prompts
 from almost_eval.run.store import read_results, read_samples, read_spec
@@ -115,6 +117,7 @@ class LoadedRun:
             self.baseline_system,
             self.spec["data"]["fingerprint"],
             prompts.get("digest"),
+            json.dumps(measure_of(self.spec), sort_keys=True),
         )
 
 

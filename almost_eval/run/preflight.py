@@ -95,10 +95,14 @@ def _check_labels(task: Task, prepared: Prepared, engine: Any) -> None:
 def _check_bos(prepared: Prepared, engine: Any) -> None:
     """BOS in front as often as the tokenizer itself would put it: doubled or lost, every number would be off."""
     tokenizer = getattr(engine, "tokenizer", None)
-    bos = getattr(tokenizer, "bos_token_id", None)
-    if tokenizer is None or bos is None:
+    opening = getattr(getattr(engine, "encoder", None), "opening", None)
+    if tokenizer is None or opening is None:
         return
-    own = list(engine.encoder.special_prefix).count(bos)
+    # The config need not name what the tokenizer writes first.
+    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else next(iter(opening.ids), None)
+    if bos is None:
+        return
+    own = list(opening.ids).count(bos)
     blank: dict[int, bool] = {}
 
     def in_front(ids: Ids) -> int:
@@ -115,7 +119,7 @@ def _check_bos(prepared: Prepared, engine: Any) -> None:
 
     for request in prepared.requests:
         context = request.request.context
-        expected = max(own, int(bool(engine.encoder.bos) and context.startswith(engine.encoder.bos)))
+        expected = max(own, int(opening.is_written(context)))
         if context and (count := in_front(request.continuations[0].prefix)) != expected:
             raise TemplateError(
                 f"the prompt begins with {count} BOS tokens, the tokenizer's own encoding with {expected}: the "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -43,9 +44,12 @@ def commit() -> str | None:
 
 
 def _git(folder: Path, *arguments: str) -> str:
+    # Without its variables: in a hook of another repository they name that one, whatever the folder.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     done = subprocess.run(
         ["git", *arguments],
         cwd=folder,
+        env=environment,
         capture_output=True,
         text=True,
         check=True,

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from almost_eval.engines.base import Described, SamplingParams
-from almost_eval.errors import InputError
+from almost_eval.errors import InputError, RunError, TemplateError
+from almost_eval.files import read_json
 from almost_eval.progress import Progress
 from almost_eval.run import provenance
 from almost_eval.run.preflight import Prepared, describe, prepare
 from almost_eval.run.prompt_log import Prompt, SamplePrompts, write_prompts
 from almost_eval.run.store import RunStore, default_folder, origin
+from almost_eval.run.texts import score_texts, text_outputs
 from almost_eval.run.validity import ALLOWED, Validity, check
 from almost_eval.tasks.base import GenerationRequest, Task, loglikelihood_outputs, reward_outputs
 from almost_eval.tasks.facts import PROMPT_SETTINGS
@@ -68,13 +70,37 @@ class Run:
         if self.task.requires == "loglikelihood":
             if hasattr(self.model, "check_scores"):  # an endpoint: not each can
                 self.model.check_scores()
-            self.prepared = prepare(self.task, self.model, self.samples)
-            self.truncated = dict(enumerate(self.prepared.truncated))
+            self._prepare()
         elif self.task.requires == "reward" and not any(self._fits(i) for i in range(len(self.samples))):
             raise InputError(
                 f"no sample fits: the shortest conversation has {min(self._lengths)} tokens, the context "
                 f"{self.model.context_length}; use a model with a longer context, or raise --max-length"
             )
+
+    def _prepare(self) -> None:
+        self.prepared = prepare(self.task, self.model, self.samples)
+        self.truncated = dict(enumerate(self.prepared.truncated))
+
+    def adopt_date(self, spec: JSONMapping) -> None:
+        """Let the template write the time that it wrote when the run of `spec` began.
+
+        Raises:
+            InputError: see `Run`.
+        """
+        is_reward = self.task.requires == "reward"
+        template = self.model.template if is_reward else self.task.prompting.template
+        now = (spec.get("template") or {}).get("now")
+        if template is None or now is None or template.now in (None, now):
+            return
+        dated = replace(template, now=now)
+        if is_reward:
+            (getattr(self.model, "reader", None) or self.model).template = dated
+            self.__dict__.pop("_lengths", None)
+            return
+        self.task.prompting = replace(self.task.prompting, template=dated)
+        self._fitted.clear()
+        if self.prepared is not None:
+            self._prepare()
 
     @cached_property
     def _conversations(self) -> list[list[Conversation]]:
@@ -84,8 +110,25 @@ class Run:
     @cached_property
     def _lengths(self) -> list[int]:
         """Sample index -> tokens of its longest conversation."""
-        lengths = iter(self.model.lengths([c for mine in self._conversations for c in mine]))
+        try:
+            lengths = iter(self.model.lengths([c for mine in self._conversations for c in mine]))
+        except TemplateError as error:
+            raise self._of_sample(error) from None
         return [max(next(lengths) for _ in mine) for mine in self._conversations]
+
+    def _of_sample(self, error: TemplateError) -> TemplateError:
+        """The error of a template with the first sample that it cannot write, and what to do."""
+        for sample, mine in zip(self.samples, self._conversations, strict=True):
+            try:
+                for conversation in mine:
+                    self.model.render(conversation)
+            except TemplateError:
+                roles = ", ".join(message.role for message in conversation)
+                return TemplateError(
+                    f"sample {sample.id} ({roles}): {error}; give --template FILE with a template that writes such "
+                    "turns, or --template almost for the plain dialogue format"
+                )
+        return error
 
     def _fits(self, index: int) -> bool:
         """Whether a reward model can read all conversations of a sample; where it does not tell, it is tried."""
@@ -111,10 +154,9 @@ class Run:
             "model_name": model.checkpoint.name,
             "architecture": model.checkpoint.architecture,
             "weight_digest": self._weight_digest,
+            "model_files": self._model_files,
             "engine": model.settings(),
-            "template": {"name": template.name, "digest": template.digest, "text": template.source}
-            if template
-            else None,
+            "template": template.to_dict() if template else None,
             "template_asked": is_chosen,
             "prompt_set": {"name": prompts.name, "digest": prompts.digest} if prompts else None,
             "prompt_ids_digest": self.prepared.digest() if self.prepared else None,
@@ -130,6 +172,31 @@ class Run:
     def _weight_digest(self) -> str | None:
         digest: str | None = self.model.checkpoint.weight_digest()
         return digest
+
+    @cached_property
+    def _model_files(self) -> dict[str, str] | None:
+        return self._read_files()
+
+    def _read_files(self) -> dict[str, str] | None:
+        read = getattr(self.model.checkpoint, "file_digests", None)  # an engine of one's own may have no files
+        files: dict[str, str] | None = read() if read else None
+        return files
+
+    def _refuse_changed(self, folder: Path) -> None:
+        """The checkpoint must still be what the spec says, or nobody knows which model gave which line.
+
+        Raises:
+            RunError: a file of it is another one than when this process began.
+        """
+        checkpoint = self.model.checkpoint
+        was, now = self._model_files or {}, self._read_files() or {}
+        changed = [name for name in sorted({*was, *now}) if was.get(name) != now.get(name)]
+        changed += ["the weights"] if checkpoint.weight_digest() != self._weight_digest else []
+        if changed:
+            raise RunError(
+                f"{checkpoint.name} was changed while it ran ({', '.join(changed[:3])}), so these numbers belong to "
+                f"no one checkpoint: remove {folder} and run the command again"
+            )
 
     def default_folder(self) -> Path:
         """`runs/<task>-<protocol>-<model>-<digest of the spec>`: the same command goes on where it stopped."""
@@ -167,6 +234,8 @@ class Run:
         """
         progress = progress or Progress()
         started = time.perf_counter() if started is None else started
+        if (folder / "spec.json").is_file():
+            self.adopt_date(read_json(folder / "spec.json"))
         spec = self.spec()
         with RunStore(folder, spec) as store:
             write_prompts(folder, self.prompts())
@@ -184,7 +253,11 @@ class Run:
                         first = first or time.perf_counter() - started
                         store.append(SampleRecord(self.samples[index], outputs, score, self.truncated.get(index, 0)))
                         advance(1)
+                self._refuse_changed(folder)
                 engine = self._engine_report()
+                texts = [r for r in store.done.values() if r.outputs.get("finish_reasons")]
+                if cut := sum("length" in r.outputs["finish_reasons"] for r in texts):
+                    engine["warnings"].append(f"{cut} of {len(texts)} answers were cut at the limit of new tokens")
                 if spec["commit"] != store.spec["commit"]:
                     engine["warnings"].append(f"begun on commit {store.spec['commit']}, ended on {spec['commit']}")
                 timing = {
@@ -279,13 +352,10 @@ class Run:
         for params, prompts in groups.items():
             for at, completions in self.model.stream_completions([prompt for _, prompt in prompts], params):
                 index = prompts[at][0]
-                outputs = {
-                    "completions": [c.text for c in completions],
-                    "finish_reasons": [c.finish_reason for c in completions],
-                }
+                outputs = text_outputs(self.task, prompts[at][1], completions)
                 if self.task.keeps_tokens:
                     outputs["token_ids"] = [list(c.token_ids) for c in completions]
-                yield index, outputs, self.task.score(self.samples[index], outputs)
+                yield index, outputs, score_texts(self.task, self.samples[index], outputs)
 
     def _fitting(self, index: int) -> GenerationRequest | None:
         """What to have the model write, with as many examples as leave room for the answer; None where none do."""

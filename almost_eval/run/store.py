@@ -113,7 +113,7 @@ class RunStore:
             write_json(file, self.spec)
             return
         stored = read_json(file, mend=NEW_RUN)
-        was, now = _flat(stored), _flat(self.spec)
+        was, now = flat(stored), flat(self.spec)
         # In the order of the spec, but digests last: they say that something differs, the other keys what.
         differ = [key for key in {**now, **was} if was.get(key) != now.get(key) and key not in FREE_KEYS]
         differ.sort(key=lambda key: "digest" in key or "fingerprint" in key)
@@ -154,9 +154,24 @@ def default_folder(spec: JSONMapping, *names: str) -> Path:
         spec: of the run; what may differ when it goes on is left out.
         names: to be read by people; characters that file names lack are replaced.
     """
-    decisive = {key: value for key, value in spec.items() if key not in FREE_KEYS}
+    decisive = {key: value for key, value in undated(spec).items() if key not in FREE_KEYS}
     readable = "-".join("".join(c if c.isalnum() or c in "+-_." else "_" for c in name)[:60] for name in names)
     return Path("runs") / f"{readable}-{provenance.digest(decisive)[:10]}"
+
+
+def undated(spec: JSONMapping) -> JSONObject:
+    """A spec without the time that its template writes, and what follows from it: tomorrow it is the same run."""
+
+    def strip(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        inner = {key: strip(item) for key, item in value.items()}
+        return {key: item for key, item in inner.items() if not (key == "now" and "digest" in inner)}
+
+    plain: JSONObject = strip(spec)
+    if (spec.get("template") or {}).get("now"):
+        plain["prompt_ids_digest"] = None
+    return plain
 
 
 def origin(spec: JSONMapping, records: Iterable[SampleRecord]) -> JSONObject:
@@ -226,12 +241,12 @@ def read_results(folder: Path) -> dict[str, Any]:
     return read_json(file, *keys, mend=NEW_RESULTS)
 
 
-def _flat(value: Any, at: str = "") -> dict[str, Any]:
+def flat(value: Any, at: str = "") -> dict[str, Any]:
     """Nested objects as one: `engine.dtype`."""
     if not isinstance(value, dict):
         return {at: value}
     return {
-        name: leaf for key, item in value.items() for name, leaf in _flat(item, f"{at}.{key}" if at else key).items()
+        name: leaf for key, item in value.items() for name, leaf in flat(item, f"{at}.{key}" if at else key).items()
     }
 
 

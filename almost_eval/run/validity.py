@@ -14,6 +14,8 @@ from almost_eval.types import SampleRecord
 
 ALLOWED = {"non_finite": 0.0, "all_tied": 0.01, "truncated": 0.01, "unparsed": 0.01, "missing": 0.01}
 """Check -> largest allowed share of the samples."""
+ALLOWED_OF_TEXTS = {"thought_cut": 0.01, "thought": 0.01}
+"""The same for checks of what a model wrote, which are there where they count something."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,8 @@ _WORDS = {
     "truncated": "have a prompt that does not fit as a whole",
     "unparsed": "have a verdict that cannot be read",
     "missing": "are missing",
+    "thought_cut": "hold a thought that was cut before an answer; allow more new tokens",
+    "thought": "hold a thought, which --reasoning refuse does not score",
 }
 
 
@@ -71,7 +75,8 @@ def check(records: Sequence[SampleRecord], n_samples: int, allowed: Mapping[str,
         "unparsed": reasons.count("unparsed"),
         "missing": n_samples - len(records),
     }
-    return Validity(n_samples, counts, dict(allowed))
+    counts |= {name: count for name in ALLOWED_OF_TEXTS if (count := reasons.count(name))}
+    return Validity(n_samples, counts, {**ALLOWED_OF_TEXTS, **allowed})
 
 
 def parse_allowed(items: Sequence[str]) -> dict[str, float]:
@@ -83,8 +88,10 @@ def parse_allowed(items: Sequence[str]) -> dict[str, float]:
     allowed = dict(ALLOWED)
     for item in items:
         name, _, share = item.partition("=")
-        if name not in allowed:
-            raise InputError(f"--allow {item}: unknown check {name!r}; {did_you_mean(name, allowed)}")
+        if name not in ALLOWED | ALLOWED_OF_TEXTS:
+            raise InputError(
+                f"--allow {item}: unknown check {name!r}; {did_you_mean(name, ALLOWED | ALLOWED_OF_TEXTS)}"
+            )
         try:
             allowed[name] = float(share)
         except ValueError:

@@ -13,6 +13,7 @@ from almost_eval.data.sources import DataSource
 from almost_eval.errors import InputError, problem_of
 from almost_eval.run.runner import Run, summarise
 from almost_eval.run.store import read_results, read_samples, read_spec
+from almost_eval.run.texts import score_texts
 from almost_eval.run.validity import check
 from almost_eval.tasks.base import Task
 from almost_eval.tasks.registry import build_task
@@ -61,7 +62,9 @@ def verify_run(folder: Path, data: DataSource, task: Task | None = None) -> Veri
     verification = Verification(str(folder), len(records))
     for at, record in enumerate(records):
         try:
-            again = task.score(record.sample, record.outputs) if record.outputs else Score(None, "context_too_long")
+            again = Score(None, "context_too_long")
+            if record.outputs:
+                again = score_texts(task, record.sample, record.outputs)
         except (LookupError, TypeError, ValueError) as error:
             verification.problems.append(
                 f"sample {record.sample.id}: its outputs cannot be scored ({problem_of(error)})"
@@ -91,6 +94,7 @@ def score_differences(record: SampleRecord, again: Score) -> list[str]:
 def rescore(folder: Path, run: Run, verification: Verification, *, n: int, seed: int) -> None:
     """Ask the model again about `n` samples drawn with `seed`, and compare with what is stored."""
     spec = read_spec(folder)
+    run.adopt_date(spec)
     mine = run.spec()
     was, now = (
         {
@@ -108,6 +112,10 @@ def rescore(folder: Path, run: Run, verification: Verification, *, n: int, seed:
         for key in was
         if was[key] != now[key] and key not in unknown
     ]
+    files, files_now = spec.get("model_files"), mine["model_files"]
+    if files is not None and files_now is not None:  # runs of earlier versions do not say, an endpoint need not
+        changed = [name for name in sorted({*files, *files_now}) if files.get(name) != files_now.get(name)]
+        verification.problems += [f"{name} of the model is not the run's" for name in changed]
     stored = {record.sample.id: record for record in read_samples(folder) if record.outputs}
     if stored.keys() - {sample.id for sample in run.samples}:
         raise InputError(f"{folder} holds samples that the data does not; give the --data-root it was made with")

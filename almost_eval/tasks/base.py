@@ -31,6 +31,8 @@ from almost_eval.types import (
 )
 
 Requires = Literal["loglikelihood", "generation", "reward"]
+ReasoningRule = Literal["strip", "keep", "refuse"]
+"""What becomes of a thought that a model wrote before its answer: see `run.texts`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,8 @@ class Task(ABC):
     """Whether a run stores the ids of what was generated."""
     headline: str = "accuracy"
     requires: Requires = "loglikelihood"
+    reasoning: ReasoningRule = "keep"
+    """Where it has the model write."""
     max_shots: int = 0
     """Few-shot examples that may be dropped, last resort first, where a prompt does not fit."""
     single_token_labels: bool = False

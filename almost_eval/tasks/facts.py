@@ -42,6 +42,8 @@ class TaskSetting:
     """`count`: smallest value."""
     maximum: int | None = None
     required: bool = False
+    changes_metric: bool = False
+    """Runs that differ in it measure something else, and are not compared."""
 
 
 @dataclass(frozen=True, slots=True)

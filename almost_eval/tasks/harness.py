@@ -17,7 +17,7 @@ from dataclasses import replace
 from functools import cache, cached_property
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from almost_eval.data.sources import DataSource, fingerprint
 from almost_eval.engines.base import SamplingParams
 from almost_eval.errors import DataError, InputError, did_you_mean
 from almost_eval.stats import mean_metric
-from almost_eval.tasks.base import GenerationRequest, Prompting, Task
+from almost_eval.tasks.base import GenerationRequest, Prompting, ReasoningRule, Task
 from almost_eval.tasks.facts import TaskSetting
 from almost_eval.tasks.harness_groups import LmEvalTasks, group_headline, group_metrics, task_key
 from almost_eval.tasks.harness_prompts import DocumentChat, as_requests, lm_eval_instances
@@ -137,6 +137,7 @@ class Harness(Task):
         limit: documents of each task, or None for all.
         fewshot_as_multiturn: examples as turns of the template; None is as in lm-eval, where there is a template.
         system_instruction: before each prompt: a system message of the template, or text without one.
+        reasoning: what becomes of thoughts, where the tasks generate.
     """
 
     name = "harness"
@@ -155,6 +156,7 @@ class Harness(Task):
         TaskSetting("shots", "count", "Examples before a document.  [each task's own]", None, minimum=0),
         TaskSetting("fewshot_as_multiturn", "switch", "With a template: examples as turns.  [on, as in lm-eval]"),
         TaskSetting("system_instruction", "text", "System message before each prompt, as lm-eval writes it."),
+        TaskSetting("reasoning", "text", "Thoughts in what a model writes: strip, keep or refuse.", "strip"),
     )
 
     def __init__(
@@ -167,9 +169,13 @@ class Harness(Task):
         limit: int | None = None,
         fewshot_as_multiturn: bool | None = None,
         system_instruction: str | None = None,
+        reasoning: str = "strip",
     ) -> None:
         if not names:
             raise InputError("no task named; give --tasks a,b,c (lm-eval's names)")
+        if reasoning not in get_args(ReasoningRule):
+            raise InputError(f"--reasoning {reasoning}: {did_you_mean(reasoning, get_args(ReasoningRule))}")
+        self.reasoning = cast(ReasoningRule, reasoning)
         self.names = tuple(dict.fromkeys(names))
         self.shots = shots
         self.protocol = "+".join(self.names)
@@ -187,7 +193,8 @@ class Harness(Task):
     ) -> Harness:
         """See `Task.build`."""
         names = ("shots", "limit", "fewshot_as_multiturn", "system_instruction")
-        return cls(settings["tasks"], data, prompting, **{name: settings.get(name) for name in names})
+        chosen = {name: settings.get(name) for name in names} | {"reasoning": settings.get("reasoning") or "strip"}
+        return cls(settings["tasks"], data, prompting, **chosen)
 
     @property
     def own_prompts(self) -> bool:
@@ -218,6 +225,10 @@ class Harness(Task):
             if len(kinds) > 1:
                 raise InputError("tasks that generate and tasks that score choices need a run each")
             self.requires = "generation"
+        elif self.reasoning != "strip":
+            raise InputError(
+                f"--reasoning {self.reasoning}: these tasks score choices, and write nothing; leave it out"
+            )
         return tasks
 
     @property
@@ -297,7 +308,8 @@ class Harness(Task):
             temperature=float(options.get("temperature") or 0.0) if options["do_sample"] else 0.0,
             top_p=float(options.get("top_p") or 1.0),
             n=int(self.tasks[sample.group].config.repeats or 1),
-            stop=tuple(stop for stop in options["until"] if stop),
+            stop=tuple(stop for stop in [*options["until"], self.prompting.special_tokens.get("eos_token")] if stop),
+            alone=True,
         )
         return GenerationRequest(prompt, params)
 
@@ -370,6 +382,11 @@ class Harness(Task):
                     metrics[key] = Metric(value, None, None, len(results), len(mine) - len(results))
         return group_metrics(self.groups, self.tasks, metrics, records) | metrics
 
+    def details(self, records: Sequence[SampleRecord]) -> dict[str, float | int]:
+        """How many answers came after a thought."""
+        thoughts = sum(thought is not None for r in records for thought in r.outputs.get("reasoning", ()))
+        return {"answers_after_a_thought": thoughts} if thoughts else {}
+
     def settings(self) -> dict[str, Any]:
         """See `Task.settings`."""
         return {
@@ -378,6 +395,7 @@ class Harness(Task):
             "limit": self.limit,
             "versions": {name: str(task.VERSION) for name, task in self.tasks.items()}
             | {name: str(group.version) for name, group in self.groups.items()},
+            **({"reasoning": self.reasoning} if self.requires == "generation" else {}),
             **self.chat.settings(self.prompting, any(task.config.description for task in self.tasks.values())),
         }
 

@@ -67,7 +67,9 @@ class HHH(Task):
     metric_names = ("accuracy", *(f"accuracy/{category}" for category in CATEGORIES))
     task_settings = (
         TaskSetting("protocol", "text", "choice, reward or likelihood.", "choice"),
-        TaskSetting("normalise", "flag", "likelihood: mean over tokens instead of the sum.", False),
+        TaskSetting(
+            "normalise", "flag", "likelihood: mean over tokens instead of the sum.", False, changes_metric=True
+        ),
     )
     presets = tuple(Preset(f"hhh-{protocol}", protocol) for protocol in ("reward", "choice", "likelihood"))
     comparison = Preset("hhh", "choice")

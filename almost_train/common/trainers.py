@@ -25,7 +25,7 @@ from almost_eval.errors import InputError, RunError
 from almost_eval.files import Row, RowLog
 from almost_eval.models.chat import ChatTemplate, load_template
 from almost_eval.models.loading import pick_device
-from almost_eval.models.stops import BOS_LINE
+from almost_eval.models.openings import Opening
 from almost_eval.progress import Progress
 from almost_eval.run.trackers import Trackers
 from almost_eval.types import JSONObject
@@ -68,15 +68,13 @@ class TrainSettings:
 def keep_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
     """The tokenizer's own chat template, or ALMoST's dialogue format, which is then set in the tokenizer.
 
-    The one that is set writes BOS (`BOS_LINE`) if the tokenizer would add it. Other programs (transformers, TRL, vLLM)
+    The one that is set writes the opening (BOS) that the tokenizer would add. Other programs (transformers, TRL, vLLM)
     render a chat and add no special token of their own, so they read the same ids as were trained on.
     """
     template = load_template("auto", tokenizer)
     assert template is not None  # only `none` is
     if not getattr(tokenizer, "chat_template", None):
-        bos = tokenizer.special_tokens_map.get("bos_token")
-        adds_bos = bos is not None and list(tokenizer.encode("a"))[:1] == [tokenizer.bos_token_id]
-        tokenizer.chat_template = (BOS_LINE if adds_bos else "") + template.source
+        tokenizer.chat_template = Opening.of(tokenizer).line + template.source
         template = load_template("auto", tokenizer)
         assert template is not None
     return template

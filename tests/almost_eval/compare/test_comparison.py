@@ -225,6 +225,88 @@ def test_warns_where_samples_or_runs_do_not_match(tmp_path: Path) -> None:
     assert cluster.startswith("1 shared samples are in another cluster")
 
 
+SPEC = {
+    "task_version": 1,
+    "requires": "loglikelihood",
+    "model_name": "a",
+    "weight_digest": "0" * 64,
+    "settings": {"normalise": False, "limit": 25, "shots": 5, "versions": {"t": "1.0"}},
+    "engine": {"name": "hf", "dtype": "float32"},
+    "template": {"name": "tokenizer", "digest": "1" * 64, "text": "{{ x }}"},
+    "prompt_set": {"name": "official", "digest": "2" * 64},
+    "prompt_ids_digest": "3" * 64,
+    "data": {"source": "hub", "fingerprint": "4" * 64},
+    "seed": 0,
+    "versions": {"torch": "2.13.0"},
+    "commit": "aaa",
+    "command": ["almost-eval", "--output", "a"],
+}
+
+
+def changed(key: str, value: Any) -> dict[str, Any]:
+    spec = json.loads(json.dumps(SPEC))
+    *path, last = key.split(".")
+    part = spec
+    for name in path:
+        part = part[name]
+    part[last] = value
+    return dict(spec)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("settings.limit", None, "settings.limit: 25 in A, not set in B"),
+        ("settings.shots", 0, "settings.shots: 5 in A, 0 in B"),
+        ("settings.fewshot_as_multiturn", True, "settings.fewshot_as_multiturn: not set in A, true in B"),
+        ("engine.name", "vllm", "engine.name: hf in A, vllm in B"),
+        ("engine.dtype", "bfloat16", "engine.dtype: float32 in A, bfloat16 in B"),
+        ("template.name", "vicuna", "template.name: tokenizer in A, vicuna in B"),
+        ("template.digest", "5" * 64, "template.digest: 111111111111 in A, 555555555555 in B"),
+        (
+            "prompt_set.name",
+            "builtin",
+            "the prompt sets differ (prompt_set): official (222222222222) in A, builtin (222222222222) in B",
+        ),
+        ("prompt_ids_digest", "5" * 64, "prompt_ids_digest: 333333333333 in A, 555555555555 in B"),
+        ("data.fingerprint", "5" * 64, "data.fingerprint: 444444444444 in A, 555555555555 in B"),
+        ("data.source", "nano", "data.source: hub in A, nano in B"),
+        ("seed", 1, "seed: 0 in A, 1 in B"),
+        ("versions.torch", "2.14.0", "versions.torch: 2.13.0 in A, 2.14.0 in B"),
+        ("commit", "bbb", "commit: aaa in A, bbb in B"),
+    ],
+)
+def test_every_setting_that_differs_is_named(tmp_path: Path, key: str, value: Any, told: str) -> None:
+    a, b = write_scores(tmp_path / "a", [1.0], spec=SPEC), write_scores(tmp_path / "b", [1.0], spec=changed(key, value))
+    assert compare_runs(a, b).warnings == (told,)
+    assert told in shown(compare_runs(a, b))
+
+
+def test_no_template_against_one(tmp_path: Path) -> None:
+    a, b = (
+        write_scores(tmp_path / "a", [1.0], spec=SPEC),
+        write_scores(tmp_path / "b", [1.0], spec=SPEC | {"template": None}),
+    )
+    assert "template.name: tokenizer in A, not set in B" in compare_runs(a, b).warnings
+
+
+def test_two_models_are_no_difference_of_settings(tmp_path: Path) -> None:
+    other = SPEC | {"model_name": "b", "weight_digest": "9" * 64, "architecture": "X", "command": ["almost-eval"]}
+    a, b = write_scores(tmp_path / "a", [1.0], spec=SPEC), write_scores(tmp_path / "b", [1.0], spec=other)
+    assert compare_runs(a, b).warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("settings.normalise", True), ("task_version", 2), ("settings.versions.t", "2.0"), ("requires", "generation")],
+)
+def test_refuses_another_metric(tmp_path: Path, key: str, value: Any) -> None:
+    a, b = write_scores(tmp_path / "a", [1.0], spec=SPEC), write_scores(tmp_path / "b", [1.0], spec=changed(key, value))
+    with pytest.raises(InputError, match=f"differ in {key}: .* in A, .* in B .* their metric is not the same") as error:
+        compare_runs(a, b)
+    assert error.value.exit_code == 2
+
+
 # --- how it is told
 
 

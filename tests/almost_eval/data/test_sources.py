@@ -193,10 +193,12 @@ class TestServingLmEval:
 class TestOffline:
     """The hub client would try for 25 seconds, one warning after another."""
 
-    def test_no_answer_means_its_cache_alone(self, no_hub: None) -> None:
+    def test_no_answer_means_its_cache_alone(self, no_hub: None, monkeypatch: pytest.MonkeyPatch) -> None:
         import datasets.config
         from huggingface_hub import constants
 
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
         before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
         with assets._offline_where_unreachable():
             assert datasets.config.HF_HUB_OFFLINE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forking import REQUESTS, WHY_NOT
 
 from almost_eval.engines import hf_generation
 from almost_eval.engines.base import GenerationEngine, LoglikelihoodEngine, RequestScores, SamplingParams
@@ -21,50 +23,7 @@ from almost_eval.engines.prefix import EncodedContinuation, EncodedRequest, buil
 from almost_eval.errors import InputError, RunError
 from almost_eval.types import LoglikelihoodRequest
 
-WHY_NOT: dict[str, str | None] = {
-    "llama-gqa": None,
-    "llama-tied": None,
-    "gpt2": None,
-    "mistral-window": None,
-    "gemma3": None,
-    "qwen2": None,
-    "gpt-neox": None,
-    "opt": None,
-    "phi3": None,
-    "mixtral": None,
-    "phi3-longrope": "rotary embedding",
-    "bloom": "failed on a probe",  # ALiBi is computed from a mask of its own, over places in the cache
-    "gpt-neo": "window of its own",
-    "mamba": "linear_attention",  # a state, not keys and values
-}
-"""Architecture -> why it falls back to the plain path, or None where it shares."""
-
 Engines = Callable[..., HFEngine]
-
-
-def forking_requests(seed: int = 0, longest: int = 60) -> list[EncodedRequest]:
-    """Contexts that leave each other at many depths, single-token choices, continuations that nest and repeat."""
-    rng = np.random.default_rng(seed)
-
-    def draw(low: int, high: int) -> np.ndarray[Any, np.dtype[np.int32]]:
-        return rng.integers(3, 290, int(rng.integers(low, high)), dtype=np.int32)
-
-    pool = [draw(longest - 8, longest - 7)]
-    requests = []
-    for i in range(14):
-        base = pool[int(rng.integers(len(pool)))]
-        fork = int(rng.integers(1, len(base))) if i else len(base)  # the first context is the whole trunk
-        context = np.concatenate([base[:fork], draw(0, 6)])
-        pool.append(np.concatenate([context, draw(4, 12)])[: longest - 8])
-        tails = [draw(1, 2) if i % 3 == 0 else draw(1, 6) for _ in range(int(rng.integers(1, 5)))]
-        if i % 4 == 0:
-            tails += [tails[0], np.concatenate([tails[0], draw(1, 3)])]
-        continuations = tuple(EncodedContinuation(context, tail) for tail in tails)
-        requests.append(EncodedRequest(LoglikelihoodRequest("", ("",) * len(tails)), continuations))
-    return requests
-
-
-REQUESTS = forking_requests()
 
 
 @torch.inference_mode()
@@ -419,6 +378,55 @@ def test_a_draw_does_not_depend_on_its_neighbours(name: str, engines: Engines) -
     assert engines(name).generate(PROMPTS, other_seed) != together
 
 
+_HEADER = " ".join(["The cat sat on the mat, and the dog sat by the door."] * 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_shared"),
+    [
+        ("llama-gqa", True),
+        ("llama-tied", True),
+        ("gpt2", True),
+        ("mistral-window", True),
+        ("gemma3", True),
+        ("qwen2", True),
+        ("gpt-neox", True),
+        ("mixtral", True),
+        ("bloom", False),
+        ("phi3-longrope", False),
+        ("mamba", False),
+    ],
+)
+def test_a_header_read_once_changes_no_text(name: str, is_shared: bool, engines: Engines) -> None:
+    """Prompts of uneven lengths behind a header, in several batches, against every row read by itself."""
+    prompts = [f"{_HEADER} {text}" for text in (*PROMPTS, "hello", "an answer that is true is a true answer")]
+    params = SamplingParams(max_new_tokens=8, temperature=0.7, top_p=0.95, n=2, seed=5)
+    plain = engines(name, share_prefixes=False).generate(prompts, params)
+    for settings in ({}, {"batch_size": 3}, {"batch_size": 1}):
+        engine = engines(name, **settings)
+        assert engine.generate(prompts, params) == plain
+        assert engine.generate(prompts[::-1], params) == plain[::-1]
+        assert is_shared != any("not shared" in warning for warning in engine.report.warnings)
+
+
+def test_a_header_is_computed_once(engines: Engines) -> None:
+    positions: list[int] = []
+    prompts = [f"{_HEADER} {text}" for text in PROMPTS]
+
+    def count(_: Any, __: Any, inputs: Any) -> None:
+        positions.append(inputs["input_ids"].numel())
+
+    for share in (False, True):
+        engine = engines("llama-gqa", share_prefixes=share, batch_size=2)
+        hook = engine.model.register_forward_pre_hook(count, with_kwargs=True)
+        engine.generate(prompts, SamplingParams(max_new_tokens=1))
+        hook.remove()
+        if not share:
+            plain = sum(positions)
+            positions.clear()
+    assert sum(positions) < plain / 2
+
+
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (2.0, 1.0), (1.0, 0.6)])
 def test_frequencies_are_those_of_the_softmax(bpe_tokenizer: Any, temperature: float, top_p: float) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -617,11 +625,11 @@ def test_generation_goes_on_with_half_the_batch_when_memory_runs_out(
     engine, params = engines("llama-gqa"), SamplingParams(max_new_tokens=4, temperature=1.0, n=2)
     expected, whole, sizes = engine.generate(PROMPTS, params), hf_generation._batch, []
 
-    def short_of_memory(model: Any, tokenizer: Any, prompts: Any, batch: Any, params: SamplingParams) -> Any:
+    def short_of_memory(model: Any, tokenizer: Any, prompts: Any, batch: Any, params: Any, header: Any) -> Any:
         sizes.append(len(batch))
         if len(batch) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return whole(model, tokenizer, prompts, batch, params)
+        return whole(model, tokenizer, prompts, batch, params, header)
 
     monkeypatch.setattr(hf_generation, "_batch", short_of_memory)
     assert engine.generate(PROMPTS, params) == expected
@@ -642,3 +650,15 @@ def test_a_completion_keeps_the_space_it_begins_with(
     ids = tokenizer.encode("the answer is that way")[len(prompt) :]
     assert hf_generation._decode_after(tokenizer, prompt[-1], ids) == " that way"
     assert hf_generation._decode_after(tokenizer, prompt[-1], []) == ""
+
+
+def test_special_tokens_that_mark_a_thought_stay_in_the_text(bpe_tokenizer: Any) -> None:
+    """Skipped, as other special tokens are, they would make the thought a part of the answer."""
+    tokenizer = copy.deepcopy(bpe_tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]", "[OTHER]"]})
+    ids = tokenizer.encode("[THINK]The capital[/THINK] of[OTHER] France", add_special_tokens=False)
+    assert hf_generation._decode(tokenizer, ids) == "[THINK]The capital[/THINK] of France"
+    assert hf_generation._decode_after(tokenizer, ids[1], ids) == "[THINK]The capital[/THINK] of France"
+    assert hf_generation._decode(tokenizer, []) == ""
+    plain = tokenizer.encode("The capital[OTHER]", add_special_tokens=False)
+    assert hf_generation._decode(tokenizer, plain) == "The capital"

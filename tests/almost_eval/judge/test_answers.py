@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,15 @@ from almost_eval.judge.answers import (
     open_system,
     question_line,
 )
+from almost_eval.judge.build import JudgeOptions, open_judge
 from almost_eval.judge.questions import find_questions, read_answers, read_questions
 from almost_eval.judge.records import Question
+from almost_eval.judge.run import JudgeRun
+from almost_eval.judge.verify import verify_judged
 from almost_eval.progress import Progress
+from almost_eval.run.store import read_samples
+from almost_eval.tasks.base import ReasoningRule
+from almost_eval.types import Completion
 
 SAMPLING = Sampling(max_new_tokens=48)
 
@@ -178,3 +185,40 @@ def test_questions_come_back(tmp_path: Path) -> None:
     asked = [Question("1", "What?\u2028 ", "math", "42"), Question("a", "Who?")]
     write_rows(tmp_path / "q.jsonl", [question_line(question) for question in asked], ascii_only=True)
     assert read_questions(tmp_path / "q.jsonl") == asked
+
+
+class Thinker:
+    """In the place of an engine: thinks before it answers, and once for too long."""
+
+    def stream_completions(self, prompts: list[str], params: object) -> Iterator[tuple[int, list[Completion]]]:
+        texts = ["<think>hm</think>\n\nYes.", "<think>hm, hm", "No."]
+        for at in range(len(prompts)):
+            yield at, [Completion(texts[at % 3], (), "stop")]
+
+
+@pytest.mark.parametrize("rule", ["strip", "keep", "refuse"])
+def test_a_thought_is_no_answer(questions: list[Question], tmp_path: Path, rule: ReasoningRule) -> None:
+    def system(name: str) -> ModelSystem:
+        made = ModelSystem(name, questions[:3], dataclasses.replace(SAMPLING, reasoning=rule))
+        made.engine = Thinker()
+        return made
+
+    first, second, third = system("nano/almost").write(tmp_path / "a.jsonl", Progress()).values()
+    assert third.text == "No."
+    assert "reasoning" not in third.metadata
+    if rule == "keep":
+        assert (first.text, second.text) == ("<think>hm</think>\n\nYes.", "<think>hm, hm")
+        return
+    assert (first.text, first.metadata["reasoning"]) == ("Yes.", "hm")
+    assert (second.text, second.metadata["reasoning"]) == ("", "hm, hm")
+    judge = open_judge(JudgeOptions("nano"), find_data("nano", None))
+    run = JudgeRun(questions[:3], "0" * 64, "nano", [system("nano/almost"), system("nano/sft")], judge)
+    results, _ = run.execute(tmp_path / "run")
+    reasons = [record.score.reason for record in read_samples(tmp_path / "run")]
+    if rule == "strip":
+        assert reasons.count("thought_cut") == 2  # both orders of the second question
+        assert results["validity"]["checks"]["thought_cut"]["count"] == 2
+    else:
+        assert reasons.count("thought") == 4
+    assert run.execute(tmp_path / "run")[0]["timing"]["samples_computed_now"] == 0  # it would come again
+    assert verify_judged(tmp_path / "run").problems == []

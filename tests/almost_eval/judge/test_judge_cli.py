@@ -510,3 +510,20 @@ def test_archived_reviews_and_their_server_agree(almost_eval: Command, archive: 
     # Question 70's review says 10 and 4; the file's own score, hence its total, is 2 less.
     assert totals == {"total_score/bard:20230327": 664, "total_score/vicuna-13b:20230322-clean-lang": 657.5}
     assert metrics["win_rate"]["n"] == 80
+
+
+@pytest.mark.parametrize(
+    ("orders", "said"),
+    [
+        ("both", "both orders"),
+        ("forward", "forward order only, the baseline is Assistant 1"),
+        ("reverse", "reverse order only, the model is Assistant 1"),
+    ],
+)
+def test_the_table_says_which_orders_ran(
+    almost_eval: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, orders: str, said: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    given = ["vicuna", "--limit", 4, "--max-new-tokens", 16, "--orders", orders, "--output", tmp_path / "run"]
+    assert said in " ".join(almost_eval(*given).out.split())
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["orders"] == orders

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from own_environment import DATA_ROOT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -39,7 +39,6 @@ VICUNA_INTRODUCTION = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-DATA_ROOT = Path(os.environ.get("ALMOST_DATA_ROOT") or Path(__file__).parents[4] / "shared/data/hub")
 
 
 def built_in(name: str) -> ChatTemplate:

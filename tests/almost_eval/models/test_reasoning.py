@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from almost_eval.models.reasoning import Reasoning, opens_thought, split_reasoning
+from almost_eval.models.reasoning import Reasoning, marker_tokens, opens_thought, split_reasoning
 
 SPLIT = {
     # text: (answer, thought)
@@ -143,3 +143,10 @@ def test_long_text_takes_no_long_time() -> None:
     # 40,000 tags and 200,000 backticks: anything quadratic would take minutes.
     assert split_reasoning("<think>" * 20_000 + "</think>" * 20_000 + "Four.").answer == "Four."
     assert split_reasoning("`" * 200_000).thought is None
+
+
+def test_special_tokens_that_mark_a_thought() -> None:
+    assert marker_tokens(["<s>", "</s>", "[THINK]", "[/THINK]", "[INST]"]) == {"[THINK]", "[/THINK]"}
+    assert marker_tokens(["<|end|>", "<|start|>", "<|user|>"]) == set()  # turns, and no channels
+    channels = {"<|start|>", "<|channel|>", "<|message|>", "<|end|>"}
+    assert marker_tokens([*channels, "<|endoftext|>"]) == channels

@@ -7,6 +7,8 @@ import json
 import multiprocessing
 import os
 import random
+import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -18,6 +20,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from own_environment import DATA_ROOT
 
 from almost_eval.errors import DataError, InputError, ModelError
 from almost_eval.files import whole_folder
@@ -192,8 +195,7 @@ def test_an_unknown_table_names_the_nearest() -> None:
     ],
 )
 def test_schemas_equal_the_real_ones(root: Path, nano: str, real: str) -> None:
-    shared = Path(os.environ.get("ALMOST_DATA_ROOT") or REPOSITORY.parent / "shared/data/hub")
-    file = shared / f"{real}-00000-of-00001.parquet"
+    file = DATA_ROOT / f"{real}-00000-of-00001.parquet"
     if not file.is_file():
         pytest.skip(f"the real data is not here: no {file}")
     ours = pq.read_schema(root / f"{nano}-00000-of-00001.parquet").remove_metadata()
@@ -223,7 +225,7 @@ def test_the_cards_name_every_file_once(root: Path) -> None:
 def test_data_root_is_written_once(cache: Path) -> None:
     first = data_root()
     written = {file: file.stat().st_mtime_ns for file in first.rglob("*")}
-    assert first == cache / f"nano-data-{digest(WORLD)[:12]}"
+    assert first == cache / f"nano-data-{digest(WORLD)[:12]}-2"
     assert data_root() == first
     assert {file: file.stat().st_mtime_ns for file in first.rglob("*")} == written
 
@@ -249,15 +251,37 @@ def test_two_processes_at_once_get_one_whole_folder(cache: Path) -> None:
 
 
 def test_the_loser_of_a_race_takes_the_winners_folder(cache: Path) -> None:
+    def win(path: Path) -> Path:
+        (path / "who").write_text("winner")
+        return path
+
     def build(path: Path) -> Path:
-        with whole_folder(path) as ours:
-            (ours / "who").write_text("loser")
-            with whole_folder(path) as theirs:  # the other process starts later and is done earlier
-                (theirs / "who").write_text("winner")
+        (path / "who").write_text("loser")
+        cached("thing", win)  # the other process starts later and is done earlier
         return path
 
     assert (cached("thing", build) / "who").read_text() == "winner"
-    assert [path.name for path in cache.iterdir()] == ["thing"]
+    assert [path.name for path in cache.iterdir()] == ["thing-2"]
+
+
+@pytest.mark.parametrize("change", ["edited", "removed", "added", "digests"])
+def test_a_changed_file_in_the_cache_is_not_read(cache: Path, change: str) -> None:
+    """Not the number of another data set under the name of the built-in one, and no trace of it."""
+    table = data_root() / "cais/mmlu/nano_food/test-00000-of-00001.parquet"
+    if change == "edited":
+        pq.write_table(pq.read_table(table).slice(1), table)
+    elif change == "removed":
+        table.unlink()
+    elif change == "added":
+        table = table.with_name("test-00001-of-00002.parquet")
+        table.write_bytes(b"")
+    else:
+        table = data_root() / ".digests.json"
+        table.write_text("[]")
+    with pytest.raises(InputError, match=re.escape(f"{table} is not as it was built; remove {cache}/nano-data-")):
+        data_root()
+    shutil.rmtree(cache)
+    assert data_root().is_dir()
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:

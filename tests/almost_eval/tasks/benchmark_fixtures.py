@@ -115,6 +115,7 @@ def lm_eval_samples(hub: DataSource) -> Callable[..., tuple[dict[str, list[dict[
         mmlu = any(str(name).startswith("mmlu_") for name in tasks)
         with pytest.MonkeyPatch.context() as patch, _quiet(), hub.serving_lm_eval():
             patch.setattr(evaluator, "add_env_info", lambda *_: None)  # starts pip and git: seconds
+            patch.setattr(evaluator, "get_git_commit_hash", lambda: None)  # "fatal: ..." outside of a repository
             found = evaluator.simple_evaluate(
                 model=load(checkpoint),
                 tasks=list(tasks),

@@ -137,6 +137,9 @@ class WithCheckpoint:
 
     name, architecture = "scripted", "none"
 
+    def file_digests(self) -> dict[str, str]:
+        return {}
+
     def weight_digest(self) -> str:
         return "0" * 64
 

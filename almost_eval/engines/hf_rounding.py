@@ -1,0 +1,89 @@
+"""What half precision does to the numbers of a run: a sample of its requests once more in float32, and one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from almost_eval.engines.hf_float32 import in_float32
+from almost_eval.engines.hf_loglikelihood import Limits, PlainScorer, plain_tokens
+from almost_eval.engines.prefix import EncodedRequest
+from almost_eval.types import ContinuationScore, JSONObject
+
+if TYPE_CHECKING:
+    from almost_eval.models.loading import CausalLM
+
+SHARE = 50
+"""One token of the run in so many is computed again; at least `LEAST` tokens, and never less than one request."""
+LEAST = 512
+
+
+def rounding_sample(requests: Sequence[EncodedRequest], tokens: int, *, seed: int = 0) -> list[int]:
+    """The requests that are scored again, ascending: the same for a whole run and for one that goes on.
+
+    Args:
+        requests: all requests of the run.
+        tokens: token positions that the run computes.
+        seed: of the order in which requests are taken until the tokens are spent.
+    """
+    left = max(LEAST, tokens // SHARE)
+    chosen: list[int] = []
+    for index in np.random.default_rng(seed).permutation(len(requests)).tolist():
+        if not requests[index].continuations:
+            continue
+        left -= plain_tokens([requests[index]])
+        if chosen and left < 0:
+            break
+        chosen.append(index)
+    return sorted(chosen)
+
+
+def measure_rounding(
+    model: CausalLM,
+    requests: Sequence[EncodedRequest],
+    shared: Mapping[int, Sequence[ContinuationScore]],
+    limits: Limits,
+    *,
+    padding: bool,
+) -> JSONObject:
+    """How far the shared path and the plain path are from float32, in nats, and how often each changes a choice.
+
+    Args:
+        model: in bfloat16 or float16.
+        requests: all requests of the run.
+        shared: request -> its scores on the shared path.
+        limits: of one forward pass.
+        padding: see `PlainScorer`.
+
+    Returns:
+        `requests` and `continuations` compared; for `shared` and `plain`: the median and the largest difference from
+        float32, and the requests whose most likely continuation is another one (`flips`).
+    """
+    scorer = PlainScorer(model, padding=padding)
+    plain = dict(scorer.stream(requests, shared.keys(), limits))
+    with in_float32(model):
+        truth = dict(scorer.stream(requests, shared.keys(), limits))
+
+    def against(scores: Mapping[int, Sequence[ContinuationScore]]) -> JSONObject:
+        pairs = [(a.logprob, b.logprob) for r in truth for a, b in zip(scores[r], truth[r], strict=True)]
+        off = [abs(a - b) for a, b in pairs]
+        return {
+            "median": median(off),
+            "largest": max(off),
+            "flips": sum(_best(scores[r]) != _best(truth[r]) for r in truth),
+        }
+
+    return {
+        "requests": len(truth),
+        "continuations": sum(map(len, truth.values())),
+        "unit": "nats",
+        "shared": against(shared),
+        "plain": against(plain),
+    }
+
+
+def _best(scores: Sequence[ContinuationScore]) -> int:
+    return max(range(len(scores)), key=lambda i: scores[i].logprob)
