@@ -158,7 +158,8 @@ def reasoning_judge(call: Call) -> Fault | None:
 def test_each_parameter_is_refused_once_and_never_again(
     server: ReplayServer, journal: Journal, archive: list[Archived]
 ) -> None:
-    server.fault, server.latency, notices = reasoning_judge, 0.02, []
+    notices: list[str] = []
+    server.fault, server.latency = reasoning_judge, 0.02
     client = JudgeClient("o", journal, base_url=server.url, notice=notices.append)
     outcomes = dict(client.stream(requests_for(archive[:40], "o")))
     assert [o.text for _, o in sorted(outcomes.items()) if isinstance(o, Reply)] == [a.review for a in archive[:40]]
