@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import IO
+from typing import IO, TypedDict
 
 from almost_eval.errors import InputError
 from serving.gateway.settings import KEY, POLICY_KEY, REWARD_KEY, GatewayLimits, GatewaySettings, flag_of
@@ -32,6 +32,7 @@ def serve_everything(
     dry_run: bool,
     log: IO[str] | None,
     limits: GatewayLimits,
+    allow_unused_weights: bool = False,
 ) -> None:
     """Serve until a signal comes or one of the three ends.
 
@@ -48,6 +49,7 @@ def serve_everything(
         dry_run: print the three commands and return.
         log: takes the servers' output.
         limits: the gateway's.
+        allow_unused_weights: tensors in the files that a model does not take are accepted.
 
     Raises:
         InputError: wrong options, a port in use, too little memory, a checkpoint that cannot be served.
@@ -56,8 +58,10 @@ def serve_everything(
     check_port(host, port)
     GatewaySettings(policy_url="http://127.0.0.1:1", host=host, port=port)  # checks the keys, before any start
     keys = {POLICY_KEY: secrets.token_urlsafe(24), REWARD_KEY: secrets.token_urlsafe(24)}
-    policy = _model_server("policy", model, policy_options, keys[POLICY_KEY], log)
-    reward = _model_server("reward", reward_model, reward_options, keys[REWARD_KEY], log, policy.vllm.needed_bytes)
+    shared: _Shared = {"log": log, "allow_unused_weights": allow_unused_weights}
+    policy = _model_server("policy", model, policy_options, keys[POLICY_KEY], 0.0, shared)
+    taken = policy.vllm.needed_bytes
+    reward = _model_server("reward", reward_model, reward_options, keys[REWARD_KEY], taken, shared)
     port = port or free_port(host)
     command = _gateway_command(policy, reward, reward_model, host, port, limits)
     gateway = ServerProcess("gateway", command, (host, port), environment=keys, log=log)
@@ -68,6 +72,9 @@ def serve_everything(
         return
     if policy.vllm.note:
         print(policy.vllm.note, file=sys.stderr)
+    for server in (policy, reward):
+        if server.served.warning:
+            print(f"warning: {server.name}: {server.served.warning}", file=sys.stderr)
 
     def ready() -> None:
         names = f"{policy.model}, with best_of by {reward.model}"
@@ -78,16 +85,21 @@ def serve_everything(
     run_servers([policy, reward, gateway], ready, in_turn=not runs_on_cpu(), timeout_s=start_timeout)
 
 
-def _model_server(
-    kind: str, model: str, text: str, key: str, log: IO[str] | None, reserved_bytes: float = 0.0
-) -> VLLMServer:
+class _Shared(TypedDict):
+    """What both servers are started with."""
+
+    log: IO[str] | None
+    allow_unused_weights: bool
+
+
+def _model_server(kind: str, model: str, text: str, key: str, reserved_bytes: float, shared: _Shared) -> VLLMServer:
     try:
         options: Sequence[str] = shlex.split(text)
     except ValueError as error:
         raise InputError(f"--{kind}-options {text!r} is not a list of options: {error}") from None
     if not runs_on_cpu() and not any("gpu" in option for option in options):
         options = [*options, "--gpu-memory-utilization", _GPU_SHARES[kind]]
-    return VLLMServer(kind, model, options=options, api_key=key, reserved_bytes=reserved_bytes, log=log)
+    return VLLMServer(kind, model, options=options, api_key=key, reserved_bytes=reserved_bytes, **shared)
 
 
 def _gateway_command(

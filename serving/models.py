@@ -14,8 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from almost_eval.errors import InputError
+from almost_eval.models.adapters import refuse_for_vllm
 from almost_eval.models.chat import ChatTemplate, load_template, special_tokens
-from almost_eval.models.checkpoint import Checkpoint, context_length, find_checkpoint, refuse_adapter
+from almost_eval.models.checkpoint import (
+    Checkpoint,
+    context_length,
+    find_checkpoint,
+    refuse_adapter,
+    refuse_stray_weights,
+)
 from almost_eval.models.openings import Opening
 from almost_eval.models.stops import STOP_STRINGS, stop_strings, template_file
 from almost_eval.types import JSONObject, Message
@@ -48,6 +55,8 @@ class ServedModel:
     """Default stop strings of a chat; EOS ends an answer besides."""
     context_length: int
     """Tokens, of the model itself."""
+    warning: str = ""
+    """What could not be checked; empty where everything could."""
 
     @property
     def cache_bytes_per_token(self) -> int | None:
@@ -98,21 +107,25 @@ def find_model(
 
     Raises:
         InputError: the template cannot be had or cannot render.
-        ModelError: see `find_checkpoint`; for a reward model also more labels than one, or no score head.
+        ModelError: see `find_checkpoint`; an adapter that vLLM would not run whole; for a reward model also more labels than one, or no score head.
     """
     checkpoint = find_checkpoint(name, allow_pickle=allow_pickle, architectures=ARCHITECTURES[kind])
-    refuse_adapter(checkpoint, "vLLM's server")
+    if checkpoint.adapter and kind == "policy":
+        refuse_for_vllm(checkpoint.adapter)
+    else:
+        refuse_adapter(checkpoint, "vLLM's reward server")
+    refuse_stray_weights(checkpoint)
     if kind == "reward":
         from almost_eval.rewards.base import refuse_wrong_head
 
         refuse_wrong_head(checkpoint, custom=trust_remote_code and "auto_map" in checkpoint.config)
     from almost_eval.models.loading import load_tokenizer
-    from almost_eval.models.tensors import compare_tensors, refuse_tensors
+    from almost_eval.models.tensors import compare_tensors, not_compared, refuse_tensors
 
     load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)  # vLLM would serve with one that loses text
     tensors = compare_tensors(checkpoint, _AUTO_CLASSES[kind], trust_remote_code=trust_remote_code)
     refuse_tensors(checkpoint, tensors, allow_unused=allow_unused_weights)
-    tokenizer: Any = TokenizerFiles(checkpoint.path)
+    tokenizer: Any = TokenizerFiles(checkpoint.tokenizer_folder)
     chosen = load_template(template, tokenizer)
     if chosen is None:
         raise InputError("a server needs a chat template: give --template auto, a built-in name or a Jinja file")
@@ -123,11 +136,12 @@ def find_model(
     return ServedModel(
         kind,
         checkpoint,
-        served_name or (checkpoint.path.name if Path(name).expanduser().is_dir() else name),
+        served_name or (Path(name).expanduser().resolve().name if Path(name).expanduser().is_dir() else name),
         chosen,
         _chat_template(checkpoint, chosen, tokenizer, trust_remote_code),
         tuple(stop),
         context_length(checkpoint.config, tokenizer),
+        not_compared(tensors.unknown) if tensors.unknown else "",
     )
 
 

@@ -28,7 +28,7 @@ from almost_eval.engines.vllm_process import (
 )
 from almost_eval.errors import InputError
 from almost_eval.models.adapters import refuse_for_vllm
-from almost_eval.models.checkpoint import Checkpoint
+from almost_eval.models.checkpoint import Checkpoint, find_checkpoint, refuse_stray_weights
 from almost_eval.models.stops import end_ids
 from almost_eval.types import Completion, JSONObject
 
@@ -84,6 +84,11 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
         self.options = VLLMOptions(
             batch_size, batch_tokens, tensor_parallel_size, pipeline_parallel_size, gpu_memory, kv_cache_gib
         )
+        if not isinstance(model, Checkpoint):
+            model = find_checkpoint(model, allow_pickle=allow_pickle)
+        refuse_stray_weights(model)
+        if model.adapter:
+            refuse_for_vllm(model.adapter)
         super().__init__(
             model,
             dtype=dtype,
@@ -93,8 +98,6 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
             trust_remote_code=trust_remote_code,
             allow_unused_weights=allow_unused_weights,
         )
-        if self.checkpoint.adapter:
-            refuse_for_vllm(self.checkpoint.adapter)
 
     def settings(self) -> JSONObject:
         """What belongs in a run's spec; see `HFEngine.settings`."""

@@ -79,11 +79,12 @@ class JudgeOptions:
     dry_run: bool = False
     """API: nothing will be sent, so no key is needed."""
     dtype: str = "auto"
-    """Reward model: see `EngineOptions`, as for the four that follow."""
+    """Reward model: see `EngineOptions`, as for the five that follow."""
     device: str = "auto"
     attention: str = "auto"
     allow_pickle: bool = False
     trust_remote_code: bool = False
+    allow_unused_weights: bool = False
 
     @property
     def is_reward_model(self) -> bool:
@@ -143,6 +144,7 @@ def open_judge(options: JudgeOptions, data: DataSource) -> Judge:
             attention=options.attention,
             allow_pickle=options.allow_pickle,
             trust_remote_code=options.trust_remote_code,
+            allow_unused_weights=options.allow_unused_weights,
         )
         return RewardJudge(model, name)
     from almost_eval.judge.judges import Connection, ModelJudge

@@ -8,7 +8,9 @@ vLLM keeps the two apart and adds what the adapter says at each layer.
 from __future__ import annotations
 
 import json
+import shlex
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +20,7 @@ from almost_eval.errors import MissingDependencyError, ModelError
 from almost_eval.types import JSONObject
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -91,6 +94,11 @@ class Adapter:
         return max(rows) if rows else None
 
 
+def merge_command(adapter: Adapter) -> str:
+    """The command that makes a whole checkpoint of an adapter."""
+    return f"`almost-train merge {shlex.quote(str(adapter.path))} --output DIR`"
+
+
 def refuse_for_vllm(adapter: Adapter) -> None:
     """Raise ModelError where vLLM would leave out a part of the adapter, or cannot run it."""
     config = adapter.config
@@ -109,8 +117,8 @@ def refuse_for_vllm(adapter: Adapter) -> None:
         part = f"of rank {adapter.rank}"
     if part:
         raise ModelError(
-            f"{adapter.path} is an adapter {part}, which vLLM cannot run: use the engine hf, or merge it first (peft's "
-            "merge_and_unload, then save_pretrained)"
+            f"{adapter.path} is an adapter {part}, which vLLM cannot run: use the engine hf, or merge it first with "
+            f"{merge_command(adapter)}"
         )
 
 
@@ -158,6 +166,43 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
         ModelError: it does not fit the base.
         MissingDependencyError: peft is not installed.
     """
+    whole = _attach(model, adapter, None)
+    merged: PreTrainedModel = whole.merge_and_unload()
+    return merged.requires_grad_(True)  # peft froze the base; a training may start from it
+
+
+def check_fit(model: PreTrainedModel, adapter: Adapter) -> str | None:
+    """Refuse an adapter that does not fit its base, from the shapes in its header.
+
+    Args:
+        model: the base on the `meta` device; changed by this.
+        adapter: what would be merged into it.
+
+    Returns:
+        Why this could not be told without values, as for some kinds of PEFT; None where it fits.
+
+    Raises:
+        ModelError, MissingDependencyError: see `merge_adapter`.
+    """
+    import torch
+
+    if not adapter.shapes:
+        return "the adapter is pickled"
+    shapes = {name: torch.empty(shape, device="meta") for name, shape in adapter.shapes.items()}
+    try:
+        _attach(model, adapter, shapes)
+    except NotImplementedError as error:
+        return str(error)
+    return None
+
+
+def _attach(model: PreTrainedModel, adapter: Adapter, weights: Mapping[str, Tensor] | None) -> Any:
+    """PEFT's model of base and adapter, with `weights` in the adapter; None reads them from its file.
+
+    Raises:
+        NotImplementedError: values are needed, and the model is on the `meta` device.
+        ModelError, MissingDependencyError: see `merge_adapter`.
+    """
     import torch
 
     try:
@@ -171,15 +216,17 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
                 model.resize_token_embeddings(adapter.embedding_rows, mean_resizing=False)
             config = peft.PeftConfig.from_pretrained(str(adapter.path))
             whole = peft.get_peft_model(model, config)
-        weights = peft.load_peft_weights(str(adapter.path), device="cpu")
-        missing = sorted(peft.get_peft_model_state_dict(whole).keys() - weights.keys())
-        result: Any = peft.set_peft_model_state_dict(whole, weights)
-        unused = sorted(result.unexpected_keys)
+            if weights is None:
+                weights = peft.load_peft_weights(str(adapter.path), device="cpu")
+            missing = sorted(peft.get_peft_model_state_dict(whole).keys() - weights.keys())
+            result: Any = peft.set_peft_model_state_dict(whole, dict(weights))
+            unused = sorted(result.unexpected_keys)
     except Exception as error:  # peft raises whatever its parts do
+        if model.device.type == "meta" and (isinstance(error, NotImplementedError) or "meta tensor" in str(error)):
+            raise NotImplementedError(f"{adapter.config.get('peft_type')} needs the values of the base") from None
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(f"{adapter.path} does not fit its base {adapter.base}: {first:.200}") from None
     if missing or unused:
         what = f"lacks {missing[0]!r}" if missing else f"holds {unused[0]!r}, which the base has no place for"
         raise ModelError(f"{adapter.path} does not fit its base {adapter.base}: it {what}")
-    merged: PreTrainedModel = whole.merge_and_unload()
-    return merged
+    return whole

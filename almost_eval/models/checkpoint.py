@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from almost_eval.errors import ModelError, did_you_mean, problem_of
-from almost_eval.models.adapters import CONFIG, Adapter, find_adapter
+from almost_eval.models.adapters import CONFIG, Adapter, find_adapter, merge_command
 from almost_eval.nano import BUILT_IN, DEFAULT_MODEL, SEEDED, SHIPPED, shipped
 from almost_eval.types import JSONObject
 
@@ -24,6 +24,8 @@ _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"  # what tra
 _PICKLES = (
     "pytorch_model*.bin"  # its name for pickled weights; an optimizer's state or training_args.bin are no weights
 )
+_NO_WEIGHTS = ("training_args.bin", "optimizer.bin")
+"""Names of pickles that vLLM leaves out."""
 _BESIDE = (
     *("config.json", "generation_config.json", "adapter_config.json"),
     *(
@@ -162,8 +164,27 @@ def refuse_adapter(checkpoint: Checkpoint, what: str) -> None:
     """Raise ModelError for an adapter, where `what` can only load whole checkpoints."""
     if checkpoint.adapter:
         raise ModelError(
-            f"{checkpoint.adapter.path} is an adapter, and {what} takes whole checkpoints: merge it first "
-            "(peft's merge_and_unload, then save_pretrained), or use the engine hf"
+            f"{checkpoint.adapter.path} is an adapter, and {what} takes whole checkpoints: merge it first with "
+            f"{merge_command(checkpoint.adapter)}, and give that folder"
+        )
+
+
+def refuse_stray_weights(checkpoint: Checkpoint) -> None:
+    """Raise ModelError where vLLM would take files for weights that are not the checkpoint's.
+
+    Where there is no index, its loader reads every `*.safetensors` of the folder, and without one of those every
+    `*.bin`; transformers reads the files by their names.
+    """
+    files, folder = checkpoint.weight_files, checkpoint.path
+    indexed = files[0].suffix == ".safetensors" and (folder / _INDEX).is_file()
+    # The maker's own shards of Mistral turn its `auto` to their format, whatever else there is.
+    taken = sorted(folder.glob("consolidated*.safetensors" if indexed else "*.safetensors"))
+    if not taken and not indexed:
+        taken = [file for file in sorted(folder.glob("*.bin")) if not file.name.endswith(_NO_WEIGHTS)]
+    if stray := [file.name for file in taken if file not in files]:
+        raise ModelError(
+            f"{folder} holds {stray[0]}, which is no part of the checkpoint and which vLLM would load: move it out of "
+            "the folder, or use the engine hf"
         )
 
 

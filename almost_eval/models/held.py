@@ -10,7 +10,7 @@ from typing import Any
 from almost_eval.errors import InputError, did_you_mean
 from almost_eval.models.checkpoint import CAUSAL, Checkpoint, find_checkpoint
 from almost_eval.models.loading import DTYPES, load_tokenizer, pick_device, pick_dtype
-from almost_eval.models.tensors import compare_tensors, names, refuse_tensors
+from almost_eval.models.tensors import compare_tensors, names, not_compared, refuse_tensors
 from almost_eval.types import JSONObject
 
 
@@ -53,6 +53,7 @@ class HeldCheckpoint:
         self._allow_unused_weights = allow_unused_weights
         self.unused_weights: list[str] = []
         """Tensors in the files that the model does not take, and that were accepted."""
+        self._not_compared: str | None = None
 
     def check_tensors(self, auto_class: str) -> None:
         """Refuse weights that do not fit the model, from headers alone; `auto_class` of transformers would load them.
@@ -63,12 +64,14 @@ class HeldCheckpoint:
         tensors = compare_tensors(self.checkpoint, auto_class, trust_remote_code=self._trust_remote_code)
         refuse_tensors(self.checkpoint, tensors, allow_unused=self._allow_unused_weights)
         self.unused_weights = list(tensors.unused)
+        self._not_compared = tensors.unknown
 
     @property
     def notes(self) -> list[str]:
         """What is unusual about the weights, for the warnings of a result."""
         unused = self.unused_weights
-        return [f"{len(unused)} tensors of the checkpoint are not used: {names(unused)}"] if unused else []
+        notes = [f"{len(unused)} tensors of the checkpoint are not used: {names(unused)}"] if unused else []
+        return notes + ([not_compared(self._not_compared)] if self._not_compared else [])
 
     def identity(self) -> JSONObject:
         """What of the weights belongs in a run's spec besides their digest; empty where nothing is unusual."""

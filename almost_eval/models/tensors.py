@@ -14,13 +14,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from almost_eval.errors import ModelError
+from almost_eval.models.adapters import check_fit
 from almost_eval.models.checkpoint import Checkpoint
 
 _SCALES = re.compile(
-    r"\.(?:qweight|qzeros|scales|g_idx|SCB|absmax|quant_map|\w*_scale|\w*_scale_inv|weight_packed|weight_shape|"
-    r"weight_zero_point)$|\.(?:quant_state|absmax|quant_map|nested_\w+)(?:\.|$)"
+    r"\.(?:qweight|qzeros|scales?|zeros|\w*g_idx|SCB|weight_format|absmax|quant_map|\w*_scales?|\w*_scale_inv|"
+    r"\w*_scale_2|weight_packed|weight_shape|\w*_zero_point|\w*_blocks)$|\.(?:quant_state|absmax|quant_map|nested_\w+)(?:\.|$)"
 )
 _OTHER_HEAD = re.compile(r"^(?:score|classifier|v_head|lm_head|classification_head|qa_outputs|summary|cls)\.")
+_SIZES = {
+    "num_key_value_heads": r"\.(?:k_proj|v_proj)\.",
+    "num_local_experts or num_experts": r"\.(?:experts|gate|router)\b",
+    "intermediate_size": r"\.(?:mlp|feed_forward)\.",
+    "vocab_size": r"embed|wte|lm_head",
+}
+"""Setting -> the tensors whose shapes it alone decides."""
 _LM_HEAD = ("lm_head.weight", "embed_out.weight", "output.weight")
 _EMBEDDINGS = (
     "embed_tokens.weight",
@@ -57,9 +65,13 @@ def compare_tensors(
         auto_class: the class of transformers that will load it, such as `AutoModelForCausalLM`.
         trust_remote_code: run Python code that the checkpoint ships.
         config: changes to its config, such as `num_labels`.
+
+    Raises:
+        ModelError: it needs code of its own that may not run; an adapter that does not fit its base.
     """
     if any(file.suffix != ".safetensors" for file in checkpoint.weight_files):
         return Tensors(unknown="its weights are pickled")
+    final = auto_class
     if checkpoint.adapter and checkpoint.adapter.is_classifier and "CausalLM" in _own_kind(checkpoint):
         auto_class = "AutoModelForCausalLM"  # the base as it is; the adapter brings the score head
     import transformers
@@ -78,7 +90,14 @@ def compare_tensors(
                 **config,
             )
     except Exception as error:  # a package is missing, an architecture is unknown: loading itself will say so
+        if "custom code" in str(error):
+            raise ModelError(
+                f"{checkpoint.path} needs Python code of its own; pass --trust-remote-code if you trust its source"
+            ) from None
         return Tensors(unknown=first_line(error))
+    unfit = None
+    if checkpoint.adapter:
+        unfit = check_fit(model if final == auto_class else _empty(checkpoint, final), checkpoint.adapter)
     tied = auto_class == "AutoModelForCausalLM" and getattr(model.config, "tie_word_embeddings", False)
     untied = _untied(checkpoint) if tied else None
     return Tensors(
@@ -86,6 +105,7 @@ def compare_tensors(
         tuple(sorted(str(key if isinstance(key, str) else key[0]) for key in info["mismatched_keys"])),
         tuple(sorted({*info["unexpected_keys"], *((untied,) if untied else ())})),
         untied,
+        unfit,
     )
 
 
@@ -123,6 +143,21 @@ def refuse_tensors(checkpoint: Checkpoint, tensors: Tensors, *, allow_unused: bo
         )
 
 
+def not_compared(reason: str) -> str:
+    """The warning where `Tensors.unknown` has a reason."""
+    return f"the tensors of the checkpoint could not be compared with its model before they are loaded: {reason}"
+
+
+def _empty(checkpoint: Checkpoint, auto_class: str) -> Any:
+    """The base as the model that the adapter makes of it, on the `meta` device."""
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(str(checkpoint.path), num_labels=1)
+    with torch.device("meta"):
+        return getattr(transformers, auto_class).from_config(config)
+
+
 def _own_kind(checkpoint: Checkpoint) -> str:
     """The class that the base's own `config.json` names; an adapter may make another of it."""
     config = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
@@ -140,13 +175,8 @@ def _cause(checkpoint: Checkpoint, tensors: Tensors) -> str:
     unused, config = tensors.unused, checkpoint.config
     if any(_SCALES.search(name) for name in unused) and "quantization_config" not in config:
         return "; it looks quantised, and its config.json has lost the quantization_config"
-    biases = [name for name in unused if name.endswith(".bias")]
-    if biases and len(biases) == len(unused):
-        attention = any(re.search(r"attn|attention", name) for name in biases)
-        mlp = any(".mlp." in name for name in biases)
-        flags = [flag for flag, there in (("attention_bias", attention), ("mlp_bias", mlp)) if there]
-        if flags:
-            return f"; most likely config.json lacks {' and '.join(f'{chr(34)}{f}{chr(34)}: true' for f in flags)}"
+    if cause := _biases(unused, checkpoint) or _sizes(checkpoint, tensors):
+        return cause
     if tensors.untied:
         return (
             f"; {tensors.untied} differs from the embedding, but config.json ties the two: set "
@@ -158,6 +188,45 @@ def _cause(checkpoint: Checkpoint, tensors: Tensors) -> str:
         return f"; this is the head of another kind of model than the {checkpoint.architecture or 'one in config.json'}"
     if layers := _layers(unused):
         return f"; config.json says fewer layers than the files have (num_hidden_layers; the files have {layers})"
+    return ""
+
+
+def _biases(unused: Sequence[str], checkpoint: Checkpoint) -> str:
+    """The settings that would give the model the biases that are left over; empty where other tensors are too."""
+    if not unused or not all(name.endswith(".bias") for name in unused):
+        return ""
+    attention = {name.rsplit(".", 2)[1] for name in unused if re.search(r"attn|attention", name)}
+    mlp = any(re.search(r"\.(?:mlp|feed_forward|block_sparse_moe)\.|\.experts\.", name) for name in unused)
+    if attention == {"q_proj", "k_proj", "v_proj"}:
+        return '; Qwen2 has biases on q, k and v alone: config.json most likely names the wrong "model_type"'
+    flags = [flag for flag, there in (("attention_bias", bool(attention)), ("mlp_bias", mlp)) if there]
+    known = _settings(checkpoint)
+    if strange := [flag for flag in flags if flag not in known]:
+        kind = checkpoint.config.get("model_type")
+        return f"; the model_type {kind!r} in config.json has no {strange[0]}, so it is most likely the wrong one"
+    return f"; most likely config.json lacks {' and '.join(f'{chr(34)}{f}{chr(34)}: true' for f in flags)}" * bool(
+        flags
+    )
+
+
+def _settings(checkpoint: Checkpoint) -> Collection[str]:
+    """Names that the config class of transformers knows; where it knows no such type, those that are looked for."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        return dir(CONFIG_MAPPING[str(checkpoint.config.get("model_type"))]())
+    except Exception:  # an unknown type, or one that cannot be made of its defaults
+        return {"attention_bias", "mlp_bias"}
+
+
+def _sizes(checkpoint: Checkpoint, tensors: Tensors) -> str:
+    """The setting that tensors of another shape speak of, or the experts that are left over; empty where unclear."""
+    experts = [int(match[1]) for name in tensors.unused if (match := re.search(r"\.experts\.(\d+)\.", name))]
+    if experts and len(experts) == len(tensors.unused):
+        return f"; config.json says fewer experts than the files have ({max(experts) + 1})"
+    for setting, pattern in _SIZES.items():
+        if tensors.mismatched and all(re.search(pattern, name) for name in tensors.mismatched):
+            return f"; most likely {setting} in config.json is not that of the files"
     return ""
 
 

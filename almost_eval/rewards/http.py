@@ -169,7 +169,9 @@ class HTTPRewardModel(OpenAIClient):
                 raise InputError("--template needs the reward model's checkpoint here: give it with --tokenizer")
             return None
         try:
-            return HFRewardModel(name, template=self._template, device="cpu")
+            return HFRewardModel(  # its tokenizer alone: no weight is loaded
+                name, template=self._template, device="cpu", allow_unused_weights=True
+            )
         except ModelError:
             if self._tokenizer or self._template:
                 raise

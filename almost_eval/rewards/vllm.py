@@ -13,7 +13,7 @@ import numpy as np
 from almost_eval.engines.vllm_process import LLM, HoldsLLM, Params, VLLMOptions, load, run
 from almost_eval.errors import ModelError
 from almost_eval.models.chat import ChatTemplate
-from almost_eval.models.checkpoint import Checkpoint, refuse_adapter
+from almost_eval.models.checkpoint import Checkpoint, refuse_adapter, refuse_stray_weights
 from almost_eval.rewards.base import CheckpointRewardModel
 from almost_eval.types import Conversation, JSONObject
 
@@ -60,6 +60,7 @@ class VLLMRewardModel(HoldsLLM, CheckpointRewardModel):
             allow_unused_weights=allow_unused_weights,
         )
         refuse_adapter(self.checkpoint, "the engine vllm")
+        refuse_stray_weights(self.checkpoint)
 
     def settings(self) -> JSONObject:
         """What belongs in a run's spec; see `HFEngine.settings`."""
@@ -92,6 +93,7 @@ class VLLMRewardModel(HoldsLLM, CheckpointRewardModel):
             ModelError: vLLM cannot run the model, or it gives more than one number for a text.
         """
         owners = self.distinct(conversations)
+        self.warnings = self.notes
         wanted = frozenset(range(len(conversations)) if wanted is None else wanted)
         texts = {ids: mine for ids, indices in owners.items() if (mine := [i for i in indices if i in wanted])}
         if not texts:

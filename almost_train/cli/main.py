@@ -8,6 +8,7 @@ import click
 
 from almost_eval import __version__
 from almost_eval.cli.command_line import Commands, run_command_line
+from almost_train.cli.merge import merge
 from almost_train.cli.nano import nano
 from almost_train.cli.options import CONTEXT
 from almost_train.cli.run import run
@@ -30,7 +31,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (synthesize, reward, self_play, sft, rlsf, run, nano):  # the order of `--help`
+for command in (synthesize, reward, self_play, sft, rlsf, run, merge, nano):  # the order of `--help`
     cli.add_command(command)
 
 

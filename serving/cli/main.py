@@ -28,6 +28,9 @@ def _model(default: str, what: str) -> Command:
     return click.option("--model", default=default, show_default=True, help=what)
 
 
+_ALLOW_UNUSED = click.option(
+    "--allow-unused-weights", is_flag=True, help="Go on without tensors that the model does not take."
+)
 _SERVER: list[Command] = [
     click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on."),
     click.option("--port", type=int, default=8000, show_default=True, help="0 takes a free one."),
@@ -37,7 +40,7 @@ _SERVER: list[Command] = [
     ),
     click.option("--allow-pickle", is_flag=True, help="Accept pickled weights, which can run code when loaded."),
     click.option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint ships."),
-    click.option("--allow-unused-weights", is_flag=True, help="Go on without tensors that the model does not take."),
+    _ALLOW_UNUSED,
 ]
 _RUN: list[Command] = [
     click.option("--log", metavar="FILE", help="Append the servers' output to this file; - for stderr."),
@@ -82,7 +85,7 @@ cli.add_command(gateway)
 @click.option("--port", type=int, default=8000, show_default=True, help="Port of the gateway; 0 takes a free one.")
 @click.option("--policy-options", default="", help="vLLM's options for the policy, in one string.")
 @click.option("--reward-options", default="", help="vLLM's options for the reward model, in one string.")
-@options(LIMITS, _RUN)
+@options([_ALLOW_UNUSED], LIMITS, _RUN)
 def everything(*, log: str | None, **values: Any) -> None:
     """Serve a policy, a reward model and the gateway before them, supervised: if one ends, all end."""
     from serving.all import serve_everything
@@ -115,6 +118,8 @@ def _serve_one(
             return
         if server.vllm.note:
             click.echo(server.vllm.note, err=True)
+        if server.served.warning:
+            click.echo(f"warning: {server.served.warning}", err=True)
         if not server.has_key and settings["host"] not in ("127.0.0.1", "::1", "localhost"):
             click.echo(f"warning: no key is set ({KEY}): whoever reaches {settings['host']} may use it", err=True)
 

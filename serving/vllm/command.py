@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from almost_eval.errors import InputError
+from almost_eval.models.adapters import Adapter
 from serving.models import ServedModel
 from serving.vllm.middleware import VARIABLE as STOP_VARIABLE
 
@@ -23,6 +24,8 @@ GIB = 2**30
 _PROCESSES = 1.5 * GIB  # API server and engine, before any weight: 0.7 GB each, measured
 _ONE_THREAD = 16 * 2**20
 """Bytes of float32 weights up to which one thread beats two: at 8 MB it does, at 32 MB not (benchmarks/LOG.md)."""
+BASE = "-base"
+"""After the name of a served adapter, the name of its base, which vLLM serves beside it."""
 _OURS = {
     "model": "--model",
     "host": "--host",
@@ -80,7 +83,7 @@ def vllm_command(
         InputError: an option that cannot be passed on; a context that the model or the memory does not have.
     """
     user_set = set_options(options)
-    _refuse(user_set)
+    _refuse(user_set, model)
     context = _context(model, options)
     chosen: dict[str, str | None] = {
         "generation-config": "vllm",  # the checkpoint's own sampling settings would act unseen
@@ -91,6 +94,8 @@ def vllm_command(
         chosen |= {"runner": "pooling", "pooler-config": '{"use_activation": false}'}  # raw logits, no sigmoid
     if model.chat_template is not None:
         chosen["chat-template"] = model.chat_template
+    if model.checkpoint.adapter:
+        chosen |= _adapter_options(model.checkpoint.adapter, model.name)
     variables = {"VLLM_NO_USAGE_STATS": "1"}
     note, needed = "", 0.0
     if cpu:
@@ -106,7 +111,9 @@ def vllm_command(
         if model.weight_bytes <= _ONE_THREAD:
             variables["OMP_NUM_THREADS"] = "1"
     arguments = [sys.executable, "-m", "serving.vllm.main", str(model.checkpoint.path)]
-    arguments += ["--served-model-name", model.name, "--host", host, "--port", str(port)]
+    # The name is the adapter's where there is one: without it, nothing would answer but the base.
+    name = f"{model.name}{BASE}" if model.checkpoint.adapter else model.name
+    arguments += ["--served-model-name", name, "--host", host, "--port", str(port)]
     for option, value in chosen.items():
         if value is not None and option not in user_set:
             arguments += [f"--{option}", value] if value else [f"--{option}"]
@@ -122,6 +129,17 @@ def vllm_command(
         note,
         needed,
     )
+
+
+def _adapter_options(adapter: Adapter, name: str) -> dict[str, str | None]:
+    """What makes vLLM load an adapter on top of its base, and read its tokenizer."""
+    return {
+        "enable-lora": "",
+        "max-loras": "1",
+        "max-lora-rank": str(adapter.vllm_rank),
+        "lora-modules": json.dumps({"name": name, "path": str(adapter.path)}),
+        "tokenizer": str(adapter.tokenizer_folder) if adapter.tokenizer_folder else None,
+    }
 
 
 def _cpu_options(
@@ -184,11 +202,13 @@ def _context(model: ServedModel, options: Sequence[str]) -> int:
     return int(length)
 
 
-def _refuse(user_set: set[str]) -> None:
+def _refuse(user_set: set[str], model: ServedModel) -> None:
     if "api-key" in user_set:
         raise InputError("a key on a command line can be read by everybody here: set ALMOST_API_KEY instead")
     if "uds" in user_set:
         raise InputError("--uds is not supported: the server is watched over HTTP; give --host and --port")
+    if model.checkpoint.adapter and "lora-modules" in user_set:
+        raise InputError(f"--model {model.checkpoint.adapter.path} is an adapter already: leave out --lora-modules")
     if doubled := sorted(user_set & _OURS.keys()):
         raise InputError(f"{doubled[0]!r} in the --config file would not act: give {_OURS[doubled[0]]} instead")
 

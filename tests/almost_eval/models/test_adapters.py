@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from almost_eval.engines.hf import HFEngine
-from almost_eval.errors import ModelError
+from almost_eval.errors import InputError, ModelError
 from almost_eval.models.checkpoint import find_checkpoint
 from almost_eval.nano import shipped
 from almost_eval.rewards.hf import HFRewardModel
 from almost_eval.types import LoglikelihoodRequest, Message
 from serving.models import find_model
+from serving.vllm.command import vllm_command
 
 REQUESTS = [LoglikelihoodRequest("The panther is", (" big.", " small.")), LoglikelihoodRequest("A fox", (" runs",))]
 TALK = (Message("user", "Hello?"), Message("assistant", "Hello there."))
@@ -100,6 +103,8 @@ def test_a_classifier_adapter_is_a_reward_model_with_its_saved_head(base: Path, 
     assert reward.score([TALK]) == pytest.approx([expected], abs=1e-4)
     with pytest.raises(ModelError, match="SEQ_CLS"):
         HFEngine(str(folder))
+    with pytest.raises(ModelError, match="vLLM's reward server .* `almost-train merge"):
+        find_model("reward", str(folder))
 
 
 def _refused(folder: Path) -> str:
@@ -130,7 +135,26 @@ def test_what_cannot_be_used_is_refused(adapter: Path) -> None:
 
 def test_an_adapter_of_another_base_is_refused(adapter: Path, base: Path) -> None:
     _config(adapter, base_model_name_or_path="nano/vanilla-large")
-    assert "does not fit its base" in _refused(adapter)
+    with pytest.raises(ModelError, match="does not fit its base"):
+        HFEngine(str(adapter))  # from the headers: no weight is read
+
+
+@pytest.mark.parametrize("change", ["lost", "extra", "rank"])
+def test_tensors_that_are_not_those_of_its_config_are_told_before_the_base_is_read(change: str, adapter: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(adapter / "adapter_model.safetensors")
+    name = sorted(weights)[0]
+    if change == "lost":
+        del weights[name]
+    elif change == "extra":
+        weights["base_model.model.model.layers.9.mlp.up_proj.lora_A.weight"] = torch.ones(2, 4)
+    else:
+        _config(adapter, r=3)
+    save_file(weights, adapter / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match="does not fit its base"):
+        HFEngine(str(adapter))
 
 
 def test_a_config_of_the_base_in_the_folder_does_no_harm(adapter: Path, base: Path) -> None:
@@ -139,7 +163,8 @@ def test_a_config_of_the_base_in_the_folder_does_no_harm(adapter: Path, base: Pa
 
 
 def test_where_whole_checkpoints_are_needed_it_says_so(adapter: Path) -> None:
-    with pytest.raises(ModelError, match="merge it first"):
+    _config(adapter, use_dora=True)
+    with pytest.raises(ModelError, match="`almost-train merge .* --output DIR`"):
         find_model("policy", str(adapter))
 
 
@@ -151,6 +176,35 @@ def test_vllm_refuses_what_it_would_leave_out(adapter: Path) -> None:
         _config(adapter, **{"use_dora": False, "bias": "none", "modules_to_save": None, **change})
         with pytest.raises(ModelError, match="vLLM cannot run"):
             VLLMEngine(str(adapter))
+
+
+def test_an_adapter_is_served_beside_its_base(adapter: Path, base: Path) -> None:
+    for file in base.glob("*token*"):
+        shutil.copy(file, adapter)
+    (adapter / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}")
+    model = find_model("policy", str(adapter))
+    assert (model.name, model.template.name) == ("adapter", "tokenizer")  # the template of the adapter's folder
+    command = vllm_command(model, "127.0.0.1", 1, cpu=True, memory=math.inf, environment={}).arguments
+    options = dict(pairwise(command))
+    assert str(base) in command
+    assert options["--served-model-name"] == "adapter-base"
+    assert json.loads(options["--lora-modules"]) == {"name": "adapter", "path": str(adapter)}
+    assert (options["--max-lora-rank"], options["--tokenizer"]) == ("8", str(adapter))
+    with pytest.raises(InputError, match="--lora-modules"):
+        vllm_command(model, "h", 1, ["--lora-modules", "a=b"], cpu=True, memory=math.inf, environment={})
+
+
+@pytest.mark.slow
+def test_the_server_answers_with_the_adapter(adapter: Path) -> None:
+    from almost_eval.engines.openai_loglikelihood import OpenAIScorer
+    from serving.vllm.launch import VLLMServer
+
+    plain = HFEngine(str(adapter)).loglikelihood(REQUESTS)
+    with VLLMServer("policy", str(adapter)) as server:
+        server.wait_ready(timeout_s=300)
+        served = OpenAIScorer(server.model, base_url=f"{server.url}/v1").loglikelihood(REQUESTS)
+    for mine, theirs in zip(served, plain, strict=True):
+        assert [score.logprob for score in mine] == pytest.approx([s.logprob for s in theirs], abs=1e-3)
 
 
 @pytest.mark.slow

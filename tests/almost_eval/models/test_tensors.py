@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from almost_eval.engines.hf import HFEngine
+from almost_eval.engines.vllm import VLLMEngine
 from almost_eval.errors import ModelError
 from almost_eval.models.checkpoint import find_checkpoint
 from almost_eval.models.tensors import check_weights
@@ -64,6 +65,12 @@ LEFT_OVER = {
     "mlp bias": ("model.layers.0.mlp.up_proj.bias", '"mlp_bias": true'),
     "attention bias": ("model.layers.0.self_attn.q_proj.bias", '"attention_bias": true'),
     "scales": ("model.layers.0.mlp.up_proj.weight_scale", "quantization_config"),
+    "GPTQ": ("model.layers.0.mlp.up_proj.qweight", "quantization_config"),
+    "LLM.int8": ("model.layers.0.mlp.up_proj.SCB", "quantization_config"),
+    "NF4": ("model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4", "quantization_config"),
+    "MXFP4": ("model.layers.0.mlp.experts.down_proj_blocks", "quantization_config"),
+    "NVFP4": ("model.layers.0.mlp.up_proj.weight_scale_2", "quantization_config"),
+    "experts": ("model.layers.0.mlp.experts.3.up_proj.weight", "fewer experts than the files have (4)"),
     "another head": ("score.weight", "head of another kind"),
     "an adapter": ("model.layers.0.self_attn.q_proj.lora_A.default.weight", "adapter"),
     "anything": ("model.layers.0.something", "something"),
@@ -78,6 +85,78 @@ def test_left_over_tensors_are_refused_by_name_and_cause(kind: str, folder: Path
     assert name in message
     assert cause in message
     assert "--allow-unused-weights" in message
+
+
+def test_biases_on_q_k_and_v_alone_are_those_of_another_type(folder: Path) -> None:
+    _add(folder, *(f"model.layers.0.self_attn.{part}_proj.bias" for part in "qkv"))
+    assert "Qwen2" in _refused(folder)
+
+
+def test_a_bias_that_the_type_has_no_setting_for(folder: Path) -> None:
+    _add(folder, "model.layers.0.mlp.up_proj.bias")
+    _config(folder, model_type="mistral", architectures=["MistralForCausalLM"])
+    assert "'mistral' in config.json has no mlp_bias" in _refused(folder)
+
+
+def test_other_heads_of_keys_and_values_are_named(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    heads = config["num_attention_heads"]
+    _config(folder, num_key_value_heads=heads // 2 if config["num_key_value_heads"] == heads else heads)
+    assert "num_key_value_heads" in _refused(folder)
+
+
+def test_what_could_not_be_compared_is_a_warning(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM
+
+    def fail(*_: object, **__: object) -> None:
+        raise ImportError("pip install some-quantiser")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+        engine = HFEngine(str(folder))
+        assert "some-quantiser" in find_model("policy", str(folder)).warning
+    assert "some-quantiser" in engine.notes[0]
+
+
+def test_code_of_its_own_is_told_at_once(folder: Path) -> None:
+    code = {"AutoConfig": "configuration_foo.FooConfig", "AutoModelForCausalLM": "modeling_foo.FooForCausalLM"}
+    _config(folder, model_type="foo", auto_map=code)
+    with pytest.raises(ModelError, match="--trust-remote-code"):
+        HFEngine(str(folder))
+
+
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "old.safetensors"])
+def test_files_that_vllm_alone_would_load_are_refused(name: str, folder: Path) -> None:
+    shutil.copy(folder / "model.safetensors", folder / name)
+    assert HFEngine(str(folder)).notes == []  # transformers leaves them alone
+    for opener in (lambda: VLLMEngine(str(folder)), lambda: find_model("policy", str(folder))):
+        with pytest.raises(ModelError, match=name):
+            opener()
+
+
+def test_an_index_tells_vllm_which_files_are_meant(folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).save_pretrained(folder, max_shard_size="200KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    shutil.copy(next(folder.glob("model-*.safetensors")), folder / "old.safetensors")
+    assert find_model("policy", str(folder)).warning == ""
+    (folder / "old.safetensors").rename(folder / "consolidated.00.safetensors")
+    with pytest.raises(ModelError, match="consolidated"):
+        find_model("policy", str(folder))
+
+
+def test_a_judge_takes_the_flag_too(tmp_path: Path) -> None:
+    from almost_eval.data.sources import find_data
+    from almost_eval.judge.build import JudgeOptions, open_judge
+
+    reward = shutil.copytree(shipped("nano/reward"), tmp_path / "reward")
+    _add(reward, "lm_head.weight")
+    data = find_data("nano", None)
+    with pytest.raises(ModelError, match="--allow-unused-weights"):
+        open_judge(JudgeOptions(judge=f"reward:{reward}"), data)
+    assert open_judge(JudgeOptions(judge=f"reward:{reward}", allow_unused_weights=True), data)
 
 
 def test_left_over_tensors_are_accepted_by_a_flag_and_recorded(folder: Path) -> None:

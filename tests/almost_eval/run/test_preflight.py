@@ -44,6 +44,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever reads a tensor's values fails; headers and the `meta` device are open."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("almost_eval.engines.hf.load_weights", refuse)
+    monkeypatch.setattr("transformers.core_model_loading._materialize_copy", refuse)
+
+
 def hhh(engine: HFEngine, data: DataSource, source: str | None, **settings: Any) -> HHH:
     """HHH with a template of one's own, or none."""
     template = ChatTemplate("test", source) if source is not None else None

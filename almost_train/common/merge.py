@@ -1,0 +1,72 @@
+"""A PEFT adapter and its base as one whole checkpoint, for programs that take no adapter."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from almost_eval.errors import InputError
+from almost_eval.models.checkpoint import CAUSAL, Checkpoint, find_checkpoint
+from almost_eval.models.loading import load_tokenizer, load_weights
+from almost_eval.models.tensors import check_weights
+
+_HEAD = "SequenceClassification"
+_WEIGHTS_AND_SETTINGS = ("config.json", "generation_config.json", "adapter_config.json")
+"""What the merged model writes itself."""
+
+
+def merge(adapter: str, output: Path, dtype: str = "float32") -> Path:
+    """Write the base of an adapter with the adapter in its weights, and the tokenizer that belongs to it.
+
+    Args:
+        adapter: the folder with `adapter_config.json`.
+        output: the new checkpoint's folder; absent or empty.
+        dtype: of the weights, which are merged in float32.
+
+    Raises:
+        InputError: no adapter, or `output` holds something.
+        ModelError: the adapter cannot be read or does not fit its base.
+    """
+    import torch
+    import transformers
+
+    # 1. What is refused without weights.
+    checkpoint = find_checkpoint(adapter, architectures=(*CAUSAL, _HEAD))
+    if checkpoint.adapter is None:
+        raise InputError(f"{checkpoint.path} is a whole checkpoint; there is nothing to merge")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output} holds something already; give --output a new folder")
+    load_tokenizer(checkpoint)
+    kind = "AutoModelForSequenceClassification" if _HEAD in checkpoint.architecture else "AutoModelForCausalLM"
+    check_weights(checkpoint, kind)
+
+    # 2. The merged model, beside its place until it is whole.
+    model = load_weights(
+        getattr(transformers, kind),
+        checkpoint,
+        dtype=getattr(torch, dtype),
+        device="cpu",
+        attention="auto",
+        trust_remote_code=False,
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
+        folder = Path(scratch) / "model"
+        model.save_pretrained(folder)
+        _copy_tokenizer(checkpoint, folder)
+        if output.exists():
+            output.rmdir()
+        folder.rename(output)
+    return output
+
+
+def _copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
+    """The very files: a tokenizer that is saved anew may be another one."""
+    own = "adapter/" if checkpoint.tokenizer_folder != checkpoint.path else ""
+    for name in checkpoint.file_digests():
+        mine = name.startswith("adapter/")
+        name = name.removeprefix("adapter/")
+        if mine == bool(own) and name not in _WEIGHTS_AND_SETTINGS:
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(checkpoint.tokenizer_folder / name, folder / name)
