@@ -15,7 +15,7 @@ from almost_eval.engines.checkpoint_engine import CheckpointEngine
 from almost_eval.engines.prefix import EncodedRequest, build_trie, scores_of_nothing
 from almost_eval.errors import InputError, did_you_mean
 from almost_eval.models.checkpoint import Checkpoint
-from almost_eval.models.loading import ATTENTION, load_weights
+from almost_eval.models.loading import ATTENTION, Purpose, load_weights
 from almost_eval.types import Completion, JSONObject
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class HFEngine(CheckpointEngine):
         max_length: a context length below the model's own.
         allow_pickle: accept pickled weights.
         trust_remote_code: run Python code that the checkpoint ships.
+        purpose: `generate` where it will only continue prompts; `auto` may then be bfloat16 on a CPU (`pick_dtype`).
 
     Raises:
         InputError: an unknown dtype or attention, a size below 1, or a `max_length` beyond the model's own.
@@ -61,6 +62,7 @@ class HFEngine(CheckpointEngine):
         max_length: int | None = None,
         allow_pickle: bool = False,
         trust_remote_code: bool = False,
+        purpose: Purpose = "score",
     ) -> None:
         if attention not in ATTENTION:
             raise InputError(f"unknown attention {attention!r}; {did_you_mean(attention, ATTENTION)}")
@@ -72,6 +74,7 @@ class HFEngine(CheckpointEngine):
             sizes={"batch size": batch_size, "batch tokens": batch_tokens},
             allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
+            purpose=purpose,
         )
         self.share_prefixes = share_prefixes
         self.batch_size = batch_size

@@ -18,6 +18,7 @@ from almost_eval.engines.vllm_loglikelihood import stream_scores
 from almost_eval.engines.vllm_process import LLM, HoldsLLM, Output, Params, Requests, VLLMOptions, load, run
 from almost_eval.errors import InputError
 from almost_eval.models.checkpoint import Checkpoint
+from almost_eval.models.loading import Purpose
 from almost_eval.models.stops import end_ids
 from almost_eval.types import Completion, JSONObject
 
@@ -40,6 +41,7 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
         kv_cache_gib: GiB of keys and values; None is 1 on a CPU and what is free elsewhere.
         allow_pickle: accept pickled weights.
         trust_remote_code: run Python code that the checkpoint ships.
+        purpose: `generate` where it will only continue prompts; `auto` may then be bfloat16 on a CPU (`pick_dtype`).
 
     Raises:
         InputError: an unknown dtype, a size below 1, or a `max_length` beyond the model's own.
@@ -63,6 +65,7 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
         kv_cache_gib: float | None = None,
         allow_pickle: bool = False,
         trust_remote_code: bool = False,
+        purpose: Purpose = "score",
     ) -> None:
         if data_parallel_size != 1:
             raise InputError(
@@ -79,6 +82,7 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
             sizes={},
             allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
+            purpose=purpose,
         )
 
     def settings(self) -> JSONObject:
