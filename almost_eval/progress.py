@@ -1,11 +1,11 @@
-"""Progress on stderr: a bar with rate and remaining time in a terminal, silence in a pipe."""
+"""Progress on stderr: a bar with rate and remaining time in a terminal; in a pipe, notices alone."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 
 class Progress:
@@ -14,10 +14,24 @@ class Progress:
     def note(self, message: str) -> None:
         """Say what begins."""
 
+    def notice(self, message: str) -> None:
+        """Say what a user must know at once, wherever it is read: a wait of minutes, a setting that was changed."""
+
     @contextmanager
     def track(self, description: str, total: int, done: int = 0) -> Iterator[Any]:
         """Yield a function that takes how many items were finished."""
         yield lambda count=1: None
+
+
+class PipeProgress(Progress):
+    """Notices as plain lines, and nothing else."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def notice(self, message: str) -> None:
+        """One line."""
+        print(message, file=self._stream, flush=True)
 
 
 class TerminalProgress(Progress):
@@ -31,6 +45,10 @@ class TerminalProgress(Progress):
     def note(self, message: str) -> None:
         """Say what begins."""
         self._console.print(message, style="dim", highlight=False, markup=False)
+
+    def notice(self, message: str) -> None:
+        """One line above the bar."""
+        self._console.print(message, style="yellow", highlight=False, markup=False)
 
     @contextmanager
     def track(self, description: str, total: int, done: int = 0) -> Iterator[Any]:
@@ -57,6 +75,6 @@ class TerminalProgress(Progress):
 
 
 def progress_for(stream: Any = None) -> Progress:
-    """The terminal's progress where `stream` (stderr) is one, else silence."""
+    """The terminal's progress where `stream` (stderr) is one, else notices alone."""
     stream = stream or sys.stderr
-    return TerminalProgress() if stream.isatty() else Progress()
+    return TerminalProgress() if stream.isatty() else PipeProgress(stream)

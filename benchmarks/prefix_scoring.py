@@ -7,7 +7,10 @@ size that serves it best, found first on a small part. The same run checks that 
     python benchmarks/prefix_scoring.py --data-root ../shared/data/hub --limit 20 --rounds 3
     python benchmarks/prefix_scoring.py --data-root ../shared/data/hub --tasks mmlu --engine vllm --limit 20 --rounds 2
 
-With `--engine vllm` both sides run on vLLM: our engine, and lm-eval's `vllm` model.
+    python benchmarks/prefix_scoring.py --model runs/models/smollm2-135m-instruct --dtype bfloat16 --limit 40
+
+With `--engine vllm` both sides run on vLLM: our engine, and lm-eval's `vllm` model. In half precision lm-eval runs once
+more in float32, and both sides are held against that: of how many samples is the prediction the same?
 """
 
 from __future__ import annotations
@@ -68,22 +71,22 @@ def _text(data_root: Path) -> Iterator[str]:
 # ---------------------------------------------------------------------------------------------- the measured processes
 
 
-def ours(task: str, model: Path, data_root: Path, limit: int | None, _: int) -> dict[str, Any]:
+def ours(task: str, model: Path, data_root: Path, limit: int | None, _: int, dtype: str) -> dict[str, Any]:
     """Our engine on one task: what `almost-eval` runs, without the run folder."""
     from almost_eval.engines.hf import HFEngine
 
-    engine = HFEngine(str(model))
+    engine = HFEngine(str(model), dtype=dtype)
     return _ours(task, engine, lambda: engine.model, data_root, limit) | {
         "parameters": sum(p.numel() for p in engine.model.parameters()),
         "embedding": engine.model.get_input_embeddings().weight.numel(),
     }
 
 
-def ours_vllm(task: str, model: Path, data_root: Path, limit: int | None, _: int) -> dict[str, Any]:
+def ours_vllm(task: str, model: Path, data_root: Path, limit: int | None, _: int, dtype: str) -> dict[str, Any]:
     """Our engine on vLLM."""
     from almost_eval.engines.vllm import VLLMEngine
 
-    engine = VLLMEngine(str(model))
+    engine = VLLMEngine(str(model), dtype=dtype)
     return _ours(task, engine, lambda: engine.llm, data_root, limit)
 
 
@@ -126,18 +129,18 @@ def _ours(task: str, engine: Any, load: Callable[[], Any], data_root: Path, limi
     }
 
 
-def lm_eval(task: str, model: Path, data_root: Path, limit: int | None, batch: int) -> dict[str, Any]:
+def lm_eval(task: str, model: Path, data_root: Path, limit: int | None, batch: int, dtype: str) -> dict[str, Any]:
     """lm-eval's `hf` model on the same task: request building and scoring, without its bootstrap."""
 
     def load() -> Any:
         from lm_eval.models.huggingface import HFLM
 
-        return HFLM(pretrained=str(model), dtype="float32", device="cpu", batch_size=batch)
+        return HFLM(pretrained=str(model), dtype=dtype, device="cpu", batch_size=batch)
 
     return _lm_eval(load, task, data_root, limit)
 
 
-def lm_eval_vllm(task: str, model: Path, data_root: Path, limit: int | None, _: int) -> dict[str, Any]:
+def lm_eval_vllm(task: str, model: Path, data_root: Path, limit: int | None, _: int, dtype: str) -> dict[str, Any]:
     """lm-eval's `vllm` model, with what our engine sets for a CPU too; it chooses its own batches."""
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
@@ -157,7 +160,7 @@ def lm_eval_vllm(task: str, model: Path, data_root: Path, limit: int | None, _: 
 
         return VLLM(
             pretrained=str(model),
-            dtype="float32",
+            dtype=dtype,
             max_model_len=CONTEXT,
             enforce_eager=True,
             block_size=32,
@@ -196,39 +199,39 @@ def _lm_eval(load: Callable[[], Any], task: str, data_root: Path, limit: int | N
     return {"load": loaded - started, "score": done - loaded, "scored": scored}
 
 
-def plain_hhh(task: str, model: Path, data_root: Path, limit: int | None, _: int) -> dict[str, Any]:
+def plain_hhh(task: str, model: Path, data_root: Path, limit: int | None, _: int, dtype: str) -> dict[str, Any]:
     """The simplest correct loop: one prompt at a time, a bare forward pass, the labels read off its last position."""
-    return _hhh(model, data_root, limit, lambda lm, inputs: lm(**inputs).logits[:, -1], together=False)
+    return _hhh(model, dtype, data_root, limit, lambda lm, inputs: lm(**inputs).logits[:, -1], together=False)
 
 
-def lean_hhh(task: str, model: Path, data_root: Path, limit: int | None, _: int) -> dict[str, Any]:
+def lean_hhh(task: str, model: Path, data_root: Path, limit: int | None, _: int, dtype: str) -> dict[str, Any]:
     """The same loop by someone who knows transformers: logits of the last position alone, no cache to fill."""
 
     def forward(lm: Any, inputs: Any) -> Any:
         return lm(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
 
-    return _hhh(model, data_root, limit, forward, together=False)
+    return _hhh(model, dtype, data_root, limit, forward, together=False)
 
 
-def official_hhh(task: str, model: Path, data_root: Path, limit: int | None, _: int) -> dict[str, Any]:
+def official_hhh(task: str, model: Path, data_root: Path, limit: int | None, _: int, dtype: str) -> dict[str, Any]:
     """The official loop: for each pair, both prompts in a padded batch of two, one new token by `generate`."""
     settings = {"do_sample": False, "max_new_tokens": 1, "return_dict_in_generate": True, "output_scores": True}
 
     def forward(lm: Any, inputs: Any) -> Any:
         return lm.generate(**inputs, **settings, pad_token_id=0).scores[0]
 
-    return _hhh(model, data_root, limit, forward, together=True)
+    return _hhh(model, dtype, data_root, limit, forward, together=True)
 
 
 def _hhh(
-    model: Path, data_root: Path, limit: int | None, forward: Callable[[Any, Any], Any], *, together: bool
+    model: Path, dtype: str, data_root: Path, limit: int | None, forward: Callable[[Any, Any], Any], *, together: bool
 ) -> dict[str, Any]:
     """Each pair in both orders, in one padded batch (`together`) or one by one."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     started = time.perf_counter()
-    lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    lm = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
     loaded = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     prompt = json.loads((data_root / "github/naver-ai/ALMoST/eval/eval_prompt.json").read_text())["static_HHH_prompt"]
@@ -252,7 +255,7 @@ def _hhh(
         with torch.inference_mode():
             for batch in [texts] if together else [[text] for text in texts]:
                 inputs = tokenizer(batch, padding="longest", return_tensors="pt")
-                logprob += forward(lm, inputs).log_softmax(-1)[:, label].flatten().tolist()
+                logprob += forward(lm, inputs).float().log_softmax(-1)[:, label].flatten().tolist()
         scored[f"{pair['type']}/{number}"] = logprob
     return {"load": loaded - started, "score": time.perf_counter() - loaded, "scored": scored}
 
@@ -277,7 +280,7 @@ def worker(arguments: argparse.Namespace) -> None:
 
     torch.set_num_threads(arguments.threads)
     found = SIDES[arguments.side](
-        arguments.task, arguments.model, arguments.data_root, arguments.limit, arguments.batch
+        arguments.task, arguments.model, arguments.data_root, arguments.limit, arguments.batch, arguments.dtype
     )
     found["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     arguments.out.write_text(json.dumps(found))
@@ -286,12 +289,27 @@ def worker(arguments: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------------------------ the comparison
 
 
-def measure(side: str, task: str, given: argparse.Namespace, model: Path, *, limit: int | None, batch: int) -> Any:
+def measure(
+    side: str,
+    task: str,
+    given: argparse.Namespace,
+    model: Path,
+    *,
+    limit: int | None,
+    batch: int,
+    dtype: str | None = None,
+) -> Any:
     """One process; its report with the wall time of the whole process added."""
     out = Path(given.scratch) / "out.json"
     command = [sys.executable, __file__, "--worker", "--side", side, "--task", task, "--model", str(model)]
     command += ["--data-root", str(given.data_root), "--out", str(out), "--batch", str(batch)]
-    command += ["--threads", str(given.threads), *(["--limit", str(limit)] if limit else [])]
+    command += [
+        "--dtype",
+        dtype or given.dtype,
+        "--threads",
+        str(given.threads),
+        *(["--limit", str(limit)] if limit else []),
+    ]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(given.threads)}
     if given.engine == "hf":  # vLLM's own progress divides by the time that a bar which is off does not take
         environment["TQDM_DISABLE"] = "1"
@@ -312,6 +330,15 @@ def agreement(a: dict[str, list[float]], b: dict[str, list[float]]) -> tuple[int
     assert a.keys() == b.keys(), sorted(a.keys() ^ b.keys())[:5]
     flips = sum(a[k].index(max(a[k])) != b[k].index(max(b[k])) for k in a)
     return flips, max(abs(x - y) for k in a for x, y in zip(a[k], b[k], strict=True))
+
+
+def flips_by_metric(a: dict[str, list[float]], b: dict[str, list[float]]) -> str:
+    """`mc1: 38 of 40 predictions the same`, and so on for each metric or subject."""
+    groups: dict[str, list[str]] = {}
+    for key in a:
+        groups.setdefault(key.split("/")[0], []).append(key)
+    same = {name: sum(a[k].index(max(a[k])) == b[k].index(max(b[k])) for k in keys) for name, keys in groups.items()}
+    return ", ".join(f"{name}: {same[name]} of {len(keys)} predictions the same" for name, keys in groups.items())
 
 
 def matmul_rate(threads: int) -> float:
@@ -338,6 +365,8 @@ def main() -> None:
     )
     parser.add_argument("--tasks", default="truthfulqa,mmlu,hhh")
     parser.add_argument("--limit", type=int, help="samples of each task, subject or category; all by default")
+    parser.add_argument("--model", type=Path, help="a checkpoint; by default a seeded one of 30 M parameters")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--batch", type=int, default=0, help="lm-eval's batch size; found by trial by default")
@@ -345,8 +374,7 @@ def main() -> None:
     parser.add_argument("--peers", default=",".join(_HHH_BATCH), help="the HHH loops to compare with; all by default")
     for hidden in ("--side", "--task"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
-    for hidden in ("--model", "--out"):
-        parser.add_argument(hidden, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     given.data_root = given.data_root.resolve()
@@ -362,8 +390,9 @@ def main() -> None:
 
 def compare(given: argparse.Namespace) -> None:
     """Each task: ours and its peers in turn, `rounds` times."""
-    model = checkpoint(given.data_root)
+    model = given.model.resolve() if given.model else checkpoint(given.data_root)
     rate = matmul_rate(given.threads)
+    print(f"{model.name} in {given.dtype}", end="; ")
     print(f"{platform.processor() or platform.machine()}, {given.threads} threads, float32 {rate / 1e9:.0f} GFLOP/s")
     for task in given.tasks.split(","):
         batches = {name: _HHH_BATCH[name] for name in given.peers.split(",")} if task == "hhh" else {}
@@ -389,6 +418,13 @@ def compare(given: argparse.Namespace) -> None:
                     f"ours {statistics.median(m[what] for m in mine):.1f}, "
                     f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
                 )
+        if given.dtype != "float32" and "lm_eval" in peers:
+            truth = measure("lm_eval", task, given, model, limit=given.limit, batch=given.batch or 4, dtype="float32")
+            for name, one in (("ours", mine[0]), ("lm_eval", peers["lm_eval"][0])):
+                changed = flips_by_metric(one["scored"], truth["scored"])
+                print(f"  {name} in {given.dtype} against lm-eval in float32: {changed}")
+        if rounding := mine[0]["report"].get("rounding"):
+            print(f"  rounding: {json.dumps(rounding)}")
         first = mine[0]
         report = first["report"]
         print(
@@ -402,7 +438,7 @@ def compare(given: argparse.Namespace) -> None:
             print(
                 f"  arithmetic limit {flops / rate:.1f} s, measured {fastest:.1f} s: {flops / rate / fastest:.0%} of it"
             )
-    if given.engine == "vllm":
+    if given.engine == "vllm" or given.model:
         return
     small = checkpoint(given.data_root, small=True)
     command = [

@@ -1,7 +1,7 @@
 """What is served: the checkpoint behind a name, its chat template, where an answer stops, and what memory it takes.
 
-Read from the checkpoint's files alone. transformers, which takes seconds to import, is needed for one question, and
-only where the files leave it open: whether the tokenizer puts a BOS token before a text.
+Read from the checkpoint's files, no weights. transformers, which takes seconds to import, says before vLLM starts
+whether tokenizer and tensors are what the files promise.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from almost_eval.errors import InputError
 from almost_eval.models.chat import ChatTemplate, load_template, special_tokens
-from almost_eval.models.checkpoint import Checkpoint, context_length, find_checkpoint
+from almost_eval.models.checkpoint import Checkpoint, context_length, find_checkpoint, refuse_adapter
 from almost_eval.models.openings import Opening
 from almost_eval.models.stops import STOP_STRINGS, stop_strings, template_file
 from almost_eval.types import JSONObject, Message
@@ -25,6 +25,9 @@ ARCHITECTURES = {
     "reward": ("SequenceClassification", "RewardModel"),
 }
 """Kind of server -> parts of the class name in `config.json` that it can serve."""
+
+_AUTO_CLASSES = {"policy": "AutoModelForCausalLM", "reward": "AutoModelForSequenceClassification"}
+"""Kind of server -> the class of transformers that knows which tensors the model takes."""
 
 _SAMPLE = (Message("user", "a"), Message("assistant", "b"))
 
@@ -79,6 +82,7 @@ def find_model(
     served_name: str | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
+    allow_unused_weights: bool = False,
 ) -> ServedModel:
     """Find a checkpoint and settle how it is served.
 
@@ -90,16 +94,24 @@ def find_model(
         served_name: what clients call the model; None is the name itself, of a directory its last part.
         allow_pickle: accept pickled weights.
         trust_remote_code: the checkpoint's own code runs.
+        allow_unused_weights: tensors in the files that the model does not take are accepted.
 
     Raises:
         InputError: the template cannot be had or cannot render.
         ModelError: see `find_checkpoint`; for a reward model also more labels than one, or no score head.
     """
     checkpoint = find_checkpoint(name, allow_pickle=allow_pickle, architectures=ARCHITECTURES[kind])
+    refuse_adapter(checkpoint, "vLLM's server")
     if kind == "reward":
         from almost_eval.rewards.base import refuse_wrong_head
 
         refuse_wrong_head(checkpoint, custom=trust_remote_code and "auto_map" in checkpoint.config)
+    from almost_eval.models.loading import load_tokenizer
+    from almost_eval.models.tensors import compare_tensors, refuse_tensors
+
+    load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)  # vLLM would serve with one that loses text
+    tensors = compare_tensors(checkpoint, _AUTO_CLASSES[kind], trust_remote_code=trust_remote_code)
+    refuse_tensors(checkpoint, tensors, allow_unused=allow_unused_weights)
     tokenizer: Any = TokenizerFiles(checkpoint.path)
     chosen = load_template(template, tokenizer)
     if chosen is None:

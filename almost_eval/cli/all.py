@@ -43,7 +43,7 @@ def all_tasks(reward_model: str | None, baseline: str | None, tasks: list[str], 
     Example:
       almost-eval all                                      built-in models, data and judge
       almost-eval all --model ./ckpt --reward-model ./rm --data-root ./hub --output runs/ckpt
-      almost-eval all --model ./ckpt --judge gpt-4 --baseline answers.jsonl --max-cost 20 --dry-run
+      almost-eval all --model ./ckpt --judge gpt-6.1-terra --baseline answers.jsonl --max-cost 20 --dry-run
     """
     from almost_eval.cli.startup import import_transformers
     from almost_eval.run.trackers import log_results

@@ -56,7 +56,7 @@ def export(db: Path, output: Path) -> int:
     Example:
       almost-eval arena export runs/arena.db --output runs/arena
       almost-eval vicuna --questions runs/arena/questions.jsonl --answers runs/arena/answers-b.jsonl \\
-          --baseline runs/arena/answers-a.jsonl --judge gpt-4 --output runs/judged
+          --baseline runs/arena/answers-a.jsonl --judge gpt-6.1-terra --output runs/judged
     """
     from almost_eval.arena.report import export as export_votes
     from almost_eval.arena.votes import VoteStore

@@ -52,7 +52,7 @@ def vicuna(**flags: Any) -> int:
     \b
     Example:
       almost-eval vicuna                                   built-in models, questions and judge; no key
-      almost-eval vicuna --model ./my-model --baseline answers.jsonl --judge gpt-4 --dry-run
+      almost-eval vicuna --model ./my-model --baseline answers.jsonl --judge gpt-6.1-terra --dry-run
       almost-eval vicuna --models ./a ./b answers-c.jsonl --judge reward:./my-reward-model
     """
     from almost_eval.progress import progress_for
@@ -95,7 +95,16 @@ def _prepare(flags: Flags) -> JudgeRun:
         if not is_answer_file(names[at]):
             import_transformers()
         subset = flags["limit"] is not None
-        opened[at] = open_system(names[at], questions, sampling, engine, limit=limit, subset=subset)
+        opened[at] = open_system(
+            names[at],
+            questions,
+            sampling,
+            engine,
+            limit=limit,
+            subset=subset,
+            reasoning=flags["reasoning"],
+            choice=flags["choice"],
+        )
     return JudgeRun(
         questions,
         fingerprint,
@@ -105,6 +114,7 @@ def _prepare(flags: Flags) -> JudgeRun:
         orders=flags["orders"],
         ties=flags["ties"],
         max_answer_chars=flags["max_answer_chars"],
+        answer_reasoning=flags["reasoning"],
         seed=flags["seed"],
         allowed=allowed,
     )
@@ -244,7 +254,7 @@ def judge_check(archive: tuple[Path, ...], **flags: Any) -> int:
 
     \b
     Example:
-      almost-eval judge check --judge gpt-4o-mini --archive vicuna-archive --limit 20 --repeats 2 --dry-run
+      almost-eval judge check --judge gpt-6-luna --archive vicuna-archive --limit 20 --repeats 2 --dry-run
       almost-eval judge check --judge reward:./my-reward-model --archive vicuna-archive
     """
     from almost_eval.judge.archive import find_archives
@@ -253,7 +263,7 @@ def judge_check(archive: tuple[Path, ...], **flags: Any) -> int:
     from almost_eval.progress import progress_for
 
     if flags["judge"] is None:
-        raise InputError("--judge is missing: name a model of the API (gpt-4), or reward:CKPT")
+        raise InputError("--judge is missing: name a model of the API (gpt-6.1-terra), or reward:CKPT")
     data, questions, fingerprint = _questions(flags | {"limit": None}, built_in=False)
     archives = find_archives(archive, questions)
     judge = _open_judge(flags, data)

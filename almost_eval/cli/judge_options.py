@@ -14,7 +14,7 @@ from almost_eval.judge.families import DEFAULT_FAMILY, FAMILIES
 PATH = click.Path(path_type=Path)
 FAMILY = click.Choice(list(FAMILIES))
 JUDGE_OPTIONS = [
-    click.option("--judge", help="A model of the API (gpt-4), nano (the nano world's oracle) or reward:CKPT."),
+    click.option("--judge", help="A model of the API (gpt-6.1-terra), nano (the nano world's oracle) or reward:CKPT."),
     click.option("--judge-base-url", help="Any OpenAI-compatible endpoint, up to and with /v1."),
     click.option("--judge-prompt", type=PATH, help="A prompt file, instead of a prompt set."),
     click.option(
@@ -32,6 +32,14 @@ JUDGE_OPTIONS = [
     click.option("--max-cost", type=float, help="USD that all reviews may cost, at most."),
     click.option("--price-in", type=float, help="USD per million prompt tokens, instead of the table's."),
     click.option("--price-out", type=float, help="USD per million completion tokens."),
+    click.option("--price-cached", type=float, help="USD per million prompt tokens from a cache.  [--price-in]"),
+    click.option("--price-reasoning", type=float, help="USD per million tokens of thinking.  [--price-out]"),
+    click.option(
+        "--max-tokens", type=click.IntRange(min=1), help="Tokens of a review, thinking included.  [the prompt's]"
+    ),
+    click.option("--judge-temperature", type=click.FloatRange(0, 2), help="Of the reviews.  [the prompt's]"),
+    click.option("--reasoning-effort", help="How much the judge thinks: low, medium, high, or its own words."),
+    click.option("--judge-options", metavar="JSON", help="More fields of each request: '{\"top_p\": 0.9}'."),
 ]
 DATA_OPTIONS = [
     click.option("--data", help="Data: hub (the real questions) or nano (built in; the default for built-in models)."),
@@ -78,11 +86,20 @@ ANSWER_OPTIONS = [
         help="auto, none, tokenizer, almost, alpaca, vicuna, dolly, oasst, a FILE.",
     ),
     click.option(
+        "--answer-reasoning",
         "--reasoning",
+        "reasoning",
         type=click.Choice(["strip", "keep", "refuse"]),
         default="strip",
         show_default=True,
-        help="Thoughts in the answers that a model writes.",
+        help="Thinking in an answer: judged without it, judged with it, or refused.",
+    ),
+    click.option(
+        "--choice",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        help="Which answer, where a file holds several to a question.",
     ),
     click.option("--max-answer-chars", type=click.IntRange(min=1), help="Cut longer answers, and count them."),
 ]

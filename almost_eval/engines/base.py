@@ -30,11 +30,11 @@ class SamplingParams:
     """Completions for each prompt."""
     stop: tuple[str, ...] = ()
     """Strings that end a completion; they are not part of its text."""
+    seed: int = 0
+    """Each (prompt, completion) draws from its own generator seeded by this, so batching never changes a draw."""
     alone: bool = False
     """Read a completion as lm-eval does: decoded without its prompt, so that SentencePiece drops the space it begins
     with, and cut at one stop string after the other."""
-    seed: int = 0
-    """Each (prompt, completion) draws from its own generator seeded by this, so batching never changes a draw."""
 
 
 @dataclass(slots=True)

@@ -144,6 +144,9 @@ class EngineOptions:
     trust_remote_code: bool = _option(
         False, "hf, vllm: run Python code that the checkpoint ships.", engines=["hf", "vllm"], kind=bool
     )
+    allow_unused_weights: bool = _option(
+        False, "hf, vllm: go on without tensors that the model does not take.", engines=["hf", "vllm"], kind=bool
+    )
 
 
 def _takes(role: str) -> dict[str, set[str]]:

@@ -39,6 +39,7 @@ class CheckpointEngine(HeldCheckpoint, ABC):
         allow_pickle: bool,
         trust_remote_code: bool,
         purpose: Purpose = "score",
+        allow_unused_weights: bool = False,
     ) -> None:
         for flag, size in {"max length": max_length, **sizes}.items():
             if size is not None and size < 1:
@@ -50,10 +51,12 @@ class CheckpointEngine(HeldCheckpoint, ABC):
             allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
             purpose=purpose,
+            allow_unused_weights=allow_unused_weights,
         )
         self._report = EngineReport()
         own = context_length(self.checkpoint.config, self.tokenizer)
         self._context_length = shorter_context(own, max_length)
+        self.check_tensors("AutoModelForCausalLM")
 
     @property
     def context_length(self) -> int:

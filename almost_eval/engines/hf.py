@@ -41,6 +41,7 @@ class HFEngine(CheckpointEngine):
         allow_pickle: accept pickled weights.
         trust_remote_code: run Python code that the checkpoint ships.
         purpose: `generate` where it will only continue prompts; `auto` may then be bfloat16 on a CPU (`pick_dtype`).
+        allow_unused_weights: accept tensors in the files that the model does not take.
 
     Raises:
         InputError: an unknown dtype or attention, a size below 1, or a `max_length` beyond the model's own.
@@ -63,6 +64,7 @@ class HFEngine(CheckpointEngine):
         allow_pickle: bool = False,
         trust_remote_code: bool = False,
         purpose: Purpose = "score",
+        allow_unused_weights: bool = False,
     ) -> None:
         if attention not in ATTENTION:
             raise InputError(f"unknown attention {attention!r}; {did_you_mean(attention, ATTENTION)}")
@@ -75,6 +77,7 @@ class HFEngine(CheckpointEngine):
             allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
             purpose=purpose,
+            allow_unused_weights=allow_unused_weights,
         )
         self.share_prefixes = share_prefixes
         self.batch_size = batch_size
@@ -98,6 +101,7 @@ class HFEngine(CheckpointEngine):
             device=self.device,
             attention=self._attention,
             trust_remote_code=self._trust_remote_code,
+            allow_unused=self._allow_unused_weights,
         )
         # What else a checkpoint's generation_config.json may hold (a repetition penalty, beams) would act unseen:
         # `SamplingParams` is all there is.
@@ -115,6 +119,7 @@ class HFEngine(CheckpointEngine):
             "batch_size": self.batch_size,
             "batch_tokens": self.batch_tokens,
             "context_length": self.context_length,
+            **self.identity(),
         }
 
     def stream(
@@ -123,7 +128,7 @@ class HFEngine(CheckpointEngine):
         """Yield (index, scores) of each wanted request as soon as it is known; see `LoglikelihoodEngine.stream`."""
         from almost_eval.engines import hf_loglikelihood as scoring
 
-        self._report = report = EngineReport()
+        self._report = report = EngineReport(warnings=self.notes)
         wanted = frozenset(range(len(requests)) if wanted is None else wanted)
         yield from scores_of_nothing(requests, wanted)
         if not any(request.continuations for request in requests):
@@ -219,7 +224,7 @@ class HFEngine(CheckpointEngine):
         if not prompts:
             return
         ids = self._prompt_ids(prompts, params)
-        self._report = EngineReport("generate")
+        self._report = EngineReport("generate", warnings=self.notes)
         done = generation.GenerationReport(self.batch_tokens or self._generation_tokens())
         yield from generation.stream_completions(
             self.model,

@@ -1,12 +1,13 @@
 """A half-precision model computes in float32 for a while: the yardstick for its structure and for its rounding.
 
 Weights in bfloat16 or float16 are float32 numbers too, so nothing is lost by reading them as such. One layer at a time
-is converted while it runs. Memory grows by at most `KEPT` bytes of converted weights and one layer more.
+is converted while it runs; of an embedding only the rows that are looked up, of the output projection `ROWS` tokens at
+a time. So memory grows by one layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,22 +16,24 @@ from torch import nn
 
 from almost_eval.engines.hf_head import HALF
 
-KEPT = 1 << 30
-"""Bytes of float32 weights that stay for the next pass: all of a model below 270 M parameters."""
+ROWS = 1 << 14
+"""Rows of an output projection that are converted together."""
 
 
 @contextmanager
-def in_float32(model: nn.Module, *, kept: int = KEPT) -> Iterator[None]:
+def in_float32(model: nn.Module) -> Iterator[None]:
     """Inside, every forward pass of `model` is in float32, with its own weights; a float32 model stays as it is."""
-    store = _Store(kept)
-    with ExitStack() as hooks:
+    with ExitStack() as undo:
         for module, recurse in _units(model):
             tensors = [t for t in (*module.parameters(recurse), *module.buffers(recurse)) if t.dtype in HALF]
-            if tensors:
-                converter = _Converter(tensors, store)
-                hooks.callback(converter.restore)  # a pass that fails half-way leaves nothing converted
-                hooks.callback(module.register_forward_pre_hook(converter.convert, with_kwargs=True).remove)
-                hooks.callback(module.register_forward_hook(converter.restore).remove)
+            if type(module) is nn.Linear and tensors:
+                module.forward = _projection(module)  # type: ignore[method-assign, assignment]
+                undo.callback(module.__dict__.pop, "forward")
+            elif tensors:
+                converter = (_Rows if isinstance(module, nn.Embedding) else _Converter)(tensors)
+                undo.callback(converter.restore)  # a pass that fails half-way leaves nothing converted
+                undo.callback(module.register_forward_pre_hook(converter.convert, with_kwargs=True).remove)
+                undo.callback(module.register_forward_hook(converter.restore).remove)
         yield
 
 
@@ -44,38 +47,18 @@ def _units(module: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
         yield from _units(child)
 
 
-class _Store:
-    """Float32 copies, kept as far as the bytes go. Weights that are tied have one copy."""
-
-    def __init__(self, size: int) -> None:
-        self._left = size
-        self._copies: dict[int, torch.Tensor] = {}
-
-    def float32(self, tensor: torch.Tensor) -> torch.Tensor:
-        key = id(tensor)
-        if key in self._copies:
-            return self._copies[key]
-        copy = tensor.data.float()
-        size = copy.numel() * copy.element_size()
-        if size <= self._left:
-            self._left -= size
-            self._copies[key] = copy
-        return copy
-
-
 class _Converter:
     """The tensors of one unit, as float32 while it runs."""
 
-    def __init__(self, tensors: list[torch.Tensor], store: _Store) -> None:
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
         self._tensors = tensors
-        self._store = store
         self._own: list[torch.Tensor] = []
 
     def convert(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Inputs become float32 as well: what stands between two units may have rounded them."""
         self._own = [tensor.data for tensor in self._tensors]
         for tensor in self._tensors:
-            tensor.data = self._store.float32(tensor)
+            tensor.data = tensor.data.float()
         return tuple(map(_widened, args)), {name: _widened(value) for name, value in kwargs.items()}
 
     def restore(self, *_: object) -> None:
@@ -83,6 +66,31 @@ class _Converter:
         for tensor, own in zip(self._tensors, self._own, strict=False):
             tensor.data = own
         self._own = []
+
+
+class _Rows(_Converter):
+    """The rows of an embedding that are looked up; the ids become places among them."""
+
+    def convert(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The same lookup in a small float32 table."""
+        if len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor) or len(self._tensors) != 1:
+            return super().convert(module, args, kwargs)
+        table = self._tensors[0]
+        ids, places = args[0].unique(return_inverse=True)
+        self._own = [table.data]
+        table.data = table.data[ids].float()
+        return (places,), {}
+
+
+def _projection(module: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Its forward pass in float32, some rows of the weight at a time."""
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        parts = [nn.functional.linear(_widened(x), rows.float()) for rows in module.weight.split(ROWS)]
+        out = torch.cat(parts, -1)
+        return out if module.bias is None else out + module.bias.float()
+
+    return forward
 
 
 def _widened(value: Any) -> Any:

@@ -15,8 +15,19 @@ from almost_eval.engines.checkpoint_engine import CheckpointEngine
 from almost_eval.engines.prefix import EncodedRequest, scores_of_nothing
 from almost_eval.engines.seeding import request_seed
 from almost_eval.engines.vllm_loglikelihood import stream_scores
-from almost_eval.engines.vllm_process import LLM, HoldsLLM, Output, Params, Requests, VLLMOptions, load, run
+from almost_eval.engines.vllm_process import (
+    LLM,
+    HoldsLLM,
+    Output,
+    Params,
+    Requests,
+    VLLMOptions,
+    load,
+    run,
+    with_adapter,
+)
 from almost_eval.errors import InputError
+from almost_eval.models.adapters import refuse_for_vllm
 from almost_eval.models.checkpoint import Checkpoint
 from almost_eval.models.loading import Purpose
 from almost_eval.models.stops import end_ids
@@ -66,6 +77,7 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
         allow_pickle: bool = False,
         trust_remote_code: bool = False,
         purpose: Purpose = "score",
+        allow_unused_weights: bool = False,
     ) -> None:
         if data_parallel_size != 1:
             raise InputError(
@@ -83,11 +95,14 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
             allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
             purpose=purpose,
+            allow_unused_weights=allow_unused_weights,
         )
+        if self.checkpoint.adapter:
+            refuse_for_vllm(self.checkpoint.adapter)
 
     def settings(self) -> JSONObject:
         """What belongs in a run's spec; see `HFEngine.settings`."""
-        return self.options.settings(self.dtype, self.context_length)
+        return {**self.options.settings(self.dtype, self.context_length), **self.identity()}
 
     # --- the model ---
 
@@ -101,11 +116,11 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
         # One more than the context: vLLM wants room for a new token even where a full context is only scored.
         longest = self.context_length + 1
         options = self.options.for_loading(self.dtype, longest, trust_remote_code=self._trust_remote_code)
-        return self._hold(load(self.checkpoint.path, options))
+        return self._hold(load(self.checkpoint.path, with_adapter(options, self.checkpoint.adapter)))
 
     def results(self, requests: Requests) -> Iterator[tuple[str, Output]]:
         """Yield (name, vLLM's output) of each request (token ids, vLLM's sampling parameters) as it finishes."""
-        return run(self.llm, requests, self.checkpoint.path)
+        return run(self.llm, requests, self.checkpoint.path, self.checkpoint.adapter)
 
     # --- log-likelihoods ---
 
@@ -120,7 +135,7 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
             InputError: a request longer than the context; nothing is cut.
             ModelError: vLLM cannot run the model.
         """
-        self._report = report = EngineReport("vllm")
+        self._report = report = EngineReport("vllm", warnings=self.notes)
         wanted = range(len(requests)) if wanted is None else wanted
         yield from scores_of_nothing(requests, wanted)
         if not any(request.continuations for request in requests):
@@ -142,7 +157,7 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
         if not prompts:
             return
         ids = self._prompt_ids(prompts, params)
-        self._report = EngineReport("generate")
+        self._report = EngineReport("generate", warnings=self.notes)
         ends = self._end_ids(params.stop)
         draws = params.n if params.temperature > 0 else 1  # greedy completions are all the same
         requests = {

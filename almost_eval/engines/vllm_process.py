@@ -21,6 +21,7 @@ from typing import Any
 
 from almost_eval.engines.prefix import Ids
 from almost_eval.errors import InputError, ModelError, RunError
+from almost_eval.models.adapters import Adapter
 from almost_eval.models.loading import first_line, pick_device
 from almost_eval.types import JSONObject
 
@@ -163,8 +164,22 @@ def load(path: Path, options: JSONObject) -> LLM:
     return llm
 
 
-def run(llm: LLM, requests: Requests, path: Path) -> Iterator[tuple[str, Output]]:
-    """Yield (name, vLLM's output) of each request (token ids, vLLM's parameters) as it finishes.
+def with_adapter(options: JSONObject, adapter: Adapter | None) -> JSONObject:
+    """The options for `load`, with room for an adapter on top of the checkpoint."""
+    if adapter is None:
+        return options
+    tokenizer = str(adapter.tokenizer_folder) if adapter.tokenizer_folder else None
+    return {
+        **options,
+        "enable_lora": True,
+        "max_loras": 1,
+        "max_lora_rank": adapter.vllm_rank,
+        "tokenizer": tokenizer,
+    }
+
+
+def run(llm: LLM, requests: Requests, path: Path, adapter: Adapter | None = None) -> Iterator[tuple[str, Output]]:
+    """Yield (name, vLLM's output) of each request (token ids, vLLM's parameters) as it finishes; `adapter` is applied.
 
     Raises:
         RunError: vLLM fails, or is in the middle of another stream.
@@ -173,10 +188,15 @@ def run(llm: LLM, requests: Requests, path: Path) -> Iterator[tuple[str, Output]
     if core.has_unfinished_requests():
         raise RunError("this vLLM engine is in the middle of another stream; finish or close that one first")
     running = set()
+    lora = None
+    if adapter:
+        from vllm.lora.request import LoRARequest
+
+        lora = LoRARequest("adapter", 1, str(adapter.path))
     try:
         inputs = llm.renderer.render_cmpl([{"prompt_token_ids": ids.tolist()} for ids, _ in requests.values()])
         for (name, (_, params)), prompt in zip(requests.items(), inputs, strict=True):
-            core.add_request(name, prompt, params)
+            core.add_request(name, prompt, params, lora_request=lora)
             running.add(name)
         while core.has_unfinished_requests():
             for output in core.step():

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.build import EngineOptions, generation_engine
@@ -19,6 +19,7 @@ from almost_eval.files import LineWriter, read_records, repair_end, write_rows
 from almost_eval.judge.questions import answer_line, over_long, read_answers
 from almost_eval.judge.records import Answer, Question
 from almost_eval.models.chat import ChatTemplate, load_template, special_tokens
+from almost_eval.models.reasoning import split_reasoning
 from almost_eval.progress import Progress
 from almost_eval.run import provenance
 from almost_eval.run.texts import split_completion, unscored_reason
@@ -29,6 +30,9 @@ MAX_ANSWER_CHARS = 100_000
 """Characters of the longest answer that is judged as it is: some 25,000 tokens, of which a judge reads two."""
 
 _ADVICE = "what was answered is kept: the same command goes on"
+
+AnswerReasoning = Literal["strip", "keep", "refuse"]
+"""What becomes of thoughts in an answer that is judged."""
 
 Answers = dict[str, Answer]
 """Question id -> answer."""
@@ -55,6 +59,8 @@ class System(Protocol):
 
     name: str
     """As it stands in reviews, tables and file names; unique in a run."""
+    notes: list[str]
+    """What the reader of the results must know of its answers."""
 
     def spec(self) -> JSONObject:
         """What decides its answers, as JSON."""
@@ -77,6 +83,8 @@ class ArchivedSystem:
         questions: what must be answered, each once.
         subset: the questions are the first few of a file, so answers to others are passed over.
         limit: characters of the longest answer that is taken; None where answers will be cut on purpose.
+        reasoning: what becomes of thoughts in its answers; see `less_thoughts`.
+        choice: which answer is taken where the file holds several to a question, from 1.
 
     Raises:
         DataError: the file does not answer exactly these questions; see `read_answers`.
@@ -90,8 +98,17 @@ class ArchivedSystem:
         *,
         limit: int | None = MAX_ANSWER_CHARS,
         subset: bool = False,
+        reasoning: AnswerReasoning = "strip",
+        choice: int = 1,
     ) -> None:
-        self.name, self._answers = read_answers(path, questions, subset=subset)
+        self.name, answers = read_answers(path, questions, subset=subset, choice=choice)
+        self._answers = {id: less_thoughts(answer, reasoning) for id, answer in answers.items()}
+        self.notes = []
+        if many := [answer.metadata["choices"] for answer in answers.values() if "choices" in answer.metadata]:
+            self.notes.append(
+                f"{self.name}: the file holds up to {max(many)} answers to a question; number {choice} is judged "
+                "(--choice)"
+            )
         self._questions = questions
         if limit is not None and (long := over_long(self._answers, limit)):
             longest = max(len(self._answers[question].text) for question in long)
@@ -129,9 +146,14 @@ class ModelSystem:
     """
 
     def __init__(
-        self, model: str, questions: Sequence[Question], sampling: Sampling, options: EngineOptions | None = None
+        self,
+        model: str,
+        questions: Sequence[Question],
+        sampling: Sampling,
+        options: EngineOptions | None = None,
     ) -> None:
         self.name = Path(model).name if Path(model).is_dir() else model
+        self.notes: list[str] = []
         self._questions = questions
         self._sampling = sampling
         engine: Any = generation_engine(model, options)
@@ -251,6 +273,8 @@ def open_system(
     *,
     limit: int | None = MAX_ANSWER_CHARS,
     subset: bool = False,
+    reasoning: AnswerReasoning = "strip",
+    choice: int = 1,
 ) -> System:
     """What `--model`, `--baseline` and `--models` name: an answer file where there is one of that name, else a model.
 
@@ -258,8 +282,36 @@ def open_system(
         InputError: see `ArchivedSystem` and `ModelSystem`.
     """
     if is_answer_file(name):
-        return ArchivedSystem(Path(name), questions, limit=limit, subset=subset)
+        return ArchivedSystem(Path(name), questions, limit=limit, subset=subset, reasoning=reasoning, choice=choice)
     return ModelSystem(name, questions, sampling, options)
+
+
+def less_thoughts(answer: Answer, reasoning: AnswerReasoning, *, opened: bool = False) -> Answer:
+    """An answer as it is judged: `strip` moves a thought into its metadata, `keep` leaves it in the text.
+
+    Args:
+        answer: as the system wrote it.
+        reasoning: what is done.
+        opened: its prompt ended inside a thought.
+
+    Raises:
+        InputError: it holds a thought, and `reasoning` is `refuse`.
+    """
+    if reasoning == "keep":
+        return answer
+    split = split_reasoning(answer.text, opened)
+    if split.thought is None:
+        return answer
+    if reasoning == "refuse":
+        raise InputError(
+            f"{answer.model}, question {answer.question_id}: the answer holds thinking; give --answer-reasoning strip "
+            "to judge what follows it, or keep"
+        )
+    lost = len(answer.text) - len(split.answer)
+    kept = {"reasoning": split.thought, "reasoning_characters": lost} | (
+        {"reasoning_cut": True} if split.is_cut else {}
+    )
+    return replace(answer, text=split.answer, metadata={**answer.metadata, **kept})
 
 
 def is_answer_file(name: str) -> bool:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from almost_eval.errors import InputError
 from almost_eval.judge.families import DEFAULT_FAMILY
+from almost_eval.types import JSONObject
 
 if TYPE_CHECKING:
     from almost_eval.data.sources import DataSource
     from almost_eval.judge.judges import Judge
 
-DEFAULT_JUDGE = "gpt-4"
+DEFAULT_JUDGE = "gpt-6.1-terra"
 NANO_JUDGE = "nano"
 """The oracle of the nano world, and the default on its data."""
 REWARD_PREFIX = "reward:"
@@ -25,7 +27,15 @@ MAX_NEW_TOKENS = 1024
 NANO_MAX_NEW_TOKENS = 128
 """The nano world's answers have some twenty words."""
 
-_OF_AN_API = ("judge_base_url", "judge_prompt", "prompt_set", "max_cost", "price_in", "price_out")
+_OF_AN_API = (
+    *("judge_base_url", "judge_prompt", "prompt_set", "max_cost", "price_in", "price_out", "price_cached"),
+    *("price_reasoning", "max_tokens", "judge_temperature", "reasoning_effort", "judge_options"),
+)
+_RESERVED = {"model": "--judge", "messages": "--judge-prompt", "stream": "", "n": "--repeats or --orders"} | {
+    **dict.fromkeys(("max_tokens", "max_completion_tokens"), "--max-tokens"),
+    "temperature": "--judge-temperature",
+}
+"""Fields of a request that `--judge-options` cannot set, and what does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +62,18 @@ class JudgeOptions:
     """API: USD per million prompt tokens; None is the table's."""
     price_out: float | None = None
     """API: USD per million completion tokens."""
+    price_cached: float | None = None
+    """API: USD per million prompt tokens that are read from a cache; None is the table's, else `price_in`."""
+    price_reasoning: float | None = None
+    """API: USD per million completion tokens spent on thinking; None is the table's, else `price_out`."""
+    max_tokens: int | None = None
+    """API: tokens of a review, those of its thoughts included; None is the prompt's."""
+    judge_temperature: float | None = None
+    """API: None is the prompt's."""
+    reasoning_effort: str | None = None
+    """API: `low`, `medium`, `high`, or what else the judge takes; None says nothing of it."""
+    judge_options: str | None = None
+    """API: more fields of each request, as a JSON object."""
     reask: bool = False
     """API: whether a review that cannot be read is requested once more."""
     dry_run: bool = False
@@ -67,6 +89,28 @@ class JudgeOptions:
     def is_reward_model(self) -> bool:
         """Whether a reward model judges."""
         return self.judge is not None and self.judge.startswith(REWARD_PREFIX)
+
+
+def request_options(text: str | None, effort: str | None) -> JSONObject:
+    """The fields that `--judge-options` and `--reasoning-effort` add to each request.
+
+    Raises:
+        InputError: no JSON object, or a field that another flag sets.
+    """
+    try:
+        options = json.loads(text or "{}")
+    except ValueError as error:
+        raise InputError(f"--judge-options is no JSON ({error}); write it as '{{\"top_p\": 0.9}}'") from None
+    if not isinstance(options, dict):
+        raise InputError("--judge-options must be a JSON object, such as '{\"top_p\": 0.9}'")
+    if reserved := next((name for name in options if name in _RESERVED), None):
+        instead = f"use {_RESERVED[reserved]}" if _RESERVED[reserved] else "leave it out"
+        raise InputError(f"--judge-options cannot set {reserved}; {instead}")
+    if effort is not None:
+        if "reasoning_effort" in options:
+            raise InputError("--judge-options sets reasoning_effort, and so does --reasoning-effort; keep one")
+        options["reasoning_effort"] = effort
+    return dict(options)
 
 
 def answer_budget(data_name: str) -> int:
@@ -105,6 +149,11 @@ def open_judge(options: JudgeOptions, data: DataSource) -> Judge:
     from almost_eval.judge.prompts import load_judge_prompts
 
     prompts = load_judge_prompts(options.prompt_family, options.prompt_set, data, file=options.judge_prompt)
+    if options.max_tokens is not None:
+        prompts = replace(prompts, max_tokens=options.max_tokens)
+    if options.judge_temperature is not None:
+        prompts = replace(prompts, temperature=options.judge_temperature)
+    fields = request_options(options.judge_options, options.reasoning_effort)
     connection = Connection(
         base_url=options.judge_base_url,
         timeout=options.timeout,
@@ -112,5 +161,7 @@ def open_judge(options: JudgeOptions, data: DataSource) -> Judge:
         max_cost=options.max_cost,
         price_in=options.price_in,
         price_out=options.price_out,
+        price_cached=options.price_cached,
+        price_reasoning=options.price_reasoning,
     )
-    return ModelJudge(name, prompts, connection, reask=options.reask, dry=options.dry_run)
+    return ModelJudge(name, prompts, connection, options=fields, reask=options.reask, dry=options.dry_run)

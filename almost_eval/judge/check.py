@@ -140,7 +140,7 @@ class JudgeCheck:
         """
         progress = progress or Progress()
         spec = self.spec()
-        with RunStore(folder, spec) as store, self.judge.open(folder):
+        with RunStore(folder, spec) as store, self.judge.open(folder, progress.notice):
             store.forget([id for id, r in store.done.items() if r.score.reason and r.score.reason not in LASTING])
             total = len(self.ids) * self.repeats
             with progress.track(f"{TASK} {self.judge.name}", total, len(store.done)) as advance:

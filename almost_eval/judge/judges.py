@@ -5,28 +5,32 @@ Three kinds: a model behind an API (here), the nano world's oracle and a reward 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Protocol, overload
 
+from almost_eval.errors import InputError
 from almost_eval.judge.api.client import JudgeClient
-from almost_eval.judge.api.cost import Budget, estimate, price_of
-from almost_eval.judge.api.endpoint import JudgeEndpoint
+from almost_eval.judge.api.cost import Budget, StatedPrices, estimate, price_of, retirement_of
+from almost_eval.judge.api.endpoint import THOUGHT_ONLY, JudgeEndpoint
 from almost_eval.judge.api.journal import Journal
 from almost_eval.judge.api.session import ClientStats
 from almost_eval.judge.prompts import JudgePrompts
 from almost_eval.judge.records import Failure, JudgeRequest, Pair, Question, Reply, Unparsed, Verdict
 from almost_eval.run.texts import CUT, REFUSED
-from almost_eval.types import JSONObject, Message, SampleRecord
+from almost_eval.types import JSONMapping, JSONObject, Message, SampleRecord
 
 UNANSWERED = frozenset({CUT, REFUSED})
 """The reasons of a pair that is not judged, as thoughts leave one of its answers out."""
 UNPARSED = "unparsed"
 """The reason of a review whose verdict cannot be read."""
 
-LASTING = frozenset({"content_filter", "refusal", "too_long", "context_too_long", "non_finite", UNPARSED, *UNANSWERED})
+LASTING = frozenset(
+    {"content_filter", "refusal", "too_long", "context_too_long", "non_finite", THOUGHT_ONLY, UNPARSED, *UNANSWERED}
+)
 """Reasons that would come again. A review with another one is requested anew when the command is repeated."""
 
 
@@ -73,8 +77,11 @@ class Judge(Protocol):
         """What judging these takes, at most, and what the first prompt is. Loads no weights, sends nothing."""
         ...
 
-    def open(self, folder: Path) -> AbstractContextManager[object]:
-        """Ready to judge inside; what it must remember is kept in the run folder."""
+    def open(self, folder: Path, notice: Callable[[str], None] | None = None) -> AbstractContextManager[object]:
+        """Ready to judge inside; what it must remember is kept in the run folder.
+
+        `notice` takes a line that the user must see at once.
+        """
         ...
 
     def asks_again(self, record: SampleRecord) -> bool:
@@ -113,8 +120,22 @@ class Connection:
     """USD per million prompt tokens; None is the table's."""
     price_out: float | None = None
     """USD per million completion tokens."""
+    price_cached: float | None = None
+    """USD per million prompt tokens that are read from a cache; None is `price_in`."""
+    price_reasoning: float | None = None
+    """USD per million completion tokens that are spent on thinking; None is `price_out`."""
     seed: int = 0
     """Of the retries' jitter."""
+
+    @property
+    def prices(self) -> StatedPrices:
+        """Prices by the names that `price_of`, `estimate` and `Budget` take."""
+        return {
+            "price_in": self.price_in,
+            "price_out": self.price_out,
+            "price_cached": self.price_cached,
+            "price_reasoning": self.price_reasoning,
+        }
 
 
 class ModelJudge:
@@ -124,6 +145,7 @@ class ModelJudge:
         name: the model, as the provider calls it.
         prompts: what it is shown, and how its reviews are read.
         connection: how to reach it.
+        options: more fields of each request's body: a reasoning effort, and whatever the judge takes.
         reask: whether a review that cannot be read is requested once more.
         dry: nothing will be sent, so that no key is needed.
 
@@ -134,17 +156,29 @@ class ModelJudge:
     kind = "model"
 
     def __init__(
-        self, name: str, prompts: JudgePrompts, connection: Connection, *, reask: bool = False, dry: bool = False
+        self,
+        name: str,
+        prompts: JudgePrompts,
+        connection: Connection,
+        *,
+        options: JSONMapping | None = None,
+        reask: bool = False,
+        dry: bool = False,
     ) -> None:
         self.name = name
         self.prompts = prompts
         self.connection = connection
+        self.options = dict(options or {})
         self._reask = reask
         self._client: JudgeClient | None = None
         self._stats = ClientStats()
-        Budget(connection.max_cost, connection.price_in, connection.price_out, judge=name)
+        self._ledger: JSONObject = {}
+        Budget(connection.max_cost, **connection.prices, judge=name)
         if not dry:
-            JudgeEndpoint(name, connection.base_url, connection.timeout)
+            endpoint = JudgeEndpoint(name, connection.base_url, connection.timeout)
+            retired, today = retirement_of(name), date.today().isoformat()
+            if retired and endpoint.is_openai and retired.date <= today:
+                raise InputError(f"--judge {name}: {retired.words(name, today)} ({retired.source}); name another judge")
 
     def spec(self) -> JSONObject:
         """What it is shown, and where."""
@@ -156,6 +190,7 @@ class ModelJudge:
             "prompt_set": {"name": self.prompts.prompt_set, "digest": self.prompts.digest},
             "temperature": self.prompts.temperature,
             "max_tokens": self.prompts.max_tokens,
+            **({"options": self.options} if self.options else {}),
         }
 
     def check(self, questions: Sequence[Question]) -> None:
@@ -163,13 +198,14 @@ class ModelJudge:
 
     def plan(self, pairs: Sequence[Pair], folder: Path | None, repeats: int = 1) -> JSONObject:
         """Requests that no reply in the folder's journal answers, their tokens and their price, at most."""
-        prices = (self.connection.price_in, self.connection.price_out)
+        prices = self.connection.prices
         places = range(len(pairs))
-        requests = (r for k in range(repeats) for r in Requests(self.name, self.prompts, pairs, places, k))
+        requests = (r for k in range(repeats) for r in self._requests(pairs, places, k))
         file = folder / "journal.sqlite" if folder else None
         with Journal(file) if file and file.is_file() else nullcontext() as journal:
-            needed = estimate(requests, price_in=prices[0], price_out=prices[1], journal=journal)
-        price = price_of(self.name, *prices)
+            needed = estimate(requests, **prices, journal=journal)
+            spent = self._spent(journal) if journal else {}
+        price, retired = price_of(self.name, **prices), retirement_of(self.name)
         source = f"{price.source} {price.date}".strip() if price else "unknown: give --price-in and --price-out"
         return {
             "requests": needed.requests,
@@ -178,17 +214,18 @@ class ModelJudge:
             "completion_tokens_at_most": needed.completion_tokens,
             "price_usd_at_most": None if needed.price is None else round(needed.price, 4),
             "price_from": source,
+            **spent,
+            **({"retires": retired.words(self.name, date.today().isoformat())} if retired else {}),
             "prompt": shown(self.prompts.messages(pairs[0])),
         }
 
     @contextmanager
-    def open(self, folder: Path) -> Iterator[None]:
+    def open(self, folder: Path, notice: Callable[[str], None] | None = None) -> Iterator[None]:
         """Inside, there is a client, and every reply is kept in `journal.sqlite`."""
         connection = self.connection
         with Journal(folder / "journal.sqlite") as journal:
-            budget = Budget(connection.max_cost, connection.price_in, connection.price_out, judge=self.name)
-            if budget.price is not None:
-                budget.spent = budget.price.of(*journal.tokens())  # what was paid before counts
+            budget = Budget(connection.max_cost, **connection.prices, judge=self.name)
+            budget.spent = sum(budget.of_ledger(journal.ledger()))  # what was sent before counts
             self._client = JudgeClient(
                 self.name,
                 journal,
@@ -196,13 +233,29 @@ class ModelJudge:
                 timeout=connection.timeout,
                 concurrency=connection.concurrency,
                 budget=budget,
+                notice=notice,
                 seed=connection.seed,
             )
             self._stats = self._client.stats
             try:
                 yield
             finally:
+                self._ledger = self._spent(journal)
                 self._client = None
+
+    def _spent(self, journal: Journal) -> JSONObject:
+        """What all runs in the folder of a journal were billed, and may have been billed beside it."""
+        ledger = journal.ledger()
+        facts: JSONObject = {"cost_uncertain_requests_all_runs": ledger.n_unsure}
+        budget = Budget(**self.connection.prices, judge=self.name)
+        if budget.price is None:
+            return facts
+        billed, unsure = budget.of_ledger(ledger)
+        return {
+            "cost_usd_all_runs": round(billed + unsure, 6),
+            "of_it_uncertain_usd": round(unsure, 6),
+            **facts,
+        }
 
     def asks_again(self, record: SampleRecord) -> bool:
         """A review that could not be read, where `reask` says so and it was requested once only."""
@@ -227,31 +280,44 @@ class ModelJudge:
             "replies_stored_before": stats.cached,
             "sent_again": dict(stats.retried),
             "cost_usd": None if stats.cost is None else round(stats.cost, 6),
+            "cost_uncertain_usd": None if stats.cost is None else round(stats.cost_unsure, 6),
             "cost_uncertain_requests": stats.unmetered,
+            **(self._spent(self._client.journal) if self._client else self._ledger),
         }
 
     def warnings(self) -> Sequence[str]:
-        """None: what failed is in the lines."""
-        return ()
+        """That the judge is to be shut down, or its name is of one that was."""
+        retired = retirement_of(self.name)
+        return (retired.words(self.name, date.today().isoformat()),) if retired else ()
 
     def _ask(self, pairs: Sequence[Pair], wanted: Sequence[int], attempt: int) -> Iterator[tuple[int, Judgement]]:
         assert self._client is not None  # `open`
-        requests = Requests(self.name, self.prompts, pairs, wanted, attempt)
+        requests = self._requests(pairs, wanted, attempt)
         for place, answer in self._client.stream(requests):
             yield wanted[place], judgement_of(self.prompts, pairs[wanted[place]], answer, attempt)
+
+    def _requests(self, pairs: Sequence[Pair], wanted: Sequence[int], attempt: int) -> Requests:
+        return Requests(self.name, self.prompts, pairs, wanted, attempt, self.options)
 
 
 class Requests(Sequence[JudgeRequest]):
     """What is sent for the wanted pairs, each rendered when it is looked at: ten thousand prompts fill a memory."""
 
     def __init__(
-        self, judge: str, prompts: JudgePrompts, pairs: Sequence[Pair], wanted: Sequence[int], attempt: int
+        self,
+        judge: str,
+        prompts: JudgePrompts,
+        pairs: Sequence[Pair],
+        wanted: Sequence[int],
+        attempt: int,
+        options: JSONMapping | None = None,
     ) -> None:
         self._judge = judge
         self._prompts = prompts
         self._pairs = pairs
         self._wanted = wanted
         self._attempt = attempt
+        self._options = options or {}
 
     def __len__(self) -> int:
         return len(self._wanted)
@@ -264,13 +330,17 @@ class Requests(Sequence[JudgeRequest]):
 
     def __getitem__(self, place: int | slice) -> JudgeRequest | Sequence[JudgeRequest]:
         if isinstance(place, slice):
-            return Requests(self._judge, self._prompts, self._pairs, self._wanted[place], self._attempt)
-        return request_for(self._judge, self._prompts, self._pairs[self._wanted[place]], self._attempt)
+            wanted = self._wanted[place]
+            return Requests(self._judge, self._prompts, self._pairs, wanted, self._attempt, self._options)
+        return request_for(self._judge, self._prompts, self._pairs[self._wanted[place]], self._attempt, self._options)
 
 
-def request_for(judge: str, prompts: JudgePrompts, pair: Pair, attempt: int = 0) -> JudgeRequest:
+def request_for(
+    judge: str, prompts: JudgePrompts, pair: Pair, attempt: int = 0, options: JSONMapping | None = None
+) -> JudgeRequest:
     """What a judge is sent for a pair."""
-    return JudgeRequest(judge, prompts.messages(pair), prompts.temperature, prompts.max_tokens, attempt)
+    messages = prompts.messages(pair)
+    return JudgeRequest(judge, messages, prompts.temperature, prompts.max_tokens, attempt, options or {})
 
 
 def shown(messages: Sequence[Message]) -> str:
@@ -282,7 +352,7 @@ def judgement_of(prompts: JudgePrompts, pair: Pair, answer: Reply | Failure, att
     """A reply read, or a failure as it is."""
     if isinstance(answer, Failure):
         return Judgement(None, answer.reason, {"review": None, "problem": answer.message, "attempt": attempt})
-    verdict = prompts.parse(answer.text, pair)
+    verdict = prompts.parse(answer.text, pair, answer.finish_reason)
     outputs = {
         # A reply may hold half a surrogate pair, which no file can.
         "review": answer.text.encode("utf-8", "replace").decode("utf-8"),
@@ -292,7 +362,12 @@ def judgement_of(prompts: JudgePrompts, pair: Pair, answer: Reply | Failure, att
         "prompt_tokens": answer.prompt_tokens,
         "completion_tokens": answer.completion_tokens,
         "attempt": attempt,
+        "parameters": dict(answer.parameters),
     }
+    if answer.thinking:
+        outputs["thinking"] = answer.thinking.encode("utf-8", "replace").decode("utf-8")
+    if answer.reasoning_tokens or answer.cached_tokens:
+        outputs |= {"reasoning_tokens": answer.reasoning_tokens, "cached_tokens": answer.cached_tokens}
     if quoted := prompts.neutralised(pair):
         outputs["markers_quoted"] = quoted
     if isinstance(verdict, Unparsed):

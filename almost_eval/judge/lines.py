@@ -80,6 +80,8 @@ def record_of(pair: Pair, judgement: Judgement, *, id: str, cut: Sequence[int] =
         metadata={"order": pair.order, "baseline": baseline.model, "model": model.model},
     )
     outputs = judgement.outputs | {"lengths": [len(pair.answer_1.text), len(pair.answer_2.text)]}
+    if stripped := sum(answer.metadata.get("reasoning_characters") or 0 for answer in (pair.answer_1, pair.answer_2)):
+        outputs |= {"reasoning_stripped": stripped}
     if any(cut):
         outputs |= {"cut": list(cut)}
     # A judge's tokenizer is its own: four characters stand for a token.

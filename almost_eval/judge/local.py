@@ -6,7 +6,7 @@ Both score each answer on its own, so they have no position bias and always say 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +30,7 @@ class LocalJudge:
         """No request, no price."""
         return {"requests": 0, "price_usd_at_most": 0.0, "prompt": pairs[0].question.text}
 
-    def open(self, folder: Path) -> AbstractContextManager[None]:
+    def open(self, folder: Path, notice: Callable[[str], None] | None = None) -> AbstractContextManager[None]:
         """Nothing to open."""
         return nullcontext()
 

@@ -36,6 +36,7 @@ from almost_eval.errors import DataError, InputError, did_you_mean
 from almost_eval.judge.families import FAMILIES
 from almost_eval.judge.records import Pair, Unparsed, Verdict
 from almost_eval.judge.verdicts import parse_letters, parse_scores
+from almost_eval.models.reasoning import split_reasoning
 from almost_eval.run import provenance
 from almost_eval.types import Message
 
@@ -59,6 +60,12 @@ FORMS = {"scores": ReviewForm(parse_scores, 0.2, 1024), "letters": ReviewForm(pa
 REFERENCE = "reference"
 REFERENCE_CATEGORIES = frozenset({"math", "reasoning", "coding"})
 """Questions that are judged against a reference answer, if there is one: FastChat's list."""
+
+_VERDICT_WORDS = frozenset(
+    "assistant answer score scores rating ratings verdict output result final overall the my is are and to out of a b c"
+    " vs for".split()
+)
+"""Words of a first line that is the verdict. A sentence of a thought has others."""
 
 _REQUIRED = ("question", "answer_1", "answer_2")
 _PLACES = re.compile(r"\{(question|answer_1|answer_2|reference|fence)\}")
@@ -145,9 +152,9 @@ class JudgePrompts:
         """How many frame markers in the texts of a pair were turned into quotations."""
         return self._texts(pair)[1]
 
-    def parse(self, review: str, pair: Pair) -> Verdict | Unparsed:
+    def parse(self, review: str, pair: Pair, finish_reason: str = "stop") -> Verdict | Unparsed:
         """What a review of this pair says; see `parse_review`."""
-        return parse_review(self.kind, review, pair)
+        return parse_review(self.kind, review, pair, finish_reason)
 
     def _template(self, pair: Pair) -> PromptTemplate:
         category = pair.question.category
@@ -196,15 +203,37 @@ def _marker_pattern(user: str) -> re.Pattern[str] | None:
     return re.compile(rf"\[(\s*(?:{_QUOTED})*(?:{'|'.join(markers)})\s*)\]", re.I)
 
 
-def parse_review(form: str, review: str, pair: Pair) -> Verdict | Unparsed:
-    """What a review of a pair says. Nothing that it quotes from the question or the answers is a verdict.
+def parse_review(form: str, review: str, pair: Pair, finish_reason: str = "stop") -> Verdict | Unparsed:
+    """What a review of a pair says.
+
+    Nothing that it quotes from the question or the answers is a verdict, and nothing that it thought before its answer:
+    a judge tries out verdicts while it thinks.
 
     Args:
         form: a key of `FORMS`.
-        review: what the judge wrote.
+        review: what the judge wrote, its thoughts too.
         pair: what it is about.
+        finish_reason: as the provider says. A review that was cut (`length`) and shows no end of a thought may be a
+            thought from its first word on, where the template has opened it. Then a verdict counts only where a thought
+            does not stand: alone in the first line.
     """
-    return FORMS[form].parse(review, "\n".join((pair.question.text, pair.answer_1.text, pair.answer_2.text)))
+    split = split_reasoning(review)
+    if split.is_cut:
+        return Unparsed("thinking_cut")
+    if split.thought is not None and not split.answer.strip():
+        return Unparsed("only_thinking")
+    verdict = FORMS[form].parse(split.answer, "\n".join((pair.question.text, pair.answer_1.text, pair.answer_2.text)))
+    if finish_reason != "length":
+        return verdict
+    if isinstance(verdict, Unparsed) or (split.thought is None and not opens_with(form, split.answer, verdict)):
+        return Unparsed("cut")
+    return verdict
+
+
+def opens_with(form: str, review: str, verdict: Verdict) -> bool:
+    """Whether the first line of a review that is not empty says this verdict by itself."""
+    first = next((line for line in review.split("\n") if line.strip()), "")
+    return FORMS[form].parse(first, "") == verdict and _VERDICT_WORDS.issuperset(re.findall(r"[a-z]+", first.lower()))
 
 
 def load_judge_prompts(

@@ -98,7 +98,7 @@ def _question(row: Row, place: _Place, where: str) -> Question:
 
 
 def read_answers(
-    path: str | Path, questions: Sequence[Question], *, subset: bool = False
+    path: str | Path, questions: Sequence[Question], *, subset: bool = False, choice: int = 1
 ) -> tuple[str, dict[str, Answer]]:
     """The answers of one system, in the order of the questions.
 
@@ -106,6 +106,7 @@ def read_answers(
         path: FastChat's answer JSONL, or AlpacaEval's outputs.
         questions: each must be answered, once. An empty answer is an answer.
         subset: the questions are the first few of a file: answers to others are passed over.
+        choice: which of several `choices` is taken, from 1; `metadata["choices"]` says how many there were.
 
     Returns:
         The system's name (`model_id` or `generator`; the file's name where there is none) and its answers by id.
@@ -115,11 +116,14 @@ def read_answers(
     """
     path = Path(path)
     known = {question.id for question in questions}
-    by_text = {question.text: question.id for question in questions}
+    # An instruction may stand twice: its first answer belongs to its first place. A blank at an end matters to nobody.
+    by_text: dict[str, list[str]] = {}
+    for question in questions:
+        by_text.setdefault(question.text.strip(), []).append(question.id)
     answers: dict[str, Answer] = {}
     unknown: list[str] = []
     for place, row in _rows(_read_text(path), str(path)):
-        answer = _answer(row, f"{path}, {place}", by_text, path.stem)
+        answer = _answer(row, f"{path}, {place}", by_text, path.stem, choice)
         if answer.question_id not in known:
             unknown.append(answer.question_id)
         elif answer.question_id in answers:
@@ -138,18 +142,26 @@ def read_answers(
     return names[0], {question.id: answers[question.id] for question in questions}
 
 
-def _answer(row: Row, where: str, by_text: Mapping[str, str], name: str) -> Answer:
+def _answer(row: Row, where: str, by_text: Mapping[str, list[str]], name: str, choice: int) -> Answer:
+    metadata = row.get("metadata") or {}
     if "instruction" in row:
-        text, model = row.get("output"), row.get("generator", name)
-        id = by_text.get(str(row["instruction"]), str(row["instruction"])[:40])
+        text, model = row.get("output"), row.get("generator") or name
+        ids = by_text.get(str(row["instruction"]).strip(), [])
+        id = (ids.pop(0) if len(ids) > 1 else ids[0]) if ids else str(row["instruction"])[:40]
     else:
         text, model, id = row.get("text"), row.get("model_id", name), _id(row, where)
-        if text is None and (choices := row.get("choices")):
+        choices = row.get("choices")
+        if text is None and isinstance(choices, list) and choices:
+            if choice > len(choices):
+                raise DataError(
+                    f"{where}: it has {len(choices)} answers, and no number {choice}; give another --choice"
+                )
             try:
-                text = choices[0]["turns"][0]
+                text = choices[choice - 1]["turns"][0]
             except (LookupError, TypeError):
                 text = None
-    metadata = row.get("metadata") or {}
+            if len(choices) > 1 and isinstance(metadata, dict):
+                metadata = {**metadata, "choices": len(choices)}
     if not isinstance(text, str) or not isinstance(model, str) or not isinstance(metadata, dict):
         raise DataError(f"malformed data: {where}: an answer needs a text `text` (or `output`); mend the row")
     _refuse_half_characters(where, text, model)
@@ -237,6 +249,8 @@ def _rows(text: str, path: str) -> Iterator[tuple[_Place, Row]]:
 
 def _id(row: Row, where: str) -> str:
     id = row.get("question_id")
+    if isinstance(id, float) and id.is_integer():
+        id = int(id)  # a table of numbers with a gap in it writes all of them as 81.0
     if isinstance(id, bool) or not isinstance(id, int | str) or id == "":
         raise DataError(f"malformed data: {where}: question_id is {id!r}, neither a number nor text; mend the row")
     return str(id)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from almost_eval.types import JSONMapping, Message
 
@@ -70,6 +70,8 @@ class JudgeRequest:
     max_tokens: int
     attempt: int = 0
     """0, or k for the k-th time the same thing is sent on purpose (a re-ask, a repeat)."""
+    options: JSONMapping = field(default_factory=dict)
+    """More fields of the request's body: a reasoning effort, and what `--judge-options` states."""
 
     @property
     def digest(self) -> str:
@@ -81,7 +83,22 @@ class JudgeRequest:
             "max_tokens": self.max_tokens,
             "attempt": self.attempt,
         }
+        if self.options:
+            whole["options"] = dict(self.options)
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+
+class Usage(NamedTuple):
+    """Tokens of one sending, as the provider bills them."""
+
+    prompt: int
+    """All of them, cached ones too."""
+    completion: int
+    """All of them, those spent on thinking too."""
+    cached: int = 0
+    """Of the prompt: read from the provider's cache."""
+    reasoning: int = 0
+    """Of the completion: spent on thinking."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +113,21 @@ class Reply:
     prompt_tokens: int
     completion_tokens: int
     """Billed tokens as the provider counts them; 0 where it does not say."""
+    cached_tokens: int = 0
+    """Of the prompt's, those read from the provider's cache."""
+    reasoning_tokens: int = 0
+    """Of the completion's, those spent on thinking."""
+    thinking: str = ""
+    """What came in a field or a part of its own for thoughts. Never read for a verdict."""
+    parameters: JSONMapping = field(default_factory=dict)
+    """What was sent beside the messages: the bound on tokens, the temperature, the options."""
     cached: bool = False
     """True where the journal had it: nothing was paid now."""
+
+    @property
+    def usage(self) -> Usage:
+        """Its tokens."""
+        return Usage(self.prompt_tokens, self.completion_tokens, self.cached_tokens, self.reasoning_tokens)
 
 
 @dataclass(frozen=True, slots=True)

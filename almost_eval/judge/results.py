@@ -5,6 +5,7 @@ All of it is a pure function of the run folder: it needs no model, no data set a
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 from almost_eval.errors import InputError, StoreError
 from almost_eval.judge.aggregate import Orders, Ties, aggregate, round_robin
 from almost_eval.judge.answers import answer_files, digest_answers
+from almost_eval.judge.api.endpoint import THOUGHT_ONLY
 from almost_eval.judge.judges import UNPARSED, Judgement, verdict_fields, without_answer
 from almost_eval.judge.lines import ORDERS, check_reviews, couples, record_of, reviews_of
 from almost_eval.judge.local import judge_by_oracle, judge_by_reward
@@ -73,12 +75,13 @@ def summarise(
         "headline": headline,
         "metrics": stated,
         "baselines": {},
-        "details": _details(records),
+        "details": _details(records, settings),
         "judging": judging,
         "validity": validity.to_dict(),
         "engine": dict(engine),
         "provenance": {
             "judge": settings["judge"],
+            "judge_parameters": _parameters(records),
             "judge_models": sorted({r.outputs["judge_model"] for r in records if r.outputs.get("judge_model")}),
             "systems": settings["systems"],
             "answers": dict(digests),
@@ -113,20 +116,48 @@ def _round_robin(
     return f"win_rate/{names[-1]}", metrics, judging
 
 
-def _details(records: Sequence[SampleRecord]) -> JSONObject:
+def _parameters(records: Sequence[SampleRecord]) -> list[JSONObject]:
+    """What was really sent beside the messages: each different set, with its number of reviews."""
+    sets = Counter(json.dumps(sent, sort_keys=True) for r in records if (sent := r.outputs.get("parameters")))
+    return [{"sent": json.loads(text), "reviews": n} for text, n in sets.most_common()]
+
+
+def _refused_parameters(records: Sequence[SampleRecord], judge: JSONMapping) -> JSONObject:
+    """How many reviews came about without a parameter that the spec states, as the endpoint refuses it."""
+    wanted = {"temperature", "max_tokens", *judge.get("options", {})}
+    counts: Counter[str] = Counter()
+    for record in records:
+        sent = record.outputs.get("parameters")
+        if not sent:
+            continue  # made before parameters were kept, or no review
+        for name in sorted(wanted - sent.keys()):
+            now = "max_completion_tokens" if name == "max_tokens" and "max_completion_tokens" in sent else None
+            counts[f"reviews with {name} {'sent as ' + now if now else 'left out: the endpoint refuses it'}"] += 1
+    return dict(counts)
+
+
+def _details(records: Sequence[SampleRecord], settings: JSONMapping) -> JSONObject:
     """What the lines say besides the verdicts; only what is not zero."""
-    reasons = Counter(r.score.reason for r in records if r.score.reason not in (None, UNPARSED))
+    # What a user can mend is said in its own words.
+    reasons = Counter(
+        r.outputs.get("problem") if r.score.reason == THOUGHT_ONLY else r.score.reason
+        for r in records
+        if r.score.reason not in (None, UNPARSED)
+    )
     problems = Counter(r.outputs.get("problem") for r in records if r.score.reason == UNPARSED)
     counts = {
-        **{f"failed: {reason}": n for reason, n in sorted(reasons.items())},
+        **{f"failed: {reason}": n for reason, n in sorted(reasons.items(), key=str)},
         **{f"unparsed: {problem}": n for problem, n in sorted(problems.items(), key=str)},
         "asked twice": sum(bool(r.outputs.get("attempt")) for r in records),
         "reviews cut at their token limit": sum(r.outputs.get("finish_reason") == "length" for r in records),
         "reviews of cut answers": sum(any(r.outputs.get("cut", ())) for r in records),
+        "reviews of answers without their thinking": sum(bool(r.outputs.get("reasoning_stripped")) for r in records),
         "reviews of empty answers": sum(0 in r.outputs["lengths"] for r in records),
         "reviews of texts with the prompt's own markers, quoted": sum("markers_quoted" in r.outputs for r in records),
         "prompt tokens": sum(r.outputs.get("prompt_tokens") or 0 for r in records),
         "completion tokens": sum(r.outputs.get("completion_tokens") or 0 for r in records),
+        "of them thinking": sum(r.outputs.get("reasoning_tokens") or 0 for r in records),
+        **_refused_parameters(records, settings["judge"]),
     }
     return {name: count for name, count in counts.items() if count}
 
@@ -181,7 +212,7 @@ class StoredRun:
         if outputs.get("review") is None:  # there was none
             return Judgement(None, record.score.reason, outputs)
         form = judge["form"] if family is None else load_family(family).form
-        verdict = parse_review(form, outputs["review"], pair)
+        verdict = parse_review(form, outputs["review"], pair, outputs.get("finish_reason") or "stop")
         outputs = {key: value for key, value in outputs.items() if key != "problem"} | verdict_fields(verdict)
         if isinstance(verdict, Unparsed):
             return Judgement(None, UNPARSED, outputs | {"problem": verdict.reason})

@@ -15,6 +15,7 @@ from typing import Literal
 
 from almost_eval.files import read_json, write_rows
 from almost_eval.judge.answers import (
+    AnswerReasoning,
     Answers,
     ModelSystem,
     System,
@@ -49,6 +50,7 @@ class JudgeRun:
         orders: `both`, `forward` (the baseline is Assistant 1) or `reverse`.
         ties: `half` (a tie is half a win) or `drop`.
         max_answer_chars: cut longer answers, and count them; None cuts nothing.
+        answer_reasoning: what became of thoughts in the systems' answers; recorded.
         seed: recorded, and of the bootstrap.
         allowed: shares for the validity gate, or None for the defaults.
 
@@ -67,6 +69,7 @@ class JudgeRun:
         orders: Literal["both", "forward", "reverse"] = "both",
         ties: Literal["half", "drop"] = "half",
         max_answer_chars: int | None = None,
+        answer_reasoning: AnswerReasoning = "strip",
         seed: int = 0,
         allowed: Mapping[str, float] | None = None,
     ) -> None:
@@ -78,6 +81,7 @@ class JudgeRun:
         self.orders = orders
         self.ties = ties
         self.max_answer_chars = max_answer_chars
+        self.answer_reasoning = answer_reasoning
         self.seed = seed
         self.allowed = dict(allowed or ALLOWED)
         judge.check(questions)
@@ -93,13 +97,15 @@ class JudgeRun:
         judge = self.judge.spec()
         roles = ["baseline", "model"] if len(self.systems) == 2 else [system.name for system in self.systems]
         systems = {role: system.spec() for role, system in zip(roles, self.systems, strict=True)}
-        settings = {
+        settings: JSONObject = {
             "orders": self.orders,
             "ties": self.ties,
             "max_answer_chars": self.max_answer_chars,
             "judge": judge,
             "systems": systems,
         }
+        if self.answer_reasoning != "strip":
+            settings["answer_reasoning"] = self.answer_reasoning
         model = systems[roles[-1]]
         return {
             "schema": 1,
@@ -154,7 +160,7 @@ class JudgeRun:
                 if isinstance(system, ModelSystem):
                     system.adopt_date(part)
         spec = self.spec()
-        with RunStore(folder, spec) as store, self.judge.open(folder):
+        with RunStore(folder, spec) as store, self.judge.open(folder, progress.notice):
             write_rows(folder / "questions.jsonl", map(question_line, self.questions), ascii_only=True)
             files = answer_files(folder, [system.name for system in self.systems])
             answers = [s.write(file, progress) for s, file in zip(self.systems, files, strict=True)]
@@ -181,7 +187,7 @@ class JudgeRun:
             records = [store.done[id] for id in ids]
             validity = check_reviews(records, len(ids), self.allowed)
             begun = store.spec
-            warnings = list(self.judge.warnings())
+            warnings = [*self.judge.warnings(), *(note for system in self.systems for note in system.notes)]
             if spec["commit"] != begun["commit"]:
                 warnings.append(f"begun on commit {begun['commit']}, ended on {spec['commit']}")
             for system, mine in zip(self.systems, answers, strict=True):

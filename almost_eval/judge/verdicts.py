@@ -21,6 +21,7 @@ do. Anywhere else it is out of range.
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -132,9 +133,15 @@ def parse_scores(review: str, question_text: str = "") -> Verdict | Unparsed:
     text = _plain(review)
     if not text.strip():
         return Unparsed("empty")
+    if (stated := _json(review)) is not None:
+        return _verdict_of([stated], text)
     text = _without_quotes(text, _plain(question_text))
     readings = _lines(text) + _tuples(text) + _stated_pairs(text) + _labelled(text)
-    readings = readings or _prose(text)
+    return _verdict_of(readings or _prose(text), text)
+
+
+def _verdict_of(readings: list[_Reading], text: str) -> Verdict | Unparsed:
+    """What readings of a review say together."""
     if not readings:
         return Unparsed("no_scores")
     decisive = [r for r in readings if r.first or r.final] if any(r.final for r in readings) else readings
@@ -176,6 +183,32 @@ def _without_quotes(text: str, quoted: str) -> str:
 
 
 # --- readings
+
+
+def _json(review: str) -> _Reading | None:
+    """The scores of a review that is one JSON object, by the names of its fields; None for any other review."""
+    content = re.sub(r"\A\s*```\w*\s*|\s*```\s*\Z", "", review)
+    try:
+        fields = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(fields, dict):
+        return None
+    both = fields.get("scores")
+    if isinstance(both, dict):
+        fields, both = fields | both, None
+    sides: dict[int, object] = dict(enumerate(both)) if isinstance(both, list) and len(both) == 2 else {}
+    for name, value in fields.items():
+        if match := _FIELD.fullmatch(name.strip()):
+            sides[_SIDES[(match[1] or match[2]).lower()]] = value.get("score") if isinstance(value, dict) else value
+    one, two = sides.get(0), sides.get(1)
+    if (
+        isinstance(one, bool)
+        or isinstance(two, bool)
+        or not (isinstance(one, int | float) and isinstance(two, int | float))
+    ):
+        return None
+    return _Reading((float(one), float(two)))
 
 
 def _lines(text: str) -> list[_Reading]:
@@ -260,6 +293,8 @@ def _prose(text: str) -> list[_Reading]:
     return [_reading((*one, *two)) for one in stated[0] for two in stated[1]]
 
 
+_FIELD = re.compile(rf"{_NAME}[ _#-]?(1|2|a|b)(?:[ _]?(?:score|rating))?|(?:score|rating)[ _](1|2|a|b)", re.I)
+"""A field of a JSON object that holds the score of one side."""
 _SIDES = {"1": 0, "a": 0, "one": 0, "2": 1, "b": 1, "two": 1}
 
 

@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from almost_eval.errors import ModelError, did_you_mean, problem_of
+from almost_eval.models.adapters import CONFIG, Adapter, find_adapter
 from almost_eval.nano import BUILT_IN, DEFAULT_MODEL, SEEDED, SHIPPED, shipped
 from almost_eval.types import JSONObject
 
@@ -37,6 +38,14 @@ _BESIDE = (
     *("sentence_bert_config.json", "processor_config.json", "*.py"),
 )
 """What, besides the weights, transformers reads of a checkpoint."""
+_FOREIGN = {
+    "*.gguf": "GGUF",
+    "*.onnx": "ONNX",
+    "tf_model.h5": "TensorFlow",
+    "flax_model.msgpack": "Flax",
+    "consolidated*": "the maker's own shards",
+}
+"""Files of weights in other formats -> what the format is called."""
 CAUSAL = ("CausalLM", "LMHeadModel")
 """Parts of the class name that the config of a causal language model holds."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -53,6 +62,13 @@ class Checkpoint:
     """`config.json`."""
     weight_files: tuple[Path, ...]
     allow_pickle: bool = False
+    adapter: Adapter | None = None
+    """What is merged into the weights; `path`, `config` and `weight_files` are then those of its base."""
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer and its chat template are."""
+        return (self.adapter.tokenizer_folder if self.adapter else None) or self.path
 
     @property
     def architecture(self) -> str:
@@ -60,8 +76,11 @@ class Checkpoint:
         return str((self.config.get("architectures") or [""])[0])
 
     def weight_digest(self) -> str:
-        """sha256 over the weight files, in the order of their names; read once by a process that leaves them alone."""
-        states = [(file, file.stat()) for file in self.weight_files]
+        """sha256 over the weight files, in the order of their names; read once by a process that leaves them alone.
+
+        An adapter's files follow those of its base.
+        """
+        states = [(file, file.stat()) for file in (*self.weight_files, *(self.adapter.files if self.adapter else ()))]
         # The time of the last change of the inode too: `cp -p` gives other weights the old time of change.
         times = [(file, state.st_size, state.st_mtime_ns, state.st_ctime_ns) for file, state in states]
         return _sha256(tuple(times))
@@ -69,10 +88,13 @@ class Checkpoint:
     def file_digests(self) -> dict[str, str]:
         """File -> sha256, of what stands beside the weights and decides what they compute and read: settings,
         tokenizer, chat template, end tokens, own code. Read anew each time, so that a mended file is another model.
+        Those of an adapter stand under `adapter/`, beside those of its base.
         """
+        folders = {"": self.path} | ({"adapter/": self.adapter.path} if self.adapter else {})
         return {
-            file.relative_to(self.path).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
-            for file in sorted({file for pattern in _BESIDE for file in self.path.glob(pattern) if file.is_file()})
+            prefix + file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+            for prefix, folder in folders.items()
+            for file in sorted({file for pattern in _BESIDE for file in folder.glob(pattern) if file.is_file()})
         }
 
     def n_parameters(self) -> int:
@@ -91,7 +113,16 @@ class Checkpoint:
         for file in self.weight_files:
             if file.suffix == ".safetensors":
                 names |= _header(file).keys() - {"__metadata__"}
-        return names
+        return names | set(self.adapter.shapes if self.adapter else ())
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of all tensors, read from the safetensors headers alone; empty for pickles."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for file in self.weight_files:
+            if file.suffix == ".safetensors":
+                header = _header(file)
+                shapes |= {n: tuple(entry["shape"]) for n, entry in header.items() if n != "__metadata__"}
+        return shapes
 
 
 @cache
@@ -117,8 +148,12 @@ def find_checkpoint(name: str, *, allow_pickle: bool = False, architectures: Col
         ModelError: missing, not a model, the wrong kind of model, or pickled weights only.
     """
     path = _locate(name, allow_pickle)
+    if path.is_dir() and (adapter := find_adapter(path, has_weights=_has_weights(path), allow_pickle=allow_pickle)):
+        return _with_base(name, adapter, allow_pickle, architectures)
     config_file = path / "config.json"
     if not config_file.is_file():
+        if foreign := _foreign(path):
+            raise ModelError(f"{path} {foreign}")
         names = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
         raise ModelError(f"{path} is not a model: it has no config.json (found {names}); give a checkpoint directory")
     try:
@@ -132,6 +167,48 @@ def find_checkpoint(name: str, *, allow_pickle: bool = False, architectures: Col
         wanted = " or ".join(f"*{part}*" for part in architectures)
         raise ModelError(f"{path} holds a {kinds[0]}; this needs a {wanted} checkpoint")
     return Checkpoint(name, path, config, _weight_files(path, allow_pickle), allow_pickle)
+
+
+def refuse_adapter(checkpoint: Checkpoint, what: str) -> None:
+    """Raise ModelError for an adapter, where `what` can only load whole checkpoints."""
+    if checkpoint.adapter:
+        raise ModelError(
+            f"{checkpoint.adapter.path} is an adapter, and {what} takes whole checkpoints: merge it first "
+            "(peft's merge_and_unload, then save_pretrained), or use the engine hf"
+        )
+
+
+def _has_weights(path: Path) -> bool:
+    return any((path / name).is_file() for name in (_WHOLE, _INDEX)) or any(path.glob(_PICKLES))
+
+
+def _with_base(name: str, adapter: Adapter, allow_pickle: bool, architectures: Collection[str]) -> Checkpoint:
+    """The adapter on its base, which is looked for in the working directory, beside the adapter, then by its name."""
+    if not adapter.base:
+        raise ModelError(f"{adapter.path / CONFIG} names no base model; set base_model_name_or_path to its folder")
+    beside = adapter.path / adapter.base
+    base = adapter.base if Path(adapter.base).expanduser().exists() or not beside.is_dir() else str(beside)
+    scores = tuple(architectures) != CAUSAL and adapter.is_classifier
+    if tuple(architectures) == CAUSAL and adapter.is_classifier:
+        raise ModelError(f"{adapter.path} is an adapter of a classifier (SEQ_CLS); this needs one of a language model")
+    try:
+        of = find_checkpoint(
+            base, allow_pickle=allow_pickle, architectures=(*architectures, *CAUSAL) if scores else architectures
+        )
+    except ModelError as error:
+        raise ModelError(
+            f"the base model of the adapter {adapter.path} cannot be used: {error} (base_model_name_or_path in "
+            f"{CONFIG} is {adapter.base!r})"
+        ) from None
+    if of.adapter:
+        raise ModelError(f"the base of the adapter {adapter.path} is an adapter too; merge that one and save the model")
+    config = of.config
+    heads = [shape[0] for key, shape in adapter.shapes.items() if key.endswith(".score.weight")]
+    if scores and heads:
+        kind = of.architecture.replace("ForCausalLM", "ForSequenceClassification")
+        config = {**config, "num_labels": heads[0], "architectures": [kind]}
+        config.pop("id2label", None)
+    return Checkpoint(name, of.path, config, of.weight_files, allow_pickle, adapter)
 
 
 def _locate(name: str, allow_pickle: bool) -> Path:
@@ -149,6 +226,8 @@ def _locate(name: str, allow_pickle: bool) -> Path:
     if is_dir:
         return path.resolve()
     if exists:
+        if path.suffix == ".gguf":
+            raise ModelError(f"{path} is a GGUF file, which is not read here; give the original checkpoint's folder")
         raise ModelError(f"{path} is a file; give the checkpoint directory that holds config.json and *.safetensors")
     if name.startswith("nano/"):
         raise ModelError(f"no built-in model {name!r}; {did_you_mean(name, BUILT_IN)}")
@@ -181,6 +260,13 @@ def _hub_offline() -> bool:
 def _weight_files(path: Path, allow_pickle: bool) -> tuple[Path, ...]:
     index = path / _INDEX
     files: list[Path] = []
+    others = sorted(file.name for file in path.glob("model*.safetensors") if file.name != _WHOLE)
+    if (path / _WHOLE).is_file() and (index.is_file() or others):
+        # transformers would load the whole file, vLLM the shards: one of the two is stale.
+        raise ModelError(
+            f"{path} holds {_WHOLE} and beside it {index.name if index.is_file() else others[0]}: two sets of weights; "
+            f"remove the one that is not meant (transformers would load {_WHOLE})"
+        )
     if (path / _WHOLE).is_file():
         files = [path / _WHOLE]
     elif index.is_file():
@@ -207,7 +293,20 @@ def _weight_files(path: Path, allow_pickle: bool) -> tuple[Path, ...]:
             f"{path} has only pickled weights ({pickles[0].name}), which can run code when loaded; convert them to "
             "safetensors, or pass --allow-pickle if you trust their source"
         )
+    if foreign := _foreign(path):
+        raise ModelError(f"{path} {foreign}")
     raise ModelError(f"{path} has a config.json but no {_WHOLE} or {_INDEX}; download or save the weights there")
+
+
+def _foreign(path: Path) -> str | None:
+    """What to say of a folder that has weights in a format which is not read here; None where it has none."""
+    for pattern, kind in _FOREIGN.items():
+        if files := sorted(path.glob(pattern)):
+            return (
+                f"holds weights as {kind} ({files[0].name}), which are not read here; give the folder of the original "
+                f"checkpoint, with config.json and {_WHOLE}, or serve it elsewhere and use the engine openai"
+            )
+    return None
 
 
 def _header(file: Path) -> JSONObject:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, urlsplit, urlunsplit
@@ -141,14 +142,30 @@ def sdk_client(address: EndpointAddress, key: str | None, *, retries: int, timeo
     return openai.OpenAI(base_url=address.url, api_key=key or _NO_KEY, max_retries=retries, timeout=timeout)
 
 
-def async_sdk_client(address: EndpointAddress, key: str | None, *, timeout: float) -> openai.AsyncOpenAI:
+def async_sdk_client(
+    address: EndpointAddress,
+    key: str | None,
+    *,
+    timeout: float,
+    query: Mapping[str, object] | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> openai.AsyncOpenAI:
     """The SDK's client of an event loop, without retries of its own. Use as a context manager.
 
     Args:
         address: the endpoint.
         key: see `read_key`.
         timeout: seconds that one read of an answer may take.
+        query: of every request, as Azure's `api-version`.
+        headers: of every request, besides the SDK's own.
     """
     import openai
 
-    return openai.AsyncOpenAI(base_url=address.url, api_key=key or _NO_KEY, max_retries=0, timeout=timeout)
+    return openai.AsyncOpenAI(
+        base_url=address.url,
+        api_key=key or _NO_KEY,
+        max_retries=0,
+        timeout=timeout,
+        default_query=dict(query or {}),
+        default_headers=dict(headers or {}),
+    )

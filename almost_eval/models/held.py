@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 from almost_eval.errors import InputError, did_you_mean
 from almost_eval.models.checkpoint import CAUSAL, Checkpoint, find_checkpoint
 from almost_eval.models.loading import DTYPES, Purpose, load_tokenizer, pick_device, pick_dtype, say_bfloat16
+from almost_eval.models.tensors import compare_tensors, names, refuse_tensors
+from almost_eval.types import JSONObject
 
 
 class HeldCheckpoint:
@@ -21,6 +24,7 @@ class HeldCheckpoint:
         allow_pickle: accept pickled weights.
         trust_remote_code: run Python code that the checkpoint ships.
         purpose: what it is held for, which `auto` minds; see `pick_dtype`.
+        allow_unused_weights: accept tensors in the files that the model does not take; `notes` then names them.
         architectures: see `find_checkpoint`.
 
     Raises:
@@ -37,6 +41,7 @@ class HeldCheckpoint:
         allow_pickle: bool,
         trust_remote_code: bool,
         purpose: Purpose = "score",
+        allow_unused_weights: bool = False,
         architectures: Collection[str] = CAUSAL,
     ) -> None:
         if dtype not in DTYPES:
@@ -48,6 +53,36 @@ class HeldCheckpoint:
         self._device = device
         self._purpose: Purpose = purpose
         self._trust_remote_code = trust_remote_code
+        self._allow_unused_weights = allow_unused_weights
+        self.unused_weights: list[str] = []
+        """Tensors in the files that the model does not take, and that were accepted."""
+
+    def check_tensors(self, auto_class: str) -> None:
+        """Refuse weights that do not fit the model, from headers alone; `auto_class` of transformers would load them.
+
+        Raises:
+            ModelError: tensors are missing, have another shape, or are left over and not accepted.
+        """
+        tensors = compare_tensors(self.checkpoint, auto_class, trust_remote_code=self._trust_remote_code)
+        refuse_tensors(self.checkpoint, tensors, allow_unused=self._allow_unused_weights)
+        self.unused_weights = list(tensors.unused)
+
+    @property
+    def notes(self) -> list[str]:
+        """What is unusual about the weights, for the warnings of a result."""
+        unused = self.unused_weights
+        return [f"{len(unused)} tensors of the checkpoint are not used: {names(unused)}"] if unused else []
+
+    def identity(self) -> JSONObject:
+        """What of the weights belongs in a run's spec besides their digest; empty where nothing is unusual."""
+        identity: JSONObject = {"unused_weights": self.unused_weights} if self.unused_weights else {}
+        if self.checkpoint.adapter:
+            identity["adapter"] = {
+                "base": str(self.checkpoint.path),
+                "base_digest": replace(self.checkpoint, adapter=None).weight_digest(),
+                "adapter_digest": replace(self.checkpoint, weight_files=()).weight_digest(),
+            }
+        return identity
 
     @cached_property
     def tokenizer(self) -> Any:

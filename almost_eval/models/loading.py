@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from almost_eval.errors import InputError, ModelError, RunError
+from almost_eval.models.adapters import merge_adapter
 from almost_eval.models.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -41,14 +42,16 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
     """The checkpoint's tokenizer.
 
     Raises:
-        ModelError: there is none, or it cannot be read.
+        ModelError: there is none, it cannot be read, or it would feed the model something else than its text.
     """
     from transformers import AutoTokenizer
 
+    from almost_eval.models.tokenizers import check_tokenizer
+
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                str(checkpoint.path), trust_remote_code=trust_remote_code
+                str(checkpoint.tokenizer_folder), trust_remote_code=trust_remote_code
             )
     except Exception as error:  # transformers raises half a dozen unrelated kinds here
         raise ModelError(
@@ -57,11 +60,12 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
         ) from None
     # It warns of long texts, once: they are counted and refused here.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    check_tokenizer(tokenizer, checkpoint, checkpoint.tokenizer_folder)
     return tokenizer
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Inside, transformers draws no bars and says only errors; then it is as it was."""
     from transformers.utils import logging as transformers_logging
 
@@ -79,7 +83,14 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def load_weights(
-    auto_class: Any, checkpoint: Checkpoint, *, dtype: torch.dtype, device: str, attention: str, trust_remote_code: bool
+    auto_class: Any,
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    attention: str,
+    trust_remote_code: bool,
+    allow_unused: bool = False,
 ) -> Any:
     """A transformers model in eval mode with every weight from the checkpoint.
 
@@ -89,12 +100,16 @@ def load_weights(
     """
     import torch
 
-    extra = {} if attention == "auto" else {"attn_implementation": attention}
+    extra: dict[str, object] = {} if attention == "auto" else {"attn_implementation": attention}
+    adapter = checkpoint.adapter
+    brings_head = adapter is not None and adapter.is_classifier
+    if brings_head:
+        extra["num_labels"] = 1
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             model, info = auto_class.from_pretrained(
                 str(checkpoint.path),
-                dtype=dtype,
+                dtype=torch.float32 if adapter else dtype,  # merged before it is rounded
                 use_safetensors=checkpoint.weight_files[0].suffix == ".safetensors",
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
@@ -105,11 +120,23 @@ def load_weights(
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise ModelError(f"transformers cannot load {checkpoint.path}: {first_line(error)}") from None
     lost = sorted({*info.get("missing_keys", ()), *(key for key, *_ in info.get("mismatched_keys", ()))})
+    if brings_head:  # transformers fills it at random, and the adapter then replaces it
+        lost = [name for name in lost if not name.startswith(("score.", "classifier."))]
     if lost:
         raise ModelError(
             f"{checkpoint.path} lacks {len(lost)} weights of its own architecture, first {lost[0]!r}; transformers "
             "would set them at random, so nothing it says would mean anything"
         )
+    if (unused := sorted(info.get("unexpected_keys", ()))) and not (allow_unused or brings_head):
+        raise ModelError(
+            f"{checkpoint.path} holds {len(unused)} tensors that its model would not use, first {unused[0]!r}; mend "
+            "the checkpoint or its config.json"
+        )
+    if allow_unused and getattr(model.config, "tie_word_embeddings", False):
+        model.tie_weights()  # transformers leaves apart what differs; the config is what was accepted
+    if adapter:
+        merged: Any = merge_adapter(model, adapter)
+        model = merged.to(dtype)
     try:
         return model.to(device).eval()
     except torch.OutOfMemoryError:

@@ -55,6 +55,7 @@ class CheckpointRewardModel(HeldCheckpoint, ABC):
         max_length: int | None,
         allow_pickle: bool,
         trust_remote_code: bool,
+        allow_unused_weights: bool = False,
     ) -> None:
         super().__init__(
             model,
@@ -62,11 +63,14 @@ class CheckpointRewardModel(HeldCheckpoint, ABC):
             device=device,
             allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
+            allow_unused_weights=allow_unused_weights,
             architectures=ARCHITECTURES,
         )
         self.warnings: list[str] = []
         """What the last `stream` did that its caller should show."""
         refuse_wrong_head(self.checkpoint, custom=trust_remote_code and "auto_map" in self.checkpoint.config)
+        self.check_tensors("AutoModelForSequenceClassification")
+        self.warnings += self.notes
         chosen = template or load_template("auto", self.tokenizer)
         assert chosen is not None  # only `none` is
         self.template: ChatTemplate = chosen

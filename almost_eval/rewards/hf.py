@@ -61,6 +61,7 @@ class HFRewardModel(CheckpointRewardModel):
         max_length: int | None = None,
         allow_pickle: bool = False,
         trust_remote_code: bool = False,
+        allow_unused_weights: bool = False,
     ) -> None:
         super().__init__(
             model,
@@ -70,6 +71,7 @@ class HFRewardModel(CheckpointRewardModel):
             max_length=max_length,
             allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
+            allow_unused_weights=allow_unused_weights,
         )
         if attention not in ATTENTION:
             raise InputError(f"unknown attention {attention!r}; {did_you_mean(attention, ATTENTION)}")
@@ -94,6 +96,7 @@ class HFRewardModel(CheckpointRewardModel):
             device=self.device,
             attention=self._attention,
             trust_remote_code=self._trust_remote_code,
+            allow_unused=self._allow_unused_weights,
         )
 
     def settings(self) -> JSONObject:
@@ -106,6 +109,7 @@ class HFRewardModel(CheckpointRewardModel):
             "batch_size": self.batch_size,
             "batch_tokens": self.batch_tokens,
             "context_length": self.context_length,
+            **self.identity(),
         }
 
     def stream(
@@ -124,7 +128,7 @@ class HFRewardModel(CheckpointRewardModel):
         # 1. Distinct texts, longest first: similar lengths share a batch, and memory runs out at the start or never.
         owners = self.distinct(conversations)
         texts = list(owners)
-        self.warnings = []
+        self.warnings = self.notes
         wanted = frozenset(range(len(conversations)) if wanted is None else wanted)
         if not wanted:
             return

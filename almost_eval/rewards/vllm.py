@@ -13,7 +13,7 @@ import numpy as np
 from almost_eval.engines.vllm_process import LLM, HoldsLLM, Params, VLLMOptions, load, run
 from almost_eval.errors import ModelError
 from almost_eval.models.chat import ChatTemplate
-from almost_eval.models.checkpoint import Checkpoint
+from almost_eval.models.checkpoint import Checkpoint, refuse_adapter
 from almost_eval.rewards.base import CheckpointRewardModel
 from almost_eval.types import Conversation, JSONObject
 
@@ -44,6 +44,7 @@ class VLLMRewardModel(HoldsLLM, CheckpointRewardModel):
         kv_cache_gib: float | None = None,
         allow_pickle: bool = False,
         trust_remote_code: bool = False,
+        allow_unused_weights: bool = False,
     ) -> None:
         self.options = VLLMOptions(
             batch_size, batch_tokens, tensor_parallel_size, pipeline_parallel_size, gpu_memory, kv_cache_gib
@@ -56,11 +57,13 @@ class VLLMRewardModel(HoldsLLM, CheckpointRewardModel):
             max_length=max_length,
             allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
+            allow_unused_weights=allow_unused_weights,
         )
+        refuse_adapter(self.checkpoint, "the engine vllm")
 
     def settings(self) -> JSONObject:
         """What belongs in a run's spec; see `HFEngine.settings`."""
-        return self.options.settings(self.dtype, self.context_length)
+        return {**self.options.settings(self.dtype, self.context_length), **self.identity()}
 
     @cached_property
     def llm(self) -> LLM:

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, cast
 
 from almost_eval.errors import DataError, ModelError
 from almost_eval.files import Row, read_rows, write_rows
-from almost_eval.models.checkpoint import Checkpoint, context_length, find_checkpoint
+from almost_eval.models.checkpoint import CAUSAL, Checkpoint, context_length, find_checkpoint, refuse_adapter
 from almost_eval.models.loading import load_tokenizer
+from almost_eval.models.tensors import check_weights
 from almost_eval.progress import Progress
 from almost_eval.types import JSONObject
 from almost_train.common.batches import BatchPlan, batch_plan, planned_dataset
@@ -88,6 +89,7 @@ def train_reward(
 
     # 1. What is refused without weights.
     checkpoint = find_checkpoint(model, architectures=KINDS)
+    refuse_adapter(checkpoint, "a reward model's training")
     _refuse_other_labels(checkpoint)
     check_batches(settings)
     pairs = read_pairs(comparisons)
@@ -101,6 +103,10 @@ def train_reward(
 
         # 2. Pairs as token ids.
         tokenizer = load_tokenizer(checkpoint)
+        if any(part in checkpoint.architecture for part in CAUSAL):  # its output head gives way to a score head
+            check_weights(checkpoint, "AutoModelForCausalLM")
+        elif "SequenceClassification" in checkpoint.architecture:
+            check_weights(checkpoint, "AutoModelForSequenceClassification")
         encode = reward_encoder(tokenizer, keep_template(tokenizer))
         set_pad_token(tokenizer)
         limit = _length_limit(settings, checkpoint, tokenizer)

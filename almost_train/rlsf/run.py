@@ -98,10 +98,12 @@ def _prepare(
     checkpoint = find_checkpoint(policy)
     reward_checkpoint = find_checkpoint(reward_model, architectures=("SequenceClassification", "RewardModel"))
     from almost_eval.models.loading import load_tokenizer
+    from almost_eval.models.tensors import check_weights
     from almost_eval.rewards.hf import HFRewardModel
     from almost_train.rlsf.rollouts import RolloutPrompt, conversation, read_prompts
 
     tokenizer = load_tokenizer(checkpoint)
+    check_weights(checkpoint, "AutoModelForCausalLM")
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {policy} has no EOS token, so no completion could end; set eos_token")
     template = keep_template(tokenizer)

@@ -22,6 +22,7 @@ from almost_eval.files import read_rows
 from almost_eval.models.chat import ChatTemplate, encode_with_completion_mask
 from almost_eval.models.checkpoint import Checkpoint, context_length, find_checkpoint
 from almost_eval.models.loading import load_tokenizer, load_weights
+from almost_eval.models.tensors import check_weights
 from almost_eval.progress import Progress
 from almost_eval.types import Conversation, JSONObject
 from almost_train.common.batches import NO_LOSS, BatchPlan, batch_plan, planned_dataset
@@ -85,6 +86,7 @@ def train_sft(
 
         # 2. Answers as token ids.
         tokenizer = load_tokenizer(checkpoint)
+        check_weights(checkpoint, "AutoModelForCausalLM")
         if tokenizer.special_tokens_map.get("eos_token") is None:
             raise ModelError(
                 f"the tokenizer of {checkpoint.path} has no EOS token, so no answer could ever end; set it"

@@ -37,6 +37,7 @@ _SERVER: list[Command] = [
     ),
     click.option("--allow-pickle", is_flag=True, help="Accept pickled weights, which can run code when loaded."),
     click.option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint ships."),
+    click.option("--allow-unused-weights", is_flag=True, help="Go on without tensors that the model does not take."),
 ]
 _RUN: list[Command] = [
     click.option("--log", metavar="FILE", help="Append the servers' output to this file; - for stderr."),

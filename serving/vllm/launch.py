@@ -91,6 +91,7 @@ class VLLMServer(ServerProcess):
         api_key: what clients must send; goes through the environment. None leaves `VLLM_API_KEY` as it is set.
         allow_pickle: accept pickled weights.
         trust_remote_code: run Python code that the checkpoint ships.
+        allow_unused_weights: accept tensors in the files that the model does not take.
         reserved_bytes: memory of this machine that another server is about to take.
         log: takes every line of vLLM's output.
 
@@ -114,6 +115,7 @@ class VLLMServer(ServerProcess):
         api_key: str | None = None,
         allow_pickle: bool = False,
         trust_remote_code: bool = False,
+        allow_unused_weights: bool = False,
         reserved_bytes: float = 0.0,
         log: IO[str] | None = None,
     ) -> None:
@@ -126,6 +128,7 @@ class VLLMServer(ServerProcess):
             served_name=served_model_name,
             allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
+            allow_unused_weights=allow_unused_weights,
         )
         check_port(host, port)
         port = port or free_port(host)

@@ -12,8 +12,8 @@ from __future__ import annotations
 import asyncio
 import random
 
-MAX_PAUSE = 60.0
-"""Seconds: the longest wait that a Retry-After can ask for. Providers count by the minute."""
+MAX_PAUSE = 3600.0
+"""Seconds: the longest wait that a Retry-After can ask for. Where it is longer the run ends."""
 
 _FIRST_PAUSE = 0.5
 _LONGEST_PAUSE = 8.0

@@ -13,7 +13,7 @@ one, since an endpoint that works through its queue gets to every request.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 
@@ -38,6 +38,7 @@ class JudgeClient:
         concurrency: requests on their way at a time, at most; fewer where the endpoint refuses.
         budget: what may be spent; by default no bound, at the price of the table.
         progress: where it is shown.
+        notice: takes a line that the user must see at once; by default it goes to `progress`.
         seed: of the jitter.
 
     Raises:
@@ -56,6 +57,7 @@ class JudgeClient:
         concurrency: int = 32,
         budget: Budget | None = None,
         progress: Progress | None = None,
+        notice: Callable[[str], None] | None = None,
         seed: int = 0,
     ) -> None:
         if timeout <= 0 or max_attempts < 1 or concurrency < 1:
@@ -67,6 +69,8 @@ class JudgeClient:
         self.concurrency = concurrency
         self.budget = budget or Budget(judge=judge)
         self.progress = progress or Progress()
+        self.notice = notice or self.progress.notice
+        self.endpoint.parameters.merge(journal.note(self.endpoint.name))
         self.random = random.Random(seed)
         self.stats = ClientStats(cost=None if self.budget.price is None else 0.0)
 
@@ -106,6 +110,7 @@ class JudgeClient:
                 random_=self.random,
                 concurrency=self.concurrency,
                 max_attempts=self.max_attempts,
+                notice=self.notice,
             )
             with closing(session.outcomes()) as outcomes:
                 for indices, outcome in outcomes:

@@ -15,10 +15,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from typing import TypedDict
 
 from almost_eval.errors import InputError
-from almost_eval.judge.api.journal import Journal
-from almost_eval.judge.records import JudgeRequest
+from almost_eval.judge.api.journal import Journal, Ledger
+from almost_eval.judge.records import JudgeRequest, Usage
 from almost_eval.types import JSONObject
 
 _PIECES = re.compile(r"[A-Za-z]+|[0-9]{1,3}| (?=[0-9])|[^\S ]+| {2,}|[!-/:-@\[-`{-~]|[^\x00-\x7f]+")
@@ -38,10 +39,32 @@ class Price:
     """Where it was read; `--price-in, --price-out` where the flags state it."""
     date: str
     """When; empty where the flags state it."""
+    cached: float | None = None
+    """Of prompt tokens that the provider reads from its cache; None is `input`."""
+    reasoning: float | None = None
+    """Of completion tokens that are spent on thinking; None is `output`."""
 
-    def of(self, prompt_tokens: int, completion_tokens: int) -> float:
-        """USD for so many tokens."""
-        return (prompt_tokens * self.input + completion_tokens * self.output) / 1e6
+    def of(self, prompt: int, completion: int, cached: int = 0, reasoning: int = 0) -> float:
+        """USD for so many tokens; the fields of a `Usage`."""
+        read = self.input if self.cached is None else self.cached
+        thought = self.output if self.reasoning is None else self.reasoning
+        fresh = (prompt - cached) * self.input + (completion - reasoning) * self.output
+        return (fresh + cached * read + reasoning * thought) / 1e6
+
+    def at_most(self, prompt: int, completion: int) -> float:
+        """USD for so many tokens, whichever of them are cached or spent on thinking."""
+        return (
+            prompt * max(self.input, self.cached or 0.0) + completion * max(self.output, self.reasoning or 0.0)
+        ) / 1e6
+
+
+class StatedPrices(TypedDict):
+    """What the flags state; None is the table's."""
+
+    price_in: float | None
+    price_out: float | None
+    price_cached: float | None
+    price_reasoning: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +81,13 @@ class Estimate:
     """USD if every reply used all it may; None where the judge's price is unknown."""
 
 
-def price_of(judge: str, price_in: float | None = None, price_out: float | None = None) -> Price | None:
+def price_of(
+    judge: str,
+    price_in: float | None = None,
+    price_out: float | None = None,
+    price_cached: float | None = None,
+    price_reasoning: float | None = None,
+) -> Price | None:
     """The price that the flags state, else the table's line for exactly this model; None where there is neither.
 
     Raises:
@@ -66,13 +95,42 @@ def price_of(judge: str, price_in: float | None = None, price_out: float | None 
     """
     if (price_in is None) != (price_out is None):
         raise InputError("--price-in and --price-out go together: USD per million prompt and completion tokens")
+    if price_in is None and (price_cached is not None or price_reasoning is not None):
+        raise InputError("--price-cached and --price-reasoning go with --price-in and --price-out")
     if price_in is not None and price_out is not None:
-        if not (0 <= price_in < float("inf") and 0 <= price_out < float("inf")):
+        every = [price for price in (price_in, price_out, price_cached, price_reasoning) if price is not None]
+        if not all(0 <= price < float("inf") for price in every):
             raise InputError("--price-in and --price-out must be 0 or more (USD per million tokens)")
-        return Price(price_in, price_out, "--price-in, --price-out", "")
+        return Price(price_in, price_out, "--price-in, --price-out", "", price_cached, price_reasoning)
     for line in _table():
+        if judge in line["models"] and "input" in line:
+            thinking = line.get("reasoning")
+            return Price(line["input"], line["output"], line["source"], line["date"], line.get("cached"), thinking)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Retirement:
+    """When a maker shuts a judge down."""
+
+    date: str
+    """The day, as in 2026-10-23."""
+    successor: str
+    """What its maker names in its place."""
+    source: str
+    """Where it was read, and when."""
+
+    def words(self, judge: str, today: str) -> str:
+        """In a sentence."""
+        when = f"was shut down on {self.date}" if self.date <= today else f"will be shut down on {self.date}"
+        return f"{judge} {when}; its maker names {self.successor} in its place"
+
+
+def retirement_of(judge: str) -> Retirement | None:
+    """When this judge goes, or went, as the table says; None where it says nothing."""
+    for line in _content()["retirements"]:
         if judge in line["models"]:
-            return Price(line["input"], line["output"], line["source"], line["date"])
+            return Retirement(line["date"], line["successor"], f"{line['source']} {line['read']}")
     return None
 
 
@@ -86,6 +144,8 @@ def estimate(
     *,
     price_in: float | None = None,
     price_out: float | None = None,
+    price_cached: float | None = None,
+    price_reasoning: float | None = None,
     journal: Journal | None = None,
 ) -> Estimate:
     """What asking these would take; nothing is sent. Requests that `journal` can answer are left out.
@@ -104,8 +164,8 @@ def estimate(
         tokens = estimate_tokens(request)
         prompt += tokens
         completion += request.max_tokens
-        price = price_of(request.judge, price_in, price_out)
-        total = None if price is None or total is None else total + price.of(tokens, request.max_tokens)
+        price = price_of(request.judge, price_in, price_out, price_cached, price_reasoning)
+        total = None if price is None or total is None else total + price.at_most(tokens, request.max_tokens)
     return Estimate(len(seen), prompt, completion, total)
 
 
@@ -129,10 +189,12 @@ class Budget:
         price_in: float | None = None,
         price_out: float | None = None,
         *,
+        price_cached: float | None = None,
+        price_reasoning: float | None = None,
         judge: str = "",
         spent: float = 0.0,
     ) -> None:
-        self.price = price_of(judge, price_in, price_out)
+        self.price = price_of(judge, price_in, price_out, price_cached, price_reasoning)
         if max_cost is not None:
             if not 0 < max_cost < float("inf"):
                 raise InputError("--max-cost must be above 0 (USD)")
@@ -151,7 +213,18 @@ class Budget:
 
     def worst(self, request: JudgeRequest) -> float:
         """USD that the request may cost, by the estimate of its prompt."""
-        return self.price.of(estimate_tokens(request), request.max_tokens) if self.price else 0.0
+        return self.price.at_most(*self.most(request)[:2]) if self.price else 0.0
+
+    @staticmethod
+    def most(request: JudgeRequest) -> Usage:
+        """Tokens that the request may take, by the estimate of its prompt."""
+        return Usage(estimate_tokens(request), request.max_tokens)
+
+    def of_ledger(self, ledger: Ledger) -> tuple[float, float]:
+        """USD that a folder's sendings were billed, and the most that those may have taken of which nobody says."""
+        if self.price is None:
+            return 0.0, 0.0
+        return self.price.of(*ledger.billed), self.price.at_most(*ledger.unsure[:2])
 
     def reserve(self, amount: float) -> bool:
         """Set USD aside; False where that could exceed the bound."""
@@ -181,7 +254,11 @@ def _text_tokens(text: str) -> int:
     return round(tokens + 0.5)
 
 
-@cache
 def _table() -> list[JSONObject]:
+    return list(_content()["prices"])
+
+
+@cache
+def _content() -> JSONObject:
     content = files("almost_eval.judge.api").joinpath("prices.json").read_text(encoding="utf-8")
-    return list(json.loads(content)["prices"])
+    return dict(json.loads(content))

@@ -1,23 +1,25 @@
 """One request to a judge over HTTP, and what came of it: a reply, or what went wrong and whether to try again.
 
 OpenAI's own endpoint is sent `max_completion_tokens`, which all of its chat models take; its newer ones refuse
-`max_tokens`. Every other endpoint is sent `max_tokens`, which all of them take.
+`max_tokens`. Every other endpoint is sent `max_tokens` at first. A parameter that is refused is exchanged or left out
+from then on (see `parameters`). What a body says is read in `bodies`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import math
 import os
-import time
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
+from urllib.parse import urlunsplit
 
 from almost_eval.errors import AlmostError, InputError, RunError
-from almost_eval.judge.records import JudgeRequest, Reply
+from almost_eval.judge.api.adaptive import MAX_PAUSE
+from almost_eval.judge.api.bodies import content_of, error_words, parsed, retry_after, usage_of
+from almost_eval.judge.api.parameters import MAX_COMPLETION_TOKENS, MAX_TOKENS, Parameters
+from almost_eval.judge.records import JudgeRequest, Reply, Usage
 from almost_eval.models.endpoints import (
     BASE_URL,
     KEYS,
@@ -33,10 +35,23 @@ if TYPE_CHECKING:
     import httpx
     import openai
 
-Tokens = tuple[int, int]  # (prompt, completion) as billed
+EXCHANGED = "exchanged"
+"""The reason of a sending that was refused for a parameter which the next one sends otherwise."""
+THOUGHT_ONLY = "thought_only"
+"""The reason where a judge spent all of its tokens on thinking."""
+KEPT = "what was done is kept: the same command goes on"
 
 _TRY_AGAIN = (408, 409)  # and 429, 5xx
+_OVERLOADED = (503, 529)
+"""Refused for load, as a 429 is: nothing was worked on."""
 _TOO_LONG = ("context_length_exceeded", "string_above_max_length")
+_NO_CREDIT = re.compile(
+    r"insufficient[_ ](?:quota|balance|credits?|funds)|billing[_ ]hard[_ ]limit|billing_not_active"
+    r"|credit balance is too low|exceeded your current quota|requires more credits|out of credits",
+    re.I,
+)
+_API_VERSION = re.compile(r"api-version=[\w.-]+")
+"""The only query of an address that is no secret: Azure's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +65,7 @@ class Trouble:
     """It may pass if it is sent again."""
     retry_after: float | None = None
     """Seconds that the endpoint asks to wait."""
-    tokens: Tokens | None = None
+    tokens: Usage | None = None
     """What was billed all the same, where it is known."""
     may_be_billed: bool = False
     """The endpoint may have worked on it, and nobody says for how many tokens."""
@@ -83,6 +98,12 @@ class JudgeEndpoint:
         self.is_openai = address.is_openai
         self._key = read_key(address)
         parts = address.parts
+        self._query: dict[str, str] = {}
+        if _API_VERSION.fullmatch(parts.query):
+            self._query = dict([parts.query.split("=", 1)])
+            address = EndpointAddress(urlunsplit(parts._replace(query="")))
+            self.address, self.base_url, parts = address, address.url, address.parts
+        self.parameters = Parameters(MAX_COMPLETION_TOKENS if self.is_openai else MAX_TOKENS)
         if address.has_user or parts.query or parts.fragment or (self._key and self._key in self.base_url):
             raise InputError(
                 "--judge-base-url holds a user, a password, a query or the key; give the bare address, the key in "
@@ -94,75 +115,132 @@ class JudgeEndpoint:
                 "your own"
             )
 
+    @property
+    def name(self) -> str:
+        """Of what is learnt about it, in a journal."""
+        return f"parameters of {self.judge} at {self.base_url}"
+
     def connect(self) -> openai.AsyncOpenAI:
         """The SDK's client, for the loop that sends. Use as a context manager."""
-        return async_sdk_client(self.address, self._key, timeout=self.timeout)
+        host = self.address.parts.hostname or ""
+        is_azure = bool(self._query) or host.endswith((".azure.com", ".azure-api.net"))
+        headers = {"api-key": self._key} if is_azure and self._key else {}  # beside the bearer that the SDK sends
+        return async_sdk_client(self.address, self._key, timeout=self.timeout, query=self._query, headers=headers)
 
     async def send(self, connection: openai.AsyncOpenAI, request: JudgeRequest) -> Reply | Trouble:
         """Send once."""
         import httpx
         import openai
 
-        body = {
-            "model": request.judge,
-            "messages": [message.to_dict() for message in request.messages],
-            "temperature": request.temperature,
-            "max_completion_tokens" if self.is_openai else "max_tokens": request.max_tokens,
-        }
+        sent = self.parameters.of(request)
+        body = {"model": request.judge, "messages": [message.to_dict() for message in request.messages], **sent}
         try:
             async with asyncio.timeout(self.timeout):  # the SDK's own is for each read: a server that drips passes it
                 response = await connection.post("/chat/completions", cast_to=httpx.Response, body=body)
         except (TimeoutError, openai.APITimeoutError):
             return Trouble("timeout", f"no answer within {self.timeout:g} s", again=True, may_be_billed=True)
         except openai.APIStatusError as error:
-            return self._refusal(error)
+            return self._refusal(error.status_code, error.response, request, sent)  # type: ignore[arg-type]  # httpx2
         except openai.APIConnectionError as error:
             return self._lost(error)
-        return self._read(response)
+        return self._read(response, request, sent)
 
-    def _read(self, response: httpx.Response) -> Reply | Trouble:
+    def _read(self, response: httpx.Response, request: JudgeRequest, sent: Mapping[str, object]) -> Reply | Trouble:
         """A response of status 2xx."""
-        try:
-            body = json.loads(response.content)
-        except ValueError:
+        body = parsed(response.content)
+        if body is None:
             start = response.content[:200].lstrip().lower()
             if "html" in response.headers.get("content-type", "") or start.startswith((b"<!doctype", b"<html")):
                 return Trouble("html", f"{self.base_url} sent a web page instead of JSON", again=True)
             return Trouble("malformed", "the answer is not JSON", again=True, may_be_billed=True)
-        tokens = _usage(body)
+        tokens = usage_of(body)
+        error = body.get("error") if isinstance(body, dict) and not body.get("choices") else None
+        if isinstance(error, dict):  # a router hands on what its provider said, under a status of its own
+            code = error.get("code")
+            status = code if isinstance(code, int) and 400 <= code < 600 else 500
+            return self._refusal(status, response, request, sent)
         try:
             choices = body["choices"]
             if isinstance(choices, list) and not choices:
-                return Trouble("empty_choices", "the answer holds no choice", tokens=tokens)
+                return Trouble("empty_choices", "the answer holds no choice", tokens=tokens, may_be_billed=True)
             message, finish = choices[0]["message"], choices[0].get("finish_reason") or "unknown"
-            text, refusal = message.get("content"), message.get("refusal")
-            if not isinstance(text, str | None) or not isinstance(finish, str):
+            text, thinking = content_of(message)
+            refusal = message.get("refusal")
+            if not isinstance(finish, str):
                 raise TypeError
         except (AttributeError, LookupError, TypeError):
             return Trouble(
                 "malformed", "the answer is JSON, but no chat completion", again=True, tokens=tokens, may_be_billed=True
             )
-        if finish == "content_filter":
-            return Trouble("content_filter", "the provider's content filter withheld the answer", tokens=tokens)
-        if not text and refusal:
-            return Trouble("refusal", server_words(str(refusal), self._key), tokens=tokens)
-        if not text or not text.strip():
-            why = ": its tokens were used up before it wrote anything" if finish == "length" else ""
-            return Trouble("empty", f"the answer is empty (finish_reason {finish}){why}", tokens=tokens)
+        missing = self._missing(text, thinking, finish, refusal, tokens, request)
+        if missing is not None:
+            return missing
         model = body.get("model")
-        return Reply(hide_key(text, self._key), finish, model if isinstance(model, str) else "", *(tokens or (0, 0)))
+        usage = tokens or Usage(0, 0)
+        return Reply(
+            hide_key(text, self._key),
+            finish,
+            model if isinstance(model, str) else "",
+            usage.prompt,
+            usage.completion,
+            usage.cached,
+            usage.reasoning,
+            hide_key(thinking, self._key),
+            dict(sent),
+        )
 
-    def _refusal(self, error: openai.APIStatusError) -> Trouble:
-        """A response of any other status."""
-        status, words = error.status_code, self._words(error)
-        code = error.body.get("code") if isinstance(error.body, dict) else None
+    def _missing(
+        self, text: str, thinking: str, finish: str, refusal: object, tokens: Usage | None, request: JudgeRequest
+    ) -> Trouble | None:
+        """Why an answer is no reply, though it came whole. It is billed like any other."""
+        billed = Trouble("empty", "", tokens=tokens, may_be_billed=True)
+        if finish == "content_filter":
+            return replace(billed, reason="content_filter", message="the provider's content filter withheld the answer")
+        if not text.strip() and refusal:
+            return replace(billed, reason="refusal", message=server_words(str(refusal), self._key))
+        if text.strip():
+            return None
+        if finish == "length" and (thinking.strip() or (tokens and tokens.reasoning)):
+            return replace(
+                billed,
+                reason=THOUGHT_ONLY,
+                message=f"the judge spent its {request.max_tokens:,} tokens thinking; raise --max-tokens",
+            )
+        why = ": its tokens were used up before it wrote anything; raise --max-tokens" if finish == "length" else ""
+        return replace(billed, message=f"the answer is empty (finish_reason {finish}){why}")
+
+    def _refusal(
+        self, status: int, response: httpx.Response, request: JudgeRequest, sent: Mapping[str, object]
+    ) -> Trouble:
+        """A response of any other status, or an error inside one of status 2xx."""
+        body, headers = parsed(response.content), response.headers
+        code, text = error_words(body)
+        words = server_words(text or (response.reason_phrase if status >= 400 else "") or "no reason given", self._key)
         at = f"the endpoint {self.base_url}"
-        trouble = Trouble(f"http_{status}", f"{status}: {words}")
-        if status == 429 and code == "insufficient_quota":
-            return replace(trouble, fatal=RunError(f"{at} has no credit left (429): {words}"))
+        tokens = usage_of(body)
+        trouble = Trouble(
+            f"http_{status}",
+            f"{status}: {words}",
+            tokens=tokens,
+            may_be_billed=status >= 500 and status not in _OVERLOADED,
+        )
+        if status in (402, 429, 403, 400) and (_NO_CREDIT.search(f"{code} {text}") or status == 402):
+            return replace(trouble, fatal=RunError(f"{at} has no credit left ({status}): {words}; {KEPT}"))
         if status == 429 or status in _TRY_AGAIN or status >= 500:
             reason = "rate_limited" if status == 429 else trouble.reason
-            return replace(trouble, reason=reason, again=True, retry_after=retry_after(error.response.headers))
+            pause = retry_after(headers, words=text)
+            if pause is not None and pause > MAX_PAUSE:
+                wait = f"asks to wait {duration(pause)} ({status}): {words}"
+                return replace(trouble, reason=reason, fatal=RunError(f"{at} {wait}; {KEPT} when that time is over"))
+            return replace(trouble, reason=reason, again=True, retry_after=pause)
+        if status in (400, 404, 415, 422):
+            if sent != self.parameters.of(request):
+                return replace(
+                    trouble, reason=EXCHANGED, message="", again=True
+                )  # another request has learnt it meanwhile
+            change = self.parameters.change(sent, body if body is not None else response.text)
+            if change is not None:
+                return replace(trouble, reason=EXCHANGED, message=change, again=True)
         if code == "content_filter":
             return replace(trouble, reason="content_filter")
         if status == 413 or code in _TOO_LONG or "maximum context length" in words:
@@ -179,10 +257,9 @@ class JudgeEndpoint:
                 ),
             )
         if status in (400, 422):
-            hint = "; such a judge takes no temperature but 1" if "temperature" in words else ""
             return replace(
                 trouble,
-                refused=InputError(f"{at} refuses what is sent to the judge {self.judge!r} ({status}): {words}{hint}"),
+                refused=InputError(f"{at} refuses what is sent to the judge {self.judge!r} ({status}): {words}"),
             )
         return replace(trouble, fatal=RunError(f"{at} answers {status}: {words}"))
 
@@ -196,46 +273,11 @@ class JudgeEndpoint:
             "connection", f"the connection failed ({name})", again=True, may_be_billed=name != "ConnectError"
         )
 
-    def _words(self, error: openai.APIStatusError) -> str:
-        """The provider's own message, in one line and without the key."""
-        body = error.body if isinstance(error.body, dict) else {}
-        text = body.get("message") or body.get("detail") or error.response.reason_phrase or "no reason given"
-        return server_words(str(text), self._key)
 
-
-def retry_after(headers: Mapping[str, str], now: float | None = None) -> float | None:
-    """Seconds that `retry-after-ms` or `Retry-After` (seconds or a date) asks for; None where it says nothing sane."""
-    milliseconds = _number(headers.get("retry-after-ms"))
-    if milliseconds is not None:
-        return milliseconds / 1000
-    stated = headers.get("retry-after")
-    seconds = _number(stated)
-    if seconds is not None or not stated:
-        return seconds
-    try:
-        until = parsedate_to_datetime(stated).timestamp()
-    except (TypeError, ValueError, OverflowError):
-        return None
-    try:  # the server's clock against itself, where it shows its time
-        now = parsedate_to_datetime(headers["date"]).timestamp()
-    except (KeyError, TypeError, ValueError, OverflowError):
-        now = time.time() if now is None else now
-    return until - now if until > now else None
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        value = float(text or "")
-    except ValueError:
-        return None
-    return value if math.isfinite(value) and value > 0 else None
-
-
-def _usage(body: object) -> Tokens | None:
-    usage = body.get("usage") if isinstance(body, dict) else None
-    if not isinstance(usage, dict):
-        return None
-    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    if not isinstance(prompt, int) or not isinstance(completion, int) or min(prompt, completion) < 0:
-        return None
-    return (prompt, completion) if prompt + completion else None
+def duration(seconds: float) -> str:
+    """Seconds for a reader: `45 s`, `7 min 12 s`, `6 h`."""
+    total = round(seconds)
+    days, hours, minutes, rest = total // 86400, total // 3600 % 24, total // 60 % 60, total % 60
+    parts = [(days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")]
+    shown = [f"{number} {unit}" for number, unit in parts if number]
+    return " ".join(shown[:2]) or "0 s"

@@ -4,6 +4,11 @@ One SQLite file beside the run: a row for each request that was answered, keyed 
 `synchronous=FULL` means that a reply that was put survives a SIGKILL and a power cut. Failures are not replies and are
 not kept: a later run sends the request again. No request and no reply holds a key, so this file holds none.
 
+A second table is the ledger: a row for every sending, written before it leaves, with the most it can take. What the
+provider bills for it takes that place as soon as it is known. A sending that nobody says anything of (a timeout, a
+connection that broke, a process that was killed) stays at its most. So what all runs in a folder may have spent is the
+sum over this table.
+
 Two processes may hold the same file: SQLite orders their writes, and the first reply to a request stays.
 """
 
@@ -14,22 +19,47 @@ import os
 import sqlite3
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from almost_eval.errors import RunError, StoreError
-from almost_eval.judge.records import JudgeRequest, Reply
+from almost_eval.judge.records import JudgeRequest, Reply, Usage
+from almost_eval.types import JSONObject
 
 APPLICATION_ID = 0x414C4D4A
 """`ALMJ` in the header of the file: SQLite's own way to say whose a database is."""
 
-VERSION = 1
+VERSION = 2
 PATIENCE = 30.0
 """Seconds to wait for another process's write."""
 
 _TABLE = """CREATE TABLE IF NOT EXISTS replies (
     digest TEXT PRIMARY KEY, request TEXT NOT NULL, reply TEXT NOT NULL, time REAL NOT NULL) WITHOUT ROWID"""
+_LEDGER = """CREATE TABLE IF NOT EXISTS sendings (
+    id INTEGER PRIMARY KEY, digest TEXT NOT NULL, state TEXT NOT NULL, prompt INTEGER NOT NULL,
+    completion INTEGER NOT NULL, cached INTEGER NOT NULL, reasoning INTEGER NOT NULL, time REAL NOT NULL)"""
+_NOTES = "CREATE TABLE IF NOT EXISTS notes (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID"
+_FROM_REPLIES = """INSERT INTO sendings (digest, state, prompt, completion, cached, reasoning, time)
+    SELECT digest, 'billed', json_extract(reply, '$.prompt_tokens'), json_extract(reply, '$.completion_tokens'), 0, 0,
+    time FROM replies"""
+"""Version 1 had no ledger: its replies are what is known to be billed."""
+
+BILLED, UNSURE, FREE = "billed", "unsure", "free"
+"""States of a sending: the provider has said for how much; nobody has, so that it counts as the most; not billed."""
+_SENT = "sent"  # on its way, or its process was killed
+
+
+class Ledger(NamedTuple):
+    """What all sendings of a folder took."""
+
+    billed: Usage
+    """As the provider counts."""
+    unsure: Usage
+    """At most, of sendings that nobody says anything of."""
+    n_unsure: int
+    """How many they are."""
 
 
 class Journal:
@@ -85,8 +115,58 @@ class Journal:
                 f"{self.path}: the reply {digest[:12]} cannot be read ({error}); remove the file"
             ) from None
 
-    def put(self, request: JudgeRequest, reply: Reply) -> None:
+    def begin(self, request: JudgeRequest, most: Usage) -> int:
+        """Enter a sending into the ledger before it leaves, at the most it can take; its number.
+
+        Raises:
+            RunError: the disk is full, or gone.
+        """
+        with self._writing() as database:
+            row = (request.digest, _SENT, *most, time.time())
+            query = "INSERT INTO sendings (digest, state, prompt, completion, cached, reasoning, time) "
+            return int(database.execute(f"{query} VALUES (?, ?, ?, ?, ?, ?, ?)", row).lastrowid or 0)
+
+    def settle(self, sending: int, state: str, usage: Usage | None = None) -> None:
+        """Enter what became of a sending: one of the states above, and its tokens where it was billed.
+
+        Raises:
+            RunError: the disk is full, or gone.
+        """
+        with self._writing() as database:
+            _settle(database, sending, state, usage)
+
+    def ledger(self) -> Ledger:
+        """What all sendings took, those of earlier processes too.
+
+        Raises:
+            StoreError: the file was damaged.
+        """
+        sums = ", ".join(f"coalesce(sum({name}), 0)" for name in Usage._fields)
+        billed = self._one(f"SELECT {sums} FROM sendings WHERE state = ?", BILLED)
+        unsure = self._one(f"SELECT {sums}, count(*) FROM sendings WHERE state IN (?, ?)", UNSURE, _SENT)
+        return Ledger(Usage(*billed), Usage(*unsure[:4]), int(unsure[4]))
+
+    def note(self, name: str) -> JSONObject:
+        """What `take_note` was told under this name; empty where nothing was."""
+        row = self._one("SELECT value FROM notes WHERE name = ?", name)
+        return dict(json.loads(row[0])) if row else {}
+
+    def take_note(self, name: str, value: JSONObject) -> None:
+        """Keep something for later processes.
+
+        Raises:
+            RunError: the disk is full, or gone.
+        """
+        with self._writing() as database:
+            database.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", (name, json.dumps(value)))
+
+    def put(self, request: JudgeRequest, reply: Reply, sending: int | None = None) -> None:
         """Store a reply; when this returns it is on disk. A request that has a reply keeps the one it has.
+
+        Args:
+            request: what was sent.
+            reply: what came back.
+            sending: its number in the ledger, where it will be settled at once; None enters it there too.
 
         Raises:
             RunError: the disk is full, or gone.
@@ -97,6 +177,7 @@ class Journal:
             "temperature": request.temperature,
             "max_tokens": request.max_tokens,
             "attempt": request.attempt,
+            "options": dict(request.options),
         }
         answered = {
             "text": reply.text,
@@ -104,11 +185,36 @@ class Journal:
             "model": reply.model,
             "prompt_tokens": reply.prompt_tokens,
             "completion_tokens": reply.completion_tokens,
+            "cached_tokens": reply.cached_tokens,
+            "reasoning_tokens": reply.reasoning_tokens,
+            "thinking": reply.thinking,
+            "parameters": dict(reply.parameters),
         }
         row = (request.digest, json.dumps(sent), json.dumps(answered), time.time())
+        with self._writing() as database:
+            database.execute("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?)", row)
+            if sending is None:
+                query = "INSERT INTO sendings (digest, state, prompt, completion, cached, reasoning, time) "
+                values = (request.digest, BILLED, *reply.usage, time.time())
+                database.execute(f"{query} VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+            else:
+                known = any(reply.usage)
+                _settle(database, sending, BILLED if known else UNSURE, reply.usage if known else None)
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """A transaction: all of it is on disk when it ends, or none."""
         try:
             with self._lock:
-                self._connection.execute("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?)", row)
+                database = self._connection
+                database.execute("BEGIN IMMEDIATE")
+                try:
+                    yield database
+                    database.execute("COMMIT")
+                except BaseException:
+                    with suppress(sqlite3.Error):
+                        database.execute("ROLLBACK")
+                    raise
         except sqlite3.Error as error:
             raise RunError(
                 f"cannot write to {self.path} ({error}); the replies so far are kept: the same command goes on"
@@ -148,7 +254,12 @@ class Journal:
         self._switch_to_wal(database)
         database.execute("PRAGMA synchronous = FULL")
         database.execute("BEGIN IMMEDIATE")  # two processes may be here at once
+        [version] = database.execute("PRAGMA user_version").fetchone()  # as the other one has left it
         database.execute(_TABLE)
+        database.execute(_LEDGER)
+        database.execute(_NOTES)
+        if version == 1:
+            database.execute(_FROM_REPLIES)
         database.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         database.execute(f"PRAGMA user_version = {VERSION}")
         database.execute("COMMIT")
@@ -183,3 +294,13 @@ class Journal:
             if self._database is not None:
                 self._database.close()
         self._database = None
+
+
+def _settle(database: sqlite3.Connection, sending: int, state: str, usage: Usage | None) -> None:
+    if usage is None and state == FREE:
+        usage = Usage(0, 0)
+    if usage is None:
+        database.execute("UPDATE sendings SET state = ? WHERE id = ?", (state, sending))
+    else:
+        query = "UPDATE sendings SET state = ?, prompt = ?, completion = ?, cached = ?, reasoning = ? WHERE id = ?"
+        database.execute(query, (state, *usage, sending))

@@ -9,18 +9,19 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 
 from almost_eval.errors import InputError, RunError
 from almost_eval.judge.api.adaptive import MAX_PAUSE, AdaptiveLimit, backoff
 from almost_eval.judge.api.cost import Budget
-from almost_eval.judge.api.endpoint import JudgeEndpoint, Trouble
-from almost_eval.judge.api.journal import Journal
-from almost_eval.judge.records import Failure, JudgeRequest, Reply
+from almost_eval.judge.api.endpoint import EXCHANGED, KEPT, THOUGHT_ONLY, JudgeEndpoint, Trouble, duration
+from almost_eval.judge.api.journal import BILLED, FREE, UNSURE, Journal
+from almost_eval.judge.records import Failure, JudgeRequest, Reply, Usage
 
 BREAKER = 20
 """Requests that fail for good in a row, all for the endpoint's sake, before the run ends instead of trying the rest."""
@@ -31,7 +32,15 @@ REFUSALS = 3
 CLOSING = 1.0
 """Seconds that the loop has to close its connections when the caller has had enough."""
 
-_KEPT = "what was done is kept: the same command goes on"
+PROBE = 3.0
+"""Seconds that all other requests wait for the first one: a refused parameter is refused once, not by each of them.
+A refusal comes at once; a review takes longer, and nobody waits for it."""
+
+TOLD = 20.0
+"""Seconds of a wait from which on it is told."""
+
+MOST_EXCHANGES = 8
+"""Parameters of one request that an endpoint may refuse, one after the other."""
 
 
 @dataclass
@@ -55,6 +64,8 @@ class ClientStats:
     """Sendings that may be billed though nobody says for how much; in `cost` at their worst case."""
     cost: float | None = None
     """USD of this client's sendings; None where the price is unknown."""
+    cost_unsure: float = 0.0
+    """Of it, the worst case of the `unmetered`."""
 
 
 _Outcome = tuple[list[int], Reply | Failure]
@@ -73,6 +84,7 @@ class JudgeSession:
         random_: of the jitter.
         concurrency: requests on their way at a time, at most.
         max_attempts: sendings of one request, the first included.
+        notice: takes a line that the user must see at once: what is waited for, what was exchanged.
     """
 
     def __init__(
@@ -87,6 +99,7 @@ class JudgeSession:
         random_: random.Random,
         concurrency: int,
         max_attempts: int,
+        notice: Callable[[str], None],
     ) -> None:
         self.requests = requests
         self.groups = groups
@@ -97,6 +110,10 @@ class JudgeSession:
         self.random = random_
         self.concurrency = concurrency
         self.max_attempts = max_attempts
+        self.notice = notice
+        self.waits_until = 0.0
+        """The loop's clock, s: up to when the user was told to wait."""
+        self.is_probing = False
         self.ready: SimpleQueue[_Outcome | BaseException | None] = SimpleQueue()
         """Outcomes; then None, or what ended it."""
         self.ending: BaseException | None = None
@@ -138,6 +155,7 @@ class JudgeSession:
             self.main = asyncio.current_task()
             self.room = asyncio.Semaphore(2 * self.concurrency)
             self.settled = asyncio.Event()
+            self.probed = asyncio.Event()
             started.set()
             await self._run()
 
@@ -203,21 +221,23 @@ class JudgeSession:
     def _fail(self, indices: list[int], trouble: Trouble) -> None:
         self.stats.failed[trouble.reason] += len(indices)
         self.ready.put((indices, Failure(trouble.reason, trouble.message)))
-        if trouble.again:
+        if trouble.again or trouble.reason == THOUGHT_ONLY:
             self.lost_in_a_row += 1
             if self.lost_in_a_row >= BREAKER:
+                what = "has stopped answering" if trouble.again else "writes no verdict"
                 self._end(
                     RunError(
-                        f"the endpoint {self.endpoint.base_url} has stopped answering: the last "
-                        f"{self.lost_in_a_row} requests failed ({trouble.message}); {_KEPT}"
+                        f"the endpoint {self.endpoint.base_url} {what}: the last {self.lost_in_a_row} requests failed "
+                        f"({trouble.message}); {KEPT}"
                     )
                 )
 
     async def _reply_to(self, request: JudgeRequest) -> Reply | Trouble | None:
         """Send until there is a reply or no hope; None where it was stopped in between."""
         worst = self.budget.worst(request)
-        attempts, answered_before, sent = 0, self.stats.replied, False
+        attempts, exchanges, answered_before, sent = 0, 0, self.stats.replied, False
         why = ""
+        await self._probe()
         while True:
             if not await self._afford(worst):
                 return Trouble(
@@ -234,6 +254,13 @@ class JudgeSession:
                 self.stats.sent += 1
             sent = True
             outcome = await self._send(request, worst)
+            if not isinstance(outcome, Reply) and outcome.reason == EXCHANGED and exchanges < MOST_EXCHANGES:
+                exchanges += 1
+                why = EXCHANGED
+                if (fatal := self._exchange(outcome)) is not None:
+                    return fatal
+                continue
+            self.probed.set()
             if isinstance(outcome, Reply) or not outcome.again:
                 return outcome
             if outcome.reason != "rate_limited" or self.stats.replied == answered_before:
@@ -244,41 +271,82 @@ class JudgeSession:
             if self.ending is not None:
                 return None
             why = outcome.reason
+            self._tell_wait(outcome)
             if why != "rate_limited":
                 await asyncio.sleep(max(backoff(attempts, self.random), min(outcome.retry_after or 0.0, MAX_PAUSE)))
+
+    async def _probe(self) -> None:
+        """Let one request go first, until it is known what the endpoint takes, or it takes its time."""
+        if self.is_probing and not self.probed.is_set():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.probed.wait(), PROBE)
+            self.probed.set()
+        self.is_probing = True
+
+    def _exchange(self, refusal: Trouble) -> Trouble | None:
+        """Remember what the endpoint refuses; what ends the run where its replies have no bound that a budget needs."""
+        parameters = self.endpoint.parameters
+        if refusal.message:  # else another request has told it already
+            self.notice(f"the endpoint {self.endpoint.base_url} refuses a parameter: {refusal.message} from now on")
+            self.journal.take_note(self.endpoint.name, dict(parameters.changes))
+        if self.budget.max_cost is not None and not parameters.is_bounded:
+            words = "takes no bound on the tokens of a reply, so that --max-cost cannot be kept; leave it out"
+            return replace(refusal, fatal=InputError(f"the endpoint {self.endpoint.base_url} {words}"))
+        return None
+
+    def _tell_wait(self, trouble: Trouble) -> None:
+        """Say for what and how long the run waits, once for each wait."""
+        pause = min(trouble.retry_after or 0.0, MAX_PAUSE)
+        until = asyncio.get_running_loop().time() + pause
+        if pause >= TOLD and until > self.waits_until + TOLD / 2:
+            self.waits_until = until
+            at = time.strftime("%H:%M:%S", time.localtime(time.time() + pause))
+            self.notice(f"waiting {duration(pause)}, until {at}, as the endpoint asks to ({trouble.message})")
 
     async def _send(self, request: JudgeRequest, worst: float) -> Reply | Trouble:
         """Send once, and commit the reply."""
         task: asyncio.Task[None] = asyncio.current_task()  # type: ignore[assignment]
         self.sending.add(task)
         outcome: Reply | Trouble | None = None
+        number: int | None = None
         try:
+            number = self.journal.begin(request, self.budget.most(request))
             outcome = await self.endpoint.send(self.connection, request)
             if isinstance(outcome, Reply):
-                self.journal.put(request, outcome)
+                self.journal.put(request, outcome, number)
         finally:
             self.sending.discard(task)
-            self._settle(outcome, worst)
+            self._settle(outcome, worst, number)
         return outcome
 
-    def _settle(self, outcome: Reply | Trouble | None, worst: float) -> None:
-        """Book what was billed, and give the place back. `outcome` is None where it was cancelled on its way."""
-        tokens: tuple[int, int] | None = None
-        unsure = outcome is None
+    def _settle(self, outcome: Reply | Trouble | None, worst: float, number: int | None) -> None:
+        """Book what was billed, and give the place back.
+
+        Args:
+            outcome: None where it was cancelled on its way.
+            worst: USD that were set aside.
+            number: of the sending in the ledger; None where it never left.
+        """
+        usage: Usage | None = None
+        unsure = outcome is None and number is not None
         if isinstance(outcome, Reply):
-            tokens = (outcome.prompt_tokens, outcome.completion_tokens)
-            unsure = not any(tokens)
+            usage = outcome.usage
+            unsure = not any(usage)
         elif outcome is not None:
-            tokens, unsure = outcome.tokens, outcome.tokens is None and outcome.may_be_billed
-        prompt, completion = tokens or (0, 0)
-        self.stats.prompt_tokens += prompt
-        self.stats.completion_tokens += completion
+            usage, unsure = outcome.tokens, outcome.tokens is None and outcome.may_be_billed
+        if number is not None and not isinstance(outcome, Reply):  # a reply is settled as it is stored
+            with suppress(RunError):  # then it stays at its most
+                self.journal.settle(number, UNSURE if unsure else BILLED if usage else FREE, usage)
+        usage = usage or Usage(0, 0)
+        self.stats.prompt_tokens += usage.prompt
+        self.stats.completion_tokens += usage.completion
         self.stats.unmetered += unsure
         price = self.budget.price
-        cost = worst if unsure else price.of(prompt, completion) if price else 0.0
+        cost = worst if unsure else price.of(*usage) if price else 0.0
         self.budget.settle(worst, cost)
         if self.stats.cost is not None:
             self.stats.cost += cost
+            self.stats.cost_unsure += cost if unsure else 0.0
         self.settled.set()
         if isinstance(outcome, Reply):
             self.limit.answered()

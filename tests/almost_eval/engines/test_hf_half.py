@@ -41,15 +41,14 @@ def test_prefixes_are_shared_wherever_float32_shares_them(name: str, dtype: str,
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2", "gemma3", "mixtral", "opt", "bloom"])
-@pytest.mark.parametrize("kept", [0, 1 << 12, 1 << 30])
 @torch.inference_mode()
-def test_a_model_computes_in_float32_for_a_while(name: str, kept: int, tiny_checkpoint: Tiny) -> None:
+def test_a_model_computes_in_float32_for_a_while(name: str, tiny_checkpoint: Tiny) -> None:
     model = load(tiny_checkpoint, name).model
     before = model(IDS).logits
     truth = copy.deepcopy(model).float()(IDS).logits
-    with in_float32(model, kept=kept):
+    with in_float32(model):
         for _ in range(2):
-            assert torch.equal(model(IDS).logits, truth)
+            assert torch.allclose(model(IDS).logits, truth, rtol=0, atol=1e-5)  # other sums of the same float32 numbers
     assert torch.equal(model(IDS).logits, before)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 

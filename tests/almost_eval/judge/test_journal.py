@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,7 +33,7 @@ with Journal(Path(sys.argv[1])) as journal:
 """
 
 
-def question(text: str, **other: int) -> JudgeRequest:
+def question(text: str, **other: Any) -> JudgeRequest:
     return JudgeRequest("gpt-4", (Message("system", "Judge."), Message("user", text)), 0.2, 64, **other)
 
 

@@ -170,13 +170,11 @@ def test_nothing_is_sent_before_retry_after_is_over(
     serve: Callable[..., ReplayServer], journal: Journal, archive: list[Archived]
 ) -> None:
     server = serve()
-    server.fault = lambda call: (
-        Fault("status", 429, headers={"Retry-After": "1"}) if call.times == 1 and call.number <= 4 else None
-    )
+    server.fault = lambda call: Fault("status", 429, headers={"Retry-After": "1"}) if call.number == 1 else None
     client = JudgeClient("gpt-4", journal, base_url=server.url, concurrency=4)
     assert len(texts(dict(client.stream(requests_for(archive[:8]))))) == 8
     arrivals = sorted(call.began for call in server.log)
-    assert arrivals[4] - arrivals[3] >= 0.99
+    assert arrivals[1] - arrivals[0] >= 0.99
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,6 @@ def refuse(status: int, message: str = "no", code: str | None = None) -> Callabl
             r"no judge 'gpt-4' \(404\): The model `gpt-4` does",
         ),
         (refuse(400, "bad\nvalue"), InputError, r"refuses what is sent to the judge 'gpt-4' \(400\): bad value"),
-        (refuse(400, "'temperature' does not support 0.2"), InputError, "takes no temperature but 1"),
         (refuse(422, "extra inputs"), InputError, r"\(422\): extra inputs"),
         (
             refuse(429, "You exceeded your quota", "insufficient_quota"),

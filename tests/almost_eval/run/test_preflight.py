@@ -7,9 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from almost_eval.data.prompt_sets import load_prompt_set
 from almost_eval.data.sources import DataSource, find_data
@@ -31,14 +29,16 @@ def nano() -> DataSource:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose weights would not load: nothing here may read them. Its tokenizer knows " A" and " B"."""
+    """A checkpoint whose weights mean nothing: nothing here reads them. Its tokenizer knows " A" and " B"."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     from almost_eval.nano.seeded import train_tokenizer
 
     folder = tmp_path_factory.mktemp("no-weights")
     config: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 400}
     config |= {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "max_position_embeddings": 2048}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    save_file({"not.a.weight": np.zeros(1)}, folder / "model.safetensors")
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
     text = ["The better one is Reply A", "The better one is Reply B", "Human: Assistant: Conversation"] * 20
     train_tokenizer(text, vocab_size=400, model_max_length=2048).save_pretrained(folder)
     return folder

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from almost_eval.errors import InputError, ModelError, TemplateError
 from almost_eval.models import loading
@@ -131,7 +130,8 @@ def test_what_the_environment_holds_stays() -> None:
 def test_a_model_of_some_size_has_all_threads(tmp_path: Path) -> None:
     larger = tmp_path / "larger"
     shutil.copytree(shipped("nano/almost"), larger)
-    save_file({"lm_head.weight": torch.zeros(4_200_000)}, larger / "model.safetensors")
+    config = AutoConfig.from_pretrained(larger, intermediate_size=20_000)
+    AutoModelForCausalLM.from_config(config).save_pretrained(larger)
     made = vllm_command(find_model("policy", str(larger)), "127.0.0.1", 8000, cpu=True, memory=math.inf, environment={})
     assert "OMP_NUM_THREADS" not in made.environment
     assert "one thread" not in made.note

@@ -1,0 +1,174 @@
+"""What the bodies and headers of a provider's answers say: text and thoughts, tokens, errors, how long to wait.
+
+Providers that call themselves compatible differ in all of these. What is known here was read in their answers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+from almost_eval.judge.records import Usage
+from almost_eval.types import JSONObject
+
+_THOUGHTS = ("thinking", "reasoning", "thought", "reasoning_content", "redacted_thinking")
+"""Types of a part of the content that is no answer, and names of the field that holds its text."""
+_AGAIN_IN = re.compile(
+    r"(?:try again|retry|retryDelay|available again|resets?)\W{1,4}(?:in|after)?\W{0,3}"
+    r"(?P<span>(?:\d+(?:\.\d+)? ?(?:milliseconds?|ms|days?|hours?|minutes?|min|seconds?|sec|[dhms])[ ,]*)+)",
+    re.I,
+)
+_SPAN = re.compile(r"(\d+(?:\.\d+)?) ?(ms|milli|d|h|m|s)", re.I)
+_UNITS = {"ms": 0.001, "milli": 0.001, "d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
+
+
+def parsed(content: bytes) -> Any:
+    """A body as JSON, whatever it may be; None where it is none."""
+    try:
+        body = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return body
+
+
+def content_of(message: JSONObject) -> tuple[str, str]:
+    """The text of a message, and its thoughts where they came in a field or a part of their own.
+
+    Raises:
+        TypeError: its content is neither text nor a list of parts.
+    """
+    content = message.get("content")
+    thoughts = [message.get(name) for name in ("reasoning_content", "reasoning", "thinking")]
+    texts: list[str] = []
+    if isinstance(content, list):
+        for part in content:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(part, str):
+                texts.append(part)
+            elif kind in _THOUGHTS:
+                thoughts.append(_text(next((part[name] for name in _THOUGHTS if name in part), part.get("text"))))
+            elif isinstance(part, dict):
+                texts.append(_text(part.get("text")))
+            else:
+                raise TypeError
+    elif isinstance(content, str | None):
+        texts.append(content or "")
+    else:
+        raise TypeError
+    # Some servers repeat one thought under two names.
+    spoken = dict.fromkeys(thought for thought in thoughts if isinstance(thought, str) and thought)
+    return "".join(texts), "\n\n".join(spoken)
+
+
+def _text(value: object) -> str:
+    """A text, or the texts of a list of parts."""
+    if isinstance(value, list):
+        return "".join(_text(part.get("text") if isinstance(part, dict) else part) for part in value)
+    return value if isinstance(value, str) else ""
+
+
+def usage_of(body: object) -> Usage | None:
+    """Tokens that a body says are billed; None where it says nothing, or nonsense."""
+    usage = body.get("usage") if isinstance(body, dict) else None
+    if not isinstance(usage, dict):
+        return None
+    prompt = _count(usage, "prompt_tokens", "input_tokens")
+    completion = _count(usage, "completion_tokens", "output_tokens")
+    if prompt is None or completion is None:
+        return None
+    details = (usage.get("prompt_tokens_details"), usage.get("input_tokens_details"))
+    names = ("cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens")
+    cached = next((n for part in (*details, usage) if isinstance(part, dict) and (n := _count(part, *names))), 0)
+    details = (usage.get("completion_tokens_details"), usage.get("output_tokens_details"))
+    thought = next(
+        (n for part in (*details, usage) if isinstance(part, dict) and (n := _count(part, "reasoning_tokens"))), 0
+    )
+    # Some count thoughts beside the completion, and in the total alone; they are billed like the rest.
+    beside = (_count(usage, "total_tokens") or 0) - prompt - completion
+    if beside > 0:
+        completion, thought = completion + beside, max(thought, beside)
+    if not prompt + completion:
+        return None
+    return Usage(prompt, completion, min(cached, prompt), min(thought, completion))
+
+
+def _count(usage: JSONObject, *names: str) -> int | None:
+    for name in names:
+        value = usage.get(name)
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+            return value
+    return None
+
+
+def error_words(body: object) -> tuple[str, str]:
+    """Code and message of an error, whatever envelope it came in; empty where there is none."""
+    if isinstance(body, list) and body:  # Gemini's endpoint puts its error into a list
+        body = body[0]
+    if not isinstance(body, dict):
+        return "", ""
+    error = body.get("error", body)
+    if isinstance(error, str):
+        return str(body.get("code") or ""), error
+    if not isinstance(error, dict):
+        return "", ""
+    message = error.get("message") or error.get("detail") or error.get("msg") or body.get("detail") or ""
+    text = message if isinstance(message, str) else json.dumps(message)
+    metadata = error.get("metadata")
+    if isinstance(metadata, dict) and isinstance(metadata.get("raw"), str):  # OpenRouter: what its provider said
+        text = f"{text}: {metadata['raw']}"
+    inner = error.get("innererror")
+    code = error.get("code") or error.get("type") or (inner.get("code") if isinstance(inner, dict) else "")
+    if isinstance(inner, dict) and inner.get("code") == "ResponsibleAIPolicyViolation":
+        code = "content_filter"
+    delay = re.search(r'"retryDelay": ?"([^"]+)"', json.dumps(error))
+    return str(code or ""), f"{text} retry in {delay[1]}" if delay else text
+
+
+def retry_after(headers: Mapping[str, str], now: float | None = None, words: str = "") -> float | None:
+    """Seconds that an endpoint asks to wait; None where it says nothing sane.
+
+    Args:
+        headers: of its answer: `retry-after-ms` or `Retry-After` (seconds or a date) is taken.
+        now: the time, for a date without the server's own.
+        words: its message, which may say it where no header does ("Please try again in 7m12s").
+    """
+    milliseconds = _number(headers.get("retry-after-ms"))
+    if milliseconds is not None:
+        return milliseconds / 1000
+    stated = headers.get("retry-after")
+    seconds = _number(stated)
+    if seconds is not None:
+        return seconds
+    if not stated:
+        return _spoken(words)
+    try:
+        until = parsedate_to_datetime(stated).timestamp()
+    except (TypeError, ValueError, OverflowError):
+        return None
+    try:  # the server's clock against itself, where it shows its time
+        now = parsedate_to_datetime(headers["date"]).timestamp()
+    except (KeyError, TypeError, ValueError, OverflowError):
+        now = time.time() if now is None else now
+    return until - now if until > now else None
+
+
+def _spoken(words: str) -> float | None:
+    """Seconds of "try again in 7m12s", "in 20 seconds", "in 6 hours"."""
+    match = _AGAIN_IN.search(words)
+    if match is None:
+        return None
+    seconds = sum(float(number) * _UNITS[unit.lower()] for number, unit in _SPAN.findall(match["span"]))
+    return seconds or None
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        value = float(text or "")
+    except ValueError:
+        return None
+    return value if math.isfinite(value) and value > 0 else None

@@ -1,0 +1,185 @@
+"""An adapter of PEFT on disk, and how it becomes one model with its base.
+
+It is merged into the base in float32 and then brought to the dtype of the run. So everything that holds for a model
+holds for it (prefix sharing, padding, speed), and the numbers are those of the merged checkpoint that others save.
+vLLM keeps the two apart and adds what the adapter says at each layer.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from almost_eval.errors import MissingDependencyError, ModelError
+from almost_eval.types import JSONObject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+_PROMPTS = {"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT"}
+"""Kinds of PEFT that add to the input, not to the weights: nothing can be merged."""
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's `max_lora_rank` may be (0.31)."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A PEFT adapter folder."""
+
+    path: Path
+    config: JSONObject
+    """`adapter_config.json`."""
+    weights: Path
+
+    @property
+    def base(self) -> str:
+        """What it says its base model is."""
+        return str(self.config.get("base_model_name_or_path") or "")
+
+    @property
+    def is_classifier(self) -> bool:
+        """Whether it holds a score head for its base."""
+        return self.config.get("task_type") == "SEQ_CLS"
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of a LoRA."""
+        return max(int(self.config.get("r") or 1), *map(int, (self.config.get("rank_pattern") or {0: 0}).values()))
+
+    @property
+    def vllm_rank(self) -> int:
+        """The rank that vLLM makes room for: it knows some sizes."""
+        return next(size for size in _RANKS if size >= self.rank)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that decide what it does: the config holds rank and scale."""
+        return (self.path / CONFIG, self.weights)
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """Its own folder, where a tokenizer was saved with it."""
+        names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+        return self.path if any((self.path / name).is_file() for name in names) else None
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of its tensors; empty for pickles.
+
+        Raises:
+            ModelError: the file is not whole.
+        """
+        if self.weights.suffix != ".safetensors":
+            return {}
+        from safetensors import safe_open
+
+        try:
+            with safe_open(str(self.weights), framework="np") as tensors:
+                return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        except Exception as error:  # safetensors has an error of its own, without a base
+            raise ModelError(f"{self.weights} is not a whole safetensors file ({error}); save it again") from None
+
+    @property
+    def embedding_rows(self) -> int | None:
+        """Rows of the embedding that it brings, or None where it leaves the base's."""
+        rows = [shape[0] for name, shape in self.shapes.items() if name.endswith(("embed_tokens.weight", "wte.weight"))]
+        return max(rows) if rows else None
+
+
+def refuse_for_vllm(adapter: Adapter) -> None:
+    """Raise ModelError where vLLM would leave out a part of the adapter, or cannot run it."""
+    config = adapter.config
+    part = None
+    if config.get("peft_type") != "LORA":
+        part = f"of the kind {config.get('peft_type')}"
+    elif config.get("use_dora"):
+        part = "with DoRA"
+    elif config.get("bias") not in (None, "none"):
+        part = "with biases"
+    elif config.get("modules_to_save") or config.get("trainable_token_indices") or adapter.is_classifier:
+        part = "with whole modules or tokens of its own"
+    elif extra := [name for name in adapter.shapes if ".lora_A." not in name and ".lora_B." not in name]:
+        part = f"with {extra[0]}"
+    elif adapter.rank > _RANKS[-1]:
+        part = f"of rank {adapter.rank}"
+    if part:
+        raise ModelError(
+            f"{adapter.path} is an adapter {part}, which vLLM cannot run: use the engine hf, or merge it first (peft's "
+            "merge_and_unload, then save_pretrained)"
+        )
+
+
+def find_adapter(path: Path, *, has_weights: bool, allow_pickle: bool) -> Adapter | None:
+    """The adapter in a folder, or None where it holds none.
+
+    Raises:
+        ModelError: it lies beside full weights, is pickled, cannot be read, or cannot be merged into a base.
+    """
+    files = [path / name for name in (CONFIG, WEIGHTS, PICKLE) if (path / name).is_file()]
+    if not files:
+        return None
+    if has_weights:
+        raise ModelError(
+            f"{path} holds full weights and {files[0].name} of an adapter: remove adapter_* if it is merged already, "
+            "or move it to a folder of its own and give that one"
+        )
+    if files[0].name != CONFIG:
+        raise ModelError(f"{path} holds {files[0].name} but no {CONFIG}, which says what it belongs to; save it again")
+    try:
+        config: JSONObject = json.loads(files[0].read_text(encoding="utf-8"))
+        kind = str(config.get("peft_type") or "")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{files[0]} is not valid JSON for an adapter: {error}") from None
+    if kind in _PROMPTS or not kind:
+        raise ModelError(
+            f"{path} is an adapter of the kind {kind or 'none'}, which changes no weights; use one that does"
+        )
+    if (path / WEIGHTS).is_file():
+        return Adapter(path, config, path / WEIGHTS)
+    if not (path / PICKLE).is_file():
+        raise ModelError(f"{path} has an {CONFIG} but no {WEIGHTS}; save or download the adapter's weights there")
+    if not allow_pickle:
+        raise ModelError(
+            f"{path} has only a pickled adapter ({PICKLE}), which can run code when loaded; save it as safetensors, or "
+            "pass --allow-pickle if you trust its source"
+        )
+    return Adapter(path, config, path / PICKLE)
+
+
+def merge_adapter(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
+    """The base with the adapter in its weights; every tensor of the adapter must have its place, and none be missing.
+
+    Raises:
+        ModelError: it does not fit the base.
+        MissingDependencyError: peft is not installed.
+    """
+    import torch
+
+    try:
+        import peft
+    except ImportError:
+        raise MissingDependencyError("an adapter needs the package 'peft'; install it with: pip install peft") from None
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # what it starts at random is overwritten
+            warnings.simplefilter("ignore")
+            if adapter.embedding_rows is not None:
+                model.resize_token_embeddings(adapter.embedding_rows, mean_resizing=False)
+            config = peft.PeftConfig.from_pretrained(str(adapter.path))
+            whole = peft.get_peft_model(model, config)
+        weights = peft.load_peft_weights(str(adapter.path), device="cpu")
+        missing = sorted(peft.get_peft_model_state_dict(whole).keys() - weights.keys())
+        result: Any = peft.set_peft_model_state_dict(whole, weights)
+        unused = sorted(result.unexpected_keys)
+    except Exception as error:  # peft raises whatever its parts do
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(f"{adapter.path} does not fit its base {adapter.base}: {first:.200}") from None
+    if missing or unused:
+        what = f"lacks {missing[0]!r}" if missing else f"holds {unused[0]!r}, which the base has no place for"
+        raise ModelError(f"{adapter.path} does not fit its base {adapter.base}: it {what}")
+    merged: PreTrainedModel = whole.merge_and_unload()
+    return merged

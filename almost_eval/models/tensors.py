@@ -1,0 +1,197 @@
+"""Whether the tensors of a checkpoint are those of its model: none missing, none of another shape, none left over.
+
+transformers fills what is missing at random and drops what is left over, each with a warning at most. Here both are
+known before a weight is read: transformers' own loader runs on the `meta` device, where it compares the headers of the
+files with the model, renames included, and reads no values.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from almost_eval.errors import ModelError
+from almost_eval.models.checkpoint import Checkpoint
+
+_SCALES = re.compile(
+    r"\.(?:qweight|qzeros|scales|g_idx|SCB|absmax|quant_map|\w*_scale|\w*_scale_inv|weight_packed|weight_shape|"
+    r"weight_zero_point)$|\.(?:quant_state|absmax|quant_map|nested_\w+)(?:\.|$)"
+)
+_OTHER_HEAD = re.compile(r"^(?:score|classifier|v_head|lm_head|classification_head|qa_outputs|summary|cls)\.")
+_LM_HEAD = ("lm_head.weight", "embed_out.weight", "output.weight")
+_EMBEDDINGS = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "embed_in.weight",
+    "word_embeddings.weight",
+    "tok_embeddings.weight",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Tensors:
+    """How the tensors of a checkpoint fit its model; all names are sorted."""
+
+    missing: tuple[str, ...] = ()
+    """Of the model, and not in the files."""
+    mismatched: tuple[str, ...] = ()
+    """In the files with another shape."""
+    unused: tuple[str, ...] = ()
+    """In the files, and not of the model; what transformers itself ignores by design is not among them."""
+    untied: str | None = None
+    """An output head in the files that differs from the embedding that the config ties it to."""
+    unknown: str | None = None
+    """Why this could not be found out; None where it could."""
+
+
+def compare_tensors(
+    checkpoint: Checkpoint, auto_class: str, *, trust_remote_code: bool = False, **config: object
+) -> Tensors:
+    """How the tensors fit the model, from headers alone.
+
+    Args:
+        checkpoint: the model; where its weights are pickles, nothing is compared before they are loaded.
+        auto_class: the class of transformers that will load it, such as `AutoModelForCausalLM`.
+        trust_remote_code: run Python code that the checkpoint ships.
+        config: changes to its config, such as `num_labels`.
+    """
+    if any(file.suffix != ".safetensors" for file in checkpoint.weight_files):
+        return Tensors(unknown="its weights are pickled")
+    if checkpoint.adapter and checkpoint.adapter.is_classifier and "CausalLM" in _own_kind(checkpoint):
+        auto_class = "AutoModelForCausalLM"  # the base as it is; the adapter brings the score head
+    import transformers
+
+    from almost_eval.models.loading import first_line, quiet_transformers
+
+    try:
+        with quiet_transformers():
+            model, info = getattr(transformers, auto_class).from_pretrained(
+                str(checkpoint.path),
+                device_map="meta",
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                **config,
+            )
+    except Exception as error:  # a package is missing, an architecture is unknown: loading itself will say so
+        return Tensors(unknown=first_line(error))
+    tied = auto_class == "AutoModelForCausalLM" and getattr(model.config, "tie_word_embeddings", False)
+    untied = _untied(checkpoint) if tied else None
+    return Tensors(
+        tuple(sorted(info["missing_keys"])),
+        tuple(sorted(str(key if isinstance(key, str) else key[0]) for key in info["mismatched_keys"])),
+        tuple(sorted({*info["unexpected_keys"], *((untied,) if untied else ())})),
+        untied,
+    )
+
+
+def check_weights(checkpoint: Checkpoint, auto_class: str) -> None:
+    """Refuse what does not fit the model exactly: for training, where nothing left over is accepted.
+
+    Raises:
+        ModelError: see `refuse_tensors`.
+    """
+    refuse_tensors(checkpoint, compare_tensors(checkpoint, auto_class), allow_unused=False, flag=False)
+
+
+def refuse_tensors(checkpoint: Checkpoint, tensors: Tensors, *, allow_unused: bool, flag: bool = True) -> None:
+    """Raise ModelError where the files do not fill the model, or hold more than it takes.
+
+    Args:
+        checkpoint: the model.
+        tensors: how they fit.
+        allow_unused: left-over tensors are accepted.
+        flag: there is a flag to accept them with, which the error names.
+    """
+    where, cause = checkpoint.path, _cause(checkpoint, tensors)
+    lost = [*tensors.missing, *tensors.mismatched]
+    if lost:
+        kind = "lacks" if tensors.missing else "has in another shape"
+        raise ModelError(
+            f"{where} {kind} {len(lost)} weights of its own architecture, first {lost[0]!r}; transformers would set "
+            f"them at random, so nothing it says would mean anything{cause}"
+        )
+    if tensors.unused and not allow_unused:
+        way = ", or pass --allow-unused-weights to go on without them" if flag else ""
+        raise ModelError(
+            f"{where} holds {len(tensors.unused)} tensors that its model would not use: {names(tensors.unused)}{cause}"
+            f"; mend the checkpoint{way}"
+        )
+
+
+def _own_kind(checkpoint: Checkpoint) -> str:
+    """The class that the base's own `config.json` names; an adapter may make another of it."""
+    config = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
+    return str((config.get("architectures") or [""])[0])
+
+
+def names(tensors: Sequence[str], most: int = 3) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(tensors) - most} more" if len(tensors) > most else ""
+    return ", ".join(tensors[:most]) + more
+
+
+def _cause(checkpoint: Checkpoint, tensors: Tensors) -> str:
+    """What most likely went wrong, as the end of a sentence; empty where nothing is known."""
+    unused, config = tensors.unused, checkpoint.config
+    if any(_SCALES.search(name) for name in unused) and "quantization_config" not in config:
+        return "; it looks quantised, and its config.json has lost the quantization_config"
+    biases = [name for name in unused if name.endswith(".bias")]
+    if biases and len(biases) == len(unused):
+        attention = any(re.search(r"attn|attention", name) for name in biases)
+        mlp = any(".mlp." in name for name in biases)
+        flags = [flag for flag, there in (("attention_bias", attention), ("mlp_bias", mlp)) if there]
+        if flags:
+            return f"; most likely config.json lacks {' and '.join(f'{chr(34)}{f}{chr(34)}: true' for f in flags)}"
+    if tensors.untied:
+        return (
+            f"; {tensors.untied} differs from the embedding, but config.json ties the two: set "
+            '"tie_word_embeddings" to false if the file is right'
+        )
+    if any("lora_" in name or ".base_layer." in name for name in unused):
+        return "; it looks like an adapter that was saved without being merged"
+    if unused and all(_OTHER_HEAD.search(name) for name in unused):
+        return f"; this is the head of another kind of model than the {checkpoint.architecture or 'one in config.json'}"
+    if layers := _layers(unused):
+        return f"; config.json says fewer layers than the files have (num_hidden_layers; the files have {layers})"
+    return ""
+
+
+def _layers(unused: Collection[str]) -> int:
+    numbers = [int(match[1]) for name in unused if (match := re.search(r"\.(?:layers|h|blocks?)\.(\d+)\.", name))]
+    whole = {n for n in numbers if sum(number == n for number in numbers) >= 4}  # not one left-over buffer a layer
+    return max(whole) + 1 if whole and len(whole) < 1 + max(whole) else 0
+
+
+def _untied(checkpoint: Checkpoint) -> str | None:
+    """The name of an output head whose values are not those of the embedding; reads these two tensors."""
+    shapes = checkpoint.tensor_shapes()
+    head = next((name for name in shapes if name in _LM_HEAD or name.endswith(".lm_head.weight")), None)
+    embedding = next((name for name in shapes if name.endswith(_EMBEDDINGS)), None)
+    if head is None or embedding is None:
+        return None
+    same = shapes[head] == shapes[embedding] and _values(checkpoint, head) == _values(checkpoint, embedding)
+    return None if same else head
+
+
+def _values(checkpoint: Checkpoint, tensor: str) -> tuple[str, bytes]:
+    """Dtype and a digest of the bytes of a tensor."""
+    import hashlib
+
+    for file in checkpoint.weight_files:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header: dict[str, Any] = json.loads(stream.read(length))
+            if tensor in header:
+                begin, end = header[tensor]["data_offsets"]
+                stream.seek(8 + length + begin)
+                digest, left = hashlib.sha256(), end - begin
+                while left and (block := stream.read(min(left, 1 << 24))):
+                    digest.update(block)
+                    left -= len(block)
+                return str(header[tensor]["dtype"]), digest.digest()
+    return "", b""

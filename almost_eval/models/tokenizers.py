@@ -1,0 +1,123 @@
+"""Whether a tokenizer says what its own files say, loses no text, and knows no id that the model has no row for.
+
+transformers 5 puts the pre-tokenizer of the class that `tokenizer_config.json` names in the place of the one that
+`tokenizer.json` holds: with the wrong class all spaces vanish, and every number is wrong without a word
+(huggingface/transformers#45488). An id beyond the embedding ends in an IndexError, or on a GPU in garbage.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING
+
+from almost_eval.errors import ModelError
+from almost_eval.models.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedTokenizerBase
+
+PROBES = (
+    "Answer: hello world 2023",
+    "  Two  spaces, a tab\tand\n\nblank lines.\n  - It's 1,234.5% of CamelCase_names; don't (really) [stop]!",
+    "def f(x):\n    return x**2  # naïve café, Ünïcödé, 中文字, русский, 🙂",
+)
+_WORDS = "hello world the quick brown fox reads what is on line three of page 2023".split()
+_EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared)\.weight$")
+_CURE = 'set "tokenizer_class": "PreTrainedTokenizerFast" in its tokenizer_config.json'
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint, folder: Path) -> None:
+    """Refuse a tokenizer that would feed the model something else than its text. Loads no weights.
+
+    Args:
+        tokenizer: as transformers loaded it.
+        checkpoint: the model that will read the ids; one without files and config has no rows to compare with.
+        folder: where the tokenizer's files are.
+
+    Raises:
+        ModelError: ids differ from those of `tokenizer.json`, words are lost on the way, or an id has no row.
+    """
+    _compare_with_own_file(tokenizer, folder)
+    _refuse_lost_words(tokenizer, folder)
+    rows = embedding_rows(checkpoint)
+    if rows is not None:
+        _refuse_ids_without_row(tokenizer, rows, folder)
+
+
+def embedding_rows(checkpoint: Checkpoint) -> int | None:
+    """Rows of the embedding: as the weights have them, else as the config says; None where neither tells."""
+    if checkpoint.adapter and checkpoint.adapter.embedding_rows:
+        return checkpoint.adapter.embedding_rows
+    shapes = [shape for name, shape in checkpoint.tensor_shapes().items() if _EMBEDDING.search(name)]
+    if counts := [shape[0] for shape in shapes if len(shape) == 2]:
+        return max(counts)
+    text = checkpoint.config.get("text_config") or checkpoint.config
+    size = text.get("vocab_size")
+    return size if isinstance(size, int) else None
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _compare_with_own_file(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return
+    from tokenizers import Tokenizer
+
+    try:
+        own = Tokenizer.from_file(str(file))
+    except Exception as error:  # the package raises plain Exception
+        raise ModelError(f"{file} is no tokenizer that can be read ({str(error)[:120]}); save it again") from None
+    own.no_truncation()
+    own.no_padding()
+    # Whether a text begins with a space of its own is a setting beside the file: then only the rest is compared.
+    skipped = 3 if "add_prefix_space" in _tokenizer_config(folder) else 0
+    for text in PROBES:
+        stored = list(own.encode(text, add_special_tokens=False).ids)
+        loaded = _encode(tokenizer, text)
+        if stored != loaded and (not skipped or stored[skipped - len(stored) :] != loaded[skipped - len(stored) :]):
+            raise ModelError(
+                f"the tokenizer of {folder} does not do what its tokenizer.json says: as {type(tokenizer).__name__} it "
+                f"makes {len(loaded)} tokens of {text[:24]!r}, which read {tokenizer.decode(loaded)[:24]!r}, the file "
+                f"{len(stored)}; {_CURE}"
+            )
+
+
+def _tokenizer_config(folder: Path) -> dict[str, object]:
+    try:
+        content = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _refuse_lost_words(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Words and the spaces between them come back; case, punctuation and kinds of blanks may not, by design."""
+    # A small vocabulary lacks some words, an encoder's lowers them: what is known alone must be known in a row.
+    known = [word for word in _WORDS if str(tokenizer.decode(_encode(tokenizer, word))).strip().lower() == word]
+    text = " ".join(known)
+    back = str(tokenizer.decode(_encode(tokenizer, text)))
+    if back.lower().split() != known:
+        raise ModelError(
+            f"the tokenizer of {folder} loses text: {text[:40]!r} comes back as {back[:40]!r}; {_CURE}, or save the "
+            "right tokenizer beside the weights"
+        )
+    if not known and tokenizer.unk_token_id is None:
+        raise ModelError(f"the tokenizer of {folder} loses text: no word of a probe comes back; {_CURE}")
+
+
+def _refuse_ids_without_row(tokenizer: PreTrainedTokenizerBase, rows: int, folder: Path) -> None:
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
+    # Entries that no text is ever encoded to do no harm. Padded embeddings, with more rows than tokens, are common.
+    written = [token for token, number in sorted(beyond.items()) if number in _encode(tokenizer, token)]
+    if written:
+        raise ModelError(
+            f"the tokenizer of {folder} writes {len(written)} tokens that the model has no row for, first "
+            f"{written[0]!r} with the id {beyond[written[0]]} where the embedding has {rows} rows; take them out of "
+            "the tokenizer, or add rows with model.resize_token_embeddings, train them, and save the model"
+        )

@@ -1,0 +1,176 @@
+"""Tensors that are missing, of another shape or left over are told before a weight is read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from almost_eval.engines.hf import HFEngine
+from almost_eval.errors import ModelError
+from almost_eval.models.checkpoint import find_checkpoint
+from almost_eval.models.tensors import check_weights
+from almost_eval.nano import shipped
+from almost_eval.rewards.hf import HFRewardModel
+from serving.models import find_model
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return shutil.copytree(shipped("nano/almost"), tmp_path / "my modèle 中文 (v2)")
+
+
+def _weights(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def _add(folder: Path, *names: str) -> None:
+    import torch
+
+    _weights(folder, lambda weights: weights.update({name: torch.ones(4) for name in names}))
+
+
+def _refused(folder: Path) -> str:
+    """What the engine says at once; server and training say the same."""
+    messages = []
+    openers: list[Callable[[], object]] = [
+        lambda: HFEngine(str(folder)),
+        lambda: find_model("policy", str(folder)),
+        lambda: check_weights(find_checkpoint(str(folder)), "AutoModelForCausalLM"),
+    ]
+    for opener in openers:
+        with pytest.raises(ModelError) as refused:
+            opener()
+        messages.append(str(refused.value))
+        assert "\n" not in messages[-1]
+    assert messages[0] == messages[1]
+    return messages[0]
+
+
+LEFT_OVER = {
+    "mlp bias": ("model.layers.0.mlp.up_proj.bias", '"mlp_bias": true'),
+    "attention bias": ("model.layers.0.self_attn.q_proj.bias", '"attention_bias": true'),
+    "scales": ("model.layers.0.mlp.up_proj.weight_scale", "quantization_config"),
+    "another head": ("score.weight", "head of another kind"),
+    "an adapter": ("model.layers.0.self_attn.q_proj.lora_A.default.weight", "adapter"),
+    "anything": ("model.layers.0.something", "something"),
+}
+
+
+@pytest.mark.parametrize("kind", LEFT_OVER)
+def test_left_over_tensors_are_refused_by_name_and_cause(kind: str, folder: Path) -> None:
+    name, cause = LEFT_OVER[kind]
+    _add(folder, name)
+    message = _refused(folder)
+    assert name in message
+    assert cause in message
+    assert "--allow-unused-weights" in message
+
+
+def test_left_over_tensors_are_accepted_by_a_flag_and_recorded(folder: Path) -> None:
+    plain = HFEngine("nano/almost")
+    _add(folder, "model.layers.0.mlp.up_proj.bias")
+    engine = HFEngine(str(folder), allow_unused_weights=True)
+    assert engine.settings() == plain.settings() | {"unused_weights": ["model.layers.0.mlp.up_proj.bias"]}
+    assert "up_proj.bias" in engine.notes[0]
+    assert engine.model is not None
+
+
+def test_leftovers_that_transformers_ignores_are_no_fault(folder: Path) -> None:
+    _add(folder, "model.layers.0.self_attn.rotary_emb.inv_freq")
+    assert HFEngine(str(folder)).unused_weights == []
+
+
+@pytest.mark.parametrize("accepted", [False, True])
+def test_missing_tensors_are_always_refused(accepted: bool, folder: Path) -> None:
+    _weights(folder, lambda weights: weights.pop("model.layers.0.mlp.up_proj.weight"))
+    assert "up_proj.weight" in _refused(folder)
+    with pytest.raises(ModelError, match="at random"):
+        HFEngine(str(folder), allow_unused_weights=accepted)
+
+
+def test_another_shape_is_refused(folder: Path) -> None:
+    _config(folder, intermediate_size=json.loads((folder / "config.json").read_text())["intermediate_size"] + 8)
+    assert "another shape" in _refused(folder)
+
+
+def test_fewer_layers_in_the_config_are_refused(folder: Path) -> None:
+    layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+    _config(folder, num_hidden_layers=layers - 1)
+    assert f"the files have {layers}" in _refused(folder)
+
+
+def _own_head(folder: Path, change: float) -> None:
+    def add(weights: dict[str, Any]) -> None:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + change
+
+    _weights(folder, add)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_that_differs_from_the_embedding_it_is_tied_to(tied: bool, folder: Path) -> None:
+    import torch
+
+    _own_head(folder, 0.5)
+    _config(folder, tie_word_embeddings=tied)
+    if tied:
+        assert "tie_word_embeddings" in _refused(folder)
+        engine = HFEngine(str(folder), allow_unused_weights=True)
+        assert engine.unused_weights == ["lm_head.weight"]
+        assert torch.equal(engine.model.lm_head.weight, engine.model.model.embed_tokens.weight)
+    else:
+        assert HFEngine(str(folder)).unused_weights == []
+
+
+def test_a_tied_head_that_equals_the_embedding_is_fine(folder: Path) -> None:
+    _own_head(folder, 0.0)
+    _config(folder, tie_word_embeddings=True)
+    assert HFEngine(str(folder)).unused_weights == []
+
+
+def test_a_stale_whole_file_beside_shards_is_refused(folder: Path) -> None:
+    shutil.copy(folder / "model.safetensors", folder / "model-00001-of-00001.safetensors")
+    with pytest.raises(ModelError, match="two sets of weights"):
+        find_checkpoint(str(folder))
+
+
+def test_a_reward_model_with_a_language_model_head_is_refused(tmp_path: Path) -> None:
+    reward = shutil.copytree(shipped("nano/reward"), tmp_path / "reward")
+    assert HFRewardModel(str(reward)).notes == []
+    _add(reward, "lm_head.weight")
+    for opener in (lambda: HFRewardModel(str(reward)), lambda: find_model("reward", str(reward))):
+        with pytest.raises(ModelError, match="head of another kind"):
+            opener()
+    accepted = HFRewardModel(str(reward), allow_unused_weights=True)
+    assert accepted.settings()["unused_weights"] == ["lm_head.weight"]
+
+
+def test_other_formats_are_named(tmp_path: Path) -> None:
+    (tmp_path / "model-q4.gguf").touch()
+    for name in (tmp_path, tmp_path / "model-q4.gguf"):
+        with pytest.raises(ModelError, match="GGUF"):
+            find_checkpoint(str(name))
+
+
+def test_links_into_a_hub_cache_and_read_only_folders_work(tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(shipped("nano/almost").iterdir()):
+        shutil.copy(file, blobs / f"{number:040d}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{number:040d}")
+    snapshot.chmod(0o555)
+    assert HFEngine(str(snapshot)).checkpoint.weight_digest() == HFEngine("nano/almost").checkpoint.weight_digest()
