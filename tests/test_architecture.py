@@ -23,6 +23,7 @@ HEAVY = {
         "almost_eval/engines/hf_generation.py",
         "almost_eval/engines/hf_head.py",
         "almost_eval/engines/hf_header.py",
+        "almost_eval/engines/hf_sampling.py",
         "almost_eval/engines/hf_loglikelihood.py",
         "almost_eval/engines/hf_probe.py",
         "almost_train/rlsf/ppo.py",
@@ -34,6 +35,7 @@ HEAVY = {
     },
     "transformers": {
         "almost_eval/engines/hf_generation.py",
+        "almost_eval/engines/hf_sampling.py",
         "almost_train/rlsf/models.py",
         "almost_train/rlsf/trl.py",
         "almost_train/rlsf/rollouts.py",

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from almost_eval.engines.base import GenerationEngine, LoglikelihoodEngine
 from almost_eval.errors import InputError, MissingDependencyError, did_you_mean
+from almost_eval.models.loading import Purpose
 from almost_eval.types import JSONObject
 
 ENGINES: dict[str, str] = {
@@ -96,7 +97,7 @@ class EngineOptions:
         600.0, "openai: seconds that one answer may take.  [600]", engines=["openai"], kind=float, above=0
     )
     dtype: str = _option("auto", "hf, vllm: auto, float32, bfloat16 or float16.", engines=["hf", "vllm"], is_shown=True)
-    """`auto` is float32 on a CPU and the checkpoint's own elsewhere."""
+    """`auto` is float32 on a CPU and the checkpoint's own elsewhere; to generate, see `pick_dtype`."""
     device: str = _option("auto", "hf: auto, cpu, cuda, cuda:1, mps.", engines=["hf"], is_shown=True)
     attention: str = _option("auto", "hf: auto, sdpa, eager or flash_attention_2.", engines=["hf"], is_shown=True)
     batch_size: int | None = _option(
@@ -173,7 +174,7 @@ def generation_engine(model: str, options: EngineOptions | None = None) -> Gener
         InputError: an unknown engine, or an option that it does not take; whatever the engine refuses.
         MissingDependencyError: the engine's package is not installed.
     """
-    engine = _build(model, options, ENGINES, TAKES)
+    engine = _build(model, options, ENGINES, TAKES, "generate")
     assert isinstance(engine, GenerationEngine)
     return engine
 
@@ -187,7 +188,7 @@ def loglikelihood_engine(model: str, options: EngineOptions | None = None) -> Lo
         InputError: whatever `generation_engine` refuses.
         MissingDependencyError: the engine's package is not installed.
     """
-    engine = _build(model, options, SCORERS, SCORERS_TAKE)
+    engine = _build(model, options, SCORERS, SCORERS_TAKE, "score")
     assert isinstance(engine, LoglikelihoodEngine)
     return engine
 
@@ -230,10 +231,16 @@ def load_class(path: str) -> type:
 
 
 def _build(
-    model: str, options: EngineOptions | None, classes: Mapping[str, str], takes: Mapping[str, set[str]]
+    model: str,
+    options: EngineOptions | None,
+    classes: Mapping[str, str],
+    takes: Mapping[str, set[str]],
+    purpose: Purpose,
 ) -> object:
     options = options or EngineOptions()
     arguments = engine_arguments(options, takes)
+    if purpose == "generate" and options.engine in ("hf", "vllm"):
+        arguments["purpose"] = purpose
     engine = load_class(classes[options.engine])(model, **arguments)
     if hasattr(engine, "check"):  # an endpoint: is it there, and does it serve the model
         engine.check()

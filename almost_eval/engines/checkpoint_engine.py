@@ -11,6 +11,7 @@ from almost_eval.engines.prefix import EncodedRequest, Ids, TokenEncoder
 from almost_eval.errors import InputError
 from almost_eval.models.checkpoint import Checkpoint, context_length
 from almost_eval.models.held import HeldCheckpoint, shorter_context
+from almost_eval.models.loading import Purpose
 from almost_eval.types import Completion, LoglikelihoodRequest
 
 
@@ -20,7 +21,7 @@ class CheckpointEngine(HeldCheckpoint, ABC):
     Args:
         max_length: a context length below the model's own.
         sizes: name of a flag -> its value; each must be 1 or more, or None.
-        model, dtype, device, allow_pickle, trust_remote_code: see `HeldCheckpoint`.
+        model, dtype, device, allow_pickle, trust_remote_code, purpose: see `HeldCheckpoint`.
 
     Raises:
         InputError: an unknown dtype, a size below 1, or a `max_length` beyond the model's own.
@@ -37,6 +38,7 @@ class CheckpointEngine(HeldCheckpoint, ABC):
         sizes: dict[str, int | None],
         allow_pickle: bool,
         trust_remote_code: bool,
+        purpose: Purpose = "score",
         allow_unused_weights: bool = False,
     ) -> None:
         for flag, size in {"max length": max_length, **sizes}.items():
@@ -48,6 +50,7 @@ class CheckpointEngine(HeldCheckpoint, ABC):
             device=device,
             allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
+            purpose=purpose,
             allow_unused_weights=allow_unused_weights,
         )
         self._report = EngineReport()

@@ -15,7 +15,7 @@ from almost_eval.engines.checkpoint_engine import CheckpointEngine
 from almost_eval.engines.prefix import EncodedRequest, build_trie, scores_of_nothing
 from almost_eval.errors import InputError, did_you_mean
 from almost_eval.models.checkpoint import Checkpoint
-from almost_eval.models.loading import ATTENTION, load_weights
+from almost_eval.models.loading import ATTENTION, Purpose, load_weights
 from almost_eval.types import Completion, JSONObject
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class HFEngine(CheckpointEngine):
         max_length: a context length below the model's own.
         allow_pickle: accept pickled weights.
         trust_remote_code: run Python code that the checkpoint ships.
+        purpose: `generate` where it will only continue prompts; `auto` may then be bfloat16 on a CPU (`pick_dtype`).
         allow_unused_weights: accept tensors in the files that the model does not take.
 
     Raises:
@@ -62,6 +63,7 @@ class HFEngine(CheckpointEngine):
         max_length: int | None = None,
         allow_pickle: bool = False,
         trust_remote_code: bool = False,
+        purpose: Purpose = "score",
         allow_unused_weights: bool = False,
     ) -> None:
         if attention not in ATTENTION:
@@ -74,6 +76,7 @@ class HFEngine(CheckpointEngine):
             sizes={"batch size": batch_size, "batch tokens": batch_tokens},
             allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
+            purpose=purpose,
             allow_unused_weights=allow_unused_weights,
         )
         self.share_prefixes = share_prefixes

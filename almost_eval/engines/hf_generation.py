@@ -18,17 +18,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import (
-    LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
-    TopPLogitsWarper,
 )
 
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.hf_header import SharedHeader
 from almost_eval.engines.hf_loglikelihood import out_of_memory
+from almost_eval.engines.hf_sampling import GumbelNoise, NucleusNoise
 from almost_eval.errors import RunError
 from almost_eval.models.reasoning import marker_tokens
 from almost_eval.models.stops import end_ids, first_stop
@@ -38,18 +37,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from almost_eval.models.loading import CausalLM
-
-
-class GumbelNoise(LogitsProcessor):
-    """Adds to row i noise from generator i, so that the argmax is a sample."""
-
-    def __init__(self, generators: Sequence[np.random.Generator]) -> None:
-        self._generators = generators
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Scores (B, V), the noise of each row drawn on the CPU: the same draws on every device."""
-        noise = np.stack([g.gumbel(size=scores.shape[-1]) for g in self._generators])
-        return scores.float() + torch.from_numpy(noise).float().to(scores.device)  # type: ignore[return-value]
 
 
 class StopStrings(StoppingCriteria):
@@ -180,9 +167,12 @@ def _batch(
     if params.temperature > 0:
         if params.temperature != 1:
             processors.append(TemperatureLogitsWarper(params.temperature))
+        generators = [_generator(params.seed, prompts[p], c) for p, c in batch]
         if params.top_p < 1:
-            processors.append(TopPLogitsWarper(params.top_p))
-        processors.append(GumbelNoise([_generator(params.seed, prompts[p], c) for p, c in batch]))
+            whole = model.dtype == torch.float32
+            processors.append(NucleusNoise(params.top_p, generators, full_precision=whole))
+        else:
+            processors.append(GumbelNoise(generators))
     stops = StopStrings(tokenizer, params.stop, longest)
     cache = header.rows([prompts[p] for p, _ in batch]) if header else None
     output = model.generate(

@@ -29,6 +29,7 @@ from almost_eval.engines.vllm_process import (
 from almost_eval.errors import InputError
 from almost_eval.models.adapters import refuse_for_vllm
 from almost_eval.models.checkpoint import Checkpoint, find_checkpoint, refuse_stray_weights
+from almost_eval.models.loading import Purpose
 from almost_eval.models.stops import end_ids
 from almost_eval.types import Completion, JSONObject
 
@@ -51,6 +52,7 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
         kv_cache_gib: GiB of keys and values; None is 1 on a CPU and what is free elsewhere.
         allow_pickle: accept pickled weights.
         trust_remote_code: run Python code that the checkpoint ships.
+        purpose: `generate` where it will only continue prompts; `auto` may then be bfloat16 on a CPU (`pick_dtype`).
 
     Raises:
         InputError: an unknown dtype, a size below 1, or a `max_length` beyond the model's own.
@@ -74,6 +76,7 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
         kv_cache_gib: float | None = None,
         allow_pickle: bool = False,
         trust_remote_code: bool = False,
+        purpose: Purpose = "score",
         allow_unused_weights: bool = False,
     ) -> None:
         if data_parallel_size != 1:
@@ -96,6 +99,7 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
             sizes={},
             allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
+            purpose=purpose,
             allow_unused_weights=allow_unused_weights,
         )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import struct
@@ -97,6 +98,16 @@ class Checkpoint:
             for prefix, folder in folders.items()
             for file in sorted({file for pattern in _BESIDE for file in folder.glob(pattern) if file.is_file()})
         }
+
+    def n_parameters(self) -> int:
+        """Numbers in all tensors, read from the safetensors headers alone; 0 for pickles."""
+        return sum(
+            math.prod(entry["shape"])
+            for file in self.weight_files
+            if file.suffix == ".safetensors"
+            for name, entry in _header(file).items()
+            if name != "__metadata__"
+        )
 
     def tensor_names(self) -> set[str]:
         """Names of all tensors, read from the safetensors headers alone; empty for pickles."""

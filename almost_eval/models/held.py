@@ -9,7 +9,7 @@ from typing import Any
 
 from almost_eval.errors import InputError, did_you_mean
 from almost_eval.models.checkpoint import CAUSAL, Checkpoint, find_checkpoint
-from almost_eval.models.loading import DTYPES, load_tokenizer, pick_device, pick_dtype
+from almost_eval.models.loading import DTYPES, Purpose, load_tokenizer, pick_device, pick_dtype, say_bfloat16
 from almost_eval.models.tensors import compare_tensors, names, not_compared, refuse_tensors
 from almost_eval.types import JSONObject
 
@@ -23,6 +23,7 @@ class HeldCheckpoint:
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
         allow_pickle: accept pickled weights.
         trust_remote_code: run Python code that the checkpoint ships.
+        purpose: what it is held for, which `auto` minds; see `pick_dtype`.
         allow_unused_weights: accept tensors in the files that the model does not take; `notes` then names them.
         architectures: see `find_checkpoint`.
 
@@ -39,6 +40,7 @@ class HeldCheckpoint:
         device: str = "auto",
         allow_pickle: bool,
         trust_remote_code: bool,
+        purpose: Purpose = "score",
         allow_unused_weights: bool = False,
         architectures: Collection[str] = CAUSAL,
     ) -> None:
@@ -49,6 +51,7 @@ class HeldCheckpoint:
         self.checkpoint = model
         self._dtype = dtype
         self._device = device
+        self._purpose: Purpose = purpose
         self._trust_remote_code = trust_remote_code
         self._allow_unused_weights = allow_unused_weights
         self.unused_weights: list[str] = []
@@ -101,7 +104,10 @@ class HeldCheckpoint:
     @cached_property
     def dtype(self) -> str:
         """The dtype that `auto` stands for here."""
-        return pick_dtype(self._dtype, self.checkpoint, self.device)
+        dtype = pick_dtype(self._dtype, self.checkpoint, self.device, self._purpose)
+        if self._dtype == "auto" and self.device == "cpu" and dtype == "bfloat16":
+            say_bfloat16(self.checkpoint.name)
+        return dtype
 
 
 def shorter_context(own: int, max_length: int | None) -> int:

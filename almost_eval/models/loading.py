@@ -5,10 +5,13 @@ Whatever cannot be loaded is refused in one line that says what to do.
 
 from __future__ import annotations
 
+import functools
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from almost_eval.errors import InputError, ModelError, RunError
 from almost_eval.models.adapters import merge_adapter
@@ -28,6 +31,10 @@ if TYPE_CHECKING:
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+Purpose = Literal["score", "generate"]
+"""What a checkpoint is held for."""
+LARGE = 50_000_000
+"""Parameters from which half the bytes of weights are worth bfloat16's rounding."""
 ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
 
 
@@ -136,12 +143,37 @@ def load_weights(
         raise RunError(f"not enough memory on {device} for {checkpoint.name}; use a smaller dtype or device") from None
 
 
-def pick_dtype(dtype: str, checkpoint: Checkpoint, device: str) -> str:
-    """`auto` -> float32 on a CPU, the checkpoint's own elsewhere."""
+def pick_dtype(dtype: str, checkpoint: Checkpoint, device: str, purpose: Purpose = "score") -> str:
+    """What `auto` stands for: the checkpoint's own off the CPU; on a CPU float32.
+
+    On a CPU that computes in bfloat16, a checkpoint of `LARGE` parameters or more generates in it: reading the weights
+    is most of what a token costs, and they are half as many bytes. Scores stay float32.
+    """
     if dtype != "auto":
         return dtype
-    own = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
-    return "float32" if device == "cpu" else str(own)
+    if device != "cpu":
+        return str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32")
+    if purpose == "generate" and checkpoint.n_parameters() >= LARGE and cpu_has_bfloat16():
+        return "bfloat16"
+    return "float32"
+
+
+@functools.cache
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies in bfloat16 (AVX-512-BF16 or AMX-BF16); False where the system does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
+
+
+@functools.cache
+def say_bfloat16(name: str) -> None:
+    """One line on stderr, once for a model: `auto` chose bfloat16."""
+    sys.stderr.write(f"{name}: generates in bfloat16, which this CPU computes in; --dtype float32 overrides it\n")
+    sys.stderr.flush()
 
 
 def pick_device(device: str) -> str:

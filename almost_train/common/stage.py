@@ -93,6 +93,20 @@ class Stage:
         files = [p for p in self.folder.rglob("*") if p.is_file() and p.name not in ("stage.json", ".lock")]
         return all(p.stat().st_size == 0 for p in files)
 
+    def pin(self, name: str, value: str) -> None:
+        """Hold the stage to what was settled only inside it, such as the dtype that `auto` stands for here.
+
+        Raises:
+            StageChanged: an earlier process settled it otherwise.
+        """
+        stored = read_json(self.folder / "stage.json", "stage", "settings", "inputs")
+        pinned = stored.get("pinned", {})
+        was = pinned.get(name, value)
+        if was != value:
+            raise StageChanged(self.folder, f"settings ({name} was {_short(was)}, is {_short(value)})")
+        if name not in pinned:
+            write_json(self.folder / "stage.json", {**stored, "pinned": {**pinned, name: value}})
+
     def finish(self, metrics: Mapping[str, object], outputs: Mapping[str, Path] = {}) -> JSONObject:
         """Write `result.json` and return it: metrics (JSON), the digests of the outputs, seconds of this process."""
         self.result = {

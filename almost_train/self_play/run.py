@@ -29,7 +29,7 @@ from almost_train.common.stage import Stage, model_input
 from almost_train.self_play.settings import SelfPlaySettings
 from almost_train.self_play.turns import Dialogue, Play
 from almost_train.synthetic.prompt_sets import SEPARATOR, DemonstrationSet
-from almost_train.synthetic.sampling import EngineFactory
+from almost_train.synthetic.sampling import EngineFactory, pin_dtype
 
 
 def self_play(
@@ -95,6 +95,8 @@ def self_play(
         # 1. Every model is checked, none is loaded.
         names = {"assistant": settings.assistant_model, "user": settings.user_model}
         engines = {name: engine_for(name) for name in dict.fromkeys(names.values())}
+        for role, name in names.items():
+            pin_dtype(stage, f"{role}_model", engines[name])
         judge = (reward_for or _hf_reward)(reward_model) if reward_model else None
         # 2. Turn by turn, all dialogues at once.
         with RowLog(turns) as log:

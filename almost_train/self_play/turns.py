@@ -120,7 +120,7 @@ class Play:
         missing = [dialogue.id for dialogue in live if (role, turn, dialogue.id) not in self.known]
         if missing:
             seed = derived_seed(settings.seed, f"{role}/{turn}")  # one for each turn: a prompt may occur again later
-            params = SamplingParams(budget, settings.temperature, settings.top_p, n, _STOPS[role], seed)
+            params = SamplingParams(budget, settings.temperature, settings.top_p, n, _STOPS[role], seed=seed)
             with self.progress.track(f"turn {turn}: {role}", len(live), len(live) - len(missing)) as advance:
                 for index, completions in engine.stream_completions([texts[id] for id in missing], params):
                     said = [[completion.text, completion.finish_reason] for completion in completions]

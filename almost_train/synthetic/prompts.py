@@ -35,7 +35,7 @@ from almost_train.common.held_out import HeldOut, is_held_out, read_held_out
 from almost_train.common.stage import Stage, model_input
 from almost_train.synthetic.overlap import OverlapIndex
 from almost_train.synthetic.prompt_sets import PROMPT_SETS, SeedSet, load_seed_set
-from almost_train.synthetic.sampling import EngineFactory, derived_rng, derived_seed
+from almost_train.synthetic.sampling import EngineFactory, derived_rng, derived_seed, pin_dtype
 
 PREFIX = "Query:"
 READINGS = ("completion", "official")
@@ -112,7 +112,9 @@ def synthesize_prompts(
             engine: GenerationEngine | None = None
             with (progress or Progress()).track("prompts", settings.count, len(mine.prompts)) as advance:
                 while len(mine.prompts) < settings.count and not mine.stopped:
-                    engine = engine or engine_for(model)
+                    if engine is None:
+                        engine = engine_for(model)
+                        pin_dtype(stage, "model", engine)
                     advance(mine.round(engine))
         if len(mine.prompts) < settings.count and not (settings.accept_fewer and mine.prompts):
             raise RunError(mine.why_stopped())

@@ -31,7 +31,7 @@ from almost_train.common.config import option, settings_from
 from almost_train.common.stage import Stage, model_input
 from almost_train.synthetic.filters import RULES, STOPS, broken_rule, read_response
 from almost_train.synthetic.prompt_sets import PROMPT_SETS, DemonstrationSet, SeedSet, load_seed_set
-from almost_train.synthetic.sampling import EngineFactory, derived_rng, derived_seed
+from almost_train.synthetic.sampling import EngineFactory, derived_rng, derived_seed, pin_dtype
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # it becomes a file's name
 
@@ -149,6 +149,7 @@ def synthesize_responses(
                     missing = [row for row in rows if row["id"] not in done]
                     if missing:
                         engine = engine or engine_for(model)
+                        pin_dtype(stage, c.name, engine)
                         with (progress or Progress()).track(c.name, len(rows), len(done)) as advance:
                             for row in _Source(settings, seeds, c).answer(missing, engine):
                                 log.append(row)

@@ -1,4 +1,4 @@
-"""What the sampling stages share: the type that makes engines, and derived seeds."""
+"""What the sampling stages share: the type that makes engines, their dtype, and derived seeds."""
 
 from __future__ import annotations
 
@@ -6,9 +6,20 @@ import random
 from collections.abc import Callable
 
 from almost_eval.engines.base import GenerationEngine
+from almost_train.common.stage import Stage
 
 EngineFactory = Callable[[str], GenerationEngine]
 """Model (folder, hub id or built-in name) -> an engine for it; called when there is something to generate."""
+
+
+def pin_dtype(stage: Stage, what: str, engine: GenerationEngine) -> None:
+    """Hold a stage to the dtype of its engine, which `auto` settles by the machine; an endpoint's is its own affair.
+
+    Raises:
+        StageChanged: the stage began in another.
+    """
+    if dtype := getattr(engine, "dtype", None):
+        stage.pin(f"dtype of {what}", str(dtype))
 
 
 def derived_seed(seed: int, what: str) -> int:

@@ -56,7 +56,10 @@ class LocalServer:
         Raises:
             ModelError: a model that does not exist, or cannot be loaded.
         """
-        policies = {name: HFEngine(name, dtype=models.dtype, device=models.device) for name in models.policies}
+        policies = {
+            name: HFEngine(name, dtype=models.dtype, device=models.device, purpose="generate")
+            for name in models.policies
+        }
         reward = HFRewardModel(models.reward, dtype=models.dtype, device=models.device) if models.reward else None
         for engine in policies.values():
             engine.model.requires_grad_(False)  # reads the weights now: a model that cannot be loaded is told at once

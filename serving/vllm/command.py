@@ -15,6 +15,7 @@ from pathlib import Path
 
 from almost_eval.errors import InputError
 from almost_eval.models.adapters import Adapter
+from almost_eval.models.loading import pick_dtype
 from serving.models import ServedModel
 from serving.vllm.middleware import VARIABLE as STOP_VARIABLE
 
@@ -146,8 +147,12 @@ def _cpu_options(
     model: ServedModel, context: int, user_set: set[str], memory: float, environment: Mapping[str, str]
 ) -> tuple[dict[str, str | None], str, float]:
     """What starts fastest on a CPU, the line that says so, and the memory that it takes in bytes."""
+    # Rewards are scores, and stay float32.
+    dtype = pick_dtype("auto", model.checkpoint, "cpu", "generate" if model.kind == "policy" else "score")
+    # Whoever sets another is counted as float32.
+    bytes_of = 0.5 if dtype == "bfloat16" and "dtype" not in user_set else 1.0
     chosen: dict[str, str | None] = {
-        "dtype": "float32",
+        "dtype": dtype,
         "enforce-eager": "",  # nothing is compiled: small models also answer 2.5-3x faster so
         "block-size": "32",  # prefixes are reused in whole blocks; the default on a CPU is 128
     }
@@ -159,14 +164,14 @@ def _cpu_options(
     sized = "kv-cache-memory-bytes" in user_set or "VLLM_CPU_KVCACHE_SPACE" in environment
     cache = float(GIB)
     if not sized:
-        one = (model.cache_bytes_per_token or 0) * (context + 32)
+        one = bytes_of * (model.cache_bytes_per_token or 0) * (context + 32)
         # One whole context must fit. The estimate is too high for models with windows or compressed keys, so it does
         # not claim all memory: vLLM then says what it lacks.
         cache = max(GIB, min(one, memory / 2))
         chosen["kv-cache-memory-bytes"] = str(int(cache))
     elif environment.get("VLLM_CPU_KVCACHE_SPACE", "").isdecimal():
         cache = int(environment["VLLM_CPU_KVCACHE_SPACE"]) * GIB
-    needed = model.weight_bytes + cache + _PROCESSES
+    needed = bytes_of * model.weight_bytes + cache + _PROCESSES
     if needed > memory:
         raise InputError(
             f"too little memory for {model.name}: about {needed / GIB:.1f} GiB are needed ({cache / GIB:.1f} of them "
@@ -174,7 +179,7 @@ def _cpu_options(
             "--kv-cache-memory-bytes and --max-model-len, or a smaller model"
         )
     said = {
-        "dtype": "float32",
+        "dtype": dtype,
         "enforce-eager": "eager mode",
         "block-size": "blocks of 32",
         "kv-cache-memory-bytes": f"{cache / GIB:g} GiB of keys and values",

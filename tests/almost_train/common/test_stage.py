@@ -80,3 +80,16 @@ def test_a_refused_command_leaves_the_folder_free(tmp_path: Path) -> None:
     with pytest.raises(StageChanged, match="seed was 2, is 3") as changed:  # there is work in it
         Stage(folder, "reward", Settings(seed=3)).__enter__()
     assert changed.value.change == "settings (seed was 2, is 3)"
+
+
+def test_what_a_stage_settles_inside_is_held_to(tmp_path: Path) -> None:
+    from almost_train.synthetic.prompts import PromptSettings
+
+    settings = PromptSettings()
+    with Stage(tmp_path / "s", "made", settings) as stage:
+        stage.pin("dtype of model", "float32")
+        stage.pin("dtype of other", "bfloat16")
+    with Stage(tmp_path / "s", "made", settings) as stage:
+        stage.pin("dtype of model", "float32")
+        with pytest.raises(StageChanged, match="dtype of model was 'float32', is 'bfloat16'"):
+            stage.pin("dtype of model", "bfloat16")

@@ -13,6 +13,7 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from almost_eval.errors import InputError, ModelError, TemplateError
+from almost_eval.models import loading
 from almost_eval.models.chat import encode_text, load_template, special_tokens
 from almost_eval.models.stops import STOP_STRINGS
 from almost_eval.nano import shipped
@@ -48,6 +49,24 @@ def test_a_policy_on_a_cpu() -> None:
     assert made.environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
     assert made.environment["OMP_NUM_THREADS"] == "1"  # it is a very small model
     assert all(word in made.note for word in ("float32", "eager", "1 GiB", "blocks of 32", "one thread"))
+
+
+def test_a_large_policy_on_a_cpu_with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = command(memory=100 * GIB)
+    monkeypatch.setattr(loading, "cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr(loading, "LARGE", 1000)
+    made = command(memory=100 * GIB)
+    assert value(made, "dtype") == "bfloat16"
+    assert "bfloat16" in made.note
+    assert "float32" not in made.note
+    assert made.needed_bytes < full.needed_bytes  # half the weights
+    assert value(command("reward"), "dtype") == "float32"  # rewards are scores
+    own = command("policy", "--dtype", "float32", memory=100 * GIB)
+    assert own.arguments[-2:] == ("--dtype", "float32")
+    assert own.arguments.count("--dtype") == 1
+    assert own.needed_bytes == full.needed_bytes
+    monkeypatch.setattr(loading, "cpu_has_bfloat16", lambda: False)
+    assert value(command(), "dtype") == "float32"
 
 
 def test_a_gpu_keeps_vllms_own_defaults() -> None:
