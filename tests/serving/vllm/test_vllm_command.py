@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from almost_eval.errors import InputError, ModelError, TemplateError
 from almost_eval.models.chat import encode_text, load_template, special_tokens
@@ -112,7 +112,9 @@ def test_what_the_environment_holds_stays() -> None:
 def test_a_model_of_some_size_has_all_threads(tmp_path: Path) -> None:
     larger = tmp_path / "larger"
     shutil.copytree(shipped("nano/almost"), larger)
-    save_file({"lm_head.weight": torch.zeros(4_200_000)}, larger / "model.safetensors")
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4_200_000)}  # transformers ignores it
+    weights = load_file(larger / "model.safetensors")
+    save_file(weights | buffer, larger / "model.safetensors", metadata={"format": "pt"})
     made = vllm_command(find_model("policy", str(larger)), "127.0.0.1", 8000, cpu=True, memory=math.inf, environment={})
     assert "OMP_NUM_THREADS" not in made.environment
     assert "one thread" not in made.note
