@@ -107,7 +107,8 @@ def find_model(
 
     Raises:
         InputError: the template cannot be had or cannot render.
-        ModelError: see `find_checkpoint`; an adapter that vLLM would not run whole; for a reward model also more labels than one, or no score head.
+        ModelError: see `find_checkpoint`; an adapter that vLLM would not run whole; for a reward model also more
+            labels than one, or no score head.
     """
     checkpoint = find_checkpoint(name, allow_pickle=allow_pickle, architectures=ARCHITECTURES[kind])
     if checkpoint.adapter and kind == "policy":

@@ -99,6 +99,8 @@ class OpenAIScorer(OpenAIEngine):
                 "--tokenizer with the model's checkpoint directory or hub id"
             )
         path = find_checkpoint(name).path if name in BUILT_IN else Path(name).expanduser()
+        if (path / "adapter_config.json").is_file():  # its tokenizer may be that of its base
+            return load_tokenizer(find_checkpoint(str(path)))
         return load_tokenizer(Checkpoint(name, path, {}, ()))
 
     def _own_folder(self) -> str | None:

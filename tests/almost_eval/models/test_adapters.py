@@ -103,7 +103,7 @@ def test_a_classifier_adapter_is_a_reward_model_with_its_saved_head(base: Path, 
     assert reward.score([TALK]) == pytest.approx([expected], abs=1e-4)
     with pytest.raises(ModelError, match="SEQ_CLS"):
         HFEngine(str(folder))
-    with pytest.raises(ModelError, match="vLLM's reward server .* `almost-train merge"):
+    with pytest.raises(ModelError, match=r"vLLM's reward server .* `almost-train merge"):
         find_model("reward", str(folder))
 
 
@@ -164,7 +164,7 @@ def test_a_config_of_the_base_in_the_folder_does_no_harm(adapter: Path, base: Pa
 
 def test_where_whole_checkpoints_are_needed_it_says_so(adapter: Path) -> None:
     _config(adapter, use_dora=True)
-    with pytest.raises(ModelError, match="`almost-train merge .* --output DIR`"):
+    with pytest.raises(ModelError, match=r"`almost-train merge .* --output DIR`"):
         find_model("policy", str(adapter))
 
 
