@@ -16,6 +16,7 @@ from serving.launch.process import ServerProcess, check_port, free_port
 from serving.launch.supervisor import run_servers
 from serving.vllm.launch import VLLMServer, runs_on_cpu
 
+_CONSENTS = ("allow_pickle", "trust_remote_code", "allow_unused_weights")
 _GPU_SHARES = {"policy": "0.6", "reward": "0.3"}
 """Shares of a GPU's memory where both models live on one; vLLM's default is 0.9 for each."""
 
@@ -87,7 +88,11 @@ def _model_server(
         raise InputError(f"--{kind}-options {text!r} is not a list of options: {error}") from None
     if not runs_on_cpu() and not any("gpu" in option for option in options):
         options = [*options, "--gpu-memory-utilization", _GPU_SHARES[kind]]
-    return VLLMServer(kind, model, options=options, api_key=key, reserved_bytes=reserved_bytes, log=log)
+    # These three are the toolkit's own as well: what it checks before vLLM starts must allow the same.
+    allowed = {f"--{name.replace('_', '-')}": name for name in _CONSENTS}
+    consents = {name: flag in options for flag, name in allowed.items()}
+    options = [option for option in options if option not in allowed]
+    return VLLMServer(kind, model, options=options, api_key=key, reserved_bytes=reserved_bytes, log=log, **consents)
 
 
 def _gateway_command(
