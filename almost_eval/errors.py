@@ -43,7 +43,17 @@ class InputError(AlmostError):
 
 
 class ModelError(InputError):
-    """The checkpoint is missing, unsafe to load, or of the wrong kind."""
+    """The checkpoint is missing, unsafe to load, or of the wrong kind.
+
+    Args:
+        message: one line.
+        consent: the option by which a user may take it all the same, such as `allow_pickle`. A command that has the
+            flag names it; one that has not names none.
+    """
+
+    def __init__(self, message: str, consent: str = "") -> None:
+        super().__init__(message)
+        self.consent = consent
 
 
 class DataError(InputError):

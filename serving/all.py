@@ -16,6 +16,7 @@ from serving.launch.process import ServerProcess, check_port, free_port
 from serving.launch.supervisor import run_servers
 from serving.vllm.launch import VLLMServer, runs_on_cpu
 
+_CONSENTS = ("--allow-pickle", "--trust-remote-code", "--allow-unused-weights")
 _GPU_SHARES = {"policy": "0.6", "reward": "0.3"}
 """Shares of a GPU's memory where both models live on one; vLLM's default is 0.9 for each."""
 
@@ -99,7 +100,19 @@ def _model_server(kind: str, model: str, text: str, key: str, reserved_bytes: fl
         raise InputError(f"--{kind}-options {text!r} is not a list of options: {error}") from None
     if not runs_on_cpu() and not any("gpu" in option for option in options):
         options = [*options, "--gpu-memory-utilization", _GPU_SHARES[kind]]
-    return VLLMServer(kind, model, options=options, api_key=key, reserved_bytes=reserved_bytes, **shared)
+    # These three are the toolkit's own as well: what it checks before vLLM starts must allow the same.
+    own = {flag for flag in _CONSENTS if flag in options}
+    return VLLMServer(
+        kind,
+        model,
+        options=[option for option in options if option not in own],
+        api_key=key,
+        reserved_bytes=reserved_bytes,
+        allow_pickle="--allow-pickle" in own,
+        trust_remote_code="--trust-remote-code" in own,
+        allow_unused_weights=shared["allow_unused_weights"] or "--allow-unused-weights" in own,
+        log=shared["log"],
+    )
 
 
 def _gateway_command(

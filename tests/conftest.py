@@ -33,6 +33,15 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
     "mistral-window": {"model_type": "mistral", **_COMMON, "sliding_window": 8},
     "gemma3": {"model_type": "gemma3_text", **_COMMON, "head_dim": 8, "sliding_window": 8, "layer_types": _MIXED},
+    "gemma2": {
+        "model_type": "gemma2",
+        **_COMMON,
+        "head_dim": 8,
+        "sliding_window": 8,
+        "layer_types": _MIXED,
+        "attn_logit_softcapping": 1.0,  # low enough to change what the weights say
+        "final_logit_softcapping": 5.0,
+    },
     "qwen2": {"model_type": "qwen2", **_COMMON, "vocab_size": VOCABULARY + 4},  # its tokenizer's class adds a token
     "gpt-neox": {"model_type": "gpt_neox", **_COMMON},
     "opt": {"model_type": "opt", **_COMMON, "ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.3},

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import click
 
 from almost_eval.cli.startup import INTERRUPTED, prompt_interrupt
-from almost_eval.errors import AlmostError, InputError, RunError, did_you_mean, printable
+from almost_eval.errors import AlmostError, InputError, ModelError, RunError, did_you_mean, printable
 
 Command = Callable[..., Any]
 
@@ -37,6 +37,13 @@ class Commands(click.Group):
             if sys.stderr.isatty():
                 click.echo(err=True)  # the terminal has shown ^C
             raise RunError(INTERRUPTED) from None
+        except ModelError as error:
+            command = self.get_command(ctx, ctx.invoked_subcommand or "")
+            if not error.consent or command is None or isinstance(command, Commands):
+                raise
+            if error.consent not in {param.name for param in command.get_params(ctx)}:
+                raise
+            raise ModelError(f"{error} (--{error.consent.replace('_', '-')})") from None
 
 
 def options(*groups: list[Any]) -> Callable[[Command], Command]:

@@ -15,7 +15,7 @@ from almost_eval.engines.checkpoint_engine import CheckpointEngine
 from almost_eval.engines.prefix import EncodedRequest, build_trie, scores_of_nothing
 from almost_eval.errors import InputError, did_you_mean
 from almost_eval.models.checkpoint import Checkpoint
-from almost_eval.models.loading import ATTENTION, Purpose, load_weights
+from almost_eval.models.loading import ATTENTION, Purpose, load_weights, settled_attention
 from almost_eval.types import Completion, JSONObject
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ class HFEngine(CheckpointEngine):
         model: a checkpoint directory, hub id, built-in name, or an open `Checkpoint`.
         dtype: `auto` is float32 on a CPU and the checkpoint's own elsewhere.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
-        attention: transformers' attention implementation; `auto` is sdpa where the model has it, else eager.
+        attention: transformers' attention implementation; `auto` is sdpa where the model has it, and eager
+            where it has not, or caps its attention logits, which sdpa would leave out.
         batch_size: sequences in a forward pass, or None for as many as `batch_tokens` allows.
         batch_tokens: token positions in a forward pass, or None for 1,024 on a CPU and 4,096 elsewhere. Halved on
             out-of-memory errors. Memory is bounded by this, one path of keys and values, and the logits of the scored
@@ -82,7 +83,7 @@ class HFEngine(CheckpointEngine):
         self.share_prefixes = share_prefixes
         self.batch_size = batch_size
         self.batch_tokens = batch_tokens
-        self._attention = attention
+        self._attention = settled_attention(attention, self.checkpoint, trust_remote_code=trust_remote_code)
 
     @cached_property
     def model(self) -> Any:

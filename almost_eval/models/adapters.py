@@ -154,7 +154,8 @@ def find_adapter(path: Path, *, has_weights: bool, allow_pickle: bool) -> Adapte
     if not allow_pickle:
         raise ModelError(
             f"{path} has only a pickled adapter ({PICKLE}), which can run code when loaded; save it as safetensors, or "
-            "pass --allow-pickle if you trust its source"
+            "accept pickled weights if you trust its source",
+            consent="allow_pickle",
         )
     return Adapter(path, config, path / PICKLE)
 

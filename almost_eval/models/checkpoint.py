@@ -219,7 +219,8 @@ def _with_base(name: str, adapter: Adapter, allow_pickle: bool, architectures: C
     except ModelError as error:
         raise ModelError(
             f"the base model of the adapter {adapter.path} cannot be used: {error} (base_model_name_or_path in "
-            f"{CONFIG} is {adapter.base!r})"
+            f"{CONFIG} is {adapter.base!r})",
+            error.consent,
         ) from None
     if of.adapter:
         raise ModelError(f"the base of the adapter {adapter.path} is an adapter too; merge that one and save the model")
@@ -312,7 +313,8 @@ def _weight_files(path: Path, allow_pickle: bool) -> tuple[Path, ...]:
     if pickles:
         raise ModelError(
             f"{path} has only pickled weights ({pickles[0].name}), which can run code when loaded; convert them to "
-            "safetensors, or pass --allow-pickle if you trust their source"
+            "safetensors, or accept pickled weights if you trust their source",
+            consent="allow_pickle",
         )
     if foreign := _foreign(path):
         raise ModelError(f"{path} {foreign}")

@@ -6,6 +6,7 @@ Whatever cannot be loaded is refused in one line that says what to do.
 from __future__ import annotations
 
 import functools
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -35,7 +36,53 @@ Purpose = Literal["score", "generate"]
 """What a checkpoint is held for."""
 LARGE = 50_000_000
 """Parameters from which half the bytes of weights are worth bfloat16's rounding."""
+_CAP = re.compile(r"^att.*soft_?cap")
 ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
+
+
+def settled_attention(attention: str, checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> str:
+    """The attention to load a checkpoint with: `auto` is eager where the model caps its attention logits.
+
+    transformers takes sdpa by itself wherever a class has it, also for Gemma 2, and sdpa leaves the caps out without a
+    word: every number would be that of another model.
+
+    Raises:
+        InputError: `sdpa` for a model with such caps.
+    """
+    if attention not in ("auto", "sdpa") or not (cap := _attention_cap(checkpoint, trust_remote_code)):
+        return attention
+    if attention == "sdpa":
+        raise InputError(
+            f"{checkpoint.path} caps its attention logits ({cap}), which the attention sdpa leaves out; use the "
+            "attention eager, or auto, which takes it"
+        )
+    return "eager"
+
+
+def attention_arguments(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What to hand to `from_pretrained` for the attention `auto`; see `settled_attention`."""
+    attention = settled_attention("auto", checkpoint)
+    return {} if attention == "auto" else {"attn_implementation": attention}
+
+
+def _attention_cap(checkpoint: Checkpoint, trust_remote_code: bool) -> str | None:
+    """The setting by which a model caps its attention logits, with its value; None where it does not."""
+    from transformers import AutoConfig
+
+    try:  # not the file alone: Gemma 2's class has a cap also where config.json states none
+        with quiet_transformers():
+            whole = AutoConfig.from_pretrained(str(checkpoint.path), trust_remote_code=trust_remote_code)
+    except Exception:  # what cannot be read is refused, with its reason, where the weights are checked
+        return None
+    settings = whole.get_text_config().to_dict().items()
+    return next(
+        (
+            f"{name} {value:g}"
+            for name, value in settings
+            if _CAP.search(name) and isinstance(value, float | int) and value
+        ),
+        None,
+    )
 
 
 def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -54,6 +101,7 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
                 str(checkpoint.tokenizer_folder), trust_remote_code=trust_remote_code
             )
     except Exception as error:  # transformers raises half a dozen unrelated kinds here
+        refuse_own_code(checkpoint, str(error))
         raise ModelError(
             f"{checkpoint.path} has no tokenizer that transformers can read ({first_line(error)}); save the "
             "tokenizer beside the weights"
@@ -62,6 +110,16 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     check_tokenizer(tokenizer, checkpoint, checkpoint.tokenizer_folder)
     return tokenizer
+
+
+def refuse_own_code(checkpoint: Checkpoint, problem: str) -> None:
+    """Raise ModelError where what transformers said of a checkpoint is that it needs code of its own."""
+    if "trust_remote_code" in problem:
+        raise ModelError(
+            f"{checkpoint.path} needs Python code that it ships (auto_map), which is not run unasked; read it, and let "
+            "it run if you trust its source",
+            consent="trust_remote_code",
+        ) from None
 
 
 @contextmanager
@@ -100,6 +158,7 @@ def load_weights(
     """
     import torch
 
+    attention = settled_attention(attention, checkpoint, trust_remote_code=trust_remote_code)
     extra: dict[str, object] = {} if attention == "auto" else {"attn_implementation": attention}
     adapter = checkpoint.adapter
     brings_head = adapter is not None and adapter.is_classifier
@@ -118,6 +177,7 @@ def load_weights(
     except torch.OutOfMemoryError as error:
         raise RunError(f"not enough memory for the weights of {checkpoint.name}: {first_line(error)}") from None
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        refuse_own_code(checkpoint, str(error))
         raise ModelError(f"transformers cannot load {checkpoint.path}: {first_line(error)}") from None
     lost = sorted({*info.get("missing_keys", ()), *(key for key, *_ in info.get("mismatched_keys", ()))})
     if brings_head:  # transformers fills it at random, and the adapter then replaces it

@@ -76,7 +76,7 @@ def compare_tensors(
         auto_class = "AutoModelForCausalLM"  # the base as it is; the adapter brings the score head
     import transformers
 
-    from almost_eval.models.loading import first_line, quiet_transformers
+    from almost_eval.models.loading import first_line, quiet_transformers, refuse_own_code
 
     try:
         with quiet_transformers():
@@ -90,10 +90,7 @@ def compare_tensors(
                 **config,
             )
     except Exception as error:  # a package is missing, an architecture is unknown: loading itself will say so
-        if "custom code" in str(error):
-            raise ModelError(
-                f"{checkpoint.path} needs Python code of its own; pass --trust-remote-code if you trust its source"
-            ) from None
+        refuse_own_code(checkpoint, str(error))
         return Tensors(unknown=first_line(error))
     unfit = None
     if checkpoint.adapter:
@@ -125,7 +122,7 @@ def refuse_tensors(checkpoint: Checkpoint, tensors: Tensors, *, allow_unused: bo
         checkpoint: the model.
         tensors: how they fit.
         allow_unused: left-over tensors are accepted.
-        flag: there is a flag to accept them with, which the error names.
+        flag: they could be accepted: a command that has the flag names it.
     """
     where, cause = checkpoint.path, _cause(checkpoint, tensors)
     lost = [*tensors.missing, *tensors.mismatched]
@@ -136,10 +133,11 @@ def refuse_tensors(checkpoint: Checkpoint, tensors: Tensors, *, allow_unused: bo
             f"them at random, so nothing it says would mean anything{cause}"
         )
     if tensors.unused and not allow_unused:
-        way = ", or pass --allow-unused-weights to go on without them" if flag else ""
+        way = ", or go on without them" if flag else ""
         raise ModelError(
             f"{where} holds {len(tensors.unused)} tensors that its model would not use: {names(tensors.unused)}{cause}"
-            f"; mend the checkpoint{way}"
+            f"; mend the checkpoint{way}",
+            consent="allow_unused_weights" if flag else "",
         )
 
 

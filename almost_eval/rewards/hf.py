@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from almost_eval.errors import InputError, ModelError, RunError, did_you_mean
 from almost_eval.models.chat import ChatTemplate
 from almost_eval.models.checkpoint import Checkpoint
-from almost_eval.models.loading import ATTENTION, load_weights
+from almost_eval.models.loading import ATTENTION, load_weights, settled_attention
 from almost_eval.rewards.base import CheckpointRewardModel, TokenIds
 from almost_eval.rewards.base import RewardModel as RewardModel
 from almost_eval.types import Conversation, JSONObject
@@ -35,7 +35,8 @@ class HFRewardModel(CheckpointRewardModel):
             whose last answer ends with EOS as the official reward model reads it.
         dtype: `auto` is float32 on a CPU and the checkpoint's own elsewhere.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
-        attention: transformers' attention implementation; `auto` is sdpa where the model has it, else eager.
+        attention: transformers' attention implementation; `auto` is sdpa where the model has it, and eager
+            where it has not, or caps its attention logits, which sdpa would leave out.
         batch_size: conversations in a forward pass, or None for as many as `batch_tokens` allows.
         batch_tokens: token positions in a forward pass, or None for 1,024 on a CPU and 16,384 elsewhere. Halved on
             out-of-memory errors.
@@ -77,7 +78,7 @@ class HFRewardModel(CheckpointRewardModel):
             raise InputError(f"unknown attention {attention!r}; {did_you_mean(attention, ATTENTION)}")
         self.batch_size = batch_size
         self.batch_tokens = batch_tokens
-        self._attention = attention
+        self._attention = settled_attention(attention, self.checkpoint, trust_remote_code=trust_remote_code)
 
     @cached_property
     def model(self) -> PreTrainedModel:

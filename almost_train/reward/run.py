@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, cast
 from almost_eval.errors import DataError, ModelError
 from almost_eval.files import Row, read_rows, write_rows
 from almost_eval.models.checkpoint import CAUSAL, Checkpoint, context_length, find_checkpoint, refuse_adapter
-from almost_eval.models.loading import load_tokenizer
+from almost_eval.models.loading import attention_arguments, load_tokenizer
 from almost_eval.models.tensors import check_weights
 from almost_eval.progress import Progress
 from almost_eval.types import JSONObject
@@ -204,6 +204,7 @@ def load_classifier(checkpoint: Checkpoint, seed: int) -> PreTrainedModel:
                 dtype=torch.float32,
                 use_safetensors=True,
                 output_loading_info=True,
+                **attention_arguments(checkpoint),
             )
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -32,6 +32,8 @@ from transformers import PrinterCallback, TrainerCallback
 from almost_eval.errors import InputError, TemplateError
 from almost_eval.files import Row
 from almost_eval.models.chat import special_tokens
+from almost_eval.models.checkpoint import find_checkpoint
+from almost_eval.models.loading import attention_arguments
 from almost_eval.types import JSONObject
 from almost_train.rlsf.job import Algorithm, Job, RLSFSettings, save_policy
 from almost_train.rlsf.log import (
@@ -283,7 +285,9 @@ def _checkpoints(work: Path) -> list[int]:
 def _saved(folder: Path) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, **attention_arguments(find_checkpoint(str(folder)))
+    )
 
 
 @contextmanager

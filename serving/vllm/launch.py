@@ -51,7 +51,7 @@ _KNOWN = {
     "out of memory": _MEMORY,
     "can't allocate memory": _MEMORY,
     "Address already in use": "the port of {name} was taken while it started; give another --port",
-    "contains custom code": "{name} needs code of its own; pass --trust-remote-code if you trust its source",
+    "contains custom code": "{name} needs code that its checkpoint ships; allow it (trust-remote-code) if you trust it",
     "greater than the derived max_model_len": "{name}: {cause}",
     "unrecognized arguments": "vLLM does not know an option: {cause}",
     "the following arguments": "vLLM: {cause}",

@@ -120,7 +120,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "built-in model": (["hhh", "--model", "nano/seedd"], "no built-in model 'nano/seedd'; did you mean 'nano/seeded'?"),
     "not a model": (["hhh", "--model", "folder"], "is not a model: it has no config.json"),
     "a file as model": (["hhh", "--model", "file.json"], "is a file; give the checkpoint directory"),
-    "pickle": (["hhh", "--model", "pickled"], "pass --allow-pickle if you trust their source"),
+    "pickle": (["hhh", "--model", "pickled"], "if you trust their source (--allow-pickle)"),
     "labels": (["hhh", "--model", "letterless", "--data", "nano"], "no single token for each of the labels ' A', ' B'"),
     "no data root": (["hhh", "--data-root", "nope"], "is not a folder; give one laid out like the hub"),
     "no data": (["hhh", "--data", "hub", "--prompt-set", "builtin"], "pass --data-root DIR with DIR/Hug"),

@@ -15,6 +15,7 @@ WHY_NOT: dict[str, str | None] = {
     "gpt2": None,
     "mistral-window": None,
     "gemma3": None,
+    "gemma2": None,  # eager: it caps its attention logits
     "qwen2": None,
     "gpt-neox": None,
     "opt": None,
