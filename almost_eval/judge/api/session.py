@@ -32,7 +32,7 @@ REFUSALS = 3
 CLOSING = 1.0
 """Seconds that the loop has to close its connections when the caller has had enough."""
 
-PROBE = 3.0
+PROBE = 0.6
 """Seconds that all other requests wait for the first one: a refused parameter is refused once, not by each of them.
 A refusal comes at once; a review takes longer, and nobody waits for it."""
 
