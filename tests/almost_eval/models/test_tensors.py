@@ -121,8 +121,9 @@ def test_what_could_not_be_compared_is_a_warning(folder: Path, monkeypatch: pyte
 def test_code_of_its_own_is_told_at_once(folder: Path) -> None:
     code = {"AutoConfig": "configuration_foo.FooConfig", "AutoModelForCausalLM": "modeling_foo.FooForCausalLM"}
     _config(folder, model_type="foo", auto_map=code)
-    with pytest.raises(ModelError, match="--trust-remote-code"):
+    with pytest.raises(ModelError, match="needs Python code that it ships") as error:
         HFEngine(str(folder))
+    assert error.value.consent == "trust_remote_code"  # a command that has the flag names it
 
 
 @pytest.mark.parametrize("name", ["consolidated.safetensors", "old.safetensors"])
@@ -154,8 +155,9 @@ def test_a_judge_takes_the_flag_too(tmp_path: Path) -> None:
     reward = shutil.copytree(shipped("nano/reward"), tmp_path / "reward")
     _add(reward, "lm_head.weight")
     data = find_data("nano", None)
-    with pytest.raises(ModelError, match="--allow-unused-weights"):
+    with pytest.raises(ModelError, match=r"lm_head\.weight") as error:
         open_judge(JudgeOptions(judge=f"reward:{reward}"), data)
+    assert error.value.consent == "allow_unused_weights"
     assert open_judge(JudgeOptions(judge=f"reward:{reward}", allow_unused_weights=True), data)
 
 
