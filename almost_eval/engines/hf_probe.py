@@ -1,4 +1,4 @@
-"""What a checkpoint can do: sharing of prefixes and left padding, each measured against unpadded rows.
+"""What a checkpoint can do: sharing of prefixes and left padding, each measured against one unpadded row at a time.
 
 In float32 always: a structure that is right agrees to the last digits there. In half precision it is off by rounding,
 as the plain path is, and a difference would say nothing (`hf_rounding.py` measures that apart).
@@ -29,7 +29,7 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What this checkpoint can do, measured against unpadded rows."""
+    """What this checkpoint can do, measured against one unpadded row at a time."""
 
     shared: float | None
     """Largest difference of a log-probability on the shared path, nats; None where the path failed outright."""
@@ -58,8 +58,7 @@ def probe(model: CausalLM, window: AttentionWindow, vocabulary: int, *, seed: in
     trunk = rng.integers(0, vocabulary, length, dtype=np.int32)
     requests = []
     for fork in (1, 3, length // 2, length // 2 + 1, length - 2):
-        n = int(rng.integers(2, 6))  # of one length, so that both make one pass
-        tails = [rng.integers(0, vocabulary, n, dtype=np.int32) for _ in range(2)]
+        tails = [rng.integers(0, vocabulary, int(rng.integers(2, 6)), dtype=np.int32) for _ in range(2)]
         continuations = tuple(EncodedContinuation(trunk[:fork], tail) for tail in tails)
         requests.append(EncodedRequest(LoglikelihoodRequest("", ("", "")), continuations))
     everything = range(len(requests))
@@ -77,7 +76,7 @@ def probe(model: CausalLM, window: AttentionWindow, vocabulary: int, *, seed: in
 
     with in_float32(model) if half else nullcontext():
         one_by_one = PlainScorer(model, padding=False)
-        truth = dict(one_by_one.stream(requests, everything, Limits(4096, 4096)))
+        truth = dict(one_by_one.stream(requests, everything, Limits(4096, 4096, 1)))
         shared = SharedPrefixScorer(model, window, block=4, dtype=torch.float32 if half else None)
         return Probe(
             worst(shared.stream(trie, requests, everything, small)),

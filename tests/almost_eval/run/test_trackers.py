@@ -111,7 +111,8 @@ def test_wandb_keeps_its_id_and_no_key(tmp_path: Path, monkeypatch: pytest.Monke
     id = read_json(tmp_path / ".wandb.json")["id"]
     runs = list((tmp_path / "wandb").glob("offline-run-*"))
     assert runs
-    assert all(id in run.name for run in runs)  # a second run within the same second gets a number behind it
+    # Of two runs that begin in the same second, W&B numbers the second one.
+    assert all(re.fullmatch(rf"offline-run-\d+_\d+-{id}(-\d+)?", run.name) for run in runs), runs
     written = b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
     assert b"0123456789" * 4 not in written
 
