@@ -242,9 +242,12 @@ class Journal:
             raise self._unusable(error) from None
 
     def _prepare(self, database: sqlite3.Connection) -> None:
+        # One snapshot: another process may make the tables between two reads, and they would seem to have no owner.
+        database.execute("BEGIN")
+        [tables] = database.execute("SELECT count(*) FROM sqlite_master").fetchone()
         [owner] = database.execute("PRAGMA application_id").fetchone()
         [version] = database.execute("PRAGMA user_version").fetchone()
-        [tables] = database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        database.execute("COMMIT")
         if (owner or tables) and owner != APPLICATION_ID:
             raise StoreError(f"{self.path} is another program's database; move it away, or choose another folder")
         if version > VERSION:

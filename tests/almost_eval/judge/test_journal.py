@@ -7,6 +7,8 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +155,19 @@ def test_two_processes_write_the_same_file(tmp_path: Path) -> None:
     assert [writer.wait(60) for writer in writers if writer.communicate()] == [0, 0]
     with Journal(tmp_path / "j") as journal:
         assert len(journal) == 60
+
+
+def test_a_new_journal_may_be_opened_by_several_at_the_same_moment(tmp_path: Path) -> None:
+    def open_at_once(path: Path, barrier: threading.Barrier) -> None:
+        barrier.wait()
+        with Journal(path):
+            pass
+
+    with ThreadPoolExecutor(4) as pool:
+        for i in range(60):  # one round in some fails where owner and tables are read one after the other
+            barrier = threading.Barrier(4)
+            for future in [pool.submit(open_at_once, tmp_path / str(i) / "j", barrier) for _ in range(4)]:
+                future.result()
 
 
 def test_what_was_put_outlives_a_kill(tmp_path: Path) -> None:
