@@ -227,6 +227,11 @@ def judge_verdicts(folder: Path) -> dict[str, str]:
     return {vote: "tie" if mean == 0.5 else "b" if mean > 0.5 else "a" for vote, mean in means.items()}
 
 
+def question_text(vote: Vote) -> str:
+    """The prompt as one question: what its user's turns say."""
+    return " ".join(message["content"] for message in vote.prompt if message["role"] == "user")
+
+
 def export(votes: Sequence[Vote], folder: Path) -> list[Path]:
     """Write the votes as JSONL, and their pairs as FastChat's question and answer files for a judge.
 
@@ -236,13 +241,9 @@ def export(votes: Sequence[Vote], folder: Path) -> list[Path]:
     Raises:
         RunError: the folder cannot be written.
     """
-    questions = [" ".join(m["content"] for m in vote.prompt if m["role"] == "user") for vote in votes]
     lines: dict[str, list[JSONObject]] = {
         "votes": [vote.to_dict() for vote in votes],
-        "questions": [
-            {"question_id": vote.id, "text": text, "category": "arena"}
-            for vote, text in zip(votes, questions, strict=True)
-        ],
+        "questions": [{"question_id": vote.id, "text": question_text(vote), "category": "arena"} for vote in votes],
         "answers-a": [{"question_id": vote.id, "text": vote.text_a, "model_id": SIDES[0]} for vote in votes],
         "answers-b": [{"question_id": vote.id, "text": vote.text_b, "model_id": SIDES[1]} for vote in votes],
     }

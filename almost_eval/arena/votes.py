@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from almost_eval.errors import InputError, RunError, StoreError
+from almost_eval.errors import InputError, RunError, StoreError, problem_of
+from almost_eval.files import read_rows
 from almost_eval.types import JSONMapping, JSONObject
 
 VOTES = ("a", "b", "tie", "both_bad")
@@ -156,6 +157,26 @@ class VoteStore:
         connection.execute(f"PRAGMA application_id = {_APPLICATION}")
         connection.execute(f"PRAGMA user_version = {_VERSION}")
         connection.execute("COMMIT")
+
+
+def read_votes(path: Path) -> list[Vote]:
+    """The votes of an arena's own file, or of the `votes.jsonl` of its export.
+
+    Raises:
+        StoreError: no such file, or neither of the two.
+    """
+    if path.suffix != ".jsonl":
+        return VoteStore(path).votes()
+    votes = []
+    for number, row in enumerate(read_rows(path), 1):
+        try:
+            vote = Vote(**row | {"prompt": tuple(row["prompt"])})
+        except (KeyError, TypeError) as error:
+            raise StoreError(f"{path}, line {number} is no vote ({problem_of(error)}); see arena export") from None
+        if vote.vote not in VOTES:
+            raise StoreError(f"{path}, line {number}: unknown vote {vote.vote!r}; known: {', '.join(VOTES)}")
+        votes.append(vote)
+    return votes
 
 
 def _vote(row: sqlite3.Row) -> Vote:

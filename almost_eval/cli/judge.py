@@ -206,23 +206,30 @@ def judge() -> None:
 @click.option("--ties", type=click.Choice(["half", "drop"]), help="A tie is half a win, or none.  [as the run]")
 @ORDERS
 @click.option("--prompt-family", type=FAMILY, help="Read the stored reviews by this family's parser.")
+@click.option(
+    "--votes",
+    type=PATH,
+    help="Votes of people on pairs of the run: corrects the win rate by them (arena file or export).",
+)
 @options(DATA_OPTIONS)
 @JSON
-def judge_report(run_folder: Path | None, archive: tuple[Path, ...], as_json: bool, **flags: Any) -> int:
+def judge_report(
+    run_folder: Path | None, archive: tuple[Path, ...], votes: Path | None, as_json: bool, **flags: Any
+) -> int:
     """Aggregate stored or archived reviews anew. Asks nobody.
 
     \b
     Example:
       almost-eval judge report runs/my-run --ties drop --orders forward
+      almost-eval judge report runs/my-run --votes runs/arena.db
       almost-eval judge report --archive vicuna-archive --data-root ./hub
     """
     if (run_folder is None) == (not archive):
         raise InputError("give the folder of a run, or --archive with a folder of archived reviews")
     if run_folder is not None:
-        from almost_eval.judge.results import redraw
-
-        results = redraw(run_folder, ties=flags["ties"], orders=flags["orders"], family=flags["prompt_family"])
-        return show(results, run_folder, as_json)
+        return show(_redrawn(run_folder, votes, flags), run_folder, as_json)
+    if votes is not None:
+        raise InputError("--votes are votes on the pairs of a run; give the folder of a run, not --archive")
     from almost_eval.judge.archive import aggregate_archives, find_archives
     from almost_eval.judge.prompts import load_judge_prompts
     from almost_eval.report.judge_console import print_archives
@@ -237,6 +244,20 @@ def judge_report(run_folder: Path | None, archive: tuple[Path, ...], as_json: bo
     else:
         print_archives(rows, open_console())
     return 0
+
+
+def _redrawn(folder: Path, votes: Path | None, flags: Flags) -> JSONObject:
+    """The results of a run with these flags, corrected by votes where there are some."""
+    if votes is None:
+        from almost_eval.judge.results import redraw
+
+        return redraw(folder, ties=flags["ties"], orders=flags["orders"], family=flags["prompt_family"])
+    from almost_eval.arena.correction import corrected
+    from almost_eval.arena.votes import read_votes
+
+    return corrected(
+        folder, read_votes(votes), ties=flags["ties"], orders=flags["orders"], family=flags["prompt_family"]
+    )
 
 
 @judge.command("check")

@@ -11,10 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from almost_eval.errors import DataError, problem_of
 from almost_eval.files import read_rows
 from almost_eval.judge.aggregate import Orders, Ties, aggregate
+from almost_eval.judge.markdown import count_markdown
 from almost_eval.judge.records import Answer, Pair, Question, Review, Unparsed, Verdict
+from almost_eval.judge.style import STYLE_CONTROLLED, style_control
 from almost_eval.types import JSONObject
 
 if TYPE_CHECKING:
@@ -83,6 +87,8 @@ def as_review(pair: Pair, baseline: str, model: str, verdict: Verdict | Unparsed
         model_length=second if forward else first,
         verdict=verdict if isinstance(verdict, Verdict) else None,
         reason=None if isinstance(verdict, Verdict) else "unparsed" if verdict else "missing",
+        baseline_markdown=count_markdown((pair.answer_1 if forward else pair.answer_2).text),
+        model_markdown=count_markdown((pair.answer_2 if forward else pair.answer_1).text),
     )
 
 
@@ -161,7 +167,10 @@ def aggregate_archives(
     rows = []
     for archive in archives:
         verdicts = archive.verdicts(prompts)
-        results = aggregate(archive.as_reviews(verdicts), ties=ties, orders=orders)
+        reviews = archive.as_reviews(verdicts)
+        results = aggregate(reviews, ties=ties, orders=orders)
+        style = style_control(reviews, ties=ties, rng=np.random.default_rng(0))
+        metrics = results.metrics | {STYLE_CONTROLLED: style.win_rate}
         rows.append(
             {
                 "file": archive.file.name,
@@ -170,8 +179,8 @@ def aggregate_archives(
                 "reviews": len(archive.reviews),
                 "other_scores_than_stored": archive.differing(verdicts),
                 "recorded_totals": archive.recorded_totals(),
-                "metrics": {name: metric.to_dict() for name, metric in results.metrics.items()},
-                "judging": results.to_dict(),
+                "metrics": {name: metric.to_dict() for name, metric in metrics.items()},
+                "judging": results.to_dict() | {"style": style.to_dict()},
             }
         )
     return rows

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 
 from almost_eval.errors import StoreError, problem_of
 from almost_eval.judge.judges import UNANSWERED, UNPARSED, Judgement
+from almost_eval.judge.markdown import MarkdownCounts, count_markdown
 from almost_eval.judge.questions import truncate_answers
 from almost_eval.judge.records import Answer, Order, Pair, Question, Review, Verdict
 from almost_eval.run.validity import Validity, check
-from almost_eval.types import Sample, SampleRecord, Score
+from almost_eval.types import JSONMapping, JSONObject, Sample, SampleRecord, Score
 
 ORDERS: dict[str, tuple[Order, ...]] = {
     "both": ("forward", "reverse"),
@@ -79,13 +80,19 @@ def record_of(pair: Pair, judgement: Judgement, *, id: str, cut: Sequence[int] =
         group=pair.question.category,
         metadata={"order": pair.order, "baseline": baseline.model, "model": model.model},
     )
-    outputs = judgement.outputs | {"lengths": [len(pair.answer_1.text), len(pair.answer_2.text)]}
+    outputs = judgement.outputs | {"lengths": [len(pair.answer_1.text), len(pair.answer_2.text)]} | style_fields(pair)
     if stripped := sum(answer.metadata.get("reasoning_characters") or 0 for answer in (pair.answer_1, pair.answer_2)):
         outputs |= {"reasoning_stripped": stripped}
     if any(cut):
         outputs |= {"cut": list(cut)}
     # A judge's tokenizer is its own: four characters stand for a token.
     return rescored(SampleRecord(sample, outputs, Score(None), -(-sum(cut) // 4)), judgement)
+
+
+def style_fields(pair: Pair) -> JSONObject:
+    """Markdown of the two answers, by place, as a line stores it."""
+    first, second = count_markdown(pair.answer_1.text), count_markdown(pair.answer_2.text)
+    return {"markdown": {name: [getattr(first, name), getattr(second, name)] for name in MarkdownCounts._fields}}
 
 
 def rescored(record: SampleRecord, judgement: Judgement) -> SampleRecord:
@@ -117,6 +124,10 @@ def review_of(record: SampleRecord, verdict: Verdict | None) -> Review:
     try:
         lengths = record.outputs["lengths"]
         forward = stored["order"] == "forward"
+        counts = record.outputs.get("markdown")
+        markdown = [
+            counts and MarkdownCounts(*(counts[name][side] for name in MarkdownCounts._fields)) for side in (0, 1)
+        ]
         return Review(
             question_id=record.sample.cluster,
             category=record.sample.group,
@@ -127,11 +138,21 @@ def review_of(record: SampleRecord, verdict: Verdict | None) -> Review:
             model_length=lengths[1 if forward else 0],
             verdict=verdict,
             reason=record.score.reason,
+            baseline_markdown=markdown[0 if forward else 1],
+            model_markdown=markdown[1 if forward else 0],
         )
     except (LookupError, TypeError) as error:
         raise StoreError(
             f"sample {record.sample.id!r} is not a judged pair ({problem_of(error)}); give a run of vicuna"
         ) from None
+
+
+def _stored_markdown(counts: JSONMapping | None) -> tuple[MarkdownCounts | None, MarkdownCounts | None]:
+    """Of the answers in their places."""
+    if counts is None:
+        return None, None
+    first, second = (MarkdownCounts(*(counts[name][side] for name in MarkdownCounts._fields)) for side in (0, 1))
+    return first, second
 
 
 def reviews_of(records: Sequence[SampleRecord]) -> list[Review]:

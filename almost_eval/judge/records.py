@@ -12,6 +12,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from almost_eval.judge.markdown import MarkdownCounts
 from almost_eval.types import JSONMapping, Message
 
 Order = Literal["forward", "reverse"]
@@ -174,6 +175,9 @@ class Review:
     verdict: Verdict | None
     """None: unscored, with `reason`."""
     reason: str | None = None
+    baseline_markdown: MarkdownCounts | None = None
+    """Of the answers as they were judged; None in lines of runs that did not count it."""
+    model_markdown: MarkdownCounts | None = None
 
     @property
     def model_score(self) -> float | None:

@@ -9,6 +9,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,12 @@ from almost_eval.judge.aggregate import Orders, Ties, aggregate, round_robin
 from almost_eval.judge.answers import answer_files, digest_answers
 from almost_eval.judge.api.endpoint import THOUGHT_ONLY
 from almost_eval.judge.judges import UNPARSED, Judgement, verdict_fields, without_answer
-from almost_eval.judge.lines import ORDERS, check_reviews, couples, record_of, reviews_of
+from almost_eval.judge.lines import ORDERS, check_reviews, couples, record_of, reviews_of, style_fields
 from almost_eval.judge.local import judge_by_oracle, judge_by_reward
 from almost_eval.judge.prompts import load_family, parse_review
 from almost_eval.judge.questions import read_answers, read_questions
 from almost_eval.judge.records import Pair, Review, Unparsed
+from almost_eval.judge.style import STYLE_CONTROLLED, style_control
 from almost_eval.run.store import origin, read_results, read_samples, read_spec
 from almost_eval.run.validity import Validity
 from almost_eval.stats import mean_metric
@@ -62,11 +64,16 @@ def summarise(
         both = aggregate(reviews, ties=ties, orders=orders)
         headline, metrics, judging = HEADLINE, dict(both.metrics), both.to_dict()
         del judging["metrics"]
+        if any(review.model_markdown is not None for review in reviews):  # older runs have no counts
+            style = style_control(reviews, ties=ties, rng=np.random.default_rng(spec["seed"]))
+            metrics[STYLE_CONTROLLED], judging["style"] = style.win_rate, style.to_dict()
     stated = {name: metric.to_dict() for name, metric in metrics.items()}
     if not validity.passed:
         hidden = {"value": None, "stderr": None, "ci95": None, "withheld": validity.reason}
         stated |= {name: m | hidden for name, m in stated.items() if name.startswith(("win_rate", "strength/"))}
         judging |= {"length_controlled": None}
+        if "style" in judging:
+            judging["style"] |= {"effects": [], "problem": "withheld, as the win rate is"}
     template = spec["template"] or {}
     return {
         "task": spec["task"],
@@ -174,6 +181,7 @@ class StoredRun:
     """
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.spec, self.results = read_spec(folder), read_results(folder)
         if self.spec.get("requires") != "judge":
             raise StoreError(f"{folder} is a run of {self.spec['task']}, not of vicuna; use almost-eval report")
@@ -197,8 +205,16 @@ class StoredRun:
             family: whose parser reads the review; None is as the run read it.
         """
         pair, cut = self.pairs[record.sample.id]
-        outputs = {key: value for key, value in record.outputs.items() if key not in ("lengths", "cut")}
-        return record_of(pair, self._judgement(pair, record, outputs, family), id=record.sample.id, cut=cut)
+        outputs = {key: value for key, value in record.outputs.items() if key not in ("lengths", "markdown", "cut")}
+        again = record_of(pair, self._judgement(pair, record, outputs, family), id=record.sample.id, cut=cut)
+        if "markdown" not in record.outputs:  # of a run before it was counted
+            del again.outputs["markdown"]
+        return again
+
+    def with_markdown(self, record: SampleRecord) -> SampleRecord:
+        """The line with the counts of its answers, which a run before they were counted lacks."""
+        pair, _ = self.pairs[record.sample.id]
+        return replace(record, outputs=record.outputs | style_fields(pair))
 
     def _judgement(self, pair: Pair, record: SampleRecord, outputs: JSONObject, family: str | None) -> Judgement:
         judge = self.spec["settings"]["judge"]
@@ -244,11 +260,22 @@ def redraw(folder: Path, *, ties: Ties | None = None, orders: Orders = "both", f
     """
     run = StoredRun(folder)
     have = run.spec["settings"]["orders"]
+    results = run.summarise(redrawn_records(run, orders, family), ties=ties, orders=orders)
+    return {**results, "orders": have if orders == "both" else orders}
+
+
+def redrawn_records(run: StoredRun, orders: Orders = "both", family: str | None = None) -> list[SampleRecord]:
+    """The lines of a finished run as `redraw` takes them.
+
+    Raises:
+        InputError: see `redraw`.
+    """
+    have = run.spec["settings"]["orders"]
     if have not in ("both", orders) and orders != "both":
-        raise InputError(f"{folder} holds the order {have!r} only; leave --orders out")
+        raise InputError(f"{run.folder} holds the order {have!r} only; leave --orders out")
     records = run.records
     if family is not None:
         if run.spec["settings"]["judge"]["kind"] != "model":
             raise InputError(f"--prompt-family: the judge {run.spec['protocol']!r} wrote no reviews to read")
         records = [run.again(record, family) for record in records]
-    return {**run.summarise(records, ties=ties, orders=orders), "orders": have if orders == "both" else orders}
+    return [run.with_markdown(record) for record in records if record.sample.metadata["order"] in ORDERS[orders]]

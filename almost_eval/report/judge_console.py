@@ -8,7 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from almost_eval.arena.correction import CORRECTED, HUMAN
 from almost_eval.judge.aggregate import Combined, JudgeResults, RoundRobin, SignTest
+from almost_eval.judge.style import STYLE_CONTROLLED
 from almost_eval.report.judge_tables import print_judge_results, print_round_robin
 from almost_eval.types import JSONMapping, JSONObject, Metric
 
@@ -41,7 +43,9 @@ def print_judged(results: JSONMapping, console: Console) -> None:
     elif "names" in results["judging"]:
         print_round_robin(_round_robin(results), console, title=title)
     else:
-        print_judge_results(_two(results), console, title=title)
+        print_judge_results(_two(results), console, title=title, style=results["judging"].get("style"))
+        if votes := results.get("votes"):
+            _print_votes(results["metrics"], votes, console)
     if details := ", ".join(f"{name} {count:,}" for name, count in results["details"].items() if count):
         console.print(Text(f"counted: {details}"))
     if not results["validity"]["passed"]:
@@ -51,7 +55,7 @@ def print_judged(results: JSONMapping, console: Console) -> None:
 
 
 def _two(results: JSONMapping) -> JudgeResults:
-    stored: JSONObject = dict(results["judging"])
+    stored: JSONObject = {name: value for name, value in results["judging"].items() if name != "style"}
     stored["metrics"] = {name: _metric(metric) for name, metric in results["metrics"].items()}
     for name in ("consistency", "first_wins", "longer_wins", "length_controlled"):
         stored[name] = stored[name] and _metric(stored[name])
@@ -80,6 +84,47 @@ def _metric(stored: JSONMapping) -> Metric:
         stored["n"],
         stored["unscored"],
     )
+
+
+VOTE_ROWS = {
+    "win_rate": "the judge alone",
+    HUMAN: "the votes alone, a tie half",
+    CORRECTED: "the judge corrected by the votes",
+}
+"""Metric -> what it is called in the table of votes."""
+
+
+def _print_votes(metrics: JSONMapping, votes: JSONMapping, console: Console) -> None:
+    """The win rate of judge, votes and both; then how many votes there are, and which have no part in it."""
+    table = Table(title=Text("win rate by people's votes"), title_justify="left", title_style="bold")
+    table.add_column("by")
+    for column in ("value", "95 % interval", "n"):
+        table.add_column(column, justify="right")
+    for name, called in VOTE_ROWS.items():
+        metric = metrics[name]
+        value = "withheld" if metric.get("withheld") else _share(metric["value"])
+        interval = " to ".join(map(_share, metric["ci95"])) if metric["ci95"] else "-"
+        table.add_row(called, value, interval, str(metric["n"]), style="bold" if name == CORRECTED else None)
+    console.print(table)
+    lost = [f"{n} {reason}" for reason, n in votes["unmatched"].items()]
+    if missing := votes["questions_with_votes_and_no_verdict"]:
+        lost.append(f"and {missing} questions with votes have no verdict")
+    console.print(
+        Text(
+            f"{votes['matched']} of {votes['votes']} votes of {votes['sessions']} sessions, on "
+            f"{votes['questions_with_votes']} questions; {votes['questions_without_votes']} more have a verdict alone"
+            + (f"; not used: {', '.join(lost)}" if lost else "")
+        )
+    )
+    if votes["problem"]:
+        console.print(Text.assemble(("votes:", "yellow"), f" {votes['problem']}"))
+    else:
+        console.print(
+            Text(
+                f"the judge's scores count with power {votes['power']:.2f}: as narrow an interval takes votes on "
+                f"{votes['worth']:.0f} questions without it"
+            )
+        )
 
 
 def _print_check(results: JSONMapping, console: Console) -> None:
@@ -111,7 +156,15 @@ def print_archives(rows: Sequence[JSONMapping], console: Console) -> None:
     table = Table(title=Text("archived reviews, aggregated anew"), title_justify="left", title_style="bold")
     for column in ("Assistant 1", "Assistant 2"):
         table.add_column(column, overflow="fold")  # a name that is cut short may be another's
-    for column in ("totals", "2 won,\ntied, lost", "win rate\nof 2", "at equal\nlength", "longer\nwins", "unparsed"):
+    for column in (
+        "totals",
+        "2 won,\ntied, lost",
+        "win rate\nof 2",
+        "at equal\nlength",
+        "at equal\nstyle",
+        "longer\nwins",
+        "unparsed",
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         metrics, judging = row["metrics"], row["judging"]
@@ -124,6 +177,7 @@ def print_archives(rows: Sequence[JSONMapping], console: Console) -> None:
             ", ".join(counts),
             _with_interval(metrics["win_rate"]),
             _with_interval(judging["length_controlled"]),
+            _with_interval(metrics[STYLE_CONTROLLED]),
             _share(judging["longer_wins"]["value"]),
             f"{metrics['unparsed']['value']:g}",
         )

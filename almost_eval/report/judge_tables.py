@@ -10,20 +10,24 @@ from rich.table import Table
 from rich.text import Text
 
 from almost_eval.judge.aggregate import JudgeResults, RoundRobin
-from almost_eval.types import Metric
+from almost_eval.judge.style import STYLE_CONTROLLED
+from almost_eval.types import JSONMapping, Metric
 
 ELO = 400 / math.log(10)
 """Points per unit of log strength: 400 points are odds of 10 to 1."""
 ELO_MEAN = 1000
 
 
-def print_judge_results(results: JudgeResults, console: Console, *, title: str = "") -> None:
+def print_judge_results(
+    results: JudgeResults, console: Console, *, title: str = "", style: JSONMapping | None = None
+) -> None:
     """Wins, win rate, categories, scores, biases, and what was not scored.
 
     Args:
         results: two systems compared.
         console: where to.
         title: judge, prompts and the like, put behind the names.
+        style: the style model of `judge.style` as JSON, where there is one.
     """
     heading = f"{results.model} against {results.baseline}" + (f" · {title}" if title else "")
     table = Table(title=Text(heading), title_justify="left", title_style="bold")
@@ -34,6 +38,8 @@ def print_judge_results(results: JudgeResults, console: Console, *, title: str =
         table, f"win rate, ties {'half' if results.ties == 'half' else 'dropped'}", results.metrics["win_rate"], "bold"
     )
     _add(table, "win rate at equal length", results.length_controlled)
+    if style is not None:
+        _add(table, "win rate at equal style", results.metrics[STYLE_CONTROLLED])
     categories = [name for name in results.metrics if name.startswith("win_rate/")]
     if len(categories) > 1:
         table.add_section()
@@ -47,7 +53,7 @@ def print_judge_results(results: JudgeResults, console: Console, *, title: str =
     _add(table, f"Assistant 1 wins a decisive verdict{confounded}", results.first_wins, "dim")
     _add(table, "the longer answer wins one", results.longer_wins, "dim")
     console.print(table)
-    for line in _notes(results):
+    for line in _notes(results) + (_style_notes(style) if style else []):
         console.print(line)
 
 
@@ -80,6 +86,23 @@ def _notes(results: JudgeResults) -> list[Text]:
             )
         )
     return lines
+
+
+def _style_notes(style: JSONMapping) -> list[Text]:
+    """The coefficients of the style model, and why there is no rate or no interval."""
+    notes = [Text.assemble(("equal style:", "yellow"), f" {style['problem']}")] if style["problem"] else []
+    fitted = [effect for effect in style["effects"] if effect["coefficient"] is not None]
+    if fitted:
+        notes.append(Text(f"style, logit per root mean square: {', '.join(map(_effect, fitted))}"))
+    return notes
+
+
+def _effect(effect: JSONMapping) -> str:
+    """A feature of the style model with its coefficient."""
+    ends = effect["ci95"]
+    interval = f" ({ends[0]:+.2f} to {ends[1]:+.2f})" if ends else ""
+    held = ", held by the ridge alone" if effect["held_by_ridge"] else ""
+    return f"{effect['name']} {effect['coefficient']:+.2f}{interval}{held}"
 
 
 def print_round_robin(results: RoundRobin, console: Console, *, title: str = "") -> None:

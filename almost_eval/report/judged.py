@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from almost_eval.report.runs import LoadedRun
+from almost_eval.report.runs import NONE, LoadedRun
 from almost_eval.stats import mean_metric
-from almost_eval.types import Metric, SampleRecord
+from almost_eval.types import JSONObject, Metric, SampleRecord
 
 BINS = 5
 """Of the length ratio, each with as many verdicts."""
@@ -81,6 +81,22 @@ def length_bins(run: LoadedRun) -> list[LengthBin]:
         share = mean_metric([r.score.value for _, r in part], [r.sample.cluster for _, r in part])
         bins.append(LengthBin(ratio, share))
     return bins
+
+
+def style_rows(run: LoadedRun) -> list[JSONObject]:
+    """The features of the style model with their coefficients as text; empty for a run without one."""
+    style = (run.results.get("judging") or {}).get("style") or {}
+    return [
+        {
+            "name": effect["name"],
+            "coefficient": NONE if effect["coefficient"] is None else f"{effect['coefficient']:+.2f}",
+            "interval": f"{effect['ci95'][0]:+.2f} to {effect['ci95'][1]:+.2f}" if effect["ci95"] else NONE,
+            "held": effect["held_by_ridge"],
+            "model": NONE if effect["model"] is None else f"{effect['model']:,.4g}",
+            "baseline": NONE if effect["baseline"] is None else f"{effect['baseline']:,.4g}",
+        }
+        for effect in style.get("effects", ())
+    ]
 
 
 def _lengths(record: SampleRecord) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
+from almost_eval.judge.style import STYLE_CONTROLLED
 from almost_eval.report import judged, plots
 from almost_eval.report.matrix import Cell, Matrix
 from almost_eval.report.runs import (
@@ -237,6 +238,7 @@ def _judged(run: LoadedRun, ident: str) -> View:
         title = "share of verdicts won, by length of the answer"
         by_length = plots.by_length([b.ratio for b in bins], [series], ident=ident, title=title)
     parts, judging = judged.outcomes(run), run.results.get("judging") or {}
+    style = judging.get("style") or {}
     return {
         "label": run.label,
         "baseline": run.baseline_system,
@@ -252,7 +254,10 @@ def _judged(run: LoadedRun, ident: str) -> View:
             }
             for part in parts
         ],
-        "bias": [_bias(judging.get(key), *words) for key, words in BIAS.items() if judging],
+        "bias": [_bias(judging.get(key), *words) for key, words in BIAS.items() if judging]
+        + ([_bias(run.metrics[STYLE_CONTROLLED], "win rate at equal style", "by a logistic model")] if style else []),
+        "style": judged.style_rows(run),
+        "style_problem": style.get("problem"),
         "by_length": by_length,
     }
 

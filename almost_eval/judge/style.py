@@ -1,0 +1,252 @@
+"""The win rate at equal style: what a judge says of two systems once length and markdown are taken away.
+
+The model, over all scored reviews (a tie is half a win):
+
+    logit P(model wins) = a + sum over features of b * z + c * (+1/2 if the model is shown first, else -1/2)
+
+A feature compares the two answers as (m - o) / (m + o), m the model's count and o the other's, 0 where both are 0: of
+characters, headers, list items and bold passages. z is the feature divided by its root mean square over these reviews.
+The rate is the mean of P at z = 0 over both positions. Without both orders there is no c; a feature that never differs
+is left out.
+
+Anchors: the style control of arena-hard-auto (`show_result.py`: length and markdown, such differences) and the length
+control of AlpacaEval (Dubois et al. 2024, arXiv 2404.04475: the prediction at no difference in length). Departures:
+
+- z is not centred. arena-hard-auto subtracts the mean difference over many systems; of two systems that difference is
+  just what has to be taken away.
+- Markdown counts are compared as they are, not as counts per token; length is in characters, not in one model's tokens.
+- b and c have a ridge of `RIDGE`: a normal prior of standard deviation 1 / sqrt(RIDGE), about 3, on the logit scale. It
+  keeps resamples finite and moves little where there is something to estimate. Where the rate without the ridge would
+  not be finite on the logit scale there is none, but a reason: the ridge alone would make up the number. A coefficient
+  for which this holds (as of headers that stand in two answers, both of which won) is marked, and its reviews say next
+  to nothing of the rate.
+
+Intervals are bias-corrected percentile ones over resampled questions (Efron 1987): the plain ones are a little too
+narrow here, as a fit to a resample says more than one to the whole.
+
+Style is taken for a cause. Where better answers have to be longer or better ordered, too much is taken away: read the
+rate as a bound.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import NormalDist
+from typing import Literal
+
+import numpy as np
+
+from almost_eval.judge.logistic import fit_ridge, is_unbounded, mean_probability
+from almost_eval.judge.records import Review
+from almost_eval.stats import Z95, Floats, draw_counts
+from almost_eval.types import JSONObject, Metric
+
+STYLE_CONTROLLED = "win_rate_style_controlled"
+"""Name of the metric."""
+RIDGE = 0.1
+"""Penalty of a coefficient's square, halved; see the head of this file."""
+MIN_QUESTIONS = 20
+"""Questions with a verdict, below which nothing is fitted."""
+RESAMPLES = 1000
+MAX_FAILED = 0.025
+"""Share of the resamples that may have no fit; above it, an end of the interval might lie there."""
+PLACE = "shown first"
+
+
+@dataclass(frozen=True, slots=True)
+class StyleEffect:
+    """What one feature does to the verdicts."""
+
+    name: str
+    """`length`, `headers`, `lists`, `bold`, or `shown first`, the place in the prompt."""
+    coefficient: float | None
+    """Change of the logit for one root mean square more of the feature, or for the first place; None: not fitted."""
+    ci95: tuple[float, float] | None
+    model: float | None
+    """Mean of the model's answers: characters, headers, ...; None for the place."""
+    baseline: float | None
+    held_by_ridge: bool = False
+    """Whether the coefficient is finite because of the ridge alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class StyleControl:
+    """The model, fitted; or why it was not."""
+
+    win_rate: Metric
+    effects: tuple[StyleEffect, ...]
+    problem: str | None
+    """Why there is no rate, or no interval."""
+    ridge: float = RIDGE
+    resamples: int = RESAMPLES
+
+    def to_dict(self) -> JSONObject:
+        """As JSON; the win rate stands among the metrics."""
+        plain = asdict(self)
+        del plain["win_rate"]
+        plain["effects"] = [
+            effect | {"ci95": effect["ci95"] and list(effect["ci95"])} for effect in map(dict, plain["effects"])
+        ]
+        return plain
+
+
+@dataclass(frozen=True, slots=True)
+class _Design:
+    """The rows of the model."""
+
+    x: Floats
+    """(n, k): the intercept, the features, the place."""
+    y: Floats
+    """(n,) the model's score."""
+    questions: list[str]
+    names: list[str]
+    """(k - 1,) of the columns after the intercept."""
+    at_equal_style: Floats
+    """(m, k) rows at which P is averaged."""
+
+
+def style_control(
+    reviews: Sequence[Review],
+    *,
+    rng: np.random.Generator,
+    ties: Literal["half", "drop"] = "half",
+    n_resamples: int = RESAMPLES,
+) -> StyleControl:
+    """Fit the model to the reviews of one pair of systems.
+
+    Args:
+        reviews: each with the style counts of its two answers.
+        rng: of the resamples.
+        ties: `half` counts a tie as half a win; `drop` leaves ties out.
+        n_resamples: of whole questions, for the intervals.
+    """
+    taken = [review for review in reviews if not (ties == "drop" and review.model_score == 0.5)]
+    scored = [review for review in taken if review.model_score is not None]
+    missing = len(taken) - len(scored)
+    if problem := _unfit(scored):
+        return _without(problem, len(scored), missing, _means(scored))
+    design = _design(scored)
+    if problem := _not_estimable(design):
+        return _without(problem, len(scored), missing, _means(scored))
+    penalty = np.array([0.0] + [RIDGE] * len(design.names))
+    fit = fit_ridge(design.x, design.y, np.ones((1, len(design.y))), penalty)
+    rates, draws = _resample(design, penalty, n_resamples, rng)
+    value = float(mean_probability(fit, design.at_equal_style)[0])
+    failed = int(np.isnan(rates).sum())
+    intervals: list[tuple[float, float] | None] = [None] * (len(design.names) + 1)
+    stderr, problem = None, None
+    if failed > MAX_FAILED * n_resamples:
+        problem = f"{failed} of {n_resamples} resamples of the questions have no fit, so there is no interval"
+    else:
+        stderr = float(np.nanstd(rates, ddof=1))
+        values, columns = [value, *fit[0, 1:]], [rates, *draws[:, 1:].T]
+        intervals = [_bias_corrected(float(v), c[np.isfinite(c)]) for v, c in zip(values, columns, strict=True)]
+    coefficients = dict(zip(design.names, zip(fit[0, 1:], intervals[1:], strict=True), strict=True))
+    effects = []
+    for name, (mine, other) in (_means(scored) | ({PLACE: (None, None)} if PLACE in coefficients else {})).items():
+        if name not in coefficients:
+            effects.append(StyleEffect(name, None, None, mine, other))
+            continue
+        coefficient, interval = coefficients[name]
+        unit = np.eye(len(design.names) + 1)[1 + design.names.index(name)]
+        held = is_unbounded(design.x, design.y, unit)
+        effects.append(StyleEffect(name, float(coefficient), interval, mine, other, held))
+    rate = Metric(value, stderr, intervals[0], len(scored), missing)
+    return StyleControl(rate, tuple(effects), problem, resamples=n_resamples)
+
+
+def _without(problem: str, n: int, missing: int, means: dict[str, tuple[float | None, float | None]]) -> StyleControl:
+    effects = tuple(StyleEffect(name, None, None, mine, other) for name, (mine, other) in means.items())
+    return StyleControl(Metric(None, None, None, n, missing), effects, problem)
+
+
+def _unfit(scored: Sequence[Review]) -> str | None:
+    """What can be said before there are columns."""
+    if bare := sum(review.model_markdown is None or review.baseline_markdown is None for review in scored):
+        return f"{bare} of {len(scored)} reviews have no counts of headers, lists and bold"
+    n = len({review.question_id for review in scored})
+    if n < MIN_QUESTIONS:
+        return f"{n} questions have a verdict; the model needs {MIN_QUESTIONS}"
+    if len(outcomes := {review.model_score for review in scored}) == 1:
+        says = {1.0: "for the model", 0.0: "for the baseline", 0.5: "a tie"}[outcomes.pop() or 0.0]
+        return f"every verdict is {says}, so nothing can be told apart"
+    return None
+
+
+def _features(review: Review) -> dict[str, tuple[float, float]]:
+    """Name -> (the model's count, the baseline's)."""
+    counts = {"length": (float(review.model_length), float(review.baseline_length))}
+    if review.model_markdown is not None and review.baseline_markdown is not None:
+        for name, mine in review.model_markdown._asdict().items():
+            counts[name] = (float(mine), float(getattr(review.baseline_markdown, name)))
+    return counts
+
+
+def _means(scored: Sequence[Review]) -> dict[str, tuple[float | None, float | None]]:
+    """Name -> mean count of the model's answers and of the baseline's; one answer counts once, whatever its orders."""
+    once = {review.question_id: _features(review) for review in scored}.values()
+    names = min(once, key=len, default={})
+    return {
+        name: (math.fsum(f[name][0] for f in once) / len(once), math.fsum(f[name][1] for f in once) / len(once))
+        for name in names
+    }
+
+
+def relative_difference(mine: float, other: float) -> float:
+    """(m - o) / (m + o): -1 to 1, and 0 where both are 0."""
+    return (mine - other) / (mine + other) if mine + other else 0.0
+
+
+def _design(scored: Sequence[Review]) -> _Design:
+    rows = [{name: relative_difference(*both) for name, both in _features(review).items()} for review in scored]
+    columns, names = [np.ones(len(rows))], []
+    for name in rows[0]:
+        column = np.array([row[name] for row in rows])
+        if column.any():
+            columns.append(column / math.sqrt(float((column**2).mean())))
+            names.append(name)
+    at = np.zeros((1, len(columns)))
+    if len({review.order for review in scored}) == 2:
+        columns.append(np.array([0.5 if review.order == "reverse" else -0.5 for review in scored]))
+        names.append(PLACE)
+        at = np.zeros((2, len(columns)))
+        at[:, -1] = 0.5, -0.5
+    at[:, 0] = 1.0
+    y = np.array([review.model_score for review in scored], dtype=np.float64)
+    return _Design(np.column_stack(columns), y, [review.question_id for review in scored], names, at)
+
+
+def _not_estimable(design: _Design) -> str | None:
+    """Why the rows do not say what would be at equal style."""
+    rank = np.linalg.matrix_rank(design.x)
+    intercept = np.eye(1, design.x.shape[1])
+    if np.linalg.matrix_rank(np.vstack([design.x, intercept])) > rank:
+        return "the two systems differ in style by the same on every question, so style cannot be told from the rest"
+    if any(is_unbounded(design.x, design.y, row) for row in design.at_equal_style):
+        return "style and place tell the won reviews from the lost ones, so nothing is left to say of equal style"
+    return None
+
+
+def _resample(design: _Design, penalty: Floats, n_resamples: int, rng: np.random.Generator) -> tuple[Floats, Floats]:
+    """(R,) rates and (R, k) coefficients of resamples of whole questions; NaN where a fit was not reached.
+
+    A resample in which one system wins every review has the rate 1 or 0 and no coefficients.
+    """
+    codes = {question: g for g, question in enumerate(dict.fromkeys(design.questions))}
+    place = np.array([codes[question] for question in design.questions])
+    weights = draw_counts(len(codes), n_resamples, rng)[:, place]
+    draws = fit_ridge(design.x, design.y, weights, penalty)
+    share = (weights @ design.y) / weights.sum(axis=1)
+    rates = np.where((share > 0) & (share < 1), mean_probability(draws, design.at_equal_style), share)
+    return rates, draws
+
+
+def _bias_corrected(value: float, draws: Floats) -> tuple[float, float]:
+    """The 95 % interval of a value from its resamples, moved by how many of them lie below it."""
+    normal, n = NormalDist(), len(draws)
+    below = (float((draws < value).sum()) + 0.5 * float((draws == value).sum())) / n
+    shift = normal.inv_cdf(min(max(below, 1 / (n + 1)), n / (n + 1)))
+    low, high = np.quantile(draws, [normal.cdf(2 * shift - Z95), normal.cdf(2 * shift + Z95)])
+    return float(low), float(high)
