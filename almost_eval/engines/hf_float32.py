@@ -30,8 +30,7 @@ def in_float32(model: nn.Module) -> Iterator[None]:
                 module.forward = _projection(module)  # type: ignore[method-assign, assignment]
                 undo.callback(module.__dict__.pop, "forward")
             elif tensors:
-                embedding = isinstance(module, nn.Embedding)
-                converter = _Rows(tensors, module) if embedding else _Converter(tensors)
+                converter = _Rows(tensors, module) if isinstance(module, nn.Embedding) else _Converter(tensors)
                 undo.callback(converter.restore)  # a pass that fails half-way leaves nothing converted
                 undo.callback(module.register_forward_pre_hook(converter.convert, with_kwargs=True).remove)
                 undo.callback(module.register_forward_hook(converter.restore).remove)
