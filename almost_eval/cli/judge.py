@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ import click
 from almost_eval.cli.command_line import Commands, open_console, options
 from almost_eval.cli.judge_options import (
     ANSWER_OPTIONS,
+    CHECK_OPTIONS,
     DATA_OPTIONS,
     ENGINE_OPTIONS,
     FAMILY,
@@ -34,6 +35,8 @@ from almost_eval.types import JSONMapping, JSONObject
 if TYPE_CHECKING:
     from almost_eval.data.sources import DataSource
     from almost_eval.judge.answers import System
+    from almost_eval.judge.cases import HumanVote
+    from almost_eval.judge.check import JudgeCheck
     from almost_eval.judge.judges import Judge
     from almost_eval.judge.records import Question
     from almost_eval.judge.run import JudgeRun
@@ -161,12 +164,14 @@ def _questions(flags: Flags, *, built_in: bool) -> tuple[DataSource, list[Questi
     return data, questions, fingerprint
 
 
-def _open_judge(flags: Flags, data: DataSource) -> Judge:
-    """The judge that the flags name; see `open_judge`."""
+def _open_judge(flags: Flags, data: DataSource, *, beside_others: bool = False) -> Judge:
+    """The judge that the flags name; see `open_judge`. Flags of an API may be meant for another judge beside it."""
     from almost_eval.cli.startup import import_transformers
-    from almost_eval.judge.build import JudgeOptions, open_judge
+    from almost_eval.judge.build import JudgeOptions, is_local, open_judge, without_api
 
     options = JudgeOptions(**{field.name: flags[field.name] for field in fields(JudgeOptions) if field.name in flags})
+    if beside_others and is_local(flags["judge"]):
+        options = without_api(options)
     if options.is_reward_model:
         import_transformers()
     return open_judge(options, data)
@@ -261,46 +266,116 @@ def _redrawn(folder: Path, votes: Path | None, flags: Flags) -> JSONObject:
 
 
 @judge.command("check")
-@click.option("--archive", multiple=True, required=True, type=PATH, help="A folder with answer/ and review/, or files.")
+@click.option(
+    "--archive", multiple=True, type=PATH, help="Archived reviews: a folder with answer/ and review/, or files."
+)
+@click.option("--archive-judge", default="GPT-4", show_default=True, help="Whose the archived reviews are.")
+@click.option("--votes", type=PATH, help="Votes of people: an arena's file or export, hh-rlhf's pairs, MT-Bench's.")
 @click.option("--repeats", default=1, show_default=True, type=click.IntRange(min=1), help="Times each pair is asked.")
 @click.option("--output", type=PATH, help="Folder of the replies and results; the default is named by the judge.")
-@options(JUDGE_OPTIONS, DATA_OPTIONS)
+@options(CHECK_OPTIONS, DATA_OPTIONS)
 @ORDERS
 @click.option("--seed", default=0, show_default=True, help="Chooses the pairs of --limit, and of the bootstrap.")
 @click.option("--dry-run", is_flag=True, help="Show requests, tokens and price; send nothing, load no weights.")
 @JSON
 @options(LOADING_OPTIONS)
-def judge_check(archive: tuple[Path, ...], **flags: Any) -> int:
-    """Is the judge any good? It reviews archived pairs, and is compared with the archived verdicts.
+def judge_check(archive: tuple[Path, ...], as_json: bool, **flags: Any) -> int:
+    """May this judge take another's place? It reviews archived pairs, and pairs that people voted on.
 
     \b
     Example:
       almost-eval judge check --judge gpt-6-luna --archive vicuna-archive --limit 20 --repeats 2 --dry-run
-      almost-eval judge check --judge reward:./my-reward-model --archive vicuna-archive
+      almost-eval judge check --judge gpt-6-luna --judge gpt-6.1-terra --archive vicuna-archive --max-cost 2
+      almost-eval judge check --judge reward:./my-reward-model --votes hh-rlhf/test.jsonl.gz
     """
+    from almost_eval.progress import progress_for
+
+    checks = _prepare_checks(archive, flags)
+    new, old = checks[0], checks[1] if len(checks) > 1 else None
+    folder = flags["output"] or new.default_folder()
+    if flags["dry_run"]:
+        from almost_eval.judge.succession import OLD
+
+        plans = [check.describe(place) for check, place in zip(checks, (folder, folder / OLD), strict=False)]
+        if old is not None and as_json:
+            return _show_plan({"new": plans[0], OLD: plans[1]}, as_json)
+        return max(_show_plan(plan, as_json) for plan in plans)
+    from almost_eval.judge.succession import certify
+    from almost_eval.report.certificate_page import write_certificate
+
+    certificate = certify(new, old, folder, progress_for())
+    page = write_certificate(certificate, folder)
+    _show_certificate(certificate, page, as_json)
+    return 0 if all(results["validity"]["passed"] for results in certificate["results"].values()) else 3
+
+
+def _prepare_checks(archive: tuple[Path, ...], flags: Flags) -> list[JudgeCheck]:
+    """The check of the first judge and, where one is named, that of the one to be replaced."""
     from almost_eval.judge.archive import find_archives
     from almost_eval.judge.check import JudgeCheck
     from almost_eval.judge.prompts import load_judge_prompts
-    from almost_eval.progress import progress_for
 
-    if flags["judge"] is None:
+    names, addresses = flags["judge"], flags["judge_base_url"]
+    if not names:
         raise InputError("--judge is missing: name a model of the API (gpt-6.1-terra), or reward:CKPT")
-    data, questions, fingerprint = _questions(flags | {"limit": None}, built_in=False)
+    if len(names) > 2:
+        raise InputError(f"--judge is there {len(names)} times; name the new judge, then the old one")
+    if len(set(names)) < len(names):
+        raise InputError(f"--judge {names[0]} is there twice; name the new judge, then the old one")
+    if not archive and flags["votes"] is None:
+        raise InputError(
+            "nothing to compare with: give --archive with archived reviews, --votes with people's, or both"
+        )
+    votes, unread = _human_votes(flags["votes"])
+    data, questions, fingerprint = _questions({**flags, "limit": None, "judge": names[0]}, built_in=False)
     archives = find_archives(archive, questions)
-    judge = _open_judge(flags, data)
     reader = load_judge_prompts(DEFAULT_FAMILY, "builtin", data)
-    check = JudgeCheck(
-        archives,
-        reader,
-        judge,
-        fingerprint,
-        orders=flags["orders"],
-        limit=flags["limit"],
-        repeats=flags["repeats"],
-        seed=flags["seed"],
-    )
-    if flags["dry_run"]:
-        return _show_plan(check.describe(flags["output"]), flags["as_json"])
-    folder = flags["output"] or check.default_folder()
-    results = check.execute(folder, progress_for())
-    return show(results, folder, flags["as_json"])
+    return [
+        JudgeCheck(
+            archives,
+            reader,
+            _open_judge({**flags, "judge": name, "judge_base_url": address}, data, beside_others=len(names) > 1),
+            fingerprint,
+            votes=votes,
+            unread_votes=unread,
+            archive_judge=flags["archive_judge"],
+            orders=flags["orders"],
+            limit=flags["limit"],
+            repeats=flags["repeats"],
+            seed=flags["seed"],
+        )
+        for name, address in zip(names, _addresses(names, addresses), strict=True)
+    ]
+
+
+def _human_votes(file: Path | None) -> tuple[list[HumanVote], dict[str, int]]:
+    if file is None:
+        return [], {}
+    from almost_eval.arena.human import read_human_votes
+
+    return read_human_votes(file)
+
+
+def _addresses(judges: Sequence[str], addresses: Sequence[str]) -> list[str | None]:
+    """The endpoint of each judge: one is for all behind an API, two are in the judges' order."""
+    from almost_eval.judge.build import is_local
+
+    behind = [name for name in judges if not is_local(name)]
+    if len(addresses) > max(1, len(behind)):
+        raise InputError(f"--judge-base-url is there {len(addresses)} times for {len(behind)} judges behind an API")
+    if addresses and not behind:
+        behind = list(judges)  # `open_judge` refuses it with the judge's name
+    each = dict(zip(behind, list(addresses) * (len(behind) if len(addresses) == 1 else 1), strict=False))
+    return [each.get(name) for name in judges]
+
+
+def _show_certificate(certificate: JSONObject, page: Path, as_json: bool) -> None:
+    new = certificate["results"]["new"]
+    if as_json:
+        rest = {key: value for key, value in certificate.items() if key != "results"}
+        others = {key: value for key, value in certificate["results"].items() if key != "new"}
+        click.echo(json.dumps({**new, "certificate": rest | {"results": others}}, indent=1, ensure_ascii=False))
+    else:
+        from almost_eval.report.certificate_console import print_certificate
+
+        print_certificate(certificate, open_console(), page=str(page))

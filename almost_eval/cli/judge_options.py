@@ -13,9 +13,11 @@ from almost_eval.judge.families import DEFAULT_FAMILY, FAMILIES
 
 PATH = click.Path(path_type=Path)
 FAMILY = click.Choice(list(FAMILIES))
-JUDGE_OPTIONS = [
+_WHICH_JUDGE = [
     click.option("--judge", help="A model of the API (gpt-6.1-terra), nano (the nano world's oracle) or reward:CKPT."),
     click.option("--judge-base-url", help="Any OpenAI-compatible endpoint, up to and with /v1."),
+]
+_HOW_IT_JUDGES = [
     click.option("--judge-prompt", type=PATH, help="A prompt file, instead of a prompt set."),
     click.option(
         "--prompt-family",
@@ -41,6 +43,17 @@ JUDGE_OPTIONS = [
     click.option("--reasoning-effort", help="How much the judge thinks: low, medium, high, or its own words."),
     click.option("--judge-options", metavar="JSON", help="More fields of each request: '{\"top_p\": 0.9}'."),
 ]
+JUDGE_OPTIONS = [*_WHICH_JUDGE, *_HOW_IT_JUDGES]
+CHECK_OPTIONS = [
+    click.option("--judge", multiple=True, help="The judge in question; given again, the one that it is to replace."),
+    click.option(
+        "--judge-base-url",
+        multiple=True,
+        help="OpenAI-compatible endpoint of both, or one for each, up to and with /v1.",
+    ),
+    *_HOW_IT_JUDGES,
+]
+"""Those of a judge, where there may be two."""
 DATA_OPTIONS = [
     click.option("--data", help="Data: hub (the real questions) or nano (built in; the default for built-in models)."),
     click.option("--data-root", help="Folder laid out like the hub, looked in first. [env: ALMOST_DATA_ROOT]"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -112,6 +112,17 @@ def request_options(text: str | None, effort: str | None) -> JSONObject:
             raise InputError("--judge-options sets reasoning_effort, and so does --reasoning-effort; keep one")
         options["reasoning_effort"] = effort
     return dict(options)
+
+
+def is_local(name: str) -> bool:
+    """Whether a judge of this name is behind no API."""
+    return name == NANO_JUDGE or name.startswith(REWARD_PREFIX)
+
+
+def without_api(options: JudgeOptions) -> JudgeOptions:
+    """The options less those that only a judge behind an API takes."""
+    defaults: JSONObject = {field.name: field.default for field in fields(JudgeOptions) if field.name in _OF_AN_API}
+    return replace(options, **defaults)
 
 
 def answer_budget(data_name: str) -> int:

@@ -1,66 +1,51 @@
-"""Is a judge any good? It reviews pairs that GPT-4 reviewed, and is compared with what GPT-4 said.
+"""Is a judge any good? It reviews pairs that GPT-4 reviewed, or people voted on, and is compared with what they said.
 
-Agreement is chance-corrected (Cohen 1960), with an interval clustered by question. Beside it stands what can mislead a
-judge: the place in the prompt (seen by judging both orders) and the length of the answers. The same two are measured
-of the archived verdicts.
+The run itself: what is asked, the folder, the lines, `results.json`. What the reviews say is in `certificate`.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import statistics
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from almost_eval.errors import DataError, InputError
-from almost_eval.judge.archive import Archive, as_review
+from almost_eval.judge.api.journal import Journal
+from almost_eval.judge.archive import Archive
+from almost_eval.judge.cases import Case, HumanVote, archived_cases, drawn, reversed_pair, voted_cases
+from almost_eval.judge.certificate import Checked, check_metrics, moves_from_archive, sentence
 from almost_eval.judge.judges import LASTING, Judge
 from almost_eval.judge.lines import ORDERS, check_reviews, record_of, review_of, stored_verdict
-from almost_eval.judge.records import Pair, Review, Verdict
+from almost_eval.judge.prompts import JudgePrompts
+from almost_eval.judge.records import Pair
 from almost_eval.progress import Progress
 from almost_eval.run import provenance
-from almost_eval.run.store import RunStore, default_folder
+from almost_eval.run.store import RunStore, default_folder, read_results, read_samples
 from almost_eval.run.validity import ALLOWED
-from almost_eval.stats import cohen_kappa, mean_metric
-from almost_eval.types import JSONMapping, JSONObject, Metric, SampleRecord
-
-if TYPE_CHECKING:
-    from almost_eval.judge.prompts import JudgePrompts
+from almost_eval.types import JSONMapping, JSONObject, SampleRecord
 
 TASK = "judge-check"
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """An archived pair, and what was said of it."""
-
-    archive: str
-    """Name of the review file."""
-    pair: Pair
-    verdict: Verdict
-    """The archived one, by place in the archived order."""
-    review: Review
-    """The same for aggregation."""
-
-
 class JudgeCheck:
-    """Archived pairs and a judge, checked and ready.
+    """Known cases and a judge, checked and ready.
 
     Args:
-        archives: the review files.
+        archives: the review files; may be none where there are votes.
         reader: reads the archived reviews.
         judge: who is checked.
         fingerprint: of the question file.
-        orders: `both` shows the position bias; agreement is on the archived order alone.
-        limit: pairs, drawn from all files with `seed`; None is all.
+        votes: of people, each on two answers.
+        unread_votes: why a vote of the file is none of them -> how many.
+        archive_judge: whose the archived verdicts are.
+        orders: `both` shows the position bias; agreement with an archive is on the archived order alone.
+        limit: pairs, drawn with `seed` from all files, and as many of those with votes; None is all.
         repeats: times that each pair is judged.
-        seed: of the draw.
+        seed: of the draw and of the resamples.
 
     Raises:
-        DataError: no archived review can be read.
+        DataError: no archived review can be read, and there are no votes.
         InputError: repeats of a judge that always says the same; whatever the judge refuses.
     """
 
@@ -71,6 +56,9 @@ class JudgeCheck:
         judge: Judge,
         fingerprint: str,
         *,
+        votes: Sequence[HumanVote] = (),
+        unread_votes: Mapping[str, int] | None = None,
+        archive_judge: str = "GPT-4",
         orders: str = "both",
         limit: int | None = None,
         repeats: int = 1,
@@ -80,21 +68,21 @@ class JudgeCheck:
             raise InputError("--orders reverse: agreement is on the archived order; use forward or both")
         if repeats > 1 and judge.kind != "model":
             raise InputError(f"--repeats: {judge.name} says the same each time; leave it out")
-        self.judge, self.fingerprint = judge, fingerprint
+        self.judge, self.fingerprint, self.archive_judge = judge, fingerprint, archive_judge
         self.orders, self.repeats, self.seed = orders, repeats, seed
-        cases, self.unreadable = _cases(archives, reader)
-        if not cases:
+        archived, self.unreadable = archived_cases(archives, reader)
+        self.unread_votes = dict(unread_votes or {})
+        voted = voted_cases(votes)
+        if not archived and not voted:
             raise DataError("no archived review has a verdict that can be read, so there is nothing to compare with")
-        if limit is not None and limit < len(cases):
-            cases = [cases[i] for i in sorted(random.Random(seed).sample(range(len(cases)), limit))]
-        self.cases = cases
-        judge.check([case.pair.question for case in cases])
+        self.cases: list[Case] = drawn(archived, limit, seed) + drawn(voted, limit, seed)
+        judge.check([case.pair.question for case in self.cases])
         self.pairs: list[Pair] = []
         self.ids: list[str] = []
-        for case in cases:
+        for case in self.cases:
             for order in ORDERS[orders]:
                 self.pairs.append(case.pair if order == "forward" else reversed_pair(case.pair))
-                self.ids.append(f"{case.archive}/{case.pair.question.id}/{order}")
+                self.ids.append(f"{case.id}/{order}")
 
     def spec(self) -> JSONObject:
         """Everything that decides the numbers, and the command that requested them."""
@@ -109,7 +97,9 @@ class JudgeCheck:
                 "judge": self.judge.spec(),
                 "orders": self.orders,
                 "repeats": self.repeats,
-                "archived": provenance.digest({"verdicts": [str(case.verdict) for case in self.cases]}),
+                "archived": provenance.digest(
+                    {"verdicts": [str(verdict) for case in self.cases for verdict in case.verdicts]}
+                ),
             },
             "requires": "judge",
             "model_name": self.judge.name,
@@ -139,116 +129,104 @@ class JudgeCheck:
             InputError: the judge's provider refuses the judge, the key or the request.
         """
         progress = progress or Progress()
-        spec = self.spec()
-        with RunStore(folder, spec) as store, self.judge.open(folder, progress.notice):
-            store.forget([id for id, r in store.done.items() if r.score.reason and r.score.reason not in LASTING])
-            total = len(self.ids) * self.repeats
-            with progress.track(f"{TASK} {self.judge.name}", total, len(store.done)) as advance:
-                for attempt in range(self.repeats):
-                    missing = [at for at, id in enumerate(self.ids) if f"{id}/{attempt}" not in store.done]
-                    for at, judgement in self.judge.stream(self.pairs, missing, attempt):
-                        store.append(record_of(self.pairs[at], judgement, id=f"{self.ids[at]}/{attempt}"))
-                        advance(1)
-            records = [[store.done[f"{id}/{attempt}"] for id in self.ids] for attempt in range(self.repeats)]
+        spec, started, computed = self.spec(), time.perf_counter(), 0
+        with RunStore(folder, spec) as store:
+            with self.judge.open(folder, progress.notice):
+                store.forget([id for id, r in store.done.items() if r.score.reason and r.score.reason not in LASTING])
+                total = len(self.ids) * self.repeats
+                with progress.track(f"{TASK} {self.judge.name}", total, len(store.done)) as advance:
+                    for attempt in range(self.repeats):
+                        missing = [at for at, id in enumerate(self.ids) if f"{id}/{attempt}" not in store.done]
+                        for at, judgement in self.judge.stream(self.pairs, missing, attempt):
+                            store.append(record_of(self.pairs[at], judgement, id=f"{self.ids[at]}/{attempt}"))
+                            advance(1)
+                            computed += 1
+            seconds = round(time.perf_counter() - started, 3)
+            timing = {"seconds": seconds, "samples_computed_now": computed, **self.judge.report()}
+            records = self._lines(store.done)
             results = self._results(records, store.spec)
+            results["timing"] = timing | {"verdicts": self._price(folder, records, timing)}
             store.finish(results)
         return results
+
+    def stored(self, folder: Path) -> list[Checked]:
+        """The cases with the reviews that a finished run of this check left in its folder."""
+        return self.checked(self._lines({record.sample.id: record for record in read_samples(folder)}))
+
+    def _lines(self, done: Mapping[str, SampleRecord]) -> list[list[SampleRecord]]:
+        """The lines of each repeat, in the order of `ids`."""
+        return [[done[f"{id}/{attempt}"] for id in self.ids] for attempt in range(self.repeats)]
+
+    def checked(self, records: Sequence[Sequence[SampleRecord]]) -> list[Checked]:
+        """The cases with their reviews; `records` are the lines of each repeat, in the order of `ids`."""
+        reviews = [[review_of(record, stored_verdict(record)) for record in mine] for mine in records]
+        orders = ORDERS[self.orders]
+        return [
+            Checked(
+                case,
+                {
+                    order: tuple(mine[at * len(orders) + place] for mine in reviews)
+                    for place, order in enumerate(orders)
+                },
+            )
+            for at, case in enumerate(self.cases)
+        ]
 
     def _results(self, records: Sequence[Sequence[SampleRecord]], spec: JSONMapping) -> JSONObject:
         every = [record for mine in records for record in mine]
         validity = check_reviews(every, len(every), dict(ALLOWED))
-        reviews = [review_of(record, stored_verdict(record)) for record in records[0]]
-        metrics = self._agreement(records[0]) | self._consistency(records) | self._orders(reviews)
-        metrics |= _biases(reviews) | {f"archived/{k}": m for k, m in _biases([c.review for c in self.cases]).items()}
-        stated = {name: metric.to_dict() for name, metric in metrics.items()}
+        checked = self.checked(records)
+        metrics = {name: metric.to_dict() for name, metric in check_metrics(checked, seed=self.seed).items()}
+        moves = moves_from_archive(checked, seed=self.seed)
+        headline = "kappa" if "kappa" in metrics else "human/kappa"
+        sentences = [sentence(move, self.judge.name, self.archive_judge) for move in moves]
         if not validity.passed:
-            stated["kappa"] |= {"value": None, "stderr": None, "ci95": None, "withheld": validity.reason}
+            metrics[headline] |= {"value": None, "stderr": None, "ci95": None, "withheld": validity.reason}
+            moves, sentences = [], []
+        people = [case for case in self.cases if case.by_people]
         return {
             "task": TASK,
             "protocol": self.judge.name,
             "model": self.judge.name,
-            "headline": "kappa",
-            "metrics": stated,
+            "headline": headline,
+            "metrics": metrics,
             "baselines": {},
-            "details": {"pairs": len(self.cases), "archived reviews that cannot be read": self.unreadable},
-            "judging": {},
+            "details": {
+                "pairs": len(self.cases),
+                "archived reviews that cannot be read": self.unreadable,
+                "pairs with votes": len(people),
+                "votes": sum(len(case.verdicts) for case in people),
+                **{f"votes not read: {reason}": n for reason, n in self.unread_votes.items()},
+            },
+            "judging": {"moves": [move.to_dict() for move in moves], "sentences": sentences},
             "validity": validity.to_dict(),
             "engine": {"path": "judge", "warnings": list(self.judge.warnings())},
-            "timing": self.judge.report(),
             "provenance": {
+                "archive_judge": self.archive_judge,
                 "judge_models": sorted({r.outputs["judge_model"] for r in every if r.outputs.get("judge_model")}),
                 **{key: spec[key] for key in ("settings", "data", "seed", "versions", "command", "commit")},
             },
         }
 
-    def _agreement(self, records: Sequence[SampleRecord]) -> dict[str, Metric]:
-        """With the archived verdicts, in the archived order."""
-        said = {id: stored_verdict(record) for id, record in zip(self.ids, records, strict=True)}
-        mine = [said[f"{case.archive}/{case.pair.question.id}/forward"] for case in self.cases]
-        both = [(case, verdict) for case, verdict in zip(self.cases, mine, strict=True) if verdict is not None]
-        unscored = len(self.cases) - len(both)
-        decisive = [(c, v) for c, v in both if "tie" not in (c.verdict.winner, v.winner)]
-        metrics = {}
-        for name, chosen, lost in (("", both, unscored), ("/decisive", decisive, len(self.cases) - len(decisive))):
-            kappa = cohen_kappa(
-                [(case.verdict.winner, verdict.winner) for case, verdict in chosen],
-                [case.pair.question.id for case, _ in chosen],
-                rng=np.random.default_rng(self.seed),
-            )
-            metrics[f"kappa{name}"] = replace(kappa, unscored=lost)
-            same: list[float | None] = [float(case.verdict.winner == verdict.winner) for case, verdict in chosen]
-            agreed = mean_metric(same, [case.pair.question.id for case, _ in chosen])
-            metrics[f"agreement{name}"] = replace(agreed, unscored=lost)
-        return metrics
+    def _price(self, folder: Path, records: Sequence[Sequence[SampleRecord]], timing: JSONMapping) -> JSONObject:
+        """What a verdict costs and takes: by the journal of the folder, or by this process for a judge without one.
 
-    def _consistency(self, records: Sequence[Sequence[SampleRecord]]) -> dict[str, Metric]:
-        """With itself: the same pair judged again."""
-        if len(records) < 2:
-            return {}
-        clusters, same = [], []
-        for repeats in zip(*records, strict=True):
-            winners = [verdict.winner if (verdict := stored_verdict(r)) else None for r in repeats]
-            for again in winners[1:]:
-                clusters.append(repeats[0].sample.cluster)
-                same.append(None if None in (winners[0], again) else float(winners[0] == again))
-        return {"self_consistency": mean_metric(same, clusters)}
-
-    def _orders(self, reviews: Sequence[Review]) -> dict[str, Metric]:
-        """Whether the same answer wins in both places; reviews of one pair follow each other."""
-        if self.orders != "both":
-            return {}
-        couples = list(zip(reviews[::2], reviews[1::2], strict=True))
-        same = [
-            None if None in (a.model_score, b.model_score) else float(a.model_score == b.model_score)
-            for a, b in couples
-        ]
-        return {"consistency": mean_metric(same, [review.question_id for review, _ in couples])}
-
-
-def _biases(reviews: Sequence[Review]) -> dict[str, Metric]:
-    """Shares of decisive verdicts: for Assistant 1, and for the longer of two unequal answers."""
-    decisive = [(r, r.verdict.winner == "1") for r in reviews if r.verdict is not None and r.verdict.winner != "tie"]
-    unequal = [r for r, _ in decisive if r.model_length != r.baseline_length]
-    longer = [float((r.model_length > r.baseline_length) == (r.model_score == 1.0)) for r in unequal]
-    return {
-        "first_wins": mean_metric([float(first) for _, first in decisive], [r.question_id for r, _ in decisive]),
-        "longer_wins": mean_metric(longer, [r.question_id for r in unequal]),
-    }
-
-
-def _cases(archives: Sequence[Archive], reader: JudgePrompts) -> tuple[list[Case], int]:
-    """Pairs with a verdict, and the number of those without."""
-    cases, unreadable = [], 0
-    for archive in archives:
-        for archived, verdict in zip(archive.reviews, archive.verdicts(reader), strict=True):
-            if isinstance(verdict, Verdict):
-                review = as_review(archived.pair, archive.baseline, archive.model, verdict)
-                cases.append(Case(archive.file.stem, archived.pair, verdict, review))
-            else:
-                unreadable += 1
-    return cases, unreadable
-
-
-def reversed_pair(pair: Pair) -> Pair:
-    """The same answers with their places changed."""
-    return Pair(pair.question, pair.answer_2, pair.answer_1, "reverse" if pair.order == "forward" else "forward")
+        A process that had nothing to judge knows no time of its own and keeps that of the one before.
+        """
+        n = sum(stored_verdict(record) is not None for mine in records for record in mine)
+        cost, seconds = timing.get("cost_usd_all_runs"), None
+        if self.judge.kind == "model":
+            with Journal(folder / "journal.sqlite") as journal:
+                waits = journal.waits()
+            seconds = statistics.median(waits) if waits else None
+        elif timing["samples_computed_now"]:
+            seconds = timing["seconds"] / timing["samples_computed_now"]
+        elif (folder / "results.json").is_file():
+            seconds = read_results(folder)["timing"].get("verdicts", {}).get("seconds_each")
+        if self.judge.kind != "model":
+            cost = 0.0
+        return {
+            "n": n,
+            "usd_each": None if cost is None or not n else cost / n,
+            "seconds_each": None if seconds is None else round(seconds, 6),
+        }

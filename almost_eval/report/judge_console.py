@@ -14,20 +14,6 @@ from almost_eval.judge.style import STYLE_CONTROLLED
 from almost_eval.report.judge_tables import print_judge_results, print_round_robin
 from almost_eval.types import JSONMapping, JSONObject, Metric
 
-CHECK_ROWS = {
-    "kappa": "kappa with the archived verdicts",
-    "agreement": "same verdict",
-    "kappa/decisive": "kappa, neither calls a tie",
-    "agreement/decisive": "same verdict, neither calls a tie",
-    "self_consistency": "same verdict when asked again",
-    "consistency": "same verdict in both orders",
-    "first_wins": "Assistant 1 wins a decisive verdict",
-    "longer_wins": "the longer answer wins one",
-    "archived/first_wins": "archived: Assistant 1 wins one",
-    "archived/longer_wins": "archived: the longer answer wins one",
-}
-"""Metric -> what it is called in a table."""
-
 ORDERS_IN_WORDS = {
     "both": ("both orders",),
     "forward": ("forward order only, the baseline is Assistant 1",),
@@ -36,22 +22,26 @@ ORDERS_IN_WORDS = {
 
 
 def print_judged(results: JSONMapping, console: Console) -> None:
-    """The table of a run of `vicuna` or of a judge's check."""
+    """The table of a run of `vicuna`."""
     title = " · ".join([f"judge {results['protocol']}", *ORDERS_IN_WORDS.get(results.get("orders", ""), ())])
-    if results["task"] == "judge-check":
-        _print_check(results, console)
-    elif "names" in results["judging"]:
+    if "names" in results["judging"]:
         print_round_robin(_round_robin(results), console, title=title)
     else:
         print_judge_results(_two(results), console, title=title, style=results["judging"].get("style"))
         if votes := results.get("votes"):
             _print_votes(results["metrics"], votes, console)
+    print_remarks(results, console)
+
+
+def print_remarks(results: JSONMapping, console: Console, *, of: str = "") -> None:
+    """What was counted, why the headline is withheld, and the warnings; `of` is whose they are, among several."""
+    whose = f"{of}: " if of else ""
     if details := ", ".join(f"{name} {count:,}" for name, count in results["details"].items() if count):
-        console.print(Text(f"counted: {details}"))
+        console.print(Text(f"{whose}counted: {details}"))
     if not results["validity"]["passed"]:
-        console.print(Text.assemble(("headline withheld:", "red"), f" {results['validity']['reason']}"))
+        console.print(Text.assemble(whose, ("headline withheld:", "red"), f" {results['validity']['reason']}"))
     for warning in results["engine"]["warnings"]:
-        console.print(Text.assemble(("warning:", "yellow"), f" {warning}"))
+        console.print(Text.assemble(whose, ("warning:", "yellow"), f" {warning}"))
 
 
 def _two(results: JSONMapping) -> JudgeResults:
@@ -125,30 +115,6 @@ def _print_votes(metrics: JSONMapping, votes: JSONMapping, console: Console) -> 
                 f"{votes['worth']:.0f} questions without it"
             )
         )
-
-
-def _print_check(results: JSONMapping, console: Console) -> None:
-    table = Table(title=Text(f"judge {results['model']} on archived pairs"), title_justify="left", title_style="bold")
-    table.add_column("metric")
-    for column in ("value", "95 % interval", "n", "unscored"):
-        table.add_column(column, justify="right")
-    for name, called in CHECK_ROWS.items():
-        metric = results["metrics"].get(name)
-        if metric is None:
-            continue
-        show = _number if name.startswith("kappa") else _share
-        table.add_row(
-            called,
-            "withheld" if metric.get("withheld") else show(metric["value"]),
-            " to ".join(map(show, metric["ci95"])) if metric["ci95"] else "-",
-            str(metric["n"]),
-            str(metric["unscored"] or ""),
-            style="bold" if name == results["headline"] else None,
-        )
-    console.print(table)
-    if cost := results["timing"].get("cost_usd"):
-        sent = results["timing"]["requests_sent"]
-        console.print(Text(f"price: {cost:.4f} USD for {sent} requests, {1000 * cost / max(1, sent):.2f} per thousand"))
 
 
 def print_archives(rows: Sequence[JSONMapping], console: Console) -> None:

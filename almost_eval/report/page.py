@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from almost_eval import __version__
 from almost_eval.errors import InputError
@@ -20,6 +21,10 @@ from almost_eval.report.matrix import Matrix, build_matrix
 from almost_eval.report.reference import reference_rows
 from almost_eval.report.runs import RunSet, load_runs
 from almost_eval.report.samples import Payload, pack
+
+if TYPE_CHECKING:
+    import jinja2
+    from markupsafe import Markup
 
 _PAGE = Path(__file__).with_name("assets")
 
@@ -66,34 +71,50 @@ def write_report(run_set: RunSet, matrix: Matrix | None, file: Path, *, samples:
     return Page(file, len(content), payload.n_samples)
 
 
-def render(run_set: RunSet, matrix: Matrix | None, payload: Payload) -> str:
-    """The document."""
+def templates() -> jinja2.Environment:
+    """The templates of all pages; they escape every text."""
     import jinja2
-    from markupsafe import Markup
 
-    environment = jinja2.Environment(
+    return jinja2.Environment(
         loader=jinja2.FileSystemLoader(_PAGE),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def style_sheet() -> Markup:
+    """Of all pages."""
+    from markupsafe import Markup
+
+    return Markup((_PAGE / "style.css").read_text(encoding="utf-8"))
+
+
+def render(run_set: RunSet, matrix: Matrix | None, payload: Payload) -> str:
+    """The document."""
+    from markupsafe import Markup
+
     script = (_PAGE / "page.js").read_text(encoding="utf-8")
-    return environment.get_template("page.html.jinja").render(
-        title=_title(run_set),
-        version=__version__,
-        style=Markup((_PAGE / "style.css").read_text(encoding="utf-8")),
-        script=Markup(script),
-        script_digest=_digest(script),
-        models=[{"label": label, "series": at % views.plots.SERIES} for at, label in enumerate(run_set.models)],
-        headlines=views.headline_rows(run_set),
-        matrix=views.matrix_view(matrix) if matrix else None,
-        sections=_with_svg(views.sections(run_set)),
-        provenance=views.provenance(run_set),
-        references=reference_rows(),
-        unfinished=run_set.unfinished,
-        blobs=[Markup(packed) for packed in payload.blobs],
-        n_samples=payload.n_samples,
+    return (
+        templates()
+        .get_template("page.html.jinja")
+        .render(
+            title=_title(run_set),
+            version=__version__,
+            style=style_sheet(),
+            script=Markup(script),
+            script_digest=_digest(script),
+            models=[{"label": label, "series": at % views.plots.SERIES} for at, label in enumerate(run_set.models)],
+            headlines=views.headline_rows(run_set),
+            matrix=views.matrix_view(matrix) if matrix else None,
+            sections=_with_svg(views.sections(run_set)),
+            provenance=views.provenance(run_set),
+            references=reference_rows(),
+            unfinished=run_set.unfinished,
+            blobs=[Markup(packed) for packed in payload.blobs],
+            n_samples=payload.n_samples,
+        )
     )
 
 

@@ -228,6 +228,14 @@ class Journal:
         )
         return int(row[0]), int(row[1])
 
+    def waits(self) -> list[float]:
+        """Seconds from the last sending of a request to its reply, of each reply whose sending is in the ledger."""
+        (waits,) = self._one(
+            "SELECT coalesce(json_group_array(wait), '[]') FROM (SELECT min(r.time - s.time) AS wait FROM replies r "
+            "JOIN sendings s ON s.digest = r.digest WHERE s.time < r.time GROUP BY r.digest)"
+        )
+        return [float(wait) for wait in json.loads(waits)]
+
     @property
     def _connection(self) -> sqlite3.Connection:
         if self._database is None:

@@ -104,7 +104,7 @@ def test_the_interval_holds_the_truth_in_94_of_100(n: int, n_all: int, truth: fl
     assert human_held >= 940
     assert abs(np.mean(raw)) > 0.08  # the judge alone is wrong
     assert abs(np.mean(errors)) < 0.01
-    # The gain grows with the votes and the judge's share of the truth; a judge that knows nothing costs next to nothing.
+    # The gain grows with the votes and with what the judge knows; one that knows nothing costs next to nothing.
     assert np.mean(widths) < 1.03
     if n >= 40 and good:
         assert np.mean(widths) < (0.8 if n_all > 100 else 0.95)

@@ -1,0 +1,63 @@
+"""One judge in the place of another: both are checked on the same cases, and a certificate says what changes.
+
+The new judge's run is in the folder itself, that of the old one in `old/` inside it, so that an old judge can be named
+later and nothing is asked twice. `certificate.json` is what both say; the page is drawn of it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from almost_eval.errors import RunError
+from almost_eval.files import write_json
+from almost_eval.judge.certificate import between, moves_between, sentence
+from almost_eval.judge.check import JudgeCheck
+from almost_eval.progress import Progress
+from almost_eval.types import JSONObject
+
+OLD = "old"
+"""Name of the folder of the judge that is replaced."""
+
+
+def certify(new: JudgeCheck, old: JudgeCheck | None, folder: Path, progress: Progress | None = None) -> JSONObject:
+    """Judge what is missing, then write `certificate.json` and return its content.
+
+    Args:
+        new: the check of the judge in question.
+        old: the same of the judge it is to replace; None where the archive is all there is to compare with.
+        folder: of the new judge's run.
+        progress: where to report.
+
+    Raises:
+        StoreError: see `JudgeCheck.execute`.
+        InputError: see `JudgeCheck.execute`.
+        RunError: the certificate cannot be written.
+    """
+    results = new.execute(folder, progress)
+    certificate: JSONObject = {
+        "new": new.judge.name,
+        "old": None,
+        "archive_judge": new.archive_judge if any(not case.by_people for case in new.cases) else None,
+        "sentences": list(results["judging"]["sentences"]),
+        "results": {"new": results},
+        "between": None,
+        "moves": None,
+    }
+    if old is not None:
+        theirs = old.execute(folder / OLD, progress)
+        certificate |= {"old": old.judge.name}
+        certificate["results"][OLD] = theirs
+        if results["validity"]["passed"] and theirs["validity"]["passed"]:
+            both = new.stored(folder), old.stored(folder / OLD)
+            moves = moves_between(*both, seed=new.seed)
+            certificate["between"] = {name: metric.to_dict() for name, metric in between(*both, seed=new.seed).items()}
+            certificate["moves"] = [move.to_dict() for move in moves]
+            certificate["sentences"] = [
+                *(sentence(move, new.judge.name, old.judge.name) for move in moves),
+                *certificate["sentences"],
+            ]
+    try:
+        write_json(folder / "certificate.json", certificate)
+    except OSError as error:
+        raise RunError(f"cannot write to {folder} ({error.strerror}); the reviews are kept") from None
+    return certificate

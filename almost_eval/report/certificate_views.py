@@ -1,0 +1,232 @@
+"""A judge's certificate as plain values: what the terminal and the page show of it. Numbers are formatted here."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from almost_eval.judge.succession import OLD
+from almost_eval.report.runs import NONE, counted
+from almost_eval.types import JSONMapping, JSONObject
+
+SHARES = {
+    "agreement": "same verdict as the archive",
+    "agreement/decisive": "same verdict as the archive, neither calls a tie",
+    "human/agreement": "same verdict as people",
+    "human/agreement/decisive": "same verdict as people, neither calls a tie",
+    "self_consistency": "same verdict when asked again",
+    "consistency": "same verdict in both orders",
+    "flips": "the other answer wins in the other order",
+    "first_wins": "Assistant 1 wins a decisive verdict",
+    "longer_wins": "the longer answer wins one",
+    "human/first_wins": "on voted pairs: Assistant 1 wins one",
+    "human/longer_wins": "on voted pairs: the longer answer wins one",
+}
+"""Metric of a check that is a share -> what it is called."""
+NUMBERS = {
+    "kappa": "kappa with the archived verdicts",
+    "kappa/decisive": "kappa, neither calls a tie",
+    "human/kappa": "kappa with people's votes",
+    "human/kappa/decisive": "kappa with people, neither calls a tie",
+}
+DIFFERENCES = {"longer_wins_beyond_archive": "the longer answer wins, beyond the archive"}
+BETWEEN = {
+    "kappa": "kappa between the two judges",
+    "agreement": "same verdict of the two judges",
+    "longer_wins_more": "the longer answer wins, more than with the old one",
+    "first_wins_more": "Assistant 1 wins, more than with the old one",
+}
+
+
+def title(certificate: JSONMapping) -> str:
+    """`NEW in place of OLD`."""
+    old = certificate["old"] or certificate["archive_judge"]
+    return f"{certificate['new']} in place of {old}" if old else f"{certificate['new']} and people's votes"
+
+
+def columns(certificate: JSONMapping) -> list[tuple[str, JSONMapping]]:
+    """(name, metrics) of the new judge, the old one and the archived one, as far as they are there."""
+    results = certificate["results"]
+    new = results["new"]["metrics"]
+    shown = [(certificate["new"], new)]
+    if certificate["old"]:
+        shown.append((certificate["old"], results[OLD]["metrics"]))
+    archived = {name.removeprefix("archived/"): metric for name, metric in new.items() if name.startswith("archived/")}
+    if archived:
+        shown.append((f"{certificate['archive_judge']}, archived", archived))
+    people = {
+        f"human/{name.removeprefix('people/')}": metric for name, metric in new.items() if name.startswith("people/")
+    }
+    if people:
+        shown.append(("people's votes", people))
+    return shown
+
+
+def number(metric: JSONMapping | None, kind: str) -> str:
+    """A metric's value: `share`, `number` or `difference` (in points)."""
+    if metric is None or metric.get("withheld"):
+        return "withheld" if metric else ""
+    return _text(metric["value"], kind)
+
+
+def interval(metric: JSONMapping | None, kind: str) -> str:
+    """Its 95 % interval, or nothing."""
+    ends = metric and metric["ci95"]
+    return f"{_text(ends[0], kind)} to {_text(ends[1], kind)}" if ends else ""
+
+
+def _text(value: float | None, kind: str) -> str:
+    if value is None:
+        return NONE
+    if kind == "share":
+        return f"{100 * value:.1f} %"
+    return f"{value:.3f}" if kind == "number" else f"{100 * value:+.1f}"
+
+
+def rows(certificate: JSONMapping) -> list[tuple[str, str, list[JSONMapping | None]]]:
+    """(what it is called, its kind, the metric of each column), those that some column has."""
+    shown = columns(certificate)
+    every = [
+        *((name, called, "number") for name, called in NUMBERS.items()),
+        *((name, called, "share") for name, called in SHARES.items()),
+        *((name, called, "difference") for name, called in DIFFERENCES.items()),
+    ]
+    table = [(called, kind, [metrics.get(name) for _, metrics in shown]) for name, called, kind in every]
+    return [row for row in table if any(row[2])]
+
+
+def between_rows(certificate: JSONMapping) -> list[tuple[str, str, JSONMapping]]:
+    """(what it is called, its kind, the metric) of the two judges together."""
+    kinds = {"kappa": "number", "agreement": "share"}
+    return [
+        (BETWEEN[name], kinds.get(name, "difference"), metric)
+        for name, metric in (certificate["between"] or {}).items()
+    ]
+
+
+def moves(certificate: JSONMapping) -> list[tuple[str, JSONObject]]:
+    """(whom the new judge replaces, the move), those of the old judge first."""
+    archive = f"{certificate['archive_judge']}, archived"
+    return [
+        *((str(certificate["old"]), move) for move in certificate["moves"] or ()),
+        *((archive, move) for move in certificate["results"]["new"]["judging"]["moves"]),
+    ]
+
+
+def prices(certificate: JSONMapping) -> list[tuple[str, str, str, int]]:
+    """(judge, USD a verdict, seconds a verdict, verdicts) of each judge that was asked."""
+    names = {"new": certificate["new"], OLD: certificate["old"]}
+    return [(names[which], *_price(results["timing"]["verdicts"])) for which, results in certificate["results"].items()]
+
+
+def _price(verdicts: JSONMapping) -> tuple[str, str, int]:
+    usd, seconds = verdicts["usd_each"], verdicts["seconds_each"]
+    return NONE if usd is None else f"{usd:.6f}", NONE if seconds is None else f"{seconds:.3g}", verdicts["n"]
+
+
+def page_view(certificate: JSONMapping) -> JSONObject:
+    """What the page's template reads."""
+    shown = columns(certificate)
+    table = rows(certificate)
+    return {
+        "title": title(certificate),
+        "sentences": certificate["sentences"],
+        "legend_of": [{"label": name, "series": at} for at, (name, _) in enumerate(shown)],
+        "shares": [
+            {"label": called, "bars": _bars(shown, metrics), "strong": False, "muted": False}
+            for called, kind, metrics in table
+            if kind == "share"
+        ],
+        "numbers": [
+            {"label": called, "cells": [_cell(metric, kind) for metric in metrics]}
+            for called, kind, metrics in table
+            if kind != "share"
+        ],
+        "between": [{"label": called, **_cell(metric, kind)} for called, kind, metric in between_rows(certificate)],
+        "moves": [_move(old, move) for old, move in moves(certificate)],
+        "prices": prices(certificate),
+        "notes": [
+            _note(name, results) for name, results in zip(_names(certificate), _results(certificate), strict=True)
+        ],
+        "runs": [_run(name, results) for name, results in zip(_names(certificate), _results(certificate), strict=True)],
+    }
+
+
+def _names(certificate: JSONMapping) -> list[str]:
+    return [certificate["new"], *([certificate["old"]] if certificate["old"] else [])]
+
+
+def _results(certificate: JSONMapping) -> list[JSONMapping]:
+    return list(certificate["results"].values())
+
+
+def _bars(shown: Sequence[tuple[str, JSONMapping]], metrics: Sequence[JSONMapping | None]) -> list[JSONObject]:
+    bars = []
+    for at, ((name, _), metric) in enumerate(zip(shown, metrics, strict=True)):
+        if metric is None:
+            continue
+        value, ends = metric["value"], metric["ci95"]
+        bars.append(
+            {
+                "label": name,
+                "series": at,
+                "text": number(metric, "share").removesuffix(" %"),
+                "interval": interval(metric, "share").replace(" %", ""),
+                "at": None if value is None else 100 * value,
+                "low": 100 * ends[0] if ends else None,
+                "high": 100 * ends[1] if ends else None,
+                "n": metric["n"],
+                "withheld": bool(metric.get("withheld")),
+            }
+        )
+    return bars
+
+
+def _cell(metric: JSONMapping | None, kind: str) -> JSONObject:
+    n = metric["n"] if metric else ""
+    return {"text": number(metric, kind), "interval": interval(metric, kind), "n": n}
+
+
+def _move(old: str, move: JSONMapping) -> JSONObject:
+    systems = move["systems"]
+    return {
+        "old": old,
+        "systems": f"{systems[0]} against {systems[1]}" if systems else "Assistant 2, all pairs of systems",
+        "before": _text(move["before"], "share"),
+        "after": _text(move["after"], "share"),
+        "difference": _text(move["difference"], "difference"),
+        "interval": interval(move, "difference"),
+        "n": move["n"],
+        "unscored": move["unscored"],
+    }
+
+
+def _note(name: str, results: JSONMapping) -> JSONObject:
+    withheld = None if results["validity"]["passed"] else results["validity"]["reason"]
+    return {
+        "label": name,
+        "counted": counted(results),
+        "withheld": withheld,
+        "warnings": [str(warning) for warning in results["engine"]["warnings"]],
+    }
+
+
+def _run(name: str, results: JSONMapping) -> JSONObject:
+    known = results["provenance"]
+    judge = known["settings"]["judge"]
+    facts = {
+        "judge": "; ".join(f"{key} {value}" for key, value in judge.items() if isinstance(value, str | int | float)),
+        "prompt set": (judge.get("prompt_set") or {}).get("name"),
+        "answered as": ", ".join(known["judge_models"]),
+        "orders": known["settings"]["orders"],
+        "times each pair was judged": known["settings"]["repeats"],
+        "questions": f"sha256 {str(known['data']['fingerprint'])[:16]}",
+        "pairs": f"sha256 {str(known['data']['pairs_digest'])[:16]}",
+        "seed": known["seed"],
+        "commit": known["commit"],
+    }
+    return {
+        "label": name,
+        "command": shlex.join(known["command"] or []),
+        "facts": [(key, str(value)) for key, value in facts.items() if value not in (None, "")],
+    }
