@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,8 +35,6 @@ from almost_eval.types import JSONMapping, JSONObject
 if TYPE_CHECKING:
     from almost_eval.data.sources import DataSource
     from almost_eval.judge.answers import System
-    from almost_eval.judge.cases import HumanVote
-    from almost_eval.judge.check import JudgeCheck
     from almost_eval.judge.judges import Judge
     from almost_eval.judge.records import Question
     from almost_eval.judge.run import JudgeRun
@@ -164,14 +162,12 @@ def _questions(flags: Flags, *, built_in: bool) -> tuple[DataSource, list[Questi
     return data, questions, fingerprint
 
 
-def _open_judge(flags: Flags, data: DataSource, *, beside_others: bool = False) -> Judge:
-    """The judge that the flags name; see `open_judge`. Flags of an API may be meant for another judge beside it."""
+def _open_judge(flags: Flags, data: DataSource) -> Judge:
+    """The judge that the flags name; see `open_judge`."""
     from almost_eval.cli.startup import import_transformers
-    from almost_eval.judge.build import JudgeOptions, is_local, open_judge, without_api
+    from almost_eval.judge.build import JudgeOptions, open_judge
 
     options = JudgeOptions(**{field.name: flags[field.name] for field in fields(JudgeOptions) if field.name in flags})
-    if beside_others and is_local(flags["judge"]):
-        options = without_api(options)
     if options.is_reward_model:
         import_transformers()
     return open_judge(options, data)
@@ -288,94 +284,6 @@ def judge_check(archive: tuple[Path, ...], as_json: bool, **flags: Any) -> int:
       almost-eval judge check --judge gpt-6-luna --judge gpt-6.1-terra --archive vicuna-archive --max-cost 2
       almost-eval judge check --judge reward:./my-reward-model --votes hh-rlhf/test.jsonl.gz
     """
-    from almost_eval.progress import progress_for
+    from almost_eval.cli.judge_check import check_judges
 
-    checks = _prepare_checks(archive, flags)
-    new, old = checks[0], checks[1] if len(checks) > 1 else None
-    folder = flags["output"] or new.default_folder()
-    if flags["dry_run"]:
-        from almost_eval.judge.succession import OLD
-
-        plans = [check.describe(place) for check, place in zip(checks, (folder, folder / OLD), strict=False)]
-        if old is not None and as_json:
-            return _show_plan({"new": plans[0], OLD: plans[1]}, as_json)
-        return max(_show_plan(plan, as_json) for plan in plans)
-    from almost_eval.judge.succession import certify
-    from almost_eval.report.certificate_page import write_certificate
-
-    certificate = certify(new, old, folder, progress_for())
-    page = write_certificate(certificate, folder)
-    _show_certificate(certificate, page, as_json)
-    return 0 if all(results["validity"]["passed"] for results in certificate["results"].values()) else 3
-
-
-def _prepare_checks(archive: tuple[Path, ...], flags: Flags) -> list[JudgeCheck]:
-    """The check of the first judge and, where one is named, that of the one to be replaced."""
-    from almost_eval.judge.archive import find_archives
-    from almost_eval.judge.check import JudgeCheck
-    from almost_eval.judge.prompts import load_judge_prompts
-
-    names, addresses = flags["judge"], flags["judge_base_url"]
-    if not names:
-        raise InputError("--judge is missing: name a model of the API (gpt-6.1-terra), or reward:CKPT")
-    if len(names) > 2:
-        raise InputError(f"--judge is there {len(names)} times; name the new judge, then the old one")
-    if len(set(names)) < len(names):
-        raise InputError(f"--judge {names[0]} is there twice; name the new judge, then the old one")
-    if not archive and flags["votes"] is None:
-        raise InputError(
-            "nothing to compare with: give --archive with archived reviews, --votes with people's, or both"
-        )
-    votes, unread = _human_votes(flags["votes"])
-    data, questions, fingerprint = _questions({**flags, "limit": None, "judge": names[0]}, built_in=False)
-    archives = find_archives(archive, questions)
-    reader = load_judge_prompts(DEFAULT_FAMILY, "builtin", data)
-    return [
-        JudgeCheck(
-            archives,
-            reader,
-            _open_judge({**flags, "judge": name, "judge_base_url": address}, data, beside_others=len(names) > 1),
-            fingerprint,
-            votes=votes,
-            unread_votes=unread,
-            archive_judge=flags["archive_judge"],
-            orders=flags["orders"],
-            limit=flags["limit"],
-            repeats=flags["repeats"],
-            seed=flags["seed"],
-        )
-        for name, address in zip(names, _addresses(names, addresses), strict=True)
-    ]
-
-
-def _human_votes(file: Path | None) -> tuple[list[HumanVote], dict[str, int]]:
-    if file is None:
-        return [], {}
-    from almost_eval.arena.human import read_human_votes
-
-    return read_human_votes(file)
-
-
-def _addresses(judges: Sequence[str], addresses: Sequence[str]) -> list[str | None]:
-    """The endpoint of each judge: one is for all behind an API, two are in the judges' order."""
-    from almost_eval.judge.build import is_local
-
-    behind = [name for name in judges if not is_local(name)]
-    if len(addresses) > max(1, len(behind)):
-        raise InputError(f"--judge-base-url is there {len(addresses)} times for {len(behind)} judges behind an API")
-    if addresses and not behind:
-        behind = list(judges)  # `open_judge` refuses it with the judge's name
-    each = dict(zip(behind, list(addresses) * (len(behind) if len(addresses) == 1 else 1), strict=False))
-    return [each.get(name) for name in judges]
-
-
-def _show_certificate(certificate: JSONObject, page: Path, as_json: bool) -> None:
-    new = certificate["results"]["new"]
-    if as_json:
-        rest = {key: value for key, value in certificate.items() if key != "results"}
-        others = {key: value for key, value in certificate["results"].items() if key != "new"}
-        click.echo(json.dumps({**new, "certificate": rest | {"results": others}}, indent=1, ensure_ascii=False))
-    else:
-        from almost_eval.report.certificate_console import print_certificate
-
-        print_certificate(certificate, open_console(), page=str(page))
+    return check_judges(archive, flags, as_json, questions=_questions, open_judge=_open_judge, show_plan=_show_plan)

@@ -119,10 +119,9 @@ def is_local(name: str) -> bool:
     return name == NANO_JUDGE or name.startswith(REWARD_PREFIX)
 
 
-def without_api(options: JudgeOptions) -> JudgeOptions:
-    """The options less those that only a judge behind an API takes."""
-    defaults: JSONObject = {field.name: field.default for field in fields(JudgeOptions) if field.name in _OF_AN_API}
-    return replace(options, **defaults)
+def without_api() -> JSONObject:
+    """What sets the options that only a judge behind an API takes back to their defaults, by name."""
+    return {field.name: field.default for field in fields(JudgeOptions) if field.name in _OF_AN_API}
 
 
 def answer_budget(data_name: str) -> int:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from almost_eval.judge.cases import Case
-from almost_eval.judge.records import Order, Review, Verdict
+from almost_eval.judge.records import Order, Review
 from almost_eval.stats import cohen_kappa, draw_counts, mean_metric, paired_bootstrap, wilson
 from almost_eval.types import JSONObject, Metric
 
@@ -92,16 +92,16 @@ def _first_reviews(checked: Sequence[Checked]) -> list[Review]:
 
 def _agreement(checked: Sequence[Checked], orders: Sequence[Order], seed: int) -> dict[str, Metric]:
     """With the verdicts of the cases; a decisive one is one where neither calls a tie."""
-    pairs: list[tuple[str, str, str]] = []  # (their winner, the judge's, the question)
+    pairs: list[tuple[str, str, str]] = []  # (their winner, the judge's, the case)
     unscored = 0
     for one in checked:
         for order in orders:
-            mine = one.first(order)
-            for theirs in one.case.reviews():
-                if mine.verdict is None:
+            mine = _winner(one.first(order))
+            for theirs in map(_winner, one.case.reviews()):
+                if mine is None or theirs is None:
                     unscored += 1
                 else:
-                    pairs.append((_winner(theirs), _winner(mine), one.case.id))
+                    pairs.append((theirs, mine, one.case.id))
     decisive = [pair for pair in pairs if "tie" not in pair[:2]]
     every, metrics = len(pairs) + unscored, {}
     for name, chosen in (("", pairs), ("/decisive", decisive)):
@@ -113,9 +113,13 @@ def _agreement(checked: Sequence[Checked], orders: Sequence[Order], seed: int) -
     return metrics
 
 
-def _winner(review: Review) -> str:
-    """`model`, `baseline` or `tie`, whatever the order."""
-    return {1.0: "model", 0.0: "baseline"}.get(review.model_score or 0.0, "tie")
+def _winner(review: Review) -> str | None:
+    """`model`, `baseline` or `tie`, whatever the order; None without a verdict."""
+    if review.verdict is None:
+        return None
+    if review.verdict.winner == "tie":
+        return "tie"
+    return "model" if (review.verdict.winner == "2") == (review.order == "forward") else "baseline"
 
 
 def _consistency(checked: Sequence[Checked]) -> dict[str, Metric]:
@@ -125,7 +129,7 @@ def _consistency(checked: Sequence[Checked]) -> dict[str, Metric]:
         for first, *again in one.reviews.values():
             for other in again:
                 clusters.append(one.case.pair.question.id)
-                both = (first.model_score, other.model_score)
+                both = (_winner(first), _winner(other))
                 same.append(None if None in both else float(both[0] == both[1]))
     return {"self_consistency": mean_metric(same, clusters)} if same else {}
 
@@ -135,29 +139,34 @@ def _orders(checked: Sequence[Checked]) -> dict[str, Metric]:
     both = [one for one in checked if len(one.reviews) == 2]
     if not both:
         return {}
-    scores = [(one.first("forward").model_score, one.first("reverse").model_score) for one in both]
+    winners = [(_winner(one.first("forward")), _winner(one.first("reverse"))) for one in both]
     clusters = [one.case.pair.question.id for one in both]
-    same = [None if None in pair else float(pair[0] == pair[1]) for pair in scores]
-    flips = [None if None in pair else float({*pair} == {0.0, 1.0}) for pair in scores]
+    same = [None if None in pair else float(pair[0] == pair[1]) for pair in winners]
+    flips = [None if None in pair else float({*pair} == {"model", "baseline"}) for pair in winners]
     return {"consistency": mean_metric(same, clusters), "flips": mean_metric(flips, clusters)}
 
 
 def biases(reviews: Sequence[Review]) -> dict[str, Metric]:
     """Shares of decisive verdicts: for Assistant 1, and for the longer of two unequal answers."""
-    decisive = [(r, r.verdict.winner == "1") for r in reviews if r.verdict is not None and r.verdict.winner != "tie"]
-    longer = _longer(reviews)
-    return {
-        "first_wins": mean_metric([float(first) for _, first in decisive], [r.question_id for r, _ in decisive]),
-        "longer_wins": mean_metric([won for _, won in longer], [question for question, _ in longer]),
-    }
+    shares = {"first_wins": _first(reviews), "longer_wins": _longer(reviews)}
+    return {name: mean_metric([won for _, won in rows], [id for id, _ in rows]) for name, rows in shares.items()}
+
+
+def _first(reviews: Sequence[Review]) -> list[tuple[str, float]]:
+    """(question, whether Assistant 1 won) of the decisive reviews."""
+    return [
+        (review.question_id, float(review.verdict.winner == "1"))
+        for review in reviews
+        if review.verdict is not None and review.verdict.winner != "tie"
+    ]
 
 
 def _longer(reviews: Sequence[Review]) -> list[tuple[str, float]]:
     """(question, whether the longer answer won) of the decisive reviews of unequal answers."""
     return [
-        (review.question_id, float((review.model_length > review.baseline_length) == (review.model_score == 1.0)))
+        (review.question_id, float((review.model_length > review.baseline_length) == (_winner(review) == "model")))
         for review in reviews
-        if review.model_score in (0.0, 1.0) and review.model_length != review.baseline_length
+        if _winner(review) in ("model", "baseline") and review.model_length != review.baseline_length
     ]
 
 
@@ -259,10 +268,11 @@ def between(new: Sequence[Checked], old: Sequence[Checked], *, seed: int) -> dic
     theirs = {one.case.id: one for one in old}
     shared = [(one, theirs[one.case.id]) for one in new if one.case.id in theirs]
     rows = [(a.case.id, a.first(order), b.first(order)) for a, b in shared for order in a.reviews if order in b.reviews]
-    scored = [(id, a, b) for id, a, b in rows if a.verdict is not None and b.verdict is not None]
+    winners = [(id, _winner(a), _winner(b)) for id, a, b in rows]
+    scored = [(id, a, b) for id, a, b in winners if a is not None and b is not None]
     clusters, lost = [id for id, _, _ in scored], len(rows) - len(scored)
-    kappa = cohen_kappa([(_winner(b), _winner(a)) for _, a, b in scored], clusters, rng=np.random.default_rng(seed))
-    same: list[float | None] = [float(_winner(a) == _winner(b)) for _, a, b in scored]
+    kappa = cohen_kappa([(b, a) for _, a, b in scored], clusters, rng=np.random.default_rng(seed))
+    same: list[float | None] = [float(a == b) for _, a, b in scored]
     metrics = {
         "kappa": replace(kappa, unscored=lost),
         "agreement": replace(mean_metric(same, clusters), unscored=lost),
@@ -271,12 +281,3 @@ def between(new: Sequence[Checked], old: Sequence[Checked], *, seed: int) -> dic
     metrics["longer_wins_more"] = _share_beyond(_longer(of_new), _longer(of_old), seed)
     metrics["first_wins_more"] = _share_beyond(_first(of_new), _first(of_old), seed)
     return metrics
-
-
-def _first(reviews: Sequence[Review]) -> list[tuple[str, float]]:
-    """(question, whether Assistant 1 won) of the decisive reviews."""
-    return [
-        (review.question_id, float(review.verdict.winner == "1"))
-        for review in reviews
-        if isinstance(review.verdict, Verdict) and review.verdict.winner != "tie"
-    ]

@@ -1,0 +1,161 @@
+"""What `almost-eval judge check` does: one judge or two from the flags, their run, the table and the page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from almost_eval.cli.command_line import open_console
+from almost_eval.errors import InputError
+from almost_eval.judge.build import NANO_JUDGE, is_local, without_api
+from almost_eval.judge.families import DEFAULT_FAMILY
+from almost_eval.types import JSONMapping, JSONObject
+
+if TYPE_CHECKING:
+    from almost_eval.data.sources import DataSource
+    from almost_eval.judge.cases import HumanVote
+    from almost_eval.judge.check import JudgeCheck
+    from almost_eval.judge.judges import Judge
+    from almost_eval.judge.records import Question
+
+    OpenJudge = Callable[[Mapping[str, Any], DataSource], Judge]
+    ShowPlan = Callable[[JSONMapping, bool], int]
+
+
+def check_judges(
+    archive: Sequence[Path],
+    flags: Mapping[str, Any],
+    as_json: bool,
+    *,
+    questions: Callable[..., tuple[DataSource, list[Question], str]],
+    open_judge: OpenJudge,
+    show_plan: ShowPlan,
+) -> int:
+    """Run the checks that the flags ask for, and show the certificate; the exit code.
+
+    Args:
+        archive: of `--archive`.
+        flags: the other parameters of the command, by name.
+        as_json: whether JSON is printed.
+        questions: opens data and questions by flags.
+        open_judge: opens a judge by flags.
+        show_plan: prints what a run would take.
+    """
+    from almost_eval.judge.succession import OLD, certify
+    from almost_eval.progress import progress_for
+
+    names = flags["judge"]
+    _refuse(names, archive, flags["votes"])
+    votes = _human_votes(flags["votes"])
+    if archive:
+        opened = questions({**flags, "limit": None, "judge": names[0]}, built_in=False)
+    else:  # the votes hold their questions
+        opened = _data_for(flags, votes[0])
+    new, *others = _checks(archive, flags, opened, votes, open_judge)
+    old = others[0] if others else None
+    folder = flags["output"] or new.default_folder()
+    if flags["dry_run"]:
+        plan = new.describe(folder)
+        return show_plan({"new": plan, OLD: old.describe(folder / OLD)} if old else plan, as_json)
+    from almost_eval.report.certificate_page import write_certificate
+
+    certificate = certify(new, old, folder, progress_for())
+    _show(certificate, write_certificate(certificate, folder), as_json)
+    return 0 if all(results["validity"]["passed"] for results in certificate["results"].values()) else 3
+
+
+def _refuse(judges: Sequence[str], archive: Sequence[Path], votes: Path | None) -> None:
+    if not judges:
+        raise InputError("--judge is missing: name a model of the API (gpt-6.1-terra), or reward:CKPT")
+    if len(judges) > 2 or len(set(judges)) < len(judges):
+        raise InputError(f"--judge is there for {', '.join(judges)}; name the new judge, then one other to replace")
+    if not archive and votes is None:
+        raise InputError("nothing to compare with: give --archive with archived reviews, --votes of people, or both")
+
+
+def _checks(
+    archive: Sequence[Path],
+    flags: Mapping[str, Any],
+    opened: tuple[DataSource, list[Question], str],
+    votes: tuple[list[HumanVote], dict[str, int]],
+    open_judge: OpenJudge,
+) -> list[JudgeCheck]:
+    """The check of the first judge and, where one is named, that of the one to be replaced."""
+    from almost_eval.judge.archive import find_archives
+    from almost_eval.judge.check import JudgeCheck
+    from almost_eval.judge.prompts import load_judge_prompts
+
+    names = flags["judge"]
+    data, questions, fingerprint = opened
+    archives = find_archives(archive, questions)
+    reader = load_judge_prompts(DEFAULT_FAMILY, "builtin", data)
+    checks = []
+    for name, address in zip(names, _addresses(names, flags["judge_base_url"]), strict=True):
+        mine = {**flags, "judge": name, "judge_base_url": address}
+        if len(names) > 1 and is_local(name):  # these flags are the other judge's
+            mine |= without_api()
+        checks.append(
+            JudgeCheck(
+                archives,
+                reader,
+                open_judge(mine, data),
+                fingerprint,
+                votes=votes[0],
+                unread_votes=votes[1],
+                archive_judge=flags["archive_judge"],
+                orders=flags["orders"],
+                limit=flags["limit"],
+                repeats=flags["repeats"],
+                seed=flags["seed"],
+            )
+        )
+    return checks
+
+
+def _data_for(flags: Mapping[str, Any], votes: Sequence[HumanVote]) -> tuple[DataSource, list[Question], str]:
+    """Where prompts come from, no questions, and the digest of the votes."""
+    from dataclasses import asdict
+
+    from almost_eval.data.sources import find_data, fingerprint
+
+    if flags["questions"] is not None:
+        raise InputError("--questions belong to --archive; the file of --votes holds its own")
+    name = flags["data"] or ("nano" if NANO_JUDGE in flags["judge"] and not flags["data_root"] else None)
+    data = find_data(name, flags["data_root"], built_in_model=False)
+    return data, [], fingerprint([asdict(vote) for vote in votes])
+
+
+def _human_votes(file: Path | None) -> tuple[list[HumanVote], dict[str, int]]:
+    if file is None:
+        return [], {}
+    from almost_eval.arena.human import read_human_votes
+
+    return read_human_votes(file)
+
+
+def _addresses(judges: Sequence[str], addresses: Sequence[str]) -> list[str | None]:
+    """The endpoint of each judge: one is for all behind an API, two are in the judges' order."""
+    behind = [name for name in judges if not is_local(name)]
+    if not behind and addresses:
+        behind = [*judges[:1]]  # `open_judge` refuses it, with the judge's name
+    if len(addresses) > max(1, len(behind)):
+        raise InputError(f"--judge-base-url is there {len(addresses)} times for {len(behind)} judges behind an API")
+    shared = list(addresses) * (len(behind) if len(addresses) == 1 else 1)
+    each = dict(zip(behind, shared, strict=False))
+    return [each.get(name) for name in judges]
+
+
+def _show(certificate: JSONObject, page: Path, as_json: bool) -> None:
+    """`results.json` of the new judge with the certificate in it, or the table."""
+    if not as_json:
+        from almost_eval.report.certificate_console import print_certificate
+
+        print_certificate(certificate, open_console(), page=str(page))
+        return
+    others = {name: results for name, results in certificate["results"].items() if name != "new"}
+    rest = {**certificate, "results": others}
+    click.echo(json.dumps({**certificate["results"]["new"], "certificate": rest}, indent=1, ensure_ascii=False))
