@@ -16,13 +16,16 @@ from pathlib import Path
 from almost_eval.arena.ppi import MIN_VOTED, CorrectedMean, corrected_mean
 from almost_eval.arena.report import SIDES, question_text
 from almost_eval.arena.votes import Vote
-from almost_eval.errors import InputError
+from almost_eval.errors import InputError, RunError
+from almost_eval.files import write_json
 from almost_eval.judge.aggregate import Orders, Ties, mean_scores
 from almost_eval.judge.lines import by_system, reviews_of
 from almost_eval.judge.records import Pair
 from almost_eval.judge.results import StoredRun, redraw, redrawn_records
 from almost_eval.types import JSONObject
 
+VOTES_FILE = "votes.json"
+"""In a run folder: what its votes say, where it was kept; the page of the run shows it."""
 HUMAN, CORRECTED = "win_rate_human", "win_rate_human_corrected"
 """Names of the two metrics."""
 
@@ -113,6 +116,21 @@ def corrected(
         metrics[CORRECTED] |= hidden
     facts = _facts(len(votes), matched, both, len(voted), len(elsewhere))
     return {**results, "metrics": results["metrics"] | metrics, "votes": facts}
+
+
+def keep(folder: Path, results: JSONObject) -> Path:
+    """Write what `corrected` returned of the votes into the run's folder, for its page.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    names = ("win_rate", HUMAN, CORRECTED)
+    kept = {"metrics": {name: results["metrics"][name] for name in names}, "votes": results["votes"]}
+    try:
+        write_json(folder / VOTES_FILE, kept)
+    except OSError as error:
+        raise RunError(f"cannot write to {folder} ({error.strerror}); leave --keep out") from None
+    return folder / VOTES_FILE
 
 
 def _facts(n_votes: int, matched: MatchedVotes, both: CorrectedMean, voted: int, elsewhere: int) -> JSONObject:

@@ -212,6 +212,7 @@ def judge() -> None:
     type=PATH,
     help="Votes of people on pairs of the run: corrects the win rate by them (arena file or export).",
 )
+@click.option("--keep", is_flag=True, help="Keep what --votes say in the run folder: the run's page then shows it.")
 @options(DATA_OPTIONS)
 @JSON
 def judge_report(
@@ -250,15 +251,20 @@ def judge_report(
 def _redrawn(folder: Path, votes: Path | None, flags: Flags) -> JSONObject:
     """The results of a run with these flags, corrected by votes where there are some."""
     if votes is None:
+        if flags["keep"]:
+            raise InputError("--keep keeps what --votes say; give them too")
         from almost_eval.judge.results import redraw
 
         return redraw(folder, ties=flags["ties"], orders=flags["orders"], family=flags["prompt_family"])
-    from almost_eval.arena.correction import corrected
+    from almost_eval.arena.correction import corrected, keep
     from almost_eval.arena.votes import read_votes
 
-    return corrected(
+    results = corrected(
         folder, read_votes(votes), ties=flags["ties"], orders=flags["orders"], family=flags["prompt_family"]
     )
+    if flags["keep"]:
+        keep(folder, results)
+    return results
 
 
 @judge.command("check")

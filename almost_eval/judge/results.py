@@ -186,6 +186,8 @@ class StoredRun:
         if self.spec.get("requires") != "judge":
             raise StoreError(f"{folder} is a run of {self.spec['task']}, not of vicuna; use almost-eval report")
         settings = self.spec["settings"]
+        if "systems" not in settings:
+            raise StoreError(f"{folder} is a check of a judge, not a run of vicuna; read its certificate.html")
         self.questions = read_questions(folder / "questions.jsonl")
         names = [system["name"] for system in settings["systems"].values()]
         self.answers = [read_answers(file, self.questions)[1] for file in answer_files(folder, names)]

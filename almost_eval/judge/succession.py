@@ -13,7 +13,7 @@ from almost_eval.files import write_json
 from almost_eval.judge.certificate import between, moves_between, sentence
 from almost_eval.judge.check import JudgeCheck
 from almost_eval.progress import Progress
-from almost_eval.types import JSONObject
+from almost_eval.types import JSONMapping, JSONObject
 
 OLD = "old"
 """Name of the folder of the judge that is replaced."""
@@ -34,15 +34,7 @@ def certify(new: JudgeCheck, old: JudgeCheck | None, folder: Path, progress: Pro
         RunError: the certificate cannot be written.
     """
     results = new.execute(folder, progress)
-    certificate: JSONObject = {
-        "new": new.judge.name,
-        "old": None,
-        "archive_judge": new.archive_judge if any(not case.by_people for case in new.cases) else None,
-        "sentences": list(results["judging"]["sentences"]),
-        "results": {"new": results},
-        "between": None,
-        "moves": None,
-    }
+    certificate = certificate_of(results)
     if old is not None:
         theirs = old.execute(folder / OLD, progress)
         certificate |= {"old": old.judge.name}
@@ -61,3 +53,21 @@ def certify(new: JudgeCheck, old: JudgeCheck | None, folder: Path, progress: Pro
     except OSError as error:
         raise RunError(f"cannot write to {folder} ({error.strerror}); the reviews are kept") from None
     return certificate
+
+
+def certificate_of(results: JSONMapping) -> JSONObject:
+    """What one check says, as a certificate without an old judge.
+
+    Args:
+        results: `results.json` of a check; one of an earlier version has no moves and no price.
+    """
+    known = results["provenance"].get("archive_judge", "GPT-4")
+    return {
+        "new": results["model"],
+        "old": None,
+        "archive_judge": known if "kappa" in results["metrics"] else None,
+        "sentences": list(results["judging"].get("sentences", ())),
+        "results": {"new": results},
+        "between": None,
+        "moves": None,
+    }

@@ -109,14 +109,15 @@ def moves(certificate: JSONMapping) -> list[tuple[str, JSONObject]]:
     archive = f"{certificate['archive_judge']}, archived"
     return [
         *((str(certificate["old"]), move) for move in certificate["moves"] or ()),
-        *((archive, move) for move in certificate["results"]["new"]["judging"]["moves"]),
+        *((archive, move) for move in certificate["results"]["new"]["judging"].get("moves", ())),
     ]
 
 
 def prices(certificate: JSONMapping) -> list[tuple[str, str, str, int]]:
     """(judge, USD a verdict, seconds a verdict, verdicts) of each judge that was asked."""
     names = {"new": certificate["new"], OLD: certificate["old"]}
-    return [(names[which], *_price(results["timing"]["verdicts"])) for which, results in certificate["results"].items()]
+    told = {which: results["timing"].get("verdicts") for which, results in certificate["results"].items()}
+    return [(names[which], *_price(verdicts)) for which, verdicts in told.items() if verdicts]
 
 
 def _price(verdicts: JSONMapping) -> tuple[str, str, int]:

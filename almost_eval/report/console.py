@@ -18,9 +18,7 @@ MANY_ROWS = 24
 def print_results(results: Results, console: Console, *, folder: str | None = None) -> None:
     """The metrics with their intervals, the baselines, what was not scored, and where the run is."""
     if "judging" in results:
-        from almost_eval.report.judge_console import print_judged
-
-        print_judged(results, console)
+        _print_judging(results, console)
         _print_folder(folder, console)
         return
     title = f"{results['task']} · {results['protocol']} · {results['model']}"
@@ -62,6 +60,21 @@ def print_results(results: Results, console: Console, *, folder: str | None = No
     for line in _notes(results):
         console.print(line)
     _print_folder(folder, console)
+
+
+def _print_judging(results: Results, console: Console) -> None:
+    """What a judge said of systems, or what a check says of a judge."""
+    from almost_eval.judge.check import TASK
+
+    if results["task"] == TASK:
+        from almost_eval.judge.succession import certificate_of
+        from almost_eval.report.certificate_console import print_certificate
+
+        print_certificate(certificate_of(results), console)
+    else:
+        from almost_eval.report.judge_console import print_judged
+
+        print_judged(results, console)
 
 
 def _print_folder(folder: str | None, console: Console) -> None:

@@ -8,10 +8,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from almost_eval.arena.correction import CORRECTED, HUMAN
+from almost_eval.arena.correction import CORRECTED
 from almost_eval.judge.aggregate import Combined, JudgeResults, RoundRobin, SignTest
 from almost_eval.judge.style import STYLE_CONTROLLED
 from almost_eval.report.judge_tables import print_judge_results, print_round_robin
+from almost_eval.report.judged import VOTE_ROWS, vote_words
 from almost_eval.types import JSONMapping, JSONObject, Metric
 
 ORDERS_IN_WORDS = {
@@ -76,14 +77,6 @@ def _metric(stored: JSONMapping) -> Metric:
     )
 
 
-VOTE_ROWS = {
-    "win_rate": "the judge alone",
-    HUMAN: "the votes alone, a tie half",
-    CORRECTED: "the judge corrected by the votes",
-}
-"""Metric -> what it is called in the table of votes."""
-
-
 def _print_votes(metrics: JSONMapping, votes: JSONMapping, console: Console) -> None:
     """The win rate of judge, votes and both; then how many votes there are, and which have no part in it."""
     table = Table(title=Text("win rate by people's votes"), title_justify="left", title_style="bold")
@@ -96,25 +89,8 @@ def _print_votes(metrics: JSONMapping, votes: JSONMapping, console: Console) -> 
         interval = " to ".join(map(_share, metric["ci95"])) if metric["ci95"] else "-"
         table.add_row(called, value, interval, str(metric["n"]), style="bold" if name == CORRECTED else None)
     console.print(table)
-    lost = [f"{n} {reason}" for reason, n in votes["unmatched"].items()]
-    if missing := votes["questions_with_votes_and_no_verdict"]:
-        lost.append(f"and {missing} questions with votes have no verdict")
-    console.print(
-        Text(
-            f"{votes['matched']} of {votes['votes']} votes of {votes['sessions']} sessions, on "
-            f"{votes['questions_with_votes']} questions; {votes['questions_without_votes']} more have a verdict alone"
-            + (f"; not used: {', '.join(lost)}" if lost else "")
-        )
-    )
-    if votes["problem"]:
-        console.print(Text.assemble(("votes:", "yellow"), f" {votes['problem']}"))
-    else:
-        console.print(
-            Text(
-                f"the judge's scores count with power {votes['power']:.2f}: as narrow an interval takes votes on "
-                f"{votes['worth']:.0f} questions without it"
-            )
-        )
+    for words in vote_words(votes):
+        console.print(Text(words))
 
 
 def print_archives(rows: Sequence[JSONMapping], console: Console) -> None:

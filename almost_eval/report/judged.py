@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from almost_eval.arena.correction import CORRECTED, HUMAN
 from almost_eval.report.runs import NONE, LoadedRun
 from almost_eval.stats import mean_metric
-from almost_eval.types import JSONObject, Metric, SampleRecord
+from almost_eval.types import JSONMapping, JSONObject, Metric, SampleRecord
 
 BINS = 5
 """Of the length ratio, each with as many verdicts."""
@@ -97,6 +98,30 @@ def style_rows(run: LoadedRun) -> list[JSONObject]:
         }
         for effect in style.get("effects", ())
     ]
+
+
+VOTE_ROWS = {
+    "win_rate": "the judge alone",
+    HUMAN: "the votes alone, a tie half",
+    CORRECTED: "the judge corrected by the votes",
+}
+"""Metric -> what it is called beside people's votes."""
+
+
+def vote_words(votes: JSONMapping) -> list[str]:
+    """How many votes there are, which have no part, and what the judge adds to them."""
+    lost = [f"{n} {reason}" for reason, n in votes["unmatched"].items()]
+    if missing := votes["questions_with_votes_and_no_verdict"]:
+        lost.append(f"{missing} questions with votes have no verdict")
+    counts = (
+        f"{votes['matched']} of {votes['votes']} votes of {votes['sessions']} sessions, on "
+        f"{votes['questions_with_votes']} questions; {votes['questions_without_votes']} more have a verdict alone"
+    )
+    worth = (
+        f"the judge's scores count with power {votes['power']:.2f}: as narrow an interval takes votes on "
+        f"{votes['worth'] or 0:.0f} questions without it"
+    )
+    return [counts + (f"; not used: {', '.join(lost)}" if lost else ""), votes["problem"] or worth]
 
 
 def _lengths(record: SampleRecord) -> tuple[int, int]:

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from almost_eval.arena.correction import VOTES_FILE
 from almost_eval.compare.differences import measure_of
 from almost_eval.errors import InputError
+from almost_eval.files import read_json
 from almost_eval.run.prompt_log import SamplePrompts, read_prompts
 from almost_eval.run.store import read_results, read_samples, read_spec
 from almost_eval.tasks.facts import Unit
@@ -56,6 +58,8 @@ class LoadedRun:
     records: list[SampleRecord]
     prompts: dict[str, SamplePrompts]
     """By sample id; empty where the folder has no `prompts.jsonl`."""
+    votes: JSONObject | None = None
+    """What people's votes say of a judged run, where it was kept."""
     label: str = ""
     """The model's name, made unique among the runs of a report."""
     series: int = 0
@@ -194,7 +198,8 @@ def _inside(folder: Path) -> list[Path]:
 
 def _open(folder: Path, *, prompts: bool) -> LoadedRun:
     results, spec = read_results(folder), read_spec(folder)
-    return LoadedRun(folder, spec, results, list(read_samples(folder)), read_prompts(folder) if prompts else {})
+    votes = read_json(folder / VOTES_FILE) if (folder / VOTES_FILE).is_file() else None
+    return LoadedRun(folder, spec, results, list(read_samples(folder)), read_prompts(folder) if prompts else {}, votes)
 
 
 def _label_models(runs: Sequence[LoadedRun]) -> None:

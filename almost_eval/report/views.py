@@ -256,10 +256,14 @@ def _judged(run: LoadedRun, ident: str) -> View:
         ],
         "bias": [_bias(judging.get(key), *words) for key, words in BIAS.items() if judging]
         + ([_bias(run.metrics[STYLE_CONTROLLED], "win rate at equal style", "by a logistic model")] if style else []),
-        "style": judged.style_rows(run),
-        "style_problem": style.get("problem"),
         "by_length": by_length,
+        **({"style": judged.style_rows(run), "style_problem": style["problem"]} if style else {}),
+        **({"votes": _votes(run.votes), "vote_words": judged.vote_words(run.votes["votes"])} if run.votes else {}),
     }
+
+
+def _votes(votes: JSONObject) -> list[View]:
+    return [_bias(votes["metrics"][name], called, "") for name, called in judged.VOTE_ROWS.items()]
 
 
 BIAS = {

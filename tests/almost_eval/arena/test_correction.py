@@ -194,6 +194,17 @@ def test_a_run_corrected_on_the_command_line(judged: Path, almost_eval: Command)
     for text in ("the judge alone", "the votes alone", "corrected by the votes", "1 on another question"):
         assert text in " ".join(shown.split())
     assert sorted(file.name for file in judged.iterdir()) == before  # nothing is written
+    assert "By people's votes" not in page_of(judged, almost_eval)
+    assert almost_eval("judge", "report", judged, "--votes", votes, "--keep").out == shown
+    page = page_of(judged, almost_eval)
+    assert "By people's votes" in page
+    assert "24 of 25 votes of 4 sessions" in page
+    assert almost_eval("verify", judged).code == 0
+
+
+def page_of(run: Path, almost_eval: Command) -> str:
+    almost_eval("report", run, "--output", run.parent / "page.html")
+    return (run.parent / "page.html").read_text(encoding="utf-8").replace("&#39;", "'")
 
 
 def test_refused_in_one_line(judged: Path, almost_eval: Command, tmp_path: Path) -> None:
@@ -208,6 +219,7 @@ def test_refused_in_one_line(judged: Path, almost_eval: Command, tmp_path: Path)
         ([judged, "--votes", text], "is no file of votes"),
         ([judged, "--votes", tmp_path / "none.db"], "no votes at"),
         ([three, "--votes", tmp_path / "votes.db"], "judged 3 systems; give a run of two"),
+        ([judged, "--keep"], "--keep keeps what --votes say"),
         (["--archive", "x", "--votes", text], "give the folder of a run, not --archive"),
     ):
         code, out, err = almost_eval("judge", "report", *arguments)

@@ -239,6 +239,9 @@ def test_votes_alone_need_no_archive(almost_eval: Command, tmp_path: Path, monke
     assert "reward:nano/reward and people" in Path("check/certificate.html").read_text()
     assert almost_eval("judge", "check", *given, "--limit", "10").code == 2  # another check than the folder's
     assert "60 verdicts" in almost_eval("judge", "check", *given).out
+    assert "kappa with people's votes" in almost_eval("report", "check").out
+    assert "is a check of a judge, not a run of vicuna" in almost_eval("judge", "report", "check").err
+    assert "is a check of a judge" in almost_eval("verify", "check").err
     seconds = results["timing"]["verdicts"]["seconds_each"]
     again = json.loads(almost_eval("judge", "check", *given, "--json").out)
     assert again["timing"]["verdicts"]["seconds_each"] == seconds  # of the process that judged
