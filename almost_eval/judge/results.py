@@ -25,6 +25,7 @@ from almost_eval.judge.prompts import load_family, parse_review
 from almost_eval.judge.questions import read_answers, read_questions
 from almost_eval.judge.records import Pair, Review, Unparsed
 from almost_eval.judge.style import STYLE_CONTROLLED, style_control
+from almost_eval.judge.style_ranking import STYLE_STRENGTH, style_ranking
 from almost_eval.run.store import origin, read_results, read_samples, read_spec
 from almost_eval.run.validity import Validity
 from almost_eval.stats import mean_metric
@@ -70,7 +71,7 @@ def summarise(
     stated = {name: metric.to_dict() for name, metric in metrics.items()}
     if not validity.passed:
         hidden = {"value": None, "stderr": None, "ci95": None, "withheld": validity.reason}
-        stated |= {name: m | hidden for name, m in stated.items() if name.startswith(("win_rate", "strength/"))}
+        stated |= {name: m | hidden for name, m in stated.items() if name.startswith(("win_rate", "strength"))}
         judging |= {"length_controlled": None}
         if "style" in judging:
             judging["style"] |= {"effects": [], "problem": "withheld, as the win rate is"}
@@ -120,6 +121,10 @@ def _round_robin(
     unparsed = sum(review.model_score is None for review in reviews)
     metrics["unparsed"] = Metric(float(unparsed), None, None, len(reviews))
     judging = {key: value for key, value in ranking.to_dict().items() if key != "strengths"}
+    if any(review.model_markdown is not None for review in reviews):
+        style = style_ranking(reviews, rng=np.random.default_rng(seed))
+        metrics |= {f"{STYLE_STRENGTH}{name}": metric for name, metric in style.strengths.items()}
+        judging["style"] = style.to_dict()
     return f"win_rate/{names[-1]}", metrics, judging
 
 

@@ -142,7 +142,7 @@ def style_control(
     else:
         stderr = float(np.nanstd(rates, ddof=1))
         values, columns = [value, *fit[0, 1:]], [rates, *draws[:, 1:].T]
-        intervals = [_bias_corrected(float(v), c[np.isfinite(c)]) for v, c in zip(values, columns, strict=True)]
+        intervals = [bias_corrected(float(v), c[np.isfinite(c)]) for v, c in zip(values, columns, strict=True)]
     coefficients = dict(zip(design.names, zip(fit[0, 1:], intervals[1:], strict=True), strict=True))
     effects = []
     for name, (mine, other) in (_means(scored) | ({PLACE: (None, None)} if PLACE in coefficients else {})).items():
@@ -175,7 +175,7 @@ def _unfit(scored: Sequence[Review]) -> str | None:
     return None
 
 
-def _features(review: Review) -> dict[str, tuple[float, float]]:
+def features_of(review: Review) -> dict[str, tuple[float, float]]:
     """Name -> (the model's count, the baseline's)."""
     counts = {"length": (float(review.model_length), float(review.baseline_length))}
     if review.model_markdown is not None and review.baseline_markdown is not None:
@@ -186,7 +186,7 @@ def _features(review: Review) -> dict[str, tuple[float, float]]:
 
 def _means(scored: Sequence[Review]) -> dict[str, tuple[float | None, float | None]]:
     """Name -> mean count of the model's answers and of the baseline's; one answer counts once, whatever its orders."""
-    once = {review.question_id: _features(review) for review in scored}.values()
+    once = {review.question_id: features_of(review) for review in scored}.values()
     names = min(once, key=len, default={})
     return {
         name: (math.fsum(f[name][0] for f in once) / len(once), math.fsum(f[name][1] for f in once) / len(once))
@@ -200,7 +200,7 @@ def relative_difference(mine: float, other: float) -> float:
 
 
 def _design(scored: Sequence[Review]) -> _Design:
-    rows = [{name: relative_difference(*both) for name, both in _features(review).items()} for review in scored]
+    rows = [{name: relative_difference(*both) for name, both in features_of(review).items()} for review in scored]
     columns, names = [np.ones(len(rows))], []
     for name in rows[0]:
         column = np.array([row[name] for row in rows])
@@ -243,7 +243,7 @@ def _resample(design: _Design, penalty: Floats, n_resamples: int, rng: np.random
     return rates, draws
 
 
-def _bias_corrected(value: float, draws: Floats) -> tuple[float, float]:
+def bias_corrected(value: float, draws: Floats) -> tuple[float, float]:
     """The 95 % interval of a value from its resamples, moved by how many of them lie below it."""
     normal, n = NormalDist(), len(draws)
     below = (float((draws < value).sum()) + 0.5 * float((draws == value).sum())) / n

@@ -11,6 +11,7 @@ from rich.text import Text
 from almost_eval.arena.correction import CORRECTED
 from almost_eval.judge.aggregate import Combined, JudgeResults, RoundRobin, SignTest
 from almost_eval.judge.style import STYLE_CONTROLLED
+from almost_eval.judge.style_ranking import STYLE_STRENGTH
 from almost_eval.report.judge_tables import print_judge_results, print_round_robin
 from almost_eval.report.judged import VOTE_ROWS, vote_words
 from almost_eval.types import JSONMapping, JSONObject, Metric
@@ -26,7 +27,9 @@ def print_judged(results: JSONMapping, console: Console) -> None:
     """The table of a run of `vicuna`."""
     title = " · ".join([f"judge {results['protocol']}", *ORDERS_IN_WORDS.get(results.get("orders", ""), ())])
     if "names" in results["judging"]:
-        print_round_robin(_round_robin(results), console, title=title)
+        at_equal_style = _metrics_of(results, STYLE_STRENGTH)
+        style = results["judging"].get("style")
+        print_round_robin(_round_robin(results), console, title=title, style=style, at_equal_style=at_equal_style)
     else:
         print_judge_results(_two(results), console, title=title, style=results["judging"].get("style"))
         if votes := results.get("votes"):
@@ -57,13 +60,18 @@ def _two(results: JSONMapping) -> JudgeResults:
 
 def _round_robin(results: JSONMapping) -> RoundRobin:
     stored = results["judging"]
-    strengths = {
-        name.removeprefix("strength/"): _metric(metric)
-        for name, metric in results["metrics"].items()
-        if name.startswith("strength/")
-    }
+    strengths = _metrics_of(results, "strength/")
     wins = tuple(tuple(row) for row in stored["wins"])
     return RoundRobin(tuple(stored["names"]), strengths, wins, stored["unscored"], stored["problem"])
+
+
+def _metrics_of(results: JSONMapping, beginning: str) -> dict[str, Metric]:
+    """System -> the metric whose name begins so."""
+    return {
+        name.removeprefix(beginning): _metric(metric)
+        for name, metric in results["metrics"].items()
+        if name.startswith(beginning)
+    }
 
 
 def _metric(stored: JSONMapping) -> Metric:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -105,8 +105,23 @@ def _effect(effect: JSONMapping) -> str:
     return f"{effect['name']} {effect['coefficient']:+.2f}{interval}{held}"
 
 
-def print_round_robin(results: RoundRobin, console: Console, *, title: str = "") -> None:
-    """Ratings on a scale where 400 points are odds of 10 to 1 and the mean is 1,000, then who beat whom how often."""
+def print_round_robin(
+    results: RoundRobin,
+    console: Console,
+    *,
+    title: str = "",
+    style: JSONMapping | None = None,
+    at_equal_style: Mapping[str, Metric] | None = None,
+) -> None:
+    """Ratings on a scale where 400 points are odds of 10 to 1 and the mean is 1,000, then who beat whom how often.
+
+    Args:
+        results: of several systems.
+        console: where to.
+        title: judge, prompts and the like.
+        style: the style model of `judge.style_ranking` as JSON, where there is one.
+        at_equal_style: system -> its strength by that model; empty where it has none.
+    """
     table = Table(title=Text(f"round robin{f' · {title}' if title else ''}"), title_justify="left", title_style="bold")
     table.add_column("system")
     for column in ("rating", "95 % interval", "games"):
@@ -119,11 +134,13 @@ def print_round_robin(results: RoundRobin, console: Console, *, title: str = "")
         table.add_row(
             Text(name),
             _points(strength.value) if strength else "-",
-            f"{_points(strength.ci95[0])} to {_points(strength.ci95[1])}" if strength and strength.ci95 else "-",
+            _points_interval(strength),
             str(strength.n) if strength else "-",
             *against,
         )
     console.print(table)
+    for line in _ratings_at_equal_style(at_equal_style or {}) + (_style_notes(style) if style else []):
+        console.print(line)
     if results.problem:
         console.print(
             Text.assemble(("not ranked:" if not results.strengths else "no intervals:", "yellow"), " "), end=""
@@ -142,6 +159,19 @@ def _won(row: Sequence[float], wins: Sequence[Sequence[float]], i: int, j: int) 
 
 def _points(strength: float | None) -> str:
     return "-" if strength is None else f"{ELO_MEAN + ELO * strength:.0f}"
+
+
+def _ratings_at_equal_style(strengths: Mapping[str, Metric]) -> list[Text]:
+    """One line, the strongest first."""
+    ranked = sorted(strengths.items(), key=lambda item: -(item[1].value or 0.0))
+    ratings = ", ".join(f"{name} {_points(metric.value)} ({_points_interval(metric)})" for name, metric in ranked)
+    return [Text(f"rating at equal style: {ratings}")] if ratings else []
+
+
+def _points_interval(strength: Metric | None) -> str:
+    if strength is None or strength.ci95 is None:
+        return "-"
+    return f"{_points(strength.ci95[0])} to {_points(strength.ci95[1])}"
 
 
 def _add(table: Table, name: str, metric: Metric | None, style: str | None = None) -> None:

@@ -14,6 +14,7 @@ from almost_eval.arena.correction import VOTES_FILE
 from almost_eval.compare.differences import measure_of
 from almost_eval.errors import InputError
 from almost_eval.files import read_json
+from almost_eval.judge.style_ranking import STYLE_STRENGTH
 from almost_eval.run.prompt_log import SamplePrompts, read_prompts
 from almost_eval.run.store import read_results, read_samples, read_spec
 from almost_eval.tasks.facts import Unit
@@ -27,7 +28,7 @@ NONE = "-"
 Results = Mapping[str, Any]
 """Content of `results.json`."""
 JUDGED_COUNTS = ("wins", "ties", "losses", "unparsed")
-JUDGED_NUMBERS = ("total_score/", "strength/")
+JUDGED_NUMBERS = ("total_score/", "strength/", STYLE_STRENGTH)
 """Beginnings of the names of a judged run's metrics that are in a unit of their own."""
 
 

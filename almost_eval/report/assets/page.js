@@ -309,7 +309,8 @@ function bar(run, value, best) {
   return h("div", { class: "bar", title: run.label }, h("span", { class: "track" }, fill), h("output", {}, fixed(value)));
 }
 
-const KNOWN = new Set(["loglikelihoods", "rewards", "completions", "finish_reasons", "metrics", "review", "winner", "scores", "lengths"]);
+const MARKDOWN = [["headers", "headers"], ["lists", "list items"], ["bold", "bold passages"]];
+const KNOWN = new Set(["loglikelihoods", "rewards", "completions", "finish_reasons", "metrics", "review", "winner", "scores", "lengths", "markdown"]);
 
 function writtenBy(b, run, text, output) { // texts: completions, or two answers and their review
   const parts = [], whose = b.runs.length > 1 ? ` · ${run.label}` : "";
@@ -325,6 +326,7 @@ function writtenBy(b, run, text, output) { // texts: completions, or two answers
       if (output.scores) facts.push(`score ${output.scores[side]}`);
       if (output.rewards) facts.push(`reward ${fixed(output.rewards[side])}`);
       if (output.lengths) facts.push(`${output.lengths[side].toLocaleString("en")} characters`);
+      for (const [name, called] of MARKDOWN) if (output.markdown?.[name]?.[side]) facts.push(`${output.markdown[name][side]} ${called}`);
       if (output.winner === String(side + 1)) facts.push("preferred");
       return h("div", {}, h("h4", {}, `${side + 1} · ${name}`, h("small", {}, ` ${facts.join(", ")}`)),
         h("pre", {}, answer === null ? "(not in the run folder)" : answer));

@@ -1,5 +1,6 @@
 """Style control: counts and fits that can be checked by hand, planted styles, and the real archive."""
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -9,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from almost_eval.judge.aggregate import round_robin
 from almost_eval.judge.logistic import fit_ridge, is_unbounded
 from almost_eval.judge.markdown import MarkdownCounts, count_markdown, without_code_blocks
 from almost_eval.judge.records import Review, Verdict
 from almost_eval.judge.style import MIN_QUESTIONS, StyleControl, relative_difference, style_control
+from almost_eval.judge.style_ranking import style_ranking
 from almost_eval.stats import fit_logistic
 
 Command = Callable[..., Any]
@@ -191,7 +194,7 @@ def planted(seed: int, n: int, quality: float, lengths: tuple[float, float] = (6
             won = rng.random() < 1 / (1 + math.exp(-logit - (0.3 if order == "reverse" else -0.3)))
             winner = "2" if won == (order == "forward") else "1"
             taken.append(
-                Review(str(question), "g", order, "b", "m", other, mine, Verdict(winner), None, *markdown[::-1])  # type: ignore[arg-type]
+                Review(str(question), "g", order, "b", "m", other, mine, Verdict(winner), None, *markdown[::-1])
             )
     return taken
 
@@ -214,6 +217,73 @@ def test_planted_style_is_taken_away(quality: float, truth: float) -> None:
     assert np.mean(raw) > truth + 0.08
     assert np.mean(rates) == pytest.approx(truth, abs=0.025)
     assert held >= 44
+
+
+# --- several systems
+
+
+def games(rng: np.random.Generator, n: int, strengths: dict[str, float], lengths: dict[str, float]) -> list[Review]:
+    """Every pair of systems on `n` questions in both orders, by a judge of strength and of length."""
+    taken = []
+    for question, (baseline, model) in itertools.product(range(n), itertools.combinations(strengths, 2)):
+        mine, other = (int(rng.lognormal(lengths[name], 0.5)) + 1 for name in (model, baseline))
+        z = strengths[model] - strengths[baseline] + 3 * relative_difference(mine, other)
+        for order in ("forward", "reverse"):
+            won = rng.random() < 1 / (1 + math.exp(-z))
+            winner = Verdict("2" if won == (order == "forward") else "1")
+            taken.append(Review(str(question), "g", order, baseline, model, other, mine, winner, None, NONE, NONE))
+    return taken
+
+
+def test_a_planted_length_is_taken_out_of_a_ranking() -> None:
+    """`wordy` is as good as `plain` and longer: ahead by games, level with it at equal style; `good` stays ahead."""
+    rng = np.random.default_rng(0)
+    taken = games(rng, 150, {"plain": 0.0, "wordy": 0.0, "good": 1.0}, {"plain": 6.0, "wordy": 6.8, "good": 6.0})
+    raw = round_robin(taken, rng=rng, n_resamples=200).strengths
+    ranking = style_ranking(taken, rng=rng, n_resamples=300)
+    values = {name: metric.value or 0.0 for name, metric in ranking.strengths.items()}
+    assert (raw["wordy"].value or 0.0) - (raw["plain"].value or 0.0) > 0.6
+    assert abs(values["wordy"] - values["plain"]) < 0.3
+    assert values["good"] - values["plain"] == pytest.approx(1.0, abs=0.35)
+    assert sum(values.values()) == pytest.approx(0.0, abs=1e-9)
+    for name, truth in (("plain", -1 / 3), ("wordy", -1 / 3), ("good", 2 / 3)):
+        ends = ranking.strengths[name].ci95
+        assert ends is not None
+        assert ends[0] < truth < ends[1]
+    assert {effect.name for effect in ranking.effects} == {"length", "shown first"}
+
+
+def test_two_systems_in_a_ranking_are_the_two_of_the_win_rate() -> None:
+    rng = np.random.default_rng(1)
+    taken = games(rng, 40, {"a": 0.0, "b": 0.5}, {"a": 6.0, "b": 6.3})
+    strengths = style_ranking(taken, rng=rng, n_resamples=50).strengths
+    difference = (strengths["b"].value or 0.0) - (strengths["a"].value or 0.0)
+    rate = control(taken).win_rate.value
+    # The rate is a mean over both places, which the other is not: they are the same within what the place does.
+    assert 1 / (1 + math.exp(-difference)) == pytest.approx(rate, abs=0.02)
+
+
+def test_a_system_that_always_loses_has_no_strength() -> None:
+    rng = np.random.default_rng(2)
+    taken = games(rng, 30, {"a": 0.0, "b": 0.0, "hopeless": -60.0}, {"a": 6.0, "b": 6.1, "hopeless": 6.0})
+    ranking = style_ranking(taken, rng=rng, n_resamples=20)
+    assert ranking.strengths == {}
+    assert "no finite strength once style is taken away: hopeless" in (ranking.problem or "")
+    assert "model needs 20" in (style_ranking(taken[:6], rng=rng).problem or "")
+
+
+def test_a_round_robin_states_ratings_at_equal_style(almost_eval: Command, tmp_path: Path) -> None:
+    systems = ["nano/almost", "nano/sft", "nano/vanilla-small"]
+    given = ["vicuna", "--models", *systems, "--limit", 24, "--output", tmp_path / "run"]
+    code, out, err = almost_eval(*given)
+    assert code == 0, err
+    assert "rating at equal style: nano/" in out
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    strengths = [results["metrics"][f"strength_style_controlled/{name}"]["value"] for name in systems]
+    assert sum(strengths) == pytest.approx(0.0, abs=1e-9)
+    assert results["judging"]["style"]["effects"][0]["name"] == "length"
+    assert almost_eval("verify", tmp_path / "run").code == 0
+    assert almost_eval("report", tmp_path / "run", "--output", tmp_path / "page.html").code == 0
 
 
 # --- a run
