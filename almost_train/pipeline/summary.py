@@ -107,9 +107,17 @@ def _held_out(metrics: JSONObject) -> str:
     )
 
 
+def _cut(texts: str, *counts: int) -> str:
+    return f", {sum(counts)} {texts} cut at the limit of new tokens" if sum(counts) else ""
+
+
 _OUTCOMES: dict[str, Callable[[JSONObject], str]] = {
     "prompts": lambda m: f"{m['prompts']} prompts of {m['candidates']} candidates",
-    "responses": lambda m: ", ".join(f"{name} {c['kept']}" for name, c in m["configurations"].items()) + " kept",
+    "responses": lambda m: (
+        ", ".join(f"{name} {c['kept']}" for name, c in m["configurations"].items())
+        + " kept"
+        + _cut("responses", *(c["cut_by_budget"] for c in m["configurations"].values()))
+    ),
     "votes": lambda m: f"{m['pairs']} pairs",
     "as_is_reward": _held_out,
     "comparisons": lambda m: f"{m['comparisons']} pairs, chosen longer in {m['chosen_longer']:.0%}",
@@ -117,6 +125,7 @@ _OUTCOMES: dict[str, Callable[[JSONObject], str]] = {
     "self_play": lambda m: (
         f"{m['demonstrations']} dialogues, {sum(m['rejected'].values())} rejected, mean reward of the "
         f"chosen {m['reward']['chosen']:.2f}, of all {m['reward']['all_valid']:.2f}"
+        + "".join(_cut(name.replace("_", " "), count) for name, count in m.get("cut_by_budget", {}).items())
     ),
     "sft": lambda m: f"{m['answers']} answers, {m['steps']} steps",
     "rlsf": lambda m: f"{m['algorithm']}" + (f", stopped: {m['stopped']}" if m["stopped"] else ""),

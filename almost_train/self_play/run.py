@@ -116,7 +116,7 @@ def self_play(
         for name, rows in files.items():
             write_rows(output / f"{name}.jsonl", rows)
         metrics = {"dialogues": len(dialogues), "duplicate_prompts": duplicates}
-        metrics |= _metrics(dialogues, kept, rejected, play.candidates)
+        metrics |= _metrics(dialogues, kept, rejected, play.candidates, play.user_turns)
         result = stage.finish(metrics, {name: output / f"{name}.jsonl" for name in files})
         turns.unlink()  # all of it is in the outputs
         return result
@@ -145,7 +145,11 @@ def _outcome(dialogues: Sequence[Dialogue], floor: float | None) -> tuple[list[R
 
 
 def _metrics(
-    dialogues: Sequence[Dialogue], kept: Sequence[Row], rejected: Sequence[Row], turns: Sequence[Row]
+    dialogues: Sequence[Dialogue],
+    kept: Sequence[Row],
+    rejected: Sequence[Row],
+    turns: Sequence[Row],
+    user_turns: Sequence[Row],
 ) -> JSONObject:
     candidates = [candidate for row in turns for candidate in row["candidates"]]
     valid = [[c for c in row["candidates"] if c["rejected"] is None] for row in turns]
@@ -159,6 +163,10 @@ def _metrics(
         "ended": _counts(dialogue.ended for dialogue in dialogues if dialogue.ended),
         "answers": _counts(str(len(dialogue.rewards)) for dialogue in dialogues),
         "candidates": len(candidates),
+        "cut_by_budget": {
+            "candidates": sum(candidate["finish_reason"] == "length" for candidate in candidates),
+            "user_turns": sum(row["finish_reason"] == "length" for row in user_turns),
+        },
         "rejected_candidates": _counts(c["rejected"] for c in candidates if c["rejected"]),
         "reward": {
             "chosen": _mean([reward for rewards in by_turn.values() for reward in rewards]),
