@@ -218,10 +218,10 @@ class _Loop:
                 stop=settings.stop,
                 max_rows=settings.sampling_batch_size,
             )
-        texts = [prompt.text for prompt in prompts]
-        completions = shorten_for_reward(completions, texts, self.job.reward, self.job.tokenizer)
+        dialogues = [prompt.messages for prompt in prompts]
+        completions = shorten_for_reward(completions, dialogues, self.job.reward, self.job.tokenizer)
         rewards = self.job.reward.score(
-            [conversation(text, c.text) for text, c in zip(texts, completions, strict=True)]
+            [conversation(messages, c.text) for messages, c in zip(dialogues, completions, strict=True)]
         )
         samples = [
             sample_row(step, p.id, p.text, c.text, r, c.ended)

@@ -114,6 +114,7 @@ class _Watch(TrainerCallback):
         self.trainer: Trainer
         """What it watches; set once the trainer is made."""
         self._job, self._log, self._advance, self._ends = job, log, advance, ends
+        self._prompts = {prompt.id: prompt for prompt in job.prompts}
         self._pending: list[Row] = []
         self._began = time.monotonic()
 
@@ -125,22 +126,24 @@ class _Watch(TrainerCallback):
         *,
         trainer_state: TrainerState,
         id: list[str],
-        text: list[str],
         **_: object,
     ) -> list[float]:
-        """TRL's reward function: raw logits, less the EOS penalty where it is due. `id` and `text` are columns."""
+        """TRL's reward function: raw logits, less the EOS penalty where it is due. `id` is a column."""
         job, settings, step = self._job, self._job.settings, trainer_state.global_step
         sampled = [as_sampled(job.tokenizer, ids, self._ends, settings.stop) for ids in completion_ids]
-        answers = shorten_for_reward(sampled, text, job.reward, job.tokenizer)
-        rewards = job.reward.score([conversation(t, answer.text) for t, answer in zip(text, answers, strict=True)])
+        asked = [self._prompts[prompt_id] for prompt_id in id]
+        answers = shorten_for_reward(sampled, [prompt.messages for prompt in asked], job.reward, job.tokenizer)
+        rewards = job.reward.score(
+            [conversation(prompt.messages, answer.text) for prompt, answer in zip(asked, answers, strict=True)]
+        )
         refuse_non_finite(step, "reward", rewards)
         self._pending += [
             {
-                **sample_row(step, prompt_id, prompt, answer.text, reward, answer.ended),
+                **sample_row(step, prompt.id, prompt.text, answer.text, reward, answer.ended),
                 "tokens": len(ids),
                 "shortened": answer.shortened,
             }
-            for prompt_id, prompt, answer, reward, ids in zip(id, text, answers, rewards, completion_ids, strict=True)
+            for prompt, answer, reward, ids in zip(asked, answers, rewards, completion_ids, strict=True)
         ]
         return [r - settings.eos_penalty * (not a.ended) for r, a in zip(rewards, answers, strict=True)]
 
@@ -262,7 +265,7 @@ def _dataset(job: Job) -> Dataset:
     size = job.settings.batch_size // job.settings.num_generations
     return Dataset.from_list(
         [
-            {"prompt": texts[prompt.token_ids], "id": prompt.id, "text": prompt.text}
+            {"prompt": texts[prompt.token_ids], "id": prompt.id}
             for step in range(job.settings.steps)
             for prompt in batch_prompts(job.prompts, job.settings.seed, step, size)
         ]
