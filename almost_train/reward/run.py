@@ -133,7 +133,13 @@ def train_reward(
 
         # 3. Training.
         progress.note(f"reward: {len(train)} pairs ({source.format}), {plan.steps} steps of {settings.batch_size}")
-        fit(lambda: _trainer(settings, checkpoint, tokenizer, train, plan, output), stage, plan.steps, progress)
+        fit(
+            lambda: _trainer(settings, checkpoint, tokenizer, train, plan, output),
+            stage,
+            plan.steps,
+            progress,
+            minutes=settings.save_minutes,
+        )
 
         # 4. How good it is, through the checkpoint as others will load it.
         metrics: JSONObject = {}

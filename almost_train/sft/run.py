@@ -105,7 +105,13 @@ def train_sft(
 
         # 3. Training.
         progress.note(f"sft: {len(rows)} answers ({source.format}), {plan.steps} steps of {settings.batch_size}")
-        fit(lambda: _trainer(settings, checkpoint, tokenizer, rows, plan, output), stage, plan.steps, progress)
+        fit(
+            lambda: _trainer(settings, checkpoint, tokenizer, rows, plan, output),
+            stage,
+            plan.steps,
+            progress,
+            minutes=settings.save_minutes,
+        )
 
         # 4. Figures of the log.
         metrics: JSONObject = {}
