@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -246,3 +248,20 @@ def test_a_reward_model_that_reads_both_ways_gives_no_values(
     checkpoint = find_checkpoint(str(tiny_checkpoint("llama-gqa")))
     _, origin = load_value_model(HFRewardModel(str(tmp_path), device="cpu"), checkpoint, bpe_tokenizer, "cpu")
     assert origin.startswith("policy, head at zero: the reward model's head")
+
+
+@pytest.mark.parametrize("more", ["reward", "policy"])
+def test_a_token_that_one_side_has_added_costs_no_value_model(
+    more: str, reward_folder: Path, tiny_checkpoint: Callable[[str], Path], bpe_tokenizer: Any, tmp_path: Path
+) -> None:
+    added = copy.deepcopy(bpe_tokenizer)
+    added.add_special_tokens({"additional_special_tokens": ["<|one-more|>"]})
+    shutil.copytree(reward_folder, tmp_path / "reward")
+    (added if more == "reward" else bpe_tokenizer).save_pretrained(tmp_path / "reward")
+    policy = added if more == "policy" else bpe_tokenizer
+    checkpoint = find_checkpoint(str(tiny_checkpoint("llama-gqa")))
+    reward = HFRewardModel(str(tmp_path / "reward"), device="cpu")
+    value, origin = load_value_model(reward, checkpoint, policy, "cpu")
+    assert origin == "reward model"
+    ids = torch.tensor([[0, 5, len(policy) - 1]])  # the new token has a row
+    assert value(ids, torch.ones_like(ids)).isfinite().all()
