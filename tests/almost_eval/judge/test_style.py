@@ -192,10 +192,8 @@ def planted(seed: int, n: int, quality: float, lengths: tuple[float, float] = (6
         logit = quality + 3 * relative_difference(mine, other) + relative_difference(markdown[0][1], markdown[1][1])
         for order in ("forward", "reverse"):
             won = rng.random() < 1 / (1 + math.exp(-logit - (0.3 if order == "reverse" else -0.3)))
-            winner = "2" if won == (order == "forward") else "1"
-            taken.append(
-                Review(str(question), "g", order, "b", "m", other, mine, Verdict(winner), None, *markdown[::-1])
-            )
+            winner = Verdict("2" if won == (order == "forward") else "1")
+            taken.append(Review(str(question), "g", order, "b", "m", other, mine, winner, None, *markdown[::-1]))
     return taken
 
 
