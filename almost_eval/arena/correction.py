@@ -20,14 +20,10 @@ from almost_eval.errors import InputError, RunError
 from almost_eval.files import write_json
 from almost_eval.judge.aggregate import Orders, Ties, mean_scores
 from almost_eval.judge.lines import by_system, reviews_of
+from almost_eval.judge.names import CORRECTED, HUMAN, VOTES_FILE
 from almost_eval.judge.records import Pair
 from almost_eval.judge.results import StoredRun, redraw, redrawn_records
 from almost_eval.types import JSONObject
-
-VOTES_FILE = "votes.json"
-"""In a run folder: what its votes say, where it was kept; the page of the run shows it."""
-HUMAN, CORRECTED = "win_rate_human", "win_rate_human_corrected"
-"""Names of the two metrics."""
 
 
 @dataclass(frozen=True, slots=True)

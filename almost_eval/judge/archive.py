@@ -17,8 +17,9 @@ from almost_eval.errors import DataError, problem_of
 from almost_eval.files import read_rows
 from almost_eval.judge.aggregate import Orders, Ties, aggregate
 from almost_eval.judge.markdown import count_markdown
+from almost_eval.judge.names import STYLE_CONTROLLED
 from almost_eval.judge.records import Answer, Pair, Question, Review, Unparsed, Verdict
-from almost_eval.judge.style import STYLE_CONTROLLED, style_control
+from almost_eval.judge.style import style_control
 from almost_eval.types import JSONObject
 
 if TYPE_CHECKING:

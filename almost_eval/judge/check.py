@@ -17,6 +17,7 @@ from almost_eval.judge.cases import Case, HumanVote, archived_cases, drawn, reve
 from almost_eval.judge.certificate import Checked, check_metrics, moves_from_archive, sentence
 from almost_eval.judge.judges import LASTING, Judge
 from almost_eval.judge.lines import ORDERS, check_reviews, record_of, review_of, stored_verdict
+from almost_eval.judge.names import CHECK_TASK
 from almost_eval.judge.prompts import JudgePrompts
 from almost_eval.judge.records import Pair
 from almost_eval.progress import Progress
@@ -24,8 +25,6 @@ from almost_eval.run import provenance
 from almost_eval.run.store import RunStore, default_folder, read_results, read_samples
 from almost_eval.run.validity import ALLOWED
 from almost_eval.types import JSONMapping, JSONObject, SampleRecord
-
-TASK = "judge-check"
 
 
 class JudgeCheck:
@@ -90,7 +89,7 @@ class JudgeCheck:
         pairs = sorted(zip(self.ids, texts, strict=True))
         return {
             "schema": 1,
-            "task": TASK,
+            "task": CHECK_TASK,
             "task_version": 1,
             "protocol": self.judge.name,
             "settings": {
@@ -114,7 +113,7 @@ class JudgeCheck:
 
     def default_folder(self) -> Path:
         """`runs/judge-check-<judge>-<digest of the spec>`; see `store.default_folder`."""
-        return default_folder(self.spec(), TASK, self.judge.name)
+        return default_folder(self.spec(), CHECK_TASK, self.judge.name)
 
     def describe(self, folder: Path | None = None) -> JSONObject:
         """What `--dry-run` prints."""
@@ -134,7 +133,7 @@ class JudgeCheck:
             with self.judge.open(folder, progress.notice):
                 store.forget([id for id, r in store.done.items() if r.score.reason and r.score.reason not in LASTING])
                 total = len(self.ids) * self.repeats
-                with progress.track(f"{TASK} {self.judge.name}", total, len(store.done)) as advance:
+                with progress.track(f"{CHECK_TASK} {self.judge.name}", total, len(store.done)) as advance:
                     for attempt in range(self.repeats):
                         missing = [at for at, id in enumerate(self.ids) if f"{id}/{attempt}" not in store.done]
                         for at, judgement in self.judge.stream(self.pairs, missing, attempt):
@@ -185,7 +184,7 @@ class JudgeCheck:
             moves, sentences = [], []
         people = [case for case in self.cases if case.by_people]
         return {
-            "task": TASK,
+            "task": CHECK_TASK,
             "protocol": self.judge.name,
             "model": self.judge.name,
             "headline": headline,

@@ -21,11 +21,12 @@ from almost_eval.judge.api.endpoint import THOUGHT_ONLY
 from almost_eval.judge.judges import UNPARSED, Judgement, verdict_fields, without_answer
 from almost_eval.judge.lines import ORDERS, check_reviews, couples, record_of, reviews_of, style_fields
 from almost_eval.judge.local import judge_by_oracle, judge_by_reward
+from almost_eval.judge.names import STYLE_CONTROLLED, STYLE_STRENGTH
 from almost_eval.judge.prompts import load_family, parse_review
 from almost_eval.judge.questions import read_answers, read_questions
 from almost_eval.judge.records import Pair, Review, Unparsed
-from almost_eval.judge.style import STYLE_CONTROLLED, style_control
-from almost_eval.judge.style_ranking import STYLE_STRENGTH, style_ranking
+from almost_eval.judge.style import style_control
+from almost_eval.judge.style_ranking import style_ranking
 from almost_eval.run.store import origin, read_results, read_samples, read_spec
 from almost_eval.run.validity import Validity
 from almost_eval.stats import mean_metric

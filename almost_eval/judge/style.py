@@ -43,8 +43,6 @@ from almost_eval.judge.records import Review
 from almost_eval.stats import Z95, Floats, draw_counts
 from almost_eval.types import JSONObject, Metric
 
-STYLE_CONTROLLED = "win_rate_style_controlled"
-"""Name of the metric."""
 RIDGE = 0.1
 """Penalty of a coefficient's square, halved; see the head of this file."""
 MIN_QUESTIONS = 20

@@ -33,8 +33,6 @@ from almost_eval.judge.style import (
 from almost_eval.stats import Floats, draw_counts
 from almost_eval.types import JSONObject, Metric
 
-STYLE_STRENGTH = "strength_style_controlled/"
-"""Before a system's name: the name of its metric."""
 _HUGE = 20.0
 """A log strength beyond it belongs to a resample without finite ones: Newton's steps went on until nothing was left."""
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from almost_eval.judge.names import CHECK_TASK
 from almost_eval.report.runs import Results, counted, readable
 from almost_eval.tasks.registry import stated_by
 
@@ -64,9 +65,7 @@ def print_results(results: Results, console: Console, *, folder: str | None = No
 
 def _print_judging(results: Results, console: Console) -> None:
     """What a judge said of systems, or what a check says of a judge."""
-    from almost_eval.judge.check import TASK
-
-    if results["task"] == TASK:
+    if results["task"] == CHECK_TASK:
         from almost_eval.judge.succession import certificate_of
         from almost_eval.report.certificate_console import print_certificate
 

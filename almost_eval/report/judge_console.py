@@ -8,10 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from almost_eval.arena.correction import CORRECTED
 from almost_eval.judge.aggregate import Combined, JudgeResults, RoundRobin, SignTest
-from almost_eval.judge.style import STYLE_CONTROLLED
-from almost_eval.judge.style_ranking import STYLE_STRENGTH
+from almost_eval.judge.names import CORRECTED, STYLE_CONTROLLED, STYLE_STRENGTH
 from almost_eval.report.judge_tables import print_judge_results, print_round_robin
 from almost_eval.report.judged import VOTE_ROWS, vote_words
 from almost_eval.types import JSONMapping, JSONObject, Metric

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from almost_eval.judge.aggregate import JudgeResults, RoundRobin
-from almost_eval.judge.style import STYLE_CONTROLLED
+from almost_eval.judge.names import STYLE_CONTROLLED
 from almost_eval.types import JSONMapping, Metric
 
 ELO = 400 / math.log(10)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from almost_eval.arena.correction import CORRECTED, HUMAN
+from almost_eval.judge.names import CORRECTED, HUMAN
 from almost_eval.report.runs import NONE, LoadedRun
 from almost_eval.stats import mean_metric
 from almost_eval.types import JSONMapping, JSONObject, Metric, SampleRecord

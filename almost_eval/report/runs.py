@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from almost_eval.arena.correction import VOTES_FILE
 from almost_eval.compare.differences import measure_of
 from almost_eval.errors import InputError
 from almost_eval.files import read_json
-from almost_eval.judge.style_ranking import STYLE_STRENGTH
+from almost_eval.judge.names import STYLE_STRENGTH, VOTES_FILE
 from almost_eval.run.prompt_log import SamplePrompts, read_prompts
 from almost_eval.run.store import read_results, read_samples, read_spec
 from almost_eval.tasks.facts import Unit

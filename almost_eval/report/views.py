@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from almost_eval.judge.style import STYLE_CONTROLLED
+from almost_eval.judge.names import STYLE_CONTROLLED
 from almost_eval.report import judged, plots
 from almost_eval.report.matrix import Cell, Matrix
 from almost_eval.report.runs import (

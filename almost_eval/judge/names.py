@@ -1,0 +1,12 @@
+"""Names by which judged runs and their readers know the same thing. Imports nothing: every report reads it."""
+
+STYLE_CONTROLLED = "win_rate_style_controlled"
+"""The metric of `style`."""
+STYLE_STRENGTH = "strength_style_controlled/"
+"""Before a system's name: its metric of `style_ranking`."""
+HUMAN, CORRECTED = "win_rate_human", "win_rate_human_corrected"
+"""The metrics of `arena.correction`: of votes alone, and of the judge corrected by them."""
+VOTES_FILE = "votes.json"
+"""In a run folder: what its votes say, where it was kept; the page of the run shows it."""
+CHECK_TASK = "judge-check"
+"""`task` of a judge's check."""
