@@ -167,8 +167,9 @@ def _unfit(scored: Sequence[Review]) -> str | None:
     n = len({review.question_id for review in scored})
     if n < MIN_QUESTIONS:
         return f"{n} questions have a verdict; the model needs {MIN_QUESTIONS}"
-    if len(outcomes := {review.model_score for review in scored}) == 1:
-        says = {1.0: "for the model", 0.0: "for the baseline", 0.5: "a tie"}[outcomes.pop() or 0.0]
+    outcomes = {review.model_score for review in scored}
+    if len(outcomes) == 1:
+        says = {1.0: "for the model", 0.0: "for the baseline", 0.5: "a tie"}.get(outcomes.pop() or 0.0, "the same")
         return f"every verdict is {says}, so nothing can be told apart"
     return None
 
