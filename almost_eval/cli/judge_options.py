@@ -24,6 +24,11 @@ JUDGE_OPTIONS = [
         show_default=True,
         help="Scores, or letters.",
     ),
+    click.option(
+        "--verdict",
+        type=click.Choice(["text", "json", "logprobs"]),
+        help="As text, one JSON object, or the probabilities of a letter (--prompt-family mt-bench).  [text]",
+    ),
     click.option("--prompt-set", help="official (the default on real data) or builtin (our own wording)."),
     click.option(
         "--concurrency", default=32, show_default=True, type=click.IntRange(min=1), help="Requests at a time."

@@ -14,6 +14,7 @@ from almost_eval.types import JSONObject
 if TYPE_CHECKING:
     from almost_eval.data.sources import DataSource
     from almost_eval.judge.judges import Judge
+    from almost_eval.judge.modes import Mode
 
 DEFAULT_JUDGE = "gpt-6.1-terra"
 NANO_JUDGE = "nano"
@@ -29,7 +30,7 @@ NANO_MAX_NEW_TOKENS = 128
 
 _OF_AN_API = (
     *("judge_base_url", "judge_prompt", "prompt_set", "max_cost", "price_in", "price_out", "price_cached"),
-    *("price_reasoning", "max_tokens", "judge_temperature", "reasoning_effort", "judge_options"),
+    *("price_reasoning", "max_tokens", "judge_temperature", "reasoning_effort", "judge_options", "verdict"),
 )
 _RESERVED = {"model": "--judge", "messages": "--judge-prompt", "stream": "", "n": "--repeats or --orders"} | {
     **dict.fromkeys(("max_tokens", "max_completion_tokens"), "--max-tokens"),
@@ -76,6 +77,8 @@ class JudgeOptions:
     """API: more fields of each request, as a JSON object."""
     reask: bool = False
     """API: whether a review that cannot be read is requested once more."""
+    verdict: Mode | None = None
+    """API: how the verdict is told, a key of `MODES`; None is `text`."""
     dry_run: bool = False
     """API: nothing will be sent, so no key is needed."""
     dtype: str = "auto"
@@ -148,9 +151,13 @@ def open_judge(options: JudgeOptions, data: DataSource) -> Judge:
         )
         return RewardJudge(model, name)
     from almost_eval.judge.judges import Connection, ModelJudge
+    from almost_eval.judge.probabilities import MAX_TOKENS
     from almost_eval.judge.prompts import load_judge_prompts
 
     prompts = load_judge_prompts(options.prompt_family, options.prompt_set, data, file=options.judge_prompt)
+    prompts = replace(prompts, verdict=options.verdict or "text")
+    if options.verdict == "logprobs":
+        prompts = replace(prompts, max_tokens=MAX_TOKENS)
     if options.max_tokens is not None:
         prompts = replace(prompts, max_tokens=options.max_tokens)
     if options.judge_temperature is not None:

@@ -104,7 +104,9 @@ def stored_verdict(record: SampleRecord) -> Verdict | None:
     winner, scores = record.outputs.get("winner"), record.outputs.get("scores")
     if winner is None or record.score.value is None:
         return None
-    return Verdict(winner, *(scores or (None, None)))
+    shares = record.outputs.get("shares")
+    first, second = scores or (None, None)
+    return Verdict(winner, first, second, tuple(shares) if shares else None)
 
 
 def review_of(record: SampleRecord, verdict: Verdict | None) -> Review:

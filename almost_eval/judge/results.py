@@ -17,6 +17,7 @@ from almost_eval.errors import InputError, StoreError
 from almost_eval.judge.aggregate import Orders, Ties, aggregate, round_robin
 from almost_eval.judge.answers import answer_files, digest_answers
 from almost_eval.judge.api.endpoint import THOUGHT_ONLY
+from almost_eval.judge.api.parameters import JSON_OBJECT, RESPONSE_FORMAT
 from almost_eval.judge.judges import UNPARSED, Judgement, verdict_fields, without_answer
 from almost_eval.judge.lines import ORDERS, check_reviews, couples, record_of, reviews_of
 from almost_eval.judge.local import judge_by_oracle, judge_by_reward
@@ -125,11 +126,15 @@ def _parameters(records: Sequence[SampleRecord]) -> list[JSONObject]:
 def _refused_parameters(records: Sequence[SampleRecord], judge: JSONMapping) -> JSONObject:
     """How many reviews came about without a parameter that the spec states, as the endpoint refuses it."""
     wanted = {"temperature", "max_tokens", *judge.get("options", {})}
+    if judge.get("verdict") == "json":
+        wanted.add(RESPONSE_FORMAT)
     counts: Counter[str] = Counter()
     for record in records:
         sent = record.outputs.get("parameters")
         if not sent:
             continue  # made before parameters were kept, or no review
+        if judge.get("verdict") == "json" and sent.get(RESPONSE_FORMAT, {}).get("type") == JSON_OBJECT:
+            counts["reviews with json_schema sent as json_object: the endpoint refuses it"] += 1
         for name in sorted(wanted - sent.keys()):
             now = "max_completion_tokens" if name == "max_tokens" and "max_completion_tokens" in sent else None
             counts[f"reviews with {name} {'sent as ' + now if now else 'left out: the endpoint refuses it'}"] += 1
@@ -212,8 +217,12 @@ class StoredRun:
         if outputs.get("review") is None:  # there was none
             return Judgement(None, record.score.reason, outputs)
         form = judge["form"] if family is None else load_family(family).form
-        verdict = parse_review(form, outputs["review"], pair, outputs.get("finish_reason") or "stop")
-        outputs = {key: value for key, value in outputs.items() if key != "problem"} | verdict_fields(verdict)
+        finish, sent, told = (outputs.get(key) for key in ("finish_reason", "parameters", "logprobs"))
+        verdict = parse_review(
+            form, outputs["review"], pair, finish or "stop", judge.get("verdict", "text"), sent, told
+        )
+        outputs = {key: value for key, value in outputs.items() if key not in ("problem", "shares")}
+        outputs |= verdict_fields(verdict)
         if isinstance(verdict, Unparsed):
             return Judgement(None, UNPARSED, outputs | {"problem": verdict.reason})
         return Judgement(verdict, None, outputs)
@@ -250,5 +259,7 @@ def redraw(folder: Path, *, ties: Ties | None = None, orders: Orders = "both", f
     if family is not None:
         if run.spec["settings"]["judge"]["kind"] != "model":
             raise InputError(f"--prompt-family: the judge {run.spec['protocol']!r} wrote no reviews to read")
+        if mode := run.spec["settings"]["judge"].get("verdict"):
+            raise InputError(f"--prompt-family: its verdicts were told by --verdict {mode}, which no parser reads anew")
         records = [run.again(record, family) for record in records]
     return {**run.summarise(records, ties=ties, orders=orders), "orders": have if orders == "both" else orders}

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from almost_eval.judge.aggregate import Combined, JudgeResults, RoundRobin, SignTest
+from almost_eval.judge.calibration import Calibration, CalibrationBin
 from almost_eval.report.judge_tables import print_judge_results, print_round_robin
 from almost_eval.types import JSONMapping, JSONObject, Metric
 
@@ -17,6 +18,7 @@ CHECK_ROWS = {
     "agreement": "same verdict",
     "kappa/decisive": "kappa, neither calls a tie",
     "agreement/decisive": "same verdict, neither calls a tie",
+    "brier": "Brier score of its probabilities (0 is best)",
     "self_consistency": "same verdict when asked again",
     "consistency": "same verdict in both orders",
     "first_wins": "Assistant 1 wins a decisive verdict",
@@ -57,6 +59,14 @@ def _two(results: JSONMapping) -> JudgeResults:
         stored[name] = stored[name] and _metric(stored[name])
     stored["combined"] = Combined(**stored["combined"])
     stored["sign_test"] = SignTest(**stored["sign_test"])
+    if calibration := stored.get("calibration"):
+        stored["calibration"] = Calibration(
+            confidence=_metric(calibration["confidence"]),
+            agreed=_metric(calibration["agreed"]),
+            overconfidence=_metric(calibration["overconfidence"]),
+            error=calibration["error"],
+            bins=tuple(CalibrationBin(**one) for one in calibration["bins"]),
+        )
     return JudgeResults(**stored)
 
 
@@ -91,7 +101,7 @@ def _print_check(results: JSONMapping, console: Console) -> None:
         metric = results["metrics"].get(name)
         if metric is None:
             continue
-        show = _number if name.startswith("kappa") else _share
+        show = _number if name.startswith(("kappa", "brier")) else _share
         table.add_row(
             called,
             "withheld" if metric.get("withheld") else show(metric["value"]),

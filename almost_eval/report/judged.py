@@ -64,8 +64,10 @@ def _in_group(group: str) -> Callable[[SampleRecord], bool]:
 
 
 def _counts(label: str, records: Sequence[SampleRecord]) -> VerdictCounts:
-    scores = [record.score.value for record in records]
-    return VerdictCounts(label, scores.count(1.0), scores.count(0.5), scores.count(0.0), scores.count(None))
+    scores = [record.score.value for record in records if record.score.value is not None]
+    # A judge's probability is a win above one half.
+    wins, losses = sum(score > 0.5 for score in scores), sum(score < 0.5 for score in scores)
+    return VerdictCounts(label, wins, len(scores) - wins - losses, losses, len(records) - len(scores))
 
 
 def length_bins(run: LoadedRun) -> list[LengthBin]:

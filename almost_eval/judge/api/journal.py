@@ -189,6 +189,7 @@ class Journal:
             "reasoning_tokens": reply.reasoning_tokens,
             "thinking": reply.thinking,
             "parameters": dict(reply.parameters),
+            **({} if reply.logprobs is None else {"logprobs": reply.logprobs}),
         }
         row = (request.digest, json.dumps(sent), json.dumps(answered), time.time())
         with self._writing() as database:
