@@ -352,7 +352,7 @@ def agreement(a: Sequence[Review], b: Sequence[Review], *, rng: np.random.Genera
     Raises:
         InputError: they share no pair.
     """
-    of_a, of_b = ({(r.question_id, r.order, r.baseline, r.model): r for r in reviews} for reviews in (a, b))
+    of_a, of_b = ({(*r.case, r.order): r for r in reviews} for reviews in (a, b))
     shared = [key for key in of_a if key in of_b]
     if not shared:
         raise InputError("the two judges share no pair: judge the same questions, systems and order with both")

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from almost_eval.judge.records import Review, Side, Verdict
-from almost_eval.stats import mean_metric
+from almost_eval.stats import mean_difference, mean_metric
 from almost_eval.types import Metric
 
 BINS = 5
@@ -52,10 +52,10 @@ class Calibration:
 
 def swap_calibration(reviews: Sequence[Review]) -> Calibration | None:
     """See the head of this file; None where no question has probabilities in both orders."""
-    by_pair: dict[tuple[str, str, str], list[Review]] = {}
+    by_pair: dict[tuple[str, ...], list[Review]] = {}
     for review in reviews:
         if review.verdict is not None and review.verdict.shares is not None:
-            by_pair.setdefault((review.question_id, review.baseline, review.model), []).append(review)
+            by_pair.setdefault(review.case, []).append(review)
     clusters: list[str] = []
     confidences: list[float] = []
     agreed: list[float] = []
@@ -75,7 +75,7 @@ def swap_calibration(reviews: Sequence[Review]) -> Calibration | None:
     return Calibration(
         confidence=mean_metric(confidences, clusters),
         agreed=mean_metric(agreed, clusters),
-        overconfidence=mean_metric([c - y for c, y in zip(confidences, agreed, strict=True)], clusters),
+        overconfidence=mean_difference([c - y for c, y in zip(confidences, agreed, strict=True)], clusters),
         error=math.fsum(one.n * abs(one.confidence - one.agreed) for one in bins) / len(clusters),
         bins=bins,
     )

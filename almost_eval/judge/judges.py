@@ -16,7 +16,7 @@ from almost_eval.errors import InputError
 from almost_eval.judge.api.client import JudgeClient
 from almost_eval.judge.api.cost import Budget, StatedPrices, estimate, price_of, retirement_of
 from almost_eval.judge.api.endpoint import THOUGHT_ONLY, JudgeEndpoint
-from almost_eval.judge.api.journal import Journal
+from almost_eval.judge.api.journal import Journal, Ledger
 from almost_eval.judge.api.session import ClientStats
 from almost_eval.judge.modes import check_mode, fields_of
 from almost_eval.judge.probabilities import tells
@@ -177,6 +177,8 @@ class ModelJudge:
         check_mode(prompts.verdict, prompts.kind, self.options)
         self._fields = fields_of(prompts.verdict, prompts.kind) | self.options
         self._tells = prompts.verdict != "logprobs"
+        self.companions: Sequence[ModelJudge] = ()
+        """The other judges of a panel behind an API: one bound holds for what all of them spend."""
         self._reask = reask
         self._client: JudgeClient | None = None
         self._stats = ClientStats()
@@ -234,7 +236,8 @@ class ModelJudge:
         connection = self.connection
         with Journal(folder / "journal.sqlite") as journal:
             budget = Budget(connection.max_cost, **connection.prices, judge=self.name)
-            budget.spent = sum(budget.of_ledger(journal.ledger()))  # what was sent before counts
+            # What was sent before counts, and what the others of a panel have spent.
+            budget.spent = sum(judge.spent_in(journal) for judge in (self, *self.companions))
             self._client = JudgeClient(
                 self.name,
                 journal,
@@ -252,9 +255,17 @@ class ModelJudge:
                 self._ledger = self._spent(journal)
                 self._client = None
 
+    def spent_in(self, journal: Journal) -> float:
+        """USD that this judge has spent in the folder of a journal, at most."""
+        budget = Budget(**self.connection.prices, judge=self.name)
+        return sum(budget.of_ledger(self._ledger_in(journal)))
+
+    def _ledger_in(self, journal: Journal) -> Ledger:
+        return journal.ledger(self.name if self.companions else None)
+
     def _spent(self, journal: Journal) -> JSONObject:
         """What all runs in the folder of a journal were billed, and may have been billed beside it."""
-        ledger = journal.ledger()
+        ledger = self._ledger_in(journal)
         facts: JSONObject = {"cost_uncertain_requests_all_runs": ledger.n_unsure}
         budget = Budget(**self.connection.prices, judge=self.name)
         if budget.price is None:
@@ -306,6 +317,9 @@ class ModelJudge:
             # One by one until it is known that the endpoint tells probabilities: without them all is spent for nothing.
             count = 1 if not self._tells and at < MOST_ALONE else len(wanted) - at
             part = wanted[at : at + count]
+            if self.companions:
+                requests = self._requests(pairs, part, attempt)
+                self._client.journal.name_judge(self.name, (request.digest for request in requests))
             for place, answer in self._client.stream(self._requests(pairs, part, attempt)):
                 self._check_telling(answer)
                 yield part[place], judgement_of(self.prompts, pairs[part[place]], answer, attempt)

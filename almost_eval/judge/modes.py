@@ -48,6 +48,8 @@ def check_mode(mode: Mode, form: str, options: JSONObject) -> None:
             "--verdict logprobs needs a prompt whose verdict is a letter; give --prompt-family mt-bench, or a "
             "--judge-prompt of kind letters"
         )
+    if mode == "json" and form not in structured.CLOSING:
+        raise InputError(f"--verdict json has no schema for a prompt of kind {form}; give --verdict text")
     own = fields_of(mode, form).keys() - {"top_logprobs"}  # some endpoints take fewer
     if twice := sorted(own & options.keys()):
         raise InputError(f"--judge-options sets {twice[0]}, and so does --verdict {mode}; leave it out there")

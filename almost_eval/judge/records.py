@@ -186,6 +186,13 @@ class Review:
     verdict: Verdict | None
     """None: unscored, with `reason`."""
     reason: str | None = None
+    judge: str = ""
+    """Whose it is, in a panel."""
+
+    @property
+    def case(self) -> tuple[str, ...]:
+        """Which two answers it is about, in either order."""
+        return self.question_id, self.baseline, self.model
 
     @property
     def model_score(self) -> float | None:

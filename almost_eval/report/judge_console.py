@@ -44,6 +44,10 @@ def print_judged(results: JSONMapping, console: Console) -> None:
         print_round_robin(_round_robin(results), console, title=title)
     else:
         print_judge_results(_two(results), console, title=title)
+    if "panel" in results["judging"]:
+        from almost_eval.report.panel_tables import print_panel
+
+        print_panel(results, console)
     if details := ", ".join(f"{name} {count:,}" for name, count in results["details"].items() if count):
         console.print(Text(f"counted: {details}"))
     if not results["validity"]["passed"]:
@@ -53,7 +57,7 @@ def print_judged(results: JSONMapping, console: Console) -> None:
 
 
 def _two(results: JSONMapping) -> JudgeResults:
-    stored: JSONObject = dict(results["judging"])
+    stored: JSONObject = {name: value for name, value in results["judging"].items() if name != "panel"}
     stored["metrics"] = {name: _metric(metric) for name, metric in results["metrics"].items()}
     for name in ("consistency", "first_wins", "longer_wins", "length_controlled"):
         stored[name] = stored[name] and _metric(stored[name])

@@ -43,8 +43,10 @@ class LengthBin:
 
 
 def outcomes(run: LoadedRun) -> list[VerdictCounts]:
-    """All reviews, then each order, then each category."""
+    """All reviews, then each judge of a panel, then each order, then each category."""
     parts: list[tuple[str, Callable[[SampleRecord], bool]]] = [("all reviews", lambda _: True)]
+    judges = dict.fromkeys(str(r.sample.metadata["judge"]) for r in run.records if "judge" in r.sample.metadata)
+    parts += [(f"judge {judge}", _by_judge(judge)) for judge in judges]
     parts += [(label, _in_order(order)) for order, label in ORDERS.items()]
     groups = list(dict.fromkeys(record.sample.group for record in run.records))
     parts += [(group, _in_group(group)) for group in groups if len(groups) > 1]
@@ -53,6 +55,10 @@ def outcomes(run: LoadedRun) -> list[VerdictCounts]:
 
 
 ORDERS = {"forward": "model shown second", "reverse": "model shown first"}
+
+
+def _by_judge(judge: str) -> Callable[[SampleRecord], bool]:
+    return lambda record: record.sample.metadata.get("judge") == judge
 
 
 def _in_order(order: str) -> Callable[[SampleRecord], bool]:
