@@ -92,7 +92,7 @@ def mean_metric(values: Sequence[float | None], clusters: Sequence[str] | None =
 
 
 def mean_difference(values: Sequence[float | None], clusters: Sequence[str] | None = None) -> Metric:
-    """The mean of differences of two values in [0, 1]: `mean_metric` with its interval cut to [-1, 1] and not to [0, 1]."""
+    """The mean of differences of two values in [0, 1]: `mean_metric`, its interval cut to [-1, 1] and not to [0, 1]."""
     halved = mean_metric([None if value is None else (value + 1) / 2 for value in values], clusters)
     if halved.value is None:
         return halved

@@ -177,6 +177,10 @@ def summarise_panel(
         if is_round:
             ranking = round_robin(mine[judge], rng=np.random.default_rng(seed))
             row["round_robin"] = ranking.to_dict()
+            row["win_rates"] = {
+                system: mean_win_rate([r for r in mine[judge] if system in r.case[1:]], ties, system).to_dict()
+                for system in systems
+            }
         else:
             alone = aggregate(mine[judge], ties=ties, orders=orders)
             metrics[f"judge_win_rate/{judge}"] = alone.metrics["win_rate"]

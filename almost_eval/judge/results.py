@@ -126,6 +126,7 @@ def _withhold_judges(
             stated[name] |= _hidden(gate)
         if not gate.passed and "round_robin" in row:
             row["round_robin"] |= {"strengths": {}, "problem": gate.reason}
+            row["win_rates"] = {system: rate | _hidden(gate) for system, rate in row["win_rates"].items()}
     if not validity.passed and "all" in panel:
         panel["all"] |= {"strengths": {}, "problem": validity.reason}
 

@@ -26,7 +26,10 @@ class PanelTable:
 def panel_tables(results: JSONMapping) -> list[PanelTable]:
     """Each judge by itself, every two judges, and self-preference, from the `panel` of `results.json`."""
     panel = results["judging"]["panel"]
-    tables = [_rankings(panel) if "all" in panel else _judges(results, panel), _agreement(panel)]
+    is_round = "all" in panel
+    tables = [_rates(panel), _rankings(panel)] if is_round else [_judges(results, panel)]
+    if len(panel["judges"]) > 1:
+        tables.append(_agreement(panel))
     if panel["self_preference"]:
         tables.append(_self_preference(panel))
     return tables
@@ -43,10 +46,15 @@ def panel_notes(results: JSONMapping) -> list[str]:
     if counts["incomplete"] or counts["empty"]:
         lacking = f"judges are missing on {counts['incomplete']:,} of them"
         notes.append(f"{lacking}, and nobody has a verdict on {counts['empty']:,}")
-    for judge in results["judging"]["panel"]["judges"]:
+    panel = results["judging"]["panel"]
+    for judge in panel["judges"]:
+        if problem := judge.get("round_robin", {}).get("problem"):
+            notes.append(f"judge {judge['name']}: {problem}")
         if judge["unscored"]:
             why = ", ".join(f"{reason} {count}" for reason, count in judge["reasons"].items())
             notes.append(f"judge {judge['name']}: {judge['unscored']:,} of {judge['reviews']:,} unscored ({why})")
+    if problem := panel.get("all", {}).get("problem"):
+        notes.append(f"all judges: {problem}")
     return notes
 
 
@@ -76,6 +84,16 @@ def _judges(results: JSONMapping, panel: JSONMapping) -> PanelTable:
     return PanelTable("each judge by itself", columns, tuple(rows))
 
 
+def _rates(panel: JSONMapping) -> PanelTable:
+    """Each system's win rate over all its games, by each judge."""
+    systems = panel["all"]["names"]
+    rows = []
+    for judge in panel["judges"]:
+        rates = [_rate(judge["win_rates"][system]) for system in systems]
+        rows.append((judge["name"], *(value if value == "withheld" else f"{value}\n{span}" for value, span in rates)))
+    return PanelTable("win rate over all games, by each judge", ("judge", *systems), tuple(rows))
+
+
 def _rankings(panel: JSONMapping) -> PanelTable:
     """Log strengths of each system by each judge, and by all games of all judges."""
     rankings = [(judge["name"], judge["round_robin"]) for judge in panel["judges"]] + [("all judges", panel["all"])]
@@ -83,9 +101,9 @@ def _rankings(panel: JSONMapping) -> PanelTable:
     rows = []
     for name, ranking in rankings:
         strengths = [ranking["strengths"].get(system) for system in systems]
-        rows.append((name, *(_strength(one) for one in strengths), ranking["problem"] or ""))
+        rows.append((name, *(_strength(one) for one in strengths)))
     title = "Bradley-Terry log strengths by each judge, and by all games of all judges"
-    return PanelTable(title, ("judge", *systems, "problem"), tuple(rows))
+    return PanelTable(title, ("judge", *systems), tuple(rows))
 
 
 def _agreement(panel: JSONMapping) -> PanelTable:

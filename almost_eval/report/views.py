@@ -6,8 +6,8 @@ import shlex
 from collections.abc import Sequence
 
 from almost_eval.report import judged, plots
-from almost_eval.report.panel_tables import JUDGE_RATE, panel_notes, panel_tables
 from almost_eval.report.matrix import Cell, Matrix
+from almost_eval.report.panel_tables import JUDGE_RATE, panel_notes, panel_tables
 from almost_eval.report.runs import (
     NONE,
     Benchmark,
