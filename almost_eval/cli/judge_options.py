@@ -10,6 +10,7 @@ import click
 from almost_eval.cli.options import ENGINE_FIELDS, GENERATION_FIELDS, engine_flag
 from almost_eval.judge.build import MAX_NEW_TOKENS, NANO_MAX_NEW_TOKENS, JudgeOptions
 from almost_eval.judge.families import DEFAULT_FAMILY, FAMILIES
+from almost_eval.judge.modes import MODES
 
 PATH = click.Path(path_type=Path)
 FAMILY = click.Choice(list(FAMILIES))
@@ -26,7 +27,7 @@ _REACHED = [
     ),
     click.option(
         "--verdict",
-        type=click.Choice(["text", "json", "logprobs"]),
+        type=click.Choice(list(MODES)),
         help="As text, one JSON object, or the probabilities of a letter (--prompt-family mt-bench).  [text]",
     ),
     click.option("--prompt-set", help="official (the default on real data) or builtin (our own wording)."),

@@ -105,7 +105,9 @@ class Panel:
 
     def spec(self) -> JSONObject:
         """What decides the verdicts of each."""
-        return {"name": self.name, "kind": self.kind, "members": [member.spec() for member in self.members]}
+        members = [member.spec() for member in self.members]
+        prompt_set = next((member["prompt_set"] for member in members if "prompt_set" in member), None)  # one for all
+        return {"name": self.name, "kind": self.kind, "prompt_set": prompt_set, "members": members}
 
     def check(self, questions: Sequence[Question]) -> None:
         """As each of them."""
@@ -118,13 +120,12 @@ class Panel:
         plans = {member.name: member.plan(mine, folder, repeats) for member in self.members}
         prices = [plan["price_usd_at_most"] for plan in plans.values()]
         shown = next((plan for plan in plans.values() if plan["requests"]), next(iter(plans.values())))
+        tokens = ("prompt_tokens_at_most", "completion_tokens_at_most")
         return {
             "requests": sum(plan["requests"] for plan in plans.values()),
+            **{key: sum(plan.get(key, 0) for plan in plans.values()) for key in tokens},
             "price_usd_at_most": None if None in prices else round(sum(prices), 4),
-            **{
-                f"of_{name}": {key: value for key, value in plan.items() if key != "prompt"}
-                for name, plan in plans.items()
-            },
+            **{f"of_{name}": _words(plan) for name, plan in plans.items()},
             "prompt": shown["prompt"],
         }
 
@@ -188,3 +189,12 @@ class Panel:
         """Of each, and which of them failed."""
         failed = [f"judge {name} failed: {error}" for name, error in self._errors.items()]
         return (*(warning for member in self.members for warning in member.warnings()), *failed)
+
+
+def _words(plan: JSONMapping) -> str:
+    """What one judge takes, in a line."""
+    if not plan["requests"]:
+        return "no request"
+    price = plan["price_usd_at_most"]
+    cost = f"the price is {plan['price_from']}" if price is None else f"{price} USD at most by {plan['price_from']}"
+    return f"{plan['requests']:,} requests, {cost}"

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from almost_eval.errors import InputError
 from almost_eval.files import read_json, write_rows
 from almost_eval.judge.answers import (
     AnswerReasoning,
@@ -91,6 +92,11 @@ class JudgeRun:
         self.families = families or Families()
         names = [member.name for member in judge.members] if isinstance(judge, Panel) else [judge.name]
         self.families.check(names, [system.name for system in self.systems])
+        if self.families.judges and not isinstance(judge, Panel):
+            raise InputError(
+                "--judge-family marks what a judge prefers beside the other judges of a panel, and there is one judge; "
+                "give another --judge, or leave it out"
+            )
         judge.check(questions)
 
     @property

@@ -316,7 +316,11 @@ def test_one_bound_for_all_judges_at_their_own_prices(almost_eval: Command, serv
     assert timing["judges"]["fair"]["cost_usd_all_runs"] == pytest.approx(0.12)
     assert timing["cost_usd_all_runs"] == pytest.approx(0.132)
     plan = json.loads(almost_eval(*command, "--max-cost", "1", "--dry-run", "--json").out)
-    assert (plan["requests"], plan["of_fair"]["requests"]) == (0, 0)
+    assert (plan["requests"], plan["of_fair"]) == (0, "no request")
+    command[command.index("run")] = "new"
+    plan = json.loads(almost_eval(*command, "--max-cost", "1", "--dry-run", "--json").out)
+    assert plan["requests"] == 12
+    assert plan["of_fair"].startswith("6 requests, ")
 
 
 def test_judges_at_two_endpoints_and_one_without(almost_eval: Command, server: ReplayServer) -> None:
@@ -334,6 +338,12 @@ def test_judges_at_two_endpoints_and_one_without(almost_eval: Command, server: R
         assert len(prompts) == 12  # a reward model reads no prompt
     finally:
         other.close()
+
+
+def test_a_family_without_a_panel(almost_eval: Command, server: ReplayServer) -> None:
+    code, _, err = almost_eval(*arguments(server, "kind"), "--judge-family", "kind=acme")
+    assert (code, server.count) == (2, 0)
+    assert "beside the other judges of a panel" in err
 
 
 @pytest.mark.parametrize(
