@@ -150,6 +150,7 @@ def _section(benchmark: Benchmark, anchor: str) -> View:
     runs = benchmark.runs
     names = list(dict.fromkeys(name for run in runs for name in run.metrics))
     groups = _metric_groups(runs, names)
+    panels = [_panel(run) for run in runs if run.judged and "panel" in (run.results.get("judging") or {})]
     return {
         "anchor": anchor,
         "title": benchmark.label,
@@ -163,7 +164,7 @@ def _section(benchmark: Benchmark, anchor: str) -> View:
         "judged": [
             _judged(run, f"{anchor}r{place}") for place, run in enumerate(runs) if run.judged and run.baseline_system
         ],
-        "panels": [_panel(run) for run in runs if run.judged and "panel" in (run.results.get("judging") or {})],
+        **({"panels": panels} if panels else {}),
     }
 
 

@@ -444,3 +444,32 @@ def test_modes_that_cannot_be(almost_eval: Command, server: ReplayServer) -> Non
     assert "--verdict logprobs needs a prompt whose verdict is a letter" in refused.err
     refused = almost_eval("vicuna", "--verdict", "json", "--judge", "nano", "--limit", "1")
     assert (refused.code, "--verdict belongs to a judge behind an API" in refused.err) == (2, True)
+
+
+def test_a_check_of_probabilities_has_briers_score(almost_eval: Command, server: ReplayServer) -> None:
+    # The archive: Assistant 2 (b) wins questions 1 and 2, Assistant 1 (a) question 3. The judge gives the model's
+    # answer, a, 0.65 / 0.9 in both places, so b 0.25 / 0.9: 0.65 / 0.9 wrong twice, 0.25 / 0.9 once.
+    folder = Path("archive")
+    for name in "ab":
+        rows = [json.loads(line) for line in Path(f"{name}.jsonl").read_text().splitlines()]
+        file = folder / "answer" / f"{name}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        named = [row | {"answer_id": f"{name}{row['question_id']}"} for row in rows]
+        file.write_text("".join(json.dumps(row) + "\n" for row in named))
+    (folder / "review").mkdir()
+    reviews = [
+        {"question_id": i, "answer1_id": f"a{i}", "answer2_id": f"b{i}", "text": text}
+        for i, text in ((1, "4 9"), (2, "5 8"), (3, "9 2"))
+    ]
+    (folder / "review" / "a_b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reviews))
+    server.fault = lambda call: completion("[[B]]" if is_forward(call) else "[[A]]", logprobs_for(call))
+    code, out, err = almost_eval(
+        *("judge", "check", "--archive", "archive", "--questions", "questions.jsonl", "--data", "hub", "--judge", "j"),
+        *("--judge-base-url", server.url, "--prompt-set", "builtin", "--prompt-family", "mt-bench"),
+        *("--verdict", "logprobs", "--output", "check"),
+    )
+    assert code == 0, err
+    wrong, right = (0.65 / 0.9) ** 2, (0.25 / 0.9) ** 2
+    assert results_of("check")["metrics"]["brier"]["value"] == pytest.approx((2 * wrong + right) / 3)
+    assert "Brier score of its probabilities" in out
+    assert almost_eval("report", "check").out == out
