@@ -101,6 +101,17 @@ def mean_difference(values: Sequence[float | None], clusters: Sequence[str] | No
     return Metric(2 * halved.value - 1, stderr, interval, halved.n, halved.unscored)
 
 
+def majority(scores: Sequence[float | None]) -> float | None:
+    """What more than half of the scores say, of three things: 1 (above one half), 0 (below it) or 0.5; else 0.5.
+
+    None is no score, and counts for nothing; where there is no other, the majority is None too.
+    """
+    said = [1.0 if score > 0.5 else 0.0 if score < 0.5 else 0.5 for score in scores if score is not None]
+    if not said:
+        return None
+    return next((value for value in (1.0, 0.0) if 2 * said.count(value) > len(said)), 0.5)
+
+
 def mean_of_means(groups: Mapping[str, Sequence[float | None]]) -> Metric:
     """Macro average: the mean of each group counts the same, whatever its size.
 

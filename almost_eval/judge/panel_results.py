@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from almost_eval import stats
 from almost_eval.errors import InputError
 from almost_eval.judge.aggregate import Orders, Ties, aggregate, agreement, round_robin
 from almost_eval.judge.panel import Families
@@ -94,13 +95,13 @@ def _together(case: Sequence[Review]) -> Review:
     )
 
 
+_SCORES: dict[Outcome, float] = {"model": 1.0, "tie": 0.5, "baseline": 0.0}
+
+
 def majority_outcome(outcomes: Sequence[Outcome | None]) -> Outcome | None:
     """Who has more than half of the verdicts, else a tie; None where there is no verdict."""
-    counts = Counter(outcome for outcome in outcomes if outcome is not None)
-    if not counts:
-        return None
-    [(most, count)] = counts.most_common(1)
-    return most if 2 * count > counts.total() else "tie"
+    together = stats.majority([None if outcome is None else _SCORES[outcome] for outcome in outcomes])
+    return next((outcome for outcome, score in _SCORES.items() if score == together), None)
 
 
 def _side(outcome: Outcome, *, forward: bool) -> Side:

@@ -260,7 +260,14 @@ def test_two_panels_are_compared_by_each_judge_and_their_mean(almost_eval: Comma
     other = [part.replace("a.jsonl", "c.jsonl") for part in arguments(server, "kind", "fair", output="other")]
     assert almost_eval(*other).code == 0
     compared = json.loads(almost_eval("compare", "run", "other", "--json").out)
-    assert {"win_rate_mean", "judge_win_rate/kind", "judge_win_rate/fair"} <= compared["metrics"].keys()
+    names = {"win_rate", "win_rate_mean", "judge_win_rate/kind", "judge_win_rate/fair"}
+    assert names <= compared["metrics"].keys()
+    majority = compared["metrics"]["win_rate"]
+    assert (majority["n"], majority["mean_a"]) == (6, results_of()["metrics"]["win_rate"]["value"])
+    assert majority["mean_b"] == results_of("other")["metrics"]["win_rate"]["value"]
+    assert {flip["id"] for flip in compared["flipped"]} <= {
+        f"{q}/{o}" for q in (1, 2, 3) for o in ("forward", "reverse")
+    }
     assert compared["metrics"]["judge_win_rate/kind"]["n"] == 6
     assert compared["shared"] == 12
 
