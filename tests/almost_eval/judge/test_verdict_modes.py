@@ -144,12 +144,13 @@ SURE = ("x", [("x", 0.0), ("y", -20.0)])
 def test_a_verdict_is_the_probabilities_of_its_letter() -> None:
     # P(A), P(B), P(C) = 0.3, 0.5, 0.1: 0.9 in all, so 1/3, 5/9, 1/9.
     letters = token("B", A=0.3, B=0.5, C=0.1, D=0.05)
-    for text, tokens in (
+    forms: list[tuple[str, list[TokenAlternatives]]] = [
         ("[[B]]", [token("[[", x=0.9), letters, token("]]", x=1.0)]),
         ("B", [letters]),
         ("\n**B**.\n\nSince", [token("\n**", x=1.0), letters, token("**.\n\nSince", x=1.0)]),
         ("[[B]]", [("[[B", [("[[B", math.log(0.5)), ("[[A", math.log(0.3)), ("[[C]]", math.log(0.1))]), SURE]),
-    ):
+    ]
+    for text, tokens in forms:
         tokens[-1] = (tokens[-1][0].replace("x", "]]"), tokens[-1][1])
         verdict = parse_probabilities(text, tokens)
         assert isinstance(verdict, Verdict), text
