@@ -30,6 +30,8 @@ EMPHASIS = re.compile(
 )
 """Markdown's stars and underscores, but not those of 2*3, 2**3, 5 * 8 and a_1."""
 _BOXED = re.compile(r"\$*\\boxed\{((?:[^{}]|\\text\{[^{}]*\})*)\}\$*")
+_BOXES_ALONE = re.compile(rf"(?:\W*{_BOXED.pattern})+\W*")
+_SCORES = re.compile(r"\b(?:scor|rating|grade|verdict)|/ ?10\b", re.I)
 _HTML = re.compile(r"</?(?:b|strong|em|i|u|p|span|code)>", re.I)
 _NATIVE_LABEL = re.compile(
     r"(?:\u52a9\u624b|\u52a9\u7406|\u30a2\u30b7\u30b9\u30bf\u30f3\u30c8|\uc5b4\uc2dc\uc2a4\ud134\ud2b8"
@@ -50,12 +52,22 @@ def plain_text(text: str) -> str:
     """The text in plain letters, digits and lines, without markup."""
     text = re.sub(r"\\([()\[\]_*])", r"\1", text.translate(PLAIN).replace("\u2028", "\n").replace("\u2029", "\n"))
     text = _HTML.sub("", re.sub(r"<br ?/?>", "\n", text, flags=re.I))
-    text = EMPHASIS.sub("", _BOXED.sub(lambda match: re.sub(r"\\text\{([^{}]*)\}|\\[,;]", r"\1", match[1]), text))
+    text = EMPHASIS.sub("", _unboxed(text))
     text = _NATIVE_LABEL.sub(lambda match: f"Assistant {match[1]}{chr(39) + 's score' if match[2] else ''}", text)
     text = _NATIVE_POINTS.sub("", text)
     # Less the signs of headings, quotes, lists, tables and code blocks.
     lines = (re.sub(r"^[ >#|~\u2022]+|^ *[-+*] +(?=\S)|[ |#]+$", "", line) for line in text.split("\n"))
     return "\n".join("" if _FENCE.fullmatch(line) else re.sub(r" {2,}", " ", line) for line in lines)
+
+
+def _unboxed(text: str) -> str:
+    """Without LaTeX's boxes in the first line, and where a line speaks of scores; elsewhere a box holds a solution."""
+    lines = text.split("\n")
+    first = next((at for at, line in enumerate(lines) if line.strip()), 0)
+    for at, line in enumerate(lines):
+        if "\\boxed" in line and (_SCORES.search(line) or (at == first and _BOXES_ALONE.fullmatch(line))):
+            lines[at] = _BOXED.sub(lambda match: re.sub(r"\\text\{([^{}]*)\}|\\[,;]", r"\1", match[1]), line)
+    return "\n".join(lines)
 
 
 def without_quotes(text: str, quoted: str) -> str:

@@ -62,7 +62,12 @@ _COMMA_LABELLED = re.compile(
     rf"({_LABELLED}[^\d\n]{{0,12}}[:=] ?)(\d{{1,2}}),(\d{{1,2}})(?= ?/ ?10\b| *(?:$|\n|[;)|])|, ?[A-Za-z])", re.I
 )
 """Decimal commas: two numbers that a space tells apart, or one behind a name. "8,9" alone is two scores."""
-_TOTAL_ROW = re.compile(rf"(?:{_WORD}\w*|total|overall|final|sum)\b", re.I)
+_TOTAL_ROW = re.compile(
+    r"(?:(?:total|overall|final) ?)?(?:scores?|ratings?|grades?|marks?|verdict|points)?"
+    r"(?: ?\((?:[^()]*\b10|1 ?- ?10)\)| ?/ ?10| out of 10)?",
+    re.I,
+)
+"""The first cell of a row of scores, in whole: "Total errors" and "Final answer" are none."""
 _FINAL = re.compile(r"\b(?:final|overall|total|conclusion|output|in summary)", re.I)
 
 _LINE = re.compile(
@@ -182,11 +187,12 @@ def _json(review: str) -> _Reading | None:
 
 def _lines(text: str) -> list[_Reading]:
     """Two scores and nothing else on a line: among the first three lines that are not empty, or the last two."""
-    lines = [_with_points(line.strip()) for line in text.split("\n") if line.strip()]
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    lines[:1] = map(_with_points, lines[:1])  # further down, "1,5 2,5" may be anything
     places = [(i, line) for i, line in enumerate(lines) if i < 3 or i >= len(lines) - 2]
     readings = []
     for i, line in places:
-        if (behind := _BEHIND.fullmatch(line)) and behind[4].lower() != behind[8].lower():
+        if i == 0 and (behind := _BEHIND.fullmatch(line)) and behind[4].lower() != behind[8].lower():
             sides = [_SIDES[behind[place].lower()] for place in (4, 8)]
             numbers = [_three(behind.groups()[at : at + 3]) for at in (0, 4)]
             if sorted(sides) == [0, 1]:
@@ -229,7 +235,7 @@ def _tables(text: str) -> list[_Reading]:
         cells = _cells(line)
         heads = _heads(cells)
         columns = heads or (columns if len(cells) > 2 else None)
-        if columns is None or heads or max(columns) >= len(cells) or not _TOTAL_ROW.match(cells[0]):
+        if columns is None or heads or max(columns) >= len(cells) or not (cells[0] and _TOTAL_ROW.fullmatch(cells[0])):
             continue
         one, two = (_SINGLE.fullmatch(cells[at]) for at in columns)
         if one and two:
