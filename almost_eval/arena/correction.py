@@ -21,6 +21,8 @@ from almost_eval.files import write_json
 from almost_eval.judge.aggregate import Orders, Ties, mean_scores
 from almost_eval.judge.lines import by_system, reviews_of
 from almost_eval.judge.names import CORRECTED, HUMAN, VOTES_FILE
+from almost_eval.judge.panel import names_of
+from almost_eval.judge.panel_results import majority
 from almost_eval.judge.records import Pair
 from almost_eval.judge.results import StoredRun, redraw, redrawn_records
 from almost_eval.types import JSONObject
@@ -99,7 +101,8 @@ def corrected(
             "voters by `almost-eval arena report --judge`"
         )
     matched = match_votes(votes, (pair for pair, _ in run.pairs.values()))
-    judge = mean_scores(reviews_of(redrawn_records(run, orders, family)))
+    reviews = reviews_of(redrawn_records(run, orders, family))
+    judge = mean_scores(majority(reviews) if names_of(run.spec["settings"]["judge"]) else reviews)
     voted = [question for question in matched.scores if question in judge]
     if not voted:
         why = ", ".join(f"{n} {reason}" for reason, n in matched.unmatched.items()) or "the judge has no verdict there"

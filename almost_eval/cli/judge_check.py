@@ -11,7 +11,7 @@ import click
 
 from almost_eval.cli.command_line import open_console
 from almost_eval.errors import InputError
-from almost_eval.judge.build import NANO_JUDGE, is_local, without_api
+from almost_eval.judge.build import NANO_JUDGE, JudgeOptions, without_api
 from almost_eval.judge.families import DEFAULT_FAMILY
 from almost_eval.types import JSONMapping, JSONObject
 
@@ -96,7 +96,7 @@ def _checks(
     checks = []
     for name, address in zip(names, _addresses(names, flags["judge_base_url"]), strict=True):
         mine = {**flags, "judge": name, "judge_base_url": address}
-        if len(names) > 1 and is_local(name):  # these flags are the other judge's
+        if len(names) > 1 and JudgeOptions(judge=name).is_local:  # these flags are the other judge's
             mine |= without_api()
         checks.append(
             JudgeCheck(
@@ -139,7 +139,7 @@ def _human_votes(file: Path | None) -> tuple[list[HumanVote], dict[str, int]]:
 
 def _addresses(judges: Sequence[str], addresses: Sequence[str]) -> list[str | None]:
     """The endpoint of each judge: one is for all behind an API, two are in the judges' order."""
-    behind = [name for name in judges if not is_local(name)]
+    behind = [name for name in judges if not JudgeOptions(judge=name).is_local]
     if not behind and addresses:
         behind = [*judges[:1]]  # `open_judge` refuses it, with the judge's name
     if len(addresses) > max(1, len(behind)):

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
+from almost_eval.judge.calibration import brier
 from almost_eval.judge.cases import Case
 from almost_eval.judge.records import Order, Review
 from almost_eval.stats import cohen_kappa, draw_counts, mean_metric, paired_bootstrap, wilson
@@ -68,6 +69,7 @@ def check_metrics(checked: Sequence[Checked], *, seed: int) -> dict[str, Metric]
     metrics: dict[str, Metric] = {}
     if archived:
         metrics |= _agreement(archived, ("forward",), seed)  # the archive knows no other order
+        metrics |= _probabilities(archived)
     if voted:
         orders = tuple(voted[0].reviews)
         metrics |= {f"human/{name}": metric for name, metric in _agreement(voted, orders, seed).items()}
@@ -85,6 +87,14 @@ def check_metrics(checked: Sequence[Checked], *, seed: int) -> dict[str, Metric]
     return metrics
 
 
+def _probabilities(archived: Sequence[Checked]) -> dict[str, Metric]:
+    """Brier's score of the judge's probabilities against the archived verdicts, where it told some."""
+    mine = [(one.first().verdict, one.case) for one in archived]
+    told = brier([(v, case.verdicts[0].winner, case.pair.question.id) for v, case in mine if v is not None])
+    lost = sum(verdict is None for verdict, _ in mine)
+    return {} if told is None else {"brier": replace(told, unscored=lost)}
+
+
 def _first_reviews(checked: Sequence[Checked]) -> list[Review]:
     """Of the first time, in all orders."""
     return [one.first(order) for one in checked for order in one.reviews]
@@ -96,8 +106,8 @@ def _agreement(checked: Sequence[Checked], orders: Sequence[Order], seed: int) -
     unscored = 0
     for one in checked:
         for order in orders:
-            mine = _winner(one.first(order))
-            for theirs in map(_winner, one.case.reviews()):
+            mine = one.first(order).outcome
+            for theirs in (review.outcome for review in one.case.reviews()):
                 if mine is None or theirs is None:
                     unscored += 1
                 else:
@@ -113,15 +123,6 @@ def _agreement(checked: Sequence[Checked], orders: Sequence[Order], seed: int) -
     return metrics
 
 
-def _winner(review: Review) -> str | None:
-    """`model`, `baseline` or `tie`, whatever the order; None without a verdict."""
-    if review.verdict is None:
-        return None
-    if review.verdict.winner == "tie":
-        return "tie"
-    return "model" if (review.verdict.winner == "2") == (review.order == "forward") else "baseline"
-
-
 def _consistency(checked: Sequence[Checked]) -> dict[str, Metric]:
     """With itself: the same pair judged again."""
     clusters, same = [], []
@@ -129,7 +130,7 @@ def _consistency(checked: Sequence[Checked]) -> dict[str, Metric]:
         for first, *again in one.reviews.values():
             for other in again:
                 clusters.append(one.case.pair.question.id)
-                both = (_winner(first), _winner(other))
+                both = (first.outcome, other.outcome)
                 same.append(None if None in both else float(both[0] == both[1]))
     return {"self_consistency": mean_metric(same, clusters)} if same else {}
 
@@ -139,7 +140,7 @@ def _orders(checked: Sequence[Checked]) -> dict[str, Metric]:
     both = [one for one in checked if len(one.reviews) == 2]
     if not both:
         return {}
-    winners = [(_winner(one.first("forward")), _winner(one.first("reverse"))) for one in both]
+    winners = [(one.first("forward").outcome, one.first("reverse").outcome) for one in both]
     clusters = [one.case.pair.question.id for one in both]
     same = [None if None in pair else float(pair[0] == pair[1]) for pair in winners]
     flips = [None if None in pair else float({*pair} == {"model", "baseline"}) for pair in winners]
@@ -164,9 +165,9 @@ def _first(reviews: Sequence[Review]) -> list[tuple[str, float]]:
 def _longer(reviews: Sequence[Review]) -> list[tuple[str, float]]:
     """(question, whether the longer answer won) of the decisive reviews of unequal answers."""
     return [
-        (review.question_id, float((review.model_length > review.baseline_length) == (_winner(review) == "model")))
+        (review.question_id, float((review.model_length > review.baseline_length) == (review.outcome == "model")))
         for review in reviews
-        if _winner(review) in ("model", "baseline") and review.model_length != review.baseline_length
+        if review.outcome in ("model", "baseline") and review.model_length != review.baseline_length
     ]
 
 
@@ -268,7 +269,7 @@ def between(new: Sequence[Checked], old: Sequence[Checked], *, seed: int) -> dic
     theirs = {one.case.id: one for one in old}
     shared = [(one, theirs[one.case.id]) for one in new if one.case.id in theirs]
     rows = [(a.case.id, a.first(order), b.first(order)) for a, b in shared for order in a.reviews if order in b.reviews]
-    winners = [(id, _winner(a), _winner(b)) for id, a, b in rows]
+    winners = [(id, a.outcome, b.outcome) for id, a, b in rows]
     scored = [(id, a, b) for id, a, b in winners if a is not None and b is not None]
     clusters, lost = [id for id, _, _ in scored], len(rows) - len(scored)
     kappa = cohen_kappa([(b, a) for _, a, b in scored], clusters, rng=np.random.default_rng(seed))

@@ -117,15 +117,16 @@ def style_control(
     Args:
         reviews: each with the style counts of its two answers.
         rng: of the resamples.
-        ties: `half` counts a tie as half a win; `drop` leaves ties out.
+        ties: `half` counts a tie as half a win; `drop` leaves ties, or their share of the probability, out.
         n_resamples: of whole questions, for the intervals.
     """
-    taken = [review for review in reviews if not (ties == "drop" and review.model_score == 0.5)]
-    scored = [review for review in taken if review.model_score is not None]
-    missing = len(taken) - len(scored)
-    if problem := _unfit(scored):
+    scores = [review.model_score if ties == "half" else review.untied_score for review in reviews]
+    scored = [review for review, score in zip(reviews, scores, strict=True) if score is not None]
+    y = np.array([score for score in scores if score is not None])
+    missing = sum(review.verdict is None for review in reviews)
+    if problem := _unfit(scored, y):
         return _without(problem, len(scored), missing, _means(scored))
-    design = _design(scored)
+    design = _design(scored, y)
     if problem := _not_estimable(design):
         return _without(problem, len(scored), missing, _means(scored))
     penalty = np.array([0.0] + [RIDGE] * len(design.names))
@@ -160,16 +161,15 @@ def _without(problem: str, n: int, missing: int, means: dict[str, tuple[float | 
     return StyleControl(Metric(None, None, None, n, missing), effects, problem)
 
 
-def _unfit(scored: Sequence[Review]) -> str | None:
+def _unfit(scored: Sequence[Review], y: Floats) -> str | None:
     """What can be said before there are columns."""
     if bare := sum(review.model_markdown is None or review.baseline_markdown is None for review in scored):
         return f"{bare} of {len(scored)} reviews have no counts of headers, lists and bold"
     n = len({review.question_id for review in scored})
     if n < MIN_QUESTIONS:
         return f"{n} questions have a verdict; the model needs {MIN_QUESTIONS}"
-    outcomes = {review.model_score for review in scored}
-    if len(outcomes) == 1:
-        says = {1.0: "for the model", 0.0: "for the baseline", 0.5: "a tie"}.get(outcomes.pop() or 0.0, "the same")
+    if (y == y[0]).all():
+        says = {1.0: "for the model", 0.0: "for the baseline", 0.5: "a tie"}.get(float(y[0]), "the same")
         return f"every verdict is {says}, so nothing can be told apart"
     return None
 
@@ -198,7 +198,7 @@ def relative_difference(mine: float, other: float) -> float:
     return (mine - other) / (mine + other) if mine + other else 0.0
 
 
-def _design(scored: Sequence[Review]) -> _Design:
+def _design(scored: Sequence[Review], y: Floats) -> _Design:
     rows = [{name: relative_difference(*both) for name, both in features_of(review).items()} for review in scored]
     columns, names = [np.ones(len(rows))], []
     for name in rows[0]:
@@ -213,7 +213,6 @@ def _design(scored: Sequence[Review]) -> _Design:
         at = np.zeros((2, len(columns)))
         at[:, -1] = 0.5, -0.5
     at[:, 0] = 1.0
-    y = np.array([review.model_score for review in scored], dtype=np.float64)
     return _Design(np.column_stack(columns), y, [review.question_id for review in scored], names, at)
 
 

@@ -28,6 +28,7 @@ NUMBERS = {
     "kappa/decisive": "kappa, neither calls a tie",
     "human/kappa": "kappa with people's votes",
     "human/kappa/decisive": "kappa with people, neither calls a tie",
+    "brier": "Brier score of its probabilities (0 is best)",
 }
 DIFFERENCES = {"longer_wins_beyond_archive": "the longer answer wins, beyond the archive"}
 BETWEEN = {

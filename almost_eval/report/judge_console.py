@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from almost_eval.judge.aggregate import Combined, JudgeResults, RoundRobin, SignTest
+from almost_eval.judge.calibration import Calibration, CalibrationBin
 from almost_eval.judge.names import CORRECTED, STYLE_CONTROLLED, STYLE_STRENGTH
 from almost_eval.report.judge_tables import print_judge_results, print_round_robin
 from almost_eval.report.judged import VOTE_ROWS, vote_words
@@ -32,6 +33,10 @@ def print_judged(results: JSONMapping, console: Console) -> None:
         print_judge_results(_two(results), console, title=title, style=results["judging"].get("style"))
         if votes := results.get("votes"):
             _print_votes(results["metrics"], votes, console)
+    if "panel" in results["judging"]:
+        from almost_eval.report.panel_tables import print_panel
+
+        print_panel(results, console)
     print_remarks(results, console)
 
 
@@ -47,12 +52,21 @@ def print_remarks(results: JSONMapping, console: Console, *, of: str = "") -> No
 
 
 def _two(results: JSONMapping) -> JudgeResults:
-    stored: JSONObject = {name: value for name, value in results["judging"].items() if name != "style"}
+    left_out = ("panel", "style")
+    stored: JSONObject = {name: value for name, value in results["judging"].items() if name not in left_out}
     stored["metrics"] = {name: _metric(metric) for name, metric in results["metrics"].items()}
     for name in ("consistency", "first_wins", "longer_wins", "length_controlled"):
         stored[name] = stored[name] and _metric(stored[name])
     stored["combined"] = Combined(**stored["combined"])
     stored["sign_test"] = SignTest(**stored["sign_test"])
+    if calibration := stored.get("calibration"):
+        stored["calibration"] = Calibration(
+            confidence=_metric(calibration["confidence"]),
+            agreed=_metric(calibration["agreed"]),
+            overconfidence=_metric(calibration["overconfidence"]),
+            error=calibration["error"],
+            bins=tuple(CalibrationBin(**one) for one in calibration["bins"]),
+        )
     return JudgeResults(**stored)
 
 
