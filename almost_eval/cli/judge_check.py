@@ -64,7 +64,8 @@ def check_judges(
     from almost_eval.report.certificate_page import write_certificate
 
     certificate = certify(new, old, folder, progress_for())
-    _show(certificate, write_certificate(certificate, folder), as_json)
+    write_certificate(certificate, folder)
+    _show(certificate, folder, as_json)
     return 0 if all(results["validity"]["passed"] for results in certificate["results"].values()) else 3
 
 
@@ -149,12 +150,13 @@ def _addresses(judges: Sequence[str], addresses: Sequence[str]) -> list[str | No
     return [each.get(name) for name in judges]
 
 
-def _show(certificate: JSONObject, page: Path, as_json: bool) -> None:
+def _show(certificate: JSONObject, folder: Path, as_json: bool) -> None:
     """`results.json` of the new judge with the certificate in it, or the table."""
     if not as_json:
-        from almost_eval.report.certificate_console import print_certificate
+        from almost_eval.report.console import print_results
 
-        print_certificate(certificate, open_console(), page=str(page))
+        print_results(certificate["results"]["new"], open_console(), folder=str(folder))
+        click.echo(f"page: {folder / 'certificate.html'}", err=True)
         return
     others = {name: results for name, results in certificate["results"].items() if name != "new"}
     rest = {**certificate, "results": others}

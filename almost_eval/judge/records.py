@@ -187,11 +187,11 @@ class Review:
     verdict: Verdict | None
     """None: unscored, with `reason`."""
     reason: str | None = None
+    judge: str = ""
+    """Whose it is, in a panel."""
     baseline_markdown: MarkdownCounts | None = None
     """Of the answers as they were judged; None in lines of runs that did not count it."""
     model_markdown: MarkdownCounts | None = None
-    judge: str = ""
-    """Whose it is, in a panel."""
 
     @property
     def case(self) -> tuple[str, ...]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from almost_eval.errors import RunError
-from almost_eval.files import write_json
+from almost_eval.files import read_json, write_json
 from almost_eval.judge.certificate import between, moves_between, sentence
 from almost_eval.judge.check import JudgeCheck
 from almost_eval.progress import Progress
 from almost_eval.types import JSONMapping, JSONObject
 
+FILE = "certificate.json"
 OLD = "old"
 """Name of the folder of the judge that is replaced."""
 
@@ -49,7 +50,7 @@ def certify(new: JudgeCheck, old: JudgeCheck | None, folder: Path, progress: Pro
                 *certificate["sentences"],
             ]
     try:
-        write_json(folder / "certificate.json", certificate)
+        write_json(folder / FILE, certificate)
     except OSError as error:
         raise RunError(f"cannot write to {folder} ({error.strerror}); the reviews are kept") from None
     return certificate
@@ -71,3 +72,15 @@ def certificate_of(results: JSONMapping) -> JSONObject:
         "between": None,
         "moves": None,
     }
+
+
+def stored_certificate(results: JSONMapping, folder: Path | None) -> JSONObject:
+    """The certificate that stands in the folder of a check, or what its results alone say.
+
+    Args:
+        results: `results.json` of the check.
+        folder: of the check, where it is known.
+    """
+    file = folder / FILE if folder else None
+    stored: JSONObject = read_json(file) if file and file.is_file() else certificate_of(results)
+    return stored

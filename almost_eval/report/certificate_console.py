@@ -11,13 +11,12 @@ from almost_eval.report.judge_console import print_remarks
 from almost_eval.types import JSONMapping
 
 
-def print_certificate(certificate: JSONMapping, console: Console, *, page: str = "") -> None:
+def print_certificate(certificate: JSONMapping, console: Console) -> None:
     """Agreement, biases and price of each judge, then how far the win rates move.
 
     Args:
         certificate: what `judge.succession.certify` returned.
         console: where to.
-        page: the file of its page, where it was drawn.
     """
     shown = columns(certificate)
     table = Table(title=Text(title(certificate)), title_justify="left", title_style="bold")
@@ -37,8 +36,6 @@ def print_certificate(certificate: JSONMapping, console: Console, *, page: str =
     several = len(certificate["results"]) > 1
     for results in certificate["results"].values():
         print_remarks(results, console, of=results["model"] if several else "")
-    if page:
-        console.print(Text(f"page: {page}"), soft_wrap=True)
 
 
 def _cell(metric: JSONMapping | None, kind: str) -> str:

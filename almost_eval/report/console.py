@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -19,7 +20,7 @@ MANY_ROWS = 24
 def print_results(results: Results, console: Console, *, folder: str | None = None) -> None:
     """The metrics with their intervals, the baselines, what was not scored, and where the run is."""
     if "judging" in results:
-        _print_judging(results, console)
+        _print_judging(results, console, folder)
         _print_folder(folder, console)
         return
     title = f"{results['task']} · {results['protocol']} · {results['model']}"
@@ -63,13 +64,13 @@ def print_results(results: Results, console: Console, *, folder: str | None = No
     _print_folder(folder, console)
 
 
-def _print_judging(results: Results, console: Console) -> None:
-    """What a judge said of systems, or what a check says of a judge."""
+def _print_judging(results: Results, console: Console, folder: str | None) -> None:
+    """What a judge said of systems, or what a check says of a judge: with what its folder holds of another judge."""
     if results["task"] == CHECK_TASK:
-        from almost_eval.judge.succession import certificate_of
+        from almost_eval.judge.succession import stored_certificate
         from almost_eval.report.certificate_console import print_certificate
 
-        print_certificate(certificate_of(results), console)
+        print_certificate(stored_certificate(results, Path(folder) if folder else None), console)
     else:
         from almost_eval.report.judge_console import print_judged
 

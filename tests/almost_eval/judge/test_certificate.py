@@ -115,10 +115,11 @@ def test_a_planted_place_and_a_planted_length(archive: list[str], almost_eval: C
 
         # The same command asks nobody, and draws the same page.
         page = Path("check/certificate.html").read_text()
-        shown = almost_eval("judge", "check", *archive, *given).out
+        _, shown, told_where = almost_eval("judge", "check", *archive, *given)
         assert server.count == 80
         assert "the other answer wins in the other order" in " ".join(re.sub("[│┃]", " ", shown).split())
-        assert "check/certificate.html" in shown
+        assert "page: check/certificate.html" in told_where
+        assert almost_eval("report", "check").out == shown
         assert Path("check/certificate.html").read_text() == page
     for text in ("moves the win rate of b against a", "USD a verdict", "the other answer wins in the other", "25.0"):
         assert text in page
@@ -174,6 +175,7 @@ def test_two_judges_side_by_side(archive: list[str], almost_eval: Command) -> No
     for text in ("gpt-6-luna in place of gpt-4", "kappa between the two judges", "GPT-4, archived", "+20.0"):
         assert text in page
     assert "kappa between the two judges" in shown
+    assert almost_eval("report", "check").out == shown
 
 
 def test_a_judge_with_unreadable_verdicts_gets_no_sentence(archive: list[str], almost_eval: Command) -> None:
