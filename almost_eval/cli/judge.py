@@ -178,7 +178,6 @@ def _open_judge(flags: Flags, data: DataSource) -> Judge:
 
 def _open_judges(flags: Flags, data: DataSource) -> Judge:
     """The judge, or the panel, that the flags name; see `open_judges`."""
-    from almost_eval.cli.startup import import_transformers
     from almost_eval.judge.build import REWARD_PREFIX, JudgeOptions, open_judges
 
     options = JudgeOptions(**{field.name: flags[field.name] for field in fields(JudgeOptions) if field.name in flags})
