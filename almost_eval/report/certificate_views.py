@@ -6,7 +6,8 @@ import shlex
 from collections.abc import Sequence
 
 from almost_eval.judge.succession import OLD
-from almost_eval.report.runs import NONE, counted
+from almost_eval.report.runs import NONE
+from almost_eval.run.validity import counted
 from almost_eval.types import JSONMapping, JSONObject
 
 SHARES = {

@@ -10,14 +10,15 @@ from rich.table import Table
 from rich.text import Text
 
 from almost_eval.judge.names import CHECK_TASK
-from almost_eval.report.runs import Results, counted, readable
+from almost_eval.run.validity import counted, readable
 from almost_eval.tasks.registry import stated_by
+from almost_eval.types import JSONMapping
 
 MANY_ROWS = 24
 """Rows beyond which subjects are folded away; they are all in results.json."""
 
 
-def print_results(results: Results, console: Console, *, folder: str | None = None) -> None:
+def print_results(results: JSONMapping, console: Console, *, folder: str | None = None) -> None:
     """The metrics with their intervals, the baselines, what was not scored, and where the run is."""
     if "judging" in results:
         _print_judging(results, console, folder)
@@ -64,7 +65,7 @@ def print_results(results: Results, console: Console, *, folder: str | None = No
     _print_folder(folder, console)
 
 
-def _print_judging(results: Results, console: Console, folder: str | None) -> None:
+def _print_judging(results: JSONMapping, console: Console, folder: str | None) -> None:
     """What a judge said of systems, or what a check says of a judge: with what its folder holds of another judge."""
     if results["task"] == CHECK_TASK:
         from almost_eval.judge.succession import stored_certificate
@@ -82,7 +83,7 @@ def _print_folder(folder: str | None, console: Console) -> None:
         console.print(Text(f"run: {folder}"), soft_wrap=True)
 
 
-def _notes(results: Results) -> list[Text]:
+def _notes(results: JSONMapping) -> list[Text]:
     lines = []
     if counts := counted(results):
         lines.append(Text("counted: " + ", ".join(counts)))
@@ -103,7 +104,7 @@ def _notes(results: Results) -> list[Text]:
     return lines
 
 
-def _prompts(results: Results) -> str:
+def _prompts(results: JSONMapping) -> str:
     """How prompts were written, where that was chosen: `prompts: template tokenizer, few-shot examples as turns`."""
     provenance = results.get("provenance") or {}
     chosen = dict(provenance.get("prompt_settings") or {})
@@ -116,7 +117,7 @@ def _prompts(results: Results) -> str:
     return f"prompts: {', '.join(parts)}"
 
 
-def _folded(results: Results) -> list[str]:
+def _folded(results: JSONMapping) -> list[str]:
     """The metrics to show; of many, those that the task calls its main ones, or else those of no group."""
     names = list(results["metrics"])
     if len(names) <= MANY_ROWS:
