@@ -27,8 +27,8 @@ from almost_train.common.batches import BatchPlan, batch_plan, planned_dataset
 from almost_train.common.config import option
 from almost_train.common.lora import add_lora, base_dtype, check_lora
 from almost_train.common.processes import is_main, shared_stage
-from almost_train.common.stage import model_input
 from almost_train.common.seeding import seeded
+from almost_train.common.stage import model_input
 from almost_train.common.trainers import (
     MODEL,
     QuietTrainer,
