@@ -238,6 +238,8 @@ class HFEngine(CheckpointEngine):
         )
         if done.not_shared:
             self._report.warnings.append(f"prefixes are not shared: {done.not_shared}")
+        elif done.copied:
+            self._report.warnings.append(f"every row holds a copy of what the prompts share: {done.copied}")
         if done.halved:
             self._report.warnings.append(f"out of memory: went on with {done.max_tokens} tokens in a batch")
 

@@ -1,9 +1,10 @@
-"""Reads the tokens that all prompts of a batch begin with once, and lets every row of `generate` go on from them.
+"""Reads the tokens that all prompts of a batch begin with once, and lets every row go on from them.
 
-Few-shot prompts share a header that is most of their length. Its keys and values are computed for one row and copied to
-the others. The batch is padded on the left as ever: the copy of a row that is padded by `gap` is moved by `gap`, so its
-tokens stay side by side and windows, masks and distances are those of the plain path. The keys are kept between the
-batches of a call: a batch computes only what follows the part that it shares with the one before.
+Few-shot prompts share a header that is most of their length. Its keys and values are computed for one row. Where the
+rows can attend to them together (`hf_rows.py`) they stay the only copy. Elsewhere each row of `generate` gets a copy.
+That batch is padded on the left as ever: the copy of a row that is padded by `gap` is moved by `gap`, so its tokens
+stay side by side and windows, masks and distances are those of the plain path. The keys are kept between the batches of
+a call: a batch computes only what follows the part that it shares with the one before.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from almost_eval.engines.hf_loglikelihood import length_dependence, out_of_memory
+from almost_eval.engines.hf_rows import HeaderLayers
 from almost_eval.engines.prefix import common_prefix_length
 
 if TYPE_CHECKING:
@@ -56,17 +58,28 @@ class SharedHeader:
         longest = max(len(prompt) for prompt in prompts)
         shared = min(common_prefix_length(prompts[0], prompt) for prompt in prompts)
         shared = min(shared, len(prompts[0]) - 1, longest - 1)  # a token is left to go on from
-        if self.reason or shared < LEAST or (len(prompts) == 1 and not self._ids.size):
+        if shared < LEAST or (len(prompts) == 1 and not self._ids.size) or not self._is_read(prompts[0][:shared]):
             return None
+        return self._copies([longest - len(prompt) for prompt in prompts])
+
+    def layers(self, ids: NDArray[np.int32]) -> HeaderLayers | None:
+        """The keys and values of a header, one copy for all rows, or None where headers are not shared."""
+        if not self._is_read(ids):
+            return None
+        return [(layer.keys, layer.values) for layer in self._cache.layers]
+
+    def _is_read(self, ids: NDArray[np.int32]) -> bool:
+        """Whether the kept header now is `ids`; if not, `reason` says why."""
+        if self.reason:
+            return False
         try:
-            self._read(prompts[0][:shared])
+            self._read(ids)
         except Exception as error:  # models refuse a cache that is not their own in many ways
             self._ids, self._cache = self._ids[:0], None
             if out_of_memory(error):
                 raise
             self.reason = f"the model takes no cache of plain keys and values ({type(error).__name__})"
-            return None
-        return None if self.reason else self._copies([longest - len(prompt) for prompt in prompts])
+        return not self.reason
 
     def _read(self, ids: NDArray[np.int32]) -> None:
         """Compute what the kept header lacks of `ids`."""
