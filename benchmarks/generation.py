@@ -4,8 +4,8 @@
 
 HEADER_FILE is a demonstration file, such as the official `HHH_prompt.txt`; its first `--shots` dialogues stand before
 every prompt. Both sides run the same weights. The old one is transformers' `generate` on a padded batch: it reads the
-header once for every prompt, copies all keys at every step, sorts the vocabulary for every token and draws noise for all
-of it. Prints tokens a second of time and of CPU time, the ratio of each round, whether the texts are equal (in half
+header once for every prompt, copies all keys at every step, sorts the vocabulary for every token and draws noise for
+all of it. Prints tokens a second of time and of CPU time, the ratio of each round, whether the texts are equal (in half
 precision they may part, as other batches round in other ways), and the peak memory of each side where the system tells.
 Beside other jobs only the ratio of CPU times says something.
 
@@ -128,10 +128,10 @@ def compare(sides: Mapping[str, HFEngine], prompts: Sequence[str], params: Sampl
 PARTS: dict[str, tuple[Any, str]] = {
     "reading the header": (hf_header.SharedHeader, "_read"),
     "reading what follows it in each prompt": (hf_decoding, "_read"),
-    "steps and reading: the model": (hf_rows.Rows, "forward"),
-    "of this, attention": (hf_rows, "attend"),
+    "steps and reading: the model": (hf_decoding.Rows, "forward"),
+    "of this, attention": (hf_rows, "_attend"),
     "drawing tokens": (Sampler, "draw"),
-    "rows that leave": (hf_rows.Rows, "keep"),
+    "rows that leave": (hf_decoding.Rows, "keep"),
     "stop strings": (hf_generation.StopStrings, "end"),
 }
 """What `--profile` tells apart, and the function that does it."""

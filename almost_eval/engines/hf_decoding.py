@@ -3,11 +3,14 @@
 The loop in place of transformers' `generate` for models that take their attention from its registry (`hf_rows.py`).
 It differs in what it does not repeat: the header is read once, a prompt with several completions is read once, keys are
 never copied from step to step, and logits are computed at the last token alone.
+
+Rows are aligned at their right end: a new token stands in the same column of every row, and a shorter row leaves its
+first columns empty. Positions, windows and masks follow the row's own tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from almost_eval.engines.hf_loglikelihood import AttentionWindow
-from almost_eval.engines.hf_rows import HeaderLayers, Rows
+from almost_eval.engines.hf_rows import HeaderLayers, RowCache, Sight, attending
 from almost_eval.engines.hf_sampling import Sampler
 
 if TYPE_CHECKING:
@@ -37,6 +40,87 @@ class Header:
     """Its keys and values in each layer; empty where nothing is shared."""
     length: int
     """Tokens."""
+
+
+class Rows:
+    """Some rows behind one header, and the model that they are handed to.
+
+    Args:
+        model: a causal LM that passes `refusal`.
+        header: what all rows begin with.
+        window: how far back the layers look.
+        lengths: (B,) tokens that each row has behind the header before the first one is drawn.
+        columns: tokens of a row behind the header, those to come included.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        header: Header,
+        window: AttentionWindow,
+        lengths: torch.Tensor,
+        columns: int,
+    ) -> None:
+        self._model = model
+        self._length = header.length
+        self._window = window
+        self._width = int(lengths.max())
+        self._first = self._width - lengths  # (B,) first column that is not empty
+        self._filled = 0
+        self.cache = RowCache(header.layers, header.length, columns)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits (B, V) after the last of these tokens (B, q), which fill the next columns."""
+        queries = torch.arange(self._filled, self._filled + ids.shape[1], device=ids.device)  # columns
+        self._filled += ids.shape[1]
+        places = queries[None] - self._first[:, None]  # (B, q) of a token in its row; below 0 in empty columns
+        sights = self._sights(queries, places)
+        masks = {kind: sight.own for kind, sight in sights.items()}
+        with attending(self._model, self.cache, sights):
+            logits: torch.Tensor = self._model(
+                input_ids=ids,
+                position_ids=(places + self._length).clamp(min=0),
+                attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits
+        return logits[:, -1]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Leave only these rows, in this order."""
+        self._first = self._first.index_select(0, rows)
+        self.cache.keep(rows)
+
+    def place(self, part: Rows, into: torch.Tensor) -> None:
+        """Make these rows (b,) those of `part`, which have been computed behind the same header."""
+        self._filled = self._width
+        self.cache.place(part.cache, into, len(self._first), self._filled)
+
+    def _sights(self, queries: torch.Tensor, places: torch.Tensor) -> Mapping[str, Sight]:
+        """Kind of layer -> what is seen by queries in these columns (q,), which are at these places of the rows."""
+        columns = torch.arange(self._filled, device=queries.device)
+        distance = queries[:, None] - columns[None]  # (q, columns)
+        is_token = columns[None] >= self._first[:, None]  # (B, columns)
+        seen = is_token[:, None] & (distance >= 0)  # (B, q, columns)
+        # An empty column sees itself, so that no softmax is over nothing. Nobody reads what comes of it.
+        full = Sight(self._additive(seen | (distance == 0)), 0, None)
+        if self._window.size is None:
+            return {"full_attention": full}
+        near = self._additive((seen & (distance < self._window.size)) | (distance == 0))
+        begin = min(max(0, self._length + int(places.min()) + 1 - self._window.size), self._length)
+        header = None
+        if begin < self._length and self._length + int(places.max()) >= self._window.size:
+            ahead = self._length - torch.arange(begin, self._length, device=queries.device)  # (header - begin,)
+            header = self._additive(places[..., None] + ahead < self._window.size)[:, 0]
+        by_kind = {"full_attention": full, "sliding_attention": Sight(near, begin, header)}
+        return {kind: by_kind[kind] for kind in self._window.layer_types or ("sliding_attention",)}
+
+    def _additive(self, seen: torch.Tensor) -> torch.Tensor:
+        """(B, 1, q, columns) of (B, q, columns) bool."""
+        dtype = self._model.dtype
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+        return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
 
 def continue_rows(
@@ -94,7 +178,7 @@ def _read(
     row_to_text = [number.setdefault(prompt.tobytes(), len(number)) for prompt in prompts]
     texts = [prompts[row_to_text.index(i)][header.length :] for i in range(len(number))]
     lengths = torch.tensor([len(texts[i]) for i in row_to_text], device=model.device)
-    rows = Rows(model, header.layers, header.length, window, lengths, int(lengths.max()) + new_tokens)
+    rows = Rows(model, header, window, lengths, int(lengths.max()) + new_tokens)
     logits: torch.Tensor | None = None
     for chosen in _passes([len(text) for text in texts]):
         width = len(texts[chosen[0]])
@@ -102,7 +186,7 @@ def _read(
         for line, i in enumerate(chosen):
             ids[line, width - len(texts[i]) :] = texts[i]
         sizes = torch.tensor([len(texts[i]) for i in chosen], device=model.device)
-        part = Rows(model, header.layers, header.length, window, sizes, width)
+        part = Rows(model, header, window, sizes, width)
         after = part.forward(torch.from_numpy(ids).to(model.device))  # (chosen, V)
         into = [row for row, i in enumerate(row_to_text) if i in set(chosen)]
         lines = torch.tensor([chosen.index(row_to_text[row]) for row in into], device=model.device)

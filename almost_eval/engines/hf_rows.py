@@ -4,9 +4,6 @@ A step of 16 rows behind a header of 1,500 tokens would read, and in transformer
 the rows are queries of one copy of it. Each row has columns of its own behind the header, set aside beforehand, so that
 no step copies what the steps before it left. One softmax goes over both parts, so the numbers are those of attention
 over the whole row, up to the order of the sums.
-
-Rows are aligned at their right end: a new token stands in the same column of every row, and a shorter row leaves its
-first columns empty. Positions, windows and masks follow the row's own tokens.
 """
 
 from __future__ import annotations
@@ -19,8 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
-
-from almost_eval.engines.hf_loglikelihood import AttentionWindow
 
 if TYPE_CHECKING:
     from almost_eval.models.loading import CausalLM
@@ -54,9 +49,12 @@ class RowLayer(CacheLayerMixin):
         self._filled = 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Set the columns aside; what is not filled yet is never read."""
+        """Set the columns of as many rows aside.
+
+        Zeros, for a row's empty columns are read, with weight 0, and what is merely set aside may hold NaN.
+        """
         self._keys, self._values = (
-            states.new_empty((*states.shape[:2], self._columns, states.shape[-1]))
+            states.new_zeros((*states.shape[:2], self._columns, states.shape[-1]))
             for states in (key_states, value_states)
         )
         self.is_initialized = True
@@ -67,32 +65,29 @@ class RowLayer(CacheLayerMixin):
         """Write new columns (B, key heads, q, size); returns views of all that are filled."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        end = self._filled + key_states.shape[-2]
-        self._keys[:, :, self._filled : end] = key_states
-        self._values[:, :, self._filled : end] = value_states
-        self._filled = end
-        self.keys, self.values = self._keys[:, :, :end], self._values[:, :, :end]
+        begin, self._filled = self._filled, self._filled + key_states.shape[-2]
+        self._keys[:, :, begin : self._filled] = key_states
+        self._values[:, :, begin : self._filled] = value_states
+        return self._show()
+
+    def _show(self) -> tuple[torch.Tensor, torch.Tensor]:
+        self.keys, self.values = self._keys[:, :, : self._filled], self._values[:, :, : self._filled]
         return self.keys, self.values
 
     def keep(self, rows: torch.Tensor) -> None:
         """Leave only these rows, in this order."""
         self._keys, self._values = self._keys.index_select(0, rows), self._values.index_select(0, rows)
-        self.keys, self.values = self._keys[:, :, : self._filled], self._values[:, :, : self._filled]
+        self._show()
 
     def place(self, part: RowLayer, into: torch.Tensor, rows: int, end: int) -> None:
         """Copy the columns of `part` to the rows `into` of `rows`, so that they end before column `end`."""
+        keys, values = part._show()
         if not self.is_initialized:
-            # Zeros, for empty columns are read, with weight 0, and what is set aside may hold NaN.
-            self._keys, self._values = (
-                states.new_zeros((rows, states.shape[1], self._columns, states.shape[-1]))
-                for states in (part.keys, part.values)
-            )
-            self.is_initialized = True
-        width = part.keys.shape[-2]
-        self._keys[into, :, end - width : end] = part.keys
-        self._values[into, :, end - width : end] = part.values
+            self.lazy_initialization(keys[:1].expand(rows, -1, -1, -1), values[:1].expand(rows, -1, -1, -1))
+        self._keys[into, :, end - keys.shape[-2] : end] = keys
+        self._values[into, :, end - values.shape[-2] : end] = values
         self._filled = end
-        self.keys, self.values = self._keys[:, :, :end], self._values[:, :, :end]
+        self._show()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns after `query_length` more, and where they begin."""
@@ -108,14 +103,27 @@ class RowLayer(CacheLayerMixin):
 
 
 class RowCache(Cache):
-    """What transformers' models take as their cache: the rows' own columns. The header is known to `attend` alone."""
+    """What transformers' models take as their cache: the rows' own columns. The header is known to `attend` alone.
+
+    Args:
+        header: its keys and values in each layer.
+        length: its tokens.
+        columns: see `RowLayer`.
+    """
 
     def __init__(self, header: HeaderLayers, length: int, columns: int) -> None:
-        super().__init__(layers=[])
+        self._rows: list[RowLayer] = []
+        super().__init__(layers=self._rows)  # type: ignore[arg-type]
         self.header = header
         self._length = length
         self._columns = columns
         self._number_of: dict[int, int] = {}
+
+    def layer(self, number: int) -> RowLayer:
+        """A layer, made where it is not there yet."""
+        while len(self._rows) <= number:
+            self._rows.append(RowLayer(self._columns))
+        return self._rows[number]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -125,22 +133,20 @@ class RowCache(Cache):
         self._number_of[keys.data_ptr()] = layer_idx
         return keys, values
 
-    def layer(self, number: int) -> RowLayer:
-        """A layer, made where it is not there yet."""
-        while len(self.layers) <= number:
-            self.layers.append(RowLayer(self._columns))
-        layer: RowLayer = self.layers[number]
-        return layer
-
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens of a row so far, header and empty columns included."""
-        return self._length + (self.layers[layer_idx].get_seq_length() if layer_idx < len(self.layers) else 0)
+        return self._length + (self._rows[layer_idx].get_seq_length() if layer_idx < len(self._rows) else 0)
 
     def keep(self, rows: torch.Tensor) -> None:
         """Leave only these rows in every layer."""
         self._number_of.clear()
-        for layer in self.layers:
+        for layer in self._rows:
             layer.keep(rows)
+
+    def place(self, part: RowCache, into: torch.Tensor, rows: int, end: int) -> None:
+        """See `RowLayer.place`."""
+        for number, layer in enumerate(part._rows):
+            self.layer(number).place(layer, into, rows, end)
 
     def number_of(self, keys: torch.Tensor) -> int:
         """The layer that returned these very keys.
@@ -149,7 +155,7 @@ class RowCache(Cache):
             ForeignAttention: none did; the model has changed them, or they are of another cache.
         """
         number = self._number_of.get(keys.data_ptr())
-        if number is None or _identity(self.layers[number].keys) != _identity(keys):
+        if number is None or _identity(self._rows[number].keys) != _identity(keys):
             raise ForeignAttention("a layer attends to other keys than those in its cache")
         return number
 
@@ -164,90 +170,6 @@ class Sight:
     """Tokens of the header that no query sees: a window has left them behind."""
     header: torch.Tensor | None
     """(B, q, header - begin) to be added to the scores of the header; None where every query sees all of it."""
-
-
-class Rows:
-    """Some rows behind one header, and the model that they are handed to.
-
-    Args:
-        model: a causal LM that passes `refusal`.
-        header: its keys and values in each layer.
-        length: tokens of the header.
-        window: how far back the layers look.
-        lengths: (B,) tokens that each row will have before the first one is drawn.
-        columns: tokens of a row behind the header, those to come included.
-    """
-
-    def __init__(
-        self,
-        model: CausalLM,
-        header: HeaderLayers,
-        length: int,
-        window: AttentionWindow,
-        lengths: torch.Tensor,
-        columns: int,
-    ) -> None:
-        self._model = model
-        self._length = length
-        self._window = window
-        self._width = int(lengths.max())
-        self._first = self._width - lengths  # (B,) first column that is not empty
-        self._filled = 0
-        self.cache = RowCache(header, length, columns)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Logits (B, V) after the last of these tokens (B, q), which fill the next columns."""
-        queries = torch.arange(self._filled, self._filled + ids.shape[1], device=ids.device)  # columns
-        self._filled += ids.shape[1]
-        places = queries[None] - self._first[:, None]  # (B, q) of a token in its row; below 0 in empty columns
-        sights = self._sights(queries, places)
-        masks = {kind: sight.own for kind, sight in sights.items()}
-        with attending(self._model, self.cache, sights):
-            logits: torch.Tensor = self._model(
-                input_ids=ids,
-                position_ids=(places + self._length).clamp(min=0),
-                attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits
-        return logits[:, -1]
-
-    def keep(self, rows: torch.Tensor) -> None:
-        """Leave only these rows, in this order."""
-        self._first = self._first.index_select(0, rows)
-        self.cache.keep(rows)
-
-    def place(self, part: Rows, into: torch.Tensor) -> None:
-        """Make these rows (b,) those of `part`, which have been computed behind the same header."""
-        self._filled = self._width
-        for number, layer in enumerate(part.cache.layers):
-            self.cache.layer(number).place(layer, into, len(self._first), self._filled)
-
-    def _sights(self, queries: torch.Tensor, places: torch.Tensor) -> Mapping[str, Sight]:
-        """Kind of layer -> what is seen by queries in these columns (q,), which are at these places of the rows."""
-        columns = torch.arange(self._filled, device=queries.device)
-        distance = queries[:, None] - columns[None]  # (q, columns)
-        is_token = columns[None] >= self._first[:, None]  # (B, columns)
-        seen = is_token[:, None] & (distance >= 0)  # (B, q, columns)
-        # An empty column sees itself, so that no softmax is over nothing. Nobody reads what comes of it.
-        full = Sight(self._additive(seen | (distance == 0)), 0, None)
-        if self._window.size is None:
-            return {"full_attention": full}
-        near = self._additive((seen & (distance < self._window.size)) | (distance == 0))
-        begin = min(max(0, self._length + int(places.min()) + 1 - self._window.size), self._length)
-        header = None
-        if begin < self._length and self._length + int(places.max()) >= self._window.size:
-            ahead = self._length - torch.arange(begin, self._length, device=queries.device)  # (header - begin,)
-            header = self._additive(places[..., None] + ahead < self._window.size)[:, 0]
-        by_kind = {"full_attention": full, "sliding_attention": Sight(near, begin, header)}
-        return {kind: by_kind[kind] for kind in self._window.layer_types or ("sliding_attention",)}
-
-    def _additive(self, seen: torch.Tensor) -> torch.Tensor:
-        """(B, 1, q, columns) of (B, q, columns) bool."""
-        dtype = self._model.dtype
-        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-        return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
 
 def refusal(model: CausalLM) -> str | None:
@@ -375,11 +297,9 @@ def _attend(
     if header_mask is not None:
         shared = shared.view(n, rows, group, q, length) + header_mask[None, :, None]
     both = torch.cat([shared.view(n, rows, group * q, length), own.transpose(0, 1)], -1).softmax(-1)
-    out = (
-        (both[..., :length].reshape(n, rows * group * q, length) @ values).view(n, rows, group * q, -1).transpose(0, 1)
-    )
-    out = out + both[..., length:].transpose(0, 1) @ value.float()
-    return out.reshape(rows, heads, q, -1)
+    of_header = both[..., :length].reshape(n, rows * group * q, length) @ values  # (n, B * group * q, value size)
+    of_own = both[..., length:].transpose(0, 1) @ value.float()  # (B, n, group * q, value size)
+    return (of_own + of_header.view(n, rows, group * q, -1).transpose(0, 1)).reshape(rows, heads, q, -1)
 
 
 def _identity(tensor: torch.Tensor | None) -> tuple[int, tuple[int, ...]] | None:

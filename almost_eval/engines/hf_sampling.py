@@ -55,10 +55,11 @@ class Sampler:
         tokens = []
         kept = nuclei(scores, self._top_p, full_precision=self._full_precision)
         for row, (nucleus, generator) in enumerate(zip(kept, generators, strict=True)):
+            nucleus = nucleus.sort().values  # of equals, an argmax over all takes the lowest id
             ids = nucleus.cpu().numpy()
             noise = gumbel_of(generator, vocabulary, ids).astype(np.float32)
             noisy = scores[row, nucleus].cpu().numpy() + noise
-            tokens.append(int(ids[noisy == noisy.max()].min()) if not np.isnan(noisy).any() else int(ids.min()))
+            tokens.append(int(ids[noisy.argmax()]) if len(ids) else 0)  # none where all logits are -inf
         return tokens
 
 
@@ -171,8 +172,8 @@ def gumbel_of(generator: np.random.Generator, vocabulary: int, ids: NDArray[np.i
 def noisiest(generator: np.random.Generator, scores: NDArray[np.float32]) -> int:
     """The argmax of `scores` (V,) with the noise of `GumbelNoise`, which is computed for the few that may win.
 
-    The noise of u is at most -log(u) (as -log(1 - u) >= u), so a token can reach the noisy score s of another only where
-    u <= exp(score - s).
+    The noise of u is at most -log(u) (as -log(1 - u) >= u), so a token can reach the noisy score s of another only
+    where u <= exp(score - s).
     """
     state = generator.bit_generator.state
     uniform = generator.random(len(scores))
