@@ -10,7 +10,7 @@ first columns empty. Positions, windows and masks follow the row's own tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -131,8 +131,8 @@ def continue_rows(
     has_ended: Callable[[list[int]], bool],
     max_new_tokens: int,
     window: AttentionWindow,
-) -> list[list[int]]:
-    """The tokens that follow each prompt, the one that ended it included.
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield (row, the tokens that follow its prompt) when it has ended, the token that ended it included.
 
     Args:
         model: a causal LM that passes `hf_rows.refusal`.
@@ -150,20 +150,23 @@ def continue_rows(
     completions: list[list[int]] = [[] for _ in prompts]
     held = list(range(len(prompts)))  # the row of each line of the batch
     running = list(range(len(held)))  # the lines that have not ended
-    for _ in range(max_new_tokens):
+    while True:
+        ended: set[int] = set()
         lines = logits if len(running) == len(held) else logits[running]
         drawn = sampler.draw(lines, [held[line] for line in running])
         for line, token in zip(running, drawn, strict=True):
             completions[held[line]].append(token)
-        running = [line for line in running if not has_ended(completions[held[line]])]
-        if not running or len(completions[held[running[0]]]) == max_new_tokens:
-            break
+            if len(completions[held[line]]) == max_new_tokens or has_ended(completions[held[line]]):
+                yield held[line], completions[held[line]]
+                ended.add(line)
+        running = [line for line in running if line not in ended]
+        if not running:
+            return
         if len(held) - len(running) >= max(1, len(held) // _LEAVE):
             rows.keep(torch.tensor(running, device=model.device))
             held, running = [held[line] for line in running], list(range(len(running)))
         last = [completions[row][-1] for row in held]
         logits = rows.forward(torch.tensor(last, device=model.device)[:, None])
-    return completions
 
 
 def _read(

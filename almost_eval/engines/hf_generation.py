@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -44,8 +43,8 @@ if TYPE_CHECKING:
 Job = tuple[int, int]
 """Index of a prompt, and the number of its completion."""
 
-LOGITS = 1 << 28
-"""Bytes of float32 logits after one step of a batch."""
+LOGITS = 1 << 26
+"""Bytes of float32 logits after one step of a batch; drawing from them takes a few times as much."""
 
 
 class StopStrings(StoppingCriteria):
@@ -112,7 +111,7 @@ def stream_completions(
     max_sequences: int | None = None,
     share_prefixes: bool = True,
 ) -> Iterator[tuple[int, list[Completion]]]:
-    """Yield (index, `params.n` completions) of each prompt (token ids) when its last is known.
+    """Yield (index, `params.n` completions) of each prompt (token ids) as soon as its last has ended.
 
     Prompts that begin alike are continued together; of these the longest first.
 
@@ -132,30 +131,28 @@ def stream_completions(
     writer = _Writer(model, tokenizer, prompts, params, report, share_prefixes)
     groups = header_groups(prompts, params.max_new_tokens) if share_prefixes else [_longest_first(prompts)]
     for group in groups:
-        jobs = deque((p, c) for p in group.prompts for c in range(params.n))
+        jobs = [(p, c) for p in group.prompts for c in range(params.n)]
         done: dict[int, dict[int, Completion]] = {}
         while jobs:
             rows = max(1, min(writer.rows(group, jobs[0][0]), max_sequences or len(jobs), len(jobs)))
-            batch = [jobs[i] for i in range(rows)]
+            left = dict.fromkeys(jobs[:rows])
             try:
-                completions = writer.complete(group, batch)
+                for (p, c), completion in writer.complete(group, list(left)):
+                    del left[p, c]
+                    done.setdefault(p, {})[c] = completion
+                    if len(done[p]) == params.n:
+                        whole = done.pop(p)
+                        yield p, [whole[i] for i in range(params.n)]
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
                 if rows == 1:
                     raise RunError(
-                        f"out of memory with one prompt of {len(prompts[batch[0][0]])} tokens and "
+                        f"out of memory with one prompt of {len(prompts[jobs[0][0]])} tokens and "
                         f"{params.max_new_tokens} new ones; use a smaller dtype, fewer new tokens or another device"
                     ) from error
-                report.max_tokens, report.halved = writer.tokens(group, batch) // 2, True
-                continue
-            for _ in range(rows):
-                jobs.popleft()
-            for (p, c), completion in zip(batch, completions, strict=True):
-                done.setdefault(p, {})[c] = completion
-                if len(done[p]) == params.n:
-                    whole = done.pop(p)
-                    yield p, [whole[i] for i in range(params.n)]
+                report.max_tokens, report.halved = writer.tokens(group, jobs[:rows]) // 2, True
+            jobs = [*left, *jobs[rows:]]
 
 
 def _longest_first(prompts: Sequence[NDArray[np.int32]]) -> HeaderGroup:
@@ -205,22 +202,25 @@ class _Writer:
         return len(batch) * (width - group.shared) + group.shared if self._together else len(batch) * width
 
     @torch.inference_mode()
-    def complete(self, group: HeaderGroup, batch: Sequence[Job]) -> list[Completion]:
-        """A completion for each job."""
-        tokens = self._complete_together(group, batch) if self._together else None
-        if tokens is None:
-            tokens = self._complete_apart(batch)
-        ends, before = self._ends, [int(self._prompts[p][-1]) for p, _ in batch]
-        return [
-            _completion(self._tokenizer, last, ids, ends, self._params)
-            for last, ids in zip(before, tokens, strict=True)
-        ]
+    def complete(self, group: HeaderGroup, batch: Sequence[Job]) -> Iterator[tuple[Job, Completion]]:
+        """Yield the completion of each job as soon as it has ended."""
+        left = list(batch)
+        if self._together:
+            for row, ids in self._complete_together(group, batch):
+                left.remove(batch[row])
+                yield batch[row], self._completion(batch[row], ids)
+        if left:  # the model does not allow it
+            for job, ids in zip(left, self._complete_apart(left), strict=True):
+                yield job, self._completion(job, ids)
+
+    def _completion(self, job: Job, ids: list[int]) -> Completion:
+        return _completion(self._tokenizer, int(self._prompts[job[0]][-1]), ids, self._ends, self._params)
 
     def _generators(self, batch: Sequence[Job]) -> list[np.random.Generator]:
         return [_generator(self._params.seed, self._prompts[p], c) for p, c in batch]
 
-    def _complete_together(self, group: HeaderGroup, batch: Sequence[Job]) -> list[list[int]] | None:
-        """The new tokens of each row, behind one copy of the header; None where the model does not allow it."""
+    def _complete_together(self, group: HeaderGroup, batch: Sequence[Job]) -> Iterator[tuple[int, list[int]]]:
+        """Yield (row, its new tokens), behind one copy of the header; not all where the model does not allow it."""
         assert self._header is not None
         params, prompts = self._params, [self._prompts[p] for p, _ in batch]
         header = Header((), 0)
@@ -228,7 +228,7 @@ class _Writer:
             layers = self._header.layers(prompts[0][: group.shared])
             if layers is None:
                 self._report.not_shared = self._header.reason
-                return None
+                return
             header = Header(layers, group.shared)
         exact = self._model.dtype == torch.float32
         sampler = Sampler(params.temperature, params.top_p, self._generators(batch), full_precision=exact)
@@ -238,13 +238,14 @@ class _Writer:
             return ids[-1] in self._ends or stops.end(ids)
 
         try:
-            return continue_rows(self._model, header, prompts, sampler, has_ended, params.max_new_tokens, self._window)
+            yield from continue_rows(
+                self._model, header, prompts, sampler, has_ended, params.max_new_tokens, self._window
+            )
         except Exception as error:  # models refuse a cache and masks that are not their own in many ways
             if out_of_memory(error):
                 raise
             why = str(error) if isinstance(error, ForeignAttention) else type(error).__name__
             self._report.copied = f"the model does not attend to it together ({why})"
-            return None
 
     def _complete_apart(self, batch: Sequence[Job]) -> list[list[int]]:
         """The new tokens of each row by transformers' `generate`, with a copy of the header for each row."""

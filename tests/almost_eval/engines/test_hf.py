@@ -629,7 +629,7 @@ def test_generation_goes_on_with_half_the_batch_when_memory_runs_out(
         sizes.append(len(batch))
         if len(batch) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return whole(writer, group, batch)
+        yield from whole(writer, group, batch)
 
     monkeypatch.setattr(hf_generation._Writer, "complete", short_of_memory)
     assert engine.generate(PROMPTS, params) == expected

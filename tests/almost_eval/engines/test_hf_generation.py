@@ -281,3 +281,40 @@ def test_every_prompt_is_in_one_group() -> None:
             first = prompts[group.prompts[0]]
             assert all((prompts[p][: group.shared] == first[: group.shared]).all() for p in group.prompts)
             assert all(len(prompts[p]) > group.shared for p in group.prompts)
+
+
+# --- what is known early ----------------------------------------------------------------------------------------------
+
+
+def test_a_completion_is_handed_over_when_it_ends(engines: Engines, widths: list[tuple[int, int]]) -> None:
+    """What is killed later than that loses none of it."""
+    prompts, params = [f"{HEADER} {text}" for text in ENDS], SamplingParams(40, temperature=1.2, seed=5, stop=("e",))
+    passes, lengths = [], []
+    for _, [completion] in engines("llama-gqa").stream_completions(prompts, params):
+        passes.append(len(widths))
+        lengths.append(len(completion.token_ids))
+    assert lengths == sorted(lengths)
+    assert passes[0] < passes[-1]
+
+
+def test_only_what_is_left_is_computed_again_after_memory_ran_out(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, params = [f"{HEADER} {text}" for text in ENDS], SamplingParams(40, temperature=1.2, seed=5, stop=("e",))
+    engine = engines("llama-gqa")
+    expected, whole, batches = engine.generate(prompts, params), hf_generation._Writer.complete, []
+
+    def short_of_memory(writer: Any, group: Any, batch: Any) -> Iterator[Any]:
+        batches.append(len(batch))
+        for number, item in enumerate(whole(writer, group, batch)):
+            if number == 2 and len(batches) == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            yield item
+
+    monkeypatch.setattr(hf_generation._Writer, "complete", short_of_memory)
+    found = list(engine.stream_completions(prompts, params))
+    assert len(found) == len(prompts)
+    assert [dict(found)[i] for i in range(len(prompts))] == expected
+    assert batches[0] == 6
+    assert sum(batches[1:]) == 4
+    assert max(batches[1:]) < 4
