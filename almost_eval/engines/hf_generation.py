@@ -113,7 +113,7 @@ def stream_completions(
     report: GenerationReport,
     *,
     max_sequences: int | None = None,
-    share_prefixes: bool = True,
+    header: SharedHeader | None = None,
 ) -> Iterator[tuple[int, list[Completion]]]:
     """Yield (index, `params.n` completions) of each prompt (token ids) as soon as its last has ended.
 
@@ -127,13 +127,14 @@ def stream_completions(
         report: `max_tokens` bounds the tokens in one batch, those to come included. A header is counted once where
             there is one copy of it.
         max_sequences: rows in one batch, or None.
-        share_prefixes: read what all prompts of a batch begin with once. False is transformers' `generate` alone.
+        header: reads what all prompts of a batch begin with once; it may know headers of earlier calls. None is
+            transformers' `generate` alone.
 
     Raises:
         RunError: out of memory with a single row.
     """
-    writer = _Writer(model, tokenizer, prompts, params, report, share_prefixes)
-    groups = header_groups(prompts, params.max_new_tokens) if share_prefixes else [_longest_first(prompts)]
+    writer = _Writer(model, tokenizer, prompts, params, report, header)
+    groups = header_groups(prompts, params.max_new_tokens) if header else [_longest_first(prompts)]
     for group in groups:
         jobs = [(p, c) for p in group.prompts for c in range(params.n)]
         done: dict[int, dict[int, Completion]] = {}
@@ -173,7 +174,7 @@ class _Writer:
         prompts: Sequence[NDArray[np.int32]],
         params: SamplingParams,
         report: GenerationReport,
-        share_prefixes: bool,
+        header: SharedHeader | None,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
@@ -183,8 +184,9 @@ class _Writer:
         self._ends = end_ids(model.generation_config.eos_token_id, tokenizer, params.stop)
         longest = max((len(prompt) for prompt in prompts), default=0) + params.max_new_tokens
         self._window = AttentionWindow.of(model.config, longest)
-        self._header = SharedHeader(model, longest) if share_prefixes and prompts else None
+        self._header = header
         if self._header:
+            self._header.prepare(longest)
             report.not_shared, report.copied = self._header.reason, refusal(model)
 
     @property

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from almost_eval.engines import hf_decoding, hf_generation
+from almost_eval.engines import hf_decoding, hf_generation, hf_header
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.header_groups import STEP, HeaderGroup, header_groups
 from almost_eval.engines.hf import HFEngine
@@ -128,7 +128,7 @@ def test_one_copy_of_the_header_serves_all_rows(engines: Engines, monkeypatch: p
         assert length > 60
 
     monkeypatch.setattr(hf_decoding.RowCache, "__init__", kept)
-    monkeypatch.setattr(SharedHeader, "_copies", lambda *_: pytest.fail("copied"))
+    monkeypatch.setattr(hf_header, "_copies", lambda *_: pytest.fail("copied"))
     engine = engines("llama-gqa")
     engine.generate([f"{HEADER} {text}" for text in ENDS], SamplingParams(8))
     assert {shape[0] for shape in seen} == {1}
@@ -191,7 +191,7 @@ def test_the_logits_are_those_of_one_row_at_a_time(
     trunk = rng.integers(5, 100, 30, dtype=np.int32)
     prompts = [np.concatenate([trunk, rng.integers(5, 100, n, dtype=np.int32)]) for n in (1, 5, 12)]
     window = AttentionWindow.of(model.config, 200)
-    layers = SharedHeader(model, 60).layers(trunk)
+    layers = SharedHeader(model).layers(trunk)
     assert layers is not None
     rows, logits = hf_decoding._read(model, Header(layers, 30), prompts, 20, window)
     texts = [prompt.tolist() for prompt in prompts]
@@ -215,7 +215,7 @@ def test_half_precision_is_no_further_from_float32_than_transformers(engines: En
     trunk = rng.integers(5, 100, 60, dtype=np.int32)
     prompts = [np.concatenate([trunk, rng.integers(5, 100, n, dtype=np.int32)]) for n in (3, 5, 12, 20)]
     with torch.inference_mode():
-        layers = SharedHeader(half, 90).layers(trunk)
+        layers = SharedHeader(half).layers(trunk)
         assert layers is not None
         _, logits = hf_decoding._read(half, Header(layers, 60), prompts, 1, AttentionWindow(None, ()))
         errors = []
@@ -318,3 +318,52 @@ def test_only_what_is_left_is_computed_again_after_memory_ran_out(
     assert batches[0] == 6
     assert sum(batches[1:]) == 4
     assert max(batches[1:]) < 4
+
+
+# --- headers that are kept --------------------------------------------------------------------------------------------
+
+
+def test_headers_are_kept_from_call_to_call(engines: Engines) -> None:
+    """Two speakers in turn, as in self-play, whose dialogues grow: each header is read in the first turn alone."""
+    headers_read: list[int] = []  # tokens of each pass of one row, which is a header's
+    params = SamplingParams(6, temperature=1.0, seed=4)
+    headers = (HEADER, HEADER.replace("The cat", "A bird"))
+    kept, plain = engines("llama-gqa"), engines("llama-gqa", share_prefixes=False)
+
+    def count(_: Any, __: Any, inputs: Any) -> None:
+        rows, tokens = inputs["input_ids"].shape
+        headers_read.extend([tokens] if rows == 1 else [])
+
+    for turn in range(3):
+        for header in headers:
+            prompts = [f"{header} {end}{' and so on' * turn}" for end in ENDS[:3]]
+            hook = kept.model.register_forward_pre_hook(count, with_kwargs=True)
+            headers_read.clear()
+            found = kept.generate(prompts, params)
+            hook.remove()
+            assert found == plain.generate(prompts, params)
+            assert (sum(headers_read) > 60) == (turn == 0)
+            assert sum(headers_read) < 10 or turn == 0  # a token more, where all dialogues go on alike
+
+
+def test_few_headers_are_kept_and_none_twice(engines: Engines) -> None:
+    header = SharedHeader(engines("llama-gqa").model)
+    rng = np.random.default_rng(0)
+    first, second, third = (rng.integers(5, 100, 40, dtype=np.int32) for _ in range(3))
+
+    def kept() -> list[tuple[int, int]]:
+        return [(int(one.ids[0]), len(one.ids)) for one in header._kept]
+
+    with torch.inference_mode():
+        for ids, expected in (
+            (first[:30], [(first[0], 30)]),
+            (first, [(first[0], 40)]),  # goes on from the 30 and takes their place
+            (first[:20], [(first[0], 40)]),  # is a part of what is kept
+            (second, [(first[0], 40), (second[0], 40)]),
+            (first[:35], [(second[0], 40), (first[0], 40)]),
+            (third, [(first[0], 40), (third[0], 40)]),
+        ):
+            layers = header.layers(ids)
+            assert layers is not None
+            assert {keys.shape[-2] for keys, _ in layers} == {len(ids)}
+            assert kept() == expected
