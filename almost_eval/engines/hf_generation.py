@@ -134,7 +134,7 @@ def stream_completions(
         RunError: out of memory with a single row.
     """
     writer = _Writer(model, tokenizer, prompts, params, report, header)
-    groups = header_groups(prompts, params.max_new_tokens) if header else [_longest_first(prompts)]
+    groups = header_groups(prompts, params.max_new_tokens) if writer.shares else [_longest_first(prompts)]
     for group in groups:
         jobs = [(p, c) for p in group.prompts for c in range(params.n)]
         done: dict[int, dict[int, Completion]] = {}
@@ -156,7 +156,7 @@ def stream_completions(
                         f"out of memory with one prompt of {len(prompts[jobs[0][0]])} tokens and "
                         f"{params.max_new_tokens} new ones; use a smaller dtype, fewer new tokens or another device"
                     ) from error
-                report.max_tokens, report.halved = writer.tokens(group, jobs[:rows]) // 2, True
+                report.max_tokens, report.halved = writer.tokens(group, jobs[: rows // 2]), True
             jobs = [*left, *jobs[rows:]]
 
 
@@ -185,14 +185,20 @@ class _Writer:
         longest = max((len(prompt) for prompt in prompts), default=0) + params.max_new_tokens
         self._window = AttentionWindow.of(model.config, longest)
         self._header = header
+        self._why_apart = refusal(model)
         if self._header:
             self._header.prepare(longest)
-            report.not_shared, report.copied = self._header.reason, refusal(model)
+            report.not_shared = self._header.reason
+
+    @property
+    def shares(self) -> bool:
+        """Whether a header is read once."""
+        return self._header is not None and not self._header.reason
 
     @property
     def _together(self) -> bool:
         """Whether the rows of a batch attend to one copy of their header."""
-        return self._header is not None and not self._header.reason and not self._report.copied
+        return self.shares and not self._why_apart
 
     def rows(self, group: HeaderGroup, longest: int) -> int:
         """How many rows a batch with this prompt, its longest, may have."""
@@ -209,15 +215,13 @@ class _Writer:
 
     @torch.inference_mode()
     def complete(self, group: HeaderGroup, batch: Sequence[Job]) -> Iterator[tuple[Job, Completion]]:
-        """Yield the completion of each job as soon as it has ended."""
-        left = list(batch)
-        if self._together:
-            for row, ids in self._complete_together(group, batch):
-                left.remove(batch[row])
-                yield batch[row], self._completion(batch[row], ids)
-        if left:  # the model does not allow it
-            for job, ids in zip(left, self._complete_apart(left), strict=True):
-                yield job, self._completion(job, ids)
+        """Yield the completion of each job as soon as it has ended.
+
+        Not all, where the model turns out not to allow one copy of the header: rows with copies need smaller batches.
+        """
+        apart = None if self._together else enumerate(self._complete_apart(batch))
+        for row, ids in apart or self._complete_together(group, batch):
+            yield batch[row], self._completion(batch[row], ids)
 
     def _completion(self, job: Job, ids: list[int]) -> Completion:
         return _completion(self._tokenizer, int(self._prompts[job[0]][-1]), ids, self._ends, self._params)
@@ -251,7 +255,7 @@ class _Writer:
             if out_of_memory(error):
                 raise
             why = str(error) if isinstance(error, ForeignAttention) else type(error).__name__
-            self._report.copied = f"the model does not attend to it together ({why})"
+            self._why_apart = f"the model does not attend to it together ({why})"
 
     def _complete_apart(self, batch: Sequence[Job]) -> list[list[int]]:
         """The new tokens of each row by transformers' `generate`, with a copy of the header for each row."""
@@ -269,6 +273,8 @@ class _Writer:
         cache = self._header.rows(prompts) if self._header else None
         if self._header:
             self._report.not_shared = self._header.reason
+        if cache is not None:
+            self._report.copied = self._why_apart
         output = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),

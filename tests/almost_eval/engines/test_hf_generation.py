@@ -142,6 +142,8 @@ def test_a_model_whose_attention_is_its_own_gets_copies_and_the_report_says_so(
     assert engine.generate(prompts, params) == engines("llama-gqa", share_prefixes=False).generate(prompts, params)
     assert engine.report.warnings == ["every row holds a copy of what the prompts share: attention 'eager'"]
     assert not widths
+    engine.generate(["The cat", "hello"], params)  # nothing to copy
+    assert engine.report.warnings == []
 
 
 @pytest.mark.parametrize(
@@ -169,8 +171,17 @@ def test_attention_that_is_not_understood_is_left_to_transformers(
     prompts, params = [f"{HEADER} {text}" for text in ENDS], SamplingParams(8, temperature=1.0, seed=2)
     expected = engines("llama-gqa", share_prefixes=False).generate(prompts, params)
     monkeypatch.setattr(hf_rows, "attend", changed)
-    engine = engines("llama-gqa")
+    engine = engines("llama-gqa", batch_tokens=250)  # six rows behind one copy, and two with a copy each
+    sizes, apart = [], hf_generation._Writer._complete_apart
+
+    def counted(writer: Any, batch: Any) -> Any:
+        sizes.append(len(batch))
+        return apart(writer, batch)
+
+    monkeypatch.setattr(hf_generation._Writer, "_complete_apart", counted)
     assert engine.generate(prompts, params) == expected
+    assert sum(sizes) == len(prompts)
+    assert max(sizes) <= 250 // 70
     [warning] = engine.report.warnings
     assert reason in warning
     assert engine.model.config._attn_implementation == "sdpa"
