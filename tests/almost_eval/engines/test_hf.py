@@ -623,20 +623,22 @@ def test_generation_goes_on_with_half_the_batch_when_memory_runs_out(
     engines: Engines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, params = engines("llama-gqa"), SamplingParams(max_new_tokens=4, temperature=1.0, n=2)
-    expected, whole, sizes = engine.generate(PROMPTS, params), hf_generation._batch, []
+    expected, whole, sizes = engine.generate(PROMPTS, params), hf_generation._Writer.complete, []
 
-    def short_of_memory(model: Any, tokenizer: Any, prompts: Any, batch: Any, params: Any, header: Any) -> Any:
+    def short_of_memory(writer: Any, group: Any, batch: Any) -> Any:
         sizes.append(len(batch))
         if len(batch) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return whole(model, tokenizer, prompts, batch, params, header)
+        yield from whole(writer, group, batch)
 
-    monkeypatch.setattr(hf_generation, "_batch", short_of_memory)
+    monkeypatch.setattr(hf_generation._Writer, "complete", short_of_memory)
     assert engine.generate(PROMPTS, params) == expected
     assert max(sizes) > 3
     assert any("out of memory" in warning for warning in engine.report.warnings)
 
-    monkeypatch.setattr(hf_generation, "_batch", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    monkeypatch.setattr(
+        hf_generation._Writer, "complete", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no"))
+    )
     with pytest.raises(RunError, match="out of memory with one prompt"):
         engine.generate(PROMPTS, params)
 
