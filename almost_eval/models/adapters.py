@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _PROMPTS = {"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT"}
 """Kinds of PEFT that add to the input, not to the weights: nothing can be merged."""
+_HEADS = {"lm_head", "embed_out", "embed_tokens", "wte", "word_embeddings"}
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's `max_lora_rank` may be (0.31)."""
 
@@ -58,6 +59,19 @@ class Adapter:
     def vllm_rank(self) -> int:
         """The rank that vLLM makes room for: it knows some sizes."""
         return next(size for size in _RANKS if size >= self.rank)
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        """Last names of the layers that it changes, sorted; empty where its files do not list them.
+
+        vLLM must be told them. Else it makes room for a LoRA on the output head too, and there takes the rows of a
+        prompt for one row a request (0.31): `prompt_logprobs` of several prompts in a step end the engine on a CPU.
+        """
+        if self.shapes:
+            changed = (name.partition(".lora_")[0] for name in self.shapes if ".lora_" in name)
+            return tuple(sorted({name.rpartition(".")[2] for name in changed}))
+        listed = self.config.get("target_modules")  # one string is a pattern, or `all-linear`
+        return tuple(sorted({str(name).rpartition(".")[2] for name in listed})) if isinstance(listed, list) else ()
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -111,6 +125,10 @@ def refuse_for_vllm(adapter: Adapter) -> None:
         part = "with biases"
     elif config.get("modules_to_save") or config.get("trainable_token_indices") or adapter.is_classifier:
         part = "with whole modules or tokens of its own"
+    elif _HEADS.intersection(adapter.target_modules):
+        part = "of the output head or the embedding"
+    elif not adapter.target_modules:
+        part = "whose layers cannot be told from its files"
     elif extra := [name for name in adapter.shapes if ".lora_A." not in name and ".lora_B." not in name]:
         part = f"with {extra[0]}"
     elif adapter.rank > _RANKS[-1]:
