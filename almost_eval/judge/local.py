@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from almost_eval.errors import InputError
+from almost_eval.errors import InputError, TemplateError
 from almost_eval.judge.judges import Judgement, verdict_fields
 from almost_eval.judge.records import Pair, Question, Side, Verdict
 from almost_eval.types import Conversation, JSONObject, Message, SampleRecord
@@ -122,7 +122,15 @@ class RewardJudge(LocalJudge):
         return self._spec
 
     def check(self, questions: Sequence[Question]) -> None:
-        """Nothing is refused: a dialogue beyond the context is unscored and counted."""
+        """Refuse a template that cannot write a question and its answer; beyond the context they are unscored.
+
+        Raises:
+            TemplateError: see `HFRewardModel.encode`.
+        """
+        try:
+            self._model.encode([(Message("user", q.text), Message("assistant", "a")) for q in questions])
+        except TemplateError as error:
+            raise TemplateError(f"--judge {self.name}: {error} (it is read with its own chat template)") from None
 
     def stream(self, pairs: Sequence[Pair], wanted: Sequence[int], attempt: int = 0) -> Iterator[tuple[int, Judgement]]:
         """See `Judge.stream`; `attempt` changes nothing.

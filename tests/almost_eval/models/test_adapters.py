@@ -13,7 +13,7 @@ import pytest
 
 from almost_eval.engines.hf import HFEngine
 from almost_eval.errors import InputError, ModelError
-from almost_eval.models.checkpoint import find_checkpoint
+from almost_eval.models.checkpoint import Checkpoint, find_checkpoint
 from almost_eval.nano import shipped
 from almost_eval.rewards.hf import HFRewardModel
 from almost_eval.types import LoglikelihoodRequest, Message
@@ -178,6 +178,11 @@ def test_vllm_refuses_what_it_would_leave_out(adapter: Path) -> None:
             VLLMEngine(str(adapter))
 
 
+def _targets(checkpoint: Checkpoint) -> tuple[str, ...]:
+    assert checkpoint.adapter is not None
+    return checkpoint.adapter.target_modules
+
+
 def test_vllm_is_told_which_layers_an_adapter_changes_and_gets_none_of_the_output_head(
     adapter: Path, base: Path
 ) -> None:
@@ -185,16 +190,16 @@ def test_vllm_is_told_which_layers_an_adapter_changes_and_gets_none_of_the_outpu
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    assert find_checkpoint(str(adapter)).adapter.target_modules == ("q_proj", "up_proj")
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model = get_peft_model(model, LoraConfig(r=2, target_modules=["v_proj", "lm_head"], task_type="CAUSAL_LM"))
+    assert _targets(find_checkpoint(str(adapter))) == ("q_proj", "up_proj")
+    whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = get_peft_model(whole, LoraConfig(r=2, target_modules=["v_proj", "lm_head"], task_type="CAUSAL_LM"))
     model.save_pretrained(str(adapter.parent / "head"))
     with pytest.raises(ModelError, match=r"output head or the embedding.*`almost-train merge"):
         find_model("policy", str(adapter.parent / "head"))
     shutil.copytree(adapter, adapter.parent / "pickled")
     (adapter.parent / "pickled" / "adapter_model.safetensors").rename(adapter.parent / "pickled" / "adapter_model.bin")
-    pickled = find_checkpoint(str(adapter.parent / "pickled"), allow_pickle=True).adapter
-    assert pickled.target_modules == ("q_proj", "up_proj")  # of its config
+    pickled = find_checkpoint(str(adapter.parent / "pickled"), allow_pickle=True)
+    assert _targets(pickled) == ("q_proj", "up_proj")  # of its config
     _config(adapter.parent / "pickled", target_modules="all-linear")
     with pytest.raises(ModelError, match="cannot be told"):
         find_model("policy", str(adapter.parent / "pickled"), allow_pickle=True)
