@@ -26,6 +26,7 @@ from almost_eval.judge.answers import (
 )
 from almost_eval.judge.judges import LASTING, Judge, ModelJudge, shown, without_answer
 from almost_eval.judge.lines import ORDERS, check_reviews, couples, record_of
+from almost_eval.judge.local import RewardJudge
 from almost_eval.judge.records import Answer, Question
 from almost_eval.judge.results import summarise
 from almost_eval.progress import Progress
@@ -155,10 +156,12 @@ class JudgeRun:
         progress = progress or Progress()
         started = time.perf_counter() if started is None else started
         if (folder / "spec.json").is_file():
-            stored = read_json(folder / "spec.json").get("settings", {}).get("systems", {})
-            for system, part in zip(self.systems, stored.values(), strict=False):
+            stored = read_json(folder / "spec.json").get("settings", {})
+            for system, part in zip(self.systems, stored.get("systems", {}).values(), strict=False):
                 if isinstance(system, ModelSystem):
                     system.adopt_date(part)
+            if isinstance(self.judge, RewardJudge):
+                self.judge.adopt_date(stored.get("judge", {}))
         spec = self.spec()
         with RunStore(folder, spec) as store, self.judge.open(folder, progress.notice):
             write_rows(folder / "questions.jsonl", map(question_line, self.questions), ascii_only=True)

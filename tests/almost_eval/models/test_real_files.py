@@ -86,7 +86,7 @@ def test_gemmas_prompts_begin_as_transformers_begins_them(
 ) -> None:
     """`add_bos_token` against the post-processor, which the class of transformers 5 heeds alone: BOS once or not."""
     folder = real_models.copy(real_models.gemma, tmp_path / "gemma")
-    settings = {
+    settings: dict[str, object] = {
         "tokenizer_class": "GemmaTokenizerFast",
         "bos_token": "<bos>",
         "eos_token": "<eos>",
