@@ -1,4 +1,4 @@
-"""Flags in messages exist; the flag by which a doubtful model is accepted is named by the commands that have it alone."""
+"""Flags in texts exist; that by which a doubtful model is accepted is named by the commands that have it alone."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from forking import REQUESTS, WHY_NOT
 
 from almost_eval.engines import hf_generation
 from almost_eval.engines.base import GenerationEngine, LoglikelihoodEngine, RequestScores, SamplingParams
+from almost_eval.engines.decoding import decode
 from almost_eval.engines.hf import HFEngine
 from almost_eval.engines.hf_generation import GenerationReport, stream_completions
 from almost_eval.engines.hf_loglikelihood import Limits, PlainScorer, SharedPrefixScorer
@@ -657,8 +658,8 @@ def test_special_tokens_that_mark_a_thought_stay_in_the_text(bpe_tokenizer: Any)
     tokenizer = copy.deepcopy(bpe_tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]", "[OTHER]"]})
     ids = tokenizer.encode("[THINK]The capital[/THINK] of[OTHER] France", add_special_tokens=False)
-    assert hf_generation._decode(tokenizer, ids) == "[THINK]The capital[/THINK] of France"
+    assert decode(tokenizer, ids) == "[THINK]The capital[/THINK] of France"
     assert hf_generation._decode_after(tokenizer, ids[1], ids) == "[THINK]The capital[/THINK] of France"
-    assert hf_generation._decode(tokenizer, []) == ""
+    assert decode(tokenizer, []) == ""
     plain = tokenizer.encode("The capital[OTHER]", add_special_tokens=False)
-    assert hf_generation._decode(tokenizer, plain) == "The capital"
+    assert decode(tokenizer, plain) == "The capital"
