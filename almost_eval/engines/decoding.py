@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from almost_eval.models.reasoning import marker_tokens
@@ -24,7 +25,9 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return "".join(pieces)
 
 
+@lru_cache(maxsize=4)
 def marks(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """Id -> token of the special tokens that mark a thought."""
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in marker_tokens(tokenizer.all_special_tokens)}
-    return {i: token for token, i in ids.items() if isinstance(i, int)}
+    # Not `all_special_tokens`, which are those that a config names: `tokenizer.json` alone may mark one as special.
+    special = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {special[token]: token for token in marker_tokens(special)}

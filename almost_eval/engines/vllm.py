@@ -31,7 +31,7 @@ from almost_eval.engines.vllm_process import (
 from almost_eval.errors import InputError
 from almost_eval.models.adapters import refuse_for_vllm
 from almost_eval.models.checkpoint import Checkpoint, find_checkpoint, refuse_stray_weights
-from almost_eval.models.loading import Purpose
+from almost_eval.models.loading import Purpose, first_line
 from almost_eval.models.stops import end_ids, first_stop
 from almost_eval.types import Completion, JSONObject
 
@@ -156,7 +156,7 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
         """Yield (index, `params.n` completions) of each rendered prompt; see `GenerationEngine.stream_completions`.
 
         Raises:
-            InputError: a prompt that leaves no room for `max_new_tokens`.
+            InputError: a prompt that leaves no room for `max_new_tokens`; values that vLLM does not sample with.
             ModelError: vLLM cannot run the model.
         """
         if not prompts:
@@ -187,15 +187,20 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
         import vllm
         from vllm.sampling_params import RequestOutputKind
 
-        return vllm.SamplingParams(
-            max_tokens=params.max_new_tokens,
-            temperature=params.temperature,
-            top_p=params.top_p if params.temperature > 0 else 1.0,
-            seed=request_seed(params.seed, prompt, number),
-            stop=list(params.stop),
-            stop_token_ids=sorted(ends),
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+        try:
+            return vllm.SamplingParams(
+                max_tokens=params.max_new_tokens,
+                temperature=params.temperature,
+                top_p=params.top_p if params.temperature > 0 else 1.0,
+                seed=request_seed(params.seed, prompt, number),
+                stop=list(params.stop),
+                stop_token_ids=sorted(ends),
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+        except Exception as error:  # vLLM's own, of no common base; 0.31 takes no temperature above 2
+            raise InputError(
+                f"vLLM cannot sample so: {first_line(error)}; use the engine hf, or other values"
+            ) from None
 
     def _end_ids(self, stop: Sequence[str]) -> frozenset[int]:
         """Tokens that end a completion, as for `HFEngine`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from forking import REQUESTS, WHY_NOT
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from almost_eval.engines import hf_generation
 from almost_eval.engines.base import GenerationEngine, LoglikelihoodEngine, RequestScores, SamplingParams
@@ -661,5 +664,9 @@ def test_special_tokens_that_mark_a_thought_stay_in_the_text(bpe_tokenizer: Any)
     assert decode(tokenizer, ids) == "[THINK]The capital[/THINK] of France"
     assert hf_generation._decode_after(tokenizer, ids[1], ids) == "[THINK]The capital[/THINK] of France"
     assert decode(tokenizer, []) == ""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    named_nowhere = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(backend)))
+    assert "[THINK]" not in named_nowhere.all_special_tokens  # special in tokenizer.json alone
+    assert decode(named_nowhere, ids) == "[THINK]The capital[/THINK] of France"
     plain = tokenizer.encode("The capital[OTHER]", add_special_tokens=False)
     assert decode(tokenizer, plain) == "The capital"

@@ -10,7 +10,7 @@ import pytest
 from almost_eval.data.sources import find_data
 from almost_eval.errors import InputError
 from almost_eval.files import write_rows
-from almost_eval.judge.answers import ArchivedSystem, ModelSystem, Sampling
+from almost_eval.judge.answers import ArchivedSystem, ModelSystem, Sampling, System
 from almost_eval.judge.judges import Judgement
 from almost_eval.judge.local import TIE_MARGIN, NanoJudge, RewardJudge, judge_by_oracle, judge_by_reward
 from almost_eval.judge.questions import find_questions
@@ -147,7 +147,7 @@ def _judged_run(reward: Path, baseline: Path, now: str) -> JudgeRun:
     data = find_data("nano", None)
     questions, fingerprint = find_questions(None, data, limit=2)
     sampling = Sampling(temperature=0, max_new_tokens=4)
-    systems = [ArchivedSystem(baseline, questions), ModelSystem("nano/almost", questions, sampling)]
+    systems: list[System] = [ArchivedSystem(baseline, questions), ModelSystem("nano/almost", questions, sampling)]
     model = HFRewardModel(str(reward))
     model.template = replace(model.template, now=now)
     judge = RewardJudge(model, "reward:dated")
