@@ -18,7 +18,7 @@ pytestmark = pytest.mark.browser
 
 @pytest.fixture
 def page_file(tmp_path: Path) -> Path:
-    outputs = {"completions": ["Four.", "Five."], "finish_reasons": ["stop", "length"]}
+    outputs: dict[str, Any] = {"completions": ["Four.", "Five."], "finish_reasons": ["stop", "length"]}
     outputs |= {"reasoning": ["2 + 2", "<b>6 - 1</b>"], "thought_cut": [False, True]}
     records = [SampleRecord(sample("1"), outputs, Score(1.0, None, {"accuracy": 1.0}))]
     write_run(tmp_path / "written", records, task="harness")
