@@ -20,6 +20,7 @@ from almost_eval.errors import MissingDependencyError, ModelError
 from almost_eval.types import JSONObject
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -165,6 +166,8 @@ def find_adapter(path: Path, *, has_weights: bool, allow_pickle: bool) -> Adapte
         raise ModelError(
             f"{path} is an adapter of the kind {kind or 'none'}, which changes no weights; use one that does"
         )
+    if kind == "LORA" and not (isinstance(rank := config.get("r"), int) and rank > 0):
+        raise ModelError(f"{files[0]} states the rank r: {rank!r}; set it to that of the weights, or save it again")
     if (path / WEIGHTS).is_file():
         return Adapter(path, config, path / WEIGHTS)
     if not (path / PICKLE).is_file():
@@ -186,8 +189,26 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
         MissingDependencyError: peft is not installed.
     """
     whole = _attach(model, adapter, None)
+    if _HEADS.intersection(adapter.target_modules) or not adapter.target_modules:
+        _untie(whole)
     merged: PreTrainedModel = whole.merge_and_unload()
+    head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
+    if head is not None and embedding is not None and head.weight is not embedding.weight:
+        merged.config.get_text_config().tie_word_embeddings = False  # else it would be saved without its head
+        merged.config.tie_word_embeddings = False
     return merged.requires_grad_(True)  # peft froze the base; a training may start from it
+
+
+def _untie(model: torch.nn.Module) -> None:
+    """Give each layer weights of its own: what is merged into an output head is none of the embedding's, if tied."""
+    import torch
+
+    taken: set[int] = set()
+    for layer in model.modules():
+        for name, weight in layer._parameters.items():
+            if weight is not None and id(weight) in taken:
+                setattr(layer, name, torch.nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
+            taken.add(id(layer._parameters[name]))
 
 
 def check_fit(model: PreTrainedModel, adapter: Adapter) -> str | None:
@@ -228,6 +249,11 @@ def _attach(model: PreTrainedModel, adapter: Adapter, weights: Mapping[str, Tens
         import peft
     except ImportError:
         raise MissingDependencyError("an adapter needs the package 'peft'; install it with: pip install peft") from None
+    if (kind := str(adapter.config.get("peft_type"))) not in peft.PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ModelError(
+            f"{adapter.path} is an adapter of the kind {kind}, which peft {peft.__version__} does not know; install "
+            "the peft that made it"
+        )
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # what it starts at random is overwritten
             warnings.simplefilter("ignore")
