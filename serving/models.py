@@ -177,7 +177,9 @@ class TokenizerFiles:
         self.chat_template: str | dict[str, str] | None = (
             template.read_text(encoding="utf-8") if template.is_file() else own
         )
-        tokens = {**_json(folder / "special_tokens_map.json"), **config}
+        # As transformers reads them: a config that lists its added tokens is whole, an older one gives way to the map.
+        beside = _json(folder / "special_tokens_map.json")
+        tokens = {**beside, **config} if "added_tokens_decoder" in config else {**config, **beside}
         self.special_tokens_map: dict[str, str] = {
             name: str(value["content"] if isinstance(value, dict) else value)
             for name in ("bos_token", "eos_token", "pad_token", "unk_token")
