@@ -169,6 +169,11 @@ def find_checkpoint(name: str, *, allow_pickle: bool = False, architectures: Col
         wanted = " or ".join(f"*{part}*" for part in architectures)
         raise ModelError(f"{path} holds a {kinds[0]}; this needs a {wanted} checkpoint")
     _refuse_bad_ends(path / "generation_config.json")
+    pad, rows = config.get("pad_token_id"), config.get("vocab_size")
+    if isinstance(pad, int) and isinstance(rows, int) and pad >= rows:
+        raise ModelError(
+            f"{config_file} states pad_token_id: {pad}, and the model has {rows} tokens; set it to one of them, or null"
+        )
     return Checkpoint(name, path, config, _weight_files(path, allow_pickle), allow_pickle)
 
 

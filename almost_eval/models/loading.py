@@ -199,7 +199,7 @@ def load_weights(
             )
     except torch.OutOfMemoryError as error:
         raise RunError(f"not enough memory for the weights of {checkpoint.name}: {first_line(error)}") from None
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, ImportError, LookupError, RuntimeError, AssertionError) as error:
         refuse_own_code(checkpoint, str(error))
         raise ModelError(f"transformers cannot load {checkpoint.path}: {first_line(error)}") from None
     lost = sorted({*info.get("missing_keys", ()), *(key for key, *_ in info.get("mismatched_keys", ()))})

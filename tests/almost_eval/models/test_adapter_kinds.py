@@ -141,3 +141,15 @@ def test_its_own_tokenizer_with_more_tokens_is_read(base: Path, tmp_path: Path) 
     assert len(engine.encoder.encode_texts(["<|user|>"])[0]) == 1
     assert engine.loglikelihood(REQUESTS)[0][0].logprob < 0
     assert find_checkpoint(str(tmp_path / "adapter")).tokenizer_folder == tmp_path / "adapter"
+
+
+def test_a_tokenizer_of_another_model_beside_it_is_refused(adapter: Path, base: Path) -> None:
+    """Each id would be another token to the base, and every number wrong without a word."""
+    content = json.loads((base / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (adapter / "tokenizer.json").write_text(json.dumps(content))
+    shutil.copy(base / "tokenizer_config.json", adapter)
+    assert "gives 2 tokens other ids than that of its base" in _refused(adapter)
+    shutil.copy(base / "tokenizer.json", adapter)
+    assert HFEngine(str(adapter)).notes == []

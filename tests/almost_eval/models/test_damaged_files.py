@@ -52,6 +52,7 @@ def _eos(name: str) -> Callable[[Path], object]:
         (_eos("generation_config.json"), r"generation_config\.json states eos_token_id: '</s>'"),
         (_eos("config.json"), r"config\.json is no valid config: .*'eos_token_id'"),
         (lambda f: _change(f / "config.json", max_position_embeddings=None), r"config\.json is no valid config"),
+        (lambda f: _change(f / "config.json", pad_token_id=9999), r"states pad_token_id: 9999, and the model has 1114"),
         (lambda f: _change(f / "config.json", tie_word_embeddings=False), 'lacks "tie_word_embeddings": true'),
         (lambda f: _change(f / "tokenizer_config.json", eos_token="</none>"), "'</none>' with the id .* has .* rows"),
         (lambda f: _change(f / "special_tokens_map.json", eos_token="</none>"), "'</none>' with the id"),
