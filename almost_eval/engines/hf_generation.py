@@ -12,7 +12,6 @@ by transformers' `generate` elsewhere. Both give the same texts in float32, whic
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -28,6 +27,7 @@ from transformers import (
 )
 
 from almost_eval.engines.base import SamplingParams
+from almost_eval.engines.decoding import decode, marks
 from almost_eval.engines.header_groups import HeaderGroup, header_groups
 from almost_eval.engines.hf_decoding import Header, continue_rows
 from almost_eval.engines.hf_header import LEAST, SharedHeader
@@ -35,7 +35,6 @@ from almost_eval.engines.hf_loglikelihood import AttentionWindow, out_of_memory
 from almost_eval.engines.hf_rows import ForeignAttention, refusal
 from almost_eval.engines.hf_sampling import GumbelNoise, NucleusNoise, Sampler
 from almost_eval.errors import RunError
-from almost_eval.models.reasoning import marker_tokens
 from almost_eval.models.stops import end_ids, first_stop
 from almost_eval.types import Completion
 
@@ -320,7 +319,7 @@ def _completion(
             ids, reason = ids[:at], "stop"
             break
     if params.alone:
-        whole = text = _decode(tokenizer, ids)
+        whole = text = decode(tokenizer, ids)
         for stop in params.stop:
             text = text.partition(stop)[0]
         return Completion(text, tuple(ids), reason if text == whole else "stop")
@@ -333,29 +332,11 @@ def _completion(
 
 def _decode_after(tokenizer: PreTrainedTokenizerBase, before: int, ids: list[int]) -> str:
     """The text that `ids` add after the token `before`: SentencePiece decoders drop the space a text begins with."""
-    text = _decode(tokenizer, ids)
-    if not _marks(tokenizer).keys().isdisjoint(ids):
+    text = decode(tokenizer, ids)
+    if not marks(tokenizer).keys().isdisjoint(ids):
         return text  # a thought's marks begin it
     lead = str(tokenizer.decode([before], skip_special_tokens=True))
     whole = str(tokenizer.decode([before, *ids], skip_special_tokens=True))
     return (
         whole[len(lead) :] if lead and whole.startswith(lead) and whole[len(lead) :].lstrip() == text.lstrip() else text
     )
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """The text of `ids` without special tokens, but for those that mark a thought: skipped, it would read as answer."""
-    marks = _marks(tokenizer)
-    if marks.keys().isdisjoint(ids):
-        return str(tokenizer.decode(ids, skip_special_tokens=True))
-    pieces: list[str] = []
-    for is_mark, run in itertools.groupby(ids, key=marks.__contains__):
-        part = list(run)
-        pieces += [marks[i] for i in part] if is_mark else [str(tokenizer.decode(part, skip_special_tokens=True))]
-    return "".join(pieces)
-
-
-def _marks(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Id -> token of the special tokens that mark a thought."""
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in marker_tokens(tokenizer.all_special_tokens)}
-    return {i: token for token, i in ids.items() if isinstance(i, int)}

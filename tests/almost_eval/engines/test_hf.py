@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,9 +14,12 @@ import numpy as np
 import pytest
 import torch
 from forking import REQUESTS, WHY_NOT
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from almost_eval.engines import hf_generation
 from almost_eval.engines.base import GenerationEngine, LoglikelihoodEngine, RequestScores, SamplingParams
+from almost_eval.engines.decoding import decode
 from almost_eval.engines.hf import HFEngine
 from almost_eval.engines.hf_generation import GenerationReport, stream_completions
 from almost_eval.engines.hf_loglikelihood import Limits, PlainScorer, SharedPrefixScorer
@@ -659,8 +663,12 @@ def test_special_tokens_that_mark_a_thought_stay_in_the_text(bpe_tokenizer: Any)
     tokenizer = copy.deepcopy(bpe_tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]", "[OTHER]"]})
     ids = tokenizer.encode("[THINK]The capital[/THINK] of[OTHER] France", add_special_tokens=False)
-    assert hf_generation._decode(tokenizer, ids) == "[THINK]The capital[/THINK] of France"
+    assert decode(tokenizer, ids) == "[THINK]The capital[/THINK] of France"
     assert hf_generation._decode_after(tokenizer, ids[1], ids) == "[THINK]The capital[/THINK] of France"
-    assert hf_generation._decode(tokenizer, []) == ""
+    assert decode(tokenizer, []) == ""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    named_nowhere = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(backend)))
+    assert "[THINK]" not in named_nowhere.all_special_tokens  # special in tokenizer.json alone
+    assert decode(named_nowhere, ids) == "[THINK]The capital[/THINK] of France"
     plain = tokenizer.encode("The capital[OTHER]", add_special_tokens=False)
-    assert hf_generation._decode(tokenizer, plain) == "The capital"
+    assert decode(tokenizer, plain) == "The capital"
