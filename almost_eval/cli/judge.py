@@ -73,6 +73,7 @@ def _prepare(flags: Flags) -> JudgeRun:
     from almost_eval.cli.startup import import_transformers
     from almost_eval.judge.answers import MAX_ANSWER_CHARS, is_answer_file, open_system
     from almost_eval.judge.model_system import Sampling
+    from almost_eval.judge.questions import names_of
     from almost_eval.judge.run import JudgeRun
     from almost_eval.nano import BUILT_IN
     from almost_eval.run.validity import parse_allowed
@@ -120,6 +121,7 @@ def _prepare(flags: Flags) -> JudgeRun:
         max_answer_chars=flags["max_answer_chars"],
         answer_reasoning=flags["reasoning"],
         judging=flags["judging"],
+        questions_named=names_of(flags["questions"], flags["reference"]),
         seed=flags["seed"],
         allowed=allowed,
     )

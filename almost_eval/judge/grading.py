@@ -35,9 +35,23 @@ def score_metrics(grades: Sequence[Grade]) -> dict[str, Metric]:
     for turn, category in parts:
         mine = [g for g in grades if turn in (None, g.turn) and category in (None, g.category)]
         name = "/".join([SCORE, *([f"turn_{turn}"] if turn else []), *([category] if category else [])])
-        metrics[name] = mean_metric([g.mark for g in mine], [g.question_id for g in mine])
+        if mine:
+            metrics[name] = mean_mark([g.mark for g in mine], [g.question_id for g in mine])
     unscored = sum(grade.mark is None for grade in grades)
     return metrics | {"unparsed": Metric(float(unscored), None, None, len(grades), 0)}
+
+
+def mean_mark(marks: Sequence[float | None], questions: Sequence[str]) -> Metric:
+    """The mean of marks from 1 to 10, with an interval that stays on the scale.
+
+    The interval is that of the marks as shares of the way from 1 to 10: `mean_metric` cuts it there, and gives one of
+    some width where all marks are the same.
+    """
+    mean = mean_metric(marks, questions)
+    span = HIGHEST - LOWEST
+    ends = mean_metric([None if mark is None else (mark - LOWEST) / span for mark in marks], questions).ci95
+    interval = (LOWEST + span * ends[0], LOWEST + span * ends[1]) if ends else None
+    return Metric(mean.value, mean.stderr, interval, mean.n, mean.unscored)
 
 
 def bounds(grades: Sequence[Grade]) -> tuple[float, float]:

@@ -172,12 +172,11 @@ class ModelSystem:
         self, questions: Sequence[Question], turns: Mapping[str, list[AnswerTurn]]
     ) -> Iterator[tuple[Question, AnswerTurn]]:
         """The answer to the next turn of each question, in any order; `turns` has those before it."""
-        made = {"sampling": self._spec["sampling"]}
         prompts = {question.id: self._prompt(question, turns[question.id]) for question in questions}
         groups: dict[float, list[Question]] = {}
         for question in questions:
             if turns[question.id] and self._leaves_no_room(prompts[question.id]):
-                yield question, AnswerTurn("", {"finish_reason": None, **made, "unscored": TOO_LONG})
+                yield question, AnswerTurn("", {"finish_reason": None, "unscored": TOO_LONG})
             else:
                 groups.setdefault(self._temperature(question), []).append(question)
         for temperature, group in groups.items():
@@ -189,12 +188,13 @@ class ModelSystem:
                 seed=self._sampling.seed,
             )
             for place, [completion] in self.engine.stream_completions([prompts[q.id] for q in group], params):
-                yield group[place], self._read(prompts[group[place].id], completion)
+                yield group[place], self._read(prompts[group[place].id], completion, temperature)
 
-    def _read(self, prompt: str, completion: Completion) -> AnswerTurn:
+    def _read(self, prompt: str, completion: Completion, temperature: float) -> AnswerTurn:
         """An answer as it is stored: a thought beside it, as the rule says."""
         part = split_completion(self._sampling.reasoning, prompt, completion)
-        made = {"finish_reason": completion.finish_reason, "sampling": self._spec["sampling"]}
+        sampling = {key: value for key, value in self._spec["sampling"].items() if key != "temperatures"}
+        made: JSONObject = {"finish_reason": completion.finish_reason, "sampling": sampling | {"temperature": temperature}}
         if part.thought is not None:
             made |= {"reasoning": part.thought, "unscored": unscored_reason(self._sampling.reasoning, part)}
         return AnswerTurn(part.answer.strip(), made)

@@ -49,6 +49,15 @@ def is_mt_bench(file: str | Path | None) -> bool:
     return str(file) == MT_BENCH and not Path(MT_BENCH).is_file()
 
 
+def names_of(file: str | Path | None, reference: str | None) -> dict[str, str]:
+    """What a run records of its questions and reference answers, where they have names: `questions`, `reference`."""
+    named = {"questions": "MT-Bench"} if is_mt_bench(file) else {}
+    if is_mt_bench(file) or reference in (references.PUBLISHED, references.CORRECTED):
+        own = reference in (None, references.PUBLISHED, references.CORRECTED)
+        named["reference"] = (reference or references.PUBLISHED) if own else "file"
+    return named
+
+
 def find_questions(
     file: str | Path | None,
     data: DataSource,

@@ -53,6 +53,7 @@ class JudgeRun:
         max_answer_chars: cut longer answers, and count them; None cuts nothing.
         answer_reasoning: what became of thoughts in the systems' answers; recorded.
         judging: `pairwise`, or `single`: each answer is graded by itself, and there are no orders and no ties.
+        questions_named: what the questions and their reference answers are called, where they have names; recorded.
         seed: recorded, and of the bootstrap.
         allowed: shares for the validity gate, or None for the defaults.
 
@@ -73,6 +74,7 @@ class JudgeRun:
         max_answer_chars: int | None = None,
         answer_reasoning: AnswerReasoning = "strip",
         judging: Judging = "pairwise",
+        questions_named: Mapping[str, str] = {},
         seed: int = 0,
         allowed: Mapping[str, float] | None = None,
     ) -> None:
@@ -82,6 +84,7 @@ class JudgeRun:
         self.systems = distinct(systems)
         self.judge = judge
         self.judging = judging
+        self.questions_named = dict(questions_named)
         self.orders = orders if judging == "pairwise" else None
         self.ties = ties if judging == "pairwise" else None
         self.max_answer_chars = max_answer_chars
@@ -114,6 +117,7 @@ class JudgeRun:
             settings["answer_reasoning"] = self.answer_reasoning
         if self.judging != "pairwise":
             settings["judging"] = self.judging
+        settings |= self.questions_named
         model = systems[roles[-1]]
         return {
             "schema": 1,
