@@ -91,7 +91,7 @@ def _marker_pattern(user: str) -> re.Pattern[str] | None:
     Of its three groups the first and the last are the signs around the marker's words.
     """
     shapes: dict[tuple[str, str], list[str]] = {}
-    for groups in dict.fromkeys(_MARKER.findall(user)):
+    for groups in dict.fromkeys(_MARKER.findall(_BLOCK.sub(r"\1", user))):
         opened, inner, closed = next(groups[at : at + 3] for at in range(0, len(groups), 3) if groups[at])
         words = (re.escape(word).replace("'", "['\u2018\u2019]") for word in inner.split())
         shapes.setdefault((opened, closed), []).append(r"\s+".join(words))

@@ -202,6 +202,11 @@ class JudgeRun:
             warnings = [*self.judge.warnings(), *(note for system in self.systems for note in system.notes)]
             if spec["commit"] != begun["commit"]:
                 warnings.append(f"begun on commit {begun['commit']}, ended on {spec['commit']}")
+            if wrong := [record.sample.cluster for record in records if "wrong_references" in record.outputs]:
+                warnings.append(
+                    f"{len(wrong)} reviews used a reference answer that is known to be wrong (questions "
+                    f"{', '.join(dict.fromkeys(wrong))}); --reference corrected mends these"
+                )
             for system, mine in zip(self.systems, answers, strict=True):
                 made = [about for answer in mine.values() for about in answer.turn_metadata]
                 if cut := sum(about.get("finish_reason") == "length" for about in made):

@@ -63,6 +63,12 @@ def is_of_turn(name: str) -> bool:
     return _TURN.fullmatch(name.partition("/")[2]) is not None
 
 
+def is_of_turn_and_category(name: str) -> bool:
+    """Whether a metric is about one category in one turn."""
+    match = _TURN.fullmatch(name.partition("/")[2])
+    return match is not None and match[2] is not None
+
+
 def figure(metric: JSONMapping | None, head: str) -> str:
     """A metric's value as text."""
     if metric is None or (metric["value"] is None and not metric.get("withheld")):

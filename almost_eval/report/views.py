@@ -170,6 +170,7 @@ def _metric_groups(runs: Sequence[LoadedRun], names: Sequence[str]) -> list[Metr
     if runs[0].judged:
         title, profile = "Score" if turns.MARKS in names else "Win rate", turns.profile_of(names)
         by_category = tuple(profile) if len(profile) > 1 else ()
+        names = [name for name in names if not turns.is_of_turn_and_category(name)]  # the table has them
         return [MetricGroup(title, tuple(names), profile=by_category, profile_title=f"{title} by category")]
     values = {name: [run.metrics[name]["value"] for run in runs if name in run.metrics] for name in names}
     known = {name: [value for value in of if value is not None] for name, of in values.items()}
