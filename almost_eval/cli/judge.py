@@ -49,7 +49,9 @@ STARTED = time.perf_counter()
 @click.command()
 @options(ANSWER_OPTIONS, JUDGE_OPTIONS, DATA_OPTIONS, TURN_OPTIONS, RUN_OPTIONS, [JSON], ENGINE_OPTIONS)
 def vicuna(**flags: Any) -> int:
-    """Two systems answer questions, and a judge says which answer is better; or grades each answer by itself.
+    """Two systems answer questions, and a judge says which answer is better.
+
+    With --judging single it grades each answer by itself, from 1 to 10; then one system is enough.
 
     \b
     Example:
@@ -251,6 +253,8 @@ def judge_report(run_folder: Path | None, archive: tuple[Path, ...], as_json: bo
 
     data, questions, _ = _questions(flags | {"judge": None}, built_in=False)
     prompts = load_judge_prompts(flags["prompt_family"] or DEFAULT_FAMILY, "builtin", data)
+    if prompts.n_answers != 2:
+        raise InputError(f"--prompt-family {prompts.name} is about one answer, archived reviews are about two")
     rows = aggregate_archives(
         find_archives(archive, questions), prompts, ties=flags["ties"] or "half", orders=flags["orders"]
     )

@@ -99,7 +99,7 @@ def _marker_pattern(user: str) -> re.Pattern[str] | None:
         return None
     patterns = []
     for (opened, closed), markers in shapes.items():
-        start = rf"(?m:^)\s*{re.escape(opened.strip())}" if opened.startswith("#") else re.escape(opened)
+        start = rf"(?m:^)[ \t]*{re.escape(opened.strip())}[ \t]*" if opened.startswith("#") else re.escape(opened)
         # With the mark of an earlier quotation, so that every change can be undone.
         inner = rf"\s*(?:{_QUOTED})*(?:{'|'.join(markers)})\s*"
         patterns.append(rf"({start})({inner})({re.escape(closed)})")

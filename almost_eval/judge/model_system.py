@@ -193,8 +193,9 @@ class ModelSystem:
     def _read(self, prompt: str, completion: Completion, temperature: float) -> AnswerTurn:
         """An answer as it is stored: a thought beside it, as the rule says."""
         part = split_completion(self._sampling.reasoning, prompt, completion)
-        sampling = {key: value for key, value in self._spec["sampling"].items() if key != "temperatures"}
-        made: JSONObject = {"finish_reason": completion.finish_reason, "sampling": sampling | {"temperature": temperature}}
+        stated = {key: value for key, value in self._spec["sampling"].items() if key != "temperatures"}
+        sampling = stated | {"temperature": temperature}
+        made: JSONObject = {"finish_reason": completion.finish_reason, "sampling": sampling}
         if part.thought is not None:
             made |= {"reasoning": part.thought, "unscored": unscored_reason(self._sampling.reasoning, part)}
         return AnswerTurn(part.answer.strip(), made)

@@ -162,7 +162,7 @@ def _section(benchmark: Benchmark, anchor: str) -> View:
         "judged": [
             _judged(run, f"{anchor}r{place}") for place, run in enumerate(runs) if run.judged and run.baseline_system
         ],
-        "turns": [view for run in runs if run.judged for view in _turns(run)],
+        **({"turns": tables} if (tables := [view for run in runs if run.judged for view in _turns(run)]) else {}),
     }
 
 

@@ -235,7 +235,7 @@ def test_two_systems_are_compared_question_by_question() -> None:
 # --- runs
 
 
-QUESTIONS = [
+QUESTIONS: list[dict[str, Any]] = [
     {"question_id": 1, "category": "writing", "turns": ["Write.", "Again."]},
     {
         "question_id": 104,
