@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from almost_eval.errors import InputError, did_you_mean
-from almost_eval.judge.families import DEFAULT_FAMILY
+from almost_eval.judge.families import DEFAULT_FAMILY, FAMILY_OF_ONE, FAMILY_OF_TURNS
 from almost_eval.types import JSONObject
 
 if TYPE_CHECKING:
@@ -50,8 +50,10 @@ class JudgeOptions:
     """API: the endpoint, up to and including `/v1`; None is `OPENAI_BASE_URL`, else OpenAI's."""
     judge_prompt: Path | None = None
     """API: a prompt file, in the place of a prompt set."""
-    prompt_family: str = DEFAULT_FAMILY
-    """API: a name in `FAMILIES`."""
+    prompt_family: str | None = None
+    """API: a name in `FAMILIES`; None is as the questions are, and the judging."""
+    judging: str = "pairwise"
+    """`pairwise`, or `single`: a mark for each answer by itself."""
     prompt_set: str | None = None
     """API: `official` or `builtin`; None is as the data are."""
     concurrency: int = 32
@@ -130,6 +132,7 @@ def open_judges(
     *,
     endpoints: Mapping[str, str] | None = None,
     prices: Mapping[str, str] | None = None,
+    several_turns: bool = False,
 ) -> Judge:
     """One judge, or a panel of several.
 
@@ -138,6 +141,7 @@ def open_judges(
         options: for all; of those of an API, judges without one take none.
         data: see `open_judge`.
         endpoints: judge -> its endpoint, in the place of `judge_base_url`.
+        several_turns: see `open_judge`.
         prices: judge -> USD per million tokens, in and out ("0.5,1.5"), in the place of `price_in` and `price_out`.
 
     Raises:
@@ -148,10 +152,12 @@ def open_judges(
         if unknown := next((name for name in stated if name not in names), None):
             raise InputError(f"{flag} {unknown}: there is no such judge; {did_you_mean(unknown, names)}")
     if len(names) < 2 and not endpoints and not prices:
-        return open_judge(replace(options, judge=names[0] if names else None), data)
+        return open_judge(replace(options, judge=names[0] if names else None), data, several_turns=several_turns)
+    if len(names) > 1 and options.judging == "single":
+        raise InputError("--judging single takes one --judge; grade with each of them in a run of its own")
     chosen = [_options_of(name, options, endpoints, prices) for name in names]
     shared = not all(one.is_local for one in chosen)  # else an option that nobody takes is refused
-    judges = [open_judge(one, data, shared=shared) for one in chosen]
+    judges = [open_judge(one, data, shared=shared, several_turns=several_turns) for one in chosen]
     if len(judges) == 1:
         return judges[0]
     from almost_eval.judge.panel import Panel
@@ -190,13 +196,14 @@ def answer_budget(data_name: str) -> int:
     return NANO_MAX_NEW_TOKENS if data_name == "nano" else MAX_NEW_TOKENS
 
 
-def open_judge(options: JudgeOptions, data: DataSource, *, shared: bool = False) -> Judge:
+def open_judge(options: JudgeOptions, data: DataSource, *, shared: bool = False, several_turns: bool = False) -> Judge:
     """The judge that the options name, without weights and without a request.
 
     Args:
         options: see there.
         data: where official prompts are looked for.
         shared: the options are those of several judges, of which this one takes what is its own.
+        several_turns: a question has more than one: Vicuna's prompts, the default for one, know nothing of a second.
 
     Raises:
         InputError: an option that this judge does not take; whatever the judge refuses.
@@ -210,6 +217,11 @@ def open_judge(options: JudgeOptions, data: DataSource, *, shared: bool = False)
 
         return NanoJudge()
     if options.is_reward_model:
+        if options.judging == "single":
+            raise InputError(
+                f"--judging single needs marks from 1 to 10, and {name} gives raw rewards, which have no scale; "
+                "compare two systems, or name another --judge"
+            )
         from almost_eval.judge.local import RewardJudge
         from almost_eval.rewards.hf import HFRewardModel
 
@@ -227,7 +239,16 @@ def open_judge(options: JudgeOptions, data: DataSource, *, shared: bool = False)
     from almost_eval.judge.probabilities import MAX_TOKENS
     from almost_eval.judge.prompts import load_judge_prompts
 
-    prompts = load_judge_prompts(options.prompt_family, options.prompt_set, data, file=options.judge_prompt)
+    family = options.prompt_family
+    if family is None:
+        family = DEFAULT_FAMILY if not several_turns else FAMILY_OF_TURNS
+        family = FAMILY_OF_ONE if options.judging == "single" else family
+    prompts = load_judge_prompts(family, options.prompt_set, data, file=options.judge_prompt)
+    if prompts.n_answers != (1 if options.judging == "single" else 2):
+        shows = "one answer by itself" if prompts.n_answers == 1 else "two answers"
+        raise InputError(
+            f"the prompts {prompts.name} are about {shows}, and --judging is {options.judging}; change one"
+        )
     prompts = replace(prompts, verdict=options.verdict or "text")
     if options.verdict == "logprobs":
         prompts = replace(prompts, max_tokens=MAX_TOKENS)

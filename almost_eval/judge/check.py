@@ -192,7 +192,7 @@ class JudgeCheck:
         metrics = {}
         for name, chosen, lost in (("", both, unscored), ("/decisive", decisive, len(self.cases) - len(decisive))):
             kappa = cohen_kappa(
-                [(case.verdict.winner, verdict.winner) for case, verdict in chosen],
+                [(str(case.verdict.winner), str(verdict.winner)) for case, verdict in chosen],
                 [case.pair.question.id for case, _ in chosen],
                 rng=np.random.default_rng(self.seed),
             )
@@ -200,7 +200,7 @@ class JudgeCheck:
             same: list[float | None] = [float(case.verdict.winner == verdict.winner) for case, verdict in chosen]
             agreed = mean_metric(same, [case.pair.question.id for case, _ in chosen])
             metrics[f"agreement{name}"] = replace(agreed, unscored=lost)
-        told = brier([(verdict, case.verdict.winner, case.pair.question.id) for case, verdict in both])
+        told = brier([(v, c.verdict.winner, c.pair.question.id) for c, v in both if c.verdict.winner is not None])
         return metrics if told is None else metrics | {"brier": replace(told, unscored=unscored)}
 
     def _consistency(self, records: Sequence[Sequence[SampleRecord]]) -> dict[str, Metric]:
