@@ -25,8 +25,8 @@ from starlette.types import ASGIApp
 from almost_eval.engines.hf import HFEngine
 from almost_eval.errors import AlmostError, InputError, did_you_mean
 from almost_eval.rewards.hf import HFRewardModel
+from serving.door.keys import KeyGuard
 from serving.gateway.errors import on_crash, on_refusal, refusal
-from serving.gateway.limits import KeyGuard
 from serving.gateway.schema import parse_json, validated
 from serving.local.generation import Turnstile
 from serving.local.job import ChatJob
@@ -130,6 +130,7 @@ async def serve(server: LocalServer, port: int) -> None:
     """Serve until a signal comes: the models on a free port, the gateway before them on `port`."""
     import uvicorn
 
+    from serving.door.protocol import bounded_config
     from serving.gateway.app import create_app
     from serving.gateway.settings import GatewaySettings
 
@@ -146,7 +147,6 @@ async def serve(server: LocalServer, port: int) -> None:
     )
 
     async def run(app: ASGIApp, listening: socket.socket) -> None:
-        config = uvicorn.Config(app, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=2)
-        await uvicorn.Server(config).serve(sockets=[listening])
+        await uvicorn.Server(bounded_config(app, timeout_graceful_shutdown=2)).serve(sockets=[listening])
 
     await asyncio.gather(run(server.app(key), inner), run(create_app(settings), outer))

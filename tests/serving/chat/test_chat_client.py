@@ -75,7 +75,7 @@ def test_a_plain_endpoint_has_no_rewards_and_a_gateway_has() -> None:
 
 def test_the_toolkits_own_gateway_is_recognised() -> None:
     from serving.chat.client import _read_abilities
-    from serving.gateway.schema import openapi
+    from serving.gateway.openapi import openapi
     from serving.gateway.settings import GatewaySettings
 
     settings = GatewaySettings(policy_url="http://h", reward_url="http://r", max_best_of=12, api_key=None)

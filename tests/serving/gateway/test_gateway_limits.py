@@ -17,7 +17,7 @@ from fake_upstream import FakeUpstream, Served
 
 from almost_eval.errors import InputError
 from serving.gateway.app import GatewaySettings, create_app
-from serving.gateway.limits import KeyGuard
+from serving.door.keys import KeyGuard
 
 HELLO = [{"role": "user", "content": "hello"}]
 CHAT = "/v1/chat/completions"
