@@ -21,6 +21,8 @@ from serving.chat.launch import Models, with_transformers, with_vllm
 from serving.chat.options import DEFAULT_MODELS, ChatOptions
 from serving.chat.questions import arena_questions, examples_for
 from serving.chat.session import ChatSystem, Desk, RateLimit
+from serving.chat.visitors import Visitors
+from serving.door.hosts import checked_hosts
 from serving.launch.process import listen, url_of, wait_ready
 
 if TYPE_CHECKING:
@@ -35,7 +37,8 @@ def serve(options: ChatOptions, started: float) -> None:
         started: when the program began, on `time.perf_counter`'s clock; for the line that says how long it took.
 
     Raises:
-        InputError: a malformed address, a model that is none, a port in use, a question file that cannot be read.
+        InputError: a malformed address, a model that is none, a port in use, a question file that cannot be read, an
+            allowed host that is none.
         RunError: the models' process ended.
     """
     # 1. What can be refused at once.
@@ -47,6 +50,7 @@ def serve(options: ChatOptions, started: float) -> None:
         raise InputError(f"two systems are called {twice!r}; give one a name: --base-url NAME=URL")
     questions = arena_questions(options.questions, models)
     VoteStore(options.votes)
+    hosts = checked_hosts(options.allowed_hosts)
     listening = listen(options.host, options.port, backlog=512)
 
     # 2. The models load in processes of their own, while gradio is imported in this one.
@@ -74,12 +78,13 @@ def serve(options: ChatOptions, started: float) -> None:
             options.reports,
             questions,
             examples_for(models),
-            RateLimit(options.rate),
+            RateLimit(options.rate, options.address_rate),
             options.concurrency,
             defaults=Settings(max_tokens=options.max_tokens, temperature=options.temperature),
             seed=options.seed,
+            visitors=Visitors(listening.getsockname()[1]),
         )
-        _run(create_app(desk, options.login), listening, options.login, started)
+        _run(create_app(desk, options.login, options.host, hosts), listening, options, started)
 
 
 def _models(models: list[str], reward: str | None, options: ChatOptions) -> list[Models]:
@@ -109,12 +114,14 @@ def _check_models(models: list[str], named: str | None) -> str | None:
     return reward
 
 
-def _run(app: ASGIApp, listening: socket.socket, login: str | None, started: float) -> None:
+def _run(app: ASGIApp, listening: socket.socket, options: ChatOptions, started: float) -> None:
     import uvicorn
+
+    from serving.door.protocol import bounded_config
 
     host, port = listening.getsockname()[:2]
     address = url_of(host, port)
-    if login is None and host not in ("127.0.0.1", "::1"):
+    if options.login is None and host not in ("127.0.0.1", "::1"):
         warning = f"warning: there is no login (ALMOST_CHAT_AUTH): whoever reaches {address} may use it"
         print(warning, file=sys.stderr)
 
@@ -129,8 +136,9 @@ def _run(app: ASGIApp, listening: socket.socket, login: str | None, started: flo
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
             await super().shutdown(sockets)
 
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, ws="none", timeout_graceful_shutdown=1
+    proxies = list(options.trusted_proxies)
+    config = bounded_config(
+        app, timeout_graceful_shutdown=1, proxy_headers=bool(proxies), forwarded_allow_ips=proxies or None
     )
     # The command line's own guard ends an interrupted process within two seconds; the models need longer to end well.
     signal.set_wakeup_fd(-1)

@@ -14,7 +14,7 @@ from serving.chat.client import EndpointError
 from serving.chat.conversation import Conversation, Settings
 from serving.chat.render import live_html, notice_html, past_html
 from serving.chat.session import Desk, NotNow, Step, draw
-from serving.chat.widgets import QUICK, Update, answering, button, question_box, raw_html
+from serving.chat.widgets import QUICK, Update, answering, asker_of, button, question_box, raw_html
 
 ACT = """
 element.addEventListener('click', (event) => {
@@ -248,7 +248,7 @@ class ChatTab:
             return
         system = self._desk.system(system_name)
         try:
-            with self._desk.work("chat", request.session_hash) as stop:
+            with self._desk.work("chat", asker_of(self._desk, request)) as stop:
                 # 1. The question moves into the transcript.
                 most, _ = await self._best_of(system_name)
                 settings = Settings.checked(*astuple(settings), most=max(most, 1))

@@ -10,7 +10,7 @@ from gradio.blocks import Block
 from serving.chat.conversation import Conversation, Settings
 from serving.chat.render import notice_html, panel_html
 from serving.chat.session import Desk, NotNow, Step
-from serving.chat.widgets import ALONE, QUICK, Update, answering, button, draw_both, question_box, raw_html
+from serving.chat.widgets import ALONE, QUICK, Update, answering, asker_of, button, draw_both, question_box, raw_html
 
 
 class CompareTab:
@@ -67,7 +67,7 @@ class CompareTab:
         messages = Conversation().ask(text.strip()).messages(settings.system)
         systems = [self._desk.system(name) for name in (left, right)]
         try:
-            with self._desk.work("compare", request.session_hash) as stop:
+            with self._desk.work("compare", asker_of(self._desk, request)) as stop:
                 thinking = panel_html(None, live=False, note="Thinking")
                 yield dict.fromkeys(self.panels, thinking) | self._buttons(busy=True) | {self.notice: ""}
                 steps: list[Step | None] = [None, None]

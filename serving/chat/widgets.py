@@ -12,6 +12,7 @@ from gradio.blocks import Block
 
 from serving.chat.conversation import Settings
 from serving.chat.session import ChatSystem, Desk, Step, draw
+from serving.chat.visitors import Asker
 
 Update = Mapping[Block, object]
 """A component -> its new value; all others stay as they are."""
@@ -23,6 +24,14 @@ ALONE = (
     "Two systems are needed here: start almost-chat with two models (--model A --model B), two endpoints "
     "(--base-url URL --base-url URL), or one of each."
 )
+
+
+def asker_of(desk: Desk, request: gr.Request) -> Asker:
+    """Who asks, by cookie and address."""
+    client = request.client
+    return desk.visitors.asker(
+        request.session_hash, request.headers.get("cookie") or "", client.host if client else None
+    )
 
 
 def answering(desk: Desk) -> dict[str, Any]:

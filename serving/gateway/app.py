@@ -27,12 +27,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serving.door.hosts import HostGuard
 from serving.door.keys import KeyGuard
 from serving.door.names import names_alone
-from serving.gateway.best_of import BestOf, Rewards, answer_rewards
+from serving.gateway.best_of import BestOf
 from serving.gateway.errors import on_crash, on_refusal, refusal
 from serving.gateway.limits import Limited, Slots
 from serving.gateway.metrics import Metrics, Observed
 from serving.gateway.openapi import openapi
 from serving.gateway.render import renderer_of
+from serving.gateway.rewards import Rewards, answer_rewards
 from serving.gateway.schema import ChatRequest, CompletionRequest, RewardRequest, check, parse_json
 from serving.gateway.settings import KEY, GatewaySettings
 from serving.gateway.streaming import EVENTS, ReplyWriter, notes_of, relay_events

@@ -10,14 +10,13 @@ from starlette.exceptions import HTTPException
 from starlette.types import Send
 
 from almost_eval.types import JSONObject
+from serving.gateway.events import MAX_EVENT_BYTES
 from serving.gateway.http_client import BrokenOff, HttpResponse
 
 EVENTS = "text/event-stream"
 _DONE = b"data: [DONE]\n\n"
 _EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 _END_BYTES = 4
-MAX_EVENT_BYTES = 4 << 20
-"""Of one event. The largest real ones hold a prompt's token ids or the log-probabilities of a whole answer."""
 _SHARED = ("id", "created", "model", "system_fingerprint")
 _FAREWELL_S = 2.0
 
@@ -118,19 +117,36 @@ async def whole_events(answer: HttpResponse) -> AsyncIterator[bytes]:
         yield bytes(held)
 
 
-async def send_as_events(completion: JSONObject, reply: ReplyWriter, notes: Notes, *, include_usage: bool) -> None:
-    """Tell a finished chat completion as a stream: role, text and finish reason of each choice, `almost` at the end."""
+async def start_events(reply: ReplyWriter, notes: Notes) -> None:
+    """Send the head of a stream of our own."""
     await reply.start(200, f"{EVENTS}; charset=utf-8", notes)
+
+
+def event_of(chunk: JSONObject) -> bytes:
+    """One event of a stream."""
+    return b"data: " + json.dumps(chunk).encode() + b"\n\n"
+
+
+async def send_as_events(completion: JSONObject, reply: ReplyWriter, *, include_usage: bool) -> None:
+    """Tell a finished chat completion in a stream that was started: role, text and finish reason of each choice,
+    `almost` at the end.
+    """
     for chunk in _chunks(completion, include_usage):
-        await reply.part(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+        await reply.part(event_of(chunk))
     await reply.end(_DONE)
 
 
-def _chunks(completion: JSONObject, include_usage: bool) -> Iterable[JSONObject]:
+def shared_fields(completion: JSONObject, *, include_usage: bool) -> JSONObject:
+    """What all chunks of a stream hold."""
     shared: JSONObject = {"object": "chat.completion.chunk"}
     shared |= {name: completion[name] for name in _SHARED if name in completion}
     if include_usage:
         shared["usage"] = None  # as OpenAI does it: null on all chunks but the last
+    return shared
+
+
+def _chunks(completion: JSONObject, include_usage: bool) -> Iterable[JSONObject]:
+    shared = shared_fields(completion, include_usage=include_usage)
 
     def chunk(index: int, delta: JSONObject, **more: object) -> JSONObject:
         return {**shared, "choices": [{"index": index, "delta": delta, "finish_reason": None, **more}]}
