@@ -26,7 +26,7 @@ VOTES = ("a", "b", "tie", "both_bad")
 
 _APPLICATION = 0x414C4D56  # "ALMV": tells a vote file from any other SQLite file
 _VERSION = 1
-_WAIT_S = 2.5
+_WAIT_S = 2.0
 """Seconds for which a file that another program has locked is waited for: the voter waits as long."""
 _TABLE = """
 CREATE TABLE IF NOT EXISTS votes (

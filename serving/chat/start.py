@@ -9,8 +9,6 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from almost_eval.arena.votes import VoteStore
@@ -64,9 +62,9 @@ def serve(options: ChatOptions, started: float) -> None:
         wait_ready(running)
         systems = [
             # vLLM's server has one model, and may shorten its name.
-            ChatSystem(shown, child.endpoint(), None if options.engine == "vllm" else name)
+            ChatSystem(name, child.endpoint(), None if options.engine == "vllm" else name)
             for child in running
-            for shown, name in zip(_shown(child.names), child.names, strict=True)
+            for name in child.names
         ]
         systems += [
             ChatSystem(address.name, Endpoint.with_key_of_environment(address.url), address.model)
@@ -91,12 +89,6 @@ def _models(models: list[str], reward: str | None, options: ChatOptions) -> list
     if options.engine == "vllm":
         return [with_vllm(name, reward) for name in models]
     return [with_transformers(models, reward, dtype=options.dtype, device=options.device)] if models else []
-
-
-def _shown(names: Sequence[str]) -> list[str]:
-    """What visitors read: of a directory its last part, where that tells it from the others."""
-    short = [Path(name).resolve().name if Path(name).is_dir() else name for name in names]
-    return [one if short.count(one) == 1 else name for one, name in zip(short, names, strict=True)]
 
 
 def _check_models(models: list[str], named: str | None) -> str | None:

@@ -31,6 +31,8 @@ BODY_S = 120.0
 """Seconds from there to the end of its body; servers may have shorter limits of their own."""
 
 _LINGER_S = 2.0
+_DROPPED_BYTES = 1 << 20
+"""How long, and for how many bytes, a client that is refused is listened to, so that it can read why."""
 
 
 class BoundedHttp(HttpToolsProtocol):
@@ -55,6 +57,11 @@ class BoundedHttp(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse what came, in pieces that no bound is passed unseen in."""
+        if self._refused:
+            self._unbodied += len(data)
+            if self._unbodied > _DROPPED_BYTES:
+                self.transport.close()
+            return
         while data and not (self._refused or self.transport.is_closing()):
             room = HEAD_BYTES - self._unbodied
             piece, data = data[:room], data[room:]

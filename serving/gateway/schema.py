@@ -45,7 +45,7 @@ class Generation(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     model: StrictStr | None = None
-    n: _Count | None = Field(None, description="Answers to return; with best_of, the n with the highest rewards.")
+    n: _Count | None = Field(None, description="Answers to return.")
     stream: _Flag = None
     stream_options: StreamOptions | None = None
 
@@ -55,7 +55,7 @@ class ChatRequest(Generation):
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     best_of: _Count | None = Field(
-        None, description="Candidates to draw and to score with the reward model; the best are returned."
+        None, description="Candidates to draw and to score with the reward model; the n best are returned."
     )
     best_of_fallback: _Flag = Field(
         None, description="While the reward model is down, answer without it instead of 503; `almost.fallback` says so."

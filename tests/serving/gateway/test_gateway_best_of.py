@@ -15,8 +15,8 @@ from fake_upstream import FakeUpstream, Served
 from almost_eval.errors import InputError
 from almost_eval.nano.seeded import train_tokenizer
 from almost_eval.types import Message
-from serving.gateway.candidates import independent_seed
 from serving.gateway.app import GatewaySettings, create_app
+from serving.gateway.candidates import independent_seed
 from serving.gateway.render import renderer_of
 from serving.vllm.launch import VLLMServer
 
