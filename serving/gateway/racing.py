@@ -19,6 +19,7 @@ from almost_eval.types import JSONObject
 from serving.gateway.candidates import Drawing
 from serving.gateway.errors import message_of, refusal, upstream_words
 from serving.gateway.events import EventReader, EventTooLong, TextJoiner, joined
+from serving.gateway.http_client import HttpResponse
 from serving.gateway.rewards import Scored
 from serving.gateway.streaming import EVENTS, ReplyWriter, event_of, notes_of, shared_fields, start_events
 from serving.gateway.upstream import Upstream
@@ -138,11 +139,7 @@ class Race:
                     await self._reply.whole(response.status, whole, notes_of(response))
                     return False
                 await start_events(self._reply, notes_of(response))
-                reader = EventReader()
-                async for part in response.parts():
-                    for event in reader.feed(part):
-                        await self._take(event)
-                    await self._settle(fallback=fallback)
+                await self._follow(response, fallback=fallback)
             if not all(one.ended for one in self._growing):
                 raise self._policy.malformed("the end of each candidate")
             while self._scoring:
@@ -152,8 +149,30 @@ class Race:
             raise self._policy.broken(str(error)) from None
         finally:
             for task in self._scoring.values():
-                task.cancel()
+                _drop(task)
         return True
+
+    async def _follow(self, response: HttpResponse, *, fallback: bool) -> None:
+        """Take the stream's events and the rewards in whatever order they come."""
+        reader, parts = EventReader(), response.parts()
+
+        async def next_part() -> bytes | None:
+            return await anext(parts, None)
+
+        arriving = asyncio.create_task(next_part())
+        try:
+            while True:
+                await asyncio.wait({arriving, *self._scoring.values()}, return_when=asyncio.FIRST_COMPLETED)
+                await self._settle(fallback=fallback)
+                if not arriving.done():
+                    continue
+                if (part := arriving.result()) is None:
+                    return
+                for event in reader.feed(part):
+                    await self._take(event)
+                arriving = asyncio.create_task(next_part())
+        finally:
+            _drop(arriving)
 
     async def _take(self, event: bytes) -> None:
         """One event of the policy server's stream."""
@@ -186,7 +205,7 @@ class Race:
                     raise
                 self.fallback = message_of(error)
                 for task in self._scoring.values():
-                    task.cancel()
+                    _drop(task)
                 self._scoring.clear()
                 return
             self._results[i] = result
@@ -213,3 +232,9 @@ class Race:
         choice = {"index": 0, "delta": {}, "finish_reason": None}
         shared = shared_fields(self.completion, include_usage=self._include_usage)
         await self._reply.part(event_of({**shared, "choices": [choice], "almost": {"racing": racing}}))
+
+
+def _drop(task: asyncio.Task[Any]) -> None:
+    """End a task whose result nobody wants, and look at its error, or asyncio would print it."""
+    task.cancel()
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())

@@ -39,6 +39,9 @@ def raw_upstream(parts: Parts) -> Iterator[str]:
                 data = [{"index": i, "probs": [float(len(text))]} for i, text in enumerate(texts)]
                 connection.sendall(whole({"model": "lengths", "data": data}))
                 return
+            if head.split()[1] == b"/v1/models":
+                connection.sendall(whole({"object": "list", "data": [{"id": "m"}]}))
+                return
             for part in parts(fields):
                 connection.sendall(part)
 

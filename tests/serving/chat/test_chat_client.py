@@ -83,7 +83,7 @@ def test_the_toolkits_own_gateway_is_recognised() -> None:
     from serving.gateway.settings import GatewaySettings
 
     settings = GatewaySettings(policy_url="http://h", reward_url="http://r", max_best_of=12, api_key=None)
-    assert _read_abilities(("m",), openapi(settings)) == Abilities(("m",), True, 12)
+    assert _read_abilities(("m",), openapi(settings)) == Abilities(("m",), True, 12, True)
 
 
 # --- answers ---
