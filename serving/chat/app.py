@@ -139,7 +139,7 @@ def build_page(desk: Desk) -> gr.Blocks:
             desk.leave(request.session_hash)
 
         page.unload(leave)
-    page.queue(max_size=desk.queue_size, default_concurrency_limit=desk.concurrency, api_open=False)
+    page.queue(max_size=None, default_concurrency_limit=None, api_open=False)  # the desk says who waits
     return page
 
 

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,6 +21,8 @@ TOO_FAST = (
     "That is more questions a minute than this server takes from one visitor or address: wait a moment, then press "
     "Retry."
 )
+FULL = "Many questions are waiting here already, as many as this server keeps: try again in a minute."
+BROKEN = "Something failed here, and the server's log says what. What you wrote is kept: press Retry, or ask again."
 BUSY = "The last answer is still being written: stop it first, or wait."
 
 _FRESH_S = 60.0
@@ -132,13 +134,18 @@ class Desk:
     examples: tuple[str, ...] = ()
     rate: RateLimit = field(default_factory=lambda: RateLimit(30))
     concurrency: int = 8
-    """Answers at work at a time; those beyond wait in the queue."""
+    """Answers at work at a time; those beyond wait."""
     queue_size: int = 64
+    """Questions that wait; those beyond are told so."""
     defaults: Settings = field(default_factory=Settings)
     seed: int | None = None
     """Of the arena's shuffling; None draws one."""
     visitors: Visitors = field(default_factory=Visitors)
     _stops: dict[str, asyncio.Event] = field(default_factory=dict)
+    _slots: asyncio.Semaphore = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._slots = asyncio.Semaphore(self.concurrency)
 
     def system(self, name: str | None) -> ChatSystem:
         """By name; the first for an unknown one, as a page of an earlier server may send."""
@@ -149,18 +156,36 @@ class Desk:
         """For the time of one answer; yields the event that `stop` sets.
 
         Raises:
-            NotNow: too many questions in a minute, or this visitor's earlier answer is still being written.
+            NotNow: too many questions in a minute, or this visitor's earlier answer is still being written, or too
+                many others wait.
         """
         if not self.rate.admits(asker.visitor, asker.address):
             raise NotNow(TOO_FAST, busy=False)
         key = f"{where}/{asker.page}"
         if key in self._stops:
             raise NotNow(BUSY, busy=True)
+        if len(self._stops) >= self.concurrency + self.queue_size:
+            raise NotNow(FULL, busy=False)
         self._stops[key] = stop = asyncio.Event()
         try:
             yield stop
         finally:
             del self._stops[key]
+
+    @asynccontextmanager
+    async def turn(self, stop: asyncio.Event) -> AsyncIterator[None]:
+        """Wait until this answer is among those at work, or `stop` is set."""
+        slot = asyncio.create_task(self._slots.acquire())
+        stopped = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait({slot, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            yield
+        finally:
+            stopped.cancel()
+            if slot.done() and not slot.cancelled():
+                self._slots.release()
+            else:
+                slot.cancel()
 
     def stop(self, where: str, page: str | None) -> None:
         """End what this page waits for, if anything."""

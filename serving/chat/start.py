@@ -22,6 +22,7 @@ from serving.chat.session import ChatSystem, Desk, RateLimit
 from serving.chat.visitors import Visitors
 from serving.door.hosts import checked_hosts
 from serving.launch.process import listen, url_of, wait_ready
+from serving.launch.supervisor import show_last_lines
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -82,7 +83,7 @@ def serve(options: ChatOptions, started: float) -> None:
             seed=options.seed,
             visitors=Visitors(listening.getsockname()[1]),
         )
-        _run(create_app(desk, options.login, options.host, hosts), listening, options, started)
+        _run(create_app(desk, options.login, options.host, hosts), listening, options, started, running)
 
 
 def _models(models: list[str], reward: str | None, options: ChatOptions) -> list[Models]:
@@ -106,7 +107,14 @@ def _check_models(models: list[str], named: str | None) -> str | None:
     return reward
 
 
-def _run(app: ASGIApp, listening: socket.socket, options: ChatOptions, started: float) -> None:
+def _run(
+    app: ASGIApp, listening: socket.socket, options: ChatOptions, started: float, models: Sequence[Models]
+) -> None:
+    """Serve until a signal comes.
+
+    Raises:
+        RunError: the process of a model ended; its last lines are on stderr.
+    """
     import uvicorn
 
     from serving.door.protocol import bounded_config
@@ -123,6 +131,10 @@ def _run(app: ASGIApp, listening: socket.socket, options: ChatOptions, started: 
             print(address, flush=True)
             print(f"ready in {time.perf_counter() - started:.1f} s; Ctrl-C ends it", file=sys.stderr, flush=True)
 
+        async def on_tick(self, counter: int) -> bool:
+            # uvicorn asks ten times a second whether to end: a page whose models are gone is none.
+            return await super().on_tick(counter) or any(child.exit_code is not None for child in models)
+
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             # Every open page holds a stream that ends with the server; uvicorn would print a traceback for each.
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
@@ -136,3 +148,6 @@ def _run(app: ASGIApp, listening: socket.socket, options: ChatOptions, started: 
     signal.set_wakeup_fd(-1)
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again once it is done
         Server(config).run(sockets=[listening])
+        if gone := next((child for child in models if child.exit_code is not None), None):
+            show_last_lines([gone])
+            raise gone.failure()

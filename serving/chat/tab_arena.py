@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -15,8 +16,8 @@ from serving.chat.arena import Arena, Round, sentence
 from serving.chat.client import EndpointError
 from serving.chat.conversation import ChatReply
 from serving.chat.render import badge, notice_html, panel_html
-from serving.chat.session import Desk, NotNow, Step
-from serving.chat.widgets import ALONE, QUICK, Update, answering, asker_of, button, draw_both, question_box, raw_html
+from serving.chat.session import BROKEN, Desk, NotNow, Step
+from serving.chat.widgets import ALONE, ANSWERING, QUICK, Update, asker_of, button, draw_both, question_box, raw_html
 
 LABELS = {"a": "A is better", "b": "B is better", "tie": "Tie", "both_bad": "Both are bad"}
 INTRODUCTION = (
@@ -25,6 +26,7 @@ INTRODUCTION = (
     "about you."
 )
 _LETTERS = ("A", "B")
+_LOG = logging.getLogger("almost.chat")
 
 
 class ArenaTab:
@@ -74,7 +76,7 @@ class ArenaTab:
             self._on_send,
             [self.box, self.question],
             outputs,
-            **answering(self._desk),
+            **ANSWERING,
         )
         self.draw.click(self._on_draw, None, [self.box, self.question], **QUICK)
         for vote, pressed in self.buttons.items():
@@ -107,10 +109,16 @@ class ArenaTab:
                 yield {self.round: None, self.notice: ""} | self._shown(waiting) | self._usable(send=False, votes=False)
                 steps: list[Step | None] = [None, None]
                 systems = [self._desk.system(name) for name in round_.systems]
-                async for steps in draw_both(systems, self._arena.messages(round_.prompt), self._arena.settings, stop):
-                    yield self._shown([self._panel(letter, step) for letter, step in zip(_LETTERS, steps, strict=True)])
+                messages = self._arena.messages(round_.prompt)
+                async with self._desk.turn(stop):
+                    async for steps in draw_both(systems, messages, self._arena.settings, stop):
+                        yield self._shown([self._panel(*pair) for pair in zip(_LETTERS, steps, strict=True)])
         except NotNow as refusal:
             yield {self.notice: notice_html(str(refusal), refusal.kind)}
+            return
+        except Exception:  # whatever it was, the page can be used again
+            _LOG.exception("a round failed")
+            yield {self.notice: notice_html(BROKEN)} | self._usable(send=True)
             return
         failed = next((step.error for step in steps if step and step.error), None)
         if failed or not all(step and step.reply.text for step in steps):

@@ -26,22 +26,17 @@ ALONE = (
 )
 
 
+ANSWERING: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
+"""How an event runs that draws answers. It starts at once: whoever has to wait is told so by the desk, whereas a full
+queue of gradio's own is an error without a sentence."""
+
+
 def asker_of(desk: Desk, request: gr.Request) -> Asker:
     """Who asks, by cookie and address."""
     client = request.client
     return desk.visitors.asker(
         request.session_hash, request.headers.get("cookie") or "", client.host if client else None
     )
-
-
-def answering(desk: Desk) -> dict[str, Any]:
-    """How an event runs that draws answers: with all others of its kind, no more at a time than the desk allows."""
-    return {
-        "show_progress": "hidden",
-        "concurrency_limit": desk.concurrency,
-        "concurrency_id": "answers",
-        "api_visibility": "private",
-    }
 
 
 def raw_html(html: str = "", **options: Any) -> gr.HTML:
