@@ -22,6 +22,7 @@ from almost_eval.cli.judge_options import (
     JUDGES_OWN,
     LOADING_OPTIONS,
     ORDERS,
+    PANEL_OPTIONS,
     PATH,
     RUN_OPTIONS,
 )
@@ -45,7 +46,7 @@ STARTED = time.perf_counter()
 
 
 @click.command()
-@options(ANSWER_OPTIONS, JUDGE_OPTIONS, DATA_OPTIONS, RUN_OPTIONS, [JSON], ENGINE_OPTIONS)
+@options(ANSWER_OPTIONS, PANEL_OPTIONS, DATA_OPTIONS, RUN_OPTIONS, [JSON], ENGINE_OPTIONS)
 def vicuna(**flags: Any) -> int:
     """Two systems answer questions, and a judge says which answer is better.
 
@@ -54,6 +55,7 @@ def vicuna(**flags: Any) -> int:
       almost-eval vicuna                                   built-in models, questions and judge; no key
       almost-eval vicuna --model ./my-model --baseline answers.jsonl --judge gpt-6.1-terra --dry-run
       almost-eval vicuna --models ./a ./b answers-c.jsonl --judge reward:./my-reward-model
+      almost-eval vicuna --answers a.jsonl --baseline b.jsonl --judge gpt-6.1-terra --judge reward:./my-reward-model
     """
     from almost_eval.progress import progress_for
 
@@ -69,6 +71,7 @@ def _prepare(flags: Flags) -> JudgeRun:
     """Everything that can be refused, cheapest first: usage, questions, judge, answer files, models."""
     from almost_eval.cli.startup import import_transformers
     from almost_eval.judge.answers import MAX_ANSWER_CHARS, Sampling, is_answer_file, open_system
+    from almost_eval.judge.panel import Families
     from almost_eval.judge.run import JudgeRun
     from almost_eval.nano import BUILT_IN
     from almost_eval.run.validity import parse_allowed
@@ -77,7 +80,8 @@ def _prepare(flags: Flags) -> JudgeRun:
     names = _system_names(flags)
     built_in = all(name in BUILT_IN for name in names)
     data, questions, fingerprint = _questions(flags, built_in=built_in)
-    judge = _open_judge(flags, data)
+    families = Families(_named(flags, "judge_family"), _named(flags, "system_family"))
+    judge = _open_judges(flags, data)
     limit = None if flags["max_answer_chars"] else MAX_ANSWER_CHARS
     sampling = Sampling(
         temperature=flags["temperature"],
@@ -117,6 +121,7 @@ def _prepare(flags: Flags) -> JudgeRun:
         answer_reasoning=flags["reasoning"],
         seed=flags["seed"],
         allowed=allowed,
+        families=families,
     )
 
 
@@ -154,7 +159,8 @@ def _questions(flags: Flags, *, built_in: bool) -> tuple[DataSource, list[Questi
     from almost_eval.judge.questions import find_questions
 
     name = flags["data"]
-    if name is None and flags["judge"] == NANO_JUDGE and not flags["data_root"]:
+    judges = flags["judges"] if "judges" in flags else (flags["judge"],)
+    if name is None and NANO_JUDGE in judges and not flags["data_root"]:
         name = "nano"
     data = find_data(name, flags["data_root"], built_in_model=built_in and not flags["questions"])
     questions, fingerprint = find_questions(flags["questions"], data, limit=flags["limit"])
@@ -170,6 +176,30 @@ def _open_judge(flags: Flags, data: DataSource) -> Judge:
     if options.is_reward_model:
         import_transformers()
     return open_judge(options, data)
+
+
+def _open_judges(flags: Flags, data: DataSource) -> Judge:
+    """The judge, or the panel, that the flags name; see `open_judges`."""
+    from almost_eval.cli.startup import import_transformers
+    from almost_eval.judge.build import REWARD_PREFIX, JudgeOptions, open_judges
+
+    options = JudgeOptions(**{field.name: flags[field.name] for field in fields(JudgeOptions) if field.name in flags})
+    if any(name.startswith(REWARD_PREFIX) for name in flags["judges"]):
+        import_transformers()
+    endpoints, prices = _named(flags, "judge_at"), _named(flags, "judge_price")
+    return open_judges(flags["judges"], options, data, endpoints=endpoints, prices=prices)
+
+
+def _named(flags: Flags, name: str) -> dict[str, str]:
+    """NAME=VALUE of a flag that may be given several times."""
+    named: dict[str, str] = {}
+    for text in flags[name]:
+        key, sign, value = text.partition("=")
+        if not (key and sign and value):
+            raise InputError(f"--{name.replace('_', '-')} {text!r} is not NAME=VALUE; write the name, =, and the value")
+        if named.setdefault(key, value) != value:
+            raise InputError(f"--{name.replace('_', '-')} names {key} twice, with {named[key]} and {value}; keep one")
+    return named
 
 
 def _show_plan(facts: JSONMapping, as_json: bool) -> int:

@@ -60,7 +60,9 @@ def by_system(pair: Pair) -> tuple[Answer, Answer]:
     return (first, second) if pair.order == "forward" else (second, first)
 
 
-def record_of(pair: Pair, judgement: Judgement, *, id: str, cut: Sequence[int] = (0, 0)) -> SampleRecord:
+def record_of(
+    pair: Pair, judgement: Judgement, *, id: str, cut: Sequence[int] = (0, 0), judge: str | None = None
+) -> SampleRecord:
     """The line of a judged pair.
 
     Args:
@@ -68,6 +70,7 @@ def record_of(pair: Pair, judgement: Judgement, *, id: str, cut: Sequence[int] =
         judgement: what became of it.
         id: of the line.
         cut: characters that were cut off the two answers, by place.
+        judge: who judged it, in a panel.
     """
     baseline, model = by_system(pair)
     sample = Sample(
@@ -77,7 +80,8 @@ def record_of(pair: Pair, judgement: Judgement, *, id: str, cut: Sequence[int] =
         0,
         cluster=pair.question.id,
         group=pair.question.category,
-        metadata={"order": pair.order, "baseline": baseline.model, "model": model.model},
+        metadata={"order": pair.order, "baseline": baseline.model, "model": model.model}
+        | ({} if judge is None else {"judge": judge}),
     )
     outputs = judgement.outputs | {"lengths": [len(pair.answer_1.text), len(pair.answer_2.text)]}
     if stripped := sum(answer.metadata.get("reasoning_characters") or 0 for answer in (pair.answer_1, pair.answer_2)):
@@ -93,6 +97,8 @@ def rescored(record: SampleRecord, judgement: Judgement) -> SampleRecord:
     whole = SampleRecord(record.sample, record.outputs, Score(None, judgement.reason), record.prompt_tokens_truncated)
     review = review_of(whole, judgement.verdict)
     metrics = {"win_rate": review.model_score}
+    if review.judge:  # a panel's win rate is by majority, and no mean of lines
+        metrics = {"win_rate_mean": review.model_score, f"judge_win_rate/{review.judge}": review.model_score}
     if review.scores is not None:
         metrics |= {"score/model": review.scores[0], "score/baseline": review.scores[1]}
     score = Score(review.model_score, judgement.reason, metrics)
@@ -104,7 +110,9 @@ def stored_verdict(record: SampleRecord) -> Verdict | None:
     winner, scores = record.outputs.get("winner"), record.outputs.get("scores")
     if winner is None or record.score.value is None:
         return None
-    return Verdict(winner, *(scores or (None, None)))
+    shares = record.outputs.get("shares")
+    first, second = scores or (None, None)
+    return Verdict(winner, first, second, tuple(shares) if shares else None)
 
 
 def review_of(record: SampleRecord, verdict: Verdict | None) -> Review:
@@ -127,6 +135,7 @@ def review_of(record: SampleRecord, verdict: Verdict | None) -> Review:
             model_length=lengths[1 if forward else 0],
             verdict=verdict,
             reason=record.score.reason,
+            judge=stored.get("judge", ""),
         )
     except (LookupError, TypeError) as error:
         raise StoreError(

@@ -90,7 +90,7 @@ def judge_by_oracle(pair: Pair) -> Judgement:
     scores = [score_text(pair.question.text, answer.text) for answer in (pair.answer_1, pair.answer_2)]
     first, second = (score.overall if score else 0.0 for score in scores)  # `check` has refused what has none
     winner: Side = "tie" if abs(first - second) < TIE_MARGIN else "1" if first > second else "2"
-    verdict = Verdict(winner, *(round(1 + 9 * value, 2) for value in (first, second)))
+    verdict = Verdict(winner, round(1 + 9 * first, 2), round(1 + 9 * second, 2))
     review = f"{verdict.score_1:g} {verdict.score_2:g}\nBy the facts of the nano world, each answer on its own."
     return Judgement(verdict, None, {"review": review, **verdict_fields(verdict), "oracle": [first, second]})
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -34,7 +34,10 @@ from almost_eval.data.prompt_sets import PROMPT_SET_NAMES
 from almost_eval.data.sources import DataSource
 from almost_eval.errors import DataError, InputError, did_you_mean
 from almost_eval.judge.families import FAMILIES
-from almost_eval.judge.records import Pair, Unparsed, Verdict
+from almost_eval.judge.modes import Mode, closing_of
+from almost_eval.judge.probabilities import parse_probabilities
+from almost_eval.judge.records import Pair, TokenAlternatives, Unparsed, Verdict
+from almost_eval.judge.structured import is_held, parse_embedded, parse_object
 from almost_eval.judge.verdicts import parse_letters, parse_scores
 from almost_eval.models.reasoning import split_reasoning
 from almost_eval.run import provenance
@@ -132,29 +135,45 @@ class JudgePrompts:
     """Of the review."""
     templates: Mapping[str, PromptTemplate]
     """See `Wording`."""
+    verdict: Mode = "text"
+    """How a verdict is told; what is not text has an end of its own under the prompt."""
 
     @property
     def digest(self) -> str:
         """sha256 over everything that decides a request and how its reply is read."""
         templates = {category: list(template) for category, template in self.templates.items()}
-        return provenance.digest(
-            {"kind": self.kind, "temperature": self.temperature, "max_tokens": self.max_tokens, "prompts": templates}
-        )
+        decisive = {
+            "kind": self.kind,
+            "temperature": self.temperature,
+            "max_tokens": self.max_tokens,
+            "prompts": templates,
+        }
+        if (closing := closing_of(self.verdict, self.kind)) is not None:
+            decisive |= {"verdict": self.verdict, "closing": closing}
+        return provenance.digest(decisive)
 
     def messages(self, pair: Pair) -> tuple[Message, ...]:
         """The request for one pair: the system message, if there is one, and the user's."""
         template, (texts, _) = self._template(pair), self._texts(pair)
         filled = PromptTemplate(*(_PLACES.sub(lambda match: texts[match[1]], part) for part in template))
-        user = Message("user", filled.user)
+        closing = closing_of(self.verdict, self.kind)
+        user = Message("user", filled.user if closing is None else f"{filled.user.rstrip()}\n\n{closing}")
         return (Message("system", filled.system), user) if filled.system else (user,)
 
     def neutralised(self, pair: Pair) -> int:
         """How many frame markers in the texts of a pair were turned into quotations."""
         return self._texts(pair)[1]
 
-    def parse(self, review: str, pair: Pair, finish_reason: str = "stop") -> Verdict | Unparsed:
+    def parse(
+        self,
+        review: str,
+        pair: Pair,
+        finish_reason: str = "stop",
+        parameters: Mapping[str, object] | None = None,
+        logprobs: Sequence[TokenAlternatives] | None = None,
+    ) -> Verdict | Unparsed:
         """What a review of this pair says; see `parse_review`."""
-        return parse_review(self.kind, review, pair, finish_reason)
+        return parse_review(self.kind, review, pair, finish_reason, self.verdict, parameters, logprobs)
 
     def _template(self, pair: Pair) -> PromptTemplate:
         category = pair.question.category
@@ -203,7 +222,15 @@ def _marker_pattern(user: str) -> re.Pattern[str] | None:
     return re.compile(rf"\[(\s*(?:{_QUOTED})*(?:{'|'.join(markers)})\s*)\]", re.I)
 
 
-def parse_review(form: str, review: str, pair: Pair, finish_reason: str = "stop") -> Verdict | Unparsed:
+def parse_review(
+    form: str,
+    review: str,
+    pair: Pair,
+    finish_reason: str = "stop",
+    mode: Mode = "text",
+    parameters: Mapping[str, object] | None = None,
+    logprobs: Sequence[TokenAlternatives] | None = None,
+) -> Verdict | Unparsed:
     """What a review of a pair says.
 
     Nothing that it quotes from the question or the answers is a verdict, and nothing that it thought before its answer:
@@ -216,13 +243,24 @@ def parse_review(form: str, review: str, pair: Pair, finish_reason: str = "stop"
         finish_reason: as the provider says. A review that was cut (`length`) and shows no end of a thought may be a
             thought from its first word on, where the template has opened it. Then a verdict counts only where a thought
             does not stand: alone in the first line.
+        mode: how the verdict was to be told.
+        parameters: what the review came about with: whether the endpoint held it to JSON.
+        logprobs: of its last tokens.
     """
     split = split_reasoning(review)
     if split.is_cut:
         return Unparsed("thinking_cut")
     if split.thought is not None and not split.answer.strip():
         return Unparsed("only_thinking")
-    verdict = FORMS[form].parse(split.answer, "\n".join((pair.question.text, pair.answer_1.text, pair.answer_2.text)))
+    material = "\n".join((pair.question.text, pair.answer_1.text, pair.answer_2.text))
+    if mode == "logprobs":
+        return parse_probabilities(split.answer, logprobs)
+    if mode == "json":
+        held = is_held(parameters or {})
+        told = parse_object(form, split.answer) if held else parse_embedded(form, split.answer, material)
+        if told is not None:
+            return Unparsed("cut") if isinstance(told, Unparsed) and finish_reason == "length" else told
+    verdict = FORMS[form].parse(split.answer, material)
     if finish_reason != "length":
         return verdict
     if isinstance(verdict, Unparsed) or (split.thought is None and not opens_with(form, split.answer, verdict)):

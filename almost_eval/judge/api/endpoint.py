@@ -17,8 +17,8 @@ from urllib.parse import urlunsplit
 
 from almost_eval.errors import AlmostError, InputError, RunError
 from almost_eval.judge.api.adaptive import MAX_PAUSE
-from almost_eval.judge.api.bodies import content_of, error_words, parsed, retry_after, usage_of
-from almost_eval.judge.api.parameters import MAX_COMPLETION_TOKENS, MAX_TOKENS, Parameters
+from almost_eval.judge.api.bodies import content_of, error_words, logprobs_of, parsed, retry_after, usage_of
+from almost_eval.judge.api.parameters import LOGPROBS, MAX_COMPLETION_TOKENS, MAX_TOKENS, Parameters
 from almost_eval.judge.records import JudgeRequest, Reply, Usage
 from almost_eval.models.endpoints import (
     BASE_URL,
@@ -187,6 +187,7 @@ class JudgeEndpoint:
             usage.reasoning,
             hide_key(thinking, self._key),
             dict(sent),
+            logprobs=logprobs_of(choices[0]) if LOGPROBS in sent else None,
         )
 
     def _missing(

@@ -19,7 +19,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,10 +41,13 @@ _LEDGER = """CREATE TABLE IF NOT EXISTS sendings (
     id INTEGER PRIMARY KEY, digest TEXT NOT NULL, state TEXT NOT NULL, prompt INTEGER NOT NULL,
     completion INTEGER NOT NULL, cached INTEGER NOT NULL, reasoning INTEGER NOT NULL, time REAL NOT NULL)"""
 _NOTES = "CREATE TABLE IF NOT EXISTS notes (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID"
+_JUDGES = "CREATE TABLE IF NOT EXISTS judges (digest TEXT PRIMARY KEY, judge TEXT NOT NULL) WITHOUT ROWID"
+"""Of a panel: whose a request is."""
 _FROM_REPLIES = """INSERT INTO sendings (digest, state, prompt, completion, cached, reasoning, time)
     SELECT digest, 'billed', json_extract(reply, '$.prompt_tokens'), json_extract(reply, '$.completion_tokens'), 0, 0,
     time FROM replies"""
 """Version 1 had no ledger: its replies are what is known to be billed."""
+_OF_JUDGE = " AND digest IN (SELECT digest FROM judges WHERE judge = ?)"
 
 BILLED, UNSURE, FREE = "billed", "unsure", "free"
 """States of a sending: the provider has said for how much; nobody has, so that it counts as the most; not billed."""
@@ -135,15 +138,25 @@ class Journal:
         with self._writing() as database:
             _settle(database, sending, state, usage)
 
-    def ledger(self) -> Ledger:
-        """What all sendings took, those of earlier processes too.
+    def name_judge(self, judge: str, digests: Iterable[str]) -> None:
+        """Enter whose requests these are, before they are sent: each judge of a panel has its price.
+
+        Raises:
+            RunError: the disk is full, or gone.
+        """
+        with self._writing() as database:
+            database.executemany("INSERT OR IGNORE INTO judges VALUES (?, ?)", ((digest, judge) for digest in digests))
+
+    def ledger(self, judge: str | None = None) -> Ledger:
+        """What all sendings took, those of earlier processes too; with a judge, what its own took (`name_judge`).
 
         Raises:
             StoreError: the file was damaged.
         """
         sums = ", ".join(f"coalesce(sum({name}), 0)" for name in Usage._fields)
-        billed = self._one(f"SELECT {sums} FROM sendings WHERE state = ?", BILLED)
-        unsure = self._one(f"SELECT {sums}, count(*) FROM sendings WHERE state IN (?, ?)", UNSURE, _SENT)
+        mine, names = ("", ()) if judge is None else (_OF_JUDGE, (judge,))
+        billed = self._one(f"SELECT {sums} FROM sendings WHERE state = ?{mine}", BILLED, *names)
+        unsure = self._one(f"SELECT {sums}, count(*) FROM sendings WHERE state IN (?, ?){mine}", UNSURE, _SENT, *names)
         return Ledger(Usage(*billed), Usage(*unsure[:4]), int(unsure[4]))
 
     def note(self, name: str) -> JSONObject:
@@ -189,6 +202,7 @@ class Journal:
             "reasoning_tokens": reply.reasoning_tokens,
             "thinking": reply.thinking,
             "parameters": dict(reply.parameters),
+            **({} if reply.logprobs is None else {"logprobs": reply.logprobs}),
         }
         row = (request.digest, json.dumps(sent), json.dumps(answered), time.time())
         with self._writing() as database:
@@ -261,6 +275,7 @@ class Journal:
         database.execute(_TABLE)
         database.execute(_LEDGER)
         database.execute(_NOTES)
+        database.execute(_JUDGES)
         if version == 1:
             database.execute(_FROM_REPLIES)
         database.execute(f"PRAGMA application_id = {APPLICATION_ID}")
