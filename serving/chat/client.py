@@ -6,6 +6,7 @@ protocol only a stream of chat chunks is needed. Leaving a stream closes the con
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import re
@@ -29,6 +30,8 @@ _EXAMPLE = "http://127.0.0.1:8000/v1"
 _CONNECT_S = 5.0
 _QUICK_S = 20.0
 """Seconds for a request that is no answer."""
+_WHOLE_BYTES = 16 << 20
+"""Of an answer that is no stream: a list of models, an OpenAPI document, rewards, an error."""
 _SILENCE_S = 120.0
 """Seconds without a byte after which the client gives up. Best-of-N is silent until the best is known."""
 
@@ -213,10 +216,15 @@ class Endpoint:
         import httpx
 
         try:
-            response = await self._open().request(method, url, json=body, timeout=_QUICK_S)
+            async with (
+                asyncio.timeout(_QUICK_S),
+                self._open().stream(method, url, json=body, timeout=_QUICK_S) as response,
+            ):
+                content = _parsed(await self._whole(response))
         except httpx.HTTPError as error:
             raise self._unreachable(error) from None
-        content = _parsed(response.content)
+        except TimeoutError:
+            raise self._unreachable(httpx.ReadTimeout("")) from None
         if response.status_code != 200:
             raise self._refusal(response.status_code, content)
         if content is None:
@@ -229,7 +237,7 @@ class Endpoint:
         try:
             async with self._open().stream("POST", url, json=body) as response:
                 if response.status_code != 200:
-                    raise self._refusal(response.status_code, _parsed(await response.aread()))
+                    raise self._refusal(response.status_code, _parsed(await self._whole(response)))
                 reader = EventReader()
                 async for part in response.aiter_bytes():
                     for event in reader.feed(part):
@@ -243,6 +251,15 @@ class Endpoint:
             raise self._unreachable(error) from None
         except EventTooLong:
             raise self._broken() from None
+
+    async def _whole(self, response: httpx.Response) -> bytes:
+        """The body of an answer that is no stream."""
+        body = bytearray()
+        async for part in response.aiter_bytes():
+            body += part
+            if len(body) > _WHOLE_BYTES:
+                raise self._broken()
+        return bytes(body)
 
     def _chunk(self, event: bytes) -> JSONObject:
         chunk = _parsed(event)
@@ -332,7 +349,9 @@ def _end(ending: str, tokens: object, almost: JSONObject | None) -> End:
         return End(ending, count)
     chosen = set(almost.get("chosen") or ())
     candidates = tuple(
-        ChatCandidate(str(one.get("text") or "").strip(), _figure(one.get("reward")), one.get("index") in chosen)
+        ChatCandidate(
+            joined(str(one.get("text") or "")).strip(), _figure(one.get("reward")), one.get("index") in chosen
+        )
         for one in almost.get("candidates") or ()
     )
     return End(ending, count, _figure(almost.get("reward")), candidates, almost.get("fallback"))

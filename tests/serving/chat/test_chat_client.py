@@ -144,6 +144,17 @@ def test_an_event_without_an_end_is_given_up() -> None:
         answered(Endpoint(server.url))
 
 
+def test_a_list_of_models_without_an_end_is_given_up() -> None:
+    async def endless(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(300):
+            await send({"type": "http.response.body", "body": b" " * (1 << 20), "more_body": True})
+
+    with Served.of(endless) as served, pytest.raises(EndpointError, match="no OpenAI"):
+        run(Endpoint(f"{served.url}/v1").abilities)
+
+
 def test_the_best_so_far_is_shown_before_the_best() -> None:
     """Of the toolkit's own gateway: candidate 0 grows, 1 is scored first, 0 is the best in the end."""
 
