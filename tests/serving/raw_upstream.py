@@ -36,8 +36,8 @@ def raw_upstream(parts: Parts) -> Iterator[str]:
             fields = json.loads(body) if body else {}
             if head.split()[1] == b"/classify":
                 texts = fields.get("input") or [fields["messages"][-1]["content"]]
-                data = [{"index": i, "probs": [float(len(text))]} for i, text in enumerate(texts)]
-                connection.sendall(whole({"model": "lengths", "data": data}))
+                rewards = [{"index": i, "probs": [float(len(text))]} for i, text in enumerate(texts)]
+                connection.sendall(whole({"model": "lengths", "data": rewards}))
                 return
             if head.split()[1] == b"/v1/models":
                 connection.sendall(whole({"object": "list", "data": [{"id": "m"}]}))

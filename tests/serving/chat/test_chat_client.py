@@ -12,7 +12,7 @@ from fake_upstream import Served
 from raw_upstream import STREAM, chunk, raw_upstream
 
 from almost_eval.errors import InputError
-from serving.chat.client import Abilities, Address, Delta, End, Endpoint, EndpointError
+from serving.chat.client import Abilities, Address, Delta, Draft, End, Endpoint, EndpointError
 from serving.chat.conversation import ChatCandidate, ChatReply, Conversation, Settings
 from serving.chat.scripted import Script, ScriptedEndpoint
 from serving.chat.session import ChatSystem, RateLimit, Step, draw
@@ -26,7 +26,7 @@ def run(ask: Callable[[], Awaitable[Any]]) -> Any:
 
 
 def answered(endpoint: Endpoint, settings: Settings = Settings()) -> tuple[str, End]:  # noqa: B008
-    async def ask() -> list[Delta | End]:
+    async def ask() -> list[Draft | Delta | End]:
         return [event async for event in endpoint.stream("scripted", ASK, settings)]
 
     *deltas, end = run(ask)

@@ -19,7 +19,7 @@ from serving.vllm import front
 from serving.vllm.front import Front, front_settings
 
 KEY = "sésame ouvre-toi"
-BEARER = {"Authorization": f"Bearer {KEY}".encode()}
+BEARER = {b"Authorization": f"Bearer {KEY}".encode()}
 ROUTES = (
     "/invocations /classify /pooling /score /v1/score /rerank /tokenize /detokenize /load /version /ping /server_info "
     "/scale_elastic_ep /is_scaling_elastic_ep /reset_prefix_cache /sleep /wake_up /collective_rpc /v1/messages "
@@ -106,7 +106,7 @@ def test_what_is_no_key(vllm: Callable[..., TestClient], headers: list[tuple[str
 
 def test_openai_and_anthropic_clients_are_let_in(vllm: Callable[..., TestClient]) -> None:
     client = vllm()
-    for headers in (BEARER, {"x-api-key": KEY.encode()}, {**BEARER, "x-api-key": KEY.encode()}):
+    for headers in (BEARER, {b"x-api-key": KEY.encode()}, {**BEARER, b"x-api-key": KEY.encode()}):
         assert client.post("/v1/messages", headers=headers).json() == {"status": "open"}
 
 
@@ -169,8 +169,13 @@ def test_two_folders_with_one_name_have_two(tmp_path: Any) -> None:
 
 def test_all_credentials_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     """The time must not say which of two is wrong."""
-    compared = []
-    monkeypatch.setattr("serving.door.keys.hmac.compare_digest", lambda a, b: compared.append(len(a)) or False)
+    compared: list[int] = []
+
+    def compare(sent: bytes, key: bytes) -> bool:
+        compared.append(len(sent))
+        return False
+
+    monkeypatch.setattr("serving.door.keys.hmac.compare_digest", compare)
     guard = KeyGuard(None, "k")  # type: ignore[arg-type]
     headers = [(b"authorization", b"Bearer short"), (b"x-api-key", b"a much longer one" * 9)]
     assert not guard._admits({"headers": headers})

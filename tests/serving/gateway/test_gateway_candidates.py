@@ -166,7 +166,7 @@ def test_tool_calls_stream_with_their_index(
         ]
         assert deltas == [0, 1]
         if not racing:
-            almost = client.chat.completions.create(**asked).model_extra["almost"]  # type: ignore[index]
+            almost = client.chat.completions.create(**asked).model_extra["almost"]
             expected = len("\n".join([*filter(None, [content]), WRITTEN, WRITTEN]))
             assert (almost["rewards"], almost["note"]) == ([expected] * best_of, CALLS_NOTE)
 
