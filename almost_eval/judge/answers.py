@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.build import EngineOptions, generation_engine
-from almost_eval.errors import InputError, RunError, StoreError
+from almost_eval.errors import InputError, RunError, StoreError, TemplateError
 from almost_eval.files import LineWriter, read_records, repair_end, write_rows
 from almost_eval.judge.questions import answer_line, over_long, read_answers
 from almost_eval.judge.records import Answer, Question
@@ -247,9 +247,11 @@ class ModelSystem:
     def _render(self, question: Question, tokens: Mapping[str, str]) -> str:
         if self.template is None:
             return question.text
-        return self.template.render(
-            (Message("user", question.text),), add_generation_prompt=True, special_tokens=tokens
-        )
+        turn = (Message("user", question.text),)
+        try:
+            return self.template.render(turn, add_generation_prompt=True, special_tokens=tokens)
+        except TemplateError as error:
+            raise error.about(f"question {question.id}") from None
 
     def _refuse_long(self) -> None:
         encoder, context = getattr(self.engine, "encoder", None), getattr(self.engine, "context_length", None)

@@ -189,18 +189,21 @@ class _JudgedTexts:
     def __init__(self, folder: Path) -> None:
         self._questions = {str(row["question_id"]): str(row["text"]) for row in _rows(folder / "questions.jsonl")}
         self._answers = {
-            (str(row["model_id"]), str(row["question_id"])): str(row["text"])
+            (str(row["model_id"]), str(row["question_id"])): (
+                str(row["text"]),
+                (row.get("metadata") or {}).get("reasoning"),
+            )
             for file in sorted((folder / "answers").glob("*.jsonl"))
             for row in _rows(file)
         }
 
     def of(self, record: SampleRecord) -> JSONObject:
-        """The question, and who answered what, by place in the prompt."""
+        """The question, and who answered what after which thought, by place in the prompt."""
         stored, question = record.sample.metadata, record.sample.cluster
         names = [str(stored.get("baseline", "")), str(stored.get("model", ""))]
         if stored.get("order") == "reverse":
             names.reverse()
-        answers = [[name, self._answers.get((name, question))] for name in names]
+        answers = [[name, *self._answers.get((name, question), (None, None))] for name in names]
         return {"question": self._questions.get(question), "answers": answers}
 
 

@@ -122,6 +122,8 @@ def vllm_command(
     for option, value in chosen.items():
         if value is not None and option not in user_set:
             arguments += [f"--{option}", value] if value else [f"--{option}"]
+    if model.checkpoint.adapter and "lora-target-modules" not in user_set:
+        arguments += ["--lora-target-modules", *model.checkpoint.adapter.target_modules]
     variables = {name: value for name, value in variables.items() if name not in environment}
     if model.stop and model.kind == "policy":
         arguments += ["--middleware", "serving.vllm.middleware.DefaultStop"]  # vLLM adds up all of them
