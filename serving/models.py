@@ -26,6 +26,7 @@ from almost_eval.models.checkpoint import (
 from almost_eval.models.openings import Opening
 from almost_eval.models.stops import STOP_STRINGS, stop_strings, template_file
 from almost_eval.types import JSONObject, Message
+from serving.door.names import served_name as name_of
 
 ARCHITECTURES = {
     "policy": ("CausalLM", "LMHeadModel"),
@@ -138,7 +139,7 @@ def find_model(
     return ServedModel(
         kind,
         checkpoint,
-        served_name or (Path(name).expanduser().resolve().name if Path(name).expanduser().is_dir() else name),
+        served_name or name_of(name),
         chosen,
         _chat_template(chosen, opening, tokenizer),
         tuple(stop),

@@ -82,7 +82,8 @@ def test_a_reward_model_gives_raw_logits() -> None:
     made = command("reward", cpu=False)
     assert value(made, "runner") == "pooling"
     assert json.loads(value(made, "pooler-config") or "") == {"use_activation": False}
-    assert "--middleware" not in made.arguments
+    assert value(made, "middleware") == "serving.vllm.front.Front"  # alone: no stop strings
+    assert made.arguments.count("--middleware") == 1
 
 
 @pytest.mark.parametrize(
@@ -159,8 +160,18 @@ def test_names_and_values_of_options() -> None:
 
 def test_the_stop_strings_go_to_the_middleware() -> None:
     made = command()
-    assert value(made, "middleware") == "serving.vllm.middleware.DefaultStop"
+    middlewares = [made.arguments[i + 1] for i, token in enumerate(made.arguments) if token == "--middleware"]
+    assert middlewares == ["serving.vllm.middleware.DefaultStop", "serving.vllm.front.Front"]  # the last is outermost
     assert json.loads(made.environment["ALMOST_DEFAULT_STOP"]) == list(STOP_STRINGS["almost"])
+
+
+def test_every_server_has_the_door() -> None:
+    for kind in ("policy", "reward"):
+        made = command(kind, allowed_hosts=("Chat.Example.org",), open_metrics=True)
+        settings = {"host": "127.0.0.1", "allowed_hosts": ["chat.example.org"], "open_metrics": True}
+        assert json.loads(made.environment["ALMOST_FRONT"]) == settings
+    with pytest.raises(InputError, match="without scheme"):
+        command(allowed_hosts=("http://a.b",))
 
 
 def test_the_command_is_shown_for_a_shell_and_never_with_a_key() -> None:
