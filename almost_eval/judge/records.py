@@ -121,6 +121,8 @@ class Reply:
     """What came in a field or a part of its own for thoughts. Never read for a verdict."""
     parameters: JSONMapping = field(default_factory=dict)
     """What was sent beside the messages: the bound on tokens, the temperature, the options."""
+    cost: float | None = None
+    """USD that the host says it billed; None where it states tokens alone."""
     cached: bool = False
     """True where the journal had it: nothing was paid now."""
 

@@ -97,6 +97,28 @@ def usage_of(body: object) -> Usage | None:
     return Usage(prompt, completion, min(cached, prompt), min(thought, completion))
 
 
+def cost_of(body: object) -> float | None:
+    """USD that a body says are billed; None where it says nothing, or nonsense.
+
+    OpenRouter states them in each answer: `cost` is charged to the account; with a provider's key of one's own,
+    `cost_details.upstream_inference_cost` is what that provider bills beside it
+    (https://openrouter.ai/docs/use-cases/usage-accounting).
+    """
+    usage = body.get("usage") if isinstance(body, dict) else None
+    if not isinstance(usage, dict) or (cost := _dollars(usage.get("cost"))) is None:
+        return None
+    details = usage.get("cost_details")
+    if usage.get("is_byok") is True and isinstance(details, dict):
+        cost += _dollars(details.get("upstream_inference_cost")) or 0.0
+    return cost
+
+
+def _dollars(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) and value >= 0 else None
+
+
 def _count(usage: JSONObject, *names: str) -> int | None:
     for name in names:
         value = usage.get(name)
