@@ -66,7 +66,7 @@ def measure(task: str, model: str, dtype: str, data_root: Path, n: int) -> dict[
     everything = range(len(requests))
     scorer = SharedPrefixScorer(engine.model, window)
     shared = dict(scorer.stream(build_trie(requests), requests, everything, engine._limits()))
-    return measure_rounding(engine.model, requests, shared, engine._limits(), padding=True)
+    return measure_rounding(engine.model, requests, shared, engine._limits(), window=window, padding=True)
 
 
 if __name__ == "__main__":

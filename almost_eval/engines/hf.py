@@ -188,7 +188,9 @@ class HFEngine(CheckpointEngine):
                 shared[index] = scores
             if index in wanted:
                 yield index, scores
-        self._report.rounding = measure_rounding(self.model, requests, shared, limits, padding=padding)
+        self._report.rounding = measure_rounding(
+            self.model, requests, shared, limits, window=scorer.window, padding=padding
+        )
 
     def _probe(self, window: AttentionWindow) -> Probe:
         from almost_eval.engines.hf_probe import probe

@@ -30,7 +30,7 @@ def in_float32(model: nn.Module) -> Iterator[None]:
                 module.forward = _projection(module)  # type: ignore[method-assign, assignment]
                 undo.callback(module.__dict__.pop, "forward")
             elif tensors:
-                converter = (_Rows if isinstance(module, nn.Embedding) else _Converter)(tensors)
+                converter = _Rows(tensors, module) if isinstance(module, nn.Embedding) else _Converter(tensors)
                 undo.callback(converter.restore)  # a pass that fails half-way leaves nothing converted
                 undo.callback(module.register_forward_pre_hook(converter.convert, with_kwargs=True).remove)
                 undo.callback(module.register_forward_hook(converter.restore).remove)
@@ -71,6 +71,11 @@ class _Converter:
 class _Rows(_Converter):
     """The rows of an embedding that are looked up; the ids become places among them."""
 
+    def __init__(self, tensors: list[torch.Tensor], module: nn.Embedding) -> None:
+        super().__init__(tensors)
+        self._module = module
+        self._padding_idx = module.padding_idx
+
     def convert(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The same lookup in a small float32 table."""
         if len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor) or len(self._tensors) != 1:
@@ -79,7 +84,13 @@ class _Rows(_Converter):
         ids, places = args[0].unique(return_inverse=True)
         self._own = [table.data]
         table.data = table.data[ids].float()
+        self._module.padding_idx = None  # matters to gradients alone, and must be a row of the table
         return (places,), {}
+
+    def restore(self, *_: object) -> None:
+        """The table and its padding row are as they were."""
+        super().restore()
+        self._module.padding_idx = self._padding_idx
 
 
 def _projection(module: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from almost_eval.models.loading import CausalLM
 
 HALF = (torch.bfloat16, torch.float16)
+SLICE = {"cpu": 1 << 19}
+"""Logits that are read together in float32: on a CPU 2 MiB, which stay in its cache between the passes over them."""
 
 
 class Head:
@@ -65,6 +67,17 @@ class Head:
         return exact if head.bias is None else exact + head.bias[ids].float()
 
 
+def summaries(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log of the sum of exponentials in float32, and the most likely token, of each row; both (rows,).
+
+    Args:
+        logits: (rows, vocabulary), any float dtype; float32 copies are of some rows at a time.
+    """
+    rows = max(1, SLICE.get(logits.device.type, 1 << 26) // logits.shape[-1])
+    parts = [(wide.logsumexp(-1), wide.argmax(-1)) for part in logits.split(rows) for wide in (part.float(),)]
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
 def corrected(
     head: Head, logits: torch.Tensor, rows: torch.Tensor, ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -78,12 +91,12 @@ def corrected(
     """
     if (exact := head.exact(logits, rows, ids)) is None:
         return None
-    wide = logits.float()
-    normaliser = wide.logsumexp(-1)[rows].double()  # (n,)
-    likeliest = wide.argmax(-1)[rows]  # (n,)
+    by_row = summaries(logits)
+    normaliser, likeliest = by_row[0][rows].double(), by_row[1][rows]  # (n,), (n,)
     exact_top = head.exact(logits, rows, likeliest)
     assert exact_top is not None
-    target, top, is_target = wide[rows, ids], wide[rows, likeliest], likeliest == ids  # each (n,)
+    target, top = logits[rows, ids].float(), logits[rows, likeliest].float()  # (n,), (n,)
+    is_target = likeliest == ids  # (n,)
     change = _gain(exact_top, top, normaliser) + torch.where(is_target, 0.0, _gain(exact, target, normaliser))
     # Logits that round to the same number are told apart by what they were.
     greedy = is_target | ((target == top) & (exact > exact_top))

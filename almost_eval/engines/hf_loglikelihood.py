@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from almost_eval.engines.hf_attention import BLOCK, ChunkPlan, LastLayer, attending
-from almost_eval.engines.hf_head import HALF, Head, corrected
+from almost_eval.engines.hf_head import HALF, Head, corrected, summaries
 from almost_eval.engines.prefix import (
     Chunk,
     Collector,
@@ -370,10 +370,9 @@ def read_logits(
     if better is not None:
         logprob, greedy = better
     else:
-        logits = logits.float()
-        normaliser = logits.logsumexp(-1)  # (rows,)
-        logprob = logits[rows, ids] - normaliser[rows]  # (n,) log p, nats
-        greedy = logits.argmax(-1)[rows] == ids  # (n,)
+        normaliser, likeliest = summaries(logits)  # (rows,), (rows,)
+        logprob = logits[rows, ids].float() - normaliser[rows]  # (n,) log p, nats
+        greedy = likeliest[rows] == ids  # (n,)
     return logprob.double().cpu().numpy(), greedy.cpu().numpy()
 
 
