@@ -181,7 +181,11 @@ def _rows(outcome: Outcome) -> Iterator[list[str]]:
 
 
 class Silent(Progress):
-    """Reports nothing."""
+    """Reports nothing but notices, as lines on stderr."""
+
+    def notice(self, message: str) -> None:
+        """One line."""
+        print(message, file=sys.stderr, flush=True)
 
     def begin(self, one: Planned) -> None:
         """A task begins."""
@@ -208,6 +212,10 @@ class Display(Silent):
     def note(self, message: str) -> None:
         """Say what begins."""
         self._bars.console.print(message, style="dim", highlight=False, markup=False)
+
+    def notice(self, message: str) -> None:
+        """One line above the bars."""
+        self._bars.console.print(message, style="yellow", highlight=False, markup=False)
 
     def begin(self, one: Planned) -> None:
         """A task begins."""

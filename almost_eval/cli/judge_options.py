@@ -35,6 +35,11 @@ JUDGE_OPTIONS = [
     click.option("--price-cached", type=float, help="USD per million prompt tokens from a cache.  [--price-in]"),
     click.option("--price-reasoning", type=float, help="USD per million tokens of thinking.  [--price-out]"),
     click.option(
+        "--price-batch", type=float, help="Share of the price that a batch costs: 0.5.  [the table's; else 1]"
+    ),
+    click.option("--batch", is_flag=True, help="By the provider's batch API: cheaper, and a day at most."),
+    click.option("--batch-wait", type=click.FloatRange(min=0), help="Seconds to wait for batches.  [until they end]"),
+    click.option(
         "--max-tokens", type=click.IntRange(min=1), help="Tokens of a review, thinking included.  [the prompt's]"
     ),
     click.option("--judge-temperature", type=click.FloatRange(0, 2), help="Of the reviews.  [the prompt's]"),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol, overload
 
 from almost_eval.errors import InputError
+from almost_eval.judge.api.batch_plan import batch_facts, under_way
 from almost_eval.judge.api.client import JudgeClient
 from almost_eval.judge.api.cost import Budget, StatedPrices, estimate, price_of, retirement_of
 from almost_eval.judge.api.endpoint import THOUGHT_ONLY, JudgeEndpoint
@@ -124,6 +125,12 @@ class Connection:
     """USD per million prompt tokens that are read from a cache; None is `price_in`."""
     price_reasoning: float | None = None
     """USD per million completion tokens that are spent on thinking; None is `price_out`."""
+    price_batch: float | None = None
+    """What a batch costs of the price, as a share of 1; None is the table's."""
+    batch: bool = False
+    """Whether requests go through the provider's batch API."""
+    batch_wait: float | None = None
+    """Seconds to wait for batches at most; None waits until they end."""
     seed: int = 0
     """Of the retries' jitter."""
 
@@ -135,6 +142,7 @@ class Connection:
             "price_out": self.price_out,
             "price_cached": self.price_cached,
             "price_reasoning": self.price_reasoning,
+            "price_batch": self.price_batch,
         }
 
 
@@ -203,17 +211,20 @@ class ModelJudge:
         requests = (r for k in range(repeats) for r in self._requests(pairs, places, k))
         file = folder / "journal.sqlite" if folder else None
         with Journal(file) if file and file.is_file() else nullcontext() as journal:
-            needed = estimate(requests, **prices, journal=journal)
+            in_batches, batch = under_way(journal), self.connection.batch
+            ahead = None if not batch else 1 if not journal or not len(journal) else 0
+            needed = estimate(requests, **prices, journal=journal, less=in_batches, ahead=ahead)
             spent = self._spent(journal) if journal else {}
         price, retired = price_of(self.name, **prices), retirement_of(self.name)
         source = f"{price.source} {price.date}".strip() if price else "unknown: give --price-in and --price-out"
         return {
             "requests": needed.requests,
-            "answered_by_the_journal_or_the_same": len(pairs) * repeats - needed.requests,
+            "answered_by_the_journal_or_the_same": len(pairs) * repeats - needed.requests - len(in_batches),
             "prompt_tokens_at_most": needed.prompt_tokens,
             "completion_tokens_at_most": needed.completion_tokens,
             "price_usd_at_most": None if needed.price is None else round(needed.price, 4),
             "price_from": source,
+            **batch_facts(needed, price, len(in_batches), batch=batch),
             **spent,
             **({"retires": retired.words(self.name, date.today().isoformat())} if retired else {}),
             "prompt": shown(self.prompts.messages(pairs[0])),
@@ -234,6 +245,8 @@ class ModelJudge:
                 concurrency=connection.concurrency,
                 budget=budget,
                 notice=notice,
+                batch=connection.batch,
+                batch_wait=connection.batch_wait,
                 seed=connection.seed,
             )
             self._stats = self._client.stats
@@ -248,7 +261,7 @@ class ModelJudge:
         ledger = journal.ledger()
         facts: JSONObject = {"cost_uncertain_requests_all_runs": ledger.n_unsure}
         budget = Budget(**self.connection.prices, judge=self.name)
-        if budget.price is None:
+        if not budget.is_known(ledger) or (budget.price is None and not ledger.entries):
             return facts
         billed, unsure = budget.of_ledger(ledger)
         return {

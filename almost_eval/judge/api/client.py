@@ -160,6 +160,6 @@ class JudgeClient:
             if under_way := missing.keys() & ledger.unsettled([batch]):
                 name = batch.name or "that may have been ordered"
                 raise InputError(
-                    f"{len(under_way)} of these requests are in batch {name} of an earlier command, and paid for; go on "
-                    "with --batch, which takes its replies"
+                    f"{len(under_way)} of these requests are in batch {name} of an earlier command, and paid for; go "
+                    "on with --batch, which takes its replies"
                 )

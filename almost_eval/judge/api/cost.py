@@ -167,8 +167,8 @@ def estimate(
     price_reasoning: float | None = None,
     price_batch: float | None = None,
     journal: Journal | None = None,
-    tier: str = STANDARD,
     less: Container[str] = (),
+    ahead: int | None = None,
 ) -> Estimate:
     """What asking these would take; nothing is sent. Requests that `journal` can answer are left out.
 
@@ -180,8 +180,8 @@ def estimate(
         price_reasoning: see there.
         price_batch: see there.
         journal: of the folder, where there is one.
-        tier: at which they would be sent.
         less: digests of requests that were sent already, and are paid for.
+        ahead: how many are sent by themselves before the rest goes into a batch; None where there is none.
 
     Raises:
         InputError: see `price_of`.
@@ -202,6 +202,7 @@ def estimate(
         if price is None or total is None:
             total = None
         else:
+            tier = STANDARD if ahead is None or len(seen) <= ahead else BATCH
             total += price.at_most(tokens, request.max_tokens) * price.share(tier)
     return Estimate(len(seen), prompt, completion, total, size)
 
