@@ -99,6 +99,8 @@ class Usage(NamedTuple):
     """Of the prompt: read from the provider's cache."""
     reasoning: int = 0
     """Of the completion: spent on thinking."""
+    written: int = 0
+    """Of the prompt: written to the provider's cache, which some bill above the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,8 @@ class Reply:
     """What came in a field or a part of its own for thoughts. Never read for a verdict."""
     parameters: JSONMapping = field(default_factory=dict)
     """What was sent beside the messages: the bound on tokens, the temperature, the options."""
+    written_tokens: int = 0
+    """Of the prompt's, those written to the provider's cache."""
     cost: float | None = None
     """USD that the host says it billed; None where it states tokens alone."""
     cached: bool = False
@@ -129,7 +133,13 @@ class Reply:
     @property
     def usage(self) -> Usage:
         """Its tokens."""
-        return Usage(self.prompt_tokens, self.completion_tokens, self.cached_tokens, self.reasoning_tokens)
+        return Usage(
+            self.prompt_tokens,
+            self.completion_tokens,
+            self.cached_tokens,
+            self.reasoning_tokens,
+            self.written_tokens,
+        )
 
 
 @dataclass(frozen=True, slots=True)

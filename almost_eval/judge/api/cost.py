@@ -43,6 +43,8 @@ class Price:
     """Of prompt tokens that the provider reads from its cache; None is `input`."""
     reasoning: float | None = None
     """Of completion tokens that are spent on thinking; None is `output`."""
+    written: float | None = None
+    """Of prompt tokens that the provider writes to its cache; None is `input`."""
     batch: float | None = None
     """What a batch costs of it, as a share of 1; None is unknown, and counts as the whole."""
     batch_source: str = ""
@@ -52,18 +54,18 @@ class Price:
         """Of the price, what a sending of this tier costs."""
         return self.batch if tier == BATCH and self.batch is not None else 1.0
 
-    def of(self, prompt: int, completion: int, cached: int = 0, reasoning: int = 0) -> float:
+    def of(self, prompt: int, completion: int, cached: int = 0, reasoning: int = 0, written: int = 0) -> float:
         """USD for so many tokens; the fields of a `Usage`."""
         read = self.input if self.cached is None else self.cached
         thought = self.output if self.reasoning is None else self.reasoning
-        fresh = (prompt - cached) * self.input + (completion - reasoning) * self.output
-        return (fresh + cached * read + reasoning * thought) / 1e6
+        write = self.input if self.written is None else self.written
+        fresh = (prompt - cached - written) * self.input + (completion - reasoning) * self.output
+        return (fresh + cached * read + written * write + reasoning * thought) / 1e6
 
     def at_most(self, prompt: int, completion: int) -> float:
-        """USD for so many tokens, whichever of them are cached or spent on thinking."""
-        return (
-            prompt * max(self.input, self.cached or 0.0) + completion * max(self.output, self.reasoning or 0.0)
-        ) / 1e6
+        """USD for so many tokens, whichever of them are read from a cache, written to one, or spent on thinking."""
+        dearest = max(self.input, self.cached or 0.0, self.written or 0.0)
+        return (prompt * dearest + completion * max(self.output, self.reasoning or 0.0)) / 1e6
 
 
 class StatedPrices(TypedDict):
@@ -120,12 +122,14 @@ def price_of(
         if not all(0 <= price < float("inf") for price in every):
             raise InputError("--price-in and --price-out must be 0 or more (USD per million tokens)")
         stated = "--price-in, --price-out"
-        return Price(price_in, price_out, stated, "", price_cached, price_reasoning, batch, batch_source)
+        factor = line["written"] / line["input"] if line and "written" in line else None
+        written = None if factor is None else price_in * factor
+        return Price(price_in, price_out, stated, "", price_cached, price_reasoning, written, batch, batch_source)
     if line is None:
         return None
-    cached, thinking = line.get("cached"), line.get("reasoning")
+    cached, thinking, written = line.get("cached"), line.get("reasoning"), line.get("written")
     source, day = line["source"], line["date"]
-    return Price(line["input"], line["output"], source, day, cached, thinking, batch, batch_source)
+    return Price(line["input"], line["output"], source, day, cached, thinking, written, batch, batch_source)
 
 
 @dataclass(frozen=True, slots=True)

@@ -222,6 +222,7 @@ class JudgeEndpoint:
             usage.reasoning,
             hide_key(thinking, self._key),
             dict(sent),
+            usage.written,
             cost,
         )
 

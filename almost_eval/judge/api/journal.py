@@ -40,7 +40,7 @@ _TABLE = """CREATE TABLE IF NOT EXISTS replies (
 _LEDGER = """CREATE TABLE IF NOT EXISTS sendings (
     id INTEGER PRIMARY KEY, digest TEXT NOT NULL, state TEXT NOT NULL, prompt INTEGER NOT NULL,
     completion INTEGER NOT NULL, cached INTEGER NOT NULL, reasoning INTEGER NOT NULL, time REAL NOT NULL,
-    tier TEXT NOT NULL DEFAULT 'standard', cost REAL)"""
+    tier TEXT NOT NULL DEFAULT 'standard', cost REAL, written INTEGER NOT NULL DEFAULT 0)"""
 _NOTES = "CREATE TABLE IF NOT EXISTS notes (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID"
 _FROM_REPLIES = """INSERT INTO sendings (digest, state, prompt, completion, cached, reasoning, time)
     SELECT digest, 'billed', json_extract(reply, '$.prompt_tokens'), json_extract(reply, '$.completion_tokens'), 0, 0,
@@ -49,8 +49,9 @@ _FROM_REPLIES = """INSERT INTO sendings (digest, state, prompt, completion, cach
 _TO_3 = (
     "ALTER TABLE sendings ADD COLUMN tier TEXT NOT NULL DEFAULT 'standard'",
     "ALTER TABLE sendings ADD COLUMN cost REAL",
+    "ALTER TABLE sendings ADD COLUMN written INTEGER NOT NULL DEFAULT 0",
 )
-"""Version 2 knew one price, and no host that states its bill."""
+"""Version 2 knew one price, no host that states its bill, and none that bills what it writes to its cache."""
 
 BILLED, UNSURE, FREE = "billed", "unsure", "free"
 """States of a sending: the provider has said for how much; nobody has, so that it counts as the most; not billed."""
@@ -336,8 +337,9 @@ def enter(
 ) -> int:
     """Add a row to the ledger, inside `Journal.writing`; its number."""
     row = (digest, state, *(most or Usage(0, 0)), time.time(), tier)
-    query = "INSERT INTO sendings (digest, state, prompt, completion, cached, reasoning, time, tier) "
-    return int(database.execute(f"{query} VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row).lastrowid or 0)
+    columns = f"digest, state, {', '.join(Usage._fields)}, time, tier"
+    query = f"INSERT INTO sendings ({columns}) VALUES ({', '.join('?' * len(row))})"
+    return int(database.execute(query, row).lastrowid or 0)
 
 
 def settle(
@@ -349,8 +351,9 @@ def settle(
     if usage is None:
         database.execute("UPDATE sendings SET state = ?, cost = ? WHERE id = ?", (state, cost, sending))
     else:
-        query = "UPDATE sendings SET state = ?, cost = ?, prompt = ?, completion = ?, cached = ?, reasoning = ? "
-        database.execute(f"{query} WHERE id = ?", (state, cost, *usage, sending))
+        tokens = ", ".join(f"{name} = ?" for name in Usage._fields)
+        query = f"UPDATE sendings SET state = ?, cost = ?, {tokens} WHERE id = ?"
+        database.execute(query, (state, cost, *usage, sending))
 
 
 def request_text(request: JudgeRequest) -> str:
@@ -379,4 +382,6 @@ def reply_text(reply: Reply) -> str:
         "thinking": reply.thinking,
         "parameters": dict(reply.parameters),
     }
+    if reply.written_tokens:
+        answered["written_tokens"] = reply.written_tokens
     return json.dumps(answered | ({} if reply.cost is None else {"cost": reply.cost}))

@@ -117,7 +117,11 @@ def test_a_line_of_the_file(server: BatchServer, journal: Journal) -> None:
         "custom_id": request.digest,
         "method": "POST",
         "url": "/v1/chat/completions",
-        "body": {"model": "j", "messages": [{"role": "user", "content": request.messages[0].content}], "max_tokens": 64},
+        "body": {
+            "model": "j",
+            "messages": [{"role": "user", "content": request.messages[0].content}],
+            "max_tokens": 64,
+        },
     }
     assert len(request.digest) == 64  # the longest that OpenAI takes
 
@@ -139,7 +143,12 @@ def test_lines_come_in_any_pieces_and_line_separators_of_unicode_are_none() -> N
 
 @pytest.mark.parametrize(
     ("fate", "reason"),
-    [("expired", "batch_expired"), ("error", "server_error"), ("status 500", "http_500"), ("status 429", "rate_limited")],
+    [
+        ("expired", "batch_expired"),
+        ("error", "server_error"),
+        ("status 500", "http_500"),
+        ("status 429", "rate_limited"),
+    ],
 )
 def test_what_may_pass_is_asked_again_in_the_next_batch(
     server: BatchServer, journal: Journal, fate: str, reason: str
@@ -278,7 +287,11 @@ def test_settings_that_are_refused_end_it_before_a_batch(server: BatchServer, jo
     ("error", "kind", "words"),
     [
         ({"code": "invalid_json_line", "message": "no", "line": 3}, InputError, r"line 3 of its file: invalid_json_li"),
-        ({"code": "model_not_found", "message": "no j"}, InputError, "refuses the batch: model_not_found: no j; nothing"),
+        (
+            {"code": "model_not_found", "message": "no j"},
+            InputError,
+            "refuses the batch: model_not_found: no j; nothing",
+        ),
         ({"code": "billing_hard_limit_reached", "message": "limit"}, RunError, "billing_hard_limit.*same command goes"),
     ],
 )
@@ -313,9 +326,7 @@ def test_no_batch_api(journal: Journal) -> None:
         plain.close()
 
 
-def test_files_hold_so_many_requests(
-    server: BatchServer, journal: Journal, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_hold_so_many_requests(server: BatchServer, journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_module, "MAX_REQUESTS", 4)
     check(dict(Client(server, journal).stream(requests())), journal, server)
     assert [len(batch["lines"]) for batch in server.batches.values()] == [4, 4, 3]
