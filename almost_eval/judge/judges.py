@@ -211,20 +211,20 @@ class ModelJudge:
         requests = (r for k in range(repeats) for r in self._requests(pairs, places, k))
         file = folder / "journal.sqlite" if folder else None
         with Journal(file) if file and file.is_file() else nullcontext() as journal:
-            in_batches, batch = under_way(journal), self.connection.batch
+            batch = self.connection.batch
             ahead = None if not batch else 1 if not journal or not len(journal) else 0
-            needed = estimate(requests, **prices, journal=journal, less=in_batches, ahead=ahead)
+            needed = estimate(requests, **prices, journal=journal, less=under_way(journal), ahead=ahead)
             spent = self._spent(journal) if journal else {}
         price, retired = price_of(self.name, **prices), retirement_of(self.name)
         source = f"{price.source} {price.date}".strip() if price else "unknown: give --price-in and --price-out"
         return {
             "requests": needed.requests,
-            "answered_by_the_journal_or_the_same": len(pairs) * repeats - needed.requests - len(in_batches),
+            "answered_by_the_journal_or_the_same": len(pairs) * repeats - needed.requests - needed.n_under_way,
             "prompt_tokens_at_most": needed.prompt_tokens,
             "completion_tokens_at_most": needed.completion_tokens,
             "price_usd_at_most": None if needed.price is None else round(needed.price, 4),
             "price_from": source,
-            **batch_facts(needed, price, len(in_batches), batch=batch),
+            **batch_facts(needed, price, batch=batch),
             **spent,
             **({"retires": retired.words(self.name, date.today().isoformat())} if retired else {}),
             "prompt": shown(self.prompts.messages(pairs[0])),

@@ -18,8 +18,16 @@ from contextlib import closing
 from almost_eval.errors import InputError, RunError
 from almost_eval.judge.api.batch_api import BatchAPI, NotThere
 from almost_eval.judge.api.batch_files import MAX_BYTES, MAX_REQUESTS, input_line
-from almost_eval.judge.api.batch_ledger import CREATED, CREATING, PLANNED, UPLOADED, Batch, BatchLedger, Item
-from almost_eval.judge.api.batch_steps import BatchSteps, QueueFull, Settled, began, counts_in_words
+from almost_eval.judge.api.batch_ledger import (
+    CREATED,
+    CREATING,
+    PLANNED,
+    UPLOADED,
+    BatchItem,
+    BatchLedger,
+    ProviderBatch,
+)
+from almost_eval.judge.api.batch_steps import BatchSteps, QueueFull, SettledItem, began, counts_in_words
 from almost_eval.judge.api.cost import Budget
 from almost_eval.judge.api.endpoint import EXCHANGED, KEPT, JudgeEndpoint, Trouble, duration
 from almost_eval.judge.api.journal import BATCH, Journal
@@ -86,6 +94,8 @@ class BatchSession:
         self.random = random_
         self.max_attempts = max_attempts
         self.notice = notice
+        self.spent_before = budget.spent - sum(budget.of_ledger(journal.ledger()))
+        """USD that the journal does not hold, or holds at another judge's price."""
         self.until = None if wait is None else time.monotonic() + wait
         self.largest = MAX_REQUESTS
         self.is_held = False
@@ -123,14 +133,17 @@ class BatchSession:
                 return
             yield from self._until_one_ends()
 
-    def _open(self) -> list[Batch]:
+    def _open(self) -> list[ProviderBatch]:
         """Batches at this endpoint of which something is still to come."""
-        batches = self.ledger.open()
-        if other := next((batch for batch in batches if batch.endpoint != self.endpoint.name), None):
-            raise InputError(
-                f"batch {other.name or other.key[:12]} of this folder is under way with other {other.endpoint}; go on "
-                "with that --judge and --judge-base-url, or choose another --output"
-            )
+        batches = []
+        for batch in self.ledger.open():
+            if batch.endpoint == self.endpoint.name:
+                batches.append(batch)
+            elif self.missing.keys() & self.ledger.unsettled([batch]):
+                raise InputError(
+                    f"batch {batch.name or batch.key[:12]} of this folder holds these requests, under "
+                    f"{batch.endpoint}; go on with that --judge-base-url, or choose another --output"
+                )
         return batches
 
     # --- what is sent
@@ -179,9 +192,9 @@ class BatchSession:
             return
         self.is_held = False
         self._check_bound()
-        self.budget.spent = sum(self.budget.of_ledger(self.journal.ledger()))
+        self._count_spent()
         under_way = self.ledger.unsettled(batches)
-        items: list[Item] = []
+        items: list[BatchItem] = []
         size, left = 0, 0
         for digest, indices in self.missing.items():
             if digest in under_way:
@@ -192,7 +205,7 @@ class BatchSession:
                 left += 1
                 continue
             self.budget.settle(worst, worst)
-            item = Item(digest, request, self.endpoint.parameters.of(request), self.budget.most(request))
+            item = BatchItem(digest, request, self.endpoint.parameters.of(request), self.budget.most(request))
             length = len(input_line(self.endpoint, digest, request, item.sent))
             if items and (len(items) >= self.largest or size + length > MAX_BYTES):
                 self.ledger.plan(self.endpoint.name, items)
@@ -206,6 +219,10 @@ class BatchSession:
                 f"{left} requests wait for the next batch: at their worst they could exceed --max-cost "
                 f"{self.budget.max_cost:g} USD before it is known what the first ones cost"
             )
+
+    def _count_spent(self) -> None:
+        """Take what is spent from the ledger: what is under way stands there at its most."""
+        self.budget.spent = self.spent_before + sum(self.budget.of_ledger(self.journal.ledger()))
 
     def _check_bound(self) -> None:
         if self.budget.max_cost is not None and not self.endpoint.parameters.is_bounded:
@@ -253,7 +270,7 @@ class BatchSession:
             time.sleep(pause)
             pause = min(1.5 * pause, LAST_PAUSE)
 
-    def _ordered(self, batch: Batch) -> Batch:
+    def _ordered(self, batch: ProviderBatch) -> ProviderBatch:
         if batch.state not in (PLANNED, UPLOADED, CREATING):
             return batch
         batch = self.steps.order(batch)
@@ -264,7 +281,7 @@ class BatchSession:
         )
         return batch
 
-    def _taken(self, chunks: Iterator[list[Settled]], batch: Batch | None = None) -> Iterator[_Outcome]:
+    def _taken(self, chunks: Iterator[list[SettledItem]], batch: ProviderBatch | None = None) -> Iterator[_Outcome]:
         """Outcomes of a batch, and what is asked again."""
         fatal: Trouble | None = None
         replies = 0
@@ -281,11 +298,11 @@ class BatchSession:
                     yield from self._outcome(settled)
         except QueueFull as error:
             self._shrink(batch, error)
-        self.budget.spent = sum(self.budget.of_ledger(self.journal.ledger()))
+        self._count_spent()
         if fatal is not None and (fatal.fatal is not None or not replies):
             raise fatal.fatal or fatal.refused or RunError(fatal.message)
 
-    def _outcome(self, settled: Settled) -> Iterator[_Outcome]:
+    def _outcome(self, settled: SettledItem) -> Iterator[_Outcome]:
         """The outcome of one request; nothing where it will be asked again, or belongs to another call."""
         digest, outcome = settled.digest, settled.outcome
         if digest not in self.missing:
@@ -313,7 +330,7 @@ class BatchSession:
         self.stats.failed[failure.reason] += len(indices)
         return indices, failure
 
-    def _book(self, settled: Settled) -> None:
+    def _book(self, settled: SettledItem) -> None:
         if settled.digest in self.reasons:
             self.stats.retried[self.reasons.pop(settled.digest)] += 1
         else:
@@ -323,7 +340,7 @@ class BatchSession:
         cost = worst if bill.is_unsure else self.budget.cost(bill.usage or Usage(0, 0), BATCH)
         self.stats.book(bill, cost if bill.cost is None else bill.cost)
 
-    def _shrink(self, batch: Batch | None, error: QueueFull) -> None:
+    def _shrink(self, batch: ProviderBatch | None, error: QueueFull) -> None:
         """The provider's queue is full: wait for our own batches, else try with half as many requests."""
         self.is_held = bool(self._open())
         if not self.is_held:
@@ -336,7 +353,7 @@ class BatchSession:
 
     # --- what is told
 
-    def _tell(self, batch: Batch, state: JSONObject) -> None:
+    def _tell(self, batch: ProviderBatch, state: JSONObject) -> None:
         """A line when the status changes; where nobody sees a bar, one every half minute too."""
         status, now = str(state.get("status")), time.monotonic()
         is_new = self.statuses.get(batch.id) != status

@@ -38,7 +38,7 @@ _TABLES = (
 """`request` is emptied when an item is settled: a reply has it then, and a failure is asked anew from the run."""
 
 
-class Item(NamedTuple):
+class BatchItem(NamedTuple):
     """One request of a batch."""
 
     digest: str
@@ -51,7 +51,7 @@ class Item(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class ProviderBatch:
     """One batch as the journal knows it."""
 
     id: int
@@ -83,14 +83,14 @@ class BatchLedger:
             for table in _TABLES:
                 database.execute(table)
 
-    def open(self) -> list[Batch]:
+    def open(self) -> list[ProviderBatch]:
         """Batches of which something is still to come, the oldest first."""
         rows = self._journal.rows(
             "SELECT id, key, endpoint, state, file, name, n, time FROM batches WHERE state != ? ORDER BY id", DONE
         )
-        return [Batch(*row) for row in rows]
+        return [ProviderBatch(*row) for row in rows]
 
-    def plan(self, endpoint: str, items: Sequence[Item]) -> Batch:
+    def plan(self, endpoint: str, items: Sequence[BatchItem]) -> ProviderBatch:
         """Write a batch down before anything is sent: its items, and what they may cost."""
         digest = hashlib.sha256("".join(item.digest for item in items).encode())
         key = hashlib.sha256(digest.digest() + secrets.token_bytes(16)).hexdigest()  # the same items may be sent again
@@ -104,15 +104,15 @@ class BatchLedger:
                 sending = enter(database, item.digest, most=item.most, tier=BATCH)
                 texts = (request_text(item.request), json.dumps(item.sent))
                 database.execute(query, (id, item.digest, place, sending, *texts))
-        return Batch(id, key, endpoint, PLANNED, "", "", len(items), now)
+        return ProviderBatch(id, key, endpoint, PLANNED, "", "", len(items), now)
 
-    def mark(self, batch: Batch, state: str, *, file: str = "", name: str = "") -> Batch:
+    def mark(self, batch: ProviderBatch, state: str, *, file: str = "", name: str = "") -> ProviderBatch:
         """Write down how far a batch has come; ids where they are known now.
 
         Raises:
             RunError: the disk is full, or gone.
         """
-        now = Batch(
+        now = ProviderBatch(
             batch.id, batch.key, batch.endpoint, state, file or batch.file, name or batch.name, batch.n, batch.time
         )
         with self._journal.writing() as database:
@@ -120,7 +120,7 @@ class BatchLedger:
             database.execute(query, (state, now.file, now.name, batch.id))
         return now
 
-    def drop(self, batch: Batch) -> None:
+    def drop(self, batch: ProviderBatch) -> None:
         """Take back a batch that the provider never began: nothing is billed for it."""
         with self._journal.writing() as database:
             query = (
@@ -131,14 +131,14 @@ class BatchLedger:
             database.execute("DELETE FROM batch_items WHERE batch = ? AND request IS NOT NULL", (batch.id,))
             database.execute("UPDATE batches SET state = ? WHERE id = ?", (DONE, batch.id))
 
-    def release(self) -> list[Batch]:
+    def release(self) -> list[ProviderBatch]:
         """Take back batches that were never ordered; those that are open all the same."""
         for batch in self.open():
             if batch.state in (PLANNED, UPLOADED):
                 self.drop(batch)
         return self.open()
 
-    def items(self, batch: Batch) -> Iterator[tuple[str, JudgeRequest, JSONObject]]:
+    def items(self, batch: ProviderBatch) -> Iterator[tuple[str, JudgeRequest, JSONObject]]:
         """(digest, request, parameters) of what is not settled yet, in the order of the file; read bit by bit."""
         after = -1
         while rows := self._journal.rows(
@@ -151,7 +151,7 @@ class BatchLedger:
                 yield digest, _request(request), json.loads(sent)
             after = rows[-1][0]
 
-    def item(self, batch: Batch, digest: str) -> tuple[JudgeRequest | None, JSONObject] | None:
+    def item(self, batch: ProviderBatch, digest: str) -> tuple[JudgeRequest | None, JSONObject] | None:
         """Request and parameters of an item; the request is None once it is settled. None where it is no item of it."""
         rows = self._journal.rows(
             "SELECT request, sent FROM batch_items WHERE batch = ? AND digest = ?", batch.id, digest
@@ -161,12 +161,12 @@ class BatchLedger:
         request, sent = rows[0]
         return (None if request is None else _request(request)), json.loads(sent)
 
-    def unsettled(self, batches: Iterable[Batch]) -> set[str]:
+    def unsettled(self, batches: Iterable[ProviderBatch]) -> set[str]:
         """Digests of what these batches still owe."""
         query = "SELECT digest FROM batch_items WHERE batch = ? AND request IS NOT NULL"
         return {digest for batch in batches for (digest,) in self._journal.rows(query, batch.id)}
 
-    def settle(self, batch: Batch, outcomes: Mapping[str, Reply | Trouble]) -> None:
+    def settle(self, batch: ProviderBatch, outcomes: Mapping[str, Reply | Trouble]) -> None:
         """Store what became of items, all of it or nothing: replies, bills and reasons.
 
         Raises:

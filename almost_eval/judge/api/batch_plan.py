@@ -22,16 +22,15 @@ def under_way(journal: Journal | None) -> set[str]:
     return ledger.unsettled(ledger.open())
 
 
-def batch_facts(needed: Estimate, price: Price | None, n_under_way: int, *, batch: bool) -> JSONObject:
+def batch_facts(needed: Estimate, price: Price | None, *, batch: bool) -> JSONObject:
     """Lines of the plan; none where nothing is sent in batches, and nothing was.
 
     Args:
         needed: what would be sent.
         price: of the judge.
-        n_under_way: requests that open batches hold.
         batch: whether `--batch` is there.
     """
-    facts: JSONObject = {"requests_in_a_batch_already": n_under_way} if n_under_way else {}
+    facts: JSONObject = {"requests_in_a_batch_already": needed.n_under_way} if needed.n_under_way else {}
     if not batch:
         return facts
     size = needed.bytes * _ESCAPED + needed.requests * _BYTES_AROUND

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from almost_eval.errors import AlmostError, InputError, RunError
 from almost_eval.judge.api.batch_api import MAX_TRIES, BatchAPI, MaybeCreated, NotThere
 from almost_eval.judge.api.batch_files import EXPIRED, OutputLine, input_line, outcome_of, output_lines
-from almost_eval.judge.api.batch_ledger import CREATED, CREATING, DONE, PLANNED, UPLOADED, Batch, BatchLedger
+from almost_eval.judge.api.batch_ledger import CREATED, CREATING, DONE, PLANNED, UPLOADED, BatchLedger, ProviderBatch
 from almost_eval.judge.api.endpoint import KEPT, JudgeEndpoint, Trouble, duration
 from almost_eval.judge.records import JudgeRequest, Reply
 from almost_eval.types import JSONMapping
@@ -23,7 +23,7 @@ QUEUE_FULL = "token_limit_exceeded"
 """The code of a batch that failed because too many tokens are waiting in all batches of the account."""
 
 
-class Settled(NamedTuple):
+class SettledItem(NamedTuple):
     """One request of a batch with what became of it; it is stored already."""
 
     digest: str
@@ -55,7 +55,7 @@ class BatchSteps:
 
     # --- ordering
 
-    def order(self, batch: Batch) -> Batch:
+    def order(self, batch: ProviderBatch) -> ProviderBatch:
         """Bring a batch to where it has an id: upload, order, and look for it where no clear answer came.
 
         Raises:
@@ -85,14 +85,14 @@ class BatchSteps:
                 raise
         raise RunError(f"the endpoint {self._endpoint.base_url} creates no batch after {ORDERS_TRIED} orders; {KEPT}")
 
-    def _upload(self, batch: Batch) -> Batch:
+    def _upload(self, batch: ProviderBatch) -> ProviderBatch:
         lines = (input_line(self._endpoint, *item) for item in self._ledger.items(batch))
         file = self._api.upload(f"almost-{batch.key[:16]}.jsonl", b"".join(lines))
         return self._ledger.mark(batch, UPLOADED, file=file)
 
     # --- taking what came of it
 
-    def collect(self, batch: Batch, state: JSONMapping) -> Iterator[list[Settled]]:
+    def collect(self, batch: ProviderBatch, state: JSONMapping) -> Iterator[list[SettledItem]]:
         """Store all that came of a batch that has ended, bit by bit, then close it.
 
         Args:
@@ -123,12 +123,12 @@ class BatchSteps:
         yield self._store(batch, rest)
         self._ledger.mark(batch, DONE)
 
-    def lost(self, batch: Batch) -> Iterator[list[Settled]]:
+    def lost(self, batch: ProviderBatch) -> Iterator[list[SettledItem]]:
         """Close a batch that the provider no longer knows: what it was billed stays unknown."""
         self._notice(f"batch {batch.name}: the provider no longer knows it; its requests are asked again")
         yield from self.collect(batch, {"status": "lost"})
 
-    def _read(self, batch: Batch, file: str, lines: _Lines) -> Iterator[list[Settled]]:
+    def _read(self, batch: ProviderBatch, file: str, lines: _Lines) -> Iterator[list[SettledItem]]:
         for tries in range(1, MAX_TRIES + 1):
             before = lines.copy()
             outcomes: dict[str, tuple[JudgeRequest, Reply | Trouble]] = {}
@@ -151,7 +151,7 @@ class BatchSteps:
                     raise RunError(f"batch {batch.name}: its file {file} cannot be read ({error}); {KEPT}") from None
                 self._api.pause(tries, str(error))
 
-    def _settled(self, batch: Batch, line: OutputLine | None, lines: _Lines) -> Settled | None:
+    def _settled(self, batch: ProviderBatch, line: OutputLine | None, lines: _Lines) -> SettledItem | None:
         """What a line says of its request; None for one that says nothing new."""
         if line is None:
             lines.unreadable += 1
@@ -168,13 +168,15 @@ class BatchSteps:
         request, sent = item
         if request is None:  # stored by a process that was killed midway
             return None
-        return Settled(line.custom_id, request, outcome_of(line, self._endpoint, request, sent))
+        return SettledItem(line.custom_id, request, outcome_of(line, self._endpoint, request, sent))
 
-    def _store(self, batch: Batch, outcomes: dict[str, tuple[JudgeRequest, Reply | Trouble]]) -> list[Settled]:
+    def _store(
+        self, batch: ProviderBatch, outcomes: dict[str, tuple[JudgeRequest, Reply | Trouble]]
+    ) -> list[SettledItem]:
         """Write outcomes down and empty the dict."""
         if outcomes:
             self._ledger.settle(batch, {digest: outcome for digest, (_, outcome) in outcomes.items()})
-        settled = [Settled(digest, request, outcome) for digest, (request, outcome) in outcomes.items()]
+        settled = [SettledItem(digest, request, outcome) for digest, (request, outcome) in outcomes.items()]
         outcomes.clear()
         return settled
 
@@ -242,13 +244,13 @@ class _Lines:
         return f"lines of its files: {told} (the first of two is taken)" if told else ""
 
 
-def began(state: JSONMapping, batch: Batch) -> float:
+def began(state: JSONMapping, batch: ProviderBatch) -> float:
     """When a batch was created, s since 1970; when it was planned, where the provider does not say."""
     stated = state.get("created_at")
     return float(stated) if isinstance(stated, int | float) else batch.time
 
 
-def counts_in_words(state: JSONMapping, batch: Batch) -> str:
+def counts_in_words(state: JSONMapping, batch: ProviderBatch) -> str:
     """`in_progress, 12 of 80 done, 1 failed, 3 min`."""
     counts = state.get("request_counts")
     parts = [str(state.get("status") or "no status")]

@@ -92,6 +92,8 @@ class Estimate:
     """USD if every reply used all it may; None where the judge's price is unknown."""
     bytes: int = 0
     """Of the texts that would be sent, as UTF-8."""
+    n_under_way: int = 0
+    """Different requests beside these that were sent already, and have no reply yet."""
 
 
 def price_of(
@@ -191,11 +193,15 @@ def estimate(
         InputError: see `price_of`.
     """
     seen: set[str] = set()
+    waiting: set[str] = set()
     prompt = completion = size = 0
     total: float | None = 0.0
     for request in requests:
         digest = request.digest
-        if digest in seen or digest in less or (journal is not None and journal.get(digest) is not None):
+        if digest in seen or (journal is not None and journal.get(digest) is not None):
+            continue
+        if digest in less:
+            waiting.add(digest)
             continue
         seen.add(digest)
         tokens = estimate_tokens(request)
@@ -208,7 +214,7 @@ def estimate(
         else:
             tier = STANDARD if ahead is None or len(seen) <= ahead else BATCH
             total += price.at_most(tokens, request.max_tokens) * price.share(tier)
-    return Estimate(len(seen), prompt, completion, total, size)
+    return Estimate(len(seen), prompt, completion, total, size, len(waiting))
 
 
 class Budget:

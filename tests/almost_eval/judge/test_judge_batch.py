@@ -445,7 +445,7 @@ def test_a_journal_of_the_second_version_goes_on(tmp_path: Path) -> None:
     with Journal(file) as journal:
         journal.put(requests(1)[0], Reply("9 8", "stop", "m", 100, 10))
     with sqlite3.connect(file) as database:
-        for column in ("tier", "cost"):
+        for column in ("tier", "cost", "written"):
             database.execute(f"ALTER TABLE sendings DROP COLUMN {column}")
         database.execute("PRAGMA user_version = 2")
     with Journal(file) as journal:
