@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from almost_eval.cli.command_line import comma_list, open_console, options, options_of
-from almost_eval.cli.judge_options import JUDGE_OPTIONS, JUDGES_OWN
+from almost_eval.cli.judge_options import JUDGE_OPTIONS, JUDGES_OWN, REASK
 from almost_eval.cli.options import DATA_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, Values, run_request
 from almost_eval.progress import Progress
 
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from almost_eval.suite.plan import Planned
     from almost_eval.suite.run import Outcome
 
-_JUDGE_OPTIONS = [option for option in JUDGE_OPTIONS if options_of([option])[0].name not in (*JUDGES_OWN, "prompt_set")]
+_JUDGE_OPTIONS = [
+    *(option for option in JUDGE_OPTIONS if options_of([option])[0].name not in (*JUDGES_OWN, "prompt_set")),
+    REASK,
+]
 """Those of `vicuna` that no other group has an option of the same name for."""
 
 

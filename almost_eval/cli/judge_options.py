@@ -122,10 +122,11 @@ ORDERS = click.option(
     show_default=True,
     help="forward: the baseline is Assistant 1.",
 )
+REASK = click.option("--reask", is_flag=True, help="Ask once more for a review that cannot be read.")
 RUN_OPTIONS = [
     ORDERS,
     TIES,
-    click.option("--reask", is_flag=True, help="Ask once more for a review that cannot be read."),
+    REASK,
     click.option("--output", type=PATH, help="Run folder; the default is named by the run."),
     click.option("--seed", default=0, show_default=True, help="Of the answers."),
     click.option("--allow", multiple=True, metavar="CHECK=SHARE", help="Share of reviews a validity check may flag."),

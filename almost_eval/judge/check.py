@@ -17,7 +17,7 @@ import numpy as np
 
 from almost_eval.errors import DataError, InputError
 from almost_eval.judge.archive import Archive, as_review
-from almost_eval.judge.judges import LASTING, Judge
+from almost_eval.judge.judges import LASTING, Judge, ModelJudge
 from almost_eval.judge.lines import ORDERS, check_reviews, record_of, review_of, stored_verdict
 from almost_eval.judge.records import Pair, Review, Verdict
 from almost_eval.progress import Progress
@@ -140,8 +140,9 @@ class JudgeCheck:
         """
         progress = progress or Progress()
         spec = self.spec()
-        with RunStore(folder, spec) as store, self.judge.open(folder, progress.notice):
-            store.forget([id for id, r in store.done.items() if r.score.reason and r.score.reason not in LASTING])
+        amend = self.judge.amend if isinstance(self.judge, ModelJudge) else None
+        with RunStore(folder, spec, amend) as store, self.judge.open(folder, progress.notice):
+            store.forget([id for id, record in store.done.items() if self._asks_again(record)])
             total = len(self.ids) * self.repeats
             with progress.track(f"{TASK} {self.judge.name}", total, len(store.done)) as advance:
                 for attempt in range(self.repeats):
@@ -153,6 +154,10 @@ class JudgeCheck:
             results = self._results(records, store.spec)
             store.finish(results)
         return results
+
+    def _asks_again(self, record: SampleRecord) -> bool:
+        reason = record.score.reason
+        return reason is not None and (reason not in LASTING or self.judge.asks_again(record))
 
     def _results(self, records: Sequence[Sequence[SampleRecord]], spec: JSONMapping) -> JSONObject:
         every = [record for mine in records for record in mine]

@@ -20,6 +20,7 @@ from almost_eval.judge.api.endpoint import THOUGHT_ONLY, JudgeEndpoint
 from almost_eval.judge.api.journal import Journal
 from almost_eval.judge.api.session import ClientStats
 from almost_eval.judge.prompts import JudgePrompts
+from almost_eval.judge.raised import amended, was_cut
 from almost_eval.judge.records import Failure, JudgeRequest, Pair, Question, Reply, Unparsed, Verdict
 from almost_eval.run.texts import CUT, REFUSED
 from almost_eval.types import JSONMapping, JSONObject, Message, SampleRecord
@@ -201,6 +202,10 @@ class ModelJudge:
             **({"options": self.options} if self.options else {}),
         }
 
+    def amend(self, stored: JSONObject, now: JSONObject) -> tuple[JSONObject, JSONObject]:
+        """A stored spec and the present one, where the run goes on with a higher bound on tokens; see `raised`."""
+        return amended(stored, now, self.prompts)
+
     def check(self, questions: Sequence[Question]) -> None:
         """Nothing is refused here."""
 
@@ -271,7 +276,9 @@ class ModelJudge:
         }
 
     def asks_again(self, record: SampleRecord) -> bool:
-        """A review that could not be read, where `reask` says so and it was requested once only."""
+        """A review that was cut at a lower bound; with `reask` one that cannot be read, and was requested once only."""
+        if was_cut(record, self.prompts.max_tokens):
+            return True
         return self._reask and record.score.reason == UNPARSED and record.outputs.get("attempt") == 0
 
     def stream(self, pairs: Sequence[Pair], wanted: Sequence[int], attempt: int = 0) -> Iterator[tuple[int, Judgement]]:
@@ -364,7 +371,10 @@ def shown(messages: Sequence[Message]) -> str:
 def judgement_of(prompts: JudgePrompts, pair: Pair, answer: Reply | Failure, attempt: int = 0) -> Judgement:
     """A reply read, or a failure as it is."""
     if isinstance(answer, Failure):
-        return Judgement(None, answer.reason, {"review": None, "problem": answer.message, "attempt": attempt})
+        about: JSONObject = {"review": None, "problem": answer.message, "attempt": attempt}
+        if answer.reason == THOUGHT_ONLY:
+            about["max_tokens"] = prompts.max_tokens
+        return Judgement(None, answer.reason, about)
     verdict = prompts.parse(answer.text, pair, answer.finish_reason)
     outputs = {
         # A reply may hold half a surrogate pair, which no file can.

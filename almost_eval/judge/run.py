@@ -26,6 +26,7 @@ from almost_eval.judge.answers import (
 )
 from almost_eval.judge.judges import LASTING, Judge, ModelJudge, shown, without_answer
 from almost_eval.judge.lines import ORDERS, check_reviews, couples, record_of
+from almost_eval.judge.raised import kept_lines
 from almost_eval.judge.records import Answer, Question
 from almost_eval.judge.results import summarise
 from almost_eval.progress import Progress
@@ -160,7 +161,8 @@ class JudgeRun:
                 if isinstance(system, ModelSystem):
                     system.adopt_date(part)
         spec = self.spec()
-        with RunStore(folder, spec) as store, self.judge.open(folder, progress.notice):
+        amend = self.judge.amend if isinstance(self.judge, ModelJudge) else None
+        with RunStore(folder, spec, amend) as store, self.judge.open(folder, progress.notice):
             write_rows(folder / "questions.jsonl", map(question_line, self.questions), ascii_only=True)
             files = answer_files(folder, [system.name for system in self.systems])
             answers = [s.write(file, progress) for s, file in zip(self.systems, files, strict=True)]
@@ -215,11 +217,16 @@ class JudgeRun:
         """What `--dry-run` prints; answers that are yet to be written count as long as they may become."""
         unwritten = [system.name for system in self.systems if system.known() is None]
         answers = [system.known() or self._longest(system) for system in self.systems]
-        _, pairs, _ = couples(self.questions, answers, self.orders, self.max_answer_chars)
+        ids, pairs, _ = couples(self.questions, answers, self.orders, self.max_answer_chars)
         facts: JSONObject = {"questions": len(self.questions), "reviews": len(pairs), "judge": self.judge.name}
         facts |= {"systems": ", ".join(system.name for system in self.systems)}
         if unwritten:
             facts["taken_as_long_as_they_may_become"] = f"answers of {', '.join(unwritten)}"
+        if isinstance(self.judge, ModelJudge) and (kept := kept_lines(folder, self.spec(), self.judge.prompts)):
+            stay = {record.sample.id for record in kept if not self._asks_again(record)}
+            facts |= {"reviews_that_stay": len(stay)}
+            wanted = [pair for id, pair in zip(ids, pairs, strict=True) if id not in stay]
+            return facts | (self.judge.plan(wanted, folder) if wanted else self.judge.plan(pairs, folder, 0))
         return facts | self.judge.plan(pairs, folder)
 
     def _longest(self, system: System) -> Answers:

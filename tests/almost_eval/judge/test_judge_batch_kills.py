@@ -10,8 +10,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from batch_server import PRICE, BatchServer, Event
@@ -151,6 +152,26 @@ def test_ctrl_c_says_that_the_batch_goes_on(server: BatchServer) -> None:
     out = finish(server)
     assert (server.orders, server.count) == (1, 1)
     assert "win rate" in out
+
+
+def test_all_tasks_of_a_model_take_the_flags_of_a_judge(
+    server: BatchServer, almost_eval: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from almost_eval.judge.api import batch
+
+    monkeypatch.setenv("ALMOST_API_KEY", "sk-test")
+    monkeypatch.setattr(batch, "FIRST_PAUSE", 0.02)
+    answers = [{"question_id": i, "text": f"an answer {i}", "model_id": "b"} for i in range(1, 3)]
+    Path("baseline.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    flags = ["--tasks", "vicuna", "--limit", 2, "--baseline", "baseline.jsonl", "--judge", "j", "--data", "nano"]
+    flags += ["--judge-base-url", server.url, "--price-in", 1, "--price-out", 5, "--price-batch", 0.5, "--max-cost", 1]
+    flags += ["--max-tokens", 321, "--judge-temperature", 0.5, "--reasoning-effort", "low", "--reask", "--batch"]
+    code, _, err = almost_eval("all", *flags, "--output", "all", "--batch-wait", 60)
+    assert code == 0, err
+    assert (server.orders, server.count) == (1, 1)
+    assert "batch batch_0 is ordered: 3 requests" in err  # told without a terminal too
+    body = server.batches["batch_0"]["lines"][0]["body"]
+    assert (body["max_tokens"], body["temperature"], body["reasoning_effort"]) == (321, 0.5, "low")
 
 
 def test_a_dry_run_says_what_a_batch_costs_and_what_is_under_way(server: BatchServer) -> None:
