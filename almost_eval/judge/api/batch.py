@@ -208,12 +208,12 @@ class BatchSession:
             item = BatchItem(digest, request, self.endpoint.parameters.of(request), self.budget.most(request))
             length = len(input_line(self.endpoint, digest, request, item.sent))
             if items and (len(items) >= self.largest or size + length > MAX_BYTES):
-                self.ledger.plan(self.endpoint.name, items)
+                self.ledger.plan(self.endpoint.name, self.endpoint.account, items)
                 items, size = [], 0
             items.append(item)
             size += length
         if items:
-            self.ledger.plan(self.endpoint.name, items)
+            self.ledger.plan(self.endpoint.name, self.endpoint.account, items)
         if left and (items or batches):
             self.notice(
                 f"{left} requests wait for the next batch: at their worst they could exceed --max-cost "
@@ -361,7 +361,7 @@ class BatchSession:
         if is_new or (now - self.told_at > TELL and not sys.stderr.isatty()):
             self.told_at = now
             strange = "" if status in (*ENDED, *_ON_ITS_WAY) else " (a status that is not known here; waiting)"
-            self.notice(f"batch {batch.name}: {counts_in_words(state, batch)}{strange}")
+            self.notice(self.endpoint.words(f"batch {batch.name}: {counts_in_words(state, batch)}{strange}"))
 
     def _tell_interrupted(self) -> None:
         names = [batch.name for batch in self.ledger.open() if batch.name]

@@ -32,10 +32,10 @@ WINDOW = "24h"
 MAX_TRIES = 6
 """Sendings of one call that costs nothing, the first included."""
 PATIENCE = 600.0
-"""Seconds that a call may take: a file is large."""
+"""Seconds that a file may take; other calls have those of a review."""
 LOOKS = (0.0, 2.0, 5.0, 15.0)
 """Seconds before each look for a batch of which it is unknown whether it was created: a list may lag behind."""
-SLACK = 3600.0
+SLACK = 86400.0
 """Seconds by which the provider's clock may go behind ours."""
 _PAGE = 100
 
@@ -67,7 +67,7 @@ class BatchAPI:
         self._client: openai.OpenAI | None = None
 
     def __enter__(self) -> Self:
-        self._client = self._endpoint.connect_blocking(max(PATIENCE, self._endpoint.timeout))
+        self._client = self._endpoint.connect_blocking(self._endpoint.timeout)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -94,7 +94,8 @@ class BatchAPI:
     def upload(self, name: str, content: bytes) -> str:
         """Put an input file there; its id. Costs nothing, and the provider removes it in time."""
         file = (name, content, "application/jsonl")
-        body = self._call(lambda: self._sdk.files.with_raw_response.create(file=file, purpose="batch"))
+        files = self._sdk.files.with_raw_response
+        body = self._call(lambda: files.create(file=file, purpose="batch", timeout=PATIENCE))
         return self._id(body, "an uploaded file")
 
     def create(self, file: str, key: str) -> JSONObject:
@@ -151,7 +152,7 @@ class BatchAPI:
         import openai
 
         try:
-            with self._sdk.files.with_streaming_response.content(file) as response:
+            with self._sdk.files.with_streaming_response.content(file, timeout=PATIENCE) as response:
                 yield from response.iter_bytes()
         except openai.APIStatusError as error:
             if error.status_code in (404, 410):

@@ -13,7 +13,7 @@ import json
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from almost_eval.judge.api.endpoint import Trouble
@@ -28,7 +28,8 @@ PLANNED, UPLOADED, CREATING, CREATED, DONE = "planned", "uploaded", "creating", 
 _TABLES = (
     """CREATE TABLE IF NOT EXISTS batches (
     id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, endpoint TEXT NOT NULL, state TEXT NOT NULL,
-    file TEXT NOT NULL DEFAULT '', name TEXT NOT NULL DEFAULT '', n INTEGER NOT NULL, time REAL NOT NULL)""",
+    account TEXT NOT NULL, file TEXT NOT NULL DEFAULT '', name TEXT NOT NULL DEFAULT '', n INTEGER NOT NULL,
+    time REAL NOT NULL)""",
     """CREATE TABLE IF NOT EXISTS batch_items (
     batch INTEGER NOT NULL, digest TEXT NOT NULL, place INTEGER NOT NULL, sending INTEGER NOT NULL, request TEXT,
     sent TEXT NOT NULL, reason TEXT, message TEXT, is_told INTEGER NOT NULL DEFAULT 0,
@@ -59,6 +60,8 @@ class ProviderBatch:
     """64 letters; in the metadata of the batch at the provider."""
     endpoint: str
     """`JudgeEndpoint.name`."""
+    account: str
+    """`JudgeEndpoint.account`."""
     state: str
     file: str
     """Id of the input file; empty before it is uploaded."""
@@ -86,25 +89,26 @@ class BatchLedger:
     def open(self) -> list[ProviderBatch]:
         """Batches of which something is still to come, the oldest first."""
         rows = self._journal.rows(
-            "SELECT id, key, endpoint, state, file, name, n, time FROM batches WHERE state != ? ORDER BY id", DONE
+            "SELECT id, key, endpoint, account, state, file, name, n, time FROM batches WHERE state != ? ORDER BY id",
+            DONE,
         )
         return [ProviderBatch(*row) for row in rows]
 
-    def plan(self, endpoint: str, items: Sequence[BatchItem]) -> ProviderBatch:
+    def plan(self, endpoint: str, account: str, items: Sequence[BatchItem]) -> ProviderBatch:
         """Write a batch down before anything is sent: its items, and what they may cost."""
         digest = hashlib.sha256("".join(item.digest for item in items).encode())
         key = hashlib.sha256(digest.digest() + secrets.token_bytes(16)).hexdigest()  # the same items may be sent again
         now = time.time()
         with self._journal.writing() as database:
-            row = (key, endpoint, PLANNED, len(items), now)
-            query = "INSERT INTO batches (key, endpoint, state, n, time) VALUES (?, ?, ?, ?, ?)"
+            row = (key, endpoint, account, PLANNED, len(items), now)
+            query = "INSERT INTO batches (key, endpoint, account, state, n, time) VALUES (?, ?, ?, ?, ?, ?)"
             id = int(database.execute(query, row).lastrowid or 0)
             query = "INSERT INTO batch_items (batch, digest, place, sending, request, sent) VALUES (?, ?, ?, ?, ?, ?)"
             for place, item in enumerate(items):
                 sending = enter(database, item.digest, most=item.most, tier=BATCH)
                 texts = (request_text(item.request), json.dumps(item.sent))
                 database.execute(query, (id, item.digest, place, sending, *texts))
-        return ProviderBatch(id, key, endpoint, PLANNED, "", "", len(items), now)
+        return ProviderBatch(id, key, endpoint, account, PLANNED, "", "", len(items), now)
 
     def mark(self, batch: ProviderBatch, state: str, *, file: str = "", name: str = "") -> ProviderBatch:
         """Write down how far a batch has come; ids where they are known now.
@@ -112,9 +116,7 @@ class BatchLedger:
         Raises:
             RunError: the disk is full, or gone.
         """
-        now = ProviderBatch(
-            batch.id, batch.key, batch.endpoint, state, file or batch.file, name or batch.name, batch.n, batch.time
-        )
+        now = replace(batch, state=state, file=file or batch.file, name=name or batch.name)
         with self._journal.writing() as database:
             query = "UPDATE batches SET state = ?, file = ?, name = ? WHERE id = ?"
             database.execute(query, (state, now.file, now.name, batch.id))

@@ -17,6 +17,8 @@ from almost_eval.types import JSONMapping
 
 ORDERS_TRIED = 4
 """Orders of one batch that may come to nothing (each looked for before the next) until the command ends."""
+KEPT_FOR = 30 * 86400.0
+"""Seconds that OpenAI keeps the files of a batch."""
 AT_A_TIME = 500
 """Outcomes that are stored in one write."""
 QUEUE_FULL = "token_limit_exceeded"
@@ -66,6 +68,11 @@ class BatchSteps:
             if batch.state == PLANNED:
                 batch = self._upload(batch)
             if batch.state == CREATING:  # by a process that was killed, or without a clear answer
+                if batch.account != self._endpoint.account:
+                    raise InputError(
+                        "a batch of this folder was ordered with another key, and with this one it cannot be seen "
+                        "whether it was created; set that key again"
+                    )
                 if (existing := self._api.find(batch.key, batch.time)) is not None:
                     name = str(existing.get("id"))
                     self._notice(f"batch {name} had been created already: it is not ordered again")
@@ -124,7 +131,12 @@ class BatchSteps:
         self._ledger.mark(batch, DONE)
 
     def lost(self, batch: ProviderBatch) -> Iterator[list[SettledItem]]:
-        """Close a batch that the provider no longer knows: what it was billed stays unknown."""
+        """Close a batch that the provider no longer knows: what it was billed stays unknown.
+
+        Raises:
+            RunError: it is not old enough for that.
+        """
+        self._refuse_young(batch, f"batch {batch.name}")
         self._notice(f"batch {batch.name}: the provider no longer knows it; its requests are asked again")
         yield from self.collect(batch, {"status": "lost"})
 
@@ -141,6 +153,10 @@ class BatchSteps:
                 yield self._store(batch, outcomes)
                 return
             except NotThere:
+                if tries < MAX_TRIES:
+                    self._api.pause(tries, "its file is not there")
+                    continue
+                self._refuse_young(batch, f"the file {file} of batch {batch.name}")
                 self._notice(f"batch {batch.name}: its file {file} is gone; what it held is asked again")
                 lines.is_gone = True
                 return
@@ -150,6 +166,16 @@ class BatchSteps:
                 if tries == MAX_TRIES:
                     raise RunError(f"batch {batch.name}: its file {file} cannot be read ({error}); {KEPT}") from None
                 self._api.pause(tries, str(error))
+
+    def _refuse_young(self, batch: ProviderBatch, what: str) -> None:
+        """End where the provider denies what it should still have: asked again, it would be paid for twice."""
+        if time.time() - batch.time > KEPT_FOR:
+            return
+        other = "" if batch.account == self._endpoint.account else " It was ordered with another key: set that one."
+        raise RunError(
+            f"the endpoint {self._endpoint.base_url} does not know {what} (404).{other} If it was deleted there, its "
+            "replies are lost: move journal.sqlite of the folder away, and all is asked and paid again"
+        )
 
     def _settled(self, batch: ProviderBatch, line: OutputLine | None, lines: _Lines) -> SettledItem | None:
         """What a line says of its request; None for one that says nothing new."""

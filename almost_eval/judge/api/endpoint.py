@@ -8,6 +8,7 @@ from then on (see `parameters`). What a body says is read in `bodies`.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -145,6 +146,11 @@ class JudgeEndpoint:
     def body_of(self, request: JudgeRequest, sent: Mapping[str, object]) -> JSONObject:
         """What is sent for a request with these parameters."""
         return {"model": request.judge, "messages": [message.to_dict() for message in request.messages], **sent}
+
+    @property
+    def account(self) -> str:
+        """Tells one key from another without holding any of it: what is ordered with one is not seen with another."""
+        return hashlib.sha256(f"almost-eval {self._key}".encode()).hexdigest()[:8]
 
     @staticmethod
     def has_no_credit(status: int, code: str, text: str) -> bool:

@@ -54,6 +54,8 @@ class BatchServer(ReplayServer):
         self.cut_content = 0
         """Downloads that break off midway before one comes whole."""
         self.has_list = True
+        self.hidden = 0
+        """Calls for the content of a file, or for a batch, that find nothing before one does."""
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict[str, Any]] = {}
         self.orders = 0
@@ -165,7 +167,7 @@ class BatchServer(ReplayServer):
 
     def _retrieve(self, name: str) -> tuple[int, Any]:
         batch = self.batches.get(name)
-        if batch is None:
+        if batch is None or self._hides():
             return 404, {"error": {"message": "No such batch"}}
         with self._lock:
             batch["looks"] += 1
@@ -187,7 +189,7 @@ class BatchServer(ReplayServer):
             self.seen[digest] += 1
             fate = self.fate(digest, self.seen[digest], line["body"]) or ""
             head = {"id": f"batch_req_{digest[:6]}", "custom_id": digest}
-            if fate in ("expired", "error"):
+            if fate in ("expired", "error") or fate.startswith("says"):
                 code = "batch_expired" if fate == "expired" else "server_error"
                 errors.append(head | {"response": None, "error": {"code": code, "message": f"it is {fate}"}})
                 continue
@@ -219,8 +221,12 @@ class BatchServer(ReplayServer):
                 self.files[file] = b"".join(line + b"\n" for line in lines)
                 batch[f"{name}_file_id"] = file
 
+    def _hides(self) -> bool:
+        self.hidden -= self.hidden > 0
+        return self.hidden > 0
+
     def _content(self, name: str, handler: Any) -> tuple[int, Any] | None:
-        if name not in self.files:
+        if name not in self.files or self._hides():
             return 404, {"error": {"message": "No such File object"}}
         if self.cut_content:
             self.cut_content -= 1

@@ -374,6 +374,84 @@ def test_another_folders_batch_of_the_same_requests_is_not_taken(
     assert len(server.batches) == 2
 
 
+# --- what the provider denies
+
+
+def test_a_file_that_is_not_there_yet_is_waited_for(server: BatchServer, journal: Journal) -> None:
+    server.event = lambda event: (
+        setattr(server, "hidden", 4) if event == ("retrieve", "sent") and server.worked and server.hidden == 0 else None
+    )
+    check(dict(Client(server, journal).stream(requests())), journal, server)
+    assert server.orders == 1
+
+
+def test_what_a_provider_denies_is_not_ordered_again_before_it_is_old(
+    server: BatchServer, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.polls = 10**6
+    with pytest.raises(RunError, match="--batch-wait"):
+        dict(Client(server, journal, batch_wait=0.05).stream(requests()))
+    server.hidden = 10**6
+    with pytest.raises(
+        RunError, match=r"does not know batch batch_0 \(404\)\. If it was deleted there, its replies are"
+    ):
+        dict(Client(server, journal).stream(requests()))
+    monkeypatch.setenv("ALMOST_API_KEY", "sk-another")
+    with pytest.raises(RunError, match="It was ordered with another key: set that one"):
+        dict(Client(server, journal).stream(requests()))
+    assert server.orders == 1
+    server.hidden, server.polls = 0, 0
+    check(dict(Client(server, journal).stream(requests())), journal, server)
+    assert server.orders == 1
+
+
+def test_a_batch_that_is_gone_after_a_month_is_asked_again(server: BatchServer, journal: Journal) -> None:
+    server.polls = 10**6
+    with pytest.raises(RunError, match="--batch-wait"):
+        dict(Client(server, journal, batch_wait=0.05).stream(requests()))
+    with sqlite3.connect(journal.path) as database:
+        database.execute("UPDATE batches SET time = time - 31 * 86400")
+    server.batches["batch_gone"] = server.batches.pop("batch_0")
+    server.polls = 0
+    outcomes = dict(Client(server, journal).stream(requests()))
+    assert all(isinstance(outcome, Reply) for outcome in outcomes.values())
+    assert journal.ledger().n_unsure == N - 1  # they may have been billed
+
+
+def test_an_order_of_another_key_is_not_given_again(
+    server: BatchServer, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.on_create = lambda n: "500"
+    with pytest.raises(RunError, match="creates no batch"):
+        dict(Client(server, journal).stream(requests()))
+    monkeypatch.setenv("ALMOST_API_KEY", "sk-another")
+    with pytest.raises(InputError, match="was ordered with another key"):
+        dict(Client(server, journal).stream(requests()))
+
+
+def test_the_key_shows_nowhere(
+    server: BatchServer, journal: Journal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    secret = "sk-distinctive-0123456789-do-not-print-me"
+    monkeypatch.setenv("ALMOST_API_KEY", secret)
+    server.fate = lambda digest, times, body: f"says {secret}" if int(digest[:4], 16) % 2 else None
+    server.ends = lambda n: f"{secret} in_progress" if n == 0 else "completed"
+    client = Client(server, journal, batch_wait=0.3)
+    shown: list[str] = []
+    with pytest.raises(RunError) as caught:
+        dict(client.stream(requests()))
+    shown += [str(caught.value), *client.told]
+    server.batches["batch_0"]["status"] = "completed"
+    shown += [repr(outcome) for outcome in dict(Client(server, journal).stream(requests())).values()]
+    server.errors = [{"code": secret, "message": f"bad {secret}"}]
+    server.ends = lambda n: "failed"
+    with pytest.raises(InputError) as refused:
+        dict(Client(server, journal).stream(requests(4, attempt=1)))
+    shown.append(str(refused.value))
+    assert secret not in "".join(shown)
+    assert secret.encode() not in b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+
+
 # --- money
 
 
