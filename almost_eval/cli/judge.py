@@ -14,6 +14,7 @@ import click
 from almost_eval.cli.command_line import Commands, open_console, options
 from almost_eval.cli.judge_options import (
     ANSWER_OPTIONS,
+    BY_CATEGORY,
     DATA_OPTIONS,
     ENGINE_OPTIONS,
     FAMILY,
@@ -24,6 +25,7 @@ from almost_eval.cli.judge_options import (
     ORDERS,
     PATH,
     RUN_OPTIONS,
+    TURN_OPTIONS,
 )
 from almost_eval.cli.options import engine_options
 from almost_eval.errors import InputError
@@ -45,15 +47,18 @@ STARTED = time.perf_counter()
 
 
 @click.command()
-@options(ANSWER_OPTIONS, JUDGE_OPTIONS, DATA_OPTIONS, RUN_OPTIONS, [JSON], ENGINE_OPTIONS)
+@options(ANSWER_OPTIONS, JUDGE_OPTIONS, DATA_OPTIONS, TURN_OPTIONS, RUN_OPTIONS, [JSON], ENGINE_OPTIONS)
 def vicuna(**flags: Any) -> int:
     """Two systems answer questions, and a judge says which answer is better.
+
+    With --judging single it grades each answer by itself, from 1 to 10; then one system is enough.
 
     \b
     Example:
       almost-eval vicuna                                   built-in models, questions and judge; no key
       almost-eval vicuna --model ./my-model --baseline answers.jsonl --judge gpt-6.1-terra --dry-run
       almost-eval vicuna --models ./a ./b answers-c.jsonl --judge reward:./my-reward-model
+      almost-eval vicuna --questions mt-bench --judging single --model ./my-model --judge gpt-6.1-terra
     """
     from almost_eval.progress import progress_for
 
@@ -68,7 +73,9 @@ def vicuna(**flags: Any) -> int:
 def _prepare(flags: Flags) -> JudgeRun:
     """Everything that can be refused, cheapest first: usage, questions, judge, answer files, models."""
     from almost_eval.cli.startup import import_transformers
-    from almost_eval.judge.answers import MAX_ANSWER_CHARS, Sampling, is_answer_file, open_system
+    from almost_eval.judge.answers import MAX_ANSWER_CHARS, is_answer_file, open_system
+    from almost_eval.judge.model_system import Sampling
+    from almost_eval.judge.questions import names_of
     from almost_eval.judge.run import JudgeRun
     from almost_eval.nano import BUILT_IN
     from almost_eval.run.validity import parse_allowed
@@ -77,10 +84,10 @@ def _prepare(flags: Flags) -> JudgeRun:
     names = _system_names(flags)
     built_in = all(name in BUILT_IN for name in names)
     data, questions, fingerprint = _questions(flags, built_in=built_in)
-    judge = _open_judge(flags, data)
+    judge = _open_judge(flags, data, several_turns=any(question.later for question in questions))
     limit = None if flags["max_answer_chars"] else MAX_ANSWER_CHARS
     sampling = Sampling(
-        temperature=flags["temperature"],
+        **_temperatures(flags),
         top_p=flags["top_p"],
         max_new_tokens=flags["max_new_tokens"] or answer_budget(data.name),
         seed=flags["seed"],
@@ -115,13 +122,26 @@ def _prepare(flags: Flags) -> JudgeRun:
         ties=flags["ties"],
         max_answer_chars=flags["max_answer_chars"],
         answer_reasoning=flags["reasoning"],
+        judging=flags["judging"],
+        questions_named=names_of(flags["questions"], flags["reference"]),
         seed=flags["seed"],
         allowed=allowed,
     )
 
 
+def _temperatures(flags: Flags) -> dict[str, Any]:
+    """The fields of `Sampling` that `--temperature` states."""
+    from almost_eval.judge.fastchat import TEMPERATURES
+    from almost_eval.judge.questions import is_mt_bench
+
+    stated = flags["temperature"]
+    if stated == BY_CATEGORY or (stated is None and is_mt_bench(flags["questions"])):
+        return {"temperatures": TEMPERATURES}
+    return {} if stated is None else {"temperature": stated}
+
+
 def _system_names(flags: Flags) -> list[str]:
-    """Baseline and model, or all of a round robin."""
+    """Baseline and model, or all of a round robin; without a baseline the model alone, where answers are graded."""
     from almost_eval.nano import BUILT_IN, DEFAULT_MODEL
 
     single = [flag for flag in ("model", "baseline", "answers") if flags[flag]]
@@ -131,7 +151,7 @@ def _system_names(flags: Flags) -> list[str]:
                 f"--models names all systems, so --{single[0]} has no place beside it; leave one of them out"
             )
         names = [flags["models"], *flags["more"]]
-        if len(names) < 2:
+        if len(names) < 2 and flags["judging"] == "pairwise":
             raise InputError("--models needs two systems or more: --models A B C")
         return names
     if flags["more"]:
@@ -143,6 +163,8 @@ def _system_names(flags: Flags) -> list[str]:
     model = str(flags["answers"] or flags["model"] or DEFAULT_MODEL)
     baseline = flags["baseline"]
     if baseline is None:
+        if flags["judging"] == "single":
+            return [model]
         if model not in BUILT_IN:
             raise InputError("--baseline is missing: give a checkpoint or an answer file to compare with")
         baseline = DEFAULT_BASELINE
@@ -157,11 +179,13 @@ def _questions(flags: Flags, *, built_in: bool) -> tuple[DataSource, list[Questi
     if name is None and flags["judge"] == NANO_JUDGE and not flags["data_root"]:
         name = "nano"
     data = find_data(name, flags["data_root"], built_in_model=built_in and not flags["questions"])
-    questions, fingerprint = find_questions(flags["questions"], data, limit=flags["limit"])
+    questions, fingerprint = find_questions(
+        flags["questions"], data, limit=flags["limit"], turns=flags.get("turns"), reference=flags.get("reference")
+    )
     return data, questions, fingerprint
 
 
-def _open_judge(flags: Flags, data: DataSource) -> Judge:
+def _open_judge(flags: Flags, data: DataSource, *, several_turns: bool = False) -> Judge:
     """The judge that the flags name; see `open_judge`."""
     from almost_eval.cli.startup import import_transformers
     from almost_eval.judge.build import JudgeOptions, open_judge
@@ -169,7 +193,7 @@ def _open_judge(flags: Flags, data: DataSource) -> Judge:
     options = JudgeOptions(**{field.name: flags[field.name] for field in fields(JudgeOptions) if field.name in flags})
     if options.is_reward_model:
         import_transformers()
-    return open_judge(options, data)
+    return open_judge(options, data, several_turns=several_turns)
 
 
 def _show_plan(facts: JSONMapping, as_json: bool) -> int:
@@ -229,6 +253,8 @@ def judge_report(run_folder: Path | None, archive: tuple[Path, ...], as_json: bo
 
     data, questions, _ = _questions(flags | {"judge": None}, built_in=False)
     prompts = load_judge_prompts(flags["prompt_family"] or DEFAULT_FAMILY, "builtin", data)
+    if prompts.n_answers != 2:
+        raise InputError(f"--prompt-family {prompts.name} is about one answer, archived reviews are about two")
     rows = aggregate_archives(
         find_archives(archive, questions), prompts, ties=flags["ties"] or "half", orders=flags["orders"]
     )

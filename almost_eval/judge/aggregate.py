@@ -50,7 +50,7 @@ MIN_FOR_LENGTH = 10
 
 @dataclass(frozen=True, slots=True)
 class Combined:
-    """The questions, each with its two orders taken together."""
+    """The turns of the questions, each with its two orders taken together."""
 
     model: int
     """Both orders prefer the model."""
@@ -88,8 +88,9 @@ class JudgeResults:
     orders: Orders
     n_questions: int
     metrics: dict[str, Metric]
-    """`win_rate`, `wins`, `ties`, `losses`, `unparsed`, `total_score/<name>`, `win_rate/<category>`. `unparsed` counts
-    every review without a verdict, for whatever reason."""
+    """`win_rate`, `wins`, `ties`, `losses`, `unparsed`, `total_score/<name>`, `win_rate/<category>`; where questions
+    have several turns `win_rate/turn_1`, `win_rate/turn_1/<category>` and so on. `unparsed` counts every review without
+    a verdict, for whatever reason."""
     reasons: dict[str, int]
     """Why reviews have no verdict."""
     bounds: tuple[float, float] | None
@@ -123,7 +124,7 @@ def aggregate(reviews: Sequence[Review], *, ties: Ties = "half", orders: Orders 
     """
     taken = [review for review in reviews if orders in ("both", review.order)]
     baseline, model = _systems(taken, orders)
-    keys = Counter((review.question_id, review.order) for review in taken)
+    keys = Counter((review.question_id, review.order, review.turn) for review in taken)
     if twice := next((key for key, count in keys.items() if count > 1), None):
         raise InputError(f"question {twice[0]} has {keys[twice]} reviews in order {twice[1]}; keep one of each")
     questions = [review.question_id for review in taken]
@@ -138,6 +139,7 @@ def aggregate(reviews: Sequence[Review], *, ties: Ties = "half", orders: Orders 
     for category in dict.fromkeys(review.category for review in taken):
         of_it = [i for i in kept if taken[i].category == category]
         metrics[f"win_rate/{category}"] = mean_metric([values[i] for i in of_it], [questions[i] for i in of_it])
+    metrics |= _by_turn([taken[i] for i in kept])
     combined, consistency = _combined(taken)
     decisive = [review for review in taken if review.model_score in (0.0, 1.0)]
     return JudgeResults(
@@ -156,6 +158,20 @@ def aggregate(reviews: Sequence[Review], *, ties: Ties = "half", orders: Orders 
         length_controlled=_length_controlled(taken),
         sign_test=_sign_test(taken),
     )
+
+
+def _by_turn(reviews: Sequence[Review]) -> dict[str, Metric]:
+    """Win rates of each turn, and of each category in it; none where there is one turn only."""
+    turns = sorted({review.turn for review in reviews})
+    rates = {}
+    for turn in turns if len(turns) > 1 else []:
+        mine = [review for review in reviews if review.turn == turn]
+        categories = list(dict.fromkeys(review.category for review in mine))
+        for category in [None, *(categories if len(categories) > 1 else [])]:
+            of_it = [review for review in mine if category in (None, review.category)]
+            name = f"win_rate/turn_{turn}" + (f"/{category}" if category else "")
+            rates[name] = mean_metric([r.model_score for r in of_it], [r.question_id for r in of_it])
+    return rates
 
 
 def _systems(reviews: Sequence[Review], orders: str) -> tuple[str, str]:
@@ -189,26 +205,30 @@ def _bounds(values: Sequence[float | None]) -> tuple[float, float] | None:
 
 def _combined(reviews: Sequence[Review]) -> tuple[Combined, Metric]:
     """The two orders of each question together, and how often they agree."""
-    by_question: dict[str, dict[str, float]] = {}
+    by_turn: dict[tuple[str, int], dict[str, float]] = {}
     for review in reviews:
-        scores = by_question.setdefault(review.question_id, {})
+        scores = by_turn.setdefault((review.question_id, review.turn), {})
         if review.model_score is not None:
             scores[review.order] = review.model_score
     counts: Counter[str] = Counter()
     same: list[float] = []
-    for scores in by_question.values():
+    clusters: list[str] = []
+    for (question, _), scores in by_turn.items():
         if len(scores) < 2:
             counts["incomplete"] += 1
             continue
         forward, reverse = scores["forward"], scores["reverse"]
         same.append(float(forward == reverse))
+        clusters.append(question)
         if forward == reverse:
             counts[{1.0: "model", 0.0: "baseline", 0.5: "tie"}[forward]] += 1
         elif 0.5 in (forward, reverse):
             counts["one_tie"] += 1
         else:  # in forward order the model is Assistant 2
             counts["conflict_second" if forward == 1.0 else "conflict_first"] += 1
-    return Combined(**{field.name: counts[field.name] for field in dataclasses.fields(Combined)}), mean_metric(same)
+    return Combined(**{field.name: counts[field.name] for field in dataclasses.fields(Combined)}), mean_metric(
+        same, clusters
+    )
 
 
 def _share(reviews: Sequence[Review], values: Sequence[float]) -> Metric:
@@ -338,12 +358,12 @@ class Agreement:
 
 
 def agreement(a: Sequence[Review], b: Sequence[Review], *, rng: np.random.Generator) -> Agreement:
-    """How far two judges agree; reviews are paired on question, order and systems, intervals clustered by question.
+    """How far two judges agree; reviews are paired on question, turn, order, systems, intervals clustered by question.
 
     Raises:
         InputError: they share no pair.
     """
-    of_a, of_b = ({(r.question_id, r.order, r.baseline, r.model): r for r in reviews} for reviews in (a, b))
+    of_a, of_b = ({(r.question_id, r.order, r.baseline, r.model, r.turn): r for r in reviews} for reviews in (a, b))
     shared = [key for key in of_a if key in of_b]
     if not shared:
         raise InputError("the two judges share no pair: judge the same questions, systems and order with both")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from almost_eval.errors import InputError
-from almost_eval.judge.families import DEFAULT_FAMILY
+from almost_eval.judge.families import DEFAULT_FAMILY, FAMILY_OF_ONE, FAMILY_OF_TURNS
 from almost_eval.types import JSONObject
 
 if TYPE_CHECKING:
@@ -49,8 +49,10 @@ class JudgeOptions:
     """API: the endpoint, up to and including `/v1`; None is `OPENAI_BASE_URL`, else OpenAI's."""
     judge_prompt: Path | None = None
     """API: a prompt file, in the place of a prompt set."""
-    prompt_family: str = DEFAULT_FAMILY
-    """API: a name in `FAMILIES`."""
+    prompt_family: str | None = None
+    """API: a name in `FAMILIES`; None is as the questions are, and the judging."""
+    judging: str = "pairwise"
+    """`pairwise`, or `single`: a mark for each answer by itself."""
     prompt_set: str | None = None
     """API: `official` or `builtin`; None is as the data are."""
     concurrency: int = 32
@@ -126,8 +128,13 @@ def answer_budget(data_name: str) -> int:
     return NANO_MAX_NEW_TOKENS if data_name == "nano" else MAX_NEW_TOKENS
 
 
-def open_judge(options: JudgeOptions, data: DataSource) -> Judge:
+def open_judge(options: JudgeOptions, data: DataSource, *, several_turns: bool = False) -> Judge:
     """The judge that the options name, without weights and without a request.
+
+    Args:
+        options: see there.
+        data: where official prompts are looked for.
+        several_turns: a question has more than one: Vicuna's prompts, the default for one, know nothing of a second.
 
     Raises:
         InputError: an option that this judge does not take; whatever the judge refuses.
@@ -141,6 +148,11 @@ def open_judge(options: JudgeOptions, data: DataSource) -> Judge:
 
         return NanoJudge()
     if options.is_reward_model:
+        if options.judging == "single":
+            raise InputError(
+                f"--judging single needs marks from 1 to 10, and {name} gives raw rewards, which have no scale; "
+                "compare two systems, or name another --judge"
+            )
         from almost_eval.judge.local import RewardJudge
         from almost_eval.rewards.hf import HFRewardModel
 
@@ -157,7 +169,16 @@ def open_judge(options: JudgeOptions, data: DataSource) -> Judge:
     from almost_eval.judge.judges import Connection, ModelJudge
     from almost_eval.judge.prompts import load_judge_prompts
 
-    prompts = load_judge_prompts(options.prompt_family, options.prompt_set, data, file=options.judge_prompt)
+    family = options.prompt_family
+    if family is None:
+        family = DEFAULT_FAMILY if not several_turns else FAMILY_OF_TURNS
+        family = FAMILY_OF_ONE if options.judging == "single" else family
+    prompts = load_judge_prompts(family, options.prompt_set, data, file=options.judge_prompt)
+    if prompts.n_answers != (1 if options.judging == "single" else 2):
+        shows = "one answer by itself" if prompts.n_answers == 1 else "two answers"
+        raise InputError(
+            f"the prompts {prompts.name} are about {shows}, and --judging is {options.judging}; change one"
+        )
     if options.max_tokens is not None:
         prompts = replace(prompts, max_tokens=options.max_tokens)
     if options.judge_temperature is not None:

@@ -196,7 +196,7 @@ class JudgeCheck:
         metrics = {}
         for name, chosen, lost in (("", both, unscored), ("/decisive", decisive, len(self.cases) - len(decisive))):
             kappa = cohen_kappa(
-                [(case.verdict.winner, verdict.winner) for case, verdict in chosen],
+                [(str(case.verdict.winner), str(verdict.winner)) for case, verdict in chosen],
                 [case.pair.question.id for case, _ in chosen],
                 rng=np.random.default_rng(self.seed),
             )

@@ -21,12 +21,12 @@ from almost_eval.judge.api.journal import Journal
 from almost_eval.judge.api.session import ClientStats
 from almost_eval.judge.prompts import JudgePrompts
 from almost_eval.judge.raised import amended, was_cut
-from almost_eval.judge.records import Failure, JudgeRequest, Pair, Question, Reply, Unparsed, Verdict
+from almost_eval.judge.records import TOO_LONG, Failure, JudgeRequest, Question, Reply, Subject, Unparsed, Verdict
 from almost_eval.run.texts import CUT, REFUSED
 from almost_eval.types import JSONMapping, JSONObject, Message, SampleRecord
 
-UNANSWERED = frozenset({CUT, REFUSED})
-"""The reasons of a pair that is not judged, as thoughts leave one of its answers out."""
+UNANSWERED = frozenset({CUT, REFUSED, TOO_LONG})
+"""The reasons of a case that is not judged, as an answer is not there: thoughts leave it out, or a full context."""
 UNPARSED = "unparsed"
 """The reason of a review whose verdict cannot be read."""
 
@@ -48,9 +48,9 @@ class Judgement:
     """The review and how it came about, as JSON."""
 
 
-def without_answer(pair: Pair) -> Judgement | None:
-    """What becomes of a pair that lacks an answer, as there was a thought alone; None where there are two to judge."""
-    reasons = [answer.metadata.get("unscored") for answer in (pair.answer_1, pair.answer_2)]
+def without_answer(case: Subject) -> Judgement | None:
+    """What becomes of a case that lacks an answer, to the judged turn or one before it; None where all are there."""
+    reasons = [about.get("unscored") for answer in case.answers for about in answer.turn_metadata[: case.turn]]
     reason = next((reason for reason in reasons if reason in UNANSWERED), None)
     return None if reason is None else Judgement(None, reason, {})
 
@@ -75,7 +75,7 @@ class Judge(Protocol):
         """
         ...
 
-    def plan(self, pairs: Sequence[Pair], folder: Path | None, repeats: int = 1) -> JSONObject:
+    def plan(self, pairs: Sequence[Subject], folder: Path | None, repeats: int = 1) -> JSONObject:
         """What judging these takes, at most, and what the first prompt is. Loads no weights, sends nothing."""
         ...
 
@@ -90,7 +90,9 @@ class Judge(Protocol):
         """Whether a stored review that has no verdict should be requested anew."""
         ...
 
-    def stream(self, pairs: Sequence[Pair], wanted: Sequence[int], attempt: int = 0) -> Iterator[tuple[int, Judgement]]:
+    def stream(
+        self, pairs: Sequence[Subject], wanted: Sequence[int], attempt: int = 0
+    ) -> Iterator[tuple[int, Judgement]]:
         """(index, judgement) of each wanted pair as soon as it is known, in any order.
 
         `attempt` k is the k-th time on purpose; a judge that always says the same ignores it.
@@ -207,9 +209,18 @@ class ModelJudge:
         return amended(stored, now, self.prompts)
 
     def check(self, questions: Sequence[Question]) -> None:
-        """Nothing is refused here."""
+        """Refuse questions of several turns where the prompts know one only.
 
-    def plan(self, pairs: Sequence[Pair], folder: Path | None, repeats: int = 1) -> JSONObject:
+        Raises:
+            InputError: they do.
+        """
+        if any(question.later for question in questions) and not self.prompts.for_later_turns:
+            raise InputError(
+                f"the prompts {self.prompts.name} ({self.prompts.prompt_set}) have no words for a second turn; use "
+                "--prompt-family mt-bench, or --turns 1"
+            )
+
+    def plan(self, pairs: Sequence[Subject], folder: Path | None, repeats: int = 1) -> JSONObject:
         """Requests that no reply in the folder's journal answers, their tokens and their price, at most."""
         prices = self.connection.prices
         places = range(len(pairs))
@@ -281,7 +292,9 @@ class ModelJudge:
             return True
         return self._reask and record.score.reason == UNPARSED and record.outputs.get("attempt") == 0
 
-    def stream(self, pairs: Sequence[Pair], wanted: Sequence[int], attempt: int = 0) -> Iterator[tuple[int, Judgement]]:
+    def stream(
+        self, pairs: Sequence[Subject], wanted: Sequence[int], attempt: int = 0
+    ) -> Iterator[tuple[int, Judgement]]:
         """See `Judge.stream`; what cannot be read is requested once more at the end, as `attempt` + 1."""
         again = []
         for index, judgement in self._ask(pairs, wanted, attempt):
@@ -310,13 +323,13 @@ class ModelJudge:
         retired = retirement_of(self.name)
         return (retired.words(self.name, date.today().isoformat()),) if retired else ()
 
-    def _ask(self, pairs: Sequence[Pair], wanted: Sequence[int], attempt: int) -> Iterator[tuple[int, Judgement]]:
+    def _ask(self, pairs: Sequence[Subject], wanted: Sequence[int], attempt: int) -> Iterator[tuple[int, Judgement]]:
         assert self._client is not None  # `open`
         requests = self._requests(pairs, wanted, attempt)
         for place, answer in self._client.stream(requests):
             yield wanted[place], judgement_of(self.prompts, pairs[wanted[place]], answer, attempt)
 
-    def _requests(self, pairs: Sequence[Pair], wanted: Sequence[int], attempt: int) -> Requests:
+    def _requests(self, pairs: Sequence[Subject], wanted: Sequence[int], attempt: int) -> Requests:
         return Requests(self.name, self.prompts, pairs, wanted, attempt, self.options)
 
 
@@ -327,7 +340,7 @@ class Requests(Sequence[JudgeRequest]):
         self,
         judge: str,
         prompts: JudgePrompts,
-        pairs: Sequence[Pair],
+        pairs: Sequence[Subject],
         wanted: Sequence[int],
         attempt: int,
         options: JSONMapping | None = None,
@@ -356,7 +369,7 @@ class Requests(Sequence[JudgeRequest]):
 
 
 def request_for(
-    judge: str, prompts: JudgePrompts, pair: Pair, attempt: int = 0, options: JSONMapping | None = None
+    judge: str, prompts: JudgePrompts, pair: Subject, attempt: int = 0, options: JSONMapping | None = None
 ) -> JudgeRequest:
     """What a judge is sent for a pair."""
     messages = prompts.messages(pair)
@@ -368,7 +381,7 @@ def shown(messages: Sequence[Message]) -> str:
     return "\n\n".join(f"[{message.role}]\n{message.content}" for message in messages)
 
 
-def judgement_of(prompts: JudgePrompts, pair: Pair, answer: Reply | Failure, attempt: int = 0) -> Judgement:
+def judgement_of(prompts: JudgePrompts, pair: Subject, answer: Reply | Failure, attempt: int = 0) -> Judgement:
     """A reply read, or a failure as it is."""
     if isinstance(answer, Failure):
         about: JSONObject = {"review": None, "problem": answer.message, "attempt": attempt}
@@ -393,6 +406,8 @@ def judgement_of(prompts: JudgePrompts, pair: Pair, answer: Reply | Failure, att
         outputs |= {"reasoning_tokens": answer.reasoning_tokens, "cached_tokens": answer.cached_tokens}
     if quoted := prompts.neutralised(pair):
         outputs["markers_quoted"] = quoted
+    if wrong := prompts.wrong_references(pair):
+        outputs["wrong_references"] = wrong
     if isinstance(verdict, Unparsed):
         return Judgement(None, UNPARSED, outputs | {"problem": verdict.reason})
     return Judgement(verdict, None, outputs)
@@ -402,5 +417,7 @@ def verdict_fields(verdict: Verdict | Unparsed) -> JSONObject:
     """`winner` and `scores`, by place in the prompt, as a line stores them."""
     if isinstance(verdict, Unparsed):
         return {"winner": None, "scores": None}
+    if verdict.winner is None:
+        return {"score": verdict.score_1}
     scored = verdict.score_1 is not None and verdict.score_2 is not None
     return {"winner": verdict.winner, "scores": [verdict.score_1, verdict.score_2] if scored else None}

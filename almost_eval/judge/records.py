@@ -1,15 +1,20 @@
-"""The records of pairwise judging, in the order they travel.
+"""The records of judging, in the order they travel.
 
-A `Question` and two systems' `Answer`s make a `Pair`; a prompt family renders it as a `JudgeRequest`; a judge (the
-client, a reward model, the nano oracle) gives a `Reply` or a `Failure`; the family's parser reads a `Verdict` or an
-`Unparsed` from the reply; all of it together is a `Review`, which is what is stored and what aggregation reads.
+A `Question` and two systems' `Answer`s make a `Pair`, one system's a `Solo`; a prompt family renders it as a
+`JudgeRequest`; a judge (the client, a reward model, the nano oracle) gives a `Reply` or a `Failure`; the family's
+parser reads a `Verdict` or an `Unparsed` from the reply; all of it together is a `Review` (a `Grade` of one answer),
+which is what is stored and what aggregation reads.
+
+A question has one turn or more. Turns count from 1; a case (`Pair` or `Solo`) is about one of them, in the light of
+those before it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from almost_eval.types import JSONMapping, Message
@@ -17,8 +22,26 @@ from almost_eval.types import JSONMapping, Message
 Order = Literal["forward", "reverse"]
 """`forward` shows the baseline as Assistant 1 and the model as Assistant 2, as the official script does."""
 
+TOO_LONG = "context_too_long"
+"""Why an answer to a later turn is not there: what was said before leaves no room for it in the model's context."""
+
 Side = Literal["1", "2", "tie"]
 """Who is better, by the place in the prompt."""
+
+
+class QuestionTurn(NamedTuple):
+    """A turn after the first."""
+
+    text: str
+    reference: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerTurn:
+    """The answer to one turn."""
+
+    text: str
+    metadata: JSONMapping = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +51,27 @@ class Question:
     id: str
     """As text; FastChat's files hold integers."""
     text: str
+    """The first turn."""
     category: str = "general"
     reference: str | None = None
-    """The nano world's key to its oracle, or a reference answer."""
+    """The nano world's key to its oracle, or a reference answer to the first turn."""
+    later: tuple[QuestionTurn, ...] = ()
+    """The turns after the first, with their reference answers."""
+
+    @property
+    def turns(self) -> tuple[str, ...]:
+        """What is asked, turn by turn."""
+        return (self.text, *(turn.text for turn in self.later))
+
+    @property
+    def references(self) -> tuple[str | None, ...]:
+        """The reference answer to each turn; None or empty where there is none."""
+        return (self.reference, *(turn.reference for turn in self.later))
+
+    def with_references(self, references: Sequence[str | None]) -> Question:
+        """The same with one reference answer, or None, for each turn."""
+        later = tuple(QuestionTurn(turn.text, r) for turn, r in zip(self.later, references[1:], strict=True))
+        return replace(self, reference=references[0], later=later)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,25 +80,88 @@ class Answer:
 
     question_id: str
     text: str
-    """May be empty: judged as it is."""
+    """To the first turn. May be empty: judged as it is."""
     model: str
     """The system's name (`model_id` in the file)."""
     metadata: JSONMapping = field(default_factory=dict)
+    """How the first turn's answer came about."""
+    later: tuple[AnswerTurn, ...] = ()
+    """To the turns after the first."""
+
+    @property
+    def turns(self) -> tuple[str, ...]:
+        """The answers, turn by turn."""
+        return (self.text, *(turn.text for turn in self.later))
+
+    @property
+    def turn_metadata(self) -> tuple[JSONMapping, ...]:
+        """How each turn's answer came about."""
+        return (self.metadata, *(turn.metadata for turn in self.later))
+
+    def of_turns(self, turns: Sequence[AnswerTurn]) -> Answer:
+        """The same system's answer to the same question, with these answers to its turns."""
+        first, *later = turns
+        return replace(self, text=first.text, metadata=first.metadata, later=tuple(later))
+
+
+Answers = dict[str, Answer]
+"""Question id -> answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two answers to one question in the order they are shown."""
+    """Two answers to one turn of a question in the order they are shown."""
 
     question: Question
     answer_1: Answer
     answer_2: Answer
     order: Order
+    turn: int = 1
+    """Which is judged, from 1. Those before it are shown; those after it are not."""
 
     @property
     def id(self) -> str:
-        """Unique in a run: `question/order`, and the systems where there are more than two."""
-        return f"{self.question.id}/{self.order}"
+        """Unique in a run: `question/order`, a later turn's number, and the systems where there are more than two."""
+        return f"{self.question.id}/{self.order}" + (f"/turn {self.turn}" if self.turn > 1 else "")
+
+    @property
+    def answers(self) -> tuple[Answer, ...]:
+        """By place in the prompt."""
+        return self.answer_1, self.answer_2
+
+
+@dataclass(frozen=True, slots=True)
+class Solo:
+    """One answer to one turn of a question, graded by itself."""
+
+    question: Question
+    answer: Answer
+    turn: int = 1
+
+    @property
+    def id(self) -> str:
+        """Unique for a system: `question/turn`."""
+        return f"{self.question.id}/turn {self.turn}"
+
+    @property
+    def answers(self) -> tuple[Answer, ...]:
+        """The one."""
+        return (self.answer,)
+
+
+Subject = Pair | Solo
+"""What a judge is shown at a time."""
+
+
+def texts_of(case: Subject) -> str:
+    """Everything that a review of the case may quote: question and answers, up to the judged turn."""
+    shown = (case.question.turns, *(answer.turns for answer in case.answers))
+    return "\n".join(turns[at] for at in range(case.turn) for turns in shown)
+
+
+def lengths_of(case: Subject) -> list[int]:
+    """Characters of the judged turn's answers, by place in the prompt."""
+    return [len(answer.turns[case.turn - 1]) for answer in case.answers]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +260,8 @@ class Failure:
 class Verdict:
     """What a review says, by place in the prompt."""
 
-    winner: Side
+    winner: Side | None
+    """None where one answer was graded by itself; `score_1` is then its mark."""
     score_1: float | None = None
     """1 to 10; None in a family that names the winner only."""
     score_2: float | None = None
@@ -186,11 +291,13 @@ class Review:
     verdict: Verdict | None
     """None: unscored, with `reason`."""
     reason: str | None = None
+    turn: int = 1
+    """Of the question, from 1."""
 
     @property
     def model_score(self) -> float | None:
         """1 where the model won, 0 where the baseline did, 0.5 for a tie, None where unscored."""
-        if self.verdict is None:
+        if self.verdict is None or self.verdict.winner is None:
             return None
         if self.verdict.winner == "tie":
             return 0.5
@@ -204,3 +311,17 @@ class Review:
             return None
         first, second = verdict.score_1, verdict.score_2
         return (second, first) if self.order == "forward" else (first, second)
+
+
+@dataclass(frozen=True, slots=True)
+class Grade:
+    """One answer graded by itself, as it is stored."""
+
+    question_id: str
+    category: str
+    turn: int
+    """Of the question, from 1."""
+    system: str
+    mark: float | None
+    """1 to 10; None where unscored, with `reason`."""
+    reason: str | None = None

@@ -14,15 +14,16 @@ from pathlib import Path
 import numpy as np
 
 from almost_eval.errors import InputError, StoreError
+from almost_eval.judge import grading
 from almost_eval.judge.aggregate import Orders, Ties, aggregate, round_robin
 from almost_eval.judge.answers import answer_files, digest_answers
 from almost_eval.judge.api.endpoint import THOUGHT_ONLY
 from almost_eval.judge.judges import UNPARSED, Judgement, verdict_fields, without_answer
-from almost_eval.judge.lines import ORDERS, check_reviews, couples, record_of, reviews_of
+from almost_eval.judge.lines import ORDERS, cases_of, check_reviews, grades_of, record_of, reviews_of
 from almost_eval.judge.local import judge_by_oracle, judge_by_reward
-from almost_eval.judge.prompts import load_family, parse_review
+from almost_eval.judge.prompts import FORMS, load_family, parse_review
 from almost_eval.judge.questions import read_answers, read_questions
-from almost_eval.judge.records import Pair, Review, Unparsed
+from almost_eval.judge.records import Review, Solo, Subject, Unparsed
 from almost_eval.run.store import origin, read_results, read_samples, read_spec
 from almost_eval.run.validity import Validity
 from almost_eval.stats import mean_metric
@@ -53,8 +54,12 @@ def summarise(
         orders: which of the lines' orders count.
     """
     settings = spec["settings"]
-    reviews, ties = reviews_of(records), ties or settings["ties"]
-    if len(settings["systems"]) > 2:
+    ties = ties or settings["ties"]
+    single = settings.get("judging") == "single"
+    reviews = [] if single else reviews_of(records)
+    if single:
+        headline, metrics, judging = grading.summarise(grades_of(records), spec)
+    elif len(settings["systems"]) > 2:
         headline, metrics, judging = _round_robin(
             reviews, [s["name"] for s in settings["systems"].values()], spec["seed"]
         )
@@ -65,8 +70,11 @@ def summarise(
     stated = {name: metric.to_dict() for name, metric in metrics.items()}
     if not validity.passed:
         hidden = {"value": None, "stderr": None, "ci95": None, "withheld": validity.reason}
-        stated |= {name: m | hidden for name, m in stated.items() if name.startswith(("win_rate", "strength/"))}
-        judging |= {"length_controlled": None}
+        stated |= {
+            name: m | hidden for name, m in stated.items() if name.startswith(("win_rate", "strength/", "score"))
+        }
+        withheld: JSONObject = {"systems": {}, "differences": {}} if single else {"length_controlled": None}
+        judging |= withheld
     template = spec["template"] or {}
     return {
         "task": spec["task"],
@@ -153,6 +161,7 @@ def _details(records: Sequence[SampleRecord], settings: JSONMapping) -> JSONObje
         "reviews of cut answers": sum(any(r.outputs.get("cut", ())) for r in records),
         "reviews of answers without their thinking": sum(bool(r.outputs.get("reasoning_stripped")) for r in records),
         "reviews of empty answers": sum(0 in r.outputs["lengths"] for r in records),
+        "reviews that used a reference known to be wrong": sum("wrong_references" in r.outputs for r in records),
         "reviews of texts with the prompt's own markers, quoted": sum("markers_quoted" in r.outputs for r in records),
         "prompt tokens": sum(r.outputs.get("prompt_tokens") or 0 for r in records),
         "completion tokens": sum(r.outputs.get("completion_tokens") or 0 for r in records),
@@ -182,12 +191,12 @@ class StoredRun:
         names = [system["name"] for system in settings["systems"].values()]
         self.answers = [read_answers(file, self.questions)[1] for file in answer_files(folder, names)]
         self.digests = {name: digest_answers(mine) for name, mine in zip(names, self.answers, strict=True)}
-        ids, pairs, cuts = couples(self.questions, self.answers, settings["orders"], settings["max_answer_chars"])
-        self.pairs = {id: (pair, cut) for id, pair, cut in zip(ids, pairs, cuts, strict=True)}
+        cases = cases_of(self.questions, self.answers, settings["orders"], settings["max_answer_chars"])
+        self.pairs = {id: (case, cut) for id, case, cut in zip(*cases, strict=True)}
         stored = {record.sample.id: record for record in read_samples(folder)}
         if unknown := next((id for id in stored if id not in self.pairs), None):
             raise StoreError(f"{folder} has a line for {unknown!r}, which its questions and systems do not make")
-        self.records = [stored[id] for id in ids if id in stored]
+        self.records = [stored[id] for id in self.pairs if id in stored]
 
     def again(self, record: SampleRecord, family: str | None = None) -> SampleRecord:
         """The line as its own outputs, and the answers, make it.
@@ -200,7 +209,7 @@ class StoredRun:
         outputs = {key: value for key, value in record.outputs.items() if key not in ("lengths", "cut")}
         return record_of(pair, self._judgement(pair, record, outputs, family), id=record.sample.id, cut=cut)
 
-    def _judgement(self, pair: Pair, record: SampleRecord, outputs: JSONObject, family: str | None) -> Judgement:
+    def _judgement(self, pair: Subject, record: SampleRecord, outputs: JSONObject, family: str | None) -> Judgement:
         judge = self.spec["settings"]["judge"]
         if (unjudged := without_answer(pair)) is not None:
             return unjudged
@@ -223,8 +232,8 @@ class StoredRun:
     ) -> JSONObject:
         """The results that these lines make."""
         allowed = {name: entry["allowed"] for name, entry in self.results["validity"]["checks"].items()}
-        records = [r for r in records if r.sample.metadata["order"] in ORDERS[orders]]
-        expected = sum(pair.order in ORDERS[orders] for pair, _ in self.pairs.values())
+        records = [r for r in records if r.sample.metadata.get("order") in (None, *ORDERS[orders])]
+        expected = sum(isinstance(c, Solo) or c.order in ORDERS[orders] for c, _ in self.pairs.values())
         validity = check_reviews(records, expected, allowed)
         return summarise(records, self.spec, validity, self.results["engine"], self.digests, ties=ties, orders=orders)
 
@@ -244,11 +253,16 @@ def redraw(folder: Path, *, ties: Ties | None = None, orders: Orders = "both", f
     """
     run = StoredRun(folder)
     have = run.spec["settings"]["orders"]
+    if run.spec["settings"].get("judging") == "single" and (ties, orders) != (None, "both"):
+        raise InputError(f"{folder} graded each answer by itself: it has no orders and no ties; leave both out")
     if have not in ("both", orders) and orders != "both":
         raise InputError(f"{folder} holds the order {have!r} only; leave --orders out")
     records = run.records
     if family is not None:
         if run.spec["settings"]["judge"]["kind"] != "model":
             raise InputError(f"--prompt-family: the judge {run.spec['protocol']!r} wrote no reviews to read")
+        mine = FORMS[run.spec["settings"]["judge"]["form"]].n_answers
+        if FORMS[load_family(family).form].n_answers != mine:
+            raise InputError(f"--prompt-family {family} reads reviews of another number of answers; name another")
         records = [run.again(record, family) for record in records]
     return {**run.summarise(records, ties=ties, orders=orders), "orders": have if orders == "both" else orders}

@@ -16,8 +16,6 @@ from typing import Literal
 from almost_eval.files import read_json, write_rows
 from almost_eval.judge.answers import (
     AnswerReasoning,
-    Answers,
-    ModelSystem,
     System,
     answer_files,
     digest_answers,
@@ -25,9 +23,10 @@ from almost_eval.judge.answers import (
     question_line,
 )
 from almost_eval.judge.judges import LASTING, Judge, ModelJudge, shown, without_answer
-from almost_eval.judge.lines import ORDERS, check_reviews, couples, record_of
+from almost_eval.judge.lines import ORDERS, cases_of, check_reviews, record_of
+from almost_eval.judge.model_system import ModelSystem
 from almost_eval.judge.raised import kept_lines
-from almost_eval.judge.records import Answer, Question
+from almost_eval.judge.records import Answer, Answers, AnswerTurn, Question
 from almost_eval.judge.results import summarise
 from almost_eval.progress import Progress
 from almost_eval.run import provenance
@@ -37,6 +36,8 @@ from almost_eval.run.validity import ALLOWED, Validity
 from almost_eval.types import JSONObject, SampleRecord
 
 TASK = "vicuna"
+Judging = Literal["pairwise", "single"]
+"""Two answers compared, or each graded by itself."""
 
 
 class JudgeRun:
@@ -52,6 +53,8 @@ class JudgeRun:
         ties: `half` (a tie is half a win) or `drop`.
         max_answer_chars: cut longer answers, and count them; None cuts nothing.
         answer_reasoning: what became of thoughts in the systems' answers; recorded.
+        judging: `pairwise`, or `single`: each answer is graded by itself, and there are no orders and no ties.
+        questions_named: what the questions and their reference answers are called, where they have names; recorded.
         seed: recorded, and of the bootstrap.
         allowed: shares for the validity gate, or None for the defaults.
 
@@ -71,6 +74,8 @@ class JudgeRun:
         ties: Literal["half", "drop"] = "half",
         max_answer_chars: int | None = None,
         answer_reasoning: AnswerReasoning = "strip",
+        judging: Judging = "pairwise",
+        questions_named: Mapping[str, str] = {},
         seed: int = 0,
         allowed: Mapping[str, float] | None = None,
     ) -> None:
@@ -79,8 +84,10 @@ class JudgeRun:
         self.data_name = data_name
         self.systems = distinct(systems)
         self.judge = judge
-        self.orders = orders
-        self.ties = ties
+        self.judging = judging
+        self.questions_named = dict(questions_named)
+        self.orders = orders if judging == "pairwise" else None
+        self.ties = ties if judging == "pairwise" else None
         self.max_answer_chars = max_answer_chars
         self.answer_reasoning = answer_reasoning
         self.seed = seed
@@ -90,13 +97,15 @@ class JudgeRun:
     @property
     def n_samples(self) -> int:
         """Reviews of a whole run."""
-        n = len(self.systems)
-        return len(self.questions) * len(ORDERS[self.orders]) * n * (n - 1) // 2
+        n, n_turns = len(self.systems), sum(len(question.turns) for question in self.questions)
+        return n_turns * (n if self.orders is None else len(ORDERS[self.orders]) * n * (n - 1) // 2)
 
     def spec(self) -> JSONObject:
         """Everything that decides the numbers, and the command that requested them."""
         judge = self.judge.spec()
         roles = ["baseline", "model"] if len(self.systems) == 2 else [system.name for system in self.systems]
+        if self.judging == "single":  # none is the baseline of another
+            roles = [*(system.name for system in self.systems[:-1]), "model"]
         systems = {role: system.spec() for role, system in zip(roles, self.systems, strict=True)}
         settings: JSONObject = {
             "orders": self.orders,
@@ -107,6 +116,9 @@ class JudgeRun:
         }
         if self.answer_reasoning != "strip":
             settings["answer_reasoning"] = self.answer_reasoning
+        if self.judging != "pairwise":
+            settings["judging"] = self.judging
+        settings |= self.questions_named
         model = systems[roles[-1]]
         return {
             "schema": 1,
@@ -135,7 +147,7 @@ class JudgeRun:
     def title(self) -> str:
         """`model vs baseline`, or all names of a round robin."""
         names = [system.name for system in self.systems]
-        return f"{names[1]} vs {names[0]}" if len(names) == 2 else ", ".join(names)
+        return f"{names[1]} vs {names[0]}" if len(names) == 2 and self.judging == "pairwise" else ", ".join(names)
 
     def default_folder(self) -> Path:
         """`runs/vicuna-<judge>-<model>-<digest of the spec>`; see `store.default_folder`."""
@@ -166,7 +178,7 @@ class JudgeRun:
             write_rows(folder / "questions.jsonl", map(question_line, self.questions), ascii_only=True)
             files = answer_files(folder, [system.name for system in self.systems])
             answers = [s.write(file, progress) for s, file in zip(self.systems, files, strict=True)]
-            ids, pairs, cuts = couples(self.questions, answers, self.orders, self.max_answer_chars)
+            ids, pairs, cuts = cases_of(self.questions, answers, self.orders, self.max_answer_chars)
             if isinstance(self.judge, ModelJudge):
                 prompts = self.judge.prompts
                 texts = (shown(prompts.messages(pair)) for pair in pairs)
@@ -192,10 +204,16 @@ class JudgeRun:
             warnings = [*self.judge.warnings(), *(note for system in self.systems for note in system.notes)]
             if spec["commit"] != begun["commit"]:
                 warnings.append(f"begun on commit {begun['commit']}, ended on {spec['commit']}")
+            if wrong := [record.sample.cluster for record in records if "wrong_references" in record.outputs]:
+                warnings.append(
+                    f"{len(wrong)} reviews used a reference answer that is known to be wrong (questions "
+                    f"{', '.join(dict.fromkeys(wrong))}); --reference corrected mends these"
+                )
             for system, mine in zip(self.systems, answers, strict=True):
-                if cut := sum((a.metadata or {}).get("finish_reason") == "length" for a in mine.values()):
+                made = [about for answer in mine.values() for about in answer.turn_metadata]
+                if cut := sum(about.get("finish_reason") == "length" for about in made):
                     warnings.append(
-                        f"{cut} of {len(mine)} answers of {system.name} were cut at the limit of new tokens"
+                        f"{cut} of {len(made)} answers of {system.name} were cut at the limit of new tokens"
                     )
             digests = {s.name: digest_answers(a) for s, a in zip(self.systems, answers, strict=True)}
             engine = {"path": "judge", "warnings": warnings}
@@ -217,7 +235,7 @@ class JudgeRun:
         """What `--dry-run` prints; answers that are yet to be written count as long as they may become."""
         unwritten = [system.name for system in self.systems if system.known() is None]
         answers = [system.known() or self._longest(system) for system in self.systems]
-        ids, pairs, _ = couples(self.questions, answers, self.orders, self.max_answer_chars)
+        ids, pairs, _ = cases_of(self.questions, answers, self.orders, self.max_answer_chars)
         facts: JSONObject = {"questions": len(self.questions), "reviews": len(pairs), "judge": self.judge.name}
         facts |= {"systems": ", ".join(system.name for system in self.systems)}
         if unwritten:
@@ -232,4 +250,4 @@ class JudgeRun:
     def _longest(self, system: System) -> Answers:
         # Four letters are a token to the estimate, and to most tokenizers.
         text = "long " * system.spec()["sampling"]["max_new_tokens"]
-        return {question.id: Answer(question.id, text, system.name) for question in self.questions}
+        return {q.id: Answer(q.id, text, system.name, later=(AnswerTurn(text),) * len(q.later)) for q in self.questions}

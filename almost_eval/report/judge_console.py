@@ -10,6 +10,7 @@ from rich.text import Text
 
 from almost_eval.judge.aggregate import Combined, JudgeResults, RoundRobin, SignTest
 from almost_eval.report.judge_tables import print_judge_results, print_round_robin
+from almost_eval.report.turns import is_of_turn, print_grades, print_turn_table
 from almost_eval.types import JSONMapping, JSONObject, Metric
 
 CHECK_ROWS = {
@@ -38,10 +39,14 @@ def print_judged(results: JSONMapping, console: Console) -> None:
     title = " · ".join([f"judge {results['protocol']}", *ORDERS_IN_WORDS.get(results.get("orders", ""), ())])
     if results["task"] == "judge-check":
         _print_check(results, console)
+    elif results["judging"].get("mode") == "single":
+        print_grades(results, console, title=title)
     elif "names" in results["judging"]:
         print_round_robin(_round_robin(results), console, title=title)
     else:
         print_judge_results(_two(results), console, title=title)
+        if any(map(is_of_turn, results["metrics"])):
+            print_turn_table(results["metrics"], "win_rate", console, title="win rate by category and turn")
     if details := ", ".join(f"{name} {count:,}" for name, count in results["details"].items() if count):
         console.print(Text(f"counted: {details}"))
     _print_cost(results.get("timing") or {}, console)

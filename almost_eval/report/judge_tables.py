@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from almost_eval.judge.aggregate import JudgeResults, RoundRobin
+from almost_eval.report.turns import is_of_turn
 from almost_eval.types import Metric
 
 ELO = 400 / math.log(10)
@@ -35,12 +36,12 @@ def print_judge_results(results: JudgeResults, console: Console, *, title: str =
     )
     _add(table, "win rate at equal length", results.length_controlled)
     categories = [name for name in results.metrics if name.startswith("win_rate/")]
-    if len(categories) > 1:
+    if len(categories) > 1 and not any(map(is_of_turn, categories)):  # those of several turns have a table
         table.add_section()
         for name in categories:
             _add(table, f"  {name.removeprefix('win_rate/')}", results.metrics[name])
     table.add_section()
-    one_order = results.combined.incomplete == results.n_questions
+    one_order = not results.consistency.n
     if not one_order:
         _add(table, "both orders agree", results.consistency, "dim")
     confounded = " (one order: the place or the system)" if one_order else ""

@@ -43,9 +43,11 @@ class LengthBin:
 
 
 def outcomes(run: LoadedRun) -> list[VerdictCounts]:
-    """All reviews, then each order, then each category."""
+    """All reviews, then each order, then each turn where there are several, then each category."""
     parts: list[tuple[str, Callable[[SampleRecord], bool]]] = [("all reviews", lambda _: True)]
     parts += [(label, _in_order(order)) for order, label in ORDERS.items()]
+    turns = sorted({record.sample.metadata.get("turn", 1) for record in run.records})
+    parts += [(f"turn {turn}", _of_turn(turn)) for turn in turns if len(turns) > 1]
     groups = list(dict.fromkeys(record.sample.group for record in run.records))
     parts += [(group, _in_group(group)) for group in groups if len(groups) > 1]
     counts = [_counts(label, [record for record in run.records if keep(record)]) for label, keep in parts]
@@ -57,6 +59,10 @@ ORDERS = {"forward": "model shown second", "reverse": "model shown first"}
 
 def _in_order(order: str) -> Callable[[SampleRecord], bool]:
     return lambda record: record.sample.metadata.get("order") == order
+
+
+def _of_turn(turn: int) -> Callable[[SampleRecord], bool]:
+    return lambda record: record.sample.metadata.get("turn", 1) == turn
 
 
 def _in_group(group: str) -> Callable[[SampleRecord], bool]:

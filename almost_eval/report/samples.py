@@ -187,21 +187,31 @@ class _JudgedTexts:
     """Questions and answers beside a judged run's lines."""
 
     def __init__(self, folder: Path) -> None:
-        self._questions = {str(row["question_id"]): str(row["text"]) for row in _rows(folder / "questions.jsonl")}
+        self._questions = {str(row["question_id"]): _turns_of(row) for row in _rows(folder / "questions.jsonl")}
         self._answers = {
-            (str(row["model_id"]), str(row["question_id"])): str(row["text"])
+            (str(row["model_id"]), str(row["question_id"])): _turns_of((row.get("choices") or [row])[0])
             for file in sorted((folder / "answers").glob("*.jsonl"))
             for row in _rows(file)
         }
 
     def of(self, record: SampleRecord) -> JSONObject:
-        """The question, and who answered what, by place in the prompt."""
+        """The question up to the judged turn, and who answered what to it, by place in the prompt."""
         stored, question = record.sample.metadata, record.sample.cluster
-        names = [str(stored.get("baseline", "")), str(stored.get("model", ""))]
+        turn = int(stored.get("turn", 1))
+        names = [str(stored[key]) for key in ("baseline", "model") if key in stored]
         if stored.get("order") == "reverse":
             names.reverse()
-        answers = [[name, self._answers.get((name, question))] for name in names]
-        return {"question": self._questions.get(question), "answers": answers}
+        answers = []
+        for name in names:
+            turns = self._answers.get((name, question))
+            answers.append([name, turns[turn - 1] if turns else None])
+        asked = self._questions.get(question)
+        return {"question": "\n\n".join(asked[:turn]) if asked else None, "answers": answers}
+
+
+def _turns_of(row: JSONObject) -> list[str]:
+    """The turns of a question's line, or of a choice in an answer's."""
+    return [str(turn) for turn in row["turns"]] if "turns" in row else [str(row["text"])]
 
 
 def _rows(file: Path) -> list[JSONObject]:
