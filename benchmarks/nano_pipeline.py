@@ -18,6 +18,7 @@ from statistics import fmean
 from typing import Any
 
 from almost_eval.cli.startup import import_transformers
+from almost_eval.compare.tax.tasks import nano_oracle
 from almost_eval.data.sources import DataSource, find_data
 from almost_eval.engines.build import generation_engine
 from almost_eval.engines.hf import HFEngine
@@ -28,7 +29,7 @@ from almost_eval.nano.oracle import score_text
 from almost_eval.progress import Progress, progress_for
 from almost_eval.rewards.hf import HFRewardModel
 from almost_eval.types import Message
-from almost_train.nano.data import oracle, write_prompts
+from almost_train.nano.data import write_prompts
 from almost_train.nano.ladder import Respondent, oracle_ladder
 from almost_train.pipeline.evaluation import EvaluationSettings, evaluate_policies
 from almost_train.pipeline.recipe import Recipe, load_recipe
@@ -271,8 +272,7 @@ def policies(recipe: Recipe, folder: Path, seed: int, progress: Progress) -> Fig
         folder / "policies",
         reward_model=folder / "nano" / "reward" / "model",
         reference="SFT",
-        judge=oracle,
-        judge_name="nano oracle",
+        judge=nano_oracle(),
         progress=progress,
     )
     figures: Figures = {}

@@ -175,7 +175,7 @@ def test_the_files_for_training_are_read_as_shown(tmp_path: Path) -> None:
 
     write_files(PAGES["train.md"], tmp_path)
     assert [row["id"] for row in read_rows(tmp_path / "prompts.jsonl", {"id": str, "prompt": str})] == ["p00001"]
-    assert read_pairs(tmp_path / "comparisons.jsonl")[0].chosen[-1].content == "It is tiny."
+    assert read_pairs(tmp_path / "comparisons.jsonl").pairs[0].chosen[-1].content == "It is tiny."
     (row,) = read_rows(tmp_path / "demonstrations.jsonl", {"messages": list})
     assert messages_of(row["messages"], "row")[-1].role == "assistant"
     listed = read_configurations(yaml.safe_load((tmp_path / "configurations.yaml").read_text()), "configurations.yaml")

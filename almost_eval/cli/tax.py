@@ -96,13 +96,13 @@ def render(tax: Tax, console: Console, files: list[Path]) -> None:
     """The tables, the sentence, and where the files are."""
     from rich.text import Text
 
-    from almost_eval.compare.tax.tax import KL_SOURCE, LOG_IS
+    from almost_eval.compare.tax.tax import LOG_IS
 
     console.print(_means(tax))
     console.print(_differences(tax))
     for warning in tax.facts.get("warnings", ()):
         console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
-    console.print(Text(f"steps: {tax.steps_are}; KL: {KL_SOURCE}", style="dim"), soft_wrap=True)
+    console.print(Text(f"steps: {tax.steps_are}; KL: {tax.kl_source}", style="dim"), soft_wrap=True)
     if tax.log:
         console.print(Text(f"grey in the plot: {LOG_IS}", style="dim"), soft_wrap=True)
     console.print(Text(tax.sentence, style="bold"), soft_wrap=True)

@@ -89,6 +89,13 @@ def score_text(prompt: str, response: str, world: World | None = None) -> Oracle
     return score(query, response, world) if query else None
 
 
+def scores_by_dimension(prompt: str, response: str) -> dict[str, float | None]:
+    """`score_text` as `oracle`, `oracle/helpful`, `oracle/honest`, `oracle/harmless`; None for what is not at stake."""
+    score = score_text(prompt, response)
+    parts = {f"oracle/{name}": getattr(score, name, None) for name in ("helpful", "honest", "harmless")}
+    return {"oracle": None if score is None else score.overall, **parts}
+
+
 @cache
 def _world() -> World:
     return World()

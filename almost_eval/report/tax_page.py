@@ -10,7 +10,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from almost_eval.compare.tax.tax import KL_SOURCE, LOG_IS, MeasuredPolicy, Tax, benchmarks, shown
+from almost_eval.compare.tax.tax import LOG_IS, MeasuredPolicy, Tax, benchmarks, shown
 from almost_eval.errors import RunError
 from almost_eval.files import whole_file
 
@@ -71,7 +71,7 @@ def html(tax: Tax, svg: str) -> str:
         f'<p class="sentence">{escape(tax.sentence)}</p>{svg[svg.index("<svg") :]}'
         f'<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>'
         f"<p>Means with 95 % half-widths; steps are {escape(tax.steps_are)}; "
-        f"KL is {escape(KL_SOURCE)}.</p>{notes}</html>\n"
+        f"KL is {escape(tax.kl_source)}.</p>{notes}</html>\n"
     )
 
 

@@ -68,7 +68,7 @@ def prepare(task: Task, engine: Any, samples: Sequence[Sample]) -> Prepared:
         prepared.of_sample.append(range(len(prepared.requests), len(prepared.requests) + len(mine)))
         prepared.requests.extend(mine)
         prepared.truncated.append(full - needed)
-    if prepared.too_long and len(prepared.too_long) == len(samples):
+    if not task.unfit_is_unscored and prepared.too_long and len(prepared.too_long) == len(samples):
         shortest = min(prepared.too_long.values())
         raise InputError(
             f"no sample fits: the shortest prompt has {shortest} tokens, the context {limit}; use a model with a "

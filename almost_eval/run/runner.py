@@ -71,10 +71,21 @@ class Run:
             if hasattr(self.model, "check_scores"):  # an endpoint: not each can
                 self.model.check_scores()
             self._prepare()
-        elif self.task.requires == "reward" and not any(self._fits(i) for i in range(len(self.samples))):
+        elif not self.task.unfit_is_unscored:
+            self._refuse_unfit()
+
+    def _refuse_unfit(self) -> None:
+        places = range(len(self.samples))
+        if self.task.requires == "reward" and not any(self._fits(i) for i in places):
             raise InputError(
                 f"no sample fits: the shortest conversation has {min(self._lengths)} tokens, the context "
                 f"{self.model.context_length}; use a model with a longer context, or raise --max-length"
+            )
+        if self.task.requires == "generation" and not any(self._fitting(i) for i in places):
+            new = self.task.generation(self.samples[0], 0).params.max_new_tokens
+            raise InputError(
+                f"no prompt leaves room for {new} new tokens in the context of {self.model.context_length} of "
+                f"{self.model.checkpoint.name}; use a model with a longer context, or lower max_new_tokens"
             )
 
     def _prepare(self) -> None:
@@ -367,9 +378,9 @@ class Run:
         full = 0
         for shots in range(self.task.max_shots, -1, -1):
             request = self.task.generation(self.samples[index], shots)
-            # A continuation stands in for the answer: what follows may merge with the prompt's last character.
-            (encoded,) = self.model.encode([LoglikelihoodRequest(request.prompt, (" a",))])
-            needed = len(encoded.continuations[0].prefix) + len(encoded.continuations[0].scored)
+            # With ids for a continuation, the prefix is the prompt as the engine reads it to continue it.
+            (encoded,) = self.model.encode([LoglikelihoodRequest(request.prompt, ("a",), token_ids=((0,),))])
+            needed = len(encoded.continuations[0].prefix)
             full = full or needed
             limit = self.model.context_length
             if limit is None or needed + request.params.max_new_tokens <= limit:

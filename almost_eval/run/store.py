@@ -28,6 +28,19 @@ NEW_RUN = "what made the samples is unknown without it: put back a whole copy of
 """What to do about a damaged `spec.json`."""
 
 
+class RunChanged(StoreError):
+    """The folder holds another run.
+
+    Args:
+        folder: of the run.
+        change: what is other: `seed was 2, is 3`.
+    """
+
+    def __init__(self, folder: Path, change: str) -> None:
+        super().__init__(f"{folder} holds another run: {change}; choose another --output")
+        self.change = change
+
+
 class RunStore:
     """An open run folder. Use as a context manager: the lock is held inside.
 
@@ -37,7 +50,8 @@ class RunStore:
         amend: takes the stored spec and this one, and gives both back with what may change when a run goes on.
 
     Raises:
-        StoreError: the folder is in use, holds another run, or is not a run folder.
+        RunChanged: the folder holds another run.
+        StoreError: the folder is in use, or is not a run folder.
     """
 
     def __init__(
@@ -129,7 +143,7 @@ class RunStore:
         if differ:
             shown = [f"{key} was {_short(was.get(key))}, is {_short(now.get(key))}" for key in differ[:3]]
             more = f"; and {len(differ) - 3} more" if len(differ) > 3 else ""
-            raise StoreError(f"{self.folder} holds another run: {'; '.join(shown)}{more}; choose another --output")
+            raise RunChanged(self.folder, "; ".join(shown) + more)
         if stored != begun:
             write_json(file, stored)
         self.spec = stored

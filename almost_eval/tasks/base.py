@@ -108,6 +108,9 @@ class Task(ABC):
     prompting: Prompting
     version: int = 1
     """Raised whenever the same model and data would give another number."""
+    unfit_is_unscored: bool = False
+    """Whether a run goes on where no sample fits the model's context: for samples that took work to make. Else it is
+    refused before a weight is loaded."""
     keeps_tokens: bool = False
     """Whether a run stores the ids of what was generated."""
     headline: str = "accuracy"

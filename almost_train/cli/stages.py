@@ -12,6 +12,8 @@ from almost_eval.errors import RunError
 from almost_train.cli.options import DATA_ROOT, HELD_OUT, OUTPUT, data_for, path_option
 from almost_train.cli.settings import settings_command
 
+TABLES = "JSON Lines, JSON, CSV, Parquet, or a data set of the hub (org/name[:config][@split])"
+
 if TYPE_CHECKING:
     from almost_eval.progress import Progress
     from almost_eval.types import JSONObject
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @settings_command("almost_train.reward.run:RewardSettings")
-@path_option("--comparisons", "Preference pairs: prompt, chosen, rejected.")
+@path_option("--comparisons", f"Preference pairs: {TABLES}.")
 @click.option("--eval-comparisons", type=click.Path(path_type=Path), help="Held-out pairs, in place of a share.")
 @click.option("--model", required=True, help="What to start from: a language model, encoder or classifier.")
 @OUTPUT
@@ -49,7 +51,7 @@ def reward(
 
 
 @settings_command("almost_train.self_play.settings:SelfPlaySettings", engine=True, name="self-play")
-@path_option("--prompts", "prompts.jsonl: the first user turns.")
+@path_option("--prompts", f"The first user turns: {TABLES}.")
 @click.option("--reward-model", help="Its checkpoint; may be left out with --unguided.")
 @click.option("--prompt-set", default="official", show_default=True, help="official, builtin or nano.")
 @HELD_OUT
@@ -90,7 +92,7 @@ def self_play(
 
 
 @settings_command("almost_train.sft.run:SFTSettings")
-@path_option("--demonstrations", "Rows with messages.")
+@path_option("--demonstrations", f"Dialogues: {TABLES}.")
 @click.option("--model", required=True, help="The language model to fine-tune.")
 @OUTPUT
 @LOG_TO
@@ -116,7 +118,7 @@ def _refuse_stopped(result: JSONObject) -> None:
 
 
 @settings_command("almost_train.rlsf.job:RLSFSettings", check=_refuse_stopped)
-@path_option("--prompts", "prompts.jsonl.")
+@path_option("--prompts", f"What to answer: {TABLES}.")
 @click.option("--policy", required=True, help="The SFT checkpoint.")
 @click.option("--reward-model", required=True, help="The reward model's checkpoint.")
 @OUTPUT

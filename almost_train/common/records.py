@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ class Preference:
     rejected_source: str = ""
     prompt_id: str = ""
     """Pairs with one prompt have one id."""
+    margin: float | None = None
+    """By how much `chosen` is better, in units of the reward; None where the file does not say."""
 
     @classmethod
     def from_row(cls, row: Row, where: str) -> Preference:
@@ -34,11 +37,28 @@ class Preference:
             DataError: the row is not in the format; `where` says where it stands.
         """
         prompt, chosen, rejected = (messages_of(row[key], where) for key in ("prompt", "chosen", "rejected"))
+        return cls.of(row, prompt, chosen, rejected, where)
+
+    @classmethod
+    def of(cls, row: Row, prompt: Conversation, chosen: Conversation, rejected: Conversation, where: str) -> Preference:
+        """The preference of these messages, with what else the row says: sources, `prompt_id`, `margin`.
+
+        Raises:
+            DataError: no prompt, an answer that does not end in an assistant's message, a margin that is no number.
+        """
         if not prompt or any(not answer or answer[-1].role != "assistant" for answer in (chosen, rejected)):
             raise DataError(f"malformed data: {where}: needs a prompt, and answers that end in an assistant's message")
+        margin = row.get("margin")
+        if margin is not None:
+            try:
+                margin = float(margin)
+            except (TypeError, ValueError):
+                margin = math.nan
+            if not math.isfinite(margin):
+                raise DataError(f"malformed data: {where}: 'margin' must be a number, and is {row['margin']!r:.40}")
         chosen_source, rejected_source = (str(row.get(f"{side}_source") or "") for side in ("chosen", "rejected"))
         prompt_id = row.get("prompt_id") or hashlib.sha256(json.dumps(_as_json(prompt)).encode()).hexdigest()[:12]
-        return cls(prompt, chosen, rejected, chosen_source, rejected_source, str(prompt_id))
+        return cls(prompt, chosen, rejected, chosen_source, rejected_source, str(prompt_id), margin)
 
     def to_row(self) -> Row:
         """The row that `from_row` reads."""
@@ -49,6 +69,7 @@ class Preference:
             "chosen_source": self.chosen_source,
             "rejected_source": self.rejected_source,
             "prompt_id": self.prompt_id,
+            **({} if self.margin is None else {"margin": self.margin}),
         }
 
 
@@ -61,6 +82,11 @@ def messages_of(items: Sequence[object], where: str) -> Conversation:
     messages = []
     for item in items:
         role, content = (item.get("role"), item.get("content")) if isinstance(item, dict) else (None, None)
+        if isinstance(item, dict) and item.get("tool_calls"):
+            raise DataError(
+                f"malformed data: {where}: a message calls tools, which chat templates here do not write; leave such "
+                "dialogues out"
+            )
         if not isinstance(role, str) or not isinstance(content, str):
             raise DataError(f"malformed data: {where}: a message must be {{'role', 'content'}}, and is {item!r:.60}")
         messages.append(Message(role, content))

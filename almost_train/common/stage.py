@@ -22,8 +22,12 @@ from almost_train.common.config import settings_to_dict
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-FREE_SETTINGS = ("device", "save_every", "samples_every", "keep_every", "patience", "max_rounds", "accept_fewer")
-"""Settings that may differ when a stage goes on: where it runs, how often and what it saves, when it gives up."""
+FREE_SETTINGS = frozenset(
+    "device micro_batch_size sampling_batch_size gradient_checkpointing save_every save_minutes samples_every "
+    "keep_every patience max_rounds accept_fewer".split()
+)
+"""Settings that may differ when a stage goes on: where it runs and in how much memory, how often and what it saves,
+when it gives up. A pass over fewer items at once changes the rounding of a sum and nothing else."""
 
 
 def model_input(model: str) -> Path | str:

@@ -30,6 +30,7 @@ from almost_eval.progress import Progress
 from almost_eval.run.trackers import Trackers
 from almost_eval.types import JSONObject
 from almost_train.common.config import option
+from almost_train.common.interrupts import SaveRequests, ended_at, save_requests
 from almost_train.common.processes import WORK, SharedStage, from_main, is_main, wait_for_all, world_size
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class TrainSettings:
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
     device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda", "mps"))
     save_every: int = option(200, "optimiser steps between two checkpoints to resume from; 0 for none", least=0)
+    save_minutes: float = option(10.0, "minutes after which one is saved anyway; 0 for none", least=0)
 
 
 # --- the chat template ---
@@ -149,7 +151,9 @@ def trainer_arguments(settings: TrainSettings, folder: Path, steps: int) -> JSON
     }
 
 
-def fit(make_trainer: Callable[[], Trainer], stage: SharedStage, steps: int, progress: Progress) -> None:
+def fit(
+    make_trainer: Callable[[], Trainer], stage: SharedStage, steps: int, progress: Progress, *, minutes: float = 0.0
+) -> None:
     """Train to the end, from the last whole checkpoint if there is one, and leave the result in `model/`.
 
     Does nothing where `model/` exists: it is put there in one move, last.
@@ -160,9 +164,10 @@ def fit(make_trainer: Callable[[], Trainer], stage: SharedStage, steps: int, pro
             tokens_per_second (over all processes); for pairs accuracy and margin too.
         steps: optimiser steps.
         progress: the main process's; the others are silent.
+        minutes: between two checkpoints, besides `save_every`; 0 for no such checkpoints.
 
     Raises:
-        RunError: the loss is not finite.
+        RunError: the loss or the gradient is not finite, or a signal ended it after a checkpoint.
     """
     import torch
     from transformers import PrinterCallback
@@ -177,17 +182,21 @@ def fit(make_trainer: Callable[[], Trainer], stage: SharedStage, steps: int, pro
     with (
         _random_state_kept(),
         _step_log(stage.folder / "log.jsonl", done) as log,
+        save_requests(minutes) as saving,
         progress.track("training", steps, done) as advance,
     ):
         # 2. The trainer, with our log in place of its own.
         trainer = make_trainer()
         trainer.remove_callback(PrinterCallback)  # it prints on stdout
-        trainer.add_callback(_callback(log, advance))
+        watch = _callback(log, advance, saving, work)
+        trainer.add_callback(watch)
         if trainer.args.device.type == "cpu":
             # Of several processes on CPUs each is told "cpu:0", where torch.load refuses to put an optimiser's state.
             vars(trainer.args)["_setup_devices"] = torch.device("cpu")
         # 3. Training, and the model into `.work`.
         trainer.train(resume_from_checkpoint=resume)
+        if trainer.state.global_step < steps:
+            raise ended_at(trainer.state.global_step)
         model: Any = trainer.model
         for config in (model.config, model.config.get_text_config()):
             if hasattr(config, "use_cache"):
@@ -235,7 +244,9 @@ def _step_log(file: Path, done: int) -> Iterator[Callable[[Row], None]]:
             yield add
 
 
-def _callback(log: Callable[[Row], None], advance: Callable[[int], None]) -> TrainerCallback:
+def _callback(
+    log: Callable[[Row], None], advance: Callable[[int], None], saving: SaveRequests, work: Path
+) -> TrainerCallback:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
     class Watch(TrainerCallback):
@@ -249,8 +260,12 @@ def _callback(log: Callable[[Row], None], advance: Callable[[int], None]) -> Tra
             assert isinstance(logs, dict)
             if "loss" not in logs:  # the summary at the end
                 return
-            if not math.isfinite(logs["loss"]):
-                raise RunError(f"the loss is {logs['loss']} at step {state.global_step}; use a lower learning rate")
+            for name, value in (("loss", logs["loss"]), ("gradient", logs.get("grad_norm", 0.0))):
+                if not math.isfinite(value):  # raised before this step is saved
+                    raise RunError(
+                        f"the {name} is {value} at step {state.global_step}; {_what_is_kept(work)}; use a lower "
+                        "learning rate, in another --output"
+                    )
             now, tokens = time.monotonic(), logs["num_tokens"]
             speed = (tokens - self.tokens) / (now - self.time)
             self.time, self.tokens = now, tokens
@@ -262,13 +277,22 @@ def _callback(log: Callable[[Row], None], advance: Callable[[int], None]) -> Tra
             self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
         ) -> None:
             advance(1)
+            save, end = saving.now()
+            control.should_save = control.should_save or (save and state.global_step < state.max_steps)
+            control.should_training_stop = control.should_training_stop or end
 
         def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
             wait_for_all()  # every process has written its share
             if is_main():
                 (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / WHOLE).touch()
+            saving.saved()
 
     return Watch()
+
+
+def _what_is_kept(work: Path) -> str:
+    folders = sorted(work.glob(f"checkpoint-*/{WHOLE}"), key=lambda file: int(file.parent.name.rsplit("-", 1)[1]))
+    return f"the last good checkpoint is {folders[-1].parent}" if folders else "no checkpoint was saved before it"
 
 
 @contextmanager

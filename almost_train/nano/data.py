@@ -26,7 +26,6 @@ from almost_eval.nano.lexicon import (
     NAME_TAILS,
     REQUESTS,
 )
-from almost_eval.nano.oracle import score_text
 from almost_eval.nano.queries import Query
 from almost_eval.nano.responses import Level
 from almost_eval.nano.world import STYLES, World
@@ -136,10 +135,3 @@ def write_votes(file: Path, n: int, *, wrong: float, seed: int) -> Path:
         rows.append(vote.to_row())
     write_rows(file, rows)
     return file
-
-
-def oracle(prompt: str, answer: str) -> dict[str, float | None]:
-    """The nano world's ground truth as an `evaluation.Judge`; None throughout where the prompt is not of this world."""
-    score = score_text(prompt, answer)
-    parts = {f"oracle/{name}": getattr(score, name, None) for name in ("helpful", "honest", "harmless")}
-    return {"oracle": None if score is None else score.overall, **parts}

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from almost_eval.compare.tax.tasks import nano_oracle
 from almost_eval.data.sources import find_data
 from almost_eval.engines.base import GenerationEngine
 from almost_eval.engines.build import EngineOptions, generation_engine
@@ -196,12 +197,10 @@ class _Plan:
             )
 
         def step() -> JSONObject:
-            judge, judge_name = None, ""
             prompts = Path(str(file))
             if nano is not None:
-                from almost_train.nano.data import oracle, write_prompts
+                from almost_train.nano.data import write_prompts
 
-                judge, judge_name = oracle, "nano oracle"
                 prompts = write_prompts(
                     self.folder / "evaluation-prompts.jsonl", int(nano), pool="test", seed=self.recipe.seed
                 )
@@ -212,8 +211,7 @@ class _Plan:
                 self.folder / "evaluation",
                 reward_model=self._made("reward", "model"),
                 reference="sft",
-                judge=judge,
-                judge_name=judge_name,
+                judge=None if nano is None else nano_oracle(),
                 progress=self.progress,
             )
 

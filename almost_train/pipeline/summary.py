@@ -31,7 +31,7 @@ def stage_table(reports: Sequence[StageReport]) -> Table:
     return table
 
 
-_COLUMNS = {
+_ROWS = {
     "reward": "reward",
     "oracle": "oracle",
     "oracle/helpful": "helpful",
@@ -40,23 +40,41 @@ _COLUMNS = {
     "kl": "KL, nats",
     "characters": "length",
     "finished": "ended",
+    "cut": "cut at the limit of new tokens",
 }
 """Metric of `evaluation` -> its heading."""
 
 
 def policy_table(metrics: Mapping[str, JSONObject]) -> Table:
-    """A rich table of the evaluation: a row for each policy, a column for each metric, with 95 % intervals."""
-    from rich.table import Table
+    """A rich table of the evaluation: a column for each policy, a row for each metric, with 95 % intervals.
 
-    table = Table(title="Policies on held-out prompts, 95 % intervals", title_justify="left")
-    table.add_column("policy")
-    present = {name for by_name in metrics.values() for name in by_name}
-    names = [name for name in _COLUMNS if name in present]
-    for name in names:
-        table.add_column(_COLUMNS[name], justify="right", no_wrap=True)
-    for policy, by_name in metrics.items():
-        table.add_row(policy, *(_with_interval(by_name.get(name)) for name in names))
+    Below it: answers that a metric could not measure, and why a mean is withheld.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    title = "Policies on held-out prompts, 95 % intervals"
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.add_column("")
+    for policy in metrics:
+        table.add_column(Text(policy), justify="right", no_wrap=True)
+    notes = []
+    for name, heading in _ROWS.items():
+        if any(name in by_name for by_name in metrics.values()):
+            table.add_row(heading, *(_with_interval(by_name.get(name)) for by_name in metrics.values()))
+            notes += [f"{policy}, {heading}: {note}" for policy, of in metrics.items() if (note := _note(name, of))]
+    table.caption = Text("\n".join(notes)) if notes else None
     return table
+
+
+def _note(name: str, metrics: JSONObject) -> str:
+    """What a figure leaves out; empty where it leaves nothing out."""
+    metric = metrics.get(name, {})
+    if reason := metric.get("withheld"):
+        return f"withheld, as {reason}"
+    if not metric.get("unscored") or "/" in name:  # a query has one dimension
+        return ""
+    return f"{metric['unscored']} of {metric['n'] + metric['unscored']} not measured"
 
 
 def outcome(stage: str, metrics: JSONObject) -> str:
@@ -69,7 +87,9 @@ def outcome(stage: str, metrics: JSONObject) -> str:
 
 def _with_interval(metric: JSONObject | None) -> str:
     if metric is None or metric["value"] is None:
-        return "-"
+        return "withheld" if metric and metric.get("withheld") else "-"
+    if isinstance(metric["value"], int):  # a count
+        return str(metric["value"])
     half = f"±{(metric['ci95'][1] - metric['ci95'][0]) / 2:.2f}" if metric["ci95"] else ""
     return f"{metric['value']:.2f}{half}"
 
@@ -87,9 +107,17 @@ def _held_out(metrics: JSONObject) -> str:
     )
 
 
+def _cut(texts: str, *counts: int) -> str:
+    return f", {sum(counts)} {texts} cut at the limit of new tokens" if sum(counts) else ""
+
+
 _OUTCOMES: dict[str, Callable[[JSONObject], str]] = {
     "prompts": lambda m: f"{m['prompts']} prompts of {m['candidates']} candidates",
-    "responses": lambda m: ", ".join(f"{name} {c['kept']}" for name, c in m["configurations"].items()) + " kept",
+    "responses": lambda m: (
+        ", ".join(f"{name} {c['kept']}" for name, c in m["configurations"].items())
+        + " kept"
+        + _cut("responses", *(c["cut_by_budget"] for c in m["configurations"].values()))
+    ),
     "votes": lambda m: f"{m['pairs']} pairs",
     "as_is_reward": _held_out,
     "comparisons": lambda m: f"{m['comparisons']} pairs, chosen longer in {m['chosen_longer']:.0%}",
@@ -97,6 +125,7 @@ _OUTCOMES: dict[str, Callable[[JSONObject], str]] = {
     "self_play": lambda m: (
         f"{m['demonstrations']} dialogues, {sum(m['rejected'].values())} rejected, mean reward of the "
         f"chosen {m['reward']['chosen']:.2f}, of all {m['reward']['all_valid']:.2f}"
+        + "".join(_cut(name.replace("_", " "), count) for name, count in m.get("cut_by_budget", {}).items())
     ),
     "sft": lambda m: f"{m['answers']} answers, {m['steps']} steps",
     "rlsf": lambda m: f"{m['algorithm']}" + (f", stopped: {m['stopped']}" if m["stopped"] else ""),

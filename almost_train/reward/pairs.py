@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from almost_eval.errors import DataError
-from almost_eval.files import Row, read_rows
+from almost_eval.files import Row
 from almost_eval.models.chat import ChatTemplate, encode_text, special_tokens
 from almost_eval.stats import mean_metric
 from almost_eval.types import Conversation, JSONObject
-from almost_train.common.records import Preference
+from almost_train.common.formats import read_preferences
+from almost_train.common.tables import read_any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,27 +37,57 @@ class RewardPair:
     chosen_ids: tuple[int, ...] = ()
     """(T,) what the model reads; empty until encoded."""
     rejected_ids: tuple[int, ...] = ()
+    margin: float | None = None
+    """By how much the chosen answer's reward should be higher; None where the file does not say."""
 
     def chars(self, conversation: Conversation) -> int:
         """Characters of the answer: what `conversation`, chosen or rejected, has beyond the prompt."""
         return sum(len(message.content) for message in conversation[len(self.prompt) :])
 
 
-def read_pairs(file: Path) -> list[RewardPair]:
-    """The comparisons of a file, in order.
+@dataclass(frozen=True, slots=True)
+class PairFile:
+    """The comparisons of a file or data set."""
+
+    pairs: list[RewardPair]
+    """In the order of the file."""
+    format: str
+    """In which they are written; see `almost_train.common.formats`."""
+    input: Path | str
+    """As an input of a stage; see `Table.input`."""
+
+
+def read_pairs(source: Path | str) -> PairFile:
+    """The comparisons of a file, or of a data set of the hub.
 
     Raises:
-        InputError: there is none, or a row is not in the conversational preference format.
+        InputError: there is none, or a row that cannot be read.
     """
-    rows = read_rows(file, {"prompt": list, "chosen": list, "rejected": list})
-    if not rows:
-        raise DataError(f"{file} holds no comparisons")
-    pairs = []
-    for number, row in enumerate(rows, 1):
-        pair = Preference.from_row(row, f"{file}, row {number}")
-        prompt = pair.prompt
-        pairs.append(RewardPair(pair.prompt_id, prompt, prompt + pair.chosen, prompt + pair.rejected))
-    return pairs
+    table = read_any(source)
+    preferences = read_preferences(table)
+    pairs = [
+        RewardPair(
+            pair.prompt_id, pair.prompt, pair.prompt + pair.chosen, pair.prompt + pair.rejected, margin=pair.margin
+        )
+        for pair in preferences.records
+    ]
+    return PairFile(pairs, preferences.format, table.input)
+
+
+def check_margins(source: Path | str, pairs: Sequence[RewardPair], *, used: bool) -> None:
+    """Refuse margins that the loss would ignore, and a loss with margins where a pair has none.
+
+    Raises:
+        DataError: either.
+    """
+    lacking = sum(pair.margin is None for pair in pairs)
+    if used and lacking:
+        raise DataError(f"{lacking} of {len(pairs)} rows of {source} have no 'margin'; leave --margin out, or add it")
+    if not used and lacking < len(pairs):
+        raise DataError(
+            f"{len(pairs) - lacking} of {len(pairs)} rows of {source} have a 'margin', which the loss would leave out; "
+            "give --margin, or remove the column"
+        )
 
 
 def split_pairs(

@@ -37,7 +37,15 @@ from almost_train.common.trainers import (
     seeded,
     trainer_arguments,
 )
-from almost_train.reward.pairs import RewardPair, encode_pairs, pair_metrics, read_pairs, reward_encoder, split_pairs
+from almost_train.reward.pairs import (
+    RewardPair,
+    check_margins,
+    encode_pairs,
+    pair_metrics,
+    read_pairs,
+    reward_encoder,
+    split_pairs,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -55,23 +63,24 @@ class RewardSettings(TrainSettings):
     """Settings of `train_reward`."""
 
     weight_decay: float = option(0.1, "AdamW's weight decay", least=0)
+    margin: bool = option(False, "-log sigmoid(difference - the pair's margin); the rows must have a margin each")
     eval_share: float = option(0.1, "share of the prompts held out, where no file of comparisons is", least=0, most=0.5)
 
 
 def train_reward(
     settings: RewardSettings,
-    comparisons: Path,
+    comparisons: Path | str,
     model: str,
     output: Path,
     *,
-    eval_comparisons: Path | None = None,
+    eval_comparisons: Path | str | None = None,
     progress: Progress | None = None,
 ) -> JSONObject:
     """Train a reward model and measure it on held-out pairs.
 
     Args:
         settings: see `RewardSettings`.
-        comparisons: rows in TRL's conversational preference format: `prompt`, `chosen`, `rejected`, lists of messages.
+        comparisons: a file or a data set of the hub, in any format of `almost_train.common.formats`.
         model: a causal LM, an encoder or a one-label classifier: a directory, a built-in name or a hub id.
         output: the stage's folder: `model/` (the checkpoint), `eval.jsonl` (a line per held-out pair), `log.jsonl`.
         eval_comparisons: held-out pairs, in place of a share of the prompts; pairs for training on one of their
@@ -92,11 +101,14 @@ def train_reward(
     refuse_adapter(checkpoint, "a reward model's training")
     _refuse_other_labels(checkpoint)
     check_batches(settings)
-    pairs = read_pairs(comparisons)
-    eval_pairs = read_pairs(eval_comparisons) if eval_comparisons else None
-    inputs: dict[str, Path | str] = {"comparisons": comparisons, "model": model_input(model)}
+    source = read_pairs(comparisons)
+    pairs = source.pairs
+    check_margins(comparisons, pairs, used=settings.margin)
+    inputs: dict[str, Path | str] = {"comparisons": source.input, "model": model_input(model)}
+    eval_pairs = None
     if eval_comparisons:
-        inputs["eval_comparisons"] = eval_comparisons
+        eval_source = read_pairs(eval_comparisons)
+        eval_pairs, inputs["eval_comparisons"] = eval_source.pairs, eval_source.input
     with shared_stage(output, "reward", settings, inputs) as stage:
         if stage.result is not None:
             return stage.result
@@ -120,8 +132,14 @@ def train_reward(
         plan = batch_plan(lengths, batch_size=settings.batch_size, epochs=settings.epochs, seed=settings.seed)
 
         # 3. Training.
-        progress.note(f"reward: {len(train)} pairs, {plan.steps} steps of {settings.batch_size}")
-        fit(lambda: _trainer(settings, checkpoint, tokenizer, train, plan, output), stage, plan.steps, progress)
+        progress.note(f"reward: {len(train)} pairs ({source.format}), {plan.steps} steps of {settings.batch_size}")
+        fit(
+            lambda: _trainer(settings, checkpoint, tokenizer, train, plan, output),
+            stage,
+            plan.steps,
+            progress,
+            minutes=settings.save_minutes,
+        )
 
         # 4. How good it is, through the checkpoint as others will load it.
         metrics: JSONObject = {}
@@ -129,6 +147,7 @@ def train_reward(
             rows = _score(output / MODEL, held_out, settings.device, progress)
             write_rows(output / "eval.jsonl", rows)
             metrics = {
+                "format": source.format,
                 "train_pairs": len(train),
                 "steps": plan.steps,
                 "max_length": limit,
@@ -240,11 +259,11 @@ def _trainer(
             return_outputs: bool = False,
             num_items_in_batch: torch.Tensor | int | None = None,
         ) -> torch.Tensor | tuple[torch.Tensor, object]:
-            weight = inputs.pop("weight")  # (B,)
+            weight, least = inputs.pop("weight"), inputs.pop("margin")  # (B,) each
             outputs = model(**inputs, use_cache=False)
             chosen, rejected = outputs.logits.squeeze(-1).float().chunk(2)  # (B,) each
             margin = chosen - rejected
-            loss = -(weight * torch.nn.functional.logsigmoid(margin)).mean()
+            loss = -(weight * torch.nn.functional.logsigmoid(margin - least)).mean()
             with torch.no_grad():
                 seen = {"accuracy": (weight * (margin > 0)).mean(), "margin": (weight * margin).mean()}
                 for name, value in seen.items():
@@ -256,19 +275,23 @@ def _trainer(
     pad = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)
 
     def collate(rows: list[Row]) -> dict[str, torch.Tensor]:
-        return {**pad(rows), "weight": torch.tensor([row["weight"] for row in rows])}
+        columns = {name: torch.tensor([row[name] for row in rows]) for name in ("weight", "margin")}
+        return {**pad([{k: v for k, v in row.items() if k not in columns} for row in rows]), **columns}
 
     model = load_classifier(checkpoint, settings.seed)
     if len(tokenizer) > cast("torch.nn.Embedding", model.get_input_embeddings()).num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # for the pad token; nothing attends to it
     model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     filler = pairs[0].chosen_ids[-1:]
-    rows = [{"chosen_ids": list(pair.chosen_ids), "rejected_ids": list(pair.rejected_ids)} for pair in pairs]
+    rows = [
+        {"chosen_ids": list(pair.chosen_ids), "rejected_ids": list(pair.rejected_ids), "margin": pair.margin or 0.0}
+        for pair in pairs
+    ]
     return PairTrainer(
         model=model,
         args=RewardConfig(**trainer_arguments(settings, output, plan.steps), disable_dropout=True),
         data_collator=collate,
-        train_dataset=planned_dataset(rows, {"chosen_ids": filler, "rejected_ids": filler}, plan),
+        train_dataset=planned_dataset(rows, {"chosen_ids": filler, "rejected_ids": filler, "margin": 0.0}, plan),
         processing_class=tokenizer,
     )
 

@@ -33,7 +33,7 @@ ALGORITHMS = {
 COMMON_SETTINGS = frozenset(
     "algorithm steps batch_size micro_batch_size learning_rate schedule warmup_ratio weight_decay max_grad_norm "
     "max_new_tokens temperature stop eos_penalty clip kl_coefficient kl_limit guard_window seed device bf16 "
-    "gradient_checkpointing save_every samples_every keep_every".split()
+    "gradient_checkpointing save_every save_minutes samples_every keep_every".split()
 )
 """Settings that every algorithm takes."""
 
@@ -87,6 +87,7 @@ class RLSFSettings:
     gradient_checkpointing: bool = option(False, "Compute activations twice, keep few of them.")
     device: str = option("auto", "auto, cpu, cuda, cuda:1.")
     save_every: int = option(20, "Steps between checkpoints.", least=1)
+    save_minutes: float = option(10.0, "Minutes after which one is saved anyway; 0 for none.", least=0)
     samples_every: int = option(10, "Steps between entries of samples.jsonl.", least=1)
     keep_every: int = option(
         0, "Steps between policies kept in policies/, each a whole model, for almost-eval tax; 0: none.", least=0

@@ -28,6 +28,7 @@ from torch import Tensor
 from almost_eval.errors import InputError
 from almost_eval.files import Row
 from almost_eval.types import JSONObject
+from almost_train.common.interrupts import ended_at, ended_before_any_step, save_requests
 from almost_train.rlsf import checkpoint as checkpoints
 from almost_train.rlsf import ppo
 from almost_train.rlsf.job import Algorithm, Job, RLSFSettings, save_policy
@@ -105,6 +106,7 @@ def train(job: Job) -> JSONObject:
     stopped, policy_step = None, settings.steps
     with (
         StepLog(job.output, state.step, active=job.is_first) as log,
+        save_requests(settings.save_minutes) as saving,
         job.progress.track("RLSF (PPO)", settings.steps, state.step) as advance,
     ):
         for step in range(state.step, settings.steps + 1):
@@ -121,8 +123,12 @@ def train(job: Job) -> JSONObject:
             if stopped or step == settings.steps:
                 log.step(row)
                 break
-            if step and step % settings.save_every == 0:
+            save, end = saving.now()
+            if step and (save or step % settings.save_every == 0):
                 loop.save(state)
+                saving.saved()
+            if end:
+                raise ended_at(step) if step else ended_before_any_step()
             if job.is_first and job.keeps(step):
                 save_policy(job, copy.deepcopy(loop.plain_policy) if settings.bf16 else loop.plain_policy, step)
             # 3. Update.
@@ -218,10 +224,10 @@ class _Loop:
                 stop=settings.stop,
                 max_rows=settings.sampling_batch_size,
             )
-        texts = [prompt.text for prompt in prompts]
-        completions = shorten_for_reward(completions, texts, self.job.reward, self.job.tokenizer)
+        dialogues = [prompt.messages for prompt in prompts]
+        completions = shorten_for_reward(completions, dialogues, self.job.reward, self.job.tokenizer)
         rewards = self.job.reward.score(
-            [conversation(text, c.text) for text, c in zip(texts, completions, strict=True)]
+            [conversation(messages, c.text) for messages, c in zip(dialogues, completions, strict=True)]
         )
         samples = [
             sample_row(step, p.id, p.text, c.text, r, c.ended)

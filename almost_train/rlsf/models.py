@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from almost_eval.models.checkpoint import Checkpoint
 from almost_eval.models.loading import load_weights
 from almost_eval.rewards.hf import HFRewardModel
+from almost_train.common.trainers import seeded
 from almost_train.rlsf.rollouts import known_options, positions
 
 if TYPE_CHECKING:
@@ -82,11 +83,13 @@ def load_value_model(
     """A value model on a trunk of its own, and where it comes from.
 
     It is the reward model with its score head read at every position, if the reward model reads the policy's tokens
-    and reads them from left to right. Else it is the policy's trunk with a head of zeros.
+    and reads them from left to right. Else it is the policy's trunk with a head of zeros. Tokens that were added to
+    one of the two tokenizers alone (a pad token) do not matter; those without a row in the reward model get zeros.
     """
     reason = _why_not_reward_model(reward, tokenizer)
     if reason is None:
         model = without_dropout(copy.deepcopy(reward.model).float().to(device))
+        _add_rows(model, len(tokenizer))
         head = _head(model)
         assert head is not None  # or there were a reason
         return ValueModel(model.base_model, head.weight, head.bias), "reward model"
@@ -98,9 +101,39 @@ def _head(model: PreTrainedModel) -> nn.Linear | None:
     return next((h for name in ("score", "classifier") if isinstance(h := getattr(model, name, None), nn.Linear)), None)
 
 
+def shared_ids(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> list[int] | None:
+    """Ids of the tokens that both have, ascending; None where one has another id in the other, or where they differ in
+    more than tokens that were added to either.
+    """
+    first, second = one.get_vocab(), other.get_vocab()
+    only = (first.keys() - second.keys() - one.get_added_vocab().keys()) | (
+        second.keys() - first.keys() - other.get_added_vocab().keys()
+    )
+    both = first.keys() & second.keys()
+    if only or any(first[token] != second[token] for token in both):
+        return None
+    return sorted(first[token] for token in both)
+
+
+@torch.no_grad()
+def _add_rows(model: PreTrainedModel, tokens: int) -> None:
+    """At least `tokens` rows of embeddings, new ones of zeros."""
+    rows = _embedding(model).num_embeddings
+    if rows >= tokens:
+        return
+    with seeded(0):  # transformers draws the new rows
+        model.resize_token_embeddings(tokens, mean_resizing=False)
+    _embedding(model).weight[rows:] = 0.0
+
+
+def _embedding(model: PreTrainedModel) -> nn.Embedding:
+    return cast("nn.Embedding", model.get_input_embeddings())
+
+
 @torch.no_grad()
 def _why_not_reward_model(reward: HFRewardModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    if reward.tokenizer.get_vocab() != tokenizer.get_vocab():
+    known = shared_ids(reward.tokenizer, tokenizer)
+    if known is None:
         return "the reward model has another tokenizer"
     model = reward.model
     head = _head(model)
@@ -108,7 +141,8 @@ def _why_not_reward_model(reward: HFRewardModel, tokenizer: PreTrainedTokenizerB
         return "the reward model's head is not one linear layer"
     # Measured, not guessed from a name: the head on the trunk gives the reward, and no position sees a later one.
     # The row has no pad token, so that transformers reads the reward at its last position.
-    known = [i for i in range(len(tokenizer)) if i != model.config.get_text_config().pad_token_id]
+    rows = _embedding(model).num_embeddings
+    known = [i for i in known if i != model.config.get_text_config().pad_token_id and i < rows]
     ids = torch.tensor([np.random.default_rng(0).choice(known, 12).tolist()], device=model.device)
     changed = ids.clone()
     changed[0, -1] = next(i for i in known if i != int(ids[0, -1]))

@@ -29,9 +29,9 @@ from transformers import (
 )
 
 from almost_eval.engines.hf_generation import StopStrings
-from almost_eval.files import Row
+from almost_eval.errors import TemplateError
 from almost_eval.models import stops
-from almost_eval.models.chat import ChatTemplate, encode_text, special_tokens
+from almost_eval.models.chat import ChatTemplate, dialogue_text, encode_text, special_tokens
 from almost_eval.types import Conversation, Message
 from almost_train.rlsf.ppo import token_logprobs
 
@@ -48,11 +48,16 @@ class RolloutPrompt:
     """One prompt, as the policy reads it."""
 
     id: str
-    text: str
-    """The user's words."""
+    messages: Conversation
+    """The dialogue up to the answer; the last message is the user's."""
     rendered: str
     """With the chat template and the generation prompt."""
     token_ids: TokenIds
+
+    @property
+    def text(self) -> str:
+        """As a person reads it: the user's words, or all turns where there are more."""
+        return self.messages[0].content if len(self.messages) == 1 else dialogue_text(self.messages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +75,23 @@ class Sampled:
 
 
 def read_prompts(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, template: ChatTemplate
+    rows: Sequence[tuple[str, Conversation]],
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
 ) -> list[RolloutPrompt]:
-    """The prompts of `prompts.jsonl`, each one user turn written by the template with its generation prompt."""
+    """Each (id, dialogue) as the template writes it with its generation prompt.
+
+    Raises:
+        TemplateError: a dialogue that the template refuses, with its id.
+    """
     tokens = special_tokens(tokenizer)
     prompts = []
-    for row in rows:
-        conversation = (Message("user", row["prompt"].strip()),)
-        rendered = template.render(conversation, add_generation_prompt=True, special_tokens=tokens)
-        prompts.append(RolloutPrompt(row["id"], row["prompt"], rendered, tuple(encode_text(tokenizer, rendered))))
+    for id, messages in rows:
+        try:
+            rendered = template.render(messages, add_generation_prompt=True, special_tokens=tokens)
+        except TemplateError as error:
+            raise TemplateError(f"prompt {id}: {error}") from None
+        prompts.append(RolloutPrompt(id, messages, rendered, tuple(encode_text(tokenizer, rendered))))
     return prompts
 
 
@@ -96,9 +109,9 @@ def _permutation(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
-def conversation(prompt: str, answer: str) -> Conversation:
+def conversation(prompt: Conversation, answer: str) -> Conversation:
     """What the reward model is to judge."""
-    return (Message("user", prompt.strip()), Message("assistant", answer))
+    return (*prompt, Message("assistant", answer))
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -203,7 +216,7 @@ def as_sampled(
 
 def shorten_for_reward(
     completions: Sequence[Sampled],
-    prompts: Sequence[str],
+    prompts: Sequence[Conversation],
     reward: HFRewardModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Sampled]:
@@ -215,7 +228,7 @@ def shorten_for_reward(
 
     Args:
         completions: as sampled.
-        prompts: the user's words of each; the reward model has room for each prompt with an empty answer.
+        prompts: the dialogue before each; the reward model has room for each prompt with an empty answer.
         reward: the reward model.
         tokenizer: the policy's.
     """
@@ -226,7 +239,9 @@ def shorten_for_reward(
     ]
 
 
-def _shortened(completion: Sampled, prompt: str, reward: HFRewardModel, tokenizer: PreTrainedTokenizerBase) -> Sampled:
+def _shortened(
+    completion: Sampled, prompt: Conversation, reward: HFRewardModel, tokenizer: PreTrainedTokenizerBase
+) -> Sampled:
     def text(tokens: int) -> str:
         return str(tokenizer.decode(list(completion.token_ids[:tokens]), skip_special_tokens=True)).strip()
 

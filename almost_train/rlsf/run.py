@@ -11,22 +11,24 @@ is the run on one, up to rounding.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from almost_eval.errors import DataError, InputError
-from almost_eval.files import read_rows
 from almost_eval.models.checkpoint import context_length, find_checkpoint
 from almost_eval.progress import Progress
-from almost_eval.types import JSONObject
+from almost_eval.types import Conversation, JSONObject
+from almost_train.common.formats import read_prompt_rows
 from almost_train.common.processes import is_main, shared_stage, world_size
 from almost_train.common.stage import model_input
+from almost_train.common.tables import read_any
 from almost_train.common.trainers import keep_template
 from almost_train.rlsf.job import Job, RLSFSettings, check_settings
 
 
 def rlsf(
     settings: RLSFSettings,
-    prompts: Path,
+    prompts: Path | str,
     policy: str,
     reward_model: str,
     output: Path,
@@ -37,7 +39,7 @@ def rlsf(
 
     Args:
         settings: how.
-        prompts: `prompts.jsonl`: `id`, `prompt`.
+        prompts: a file or a data set of the hub, in any format of `almost_train.common.formats`; one turn or several.
         policy: the SFT checkpoint: where training starts, and what KL is measured from.
         reward_model: a sequence classifier with one label; raw logits.
         output: gets `policy/` (a Hugging Face folder with tokenizer and chat template), `log.jsonl`, `samples.jsonl`,
@@ -54,19 +56,22 @@ def rlsf(
     """
     algorithm = check_settings(settings)
     _refuse_shares(settings, algorithm.update_size(settings), world_size())
+    table = read_any(prompts)
+    source = read_prompt_rows(table)
     inputs: dict[str, Path | str] = {
-        "prompts": prompts,
+        "prompts": table.input,
         "policy": model_input(policy),
         "reward_model": model_input(reward_model),
     }
     with shared_stage(output, "rlsf", settings, inputs) as stage:
         if stage.result is not None:
             return stage.result
-        job = _prepare(settings, prompts, policy, reward_model, output, progress or Progress())
+        job = _prepare(settings, source.records, policy, reward_model, output, progress or Progress())
         metrics = algorithm.train(job)
         metrics = {
             "algorithm": settings.algorithm,
             **metrics,
+            "format": source.format,
             "prompts": len(job.prompts),
             "prompts_too_long": len(job.prompts_too_long),
             "prompts_too_long_ids": job.prompts_too_long[:20],
@@ -88,13 +93,12 @@ def _refuse_shares(settings: RLSFSettings, update: int, processes: int) -> None:
 
 def _prepare(
     settings: RLSFSettings,
-    prompts: Path,
+    prompts: Sequence[tuple[str, Conversation]],
     policy: str,
     reward_model: str,
     output: Path,
     progress: Progress,
 ) -> Job:
-    rows = read_rows(prompts, {"id": str, "prompt": str})
     checkpoint = find_checkpoint(policy)
     reward_checkpoint = find_checkpoint(reward_model, architectures=("SequenceClassification", "RewardModel"))
     from almost_eval.models.loading import load_tokenizer
@@ -112,18 +116,17 @@ def _prepare(
     # max_new_tokens may be longer in the reward model's tokens: `shorten_for_reward` ends it where they are used up.
     room = context_length(checkpoint.config, tokenizer) - settings.max_new_tokens
     reward_room = reward.context_length - settings.max_new_tokens
-    every = read_prompts(rows, tokenizer, template)
-    judged = reward.lengths([conversation(prompt.text, "") for prompt in every])
+    every = read_prompts(prompts, tokenizer, template)
+    judged = reward.lengths([conversation(prompt.messages, "") for prompt in every])
     kept: list[RolloutPrompt] = []
     dropped: list[RolloutPrompt] = []
     for prompt, length in zip(every, judged, strict=True):
-        fits = len(prompt.token_ids) <= room and length <= reward_room and prompt.token_ids
+        fits = len(prompt.token_ids) <= room and length <= reward_room
         (kept if fits else dropped).append(prompt)
     if not kept:
         raise DataError(
-            f"no prompt of {prompts} can be used: {len(every)} in all, {len(dropped)} of them empty or leaving no room "
-            f"for max_new_tokens {settings.max_new_tokens} in the context of {room + settings.max_new_tokens} (policy) "
-            f"or {reward.context_length} (reward model)"
+            f"none of {len(every)} prompts leaves room for max_new_tokens {settings.max_new_tokens} in the context of "
+            f"{room + settings.max_new_tokens} (policy) or {reward.context_length} (reward model)"
         )
     return Job(
         settings=settings,

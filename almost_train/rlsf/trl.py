@@ -35,6 +35,7 @@ from almost_eval.models.chat import special_tokens
 from almost_eval.models.checkpoint import find_checkpoint
 from almost_eval.models.loading import attention_arguments
 from almost_eval.types import JSONObject
+from almost_train.common.interrupts import SaveRequests, ended_at, save_requests
 from almost_train.rlsf.job import Algorithm, Job, RLSFSettings, save_policy
 from almost_train.rlsf.log import (
     SAMPLES,
@@ -81,13 +82,16 @@ def train(job: Job) -> JSONObject:
     with (
         _own_random_state(),
         StepLog(job.output, begin, active=job.is_first) as log,
+        save_requests(settings.save_minutes) as saving,
         job.progress.track(f"RLSF ({settings.algorithm.upper()})", settings.steps, begin) as advance,
     ):
-        trainer, watch = _trainer(job, log, advance)
+        trainer, watch = _trainer(job, log, advance, saving)
         # 1. Train, unless an earlier process came to the end, or to where a guard stops, and no further.
         watch.stopped = verdict(log.rows, settings.kl_limit, settings.guard_window)
         if watch.stopped is None and begin < settings.steps:
             trainer.train(resume_from_checkpoint=str(work / f"checkpoint-{begin}") if begin else None)
+            if watch.stopped is None and trainer.state.global_step < settings.steps:
+                raise ended_at(trainer.state.global_step)
         # 2. The last policy, or after a guard's stop the last good one.
         policy_step, final = settings.steps, work / f"checkpoint-{settings.steps}"
         if watch.stopped is not None:
@@ -108,12 +112,16 @@ def train(job: Job) -> JSONObject:
 class _Watch(TrainerCallback):
     """Collects what the reward function sees, and makes a row of it with what the trainer logs."""
 
-    def __init__(self, job: Job, log: StepLog, advance: Callable[[int], None], ends: frozenset[int]) -> None:
+    def __init__(
+        self, job: Job, log: StepLog, advance: Callable[[int], None], saving: SaveRequests, ends: frozenset[int]
+    ) -> None:
         self.stopped: str | None = None
         """The guard that ended training."""
         self.trainer: Trainer
         """What it watches; set once the trainer is made."""
         self._job, self._log, self._advance, self._ends = job, log, advance, ends
+        self._saving = saving
+        self._prompts = {prompt.id: prompt for prompt in job.prompts}
         self._pending: list[Row] = []
         self._began = time.monotonic()
 
@@ -125,22 +133,24 @@ class _Watch(TrainerCallback):
         *,
         trainer_state: TrainerState,
         id: list[str],
-        text: list[str],
         **_: object,
     ) -> list[float]:
-        """TRL's reward function: raw logits, less the EOS penalty where it is due. `id` and `text` are columns."""
+        """TRL's reward function: raw logits, less the EOS penalty where it is due. `id` is a column."""
         job, settings, step = self._job, self._job.settings, trainer_state.global_step
         sampled = [as_sampled(job.tokenizer, ids, self._ends, settings.stop) for ids in completion_ids]
-        answers = shorten_for_reward(sampled, text, job.reward, job.tokenizer)
-        rewards = job.reward.score([conversation(t, answer.text) for t, answer in zip(text, answers, strict=True)])
+        asked = [self._prompts[prompt_id] for prompt_id in id]
+        answers = shorten_for_reward(sampled, [prompt.messages for prompt in asked], job.reward, job.tokenizer)
+        rewards = job.reward.score(
+            [conversation(prompt.messages, answer.text) for prompt, answer in zip(asked, answers, strict=True)]
+        )
         refuse_non_finite(step, "reward", rewards)
         self._pending += [
             {
-                **sample_row(step, prompt_id, prompt, answer.text, reward, answer.ended),
+                **sample_row(step, prompt.id, prompt.text, answer.text, reward, answer.ended),
                 "tokens": len(ids),
                 "shortened": answer.shortened,
             }
-            for prompt_id, prompt, answer, reward, ids in zip(id, text, answers, rewards, completion_ids, strict=True)
+            for prompt, answer, reward, ids in zip(asked, answers, rewards, completion_ids, strict=True)
         ]
         return [r - settings.eos_penalty * (not a.ended) for r, a in zip(rewards, answers, strict=True)]
 
@@ -177,7 +187,10 @@ class _Watch(TrainerCallback):
         self._advance(1)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Keep the policy after this step's update, if `keep_every` falls on it."""
+        """Keep the policy after this step's update, if `keep_every` falls on it; save as the clock or a signal says."""
+        save, end = self._saving.now()
+        control.should_save = control.should_save or (save and state.global_step < state.max_steps)
+        control.should_training_stop = control.should_training_stop or end
         if self._job.keeps(state.global_step):
             scratch = self._job.work / "kept"
             self.trainer.save_model(str(scratch))  # gathers what FSDP or DeepSpeed has spread out
@@ -185,8 +198,12 @@ class _Watch(TrainerCallback):
                 save_policy(self._job, _saved(scratch), state.global_step)
                 shutil.rmtree(scratch)
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """The clock starts anew."""
+        self._saving.saved()
 
-def _trainer(job: Job, log: StepLog, advance: Callable[[int], None]) -> tuple[Trainer, _Watch]:
+
+def _trainer(job: Job, log: StepLog, advance: Callable[[int], None], saving: SaveRequests) -> tuple[Trainer, _Watch]:
     from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
     settings = job.settings
@@ -230,7 +247,7 @@ def _trainer(job: Job, log: StepLog, advance: Callable[[int], None]) -> tuple[Tr
     config, trainer_class = {"rloo": (RLOOConfig, RLOOTrainer), "grpo": (GRPOConfig, GRPOTrainer)}[settings.algorithm]
     # 2. Models and data. TRL pads, and so changes the tokenizer: it gets a copy.
     policy = load_policy(job.policy, "cpu")
-    watch = _Watch(job, log, advance, frozenset(end_ids(policy, job.tokenizer)))
+    watch = _Watch(job, log, advance, saving, frozenset(end_ids(policy, job.tokenizer)))
     trainer = trainer_class(
         model=policy,
         reward_funcs=watch.reward,
@@ -262,7 +279,7 @@ def _dataset(job: Job) -> Dataset:
     size = job.settings.batch_size // job.settings.num_generations
     return Dataset.from_list(
         [
-            {"prompt": texts[prompt.token_ids], "id": prompt.id, "text": prompt.text}
+            {"prompt": texts[prompt.token_ids], "id": prompt.id}
             for step in range(job.settings.steps)
             for prompt in batch_prompts(job.prompts, job.settings.seed, step, size)
         ]

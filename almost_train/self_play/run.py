@@ -19,13 +19,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from almost_eval.errors import DataError, InputError, did_you_mean
-from almost_eval.files import Row, RowLog, read_rows, write_rows
+from almost_eval.files import Row, RowLog, write_rows
 from almost_eval.models.chat import dialogue_text
 from almost_eval.progress import Progress
 from almost_eval.rewards.base import RewardModel
 from almost_eval.types import JSONObject, Message
+from almost_train.common.formats import read_prompt_rows
 from almost_train.common.held_out import HeldOut, is_held_out, read_held_out
 from almost_train.common.stage import Stage, model_input
+from almost_train.common.tables import Table, read_any
 from almost_train.self_play.settings import SelfPlaySettings
 from almost_train.self_play.turns import Dialogue, Play
 from almost_train.synthetic.prompt_sets import SEPARATOR, DemonstrationSet
@@ -34,7 +36,7 @@ from almost_train.synthetic.sampling import EngineFactory, pin_dtype
 
 def self_play(
     settings: SelfPlaySettings,
-    prompts: Path,
+    prompts: Path | str,
     reward_model: str | None,
     output: Path,
     *,
@@ -56,7 +58,8 @@ def self_play(
 
     Args:
         settings: see `SelfPlaySettings`.
-        prompts: `prompts.jsonl`, the first user turns; one that repeats an earlier one is left out and counted.
+        prompts: the first user turns, in a format of `almost_train.common.formats`;
+            one that repeats an earlier one is left out and counted.
         reward_model: its checkpoint; None plays without rewards, which only `unguided` can.
         output: the stage's folder.
         engine_for: model name -> engine; called once for each model, before anything is generated.
@@ -77,9 +80,10 @@ def self_play(
     if reward_model is None and (not settings.unguided or settings.min_reward is not None):
         raise InputError("self-play needs a reward model to choose by; give one, or play with unguided and no floor")
     kept_out = read_held_out(held_out)
-    dialogues, duplicates = _first_turns(prompts, kept_out)
+    table = read_any(prompts)
+    dialogues, duplicates = _first_turns(table, kept_out)
     inputs: dict[str, Path | str] = {
-        "prompts": prompts,
+        "prompts": table.input,
         "assistant_model": model_input(settings.assistant_model),
         "user_model": model_input(settings.user_model),
         "reward_model": model_input(reward_model) if reward_model else "none",
@@ -116,7 +120,7 @@ def self_play(
         for name, rows in files.items():
             write_rows(output / f"{name}.jsonl", rows)
         metrics = {"dialogues": len(dialogues), "duplicate_prompts": duplicates}
-        metrics |= _metrics(dialogues, kept, rejected, play.candidates)
+        metrics |= _metrics(dialogues, kept, rejected, play.candidates, play.user_turns)
         result = stage.finish(metrics, {name: output / f"{name}.jsonl" for name in files})
         turns.unlink()  # all of it is in the outputs
         return result
@@ -145,7 +149,11 @@ def _outcome(dialogues: Sequence[Dialogue], floor: float | None) -> tuple[list[R
 
 
 def _metrics(
-    dialogues: Sequence[Dialogue], kept: Sequence[Row], rejected: Sequence[Row], turns: Sequence[Row]
+    dialogues: Sequence[Dialogue],
+    kept: Sequence[Row],
+    rejected: Sequence[Row],
+    turns: Sequence[Row],
+    user_turns: Sequence[Row],
 ) -> JSONObject:
     candidates = [candidate for row in turns for candidate in row["candidates"]]
     valid = [[c for c in row["candidates"] if c["rejected"] is None] for row in turns]
@@ -159,6 +167,10 @@ def _metrics(
         "ended": _counts(dialogue.ended for dialogue in dialogues if dialogue.ended),
         "answers": _counts(str(len(dialogue.rewards)) for dialogue in dialogues),
         "candidates": len(candidates),
+        "cut_by_budget": {
+            "candidates": sum(candidate["finish_reason"] == "length" for candidate in candidates),
+            "user_turns": sum(row["finish_reason"] == "length" for row in user_turns),
+        },
         "rejected_candidates": _counts(c["rejected"] for c in candidates if c["rejected"]),
         "reward": {
             "chosen": _mean([reward for rewards in by_turn.values() for reward in rewards]),
@@ -189,23 +201,22 @@ def _few_shot(name: str, shots: int, sets: Mapping[str, DemonstrationSet]) -> st
     return "".join(part + SEPARATOR for part in parts if part)
 
 
-def _first_turns(prompts: Path, held_out: HeldOut) -> tuple[list[Dialogue], int]:
+def _first_turns(prompts: Table, held_out: HeldOut) -> tuple[list[Dialogue], int]:
     """(dialogues with their first turn, prompts that repeat an earlier one)."""
     dialogues: dict[str, Dialogue] = {}
-    ids: set[str] = set()
-    rows = read_rows(prompts, {"id": str, "prompt": str})
-    for number, row in enumerate(rows, 1):
-        text = row["prompt"].strip()
-        if not text or row["id"] in ids:
-            problem = f"the id {row['id']!r} is there twice" if text else "an empty prompt"
-            raise DataError(f"malformed data: {prompts}, prompt {number}: {problem}")
+    rows = read_prompt_rows(prompts).records
+    for number, (id, messages) in enumerate(rows, 1):
+        if len(messages) > 1:
+            raise DataError(
+                f"{prompts.name}, prompt {number} has {len(messages)} messages; self-play begins with one user turn"
+            )
+        text = messages[0].content.strip()
         if is_held_out(text, held_out):
-            raise DataError(f"{prompts}, prompt {number} is held out ({text[:60]!r}); mine prompts with --held-out too")
-        ids.add(row["id"])
+            raise DataError(
+                f"{prompts.name}, prompt {number} is held out ({text[:60]!r}); mine prompts with --held-out too"
+            )
         # The same prompt would get the same draws, and so the same dialogue.
-        dialogues.setdefault(text, Dialogue(row["id"], [Message("user", text)]))
-    if not dialogues:
-        raise DataError(f"{prompts} holds no prompt; run the stage that writes it first")
+        dialogues.setdefault(text, Dialogue(id, [Message("user", text)]))
     return list(dialogues.values()), len(rows) - len(dialogues)
 
 

@@ -12,12 +12,12 @@ ALMoST's own does. A template may render earlier turns as it likes. The price: a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from almost_eval.errors import DataError, ModelError
+from almost_eval.errors import DataError, ModelError, TemplateError
 from almost_eval.files import read_rows
 from almost_eval.models.chat import ChatTemplate, encode_with_completion_mask
 from almost_eval.models.checkpoint import Checkpoint, context_length, find_checkpoint
@@ -27,9 +27,10 @@ from almost_eval.progress import Progress
 from almost_eval.types import Conversation, JSONObject
 from almost_train.common.batches import NO_LOSS, BatchPlan, batch_plan, planned_dataset
 from almost_train.common.config import option
+from almost_train.common.formats import read_dialogues
 from almost_train.common.processes import is_main, shared_stage
-from almost_train.common.records import messages_of
 from almost_train.common.stage import model_input
+from almost_train.common.tables import read_any
 from almost_train.common.trainers import (
     MODEL,
     QuietTrainer,
@@ -55,13 +56,13 @@ class SFTSettings(TrainSettings):
 
 
 def train_sft(
-    settings: SFTSettings, demonstrations: Path, model: str, output: Path, *, progress: Progress | None = None
+    settings: SFTSettings, demonstrations: Path | str, model: str, output: Path, *, progress: Progress | None = None
 ) -> JSONObject:
     """Fine-tune a causal LM on demonstrations.
 
     Args:
         settings: see `SFTSettings`.
-        demonstrations: rows with `messages`, a list of `{"role", "content"}`.
+        demonstrations: a file or a data set of the hub, in any format of `almost_train.common.formats`.
         model: the language model: a directory, a built-in name or a hub id.
         output: the stage's folder: `model/` (the checkpoint, with its chat template) and `log.jsonl`.
         progress: where to show the steps.
@@ -78,8 +79,10 @@ def train_sft(
     # 1. What is refused without weights.
     checkpoint = find_checkpoint(model)
     check_batches(settings)
-    dialogues = read_demonstrations(demonstrations)
-    inputs: dict[str, Path | str] = {"demonstrations": demonstrations, "model": model_input(model)}
+    table = read_any(demonstrations)
+    source = read_dialogues(table)
+    dialogues = source.records
+    inputs: dict[str, Path | str] = {"demonstrations": table.input, "model": model_input(model)}
     with shared_stage(output, "sft", settings, inputs) as stage:
         if stage.result is not None:
             return stage.result
@@ -94,21 +97,28 @@ def train_sft(
         if tokenizer.special_tokens_map.get("pad_token") is None:
             tokenizer.pad_token = tokenizer.eos_token  # labels and mask mark the padding, so EOS itself is still learnt
         limit = min(settings.max_length, context_length(checkpoint.config, tokenizer))
-        rows, dropped = training_rows(tokenizer, keep_template(tokenizer), dialogues, limit)
+        rows, dropped = training_rows(tokenizer, keep_template(tokenizer), dialogues, limit, table.where)
         if not rows:
             raise DataError(f"{demonstrations} leaves no answer to train on (dropped: {dict(dropped)})")
         lengths = [len(row.input_ids) for row in rows]
         plan = batch_plan(lengths, batch_size=settings.batch_size, epochs=settings.epochs, seed=settings.seed)
 
         # 3. Training.
-        progress.note(f"sft: {len(rows)} answers, {plan.steps} steps of {settings.batch_size}")
-        fit(lambda: _trainer(settings, checkpoint, tokenizer, rows, plan, output), stage, plan.steps, progress)
+        progress.note(f"sft: {len(rows)} answers ({source.format}), {plan.steps} steps of {settings.batch_size}")
+        fit(
+            lambda: _trainer(settings, checkpoint, tokenizer, rows, plan, output),
+            stage,
+            plan.steps,
+            progress,
+            minutes=settings.save_minutes,
+        )
 
         # 4. Figures of the log.
         metrics: JSONObject = {}
         if is_main():
             log = read_rows(output / "log.jsonl")
             metrics = {
+                "format": source.format,
                 "dialogues": len(dialogues),
                 "answers": len(rows),
                 "tokens": sum(lengths),
@@ -135,34 +145,32 @@ class TrainingRow:
     """(T,) the token where it carries loss, else `NO_LOSS`; not shifted."""
 
 
-def read_demonstrations(file: Path) -> list[Conversation]:
-    """The dialogues of a file, in order.
-
-    Raises:
-        InputError: there is none, or a row is not a dialogue.
-    """
-    rows = read_rows(file, {"messages": list})
-    if not rows:
-        raise DataError(f"{file} holds no demonstrations")
-    return [messages_of(row["messages"], f"{file}, row {number}") for number, row in enumerate(rows, 1)]
-
-
 def training_rows(
-    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, dialogues: Sequence[Conversation], limit: int
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    dialogues: Sequence[Conversation],
+    limit: int,
+    where: Callable[[int], str] = "dialogue {}".format,
 ) -> tuple[list[TrainingRow], Counter[str]]:
     """A row for every answer that fits `limit` tokens together with the dialogue before it; and counts of the others.
 
     An answer that does not fit is left out, and so are all later ones of its dialogue (`answer_too_long`): they are
     longer. A dialogue without a row also counts as `dialogue_too_long` or `no_answer`.
+
+    Raises:
+        TemplateError: a dialogue that the template refuses; with what `where` calls it, counted from 1.
     """
     rows: list[TrainingRow] = []
     dropped: Counter[str] = Counter()
-    for dialogue in dialogues:
+    for number, dialogue in enumerate(dialogues, 1):
         ends = [at + 1 for at, message in enumerate(dialogue) if message.role == "assistant"]
         written = [at for at in ends if dialogue[at - 1].content.strip()]
         kept: list[TrainingRow] = []
         for end in written:
-            row = _row(tokenizer, template, dialogue[:end])
+            try:
+                row = _row(tokenizer, template, dialogue[:end])
+            except TemplateError as error:
+                raise TemplateError(f"{where(number)}: {error}") from None
             if len(row.input_ids) > limit:
                 break
             kept.append(row)

@@ -1,38 +1,31 @@
-"""Runs what the alignment tax is made of: for each checkpoint one engine, each measure a run folder that resumes.
+"""Runs what the alignment tax is made of: benchmarks, and what `policies` measures of answers to held-out prompts.
 
-`DIR/<checkpoint>/{hhh,truthfulqa,mmlu,answers,rewards,likelihoods,likelihoods-before}`. The policy `before` comes last,
-as it also says how likely it finds the others' answers: then every engine is opened once.
+Each measure is a run folder that resumes: `DIR/<checkpoint>/<benchmark>` beside those of `policies`.
 """
 
 from __future__ import annotations
 
-import gc
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from almost_eval.compare.comparison import compare_runs
 from almost_eval.compare.tax import tax
-from almost_eval.compare.tax.tasks import AnswerLikelihoods, AnswerRewards, Answers, HeldOut, nano_prompts, read_prompts
+from almost_eval.compare.tax.policies import PolicyPlan, measure_policies, policy_measures
+from almost_eval.compare.tax.tasks import nano_oracle, nano_prompts, read_prompts
 from almost_eval.compare.tax.training import TrainingRun, as_checkpoint, read_training
-from almost_eval.data.sources import DataSource
-from almost_eval.engines.build import loglikelihood_engine
+from almost_eval.engines.base import SamplingParams
 from almost_eval.errors import InputError, did_you_mean
 from almost_eval.files import write_json
-from almost_eval.models.chat import load_template, special_tokens
 from almost_eval.models.checkpoint import find_checkpoint
 from almost_eval.nano import BUILT_IN, DEFAULT_REWARD_MODEL
 from almost_eval.progress import Progress
-from almost_eval.rewards.build import reward_model
 from almost_eval.run import provenance
 from almost_eval.run.request import RunRequest, open_run
-from almost_eval.run.runner import Run
-from almost_eval.run.store import read_results, read_samples
-from almost_eval.stats import mean_metric
-from almost_eval.tasks.base import Prompting, Task
+from almost_eval.run.store import read_results
 from almost_eval.tasks.registry import comparison_presets
 
 _BARE = ("model", "policy", "final")
@@ -44,33 +37,26 @@ _NUMBER = re.compile(r"(?:^|[-_])(\d+)$")
 class TaxPlan:
     """What is to be measured, checked as far as it can be with no weights loaded."""
 
-    models: Mapping[str, str]
-    """Label -> checkpoint; `before` first."""
+    policies: PolicyPlan
+    """The checkpoints, `before` first, and the held-out prompts."""
     steps: Sequence[float]
     steps_are: str
     base: RunRequest
     """Engine, data, prompts, limit and seed of every run."""
     tasks: Sequence[str]
     shots: int
-    prompts: Sequence[HeldOut]
     prompts_are: str
-    max_new_tokens: int
-    reward_model: str | None
-    output: Path
     training: TrainingRun | None = None
 
     @property
     def labels(self) -> list[str]:
         """Of the checkpoints, `before` first."""
-        return list(self.models)
+        return list(self.policies.models)
 
-    def folder(self, label: str) -> Path:
-        """Where a checkpoint's runs are."""
-        return self.output / re.sub(r"[^\w+.-]", "_", label)
-
-    def answers(self, label: str) -> Path:
-        """The run folder of its answers."""
-        return self.folder(label) / "answers"
+    @property
+    def first_run(self) -> str:
+        """Folder of a run that every checkpoint has."""
+        return self.tasks[0] if self.tasks else "answers"
 
 
 def make_plan(
@@ -126,20 +112,20 @@ def make_plan(
         held_out, prompts_are = [], "none"
     if not tasks and not held_out:
         raise InputError(f"nothing to measure: name --tasks ({', '.join(tax.benchmarks())}), or give --prompts FILE")
-    return TaxPlan(
+    base = replace(base, data="nano" if nano else base.data or "hub")
+    policies = PolicyPlan(
         models=models,
-        steps=steps,
-        steps_are=steps_are,
-        base=replace(base, data="nano" if nano else base.data or "hub"),
-        tasks=tasks,
-        shots=shots,
+        before=next(iter(models)),
         prompts=held_out,
-        prompts_are=prompts_are,
-        max_new_tokens=max_new_tokens,
+        data=base.source(),
+        sampling=SamplingParams(max_new_tokens, temperature=1.0, seed=base.seed),
         reward_model=reward_model,
         output=output,
-        training=training,
+        judge=nano_oracle() if nano else None,
+        engine=base.engine,
+        template=base.template,
     )
+    return TaxPlan(policies, steps, steps_are, base, tasks, shots, prompts_are, training)
 
 
 def _of_training(training: TrainingRun, before: str, output: Path) -> tuple[dict[str, str], list[float], str]:
@@ -187,105 +173,23 @@ def measure(plan: TaxPlan, progress: Progress | None = None) -> tax.Tax:
         RunError: a run could not finish; the same command goes on.
     """
     progress = progress or Progress()
-    reward = _reward_model(plan)  # refused early; its weights are loaded when it scores
-    plan.output.mkdir(parents=True, exist_ok=True)
-    before, *others = plan.labels
-    # Ids mean the same to both halves of KL only where the tokens are the same: known before any weight is loaded.
-    engine: Any = loglikelihood_engine(plan.models[before], plan.base.engine)
-    vocabulary = engine.tokenizer.get_vocab()
-    _close(engine)
-    setups: dict[str, AnswerSetup] = {}
-    for label in [*others, before]:
-        progress.note(f"{label}: {plan.models[label]}")
-        _policy_runs(plan, label, setups, vocabulary, progress)
-        gc.collect()  # the next model needs the memory of the one that is done with
-    if reward is not None:
-        for label in plan.labels if plan.prompts else ():
-            setup = setups[label]
-            task = AnswerRewards(plan.prompts, setup.data, setup.prompting, plan.answers(label))
-            _execute(task, reward, plan, label, "rewards", progress)
-        _close(reward)
-    report = summarise(
-        plan,
-        [
-            f"{label} and {before} have other tokens: KL is that of texts"
-            for label in setups
-            if not setups[label].of_tokens
-        ],
-    )
-    write_json(plan.output / "tax.json", report.to_dict())
-    return report
 
-
-@dataclass(frozen=True, slots=True)
-class AnswerSetup:
-    """How a policy was prompted for its answers."""
-
-    data: DataSource
-    prompting: Prompting
-    of_tokens: bool
-    """Whether its tokens are those of the policy `before`."""
-
-
-def _policy_runs(
-    plan: TaxPlan, label: str, setups: dict[str, AnswerSetup], vocabulary: Mapping[str, int], progress: Progress
-) -> None:
-    """All runs that one engine is opened for."""
-    engine: Any = loglikelihood_engine(plan.models[label], plan.base.engine)
-    try:
+    def benchmarks(label: str, engine: Any) -> None:
         for name in plan.tasks:
             run = open_run(_request(plan, label, name), engine)
-            run.execute(plan.folder(label) / name, progress)
-        if not plan.prompts:
-            return
-        setups[label] = _answers(plan, label, engine, vocabulary, progress)
-        if label != plan.labels[0]:
-            _likelihoods(plan, label, engine, setups[label], "likelihoods", progress)
-            return
-        for other in plan.labels[1:]:
-            _likelihoods(plan, other, engine, setups[other], "likelihoods-before", progress)
-    finally:
-        _close(engine)
+            run.execute(plan.policies.folder(label) / name, progress)
+
+    warnings = measure_policies(plan.policies, progress, benchmarks)
+    report = summarise(plan, warnings)
+    write_json(plan.policies.output / "tax.json", report.to_dict())
+    return report
 
 
 def _request(plan: TaxPlan, label: str, task: str) -> RunRequest:
     preset = comparison_presets()[task]
     settings = {**preset.settings, **({"shots": plan.shots} if "shots" in preset.settings else {})}
-    return replace(plan.base, model=plan.models[label], task=task, protocol=preset.protocol, settings=settings)
-
-
-def _close(engine: Any) -> None:
-    if hasattr(engine, "close"):  # vLLM's holds a process
-        engine.close()
-
-
-def _reward_model(plan: TaxPlan) -> Any:
-    if plan.reward_model is None:
-        return None
-    # --max-length is about the policies; what does not fit the reward model's own context is counted.
-    return reward_model(plan.reward_model, replace(plan.base.engine, max_length=None))
-
-
-def _answers(plan: TaxPlan, label: str, engine: Any, vocabulary: Mapping[str, int], progress: Progress) -> AnswerSetup:
-    """Have the policy answer every prompt."""
-    choice = plan.base.template
-    template = load_template(choice if choice != "none" else "auto", engine.tokenizer)
-    data = plan.base.source()
-    prompting = Prompting(None, template, special_tokens(engine.tokenizer), is_chosen=choice not in ("auto", "none"))
-    task = Answers(plan.prompts, data, prompting, max_new_tokens=plan.max_new_tokens)
-    _execute(task, engine, plan, label, "answers", progress)
-    return AnswerSetup(data, prompting, engine.tokenizer.get_vocab() == vocabulary)
-
-
-def _likelihoods(plan: TaxPlan, label: str, engine: Any, setup: AnswerSetup, name: str, progress: Progress) -> None:
-    answers = plan.answers(label)
-    task = AnswerLikelihoods(plan.prompts, setup.data, setup.prompting, answers, of_tokens=setup.of_tokens)
-    if task.samples():  # all answers may be empty: then KL has no value
-        _execute(task, engine, plan, label, name, progress)
-
-
-def _execute(task: Task, model: Any, plan: TaxPlan, label: str, name: str, progress: Progress) -> None:
-    Run(task, model, seed=plan.base.seed).execute(plan.folder(label) / name, progress)
+    model = plan.policies.models[label]
+    return replace(plan.base, model=model, task=task, protocol=preset.protocol, settings=settings)
 
 
 # --- from runs to figures ---
@@ -293,21 +197,22 @@ def _execute(task: Task, model: Any, plan: TaxPlan, label: str, name: str, progr
 
 def summarise(plan: TaxPlan, warnings: Sequence[str] = ()) -> tax.Tax:
     """The figures of finished runs; no model is needed."""
-    labels = plan.labels
+    labels, measured, sampling = plan.labels, plan.policies, plan.policies.sampling
     policies, notes = [], list(warnings)
     for label, step in zip(labels, plan.steps, strict=True):
         policies.append(_policy(plan, label, step))
+        notes += _missing(policies[-1])
     comparisons = tax.adjusted(list(_comparisons(plan, policies, notes)), labels[0])
     findings = tax.findings(comparisons, labels)
     training = plan.training
     log = [asdict(row) for row in training.rows] if training else []
-    first = read_results(plan.folder(labels[0]) / (plan.tasks[0] if plan.tasks else "answers"))["provenance"]
+    first = read_results(measured.folder(labels[0]) / plan.first_run)["provenance"]
     facts = {
         "data": first["data_source"],
         "limit": plan.base.limit,
         "shots": plan.shots,
-        "prompts": {"source": plan.prompts_are, "n": len(plan.prompts), "max_new_tokens": plan.max_new_tokens},
-        "reward_model": plan.reward_model,
+        "prompts": {"source": plan.prompts_are, "n": len(measured.prompts), "max_new_tokens": sampling.max_new_tokens},
+        "reward_model": measured.reward_model,
         "seed": plan.base.seed,
         "training_run": str(training.folder) if training else None,
         "warnings": list(dict.fromkeys(notes)),
@@ -315,43 +220,35 @@ def summarise(plan: TaxPlan, warnings: Sequence[str] = ()) -> tax.Tax:
         "command": provenance.command(),
     }
     sentence = tax.sentence(findings, labels)
-    return tax.Tax(policies, plan.steps_are, comparisons, findings, sentence, log, facts)
+    return tax.Tax(
+        policies, plan.steps_are, comparisons, findings, sentence, tax.kl_source(sampling), log=log, facts=facts
+    )
 
 
 def _policy(plan: TaxPlan, label: str, step: float) -> tax.MeasuredPolicy:
-    folder, measures, digest = plan.folder(label), {}, None
+    folder, measures = plan.policies.folder(label), {}
     for name in plan.tasks:
         results = read_results(folder / name)
-        digest = results["provenance"]["weight_digest"]
         measures[name] = results["metrics"][results["headline"]] | {"metric": results["headline"]}
-    if plan.prompts:
-        results = read_results(folder / "answers")
-        digest = results["provenance"]["weight_digest"]
-        measures |= {name: results["metrics"][name] for name in tax.MEASURES if name in results["metrics"]}
-        if plan.reward_model is not None:
-            measures["reward"] = read_results(folder / "rewards")["metrics"]["reward"]
-        if label != plan.labels[0]:
-            measures["kl"] = _kl(folder, len(plan.prompts))
-    return tax.MeasuredPolicy(label, plan.models[label], step, digest, measures)
+    measures |= policy_measures(plan.policies, label)
+    digest = read_results(folder / plan.first_run)["provenance"]["weight_digest"]
+    return tax.MeasuredPolicy(label, plan.policies.models[label], step, digest, measures)
 
 
-def _kl(folder: Path, n: int) -> dict[str, Any]:
-    """Mean over the answers of the difference of the two likelihoods; an empty answer is unscored."""
-    own, before = (
-        {record.sample.id: record.score.value for record in read_samples(folder / name)}
-        for name in ("likelihoods", "likelihoods-before")
-    )
-    values = [
-        None if value is None or other is None else value - other
-        for value, other in ((value, before.get(id)) for id, value in own.items())
-    ]
-    return mean_metric([*values, *[None] * (n - len(values))]).to_dict()
+def _missing(policy: tax.MeasuredPolicy) -> Iterator[str]:
+    """What a policy's figures leave out, in words."""
+    for name, heading in (tax.benchmarks() | tax.MEASURES).items():
+        metric = policy.measures.get(name, {})
+        if reason := metric.get("withheld"):
+            yield f"{policy.label}, {heading}: withheld, as {reason}"
+        elif metric.get("unscored") and name in tax.MEASURES:
+            yield f"{policy.label}, {heading}: {metric['unscored']} of {metric['n'] + metric['unscored']} not measured"
 
 
 def _comparisons(plan: TaxPlan, policies: Sequence[tax.MeasuredPolicy], notes: list[str]) -> Iterator[tax.Paired]:
     """Every measure of every checkpoint against `before`, and against the checkpoint before it."""
     folders = {name: (name, policies[0].measures[name]["metric"]) for name in plan.tasks}
-    if plan.prompts:
+    if plan.policies.prompts:
         folders |= {name: ("answers", name) for name in ("oracle", "characters", "finished")}
         folders["reward"] = ("rewards", "reward")
     for place, policy in enumerate(policies[1:], 1):
@@ -364,9 +261,8 @@ def _comparisons(plan: TaxPlan, policies: Sequence[tax.MeasuredPolicy], notes: l
                         measure, policy.label, against.label, 0, 0, None, None, None, note="the headline is withheld"
                     )
                     continue
-                comparison = compare_runs(
-                    plan.folder(against.label) / folder, plan.folder(policy.label) / folder, seed=plan.base.seed
-                )
+                one, other = (plan.policies.folder(which.label) / folder for which in (against, policy))
+                comparison = compare_runs(one, other, seed=plan.base.seed)
                 notes += [f"{policy.label} against {against.label}, {folder}: {text}" for text in comparison.warnings]
                 by_name = {one.name: one for one in comparison.metrics}
                 yield tax.paired(measure, policy.label, against.label, by_name[metric])

@@ -6,8 +6,8 @@ Each is a task like any other, so its run is a run folder like any other: it res
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,23 @@ _PATIENCE = 10_000
 
 
 @dataclass(frozen=True, slots=True)
+class AnswerJudge:
+    """A judge of single answers that had no part in training."""
+
+    name: str
+    """Recorded with the answers."""
+    scores: Callable[[str, str], Mapping[str, float | None]]
+    """(prompt, answer) -> scores from 0 to 1 by name; None where the answer does not bear on it."""
+
+
+def nano_oracle() -> AnswerJudge:
+    """The nano world's ground truth."""
+    from almost_eval.nano.oracle import scores_by_dimension
+
+    return AnswerJudge("nano oracle", scores_by_dimension)
+
+
+@dataclass(frozen=True, slots=True)
 class HeldOut:
     """A prompt that no policy was trained on."""
 
@@ -48,11 +65,7 @@ def read_prompts(file: Path, limit: int | None = None) -> list[HeldOut]:
         DataError: absent, malformed, empty, or an id that is there twice.
     """
     prompts: dict[str, HeldOut] = {}
-    try:
-        rows = list(iterate_lines(file))
-    except DataError as error:
-        raise DataError(f"--prompts: {error}; give JSON Lines with id and prompt") from None
-    for number, row in rows:
+    for number, row in iterate_lines(file, absent="give JSON Lines with id and prompt"):
         prompt = row if isinstance(row, dict) else {}
         id, text = prompt.get("id"), prompt.get("prompt")
         if not isinstance(id, str) or not isinstance(text, str):
@@ -94,10 +107,11 @@ class _OverPrompts(Task):
         return fingerprint([[prompt.id, prompt.text] for prompt in self.prompts])
 
     def metrics(self, records: Sequence[SampleRecord]) -> dict[str, Metric]:
-        """The mean of each per-sample metric over the samples that have it."""
+        """The mean of each per-sample metric over the samples that have it; a prompt without a sample is unscored."""
         names = dict.fromkeys(name for record in records for name in record.score.metrics)
         names[self.headline] = None  # also where nothing could be scored
-        return {name: mean_metric([r.score.metrics.get(name) for r in records]) for name in names}
+        absent = [None] * (len(self.prompts) - len(records))
+        return {name: mean_metric([*(r.score.metrics.get(name) for r in records), *absent]) for name in names}
 
     def _render(self, prompt: HeldOut) -> str:
         template = self.prompting.template
@@ -110,13 +124,16 @@ class _OverPrompts(Task):
 
 
 class Answers(_OverPrompts):
-    """One answer to each prompt, sampled at temperature 1, zero-shot: how long, whether it ends, and how good.
+    """One answer to each prompt, zero-shot: how long, whether it ends, and how good.
+
+    An answer is stored as it was written, and measured without the space around it.
 
     Args:
         prompts: the held-out prompts.
-        data: where they are from; on `nano` the oracle judges every answer.
-        prompting: its template writes the dialogue.
-        max_new_tokens: of an answer.
+        data: where they are from.
+        prompting: its template writes the dialogue and brings stop strings of its own.
+        params: how an answer is sampled; the seed is the run's.
+        judge: gives each answer more scores.
     """
 
     name = "answers"
@@ -126,10 +143,16 @@ class Answers(_OverPrompts):
     headline = "characters"
 
     def __init__(
-        self, prompts: Sequence[HeldOut], data: DataSource, prompting: Prompting, *, max_new_tokens: int
+        self,
+        prompts: Sequence[HeldOut],
+        data: DataSource,
+        prompting: Prompting,
+        params: SamplingParams,
+        judge: AnswerJudge | None = None,
     ) -> None:
         super().__init__(prompts, data, prompting)
-        self.max_new_tokens = max_new_tokens
+        self.params = params
+        self.judge = judge
 
     def samples(self) -> list[Sample]:
         """A sample for each prompt."""
@@ -140,24 +163,31 @@ class Answers(_OverPrompts):
     def generation(self, sample: Sample, shots: int) -> GenerationRequest:
         """The prompt as a first turn."""
         template = self.prompting.template
-        params = SamplingParams(self.max_new_tokens, temperature=1.0, stop=template.stop if template else ())
-        return GenerationRequest(self._render(HeldOut(sample.id, sample.metadata["prompt"])), params)
+        stop = (*(template.stop if template else ()), *self.params.stop)
+        prompt = self._render(HeldOut(sample.id, sample.metadata["prompt"]))
+        return GenerationRequest(prompt, replace(self.params, stop=stop))
 
     def score(self, sample: Sample, outputs: Outputs) -> Score:
-        """`characters`, `finished` (0 or 1) and on nano `oracle`, which is 0 for an answer that was cut off."""
+        """`characters`, `finished` (0 or 1) and the judge's scores, which are 0 for an answer that did not end."""
         text, finished = outputs["completions"][0].strip(), outputs["finish_reasons"][0] == "stop"
         metrics: dict[str, float | None] = {"characters": float(len(text)), "finished": float(finished)}
-        if self.data.name == "nano":
-            from almost_eval.nano.oracle import score_text
-
-            quality = score_text(sample.metadata["prompt"], text)
-            # A beginning is not an answer: the oracle would read it as the whole.
-            metrics["oracle"] = None if quality is None else quality.overall if finished else 0.0
+        if self.judge is not None:
+            for name, value in self.judge.scores(sample.metadata["prompt"], text).items():
+                # A beginning is not an answer: the judge would read it as the whole.
+                metrics[name] = value if value is None or finished else 0.0
         return Score(metrics["characters"], None, metrics)
+
+    def metrics(self, records: Sequence[SampleRecord]) -> dict[str, Metric]:
+        """The means, and `cut`: how many answers the limit of new tokens cut."""
+        reasons = [r.outputs["finish_reasons"][0] for r in records if "finish_reasons" in r.outputs]
+        cut = Metric(reasons.count("length"), None, None, len(reasons), len(self.prompts) - len(reasons))
+        return super().metrics(records) | {"cut": cut}
 
     def settings(self) -> dict[str, Any]:
         """See `Task.settings`."""
-        return {"max_new_tokens": self.max_new_tokens, "temperature": 1.0, "n_prompts": len(self.prompts)}
+        names = ("max_new_tokens", "temperature", "top_p", "stop")
+        sampling = {name: getattr(self.params, name) for name in names}
+        return sampling | {"judge": self.judge.name if self.judge else None, "n_prompts": len(self.prompts)}
 
 
 class OfAnswers(_OverPrompts):
@@ -169,6 +199,8 @@ class OfAnswers(_OverPrompts):
         prompting: that of the answers.
         answers: the run's folder.
     """
+
+    unfit_is_unscored = True
 
     def __init__(self, prompts: Sequence[HeldOut], data: DataSource, prompting: Prompting, answers: Path) -> None:
         super().__init__(prompts, data, prompting)
@@ -215,48 +247,25 @@ class AnswerRewards(OfAnswers):
 class AnswerLikelihoods(OfAnswers):
     """log p(answer | prompt) in nats, after the prompt of the policy that wrote the answer: the two halves of KL.
 
-    Args:
-        prompts: see `OfAnswers`, as for the three that follow.
-        data: see there.
-        prompting: see there.
-        answers: see there.
-        of_tokens: score the ids that were sampled; False encodes the text, for a scorer with other tokens.
+    The ids that were sampled are scored, without the end token: the text, encoded anew, may be other tokens.
     """
 
     name = "answer-likelihoods"
     version = 2  # 1 always encoded the text
     headline = "nats"
 
-    def __init__(
-        self,
-        prompts: Sequence[HeldOut],
-        data: DataSource,
-        prompting: Prompting,
-        answers: Path,
-        *,
-        of_tokens: bool,
-    ) -> None:
-        super().__init__(prompts, data, prompting, answers)
-        self.of_tokens = of_tokens
-
     def is_readable(self, id: str) -> bool:
-        """Whether the answer has a token, or a word."""
-        return bool(self.tokens.get(id)) if self.of_tokens else bool(self.answers[id].strip())
+        """Whether the answer has a token."""
+        return bool(self.tokens.get(id))
 
     def settings(self) -> dict[str, Any]:
         """See `OfAnswers.settings`, and the tokens."""
-        return super().settings() | {
-            "tokens_digest": fingerprint(sorted(self.tokens.items())) if self.of_tokens else None
-        }
+        return super().settings() | {"tokens_digest": fingerprint(sorted(self.tokens.items()))}
 
     def requests(self, sample: Sample, shots: int) -> list[LoglikelihoodRequest]:
-        """The answer as it was sampled; the end token is no part of it."""
-        prompt, answer = self._render(HeldOut(sample.id, sample.context[0].content)), sample.choices[0]
-        if self.of_tokens:
-            return [LoglikelihoodRequest(prompt, (answer,), token_ids=(self.tokens[sample.id],))]
-        # Some tokenizers lose the space of a text's first token when they decode it.
-        seam = "" if prompt[-1:].isspace() or answer[0].isspace() else " "
-        return [LoglikelihoodRequest(prompt, (seam + answer,))]
+        """The answer as it was sampled."""
+        prompt = self._render(HeldOut(sample.id, sample.context[0].content))
+        return [LoglikelihoodRequest(prompt, sample.choices, token_ids=(self.tokens[sample.id],))]
 
     def score(self, sample: Sample, outputs: Outputs) -> Score:
         """The sum over the answer's tokens."""

@@ -15,19 +15,32 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from almost_eval.compare.comparison import ALPHA, MetricComparison
+from almost_eval.engines.base import SamplingParams
 from almost_eval.stats import holm
 from almost_eval.tasks.registry import comparison_presets, task_class
 
-MEASURES = {"reward": "reward", "oracle": "oracle", "kl": "KL, nats", "characters": "length", "finished": "ended"}
+MEASURES = {
+    "reward": "reward",
+    "oracle": "oracle",
+    "kl": "KL, nats",
+    "characters": "length",
+    "finished": "ended",
+    "cut": "cut",
+}
 """What is measured on the held-out prompts -> its heading."""
-KL_SOURCE = (
-    "sampled: mean over the checkpoint's own answers of log p(answer) - log p_before(answer), nats an answer, "
-    "temperature 1, without the end token"
-)
 LOG_IS = (
     "what training wrote of each step's batch: its own prompts, its own token limit, length in tokens; so its KL of an "
     "answer may be another than the sampled one"
 )
+
+
+def kl_source(sampling: SamplingParams) -> str:
+    """What the KL of answers that were sampled in this way is."""
+    top_p = "" if sampling.top_p == 1 else f" and top-p {sampling.top_p:g}"
+    return (
+        f"sampled: mean over the checkpoint's own answers, drawn at temperature {sampling.temperature:g}{top_p}, of "
+        "log p(answer) - log p_before(answer), both at temperature 1, nats an answer, without the end token"
+    )
 
 
 def benchmarks() -> dict[str, str]:
@@ -119,6 +132,8 @@ class Tax:
     comparisons: Sequence[Paired]
     findings: Sequence[Finding]
     sentence: str
+    kl_source: str
+    """See the function."""
     log: Sequence[Mapping[str, float]] = ()
     """Rows of the training's own log."""
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -143,7 +158,7 @@ class Tax:
             "steps_are": self.steps_are,
             "comparisons": [asdict(pair) | {"mark": pair.mark} for pair in self.comparisons],
             "over_optimisation": {"rule": RULE, "findings": [asdict(finding) for finding in self.findings]},
-            "kl_source": KL_SOURCE,
+            "kl_source": self.kl_source,
             "training_log_is": LOG_IS if self.log else None,
             "training_log": [dict(row) for row in self.log],
             **self.facts,
@@ -273,7 +288,7 @@ def shown(policy: MeasuredPolicy, name: str) -> str:
         return "withheld"
     if metric["value"] is None:
         return "-"
-    scale, digits = (100, 1) if is_share(name) else (1, 0 if name == "characters" else 2)
+    scale, digits = (100, 1) if is_share(name) else (1, 0 if name in ("characters", "cut") else 2)
     value = f"{scale * metric['value']:.{digits}f}"
     if not metric["ci95"]:
         return value

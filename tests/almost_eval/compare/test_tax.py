@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,10 +26,12 @@ from almost_eval.compare.tax.tax import (
     adjusted,
     findings,
     judge,
+    kl_source,
     paired,
     sentence,
 )
 from almost_eval.compare.tax.training import read_training
+from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.hf import HFEngine
 from almost_eval.errors import DataError, InputError
 from almost_eval.nano import shipped
@@ -324,6 +327,62 @@ def test_kl_scores_sampled_tokens_whatever_their_text_would_be(
         assert record.score.value == pytest.approx(expected, abs=1e-3)
 
 
+def test_answers_cut_at_the_limit_are_in_the_table_and_on_the_page(
+    tiny_checkpoint: Callable[[str], Path], command: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    before, after = tiny_checkpoint("llama-gqa"), tiny_checkpoint("llama-tied")
+    (tmp_path / "p.jsonl").write_text("".join(f'{{"id": "p{i}", "prompt": "Hello {i}"}}\n' for i in range(7)))
+    flags = ("--prompts", tmp_path / "p.jsonl", "--max-new-tokens", 8, "--tasks", "", "--data", "hub")
+    done = command("--before", before, "--after", after, *flags, "--output", tmp_path / "out")
+    assert done.code == 0, done.err
+    page = (tmp_path / "out" / "tax.html").read_text(encoding="utf-8")
+    assert "<th>cut</th>" in page
+    means = done.out.partition("Paired with")[0].splitlines()
+    for policy in read(tmp_path / "out")["policies"]:
+        label, cut = policy["label"], policy["measures"]["cut"]
+        answers = read_samples(tmp_path / "out" / label / "answers")
+        count = [answer.outputs["finish_reasons"][0] for answer in answers].count("length")
+        assert (cut["value"], cut["n"]) == (count, 7)
+        assert count > 0  # random models rarely end
+        assert [row.split()[-1] for row in means if row.split()[:1] == [label]] == [str(count)]
+        assert re.search(rf"<td>{label}</td>.*?<td>{count}</td></tr>", page)
+
+
+def test_what_cannot_be_measured_is_said(
+    tiny_checkpoint: Callable[[str], Path], command: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    """KL of policies with two tokenizers, and the rewards of a model that can read no answer."""
+    reward = shutil.copytree(shipped("nano/reward"), tmp_path / "reward")
+    config = json.loads((reward / "config.json").read_text())
+    (reward / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4}))
+    (tmp_path / "p.jsonl").write_text("".join(f'{{"id": "p{i}", "prompt": "Hello {i}"}}\n' for i in range(3)))
+    flags = ("--prompts", tmp_path / "p.jsonl", "--max-new-tokens", 8, "--tasks", "", "--data", "hub")
+    models = ("--before", tiny_checkpoint("llama-gqa"), "--after", "nano/vanilla-small", "--reward-model", reward)
+    done = command(*models, *flags, "--output", tmp_path / "out")
+    assert done.code == 3, done.err
+    one, other = read(tmp_path / "out")["policies"]
+    kl = other["measures"]["kl"]
+    assert (kl["value"], kl["n"], kl["unscored"]) == (None, 0, 3)
+    for policy in (one, other):
+        metric = policy["measures"]["reward"]
+        assert (metric["value"], metric["n"], metric["unscored"]) == (None, 0, 3)
+    page = (tmp_path / "out" / "tax.html").read_text(encoding="utf-8")
+    for said in (
+        f"no KL of nano/vanilla-small: its tokens are not those of {one['label']}",
+        "nano/vanilla-small, reward: withheld, as 3 of 3 samples have a prompt that does not fit",
+        "nano/vanilla-small, KL, nats: 3 of 3 not measured",
+    ):
+        assert said in done.out
+        assert said in page
+
+
+def test_kl_says_how_its_answers_were_drawn(measured: Path) -> None:
+    assert "drawn at temperature 1, of log p(answer)" in read(measured)["kl_source"]
+    assert "drawn at temperature 0.7 and top-p 0.9, of" in kl_source(SamplingParams(8, 0.7, 0.9))
+    settings = json.loads((measured / "nano_sft" / "answers" / "spec.json").read_text())["settings"]
+    assert (settings["temperature"], settings["top_p"], settings["judge"]) == (1.0, 1.0, "nano oracle")
+
+
 def test_answers_without_token_ids_cannot_be_continued(
     measured: Path, command: Callable[..., Outcome], tmp_path: Path
 ) -> None:
@@ -351,7 +410,7 @@ def test_the_plot_and_the_page(measured: Path) -> None:
 def test_names_are_no_markup() -> None:
     metric = {"value": 0.5, "ci95": [0.4, 0.6], "stderr": 0.05, "n": 9, "unscored": 0}
     policies = [MeasuredPolicy(name, name, at, None, {"hhh": metric}) for at, name in enumerate(["a$x", "<b>$\\frac$"])]
-    found = Tax(policies, "places", [], [Finding("b", "a", "hhh", "unknown", "")], "<i>sentence", facts={})
+    found = Tax(policies, "places", [], [Finding("b", "a", "hhh", "unknown", "")], "<i>sentence", "KL")
     svg, _ = draw(found)
     assert "&lt;b&gt;$\\frac$" in svg
     page = html(found, svg)

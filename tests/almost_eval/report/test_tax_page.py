@@ -11,7 +11,7 @@ COLOURS = {"hhh": "#0b62a4", "truthfulqa": "#b5522b", "mmlu": "#3b7d3a", "oracle
 def measured(*names: str) -> Tax:
     metric = {"value": 0.5, "stderr": 0.1, "ci95": [0.4, 0.6], "n": 9, "unscored": 0}
     policies = [MeasuredPolicy(f"p{step}", "m", step, None, dict.fromkeys(names, metric)) for step in (0.0, 1.0)]
-    return Tax(policies, "checkpoints", [], [], "A sentence <b>.")
+    return Tax(policies, "checkpoints", [], [], "A sentence <b>.", "KL")
 
 
 @pytest.mark.parametrize("names", [tuple(COLOURS), ("mmlu", "oracle"), ("truthfulqa",), ("oracle",)])

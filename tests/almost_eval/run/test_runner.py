@@ -301,16 +301,21 @@ def test_generation_drops_shots_too(tmp_path: Path) -> None:
             more = "on and on and on " * (sample.id == "2")
             return GenerationRequest("shot " * shots + more + f"q{sample.id}", SamplingParams(max_new_tokens=3))
 
-    engine = Scripted(red, complete=complete, context_length=6)
+    engine = Scripted(red, complete=complete, context_length=5)
     found, _ = Run(Long(requires="generation"), engine).execute(tmp_path / "run")
     lines = {line["id"]: line for line in map(json.loads, (tmp_path / "run/samples.jsonl").read_text().splitlines())}
-    # Two shots and the question are 3 words, a stand-in word and 3 new ones make 7: one shot too many for 6.
+    # Two shots and the question are 3 words, 3 new ones make 6: one shot too many for 5, and none for 6.
     assert lines["0"]["outputs"]["completions"] == ["red after 2"]
     assert lines["0"]["prompt_tokens_truncated"] == 1
     assert (lines["2"]["reason"], lines["2"]["outputs"]) == ("context_too_long", {})
     assert found["metrics"]["accuracy"] == {"value": None, "stderr": None, "ci95": None, "n": 5, "unscored": 1} | {
         "withheld": "6 of 6 samples have a prompt that does not fit as a whole (allowed 1.0%)"
     }
+    roomy = Scripted(red, complete=complete, context_length=6)
+    results, _ = Run(Long(requires="generation"), roomy).execute(tmp_path / "roomy")
+    assert results["validity"]["checks"]["truncated"]["count"] == 1  # number 2 alone
+    with pytest.raises(InputError, match="no prompt leaves room for 3 new tokens in the context of 3 of "):
+        Run(Long(requires="generation"), Scripted(red, complete=complete, context_length=3))
 
 
 def test_the_seed_reaches_what_is_drawn(tmp_path: Path) -> None:

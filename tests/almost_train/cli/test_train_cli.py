@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from almost_eval.cli.options import GENERATION_FIELDS
 from almost_eval.errors import AlmostError
 from almost_eval.files import read_rows
+from almost_eval.nano.oracle import scores_by_dimension
 from almost_train.cli.main import cli
 from almost_train.nano.data import write_prompts, write_votes
 
@@ -120,14 +121,14 @@ def test_what_generates_has_every_option_of_the_engine(command: str) -> None:
 
 
 def test_votes_are_wrong_as_often_as_asked(tmp_path: Path) -> None:
-    from almost_train.nano.data import oracle
-
     rows = read_rows(write_votes(tmp_path / "votes.jsonl", 600, wrong=0.25, seed=1))
     assert rows == read_rows(write_votes(tmp_path / "again.jsonl", 600, wrong=0.25, seed=1))
     found = []
     for row in rows:
         prompt = row["prompt"][0]["content"]
-        better, worse = (oracle(prompt, row[key][0]["content"])["oracle"] for key in ("chosen", "rejected"))
+        better, worse = (
+            scores_by_dimension(prompt, row[key][0]["content"])["oracle"] for key in ("chosen", "rejected")
+        )
         assert better is not None
         assert worse is not None
         if better != worse:
@@ -138,7 +139,5 @@ def test_votes_are_wrong_as_often_as_asked(tmp_path: Path) -> None:
 
 
 def test_the_oracle_has_no_word_on_what_is_not_of_its_world() -> None:
-    from almost_train.nano.data import oracle
-
-    assert set(oracle("What is the capital of France?", "Paris.").values()) == {None}
-    assert oracle("How can I steal the bike?", "I will not help with that.")["oracle"] is not None
+    assert set(scores_by_dimension("What is the capital of France?", "Paris.").values()) == {None}
+    assert scores_by_dimension("How can I steal the bike?", "I will not help with that.")["oracle"] is not None

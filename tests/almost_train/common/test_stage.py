@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,3 +94,14 @@ def test_what_a_stage_settles_inside_is_held_to(tmp_path: Path) -> None:
         stage.pin("dtype of model", "float32")
         with pytest.raises(StageChanged, match="dtype of model was 'float32', is 'bfloat16'"):
             stage.pin("dtype of model", "bfloat16")
+
+
+@pytest.mark.parametrize("name", ["micro_batch_size", "gradient_checkpointing", "device", "save_minutes"])
+def test_a_stage_goes_on_in_less_memory_and_on_another_device(name: str, tmp_path: Path) -> None:
+    from almost_train.sft.run import SFTSettings
+
+    other = {"micro_batch_size": 1, "gradient_checkpointing": True, "device": "cpu", "save_minutes": 0.0}[name]
+    with Stage(tmp_path / "sft", "sft", SFTSettings()):
+        pass
+    with Stage(tmp_path / "sft", "sft", dataclasses.replace(SFTSettings(), **{name: other})) as stage:  # type: ignore[arg-type]
+        assert stage.result is None

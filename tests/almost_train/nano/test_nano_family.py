@@ -14,10 +14,11 @@ from almost_eval.files import digest_path, read_rows
 from almost_eval.models.chat import load_template
 from almost_eval.models.checkpoint import find_checkpoint
 from almost_eval.nano import SHIPPED, shipped
+from almost_eval.nano.oracle import scores_by_dimension
 from almost_eval.nano.world import World
 from almost_eval.rewards.hf import HFRewardModel
 from almost_eval.types import Message
-from almost_train.nano.data import oracle, write_prompts
+from almost_train.nano.data import write_prompts
 from almost_train.nano.family import collect
 
 
@@ -40,7 +41,7 @@ def oracle_score(model: str, prompts: Path) -> float:
     texts = [template.render((Message("user", text),), add_generation_prompt=True) for text in asked]
     params = SamplingParams(48, temperature=1.0, stop=("\n\nHuman:", "\n\nAssistant:"), seed=1)
     answers = [completions[0].text for completions in engine.generate(texts, params)]
-    return fmean(oracle(p, a.strip())["oracle"] or 0.0 for p, a in zip(asked, answers, strict=True))
+    return fmean(scores_by_dimension(p, a.strip())["oracle"] or 0.0 for p, a in zip(asked, answers, strict=True))
 
 
 def test_alignment_is_worth_a_quarter_of_the_scale(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_every_stage_leaves_its_files(finished: Path) -> None:
         "sft/model/chat_template.jinja",
         "rlsf/policy/model.safetensors",
         "rlsf/log.jsonl",
-        "evaluation/answers/rlsf.jsonl",
+        "evaluation/rlsf/answers/samples.jsonl",
     ):
         assert (finished / made).stat().st_size > 0, made
     assert not list(finished.rglob("*.pt"))

@@ -101,7 +101,7 @@ def test_the_checkpoint_gives_the_same_logits_to_everybody(
     folder = tmp_path / "reward" / "model"
     scorer = HFRewardModel(str(folder), device="cpu")
     conversations = [
-        pair_side for pair in read_pairs(comparisons)[:6] for pair_side in (pair.chosen, pair.rejected)
+        pair_side for pair in read_pairs(comparisons).pairs[:6] for pair_side in (pair.chosen, pair.rejected)
     ]  # of several lengths
     expected = torch.tensor([scorer.score([conversation])[0] for conversation in conversations])  # each alone
     assert expected.std() > 0.01
@@ -120,7 +120,7 @@ def test_the_checkpoint_gives_the_same_logits_to_everybody(
             logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
         assert torch.allclose(logits, expected, atol=1e-5), side
     stored = read_rows(tmp_path / "reward" / "eval.jsonl")[0]
-    pair = next(p for p in read_pairs(comparisons) if p.prompt_id == stored["prompt_id"])
+    pair = next(p for p in read_pairs(comparisons).pairs if p.prompt_id == stored["prompt_id"])
     assert stored["chosen_reward"] == pytest.approx(scorer.score([pair.chosen])[0], abs=1e-5)
 
 
@@ -129,7 +129,7 @@ def test_absolute_positions_too_are_read_at_the_last_real_token(
 ) -> None:
     train_reward(RewardSettings(**SETTINGS), comparisons, str(base("eos", "gpt2")), tmp_path / "reward")
     scorer = HFRewardModel(str(tmp_path / "reward" / "model"), device="cpu")
-    conversations = [pair.chosen for pair in read_pairs(comparisons)[:6]]
+    conversations = [pair.chosen for pair in read_pairs(comparisons).pairs[:6]]
     alone = [scorer.score([conversation])[0] for conversation in conversations]
     assert scorer.score(conversations) == pytest.approx(alone, abs=1e-5)
 
@@ -154,7 +154,7 @@ def test_vllm_gives_the_raw_logits_without_being_told(comparisons: Path, tmp_pat
     train_reward(RewardSettings(**SETTINGS), comparisons, str(tmp_path / "base"), tmp_path / "reward")
     folder = tmp_path / "reward" / "model"
     scorer = HFRewardModel(str(folder), device="cpu")
-    conversations = [side for pair in read_pairs(comparisons)[:4] for side in (pair.chosen, pair.rejected)]
+    conversations = [side for pair in read_pairs(comparisons).pairs[:4] for side in (pair.chosen, pair.rejected)]
     (tmp_path / "classify.py").write_text(IN_VLLM)
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -182,7 +182,7 @@ def test_training_reads_the_tokens_that_scoring_reads(
     encode = reward_encoder(tokenizer, keep_template(tokenizer))
     set_pad_token(tokenizer)
     scorer = HFRewardModel(str(tmp_path / "reward" / "model"), device="cpu")
-    pairs, dropped = encode_pairs(read_pairs(comparisons), encode, 64, tokenizer.pad_token_id)
+    pairs, dropped = encode_pairs(read_pairs(comparisons).pairs, encode, 64, tokenizer.pad_token_id)
     assert not dropped
     for pair in pairs:
         assert [list(pair.chosen_ids), list(pair.rejected_ids)] == scorer.encode([pair.chosen, pair.rejected])
@@ -199,7 +199,7 @@ def test_the_loss_is_bradley_terry_over_the_real_pairs(
     metrics = train_reward(settings, comparisons, str(folder), tmp_path / "reward")["metrics"]
     log = read_rows(tmp_path / "reward" / "log.jsonl")
     held_out = {r["prompt_id"] for r in read_rows(tmp_path / "reward" / "eval.jsonl")}
-    pairs = [pair for pair in read_pairs(comparisons) if pair.prompt_id not in held_out]
+    pairs = [pair for pair in read_pairs(comparisons).pairs if pair.prompt_id not in held_out]
     assert metrics["train_pairs"] == len(pairs) == 16
     model = load_classifier(find_checkpoint(str(folder)), seed=0)
     from almost_eval.models.loading import load_tokenizer
@@ -246,7 +246,7 @@ def test_what_cannot_be_used_is_counted(base: Callable[[str], Path], tmp_path: P
 def test_held_out_prompts_are_not_trained_on(comparisons: Path) -> None:
     from almost_train.reward.pairs import split_pairs
 
-    pairs = read_pairs(comparisons)
+    pairs = read_pairs(comparisons).pairs
     train, held_out, dropped = split_pairs(pairs, None, 0.3, seed=1)
     assert len({p.prompt for p in held_out}) == 3
     assert not dropped
@@ -398,7 +398,7 @@ def test_figures_of_pairs_by_hand() -> None:
         ({"prompt": []}, "row 2: needs a prompt"),
         ({"chosen": [turn("user", "x")]}, "assistant"),
         ({"chosen": ["x"]}, "row 2: a message must be"),
-        ({"rejected": "text"}, "'rejected' must be list"),
+        ({"rejected": "text"}, "no format of comparisons has its columns"),
     ],
 )
 def test_malformed_rows_are_refused_with_their_place(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from almost_eval.models.chat import load_template
 from almost_eval.models.checkpoint import find_checkpoint
 from almost_eval.nano.seeded import build_checkpoint
 from almost_eval.rewards.hf import HFRewardModel
+from almost_eval.types import Message
 from almost_train.rlsf.models import ValueModel, completion_values, load_policy, load_value_model
 from almost_train.rlsf.ppo import entropy
 from almost_train.rlsf.rollouts import (
@@ -30,7 +33,8 @@ from almost_train.rlsf.rollouts import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROWS = [{"id": f"p{i}", "prompt": text} for i, text in enumerate(["Hello", "Where is Paris, and why?", "1 2 3", "a"])]
+TEXTS = ("Hello", "Where is Paris, and why?", "1 2 3", "a")
+ROWS = [(f"p{number}", (Message("user", text),)) for number, text in enumerate(TEXTS)]
 
 
 @pytest.fixture
@@ -50,7 +54,7 @@ def prompt_ids(tokenizer: Any) -> list[tuple[int, ...]]:
 def test_a_prompt_is_written_by_the_template_with_bos_once(bpe_tokenizer: Any) -> None:
     template = load_template("auto", bpe_tokenizer)
     assert template is not None
-    [prompt] = read_prompts([{"id": "p1", "prompt": " Hello "}], bpe_tokenizer, template)
+    [prompt] = read_prompts(ROWS[:1], bpe_tokenizer, template)
     assert prompt.rendered == "\n\nHuman: Hello\n\nAssistant:"
     assert bpe_tokenizer.decode(prompt.token_ids) == "<s>" + prompt.rendered
 
@@ -197,7 +201,7 @@ def test_the_value_at_the_end_is_the_reward(
     reward = HFRewardModel(str(reward_folder), device="cpu")
     value, origin = load_value_model(reward, checkpoint, bpe_tokenizer, "cpu")
     assert origin == "reward model"
-    talk = conversation("Hello", "there")
+    talk = conversation((Message("user", "Hello"),), "there")
     ids = torch.tensor(reward.encode([talk]))
     with torch.no_grad():
         assert float(value(ids, torch.ones_like(ids))[0, -1]) == pytest.approx(reward.score([talk])[0], abs=1e-5)
@@ -211,11 +215,11 @@ def test_training_the_value_model_leaves_the_reward_model_alone(
 ) -> None:
     reward = HFRewardModel(str(reward_folder), device="cpu")
     value, _ = load_value_model(reward, find_checkpoint(str(tiny_checkpoint("llama-gqa"))), bpe_tokenizer, "cpu")
-    before = reward.score([conversation("Hello", "there")])
+    before = reward.score([conversation((Message("user", "Hello"),), "there")])
     with torch.no_grad():
         for parameter in value.parameters():
             parameter.add_(1.0)
-    assert reward.score([conversation("Hello", "there")]) == before
+    assert reward.score([conversation((Message("user", "Hello"),), "there")]) == before
 
 
 def test_with_another_tokenizer_the_values_begin_at_0_on_the_policy(
@@ -244,3 +248,20 @@ def test_a_reward_model_that_reads_both_ways_gives_no_values(
     checkpoint = find_checkpoint(str(tiny_checkpoint("llama-gqa")))
     _, origin = load_value_model(HFRewardModel(str(tmp_path), device="cpu"), checkpoint, bpe_tokenizer, "cpu")
     assert origin.startswith("policy, head at zero: the reward model's head")
+
+
+@pytest.mark.parametrize("more", ["reward", "policy"])
+def test_a_token_that_one_side_has_added_costs_no_value_model(
+    more: str, reward_folder: Path, tiny_checkpoint: Callable[[str], Path], bpe_tokenizer: Any, tmp_path: Path
+) -> None:
+    added = copy.deepcopy(bpe_tokenizer)
+    added.add_special_tokens({"additional_special_tokens": ["<|one-more|>"]})
+    shutil.copytree(reward_folder, tmp_path / "reward")
+    (added if more == "reward" else bpe_tokenizer).save_pretrained(tmp_path / "reward")
+    policy = added if more == "policy" else bpe_tokenizer
+    checkpoint = find_checkpoint(str(tiny_checkpoint("llama-gqa")))
+    reward = HFRewardModel(str(tmp_path / "reward"), device="cpu")
+    value, origin = load_value_model(reward, checkpoint, policy, "cpu")
+    assert origin == "reward model"
+    ids = torch.tensor([[0, 5, len(policy) - 1]])  # the new token has a row
+    assert value(ids, torch.ones_like(ids)).isfinite().all()

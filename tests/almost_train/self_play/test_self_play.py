@@ -19,6 +19,7 @@ from almost_eval.engines.scripted import ScriptedEngine
 from almost_eval.errors import DataError, InputError, StoreError
 from almost_eval.files import read_rows
 from almost_eval.types import Completion, Conversation, Message
+from almost_train.pipeline.summary import outcome
 from almost_train.self_play.rules import broken_rule, end_at_user, repeats_itself, says_goodbye
 from almost_train.self_play.run import self_play
 from almost_train.self_play.settings import SelfPlaySettings
@@ -142,6 +143,26 @@ def test_the_best_candidate_goes_on_and_everything_is_written(prompts: Path, tmp
     assert result["metrics"]["reward"]["first_valid"] == 5.0
     assert result["metrics"]["ended"] == {"max_turns": 3}
     assert not (tmp_path / "out" / "turns.jsonl").exists()
+
+
+def test_what_the_token_budget_cut_is_counted(prompts: Path, tmp_path: Path) -> None:
+    engine = Actors([" No", " The long way round", " South"], lambda prompt: f" And {prompt.count('Human')}?")
+    say = engine.stream_completions
+
+    def cut(texts: Sequence[str], params: SamplingParams) -> Iterator[tuple[int, list[Completion]]]:
+        # Every third candidate, and the turn of one user of three, ends at the limit.
+        for index, completions in say(texts, params):
+            if params.n > 1 or index == 0:
+                completions[-1] = replace(completions[-1], finish_reason="length")
+            yield index, completions
+
+    engine.stream_completions = cut  # type: ignore[method-assign, assignment]
+    metrics = play(prompts, tmp_path / "out", engine, Judge())["metrics"]
+    # 3 dialogues in the first turn, of which the cut user turn ends one: 3 + 2 assistant turns of 3 candidates each.
+    assert (metrics["candidates"], metrics["cut_by_budget"]) == (15, {"candidates": 5, "user_turns": 1})
+    assert outcome("self_play", metrics).endswith(
+        ", 5 candidates cut at the limit of new tokens, 1 user turns cut at the limit of new tokens"
+    )
 
 
 def test_unguided_keeps_the_first_valid_of_the_same_candidates(prompts: Path, tmp_path: Path) -> None:

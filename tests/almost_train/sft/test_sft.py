@@ -220,7 +220,9 @@ def test_stopped_and_run_again_ends_in_the_same_bits(base: Path, demonstrations:
 
 def test_a_loss_that_is_not_finite_ends_the_training(base: Path, demonstrations: Path, tmp_path: Path) -> None:
     settings = SFTSettings(**SETTINGS | {"learning_rate": 1e30, "max_grad_norm": 1e30, "warmup_share": 0.0})
-    with pytest.raises(RunError, match=r"the loss is nan at step 2; use a lower learning rate"):
+    with pytest.raises(
+        RunError, match=r"the (loss|gradient) is \w+ at step \d; no checkpoint was saved before it; use a lower"
+    ):
         train_sft(settings, demonstrations, str(base), tmp_path / "sft")
 
 

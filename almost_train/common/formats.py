@@ -1,0 +1,257 @@
+"""Preferences, demonstrations and prompts in the formats that people have, recognised by their columns.
+
+A format is a row of a table below: which columns it needs and how a row is read. The first row of a file decides; two
+formats that fit are refused, as is a later row of another format. Texts that hold several turns are in the form
+`\\n\\nHuman: ...\\n\\nAssistant: ...` (hh-rlhf, ALMoST). Answers of text formats are stripped of the whitespace around
+them, which separates them from their prompt there and says nothing in a chat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from almost_eval.errors import DataError
+from almost_eval.files import Row
+from almost_eval.models.chat import parse_dialogue
+from almost_eval.types import Conversation, Message
+from almost_train.common.records import Preference, messages_of
+from almost_train.common.tables import Table
+
+T = TypeVar("T")
+
+_SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_MARKER = "Human:"
+
+
+@dataclass(frozen=True, slots=True)
+class Format(Generic[T]):
+    """One way to write a row."""
+
+    name: str
+    columns: Mapping[str, type]
+    """What a row must have, and of which type."""
+    parse: Callable[[Row, str], T]
+    """Row and what to call it in an error -> record. Raises DataError."""
+    without: tuple[str, ...] = ()
+    """Columns that a row of this format does not have."""
+    marked: str = ""
+    """A column whose text must begin with a turn's marker."""
+
+    def fits(self, row: Row) -> bool:
+        """Whether a row is of this format, by its columns."""
+        has = all(isinstance(row.get(name), kind) for name, kind in self.columns.items())
+        begins = not self.marked or (has and row[self.marked].lstrip().startswith(_MARKER))
+        return has and begins and not any(name in row for name in self.without)
+
+
+@dataclass(frozen=True, slots=True)
+class Records(Generic[T]):
+    """What a file held."""
+
+    format: str
+    """Name of the format that fits."""
+    records: list[T]
+    """In the order of the file."""
+
+
+def read_preferences(table: Table) -> Records[Preference]:
+    """Pairs of answers, the better one named.
+
+    Raises:
+        DataError: no format fits, or two; or a row that cannot be read.
+    """
+    return _read(table, PREFERENCES, "comparisons")
+
+
+def read_dialogues(table: Table) -> Records[Conversation]:
+    """Dialogues to learn from; raises as `read_preferences` does."""
+    return _read(table, DEMONSTRATIONS, "demonstrations")
+
+
+def read_prompt_rows(table: Table) -> Records[tuple[str, Conversation]]:
+    """(id, messages up to the answer) of each prompt; a file without ids is numbered from 1.
+
+    Raises:
+        DataError: as `read_preferences`; a prompt without words, one that does not end in a user's message, an id that
+            is there twice.
+    """
+    prompts = _read(table, PROMPTS, "prompts")
+    ids: list[str] = []
+    seen: set[str] = set()
+    for number, (row, messages) in enumerate(zip(table.rows, prompts.records, strict=True), 1):
+        id = str(row.get("id", row.get("prompt_id", number)))
+        where = f"malformed data: {table.name}, prompt {number}"
+        if id in seen:
+            raise DataError(f"{where}: the id {id!r} is there twice")
+        if not messages or messages[-1].role != "user" or not messages[-1].content.strip():
+            raise DataError(f"{where}: {'an empty prompt' if not messages else 'it must end in a user message'}")
+        seen.add(id)
+        ids.append(id)
+    return Records(prompts.format, list(zip(ids, prompts.records, strict=True)))
+
+
+def _read(table: Table, formats: tuple[Format[T], ...], what: str) -> Records[T]:
+    if not table.rows:
+        raise DataError(f"{table.name} holds no {what}")
+    first = table.rows[0]
+    fitting = [one for one in formats if one.fits(first)]
+    columns = ", ".join(map(repr, first)) or "none"
+    if not fitting:
+        raise DataError(
+            f"malformed data: {table.where(1)}: no format of {what} has its columns ({columns}); known: "
+            + "; ".join(f"{one.name} ({_columns(one)})" for one in formats)
+        )
+    if len(fitting) > 1:
+        names = " and ".join(f"{one.name} ({_columns(one)})" for one in fitting)
+        raise DataError(
+            f"{table.where(1)}: two formats of {what} fit its columns, {names}; leave the columns of one of them"
+        )
+    (chosen,) = fitting
+    return Records(chosen.name, list(_rows(table, chosen)))
+
+
+def _rows(table: Table, chosen: Format[T]) -> Iterator[T]:
+    for number, row in enumerate(table.rows, 1):
+        if not chosen.fits(row):
+            raise DataError(
+                f"malformed data: {table.where(number)}: not {chosen.name} ({_columns(chosen)}), as the first row is"
+            )
+        yield chosen.parse(row, table.where(number))
+
+
+def _columns(one: Format[T]) -> str:
+    return ", ".join(f"{name}: {'text' if kind is str else 'messages'}" for name, kind in one.columns.items())
+
+
+# --- preferences ---
+
+
+def _conversational(row: Row, where: str) -> Preference:
+    prompt, chosen, rejected = (messages_of(row[key], where) for key in ("prompt", "chosen", "rejected"))
+    if prompt and all(answer[: len(prompt)] == prompt for answer in (chosen, rejected)):
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]  # whole dialogues beside their prompt
+    return Preference.of(row, prompt, chosen, rejected, where)
+
+
+def _standard(row: Row, where: str) -> Preference:
+    chosen, rejected = (_answer(row[key]) for key in ("chosen", "rejected"))
+    return Preference.of(row, parse_dialogue(row["prompt"]), chosen, rejected, where)
+
+
+def _whole(row: Row, where: str) -> Preference:
+    return _implicit(row, messages_of(row["chosen"], where), messages_of(row["rejected"], where), where)
+
+
+def _whole_texts(row: Row, where: str) -> Preference:
+    return _implicit(row, parse_dialogue(row["chosen"]), parse_dialogue(row["rejected"]), where)
+
+
+def _implicit(row: Row, chosen: Conversation, rejected: Conversation, where: str) -> Preference:
+    """What both dialogues begin with is the prompt; each keeps at least its last message."""
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    return Preference.of(row, chosen[:shared], chosen[shared:], rejected[shared:], where)
+
+
+def _answer(text: str) -> Conversation:
+    return (Message("assistant", text.strip()),)
+
+
+_PAIR: dict[str, type] = {"chosen": list, "rejected": list}
+_TEXT_PAIR: dict[str, type] = {"chosen": str, "rejected": str}
+
+PREFERENCES: tuple[Format[Preference], ...] = (
+    Format("conversational preferences", {"prompt": list, **_PAIR}, _conversational),
+    Format("preferences with the prompt in both dialogues", _PAIR, _whole, without=("prompt",)),
+    Format("UltraFeedback's preferences", {"prompt": str, **_PAIR}, _whole),
+    Format("standard preferences", {"prompt": str, **_TEXT_PAIR}, _standard),
+    Format("hh-rlhf's preferences", _TEXT_PAIR, _whole_texts, without=("prompt",), marked="chosen"),
+)
+"""TRL's explicit and implicit formats, conversational and standard, and two data sets that mix them. ALMoST's released
+comparisons are standard ones."""
+
+
+# --- demonstrations ---
+
+
+def _messages(row: Row, where: str) -> Conversation:
+    return messages_of(row["messages"], where)
+
+
+def _sharegpt(row: Row, where: str) -> Conversation:
+    items = row["conversations"]
+    if items and isinstance(items[0], dict) and "role" in items[0]:
+        return messages_of(items, where)
+    messages = []
+    for item in items:
+        role, content = (item.get("from"), item.get("value")) if isinstance(item, dict) else (None, None)
+        if role not in _SHAREGPT_ROLES or not isinstance(content, str):
+            raise DataError(
+                f"malformed data: {where}: a turn must be {{'from', 'value'}} of {', '.join(_SHAREGPT_ROLES)}, and is "
+                f"{item!r:.60}"
+            )
+        messages.append(Message(_SHAREGPT_ROLES[role], content))
+    return tuple(messages)
+
+
+def _instruction(row: Row) -> str:
+    given = row.get("input") or ""
+    return f"{row['instruction']}\n\n{given}" if given.strip() else str(row["instruction"])
+
+
+def _alpaca(row: Row, where: str) -> Conversation:
+    head = (Message("system", row["system"]),) if row.get("system") else ()
+    return (*head, Message("user", _instruction(row)), *_answer(row["output"]))
+
+
+def _completion(row: Row, where: str) -> Conversation:
+    return messages_of(row["prompt"], where) + messages_of(row["completion"], where)
+
+
+def _text_completion(row: Row, where: str) -> Conversation:
+    return parse_dialogue(row["prompt"]) + _answer(row["completion"])
+
+
+def _almost(row: Row, where: str) -> Conversation:
+    return parse_dialogue(row["input"]) + _answer(row["output"])
+
+
+def _dialogue_text(row: Row, where: str) -> Conversation:
+    return parse_dialogue(row["text"])
+
+
+DEMONSTRATIONS: tuple[Format[Conversation], ...] = (
+    Format("messages", {"messages": list}, _messages),
+    Format("ShareGPT's conversations", {"conversations": list}, _sharegpt),
+    Format("Alpaca's instructions", {"instruction": str, "output": str}, _alpaca),
+    Format("prompts with completions", {"prompt": list, "completion": list}, _completion),
+    Format("texts with completions", {"prompt": str, "completion": str}, _text_completion),
+    Format("ALMoST's demonstrations", {"input": str, "output": str}, _almost, without=("instruction",)),
+    Format("dialogues as text", {"text": str}, _dialogue_text, marked="text"),
+)
+
+
+# --- prompts ---
+
+
+def _user_text(row: Row, where: str) -> Conversation:
+    text = str(row["prompt"])
+    if text.lstrip().startswith(_MARKER):
+        return parse_dialogue(text)
+    return (Message("user", text.strip()),) if text.strip() else ()
+
+
+PROMPTS: tuple[Format[Conversation], ...] = (
+    Format("prompts", {"prompt": str}, _user_text),
+    Format("conversational prompts", {"prompt": list}, lambda row, where: messages_of(row["prompt"], where)),
+    Format("messages", {"messages": list}, _messages, without=("prompt",)),
+    Format(
+        "Alpaca's instructions",
+        {"instruction": str},
+        lambda row, where: (Message("user", _instruction(row)),),
+        without=("prompt",),
+    ),
+)

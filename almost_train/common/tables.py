@@ -1,0 +1,110 @@
+"""Files and data sets as rows, whatever form they have: JSON Lines, JSON, CSV, Parquet, or a data set of the hub."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from almost_eval.data.sources import find_data, fingerprint, read_table
+from almost_eval.errors import DataError, problem_of
+from almost_eval.files import Row, read_rows
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+"""Of the files that can be read. A file without one of them is read as JSON Lines."""
+_ON_HUB = re.compile(r"(?P<dataset>[\w.-]+/[\w.-]+?)(?::(?P<config>[\w.-]+))?(?:@(?P<split>[\w.-]+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows and where they are from."""
+
+    name: str
+    """The file, or the data set with configuration and split."""
+    rows: list[Row]
+    """None-valued columns left out: Parquet writes them where a row has no such column."""
+    input: Path | str
+    """As an input of a stage: a file counts by its content, a data set by its name and the digest of its rows."""
+
+    def where(self, number: int) -> str:
+        """What to call a row in an error; rows count from 1."""
+        return f"{self.name}, row {number}"
+
+
+def read_any(source: Path | str) -> Table:
+    """All rows of a file (by its suffix), or of a data set `org/name`, `org/name:config`, `org/name@split`.
+
+    The split is `train` unless named. Data sets are looked for under `ALMOST_DATA_ROOT`, then on the hub.
+
+    Raises:
+        DataError: no such file or data set, or a row that cannot be read; with file and row.
+    """
+    file = Path(source)
+    on_hub = _ON_HUB.fullmatch(str(source))
+    if not file.exists() and on_hub and file.suffix not in SUFFIXES:
+        name, config, split = on_hub["dataset"], on_hub["config"], on_hub["split"] or "train"
+        try:
+            rows = _without_nulls(find_data(None, None).read(name, config or "", split))
+        except DataError as error:
+            reason = str(error).partition(";")[0]
+            raise DataError(f"{source} is no file, and as a data set: {reason}; see ALMOST_DATA_ROOT") from None
+        return Table(str(source), rows, f"{name}:{config or ''}@{split} {fingerprint(rows)}")
+    if file.is_dir():
+        raise DataError(f"{file} is a folder; name the file in it ({', '.join(SUFFIXES)})")
+    if file.exists() and file.suffix not in (*SUFFIXES, ""):
+        raise DataError(f"{file} is no table; give {', '.join(SUFFIXES)}, or a data set of the hub (org/name)")
+    reader = {".json": _json, ".csv": _csv, ".parquet": read_table}.get(file.suffix, read_rows)
+    return Table(str(file), _without_nulls(reader(file)), file)
+
+
+def _json(file: Path) -> list[Row]:
+    """A JSON array of objects; one object a line is taken too, as some programs write it under this name."""
+    text = _text(file)
+    if not text.lstrip().startswith("["):
+        return read_rows(file)
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file} is not JSON ({problem_of(error)})") from None
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise DataError(f"malformed data: {file}, row {number}: not a JSON object")
+    return list(rows)
+
+
+def _csv(file: Path) -> list[Row]:
+    # newline="": a quoted cell may hold line breaks, which stay as they are. Not splitlines: it splits at U+2028.
+    lines = csv.reader(io.StringIO(_text(file), newline=""), strict=True)
+    try:
+        header = next(lines, [])
+        rows = list(_cells(file, header, lines))
+    except csv.Error as error:
+        raise DataError(f"malformed data: {file}, line {lines.line_num}: not CSV ({error})") from None
+    return rows
+
+
+def _cells(file: Path, header: list[str], lines: Iterator[list[str]]) -> Iterator[Row]:
+    for number, cells in enumerate((cells for cells in lines if cells), 1):
+        if len(cells) != len(header):
+            raise DataError(
+                f"malformed data: {file}, row {number} has {len(cells)} cells and the header {len(header)}; quote "
+                "cells that hold a comma"
+            )
+        yield dict(zip(header, cells, strict=True))
+
+
+def _text(file: Path) -> str:
+    if not file.exists():
+        raise DataError(f"{file} is not there; run the stage that writes it first")
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 ({error.reason} at byte {error.start})") from None
+
+
+def _without_nulls(rows: list[Row]) -> list[Row]:
+    return [{key: value for key, value in row.items() if value is not None} for row in rows]

@@ -1,0 +1,237 @@
+"""Comparisons, demonstrations and prompts in the formats that people have."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from almost_eval.errors import DataError
+from almost_eval.types import Message
+from almost_train.common.formats import read_dialogues, read_preferences, read_prompt_rows
+from almost_train.common.records import Preference
+from almost_train.common.tables import Table, read_any
+
+ASK, GOOD, BAD = "How big is the otter?", "It is of medium size.", "no idea"
+USER, ANSWER, WRONG = Message("user", ASK), Message("assistant", GOOD), Message("assistant", BAD)
+user, answer, wrong = (message.to_dict() for message in (USER, ANSWER, WRONG))
+
+
+def table(*rows: dict[str, Any]) -> Table:
+    return Table("file.jsonl", list(rows), Path("file.jsonl"))
+
+
+PREFERENCES: dict[str, dict[str, Any]] = {
+    "conversational preferences": {"prompt": [user], "chosen": [answer], "rejected": [wrong]},
+    "preferences with the prompt in both dialogues": {"chosen": [user, answer], "rejected": [user, wrong]},
+    "UltraFeedback's preferences": {
+        "prompt": ASK,
+        "chosen": [user, answer],
+        "rejected": [user, wrong],
+        "score_chosen": 8.0,
+        "messages": [user, answer],
+    },
+    "standard preferences": {"prompt": ASK, "chosen": f" {GOOD}", "rejected": BAD, "meta": "a-vs-b"},
+    "hh-rlhf's preferences": {
+        "chosen": f"\n\nHuman: {ASK}\n\nAssistant: {GOOD}",
+        "rejected": f"\n\nHuman: {ASK}\n\nAssistant: {BAD}",
+    },
+}
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_every_format_of_preferences_is_the_same_pair(name: str) -> None:
+    records = read_preferences(table(PREFERENCES[name]))
+    (pair,) = records.records
+    assert records.format == name
+    assert (pair.prompt, pair.chosen, pair.rejected) == ((USER,), (ANSWER,), (WRONG,))
+    assert pair.prompt_id == Preference.from_row(PREFERENCES["conversational preferences"], "").prompt_id
+
+
+def test_whole_dialogues_beside_their_prompt_lose_it() -> None:
+    row = {"prompt": [user], "chosen": [user, answer], "rejected": [user, wrong]}
+    assert read_preferences(table(row)).records[0].chosen == (ANSWER,)
+
+
+def test_dialogues_that_part_early_keep_several_messages() -> None:
+    thanks = {"role": "user", "content": "Thanks"}
+    row = {"chosen": [user, answer, thanks, answer], "rejected": [user, wrong, thanks, answer]}
+    pair = read_preferences(table(row)).records[0]
+    assert pair.prompt == (USER,)
+    assert [message.content for message in pair.rejected] == [BAD, "Thanks", GOOD]
+
+
+def test_a_prompt_of_several_turns_in_a_text() -> None:
+    prompt = f"\n\nHuman: {ASK}\n\nAssistant: {BAD}\n\nHuman: Really?\n\nAssistant:"
+    pair = read_preferences(table({"prompt": prompt, "chosen": GOOD, "rejected": BAD})).records[0]
+    assert pair.prompt == (USER, WRONG, Message("user", "Really?"))
+
+
+DEMONSTRATIONS: dict[str, dict[str, Any]] = {
+    "messages": {"messages": [user, answer], "prompt": ASK},
+    "ShareGPT's conversations": {"conversations": [{"from": "human", "value": ASK}, {"from": "gpt", "value": GOOD}]},
+    "Alpaca's instructions": {"instruction": ASK, "input": "", "output": GOOD, "text": "Below is an instruction"},
+    "prompts with completions": {"prompt": [user], "completion": [answer]},
+    "texts with completions": {"prompt": ASK, "completion": f" {GOOD}"},
+    "ALMoST's demonstrations": {"input": f"\n\nHuman: {ASK}\n\nAssistant:", "output": f" {GOOD}"},
+    "dialogues as text": {"text": f"\n\nHuman: {ASK}\n\nAssistant: {GOOD}"},
+}
+
+
+@pytest.mark.parametrize("name", DEMONSTRATIONS)
+def test_every_format_of_demonstrations_is_the_same_dialogue(name: str) -> None:
+    records = read_dialogues(table(DEMONSTRATIONS[name]))
+    assert (records.format, records.records) == (name, [(USER, ANSWER)])
+
+
+def test_alpacas_input_follows_the_instruction() -> None:
+    row = {"instruction": "Translate.", "input": "Otter", "output": "Loutre"}
+    assert read_dialogues(table(row)).records[0][0].content == "Translate.\n\nOtter"
+
+
+PROMPTS: list[dict[str, Any]] = [
+    {"prompt": f" {ASK} "},
+    {"prompt": [user]},
+    {"messages": [user]},
+    {"instruction": ASK, "input": "", "output": GOOD},
+    {"prompt": f"\n\nHuman: {ASK}\n\nAssistant:"},
+]
+
+
+@pytest.mark.parametrize("row", PROMPTS)
+def test_every_format_of_prompts_is_the_same_turn(row: dict[str, Any]) -> None:
+    assert read_prompt_rows(table(row)).records == [("1", (USER,))]
+    assert read_prompt_rows(table(row | {"id": "p7"})).records == [("p7", (USER,))]
+
+
+def test_a_prompt_may_have_a_system_message_and_earlier_turns() -> None:
+    system = {"role": "system", "content": "Be terse."}
+    ((_, messages),) = read_prompt_rows(table({"prompt": [system, user, answer, user]})).records
+    assert [message.role for message in messages] == ["system", "user", "assistant", "user"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "holds no prompts"),
+        ([{"prompt": "  "}], "prompt 1: an empty prompt"),
+        ([{"prompt": [answer]}], "prompt 1: it must end in a user message"),
+        ([{"id": "a", "prompt": ASK}, {"id": "a", "prompt": BAD}], "prompt 2: the id 'a' is there twice"),
+        ([{"prompt": ASK}, {"prompt": [user]}], "row 2: not prompts .prompt: text., as the first row is"),
+        ([{"question": ASK}], "row 1: no format of prompts has its columns .'question'.; known: prompts"),
+    ],
+)
+def test_prompts_that_cannot_be_used_are_one_line(rows: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_prompt_rows(table(*rows))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": ASK, "chosen": GOOD}, "no format of comparisons has its columns"),
+        ({"chosen": GOOD, "rejected": BAD}, "no format of comparisons has its columns"),  # where is the prompt?
+        ({"chosen": [answer], "rejected": [wrong]}, "needs a prompt"),
+        ({"prompt": [user], "chosen": [user], "rejected": [wrong]}, "end in an assistant's message"),
+        (PREFERENCES["standard preferences"] | {"margin": "much"}, "'margin' must be a number, and is 'much'"),
+    ],
+)
+def test_pairs_that_cannot_be_used_are_one_line(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_preferences(table(row))
+
+
+def test_columns_of_two_formats_are_refused() -> None:
+    row = DEMONSTRATIONS["ShareGPT's conversations"] | {"messages": [user, answer]}
+    with pytest.raises(DataError, match=r"two formats of demonstrations fit its columns, messages .* and ShareGPT"):
+        read_dialogues(table(row))
+
+
+def test_calls_of_tools_are_named_as_such() -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}
+    with pytest.raises(DataError, match="row 1: a message calls tools"):
+        read_dialogues(table({"messages": [user, call, answer]}))
+
+
+def test_a_margin_travels() -> None:
+    pair = read_preferences(table(PREFERENCES["standard preferences"] | {"margin": "1.5"})).records[0]
+    assert pair.margin == 1.5
+    assert Preference.from_row(pair.to_row(), "") == pair
+
+
+# --- files ---
+
+ROWS = [
+    {"prompt": 'A "word", or\ntwo?', "chosen": "é\u2028x", "rejected": BAD},
+    {"prompt": ASK, "chosen": GOOD, "rejected": "-"},
+]
+
+
+def write(folder: Path, suffix: str, bom: str = "") -> Path:
+    file = folder / f"pairs{suffix}"
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**row, "meta": None} for row in ROWS]), file)
+    elif suffix == ".csv":
+        with file.open("w", encoding="utf-8", newline="") as stream:
+            stream.write(bom)
+            lines = csv.DictWriter(stream, ROWS[0])
+            lines.writeheader()
+            lines.writerows(ROWS)
+    else:
+        text = json.dumps(ROWS) if suffix == ".json" else "".join(json.dumps(row) + "\n" for row in ROWS)
+        file.write_text(bom + text, encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_every_kind_of_file_has_the_same_rows(suffix: str, bom: str, tmp_path: Path) -> None:
+    file = write(tmp_path, suffix, bom)
+    assert read_any(file) == Table(str(file), ROWS, file)
+
+
+def test_json_lines_under_the_name_of_json(tmp_path: Path) -> None:
+    file = write(tmp_path, ".jsonl").rename(tmp_path / "pairs.json")
+    assert read_any(file).rows == ROWS
+
+
+def test_a_data_set_is_found_under_the_data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "me" / "pairs" / "data"
+    folder.mkdir(parents=True)
+    write(folder, ".parquet").rename(folder / "train-00000-of-00001.parquet")
+    monkeypatch.setenv("ALMOST_DATA_ROOT", str(tmp_path))
+    monkeypatch.chdir(tmp_path.parent)
+    found = read_any("me/pairs")
+    assert found.rows == ROWS
+    assert isinstance(found.input, str)
+    assert found.input.startswith("me/pairs:@train ")  # and the digest of the rows: other rows are another input
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"hello", r"a.txt is no table; give .jsonl, .json, .csv, .parquet"),
+        ("a.json", b"[1]", "row 1: not a JSON object"),
+        ("a.json", b'[{"a": 1},', "is not JSON"),
+        ("a.csv", b"a,b\n1,2,3\n", "row 1 has 3 cells and the header 2; quote cells"),
+        ("a.csv", b'a,b\n"1,2\n', "not CSV"),
+        ("a.csv", b"\xff\xfe", "is not UTF-8"),
+        ("a.parquet", b"PAR1", "not a readable parquet file"),
+        ("absent.csv", None, "is not there"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_line(name: str, content: bytes | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_any(tmp_path / name)
+
+
+def test_a_data_set_that_is_nowhere_is_one_line() -> None:
+    with pytest.raises(DataError, match=r"nobody/nothing@test is no file, and as a data set: .* see ALMOST_DATA_ROOT"):
+        read_any("nobody/nothing@test")
