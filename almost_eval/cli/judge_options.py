@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from almost_eval.cli.options import ENGINE_FIELDS, GENERATION_FIELDS, engine_flag
+from almost_eval.errors import InputError
 from almost_eval.judge.build import MAX_NEW_TOKENS, NANO_MAX_NEW_TOKENS, JudgeOptions
 from almost_eval.judge.families import DEFAULT_FAMILY, FAMILIES, FAMILY_OF_TURNS
 
@@ -28,6 +29,15 @@ class AnswerTemperature(click.ParamType):
             return BY_CATEGORY
         number: float = click.FloatRange(min=0).convert(value, param, ctx)  # type: ignore[arg-type]
         return number
+
+
+def _choice(context: click.Context, option: click.Parameter, value: str) -> int | None:
+    """A number from 1; None is all."""
+    if value == "all":
+        return None
+    if not str(value).isdecimal() or int(value) < 1:
+        raise InputError(f"--choice is {value!r}; give a number from 1, or all")
+    return int(value)
 
 
 JUDGE_OPTIONS = [
@@ -130,10 +140,11 @@ ANSWER_OPTIONS = [
     ),
     click.option(
         "--choice",
-        type=click.IntRange(min=1),
-        default=1,
+        metavar="N|all",
+        default="1",
         show_default=True,
-        help="Which answer, where a file holds several to a question.",
+        callback=_choice,
+        help="Which answer, where a file holds several to a question; all judges each of them.",
     ),
     click.option("--max-answer-chars", type=click.IntRange(min=1), help="Cut longer answers, and count them."),
 ]

@@ -124,7 +124,7 @@ def aggregate(reviews: Sequence[Review], *, ties: Ties = "half", orders: Orders 
     """
     taken = [review for review in reviews if orders in ("both", review.order)]
     baseline, model = _systems(taken, orders)
-    keys = Counter((review.question_id, review.order, review.turn) for review in taken)
+    keys = Counter((review.question_id, review.order, review.turn, review.choice) for review in taken)
     if twice := next((key for key, count in keys.items() if count > 1), None):
         raise InputError(f"question {twice[0]} has {keys[twice]} reviews in order {twice[1]}; keep one of each")
     questions = [review.question_id for review in taken]
@@ -205,15 +205,15 @@ def _bounds(values: Sequence[float | None]) -> tuple[float, float] | None:
 
 def _combined(reviews: Sequence[Review]) -> tuple[Combined, Metric]:
     """The two orders of each question together, and how often they agree."""
-    by_turn: dict[tuple[str, int], dict[str, float]] = {}
+    by_turn: dict[tuple[str, int, int], dict[str, float]] = {}
     for review in reviews:
-        scores = by_turn.setdefault((review.question_id, review.turn), {})
+        scores = by_turn.setdefault((review.question_id, review.turn, review.choice), {})
         if review.model_score is not None:
             scores[review.order] = review.model_score
     counts: Counter[str] = Counter()
     same: list[float] = []
     clusters: list[str] = []
-    for (question, _), scores in by_turn.items():
+    for (question, _, _), scores in by_turn.items():
         if len(scores) < 2:
             counts["incomplete"] += 1
             continue
@@ -363,7 +363,9 @@ def agreement(a: Sequence[Review], b: Sequence[Review], *, rng: np.random.Genera
     Raises:
         InputError: they share no pair.
     """
-    of_a, of_b = ({(r.question_id, r.order, r.baseline, r.model, r.turn): r for r in reviews} for reviews in (a, b))
+    of_a, of_b = (
+        {(r.question_id, r.order, r.baseline, r.model, r.turn, r.choice): r for r in reviews} for reviews in (a, b)
+    )
     shared = [key for key in of_a if key in of_b]
     if not shared:
         raise InputError("the two judges share no pair: judge the same questions, systems and order with both")

@@ -87,6 +87,13 @@ class Answer:
     """How the first turn's answer came about."""
     later: tuple[AnswerTurn, ...] = ()
     """To the turns after the first."""
+    others: tuple[Answer, ...] = ()
+    """The same system's other answers to the same question, where all of them are judged; these have none."""
+
+    @property
+    def choices(self) -> tuple[Answer, ...]:
+        """The answer itself and the others, each alone."""
+        return (replace(self, others=()), *self.others) if self.others else (self,)
 
     @property
     def turns(self) -> tuple[str, ...]:
@@ -118,11 +125,14 @@ class Pair:
     order: Order
     turn: int = 1
     """Which is judged, from 1. Those before it are shown; those after it are not."""
+    choice: int = 1
+    """Which of a system's answers to the question this is, from 1."""
 
     @property
     def id(self) -> str:
-        """Unique in a run: `question/order`, a later turn's number, and the systems where there are more than two."""
-        return f"{self.question.id}/{self.order}" + (f"/turn {self.turn}" if self.turn > 1 else "")
+        """Unique in a run: `question/order`, a later turn's and choice's number, the systems if more than two."""
+        turn = f"/turn {self.turn}" if self.turn > 1 else ""
+        return f"{self.question.id}/{self.order}{turn}" + (f"/choice {self.choice}" if self.choice > 1 else "")
 
     @property
     def answers(self) -> tuple[Answer, ...]:
@@ -137,11 +147,12 @@ class Solo:
     question: Question
     answer: Answer
     turn: int = 1
+    choice: int = 1
 
     @property
     def id(self) -> str:
-        """Unique for a system: `question/turn`."""
-        return f"{self.question.id}/turn {self.turn}"
+        """Unique for a system: `question/turn`, and a later choice's number."""
+        return f"{self.question.id}/turn {self.turn}" + (f"/choice {self.choice}" if self.choice > 1 else "")
 
     @property
     def answers(self) -> tuple[Answer, ...]:
@@ -293,6 +304,8 @@ class Review:
     reason: str | None = None
     turn: int = 1
     """Of the question, from 1."""
+    choice: int = 1
+    """Of the systems' answers to it, from 1."""
 
     @property
     def model_score(self) -> float | None:

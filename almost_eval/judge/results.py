@@ -16,7 +16,7 @@ import numpy as np
 from almost_eval.errors import InputError, StoreError
 from almost_eval.judge import grading
 from almost_eval.judge.aggregate import Orders, Ties, aggregate, round_robin
-from almost_eval.judge.answers import answer_files, digest_answers
+from almost_eval.judge.answers import ALL_CHOICES, answer_files, digest_answers
 from almost_eval.judge.api.endpoint import THOUGHT_ONLY
 from almost_eval.judge.judges import UNPARSED, Judgement, verdict_fields, without_answer
 from almost_eval.judge.lines import ORDERS, cases_of, check_reviews, grades_of, record_of, reviews_of
@@ -189,7 +189,9 @@ class StoredRun:
         settings = self.spec["settings"]
         self.questions = read_questions(folder / "questions.jsonl")
         names = [system["name"] for system in settings["systems"].values()]
-        self.answers = [read_answers(file, self.questions)[1] for file in answer_files(folder, names)]
+        choice = None if settings.get("choice") == ALL_CHOICES else 1
+        files = answer_files(folder, names)
+        self.answers = [read_answers(file, self.questions, choice=choice)[1] for file in files]
         self.digests = {name: digest_answers(mine) for name, mine in zip(names, self.answers, strict=True)}
         cases = cases_of(self.questions, self.answers, settings["orders"], settings["max_answer_chars"])
         self.pairs = {id: (case, cut) for id, case, cut in zip(*cases, strict=True)}

@@ -23,7 +23,7 @@ from almost_eval.judge.answers import (
     question_line,
 )
 from almost_eval.judge.judges import LASTING, Judge, ModelJudge, shown, without_answer
-from almost_eval.judge.lines import ORDERS, cases_of, check_reviews, record_of
+from almost_eval.judge.lines import ORDERS, cases_of, check_reviews, paired_choices, record_of
 from almost_eval.judge.model_system import ModelSystem
 from almost_eval.judge.raised import kept_lines
 from almost_eval.judge.records import Answer, Answers, AnswerTurn, Question
@@ -53,6 +53,7 @@ class JudgeRun:
         ties: `half` (a tie is half a win) or `drop`.
         max_answer_chars: cut longer answers, and count them; None cuts nothing.
         answer_reasoning: what became of thoughts in the systems' answers; recorded.
+        choice: `all` where each of a file's answers to a question is judged; recorded.
         judging: `pairwise`, or `single`: each answer is graded by itself, and there are no orders and no ties.
         questions_named: what the questions and their reference answers are called, where they have names; recorded.
         seed: recorded, and of the bootstrap.
@@ -74,6 +75,7 @@ class JudgeRun:
         ties: Literal["half", "drop"] = "half",
         max_answer_chars: int | None = None,
         answer_reasoning: AnswerReasoning = "strip",
+        choice: Literal["all"] | None = None,
         judging: Judging = "pairwise",
         questions_named: Mapping[str, str] = {},
         seed: int = 0,
@@ -85,6 +87,7 @@ class JudgeRun:
         self.systems = distinct(systems)
         self.judge = judge
         self.judging = judging
+        self.choice = choice
         self.questions_named = dict(questions_named)
         self.orders = orders if judging == "pairwise" else None
         self.ties = ties if judging == "pairwise" else None
@@ -97,8 +100,16 @@ class JudgeRun:
     @property
     def n_samples(self) -> int:
         """Reviews of a whole run."""
-        n, n_turns = len(self.systems), sum(len(question.turns) for question in self.questions)
-        return n_turns * (n if self.orders is None else len(ORDERS[self.orders]) * n * (n - 1) // 2)
+        known = [system.known() for system in self.systems]
+        total = 0
+        for question in self.questions:
+            counts = [len(mine[question.id].choices) if mine else 1 for mine in known]
+            if self.orders is None:
+                total += len(question.turns) * sum(counts)
+            else:
+                pairs = sum(paired_choices(question, *two) for two in itertools.combinations(counts, 2))
+                total += len(question.turns) * len(ORDERS[self.orders]) * pairs
+        return total
 
     def spec(self) -> JSONObject:
         """Everything that decides the numbers, and the command that requested them."""
@@ -118,6 +129,8 @@ class JudgeRun:
             settings["answer_reasoning"] = self.answer_reasoning
         if self.judging != "pairwise":
             settings["judging"] = self.judging
+        if self.choice is not None:
+            settings["choice"] = self.choice
         settings |= self.questions_named
         model = systems[roles[-1]]
         return {

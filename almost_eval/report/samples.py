@@ -189,7 +189,7 @@ class _JudgedTexts:
     def __init__(self, folder: Path) -> None:
         self._questions = {str(row["question_id"]): _turns_of(row) for row in _rows(folder / "questions.jsonl")}
         self._answers = {
-            (str(row["model_id"]), str(row["question_id"])): _turns_of((row.get("choices") or [row])[0])
+            (str(row["model_id"]), str(row["question_id"])): [_turns_of(one) for one in row.get("choices") or [row]]
             for file in sorted((folder / "answers").glob("*.jsonl"))
             for row in _rows(file)
         }
@@ -197,13 +197,14 @@ class _JudgedTexts:
     def of(self, record: SampleRecord) -> JSONObject:
         """The question up to the judged turn, and who answered what to it, by place in the prompt."""
         stored, question = record.sample.metadata, record.sample.cluster
-        turn = int(stored.get("turn", 1))
+        turn, choice = int(stored.get("turn", 1)), int(stored.get("choice", 1))
         names = [str(stored[key]) for key in ("baseline", "model") if key in stored]
         if stored.get("order") == "reverse":
             names.reverse()
         answers = []
         for name in names:
-            turns = self._answers.get((name, question))
+            choices = self._answers.get((name, question))
+            turns = choices[choice - 1 if len(choices) > 1 else 0] if choices else None
             answers.append([name, turns[turn - 1] if turns else None])
         asked = self._questions.get(question)
         return {"question": "\n\n".join(asked[:turn]) if asked else None, "answers": answers}
