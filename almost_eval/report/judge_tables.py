@@ -62,9 +62,10 @@ def _notes(results: JudgeResults) -> list[Text]:
         lines.append(Text(f"total score: {results.baseline} {baseline:g} : {model:g} {results.model}"))
     both = results.combined
     if conflicts := both.conflict_first + both.conflict_second:
+        what = "turns" if any(map(is_of_turn, results.metrics)) else "questions"
         lines.append(
             Text(
-                f"the two orders contradict each other on {conflicts} questions: Assistant 1 twice on "
+                f"the two orders contradict each other on {conflicts} {what}: Assistant 1 twice on "
                 f"{both.conflict_first}, Assistant 2 twice on {both.conflict_second}"
             )
         )

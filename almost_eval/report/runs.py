@@ -117,6 +117,7 @@ class LoadedRun:
             self.task,
             self.results["protocol"],
             self.baseline_system,
+            self.spec["settings"].get("judging"),
             self.spec["data"]["fingerprint"],
             prompts.get("digest"),
             json.dumps(measure_of(self.spec), sort_keys=True),

@@ -84,6 +84,7 @@ def _pack_benchmark(benchmark: Benchmark, payload: Payload) -> JSONObject:
         "panels": panels.values,
         "has_prompts": any(run.prompts for run in runs),
         "judged": runs[0].judged,
+        **({"graded": True} if runs[0].spec["settings"].get("judging") == "single" else {}),
     }
     index["chunks"] = []
     for start, end in _chunks(texts[0], known):

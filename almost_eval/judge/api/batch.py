@@ -48,7 +48,7 @@ OVERDUE = 48 * 3600.0
 
 ENDED = ("completed", "failed", "expired", "cancelled")
 _ON_ITS_WAY = ("validating", "in_progress", "finalizing", "cancelling")
-_PASSING = ("timeout", "connection", "rate_limited", "cut", "html", "malformed")
+_PASSING = ("timeout", "connection", "rate_limited", "cut", "html", "malformed", "budget")
 """Reasons for which the request that went ahead goes into the batch too; and those that begin with `http_5`."""
 
 _Outcome = tuple[list[int], Reply | Failure]

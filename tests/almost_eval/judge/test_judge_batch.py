@@ -530,3 +530,15 @@ def test_a_journal_of_the_second_version_goes_on(tmp_path: Path) -> None:
         assert journal.ledger().billed == Usage(100, 10)
         [entry] = journal.ledger().entries
         assert (entry.tier, entry.stated) == (STANDARD, None)
+
+
+def test_a_bound_below_one_request_at_the_full_price_still_allows_it_in_a_batch(
+    server: BatchServer, journal: Journal
+) -> None:
+    worst = Budget(None, *PRICE[:2]).worst(requests(1)[0])
+    client = Client(server, journal, max_cost=0.6 * worst)
+    outcomes = dict(client.stream(requests(1)))
+    check(outcomes, journal, server)
+    assert isinstance(outcomes[0], Reply)
+    assert (server.count, server.orders) == (0, 1)
+    assert client.stats.failed.total() == 0

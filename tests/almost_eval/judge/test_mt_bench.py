@@ -444,3 +444,44 @@ def test_every_turn_must_be_of_the_nano_world(almost_eval: Command, nano_turns: 
     code, _, err = almost_eval("vicuna", "--data", "nano", "--questions", "odd.jsonl")
     assert code == 2
     assert "question 0 is not of the nano world" in err
+
+
+def test_the_questions_of_mt_bench_by_name(
+    almost_eval: Command, data_root: Path, files: list[str], server: ReplayServer, tmp_path: Path
+) -> None:
+    """Real questions and prompts; the reference answers are a file, as the published ones are in no data root here."""
+    theirs = data_root.parent / "mt_bench"
+    if not theirs.is_dir():
+        pytest.skip(f"no MT-Bench at {theirs}")
+    root = (tmp_path / "hub" / PROMPTS).parent
+    (root / "mt_bench").mkdir(parents=True)
+    shutil.copyfile(theirs / "judge_prompts.jsonl", root / "judge_prompts.jsonl")
+    shutil.copyfile(theirs / "question.jsonl", root / "mt_bench" / "question.jsonl")
+    row = {"question_id": 101, "model_id": "us", "choices": [{"turns": ["Second.", "Nobody can."]}]}
+    Path("r.jsonl").write_text(json.dumps(row) + "\n")
+    server.review = lambda prompt: "[[5]]"  # type: ignore[method-assign]
+    given = "--questions mt-bench --reference r.jsonl --judging single --model nano/almost --max-new-tokens 8".split()
+    more = ["--data", "hub", "--data-root", tmp_path / "hub", "--judge", "gpt-9", "--judge-base-url", server.url]
+    code, out, err = almost_eval("vicuna", *given, *more, "--limit", 21, "--output", "run")
+    assert code == 0, err
+    assert len(server.log) == len(lines()) == 42
+    spec = json.loads(Path("run/spec.json").read_text())
+    assert (spec["settings"]["questions"], spec["settings"]["reference"]) == ("MT-Bench", "file")
+    sampling = spec["settings"]["systems"]["model"]["sampling"]
+    assert (sampling["temperature"], sampling["temperatures"]["math"]) == (0.7, 0.0)
+    written = [json.loads(line) for line in Path("run/answers/nano_almost.jsonl").read_text().splitlines()]
+    temperatures = {line["question_id"]: line["metadata"]["sampling"]["temperature"] for line in written}
+    assert (temperatures[81], temperatures[101]) == (0.7, 0.0)
+    shown = [call.body["messages"] for call in server.log]
+    reasoned = [messages for messages in shown if "Nobody can." in messages[-1]["content"]]
+    assert len(reasoned) == 1
+    assert reasoned[0][0]["content"].startswith("Please act as an impartial judge and evaluate the quality")
+    assert reasoned[0][-1]["content"].startswith("<|The Start of Reference Answer|>\n\n### User:\nImagine you are")
+    assert results()["metrics"]["score"]["value"] == 5.0
+    assert re.search(r"writing +│ +5\.00 │ +5\.00", out)
+    # Without the published reference answers at hand, the run says where they are looked for.
+    code, _, err = almost_eval(
+        "vicuna", "--questions", "mt-bench", "--model", "nano/almost", *more, "--judging", "single"
+    )
+    assert code == 2
+    assert "reference_answer/gpt-4.jsonl" in err
