@@ -145,9 +145,15 @@ class JudgeCheck:
             store.forget([id for id, record in store.done.items() if self._asks_again(record)])
             total = len(self.ids) * self.repeats
             with progress.track(f"{TASK} {self.judge.name}", total, len(store.done)) as advance:
-                for attempt in range(self.repeats):
-                    missing = [at for at, id in enumerate(self.ids) if f"{id}/{attempt}" not in store.done]
-                    for at, judgement in self.judge.stream(self.pairs, missing, attempt):
+                missing = [
+                    [at for at, id in enumerate(self.ids) if f"{id}/{attempt}" not in store.done]
+                    for attempt in range(self.repeats)
+                ]
+                for attempt, mine in enumerate(missing):
+                    if isinstance(self.judge, ModelJudge):
+                        self.judge.announce(self.pairs, mine, attempt)
+                for attempt, mine in enumerate(missing):
+                    for at, judgement in self.judge.stream(self.pairs, mine, attempt):
                         store.append(record_of(self.pairs[at], judgement, id=f"{self.ids[at]}/{attempt}"))
                         advance(1)
             records = [[store.done[f"{id}/{attempt}"] for id in self.ids] for attempt in range(self.repeats)]

@@ -184,6 +184,7 @@ class ModelJudge:
         self._client: JudgeClient | None = None
         self._stats = ClientStats()
         self._ledger: JSONObject = {}
+        self._announced: dict[int, Requests] = {}
         Budget(connection.max_cost, **connection.prices, judge=name)
         if not dry:
             endpoint = JudgeEndpoint(name, connection.base_url, connection.timeout)
@@ -305,6 +306,10 @@ class ModelJudge:
         if again:
             yield from self._ask(pairs, again, attempt + 1)
 
+    def announce(self, pairs: Sequence[Subject], wanted: Sequence[int], attempt: int) -> None:
+        """Say what a later `stream` will be called with, so that one batch holds it all."""
+        self._announced[attempt] = self._requests(pairs, wanted, attempt)
+
     def report(self) -> JSONObject:
         """The client's counts: what was sent, stored already, sent again, and what it cost."""
         stats = self._stats
@@ -326,6 +331,7 @@ class ModelJudge:
     def _ask(self, pairs: Sequence[Subject], wanted: Sequence[int], attempt: int) -> Iterator[tuple[int, Judgement]]:
         assert self._client is not None  # `open`
         requests = self._requests(pairs, wanted, attempt)
+        self._client.ahead = [later for number, later in self._announced.items() if number > attempt]
         for place, answer in self._client.stream(requests):
             yield wanted[place], judgement_of(self.prompts, pairs[wanted[place]], answer, attempt)
 

@@ -8,6 +8,7 @@ under way is in the journal (see `batch_ledger`): a killed command takes up its 
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 import time
@@ -68,6 +69,7 @@ class BatchSession:
         max_attempts: sendings of the one request that goes ahead.
         wait: seconds until the command ends though a batch has not; None waits for all.
         notice: takes a line that the user must see at once.
+        ahead: what later calls will request: it goes into the same batches, and its replies wait in the journal.
     """
 
     def __init__(
@@ -83,8 +85,10 @@ class BatchSession:
         max_attempts: int,
         wait: float | None,
         notice: Callable[[str], None],
+        ahead: Sequence[Sequence[JudgeRequest]] = (),
     ) -> None:
         self.requests = requests
+        self.ahead = ahead
         self.missing = dict(missing)
         self.endpoint = endpoint
         self.journal = journal
@@ -196,13 +200,12 @@ class BatchSession:
         under_way = self.ledger.unsettled(batches)
         items: list[BatchItem] = []
         size, left = 0, 0
-        for digest, indices in self.missing.items():
+        for digest, request in itertools.chain(self._wanted(), self._wanted_later()):
             if digest in under_way:
                 continue
-            request = self.requests[indices[0]]
             worst = self.budget.worst(request, BATCH)
             if left or not self.budget.reserve(worst):
-                left += 1
+                left += digest in self.missing
                 continue
             self.budget.settle(worst, worst)
             item = BatchItem(digest, request, self.endpoint.parameters.of(request), self.budget.most(request))
@@ -219,6 +222,19 @@ class BatchSession:
                 f"{left} requests wait for the next batch: at their worst they could exceed --max-cost "
                 f"{self.budget.max_cost:g} USD before it is known what the first ones cost"
             )
+
+    def _wanted(self) -> Iterator[tuple[str, JudgeRequest]]:
+        for digest, indices in self.missing.items():
+            yield digest, self.requests[indices[0]]
+
+    def _wanted_later(self) -> Iterator[tuple[str, JudgeRequest]]:
+        """What later calls request, once: what has a reply or failed for good is not sent again."""
+        ahead, self.ahead = self.ahead, ()
+        failed = self.ledger.untold() if ahead else {}
+        for request in itertools.chain.from_iterable(ahead):
+            digest = request.digest
+            if digest not in self.missing and digest not in failed and self.journal.get(digest) is None:
+                yield digest, request
 
     def _count_spent(self) -> None:
         """Take what is spent from the ledger: what is under way stands there at its most."""

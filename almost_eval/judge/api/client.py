@@ -80,6 +80,8 @@ class JudgeClient:
         self.notice = notice or self.progress.notice
         self.batch = batch
         self.batch_wait = batch_wait
+        self.ahead: Sequence[Sequence[JudgeRequest]] = ()
+        """What later calls of `stream` will request: with `batch` it goes into the same batches."""
         self.endpoint.parameters.merge(journal.note(self.endpoint.name))
         self.random = random.Random(seed)
         self.stats = ClientStats(cost=None if self.budget.price is None else 0.0)
@@ -136,6 +138,7 @@ class JudgeClient:
                 max_attempts=self.max_attempts,
                 wait=self.batch_wait,
                 notice=self.notice,
+                ahead=self.ahead,
             )
         self._refuse_what_is_in_a_batch(missing)
         return JudgeSession(

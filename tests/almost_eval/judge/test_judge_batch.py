@@ -490,6 +490,28 @@ def test_what_is_under_way_is_reserved(server: BatchServer, journal: Journal) ->
     assert server.orders == 1
 
 
+# --- several calls, one batch
+
+
+def test_what_later_calls_request_goes_into_the_same_batch(server: BatchServer, journal: Journal) -> None:
+    server.fate = lambda digest, times, body: (
+        "empty" if int(digest[:4], 16) % 3 == 0 else "expired" if int(digest[:4], 16) % 3 == 1 and times == 1 else None
+    )
+    client = Client(server, journal)
+    repeats = [requests(attempt=attempt) for attempt in range(3)]
+    for attempt, mine in enumerate(repeats):
+        client.ahead = repeats[attempt + 1 :]
+        outcomes = dict(client.stream(mine))
+        assert sorted(outcomes) == list(range(N))
+    assert len(server.batches["batch_0"]["lines"]) == 3 * N - 1
+    # No failure for good is billed twice, though a later call is told of it.
+    assert server.orders == 3  # what expired of the first call, then of both others together
+    assert set(server.worked.values()) == {1}
+    known, unsure = spent(journal)
+    assert known == pytest.approx(server.invoice, abs=1e-12)
+    assert unsure == 0
+
+
 # --- a run without --batch beside it
 
 
