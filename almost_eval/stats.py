@@ -91,6 +91,27 @@ def mean_metric(values: Sequence[float | None], clusters: Sequence[str] | None =
     return Metric(mean, stderr, interval, n, unscored)
 
 
+def mean_difference(values: Sequence[float | None], clusters: Sequence[str] | None = None) -> Metric:
+    """The mean of differences of two values in [0, 1]: `mean_metric`, its interval cut to [-1, 1] and not to [0, 1]."""
+    halved = mean_metric([None if value is None else (value + 1) / 2 for value in values], clusters)
+    if halved.value is None:
+        return halved
+    interval = (2 * halved.ci95[0] - 1, 2 * halved.ci95[1] - 1) if halved.ci95 else None
+    stderr = None if halved.stderr is None else 2 * halved.stderr
+    return Metric(2 * halved.value - 1, stderr, interval, halved.n, halved.unscored)
+
+
+def majority(scores: Sequence[float | None]) -> float | None:
+    """What more than half of the scores say, of three things: 1 (above one half), 0 (below it) or 0.5; else 0.5.
+
+    None is no score, and counts for nothing; where there is no other, the majority is None too.
+    """
+    said = [1.0 if score > 0.5 else 0.0 if score < 0.5 else 0.5 for score in scores if score is not None]
+    if not said:
+        return None
+    return next((value for value in (1.0, 0.0) if 2 * said.count(value) > len(said)), 0.5)
+
+
 def mean_of_means(groups: Mapping[str, Sequence[float | None]]) -> Metric:
     """Macro average: the mean of each group counts the same, whatever its size.
 

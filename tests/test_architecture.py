@@ -25,6 +25,7 @@ HEAVY = {
         "almost_eval/engines/hf_header.py",
         "almost_eval/engines/hf_sampling.py",
         "almost_eval/engines/hf_loglikelihood.py",
+        "almost_eval/engines/hf_rounding.py",
         "almost_eval/engines/hf_probe.py",
         "almost_train/rlsf/ppo.py",
         "almost_train/rlsf/checkpoint.py",

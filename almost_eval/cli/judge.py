@@ -23,6 +23,7 @@ from almost_eval.cli.judge_options import (
     JUDGES_OWN,
     LOADING_OPTIONS,
     ORDERS,
+    PANEL_OPTIONS,
     PATH,
     RUN_OPTIONS,
     TURN_OPTIONS,
@@ -47,7 +48,7 @@ STARTED = time.perf_counter()
 
 
 @click.command()
-@options(ANSWER_OPTIONS, JUDGE_OPTIONS, DATA_OPTIONS, TURN_OPTIONS, RUN_OPTIONS, [JSON], ENGINE_OPTIONS)
+@options(ANSWER_OPTIONS, PANEL_OPTIONS, DATA_OPTIONS, TURN_OPTIONS, RUN_OPTIONS, [JSON], ENGINE_OPTIONS)
 def vicuna(**flags: Any) -> int:
     """Two systems answer questions, and a judge says which answer is better.
 
@@ -59,6 +60,7 @@ def vicuna(**flags: Any) -> int:
       almost-eval vicuna --model ./my-model --baseline answers.jsonl --judge gpt-6.1-terra --dry-run
       almost-eval vicuna --models ./a ./b answers-c.jsonl --judge reward:./my-reward-model
       almost-eval vicuna --questions mt-bench --judging single --model ./my-model --judge gpt-6.1-terra
+      almost-eval vicuna --answers a.jsonl --baseline b.jsonl --judge gpt-6.1-terra --judge reward:./my-reward-model
     """
     from almost_eval.progress import progress_for
 
@@ -75,6 +77,7 @@ def _prepare(flags: Flags) -> JudgeRun:
     from almost_eval.cli.startup import import_transformers
     from almost_eval.judge.answers import MAX_ANSWER_CHARS, is_answer_file, open_system
     from almost_eval.judge.model_system import Sampling
+    from almost_eval.judge.panel import Families
     from almost_eval.judge.questions import names_of
     from almost_eval.judge.run import JudgeRun
     from almost_eval.nano import BUILT_IN
@@ -84,7 +87,8 @@ def _prepare(flags: Flags) -> JudgeRun:
     names = _system_names(flags)
     built_in = all(name in BUILT_IN for name in names)
     data, questions, fingerprint = _questions(flags, built_in=built_in)
-    judge = _open_judge(flags, data, several_turns=any(question.later for question in questions))
+    families = Families(_named(flags, "judge_family"), _named(flags, "system_family"))
+    judge = _open_judges(flags, data, several_turns=any(question.later for question in questions))
     limit = None if flags["max_answer_chars"] else MAX_ANSWER_CHARS
     sampling = Sampling(
         **_temperatures(flags),
@@ -127,6 +131,7 @@ def _prepare(flags: Flags) -> JudgeRun:
         questions_named=names_of(flags["questions"], flags["reference"]),
         seed=flags["seed"],
         allowed=allowed,
+        families=families,
     )
 
 
@@ -177,7 +182,8 @@ def _questions(flags: Flags, *, built_in: bool) -> tuple[DataSource, list[Questi
     from almost_eval.judge.questions import find_questions
 
     name = flags["data"]
-    if name is None and flags["judge"] == NANO_JUDGE and not flags["data_root"]:
+    judges = flags["judges"] if "judges" in flags else (flags["judge"],)
+    if name is None and NANO_JUDGE in judges and not flags["data_root"]:
         name = "nano"
     data = find_data(name, flags["data_root"], built_in_model=built_in and not flags["questions"])
     questions, fingerprint = find_questions(
@@ -186,7 +192,7 @@ def _questions(flags: Flags, *, built_in: bool) -> tuple[DataSource, list[Questi
     return data, questions, fingerprint
 
 
-def _open_judge(flags: Flags, data: DataSource, *, several_turns: bool = False) -> Judge:
+def _open_judge(flags: Flags, data: DataSource) -> Judge:
     """The judge that the flags name; see `open_judge`."""
     from almost_eval.cli.startup import import_transformers
     from almost_eval.judge.build import JudgeOptions, open_judge
@@ -194,7 +200,31 @@ def _open_judge(flags: Flags, data: DataSource, *, several_turns: bool = False) 
     options = JudgeOptions(**{field.name: flags[field.name] for field in fields(JudgeOptions) if field.name in flags})
     if options.is_reward_model:
         import_transformers()
-    return open_judge(options, data, several_turns=several_turns)
+    return open_judge(options, data)
+
+
+def _open_judges(flags: Flags, data: DataSource, *, several_turns: bool) -> Judge:
+    """The judge, or the panel, that the flags name; see `open_judges`."""
+    from almost_eval.cli.startup import import_transformers
+    from almost_eval.judge.build import REWARD_PREFIX, JudgeOptions, open_judges
+
+    options = JudgeOptions(**{field.name: flags[field.name] for field in fields(JudgeOptions) if field.name in flags})
+    if any(name.startswith(REWARD_PREFIX) for name in flags["judges"]):
+        import_transformers()
+    endpoints, prices = _named(flags, "judge_at"), _named(flags, "judge_price")
+    return open_judges(flags["judges"], options, data, endpoints=endpoints, prices=prices, several_turns=several_turns)
+
+
+def _named(flags: Flags, name: str) -> dict[str, str]:
+    """NAME=VALUE of a flag that may be given several times."""
+    named: dict[str, str] = {}
+    for text in flags[name]:
+        key, sign, value = text.partition("=")
+        if not (key and sign and value):
+            raise InputError(f"--{name.replace('_', '-')} {text!r} is not NAME=VALUE; write the name, =, and the value")
+        if named.setdefault(key, value) != value:
+            raise InputError(f"--{name.replace('_', '-')} names {key} twice, with {named[key]} and {value}; keep one")
+    return named
 
 
 def _show_plan(facts: JSONMapping, as_json: bool) -> int:

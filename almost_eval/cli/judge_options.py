@@ -11,6 +11,7 @@ from almost_eval.cli.options import ENGINE_FIELDS, GENERATION_FIELDS, engine_fla
 from almost_eval.errors import InputError
 from almost_eval.judge.build import MAX_NEW_TOKENS, NANO_MAX_NEW_TOKENS, JudgeOptions
 from almost_eval.judge.families import DEFAULT_FAMILY, FAMILIES, FAMILY_OF_TURNS
+from almost_eval.judge.modes import MODES
 
 PATH = click.Path(path_type=Path)
 FAMILY = click.Choice(list(FAMILIES))
@@ -40,14 +41,19 @@ def _choice(context: click.Context, option: click.Parameter, value: str) -> int 
     return int(value)
 
 
-JUDGE_OPTIONS = [
-    click.option("--judge", help="A model of the API (gpt-6.1-terra), nano (the nano world's oracle) or reward:CKPT."),
+_JUDGE = "A model of the API (gpt-6.1-terra), nano (the nano world's oracle) or reward:CKPT"
+_REACHED = [
     click.option("--judge-base-url", help="Any OpenAI-compatible endpoint, up to and with /v1."),
     click.option("--judge-prompt", type=PATH, help="A prompt file, instead of a prompt set."),
     click.option(
         "--prompt-family",
         type=FAMILY,
         help=f"Scores, letters, or marks of one answer.  [{DEFAULT_FAMILY}; several turns: {FAMILY_OF_TURNS}]",
+    ),
+    click.option(
+        "--verdict",
+        type=click.Choice(list(MODES)),
+        help="As text, one JSON object, or the probabilities of a letter (--prompt-family mt-bench).  [text]",
     ),
     click.option("--prompt-set", help="official (the default on real data) or builtin (our own wording)."),
     click.option(
@@ -71,6 +77,21 @@ JUDGE_OPTIONS = [
     click.option("--reasoning-effort", help="How much the judge thinks: low, medium, high, or its own words."),
     click.option("--judge-options", metavar="JSON", help="More fields of each request: '{\"top_p\": 0.9}'."),
 ]
+JUDGE_OPTIONS = [click.option("--judge", help=f"{_JUDGE}."), *_REACHED]
+"""Of one judge."""
+PANEL_OPTIONS = [
+    click.option("--judge", "judges", multiple=True, help=f"{_JUDGE}; several are a panel."),
+    click.option("--judge-at", multiple=True, metavar="JUDGE=URL", help="Endpoint of one judge of a panel."),
+    click.option(
+        "--judge-price", multiple=True, metavar="JUDGE=IN,OUT", help="USD per million tokens of one judge of a panel."
+    ),
+    click.option(
+        "--judge-family", multiple=True, metavar="JUDGE=NAME", help="A judge's maker: marks its self-preference."
+    ),
+    click.option("--system-family", multiple=True, metavar="SYSTEM=NAME", help="A system's maker, by the same names."),
+    *_REACHED,
+]
+"""Of one judge or several."""
 DATA_OPTIONS = [
     click.option("--data", help="Data: hub (the real questions) or nano (built in; the default for built-in models)."),
     click.option("--data-root", help="Folder laid out like the hub, looked in first. [env: ALMOST_DATA_ROOT]"),

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from almost_eval.compare.differences import other_measure, setting_differences, 
 from almost_eval.errors import DataError, InputError
 from almost_eval.files import read_json
 from almost_eval.run.store import NEW_RESULTS, NEW_RUN
-from almost_eval.stats import is_binary, mcnemar_exact, paired_bootstrap
+from almost_eval.stats import is_binary, majority, mcnemar_exact, paired_bootstrap
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 ALPHA = 0.05
 HEADLINE = "score"
 """The name of the one metric compared where the lines name no metric that both runs have."""
+PANEL_RATE = "win_rate"
+"""The metric of a panel of judges, by majority: no line holds it, as each is one judge's."""
 MUST_MATCH = ("task", "protocol")
 SHOULD_MATCH = {"data_fingerprint": "the data", "prompt_set": "the prompt sets", "template_digest": "the templates"}
 KEYS_OF = {
@@ -117,6 +119,8 @@ class _Line:
     metrics: Mapping[str, float | None]
     cluster: str
     gold: Any
+    judge: str | None
+    """Whose line it is, in a panel of judges."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +135,10 @@ class _Run:
         """The first value on record, or None: results, their provenance, then the spec."""
         places = (self.results, self.results.get("provenance") or {}, self.spec)
         return next((place[key] for place in places if place.get(key) is not None), None)
+
+
+_Pairs = Mapping[str, tuple[_Line, _Line]]
+"""Sample id -> its lines in A and in B."""
 
 
 def compare_runs(a: Path, b: Path, *, seed: int = 0, n_resamples: int = 10_000) -> Comparison:
@@ -156,12 +164,19 @@ def compare_runs(a: Path, b: Path, *, seed: int = 0, n_resamples: int = 10_000) 
         )
     pairs = {id: (run_a.lines[id], run_b.lines[id]) for id in ids}
     names = _metric_names(run_a) & _metric_names(run_b)
+    compared = [(name, pairs) for name in sorted(names) or [HEADLINE]]
+    if together := _together(pairs):
+        compared.insert(0, (PANEL_RATE, together))
     metrics = [
         # A generator per metric: its interval does not depend on which other metrics the runs happen to have.
-        _compare_metric(name, pairs, n_resamples=n_resamples, rng=np.random.default_rng(seed))
-        for name in sorted(names) or [HEADLINE]
+        _compare_metric(name, of, n_resamples=n_resamples, rng=np.random.default_rng(seed))
+        for name, of in compared
     ]
-    scored = [(id, x.score, y.score) for id, (x, y) in pairs.items() if x.score is not None and y.score is not None]
+    scored = [
+        (id, x.score, y.score)
+        for id, (x, y) in (together or pairs).items()
+        if x.score is not None and y.score is not None
+    ]
     return Comparison(
         a=str(a),
         b=str(b),
@@ -219,9 +234,7 @@ def render(comparison: Comparison, console: Console) -> None:
         say(f"  and {len(comparison.flipped) - FLIPS_SHOWN} more")
 
 
-def _compare_metric(
-    name: str, pairs: Mapping[str, tuple[_Line, _Line]], *, n_resamples: int, rng: np.random.Generator
-) -> MetricComparison:
+def _compare_metric(name: str, pairs: _Pairs, *, n_resamples: int, rng: np.random.Generator) -> MetricComparison:
     a, b, clusters = [], [], []
     unscored = 0
     for line_a, line_b in pairs.values():
@@ -255,6 +268,20 @@ def _compare_metric(
         p_value=p_value,
         verdict=_verdict(boot.difference, boot.ci95, p_value, in_unit=in_unit),
     )
+
+
+def _together(pairs: _Pairs) -> dict[str, tuple[_Line, _Line]]:
+    """The pairs that a panel judged, each by the majority of the judges in both runs; none where there is no panel."""
+    cases: dict[str, list[tuple[_Line, _Line]]] = {}
+    for id, (x, y) in pairs.items():
+        if x.judge is not None:
+            cases.setdefault(id.removesuffix(f"/{x.judge}"), []).append((x, y))
+    return {id: (_majority([x for x, _ in case]), _majority([y for _, y in case])) for id, case in cases.items()}
+
+
+def _majority(lines: Sequence[_Line]) -> _Line:
+    score = majority([line.score for line in lines])
+    return replace(lines[0], score=score, metrics={PANEL_RATE: score}, judge=None)
 
 
 def _mcnemar(a: Sequence[float], b: Sequence[float]) -> McNemar | None:
@@ -355,6 +382,7 @@ def _parse(row: Any) -> tuple[str, _Line]:
         metrics={name: _score(name, value) for name, value in metrics.items()},
         cluster=str(sample.get("cluster") or row["id"]),  # on its own unless told otherwise
         gold=sample.get("gold"),
+        judge=(sample.get("metadata") or {}).get("judge"),
     )
 
 

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from almost_eval.models.loading import CausalLM
 
 HALF = (torch.bfloat16, torch.float16)
-SLICE = {"cpu": 1 << 19}
-"""Logits that are read together in float32: on a CPU 2 MiB, which stay in its cache between the passes over them."""
 
 
 class Head:
@@ -67,19 +65,12 @@ class Head:
         return exact if head.bias is None else exact + head.bias[ids].float()
 
 
-def summaries(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log of the sum of exponentials in float32, and the most likely token, of each row; both (rows,).
-
-    Args:
-        logits: (rows, vocabulary), any float dtype; float32 copies are of some rows at a time.
-    """
-    rows = max(1, SLICE.get(logits.device.type, 1 << 26) // logits.shape[-1])
-    parts = [(wide.logsumexp(-1), wide.argmax(-1)) for part in logits.split(rows) for wide in (part.float(),)]
-    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
-
-
 def corrected(
-    head: Head, logits: torch.Tensor, rows: torch.Tensor, ids: torch.Tensor
+    head: Head,
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    ids: torch.Tensor,
+    summaries: tuple[torch.Tensor, torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Log p(id | row) in nats and whether it is the row's most likely token, both (n,); None as `Head.exact`.
 
@@ -88,11 +79,11 @@ def corrected(
         logits: (rows, vocabulary) as the model rounded them.
         rows: (n,) rows to read.
         ids: (n,) tokens to read there.
+        summaries: of each row, the log of the sum of exponentials, and the most likely token; both (rows,).
     """
     if (exact := head.exact(logits, rows, ids)) is None:
         return None
-    by_row = summaries(logits)
-    normaliser, likeliest = by_row[0][rows].double(), by_row[1][rows]  # (n,), (n,)
+    normaliser, likeliest = summaries[0][rows].double(), summaries[1][rows]  # (n,), (n,)
     exact_top = head.exact(logits, rows, likeliest)
     assert exact_top is not None
     target, top = logits[rows, ids].float(), logits[rows, likeliest].float()  # (n,), (n,)

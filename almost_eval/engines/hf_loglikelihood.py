@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from almost_eval.engines.hf_attention import BLOCK, ChunkPlan, LastLayer, attending
-from almost_eval.engines.hf_head import HALF, Head, corrected, summaries
+from almost_eval.engines.hf_head import HALF, Head, corrected
 from almost_eval.engines.prefix import (
     Chunk,
     Collector,
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 Cache = Any
 """transformers' `DynamicCache`, of whose layers its types do not say that they have keys and values."""
 Results = Iterator[tuple[int, list[ContinuationScore]]]
+_SLICE = {"cpu": 1 << 19}
+"""Logits that are read together in float32: on a CPU 2 MiB, which stay in its cache between the passes over them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,14 +368,25 @@ def read_logits(
     """
     rows = torch.from_numpy(np.asarray(row)).to(logits.device)
     ids = torch.from_numpy(token.astype(np.int64)).to(logits.device)
-    better = corrected(head, logits, rows, ids) if head else None
+    normaliser, likeliest = _summaries(logits)  # (rows,), (rows,)
+    better = corrected(head, logits, rows, ids, (normaliser, likeliest)) if head else None
     if better is not None:
         logprob, greedy = better
     else:
-        normaliser, likeliest = summaries(logits)  # (rows,), (rows,)
         logprob = logits[rows, ids].float() - normaliser[rows]  # (n,) log p, nats
         greedy = likeliest[rows] == ids  # (n,)
     return logprob.double().cpu().numpy(), greedy.cpu().numpy()
+
+
+def _summaries(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log of the sum of exponentials in float32, and the most likely token, of each row; both (rows,).
+
+    Args:
+        logits: (rows, vocabulary), any float dtype; float32 copies are of some rows at a time.
+    """
+    rows = max(1, _SLICE.get(logits.device.type, 1 << 26) // logits.shape[-1])
+    parts = [(wide.logsumexp(-1), wide.argmax(-1)) for part in logits.split(rows) for wide in (part.float(),)]
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -19,6 +19,7 @@ always wins. It takes length for a cause; where better answers have to be longer
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections import Counter
@@ -29,7 +30,8 @@ from typing import Literal
 import numpy as np
 
 from almost_eval.errors import InputError
-from almost_eval.judge.records import Review
+from almost_eval.judge.calibration import Calibration, swap_calibration
+from almost_eval.judge.records import Outcome, Review
 from almost_eval.stats import (
     Floats,
     bradley_terry,
@@ -105,10 +107,13 @@ class JudgeResults:
     length_controlled: Metric | None
     """Win rate at equal length."""
     sign_test: SignTest
+    calibration: Calibration | None = None
+    """Of probabilities, where the judge told any, in both orders."""
 
     def to_dict(self) -> JSONObject:
-        """As JSON."""
-        return _plain(self)
+        """As JSON; `calibration` only where there is one."""
+        plain = _plain(self)
+        return plain if self.calibration is not None else {k: v for k, v in plain.items() if k != "calibration"}
 
 
 def aggregate(reviews: Sequence[Review], *, ties: Ties = "half", orders: Orders = "both") -> JudgeResults:
@@ -116,7 +121,8 @@ def aggregate(reviews: Sequence[Review], *, ties: Ties = "half", orders: Orders 
 
     Args:
         reviews: of one pair of systems, each question at most once in each order.
-        ties: `half` counts a tie as half a win; `drop` leaves ties out of win rates.
+        ties: `half` counts a tie as half a win; `drop` leaves ties out of win rates, and the share of a tie out of
+            probabilities.
         orders: which reviews to take.
 
     Raises:
@@ -128,20 +134,23 @@ def aggregate(reviews: Sequence[Review], *, ties: Ties = "half", orders: Orders 
     if twice := next((key for key, count in keys.items() if count > 1), None):
         raise InputError(f"question {twice[0]} has {keys[twice]} reviews in order {twice[1]}; keep one of each")
     questions = [review.question_id for review in taken]
-    values = [review.model_score for review in taken]
-    kept = [i for i, value in enumerate(values) if not (ties == "drop" and value == 0.5)]
+    values = [review.model_score if ties == "half" else review.untied_score for review in taken]
+    kept = [i for i, value in enumerate(values) if value is not None or taken[i].verdict is None]
     metrics = {"win_rate": mean_metric([values[i] for i in kept], [questions[i] for i in kept])}
-    unscored = values.count(None)
-    for name, value in (("wins", 1.0), ("ties", 0.5), ("losses", 0.0), ("unparsed", None)):
-        n = len(values) if value is None else len(values) - unscored
-        metrics[name] = Metric(float(values.count(value)), None, None, n, 0 if value is None else unscored)
+    outcomes = [review.outcome for review in taken]
+    unscored = outcomes.count(None)
+    named: tuple[tuple[str, Outcome | None], ...]
+    named = (("wins", "model"), ("ties", "tie"), ("losses", "baseline"), ("unparsed", None))
+    for name, outcome in named:
+        n = len(outcomes) if outcome is None else len(outcomes) - unscored
+        metrics[name] = Metric(float(outcomes.count(outcome)), None, None, n, 0 if outcome is None else unscored)
     metrics |= _totals(taken, baseline, model)
     for category in dict.fromkeys(review.category for review in taken):
         of_it = [i for i in kept if taken[i].category == category]
         metrics[f"win_rate/{category}"] = mean_metric([values[i] for i in of_it], [questions[i] for i in of_it])
-    metrics |= _by_turn([taken[i] for i in kept])
+    metrics |= _by_turn([taken[i] for i in kept], [values[i] for i in kept])
     combined, consistency = _combined(taken)
-    decisive = [review for review in taken if review.model_score in (0.0, 1.0)]
+    decisive = [review for review in taken if review.model_won is not None]
     return JudgeResults(
         baseline=baseline,
         model=model,
@@ -157,20 +166,27 @@ def aggregate(reviews: Sequence[Review], *, ties: Ties = "half", orders: Orders 
         longer_wins=_longer_wins(decisive),
         length_controlled=_length_controlled(taken),
         sign_test=_sign_test(taken),
+        calibration=swap_calibration(taken),
     )
 
 
-def _by_turn(reviews: Sequence[Review]) -> dict[str, Metric]:
-    """Win rates of each turn, and of each category in it; none where there is one turn only."""
+def _by_turn(reviews: Sequence[Review], values: Sequence[float | None]) -> dict[str, Metric]:
+    """Win rates of each turn, and of each category in it; none where there is one turn only.
+
+    Args:
+        reviews: those that count.
+        values: what each is worth.
+    """
     turns = sorted({review.turn for review in reviews})
+    categories = list(dict.fromkeys(review.category for review in reviews))
+    parts: list[str | None] = [None, *(categories if len(categories) > 1 else [])]
     rates = {}
-    for turn in turns if len(turns) > 1 else []:
-        mine = [review for review in reviews if review.turn == turn]
-        categories = list(dict.fromkeys(review.category for review in mine))
-        for category in [None, *(categories if len(categories) > 1 else [])]:
-            of_it = [review for review in mine if category in (None, review.category)]
+    for turn, category in itertools.product(turns if len(turns) > 1 else [], parts):
+        pairs = zip(reviews, values, strict=True)
+        of_it = [(r.question_id, value) for r, value in pairs if r.turn == turn and category in (None, r.category)]
+        if of_it:
             name = f"win_rate/turn_{turn}" + (f"/{category}" if category else "")
-            rates[name] = mean_metric([r.model_score for r in of_it], [r.question_id for r in of_it])
+            rates[name] = mean_metric([value for _, value in of_it], [question for question, _ in of_it])
     return rates
 
 
@@ -205,27 +221,27 @@ def _bounds(values: Sequence[float | None]) -> tuple[float, float] | None:
 
 def _combined(reviews: Sequence[Review]) -> tuple[Combined, Metric]:
     """The two orders of each question together, and how often they agree."""
-    by_turn: dict[tuple[str, int, int], dict[str, float]] = {}
+    by_turn: dict[tuple[str, int, int], dict[str, Outcome]] = {}
     for review in reviews:
-        scores = by_turn.setdefault((review.question_id, review.turn, review.choice), {})
-        if review.model_score is not None:
-            scores[review.order] = review.model_score
+        outcomes = by_turn.setdefault((review.question_id, review.turn, review.choice), {})
+        if review.outcome is not None:
+            outcomes[review.order] = review.outcome
     counts: Counter[str] = Counter()
     same: list[float] = []
     clusters: list[str] = []
-    for (question, _, _), scores in by_turn.items():
-        if len(scores) < 2:
+    for (question, _, _), outcomes in by_turn.items():
+        if len(outcomes) < 2:
             counts["incomplete"] += 1
             continue
-        forward, reverse = scores["forward"], scores["reverse"]
+        forward, reverse = outcomes["forward"], outcomes["reverse"]
         same.append(float(forward == reverse))
         clusters.append(question)
         if forward == reverse:
-            counts[{1.0: "model", 0.0: "baseline", 0.5: "tie"}[forward]] += 1
-        elif 0.5 in (forward, reverse):
+            counts[forward] += 1
+        elif "tie" in (forward, reverse):
             counts["one_tie"] += 1
         else:  # in forward order the model is Assistant 2
-            counts["conflict_second" if forward == 1.0 else "conflict_first"] += 1
+            counts["conflict_second" if forward == "model" else "conflict_first"] += 1
     return Combined(**{field.name: counts[field.name] for field in dataclasses.fields(Combined)}), mean_metric(
         same, clusters
     )
@@ -237,7 +253,7 @@ def _share(reviews: Sequence[Review], values: Sequence[float]) -> Metric:
 
 def _longer_wins(decisive: Sequence[Review]) -> Metric:
     told = [review for review in decisive if review.model_length != review.baseline_length]
-    return _share(told, [float((r.model_length > r.baseline_length) == (r.model_score == 1.0)) for r in told])
+    return _share(told, [float((r.model_length > r.baseline_length) == r.model_won) for r in told])
 
 
 def _length_controlled(reviews: Sequence[Review]) -> Metric | None:
@@ -363,17 +379,16 @@ def agreement(a: Sequence[Review], b: Sequence[Review], *, rng: np.random.Genera
     Raises:
         InputError: they share no pair.
     """
-    of_a, of_b = (
-        {(r.question_id, r.order, r.baseline, r.model, r.turn, r.choice): r for r in reviews} for reviews in (a, b)
-    )
+    of_a, of_b = ({(*r.case, r.order): r for r in reviews} for reviews in (a, b))
     shared = [key for key in of_a if key in of_b]
     if not shared:
         raise InputError("the two judges share no pair: judge the same questions, systems and order with both")
-    scored = [(key[0], x, y) for key in shared if None not in (x := of_a[key].model_score, y := of_b[key].model_score)]
+    both = [(key[0], of_a[key].outcome, of_b[key].outcome) for key in shared]
+    scored = [(question, x, y) for question, x, y in both if x is not None and y is not None]
     clusters = [question for question, _, _ in scored]
-    decisive = [(question, x, y) for question, x, y in scored if 0.5 not in (x, y)]
+    decisive = [(question, x, y) for question, x, y in scored if "tie" not in (x, y)]
     return Agreement(
-        kappa=cohen_kappa([(str(x), str(y)) for _, x, y in scored], clusters, rng=rng),
+        kappa=cohen_kappa([(x, y) for _, x, y in scored], clusters, rng=rng),
         agreement=mean_metric([float(x == y) for _, x, y in scored], clusters),
         decisive=mean_metric([float(x == y) for _, x, y in decisive], [question for question, _, _ in decisive]),
         unscored=len(shared) - len(scored),

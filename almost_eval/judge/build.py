@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from almost_eval.errors import InputError
+from almost_eval.errors import InputError, did_you_mean
 from almost_eval.judge.families import DEFAULT_FAMILY, FAMILY_OF_ONE, FAMILY_OF_TURNS
 from almost_eval.types import JSONObject
 
 if TYPE_CHECKING:
     from almost_eval.data.sources import DataSource
     from almost_eval.judge.judges import Judge
+    from almost_eval.judge.modes import Mode
 
 DEFAULT_JUDGE = "gpt-6.1-terra"
 NANO_JUDGE = "nano"
@@ -30,7 +32,7 @@ NANO_MAX_NEW_TOKENS = 128
 _OF_AN_API = (
     *("judge_base_url", "judge_prompt", "prompt_set", "max_cost", "price_in", "price_out", "price_cached"),
     *("price_reasoning", "price_batch", "max_tokens", "judge_temperature", "reasoning_effort", "judge_options"),
-    *("batch", "batch_wait"),
+    *("verdict", "batch", "batch_wait"),
 )
 _RESERVED = {"model": "--judge", "messages": "--judge-prompt", "stream": "", "n": "--repeats or --orders"} | {
     **dict.fromkeys(("max_tokens", "max_completion_tokens"), "--max-tokens"),
@@ -85,6 +87,8 @@ class JudgeOptions:
     """API: more fields of each request, as a JSON object."""
     reask: bool = False
     """API: whether a review that cannot be read is requested once more."""
+    verdict: Mode | None = None
+    """API: how the verdict is told, a key of `MODES`; None is `text`."""
     dry_run: bool = False
     """API: nothing will be sent, so no key is needed."""
     dtype: str = "auto"
@@ -94,6 +98,11 @@ class JudgeOptions:
     allow_pickle: bool = False
     trust_remote_code: bool = False
     allow_unused_weights: bool = False
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the judge needs no API."""
+        return self.judge == NANO_JUDGE or self.is_reward_model
 
     @property
     def is_reward_model(self) -> bool:
@@ -123,17 +132,84 @@ def request_options(text: str | None, effort: str | None) -> JSONObject:
     return dict(options)
 
 
+def open_judges(
+    names: Sequence[str],
+    options: JudgeOptions,
+    data: DataSource,
+    *,
+    endpoints: Mapping[str, str] | None = None,
+    prices: Mapping[str, str] | None = None,
+    several_turns: bool = False,
+) -> Judge:
+    """One judge, or a panel of several.
+
+    Args:
+        names: as `--judge` gives them; none is the default judge.
+        options: for all; of those of an API, judges without one take none.
+        data: see `open_judge`.
+        endpoints: judge -> its endpoint, in the place of `judge_base_url`.
+        several_turns: see `open_judge`.
+        prices: judge -> USD per million tokens, in and out ("0.5,1.5"), in the place of `price_in` and `price_out`.
+
+    Raises:
+        InputError: see `open_judge`; an endpoint or a price of nobody.
+    """
+    endpoints, prices = endpoints or {}, prices or {}
+    for flag, stated in (("--judge-at", endpoints), ("--judge-price", prices)):
+        if unknown := next((name for name in stated if name not in names), None):
+            raise InputError(f"{flag} {unknown}: there is no such judge; {did_you_mean(unknown, names)}")
+    if len(names) < 2 and not endpoints and not prices:
+        return open_judge(replace(options, judge=names[0] if names else None), data, several_turns=several_turns)
+    if len(names) > 1 and options.judging == "single":
+        raise InputError("--judging single takes one --judge; grade with each of them in a run of its own")
+    chosen = [_options_of(name, options, endpoints, prices) for name in names]
+    shared = not all(one.is_local for one in chosen)  # else an option that nobody takes is refused
+    judges = [open_judge(one, data, shared=shared, several_turns=several_turns) for one in chosen]
+    if len(judges) == 1:
+        return judges[0]
+    from almost_eval.judge.panel import Panel
+
+    return Panel(judges)
+
+
+def _options_of(
+    name: str, options: JudgeOptions, endpoints: Mapping[str, str], prices: Mapping[str, str]
+) -> JudgeOptions:
+    """The options of one judge of several."""
+    mine = replace(options, judge=name)
+    if mine.is_local:
+        if stated := next((flag for flag, of in _OF_ONE.items() if name in (endpoints, prices)[of]), None):
+            raise InputError(f"{stated} {name}: it belongs to a judge behind an API; leave it out")
+        return mine
+    if name in endpoints:
+        mine = replace(mine, judge_base_url=endpoints[name])
+    if name in prices:
+        try:
+            price_in, price_out = (float(price) for price in prices[name].split(","))
+        except ValueError:
+            raise InputError(
+                f"--judge-price {name}={prices[name]} is not two numbers; write USD per million tokens in and out, "
+                f"such as {name}=0.5,1.5"
+            ) from None
+        mine = replace(mine, price_in=price_in, price_out=price_out)
+    return mine
+
+
+_OF_ONE = {"--judge-at": 0, "--judge-price": 1}
+
+
 def answer_budget(data_name: str) -> int:
     """Tokens that an answer may take where no flag says so, on the data of this name."""
     return NANO_MAX_NEW_TOKENS if data_name == "nano" else MAX_NEW_TOKENS
 
 
-def open_judge(options: JudgeOptions, data: DataSource, *, several_turns: bool = False) -> Judge:
+def open_judge(options: JudgeOptions, data: DataSource, *, shared: bool = False, several_turns: bool = False) -> Judge:
     """The judge that the options name, without weights and without a request.
 
     Args:
         options: see there.
         data: where official prompts are looked for.
+        shared: the options are those of several judges, of which this one takes what is its own.
         several_turns: a question has more than one: Vicuna's prompts, the default for one, know nothing of a second.
 
     Raises:
@@ -141,7 +217,7 @@ def open_judge(options: JudgeOptions, data: DataSource, *, several_turns: bool =
     """
     name = options.judge or (NANO_JUDGE if data.name == "nano" else DEFAULT_JUDGE)
     unused = next((flag for flag in _OF_AN_API if getattr(options, flag) not in (None, False)), None)
-    if unused and (name == NANO_JUDGE or options.is_reward_model):
+    if unused and not shared and (name == NANO_JUDGE or options.is_reward_model):
         raise InputError(f"--{unused.replace('_', '-')} belongs to a judge behind an API, not to {name}; leave it out")
     if name == NANO_JUDGE:
         from almost_eval.judge.local import NanoJudge
@@ -167,6 +243,7 @@ def open_judge(options: JudgeOptions, data: DataSource, *, several_turns: bool =
         )
         return RewardJudge(model, name)
     from almost_eval.judge.judges import Connection, ModelJudge
+    from almost_eval.judge.probabilities import MAX_TOKENS
     from almost_eval.judge.prompts import load_judge_prompts
 
     family = options.prompt_family
@@ -179,6 +256,9 @@ def open_judge(options: JudgeOptions, data: DataSource, *, several_turns: bool =
         raise InputError(
             f"the prompts {prompts.name} are about {shows}, and --judging is {options.judging}; change one"
         )
+    prompts = replace(prompts, verdict=options.verdict or "text")
+    if options.verdict == "logprobs":
+        prompts = replace(prompts, max_tokens=MAX_TOKENS)
     if options.max_tokens is not None:
         prompts = replace(prompts, max_tokens=options.max_tokens)
     if options.judge_temperature is not None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from almost_eval.errors import DataError, InputError
 from almost_eval.judge.archive import Archive, as_review
+from almost_eval.judge.calibration import brier
 from almost_eval.judge.judges import LASTING, Judge, ModelJudge
 from almost_eval.judge.lines import ORDERS, check_reviews, record_of, review_of, stored_verdict
 from almost_eval.judge.records import Pair, Review, Verdict
@@ -210,7 +211,8 @@ class JudgeCheck:
             same: list[float | None] = [float(case.verdict.winner == verdict.winner) for case, verdict in chosen]
             agreed = mean_metric(same, [case.pair.question.id for case, _ in chosen])
             metrics[f"agreement{name}"] = replace(agreed, unscored=lost)
-        return metrics
+        told = brier([(v, c.verdict.winner, c.pair.question.id) for c, v in both if c.verdict.winner is not None])
+        return metrics if told is None else metrics | {"brier": replace(told, unscored=unscored)}
 
     def _consistency(self, records: Sequence[Sequence[SampleRecord]]) -> dict[str, Metric]:
         """With itself: the same pair judged again."""
@@ -229,10 +231,7 @@ class JudgeCheck:
         if self.orders != "both":
             return {}
         couples = list(zip(reviews[::2], reviews[1::2], strict=True))
-        same = [
-            None if None in (a.model_score, b.model_score) else float(a.model_score == b.model_score)
-            for a, b in couples
-        ]
+        same = [None if None in (a.outcome, b.outcome) else float(a.outcome == b.outcome) for a, b in couples]
         return {"consistency": mean_metric(same, [review.question_id for review, _ in couples])}
 
 
@@ -240,7 +239,7 @@ def _biases(reviews: Sequence[Review]) -> dict[str, Metric]:
     """Shares of decisive verdicts: for Assistant 1, and for the longer of two unequal answers."""
     decisive = [(r, r.verdict.winner == "1") for r in reviews if r.verdict is not None and r.verdict.winner != "tie"]
     unequal = [r for r, _ in decisive if r.model_length != r.baseline_length]
-    longer = [float((r.model_length > r.baseline_length) == (r.model_score == 1.0)) for r in unequal]
+    longer = [float((r.model_length > r.baseline_length) == r.model_won) for r in unequal]
     return {
         "first_wins": mean_metric([float(first) for _, first in decisive], [r.question_id for r, _ in decisive]),
         "longer_wins": mean_metric(longer, [r.question_id for r in unequal]),

@@ -17,8 +17,10 @@ from almost_eval.judge.api.batch_plan import batch_facts, under_way
 from almost_eval.judge.api.client import JudgeClient
 from almost_eval.judge.api.cost import Budget, StatedPrices, estimate, price_of, retirement_of
 from almost_eval.judge.api.endpoint import THOUGHT_ONLY, JudgeEndpoint
-from almost_eval.judge.api.journal import Journal
+from almost_eval.judge.api.journal import Journal, Ledger
 from almost_eval.judge.api.session import ClientStats
+from almost_eval.judge.modes import check_mode, fields_of
+from almost_eval.judge.probabilities import tells
 from almost_eval.judge.prompts import JudgePrompts
 from almost_eval.judge.raised import amended, was_cut
 from almost_eval.judge.records import TOO_LONG, Failure, JudgeRequest, Question, Reply, Subject, Unparsed, Verdict
@@ -29,6 +31,9 @@ UNANSWERED = frozenset({CUT, REFUSED, TOO_LONG})
 """The reasons of a case that is not judged, as an answer is not there: thoughts leave it out, or a full context."""
 UNPARSED = "unparsed"
 """The reason of a review whose verdict cannot be read."""
+
+MOST_ALONE = 3
+"""Requests that are sent one by one to learn whether an endpoint tells probabilities; failures say nothing of it."""
 
 LASTING = frozenset(
     {"content_filter", "refusal", "too_long", "context_too_long", "non_finite", THOUGHT_ONLY, UNPARSED, *UNANSWERED}
@@ -180,6 +185,11 @@ class ModelJudge:
         self.prompts = prompts
         self.connection = connection
         self.options = dict(options or {})
+        check_mode(prompts.verdict, prompts.kind, self.options)
+        self._fields = fields_of(prompts.verdict, prompts.kind) | self.options
+        self._tells = prompts.verdict != "logprobs"
+        self.companions: Sequence[ModelJudge] = ()
+        """The other judges of a panel behind an API: one bound holds for what all of them spend."""
         self._reask = reask
         self._client: JudgeClient | None = None
         self._stats = ClientStats()
@@ -202,6 +212,7 @@ class ModelJudge:
             "prompt_set": {"name": self.prompts.prompt_set, "digest": self.prompts.digest},
             "temperature": self.prompts.temperature,
             "max_tokens": self.prompts.max_tokens,
+            **({} if self.prompts.verdict == "text" else {"verdict": self.prompts.verdict}),
             **({"options": self.options} if self.options else {}),
         }
 
@@ -253,7 +264,8 @@ class ModelJudge:
         connection = self.connection
         with Journal(folder / "journal.sqlite") as journal:
             budget = Budget(connection.max_cost, **connection.prices, judge=self.name)
-            budget.spent = sum(budget.of_ledger(journal.ledger()))  # what was sent before counts
+            # What was sent before counts, and what the others of a panel have spent.
+            budget.spent = sum(judge.spent_in(journal) for judge in (self, *self.companions))
             self._client = JudgeClient(
                 self.name,
                 journal,
@@ -273,9 +285,17 @@ class ModelJudge:
                 self._ledger = self._spent(journal)
                 self._client = None
 
+    def spent_in(self, journal: Journal) -> float:
+        """USD that this judge has spent in the folder of a journal, at most."""
+        budget = Budget(**self.connection.prices, judge=self.name)
+        return sum(budget.of_ledger(self._ledger_in(journal)))
+
+    def _ledger_in(self, journal: Journal) -> Ledger:
+        return journal.ledger(self.name if self.companions else None)
+
     def _spent(self, journal: Journal) -> JSONObject:
         """What all runs in the folder of a journal were billed, and may have been billed beside it."""
-        ledger = journal.ledger()
+        ledger = self._ledger_in(journal)
         facts: JSONObject = {"cost_uncertain_requests_all_runs": ledger.n_unsure}
         budget = Budget(**self.connection.prices, judge=self.name)
         if not budget.is_known(ledger) or (budget.price is None and not ledger.entries):
@@ -330,13 +350,38 @@ class ModelJudge:
 
     def _ask(self, pairs: Sequence[Subject], wanted: Sequence[int], attempt: int) -> Iterator[tuple[int, Judgement]]:
         assert self._client is not None  # `open`
-        requests = self._requests(pairs, wanted, attempt)
-        self._client.ahead = [later for number, later in self._announced.items() if number > attempt]
-        for place, answer in self._client.stream(requests):
-            yield wanted[place], judgement_of(self.prompts, pairs[wanted[place]], answer, attempt)
+        self._client.ahead = later = [requests for number, requests in self._announced.items() if number > attempt]
+        if self.companions:
+            for requests in later:
+                self._client.journal.name_judge(self.name, (request.digest for request in requests))
+        at = 0
+        while at < len(wanted):
+            # One by one until it is known that the endpoint tells probabilities: without them all is spent for nothing.
+            # In a batch it is the request that goes ahead that shows it, or the replies that are there.
+            is_shown = self.connection.batch and len(self._client.journal) > 0
+            count = 1 if not self._tells and at < MOST_ALONE and not is_shown else len(wanted) - at
+            part = wanted[at : at + count]
+            if self.companions:
+                requests = self._requests(pairs, part, attempt)
+                self._client.journal.name_judge(self.name, (request.digest for request in requests))
+            for place, answer in self._client.stream(self._requests(pairs, part, attempt)):
+                self._check_telling(answer)
+                yield part[place], judgement_of(self.prompts, pairs[part[place]], answer, attempt)
+            at += count
+
+    def _check_telling(self, answer: Reply | Failure) -> None:
+        """End with an InputError where the endpoint's first reply has no probabilities, though they were requested."""
+        if self._tells or not isinstance(answer, Reply):
+            return
+        if not tells(answer.logprobs):
+            raise InputError(
+                f"the endpoint tells no log-probabilities of {self.name} (its first reply holds none; nothing more was "
+                "sent): give --verdict json or text with another --output, or another judge"
+            )
+        self._tells = True
 
     def _requests(self, pairs: Sequence[Subject], wanted: Sequence[int], attempt: int) -> Requests:
-        return Requests(self.name, self.prompts, pairs, wanted, attempt, self.options)
+        return Requests(self.name, self.prompts, pairs, wanted, attempt, self._fields)
 
 
 class Requests(Sequence[JudgeRequest]):
@@ -394,7 +439,7 @@ def judgement_of(prompts: JudgePrompts, pair: Subject, answer: Reply | Failure, 
         if answer.reason == THOUGHT_ONLY:
             about["max_tokens"] = prompts.max_tokens
         return Judgement(None, answer.reason, about)
-    verdict = prompts.parse(answer.text, pair, answer.finish_reason)
+    verdict = prompts.parse(answer.text, pair, answer.finish_reason, answer.parameters, answer.logprobs)
     outputs = {
         # A reply may hold half a surrogate pair, which no file can.
         "review": answer.text.encode("utf-8", "replace").decode("utf-8"),
@@ -406,6 +451,8 @@ def judgement_of(prompts: JudgePrompts, pair: Subject, answer: Reply | Failure, 
         "attempt": attempt,
         "parameters": dict(answer.parameters),
     }
+    if answer.logprobs is not None:
+        outputs["logprobs"] = [[token, [list(other) for other in others]] for token, others in answer.logprobs]
     if answer.thinking:
         outputs["thinking"] = answer.thinking.encode("utf-8", "replace").decode("utf-8")
     if answer.reasoning_tokens or answer.cached_tokens:
@@ -420,10 +467,11 @@ def judgement_of(prompts: JudgePrompts, pair: Subject, answer: Reply | Failure, 
 
 
 def verdict_fields(verdict: Verdict | Unparsed) -> JSONObject:
-    """`winner` and `scores`, by place in the prompt, as a line stores them."""
+    """`winner`, `scores` and, where there are any, `shares`, by place in the prompt, as a line stores them."""
     if isinstance(verdict, Unparsed):
         return {"winner": None, "scores": None}
     if verdict.winner is None:
         return {"score": verdict.score_1}
     scored = verdict.score_1 is not None and verdict.score_2 is not None
-    return {"winner": verdict.winner, "scores": [verdict.score_1, verdict.score_2] if scored else None}
+    shares = {} if verdict.shares is None else {"shares": list(verdict.shares)}
+    return {"winner": verdict.winner, "scores": [verdict.score_1, verdict.score_2] if scored else None, **shares}

@@ -136,7 +136,9 @@ def by_system(pair: Pair) -> tuple[Answer, Answer]:
     return (first, second) if pair.order == "forward" else (second, first)
 
 
-def record_of(case: Subject, judgement: Judgement, *, id: str, cut: Sequence[int] = (0, 0)) -> SampleRecord:
+def record_of(
+    case: Subject, judgement: Judgement, *, id: str, cut: Sequence[int] = (0, 0), judge: str | None = None
+) -> SampleRecord:
     """The line of a judged pair, or of a graded answer.
 
     Args:
@@ -144,6 +146,7 @@ def record_of(case: Subject, judgement: Judgement, *, id: str, cut: Sequence[int
         judgement: what became of it.
         id: of the line.
         cut: characters that were cut off the answers, by place.
+        judge: who judged it, in a panel.
     """
     if isinstance(case, Pair):
         baseline, model = by_system(case)
@@ -160,7 +163,8 @@ def record_of(case: Subject, judgement: Judgement, *, id: str, cut: Sequence[int
         # A run of one turn and one choice has the lines it had before there were several.
         metadata=named
         | ({"turn": case.turn} if case.question.later or isinstance(case, Solo) else {})
-        | ({"choice": case.choice} if case.choice > 1 else {}),
+        | ({"choice": case.choice} if case.choice > 1 else {})
+        | ({} if judge is None else {"judge": judge}),
     )
     outputs = judgement.outputs | {"lengths": lengths_of(case)}
     made = [about for answer in case.answers for about in answer.turn_metadata[: case.turn]]
@@ -181,6 +185,8 @@ def rescored(record: SampleRecord, judgement: Judgement) -> SampleRecord:
     whole = SampleRecord(record.sample, record.outputs, Score(None, judgement.reason), record.prompt_tokens_truncated)
     review = review_of(whole, judgement.verdict)
     metrics = {"win_rate": review.model_score}
+    if review.judge:  # a panel's win rate is by majority, and no mean of lines
+        metrics = {"win_rate_mean": review.model_score, f"judge_win_rate/{review.judge}": review.model_score}
     if review.scores is not None:
         metrics |= {"score/model": review.scores[0], "score/baseline": review.scores[1]}
     score = Score(review.model_score, judgement.reason, metrics)
@@ -192,7 +198,9 @@ def stored_verdict(record: SampleRecord) -> Verdict | None:
     winner, scores = record.outputs.get("winner"), record.outputs.get("scores")
     if winner is None or record.score.value is None:
         return None
-    return Verdict(winner, *(scores or (None, None)))
+    shares = record.outputs.get("shares")
+    first, second = scores or (None, None)
+    return Verdict(winner, first, second, tuple(shares) if shares else None)
 
 
 def review_of(record: SampleRecord, verdict: Verdict | None) -> Review:
@@ -217,6 +225,7 @@ def review_of(record: SampleRecord, verdict: Verdict | None) -> Review:
             reason=record.score.reason,
             turn=stored.get("turn", 1),
             choice=stored.get("choice", 1),
+            judge=stored.get("judge", ""),
         )
     except (LookupError, TypeError) as error:
         raise StoreError(

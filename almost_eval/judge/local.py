@@ -99,7 +99,7 @@ def judge_by_oracle(case: Subject) -> Judgement:
         return Judgement(verdict, None, {"review": review, **verdict_fields(verdict), "oracle": values})
     first, second = values
     winner: Side = "tie" if abs(first - second) < TIE_MARGIN else "1" if first > second else "2"
-    verdict = Verdict(winner, *(round(1 + 9 * value, 2) for value in (first, second)))
+    verdict = Verdict(winner, round(1 + 9 * first, 2), round(1 + 9 * second, 2))
     review = f"{verdict.score_1:g} {verdict.score_2:g}\nBy the facts of the nano world, each answer on its own."
     return Judgement(verdict, None, {"review": review, **verdict_fields(verdict), "oracle": [first, second]})
 

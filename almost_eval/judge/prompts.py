@@ -29,7 +29,7 @@ that holds one has it turned into "[quoted: The End of Assistant 1's Answer]". A
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -40,9 +40,13 @@ from almost_eval.data.sources import DataSource
 from almost_eval.errors import DataError, InputError, did_you_mean
 from almost_eval.judge.families import FAMILIES
 from almost_eval.judge.frames import filled, shown_turns, texts_in
-from almost_eval.judge.records import Subject, Unparsed, Verdict, texts_of
+from almost_eval.judge.modes import Mode, closing_of
+from almost_eval.judge.probabilities import parse_probabilities
+from almost_eval.judge.ratings import parse_rating
+from almost_eval.judge.records import Subject, TokenAlternatives, Unparsed, Verdict, texts_of
 from almost_eval.judge.references import wrong_turns
-from almost_eval.judge.verdicts import parse_letters, parse_rating, parse_scores
+from almost_eval.judge.structured import is_held, parse_embedded, parse_object
+from almost_eval.judge.verdicts import parse_letters, parse_scores
 from almost_eval.models.reasoning import split_reasoning
 from almost_eval.run import provenance
 from almost_eval.types import Message
@@ -147,14 +151,22 @@ class JudgePrompts:
     """Of the review."""
     templates: Mapping[str, PromptTemplate]
     """See `Wording`."""
+    verdict: Mode = "text"
+    """How a verdict is told; what is not text has an end of its own under the prompt."""
 
     @property
     def digest(self) -> str:
         """sha256 over everything that decides a request and how its reply is read."""
         templates = {category: list(template) for category, template in self.templates.items()}
-        return provenance.digest(
-            {"kind": self.kind, "temperature": self.temperature, "max_tokens": self.max_tokens, "prompts": templates}
-        )
+        decisive = {
+            "kind": self.kind,
+            "temperature": self.temperature,
+            "max_tokens": self.max_tokens,
+            "prompts": templates,
+        }
+        if (closing := closing_of(self.verdict, self.kind)) is not None:
+            decisive |= {"verdict": self.verdict, "closing": closing}
+        return provenance.digest(decisive)
 
     @property
     def for_later_turns(self) -> bool:
@@ -171,6 +183,8 @@ class JudgePrompts:
         template = self.templates[self._named(case)]
         texts = texts_in(template.user, case)
         system, user = (filled(part, texts.by_turn) for part in template)
+        if (closing := closing_of(self.verdict, self.kind)) is not None:
+            user = f"{user.rstrip()}\n\n{closing}"
         return (*((Message("system", system),) if system else ()), Message("user", user))
 
     def neutralised(self, case: Subject) -> int:
@@ -183,9 +197,16 @@ class JudgePrompts:
             return []
         return wrong_turns(case.question, shown_turns(self.templates[self._named(case)].user, case))
 
-    def parse(self, review: str, case: Subject, finish_reason: str = "stop") -> Verdict | Unparsed:
+    def parse(
+        self,
+        review: str,
+        case: Subject,
+        finish_reason: str = "stop",
+        parameters: Mapping[str, object] | None = None,
+        logprobs: Sequence[TokenAlternatives] | None = None,
+    ) -> Verdict | Unparsed:
         """What a review of this case says; see `parse_review`."""
-        return parse_review(self.kind, review, case, finish_reason)
+        return parse_review(self.kind, review, case, finish_reason, self.verdict, parameters, logprobs)
 
     def _named(self, case: Subject) -> str:
         """The name of the prompt for a case."""
@@ -198,7 +219,15 @@ class JudgePrompts:
         return own if own in self.templates and category != REFERENCE else GENERAL + end
 
 
-def parse_review(form: str, review: str, case: Subject, finish_reason: str = "stop") -> Verdict | Unparsed:
+def parse_review(
+    form: str,
+    review: str,
+    case: Subject,
+    finish_reason: str = "stop",
+    mode: Mode = "text",
+    parameters: Mapping[str, object] | None = None,
+    logprobs: Sequence[TokenAlternatives] | None = None,
+) -> Verdict | Unparsed:
     """What a review of a case says.
 
     Nothing that it quotes from the question or the answers is a verdict, and nothing that it thought before its answer:
@@ -211,13 +240,24 @@ def parse_review(form: str, review: str, case: Subject, finish_reason: str = "st
         finish_reason: as the provider says. A review that was cut (`length`) and shows no end of a thought may be a
             thought from its first word on, where the template has opened it. Then a verdict counts only where a thought
             does not stand: alone in the first line.
+        mode: how the verdict was to be told.
+        parameters: what the review came about with: whether the endpoint held it to JSON.
+        logprobs: of its last tokens.
     """
     split = split_reasoning(review)
     if split.is_cut:
         return Unparsed("thinking_cut")
     if split.thought is not None and not split.answer.strip():
         return Unparsed("only_thinking")
-    verdict = FORMS[form].parse(split.answer, texts_of(case))
+    material = texts_of(case)
+    if mode == "logprobs":
+        return parse_probabilities(split.answer, logprobs)
+    if mode == "json":
+        held = is_held(parameters or {})
+        told = parse_object(form, split.answer) if held else parse_embedded(form, split.answer, material)
+        if told is not None:
+            return Unparsed("cut") if isinstance(told, Unparsed) and finish_reason == "length" else told
+    verdict = FORMS[form].parse(split.answer, material)
     if finish_reason != "length":
         return verdict
     if isinstance(verdict, Unparsed) or (split.thought is None and not opens_with(form, split.answer, verdict)):

@@ -28,6 +28,13 @@ TOO_LONG = "context_too_long"
 Side = Literal["1", "2", "tie"]
 """Who is better, by the place in the prompt."""
 
+Outcome = Literal["model", "baseline", "tie"]
+"""Who is better, by system."""
+
+
+TokenAlternatives = tuple[str, Sequence[tuple[str, float]]]
+"""A token of a reply, and the most probable tokens at its place with their log-probabilities in nats, itself too."""
+
 
 class QuestionTurn(NamedTuple):
     """A turn after the first."""
@@ -244,6 +251,8 @@ class Reply:
     """USD that the host says it billed; None where it states tokens alone."""
     cached: bool = False
     """True where the journal had it: nothing was paid now."""
+    logprobs: Sequence[TokenAlternatives] | None = None
+    """Of its last tokens, thinking included; None where they were not requested, or not told."""
 
     @property
     def usage(self) -> Usage:
@@ -276,6 +285,8 @@ class Verdict:
     score_1: float | None = None
     """1 to 10; None in a family that names the winner only."""
     score_2: float | None = None
+    shares: tuple[float, float, float] | None = None
+    """Probabilities of Assistant 1, Assistant 2 and a tie, with a sum of 1; None where the judge told none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,19 +313,64 @@ class Review:
     verdict: Verdict | None
     """None: unscored, with `reason`."""
     reason: str | None = None
+    judge: str = ""
+    """Whose it is, in a panel."""
     turn: int = 1
     """Of the question, from 1."""
     choice: int = 1
     """Of the systems' answers to it, from 1."""
 
     @property
+    def case(self) -> tuple[str, ...]:
+        """Which two answers it is about, in either order."""
+        return self.question_id, self.baseline, self.model, str(self.turn), str(self.choice)
+
+    @property
     def model_score(self) -> float | None:
-        """1 where the model won, 0 where the baseline did, 0.5 for a tie, None where unscored."""
+        """1 where the model won, 0 where the baseline did, 0.5 for a tie, None where unscored.
+
+        Where the judge told probabilities: that of the model, and half of that of a tie.
+        """
         if self.verdict is None or self.verdict.winner is None:
             return None
-        if self.verdict.winner == "tie":
-            return 0.5
-        return float(self.verdict.winner == ("2" if self.order == "forward" else "1"))
+        if (shares := self._shares) is not None:
+            return shares[0] + shares[2] / 2
+        return 0.5 if self.is_tie else float(bool(self.model_won))
+
+    @property
+    def untied_score(self) -> float | None:
+        """`model_score` without ties: None for one; of probabilities, the model's share of what is not a tie's."""
+        if (shares := self._shares) is not None:
+            decided = shares[0] + shares[1]
+            return shares[0] / decided if decided else None
+        return None if self.is_tie else self.model_score
+
+    @property
+    def model_won(self) -> bool | None:
+        """Who is better by the verdict, in whole; None for a tie, and where unscored."""
+        if self.verdict is None or self.verdict.winner == "tie":
+            return None
+        return self.verdict.winner == ("2" if self.order == "forward" else "1")
+
+    @property
+    def is_tie(self) -> bool:
+        """Whether the verdict is a tie."""
+        return self.verdict is not None and self.verdict.winner == "tie"
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """Who won, in whole; None where unscored."""
+        if self.verdict is None:
+            return None
+        return "tie" if self.is_tie else "model" if self.model_won else "baseline"
+
+    @property
+    def _shares(self) -> tuple[float, float, float] | None:
+        """Probabilities of the model, the baseline and a tie."""
+        if self.verdict is None or self.verdict.shares is None:
+            return None
+        first, second, tie = self.verdict.shares
+        return (second, first, tie) if self.order == "forward" else (first, second, tie)
 
     @property
     def scores(self) -> tuple[float, float] | None:

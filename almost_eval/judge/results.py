@@ -18,9 +18,12 @@ from almost_eval.judge import grading
 from almost_eval.judge.aggregate import Orders, Ties, aggregate, round_robin
 from almost_eval.judge.answers import ALL_CHOICES, answer_files, digest_answers
 from almost_eval.judge.api.endpoint import THOUGHT_ONLY
+from almost_eval.judge.api.parameters import JSON_OBJECT, RESPONSE_FORMAT
 from almost_eval.judge.judges import UNPARSED, Judgement, verdict_fields, without_answer
 from almost_eval.judge.lines import ORDERS, cases_of, check_reviews, grades_of, record_of, reviews_of
 from almost_eval.judge.local import judge_by_oracle, judge_by_reward
+from almost_eval.judge.panel import Families, members_of, names_of, spread
+from almost_eval.judge.panel_results import majority, summarise_panel
 from almost_eval.judge.prompts import FORMS, load_family, parse_review
 from almost_eval.judge.questions import read_answers, read_questions
 from almost_eval.judge.records import Review, Solo, Subject, Unparsed
@@ -56,7 +59,9 @@ def summarise(
     settings = spec["settings"]
     ties = ties or settings["ties"]
     single = settings.get("judging") == "single"
-    reviews = [] if single else reviews_of(records)
+    stored = [] if single else reviews_of(records)
+    judges = names_of(settings["judge"])
+    reviews = majority(stored) if judges else stored
     if single:
         headline, metrics, judging = grading.summarise(grades_of(records), spec)
     elif len(settings["systems"]) > 2:
@@ -67,14 +72,22 @@ def summarise(
         both = aggregate(reviews, ties=ties, orders=orders)
         headline, metrics, judging = HEADLINE, dict(both.metrics), both.to_dict()
         del judging["metrics"]
+    panel: JSONObject = {}
+    if judges:
+        names = [system["name"] for system in settings["systems"].values()]
+        stated_families = Families(**settings.get("families", {}))
+        more, panel = summarise_panel(stored, judges, names, stated_families, spec["seed"], ties=ties, orders=orders)
+        metrics |= more
     stated = {name: metric.to_dict() for name, metric in metrics.items()}
     if not validity.passed:
-        hidden = {"value": None, "stderr": None, "ci95": None, "withheld": validity.reason}
-        stated |= {
-            name: m | hidden for name, m in stated.items() if name.startswith(("win_rate", "strength/", "score"))
-        }
+        hidden = _hidden(validity)
+        heads = ("win_rate", "strength/", "score")
+        stated |= {name: m | hidden for name, m in stated.items() if name.startswith(heads)}
         withheld: JSONObject = {"systems": {}, "differences": {}} if single else {"length_controlled": None}
         judging |= withheld
+    if judges:
+        _withhold_judges(stated, panel, records, validity)
+        judging["panel"] = panel
     template = spec["template"] or {}
     return {
         "task": spec["task"],
@@ -104,6 +117,27 @@ def summarise(
     }
 
 
+def _hidden(validity: Validity) -> JSONObject:
+    return {"value": None, "stderr": None, "ci95": None, "withheld": validity.reason}
+
+
+def _withhold_judges(
+    stated: dict[str, JSONObject], panel: JSONObject, records: Sequence[SampleRecord], validity: Validity
+) -> None:
+    """Hide what the gate blocks of each judge of a panel by itself: one that failed does not hide the others."""
+    for row in panel["judges"]:
+        mine = [record for record in records if record.sample.metadata["judge"] == row["name"]]
+        gate = check_reviews(mine, len(mine), dict(validity.allowed))
+        row["withheld"] = None if gate.passed else gate.reason
+        if not gate.passed and (name := f"judge_win_rate/{row['name']}") in stated:
+            stated[name] |= _hidden(gate)
+        if not gate.passed and "round_robin" in row:
+            row["round_robin"] |= {"strengths": {}, "problem": gate.reason}
+            row["win_rates"] = {system: rate | _hidden(gate) for system, rate in row["win_rates"].items()}
+    if not validity.passed and "all" in panel:
+        panel["all"] |= {"strengths": {}, "problem": validity.reason}
+
+
 def _round_robin(
     reviews: Sequence[Review], names: Sequence[str], seed: int
 ) -> tuple[str, dict[str, Metric], JSONObject]:
@@ -130,14 +164,20 @@ def _parameters(records: Sequence[SampleRecord]) -> list[JSONObject]:
     return [{"sent": json.loads(text), "reviews": n} for text, n in sets.most_common()]
 
 
-def _refused_parameters(records: Sequence[SampleRecord], judge: JSONMapping) -> JSONObject:
+def _refused_parameters(records: Sequence[SampleRecord], judges: Sequence[JSONMapping]) -> JSONObject:
     """How many reviews came about without a parameter that the spec states, as the endpoint refuses it."""
-    wanted = {"temperature", "max_tokens", *judge.get("options", {})}
+    by_name = {judge["name"]: judge for judge in judges}
     counts: Counter[str] = Counter()
     for record in records:
+        judge = by_name[record.sample.metadata.get("judge", judges[0]["name"])]
+        wanted = {"temperature", "max_tokens", *judge.get("options", {})}
+        if judge.get("verdict") == "json":
+            wanted.add(RESPONSE_FORMAT)
         sent = record.outputs.get("parameters")
         if not sent:
             continue  # made before parameters were kept, or no review
+        if judge.get("verdict") == "json" and sent.get(RESPONSE_FORMAT, {}).get("type") == JSON_OBJECT:
+            counts["reviews with json_schema sent as json_object: the endpoint refuses it"] += 1
         for name in sorted(wanted - sent.keys()):
             now = "max_completion_tokens" if name == "max_tokens" and "max_completion_tokens" in sent else None
             counts[f"reviews with {name} {'sent as ' + now if now else 'left out: the endpoint refuses it'}"] += 1
@@ -166,7 +206,7 @@ def _details(records: Sequence[SampleRecord], settings: JSONMapping) -> JSONObje
         "prompt tokens": sum(r.outputs.get("prompt_tokens") or 0 for r in records),
         "completion tokens": sum(r.outputs.get("completion_tokens") or 0 for r in records),
         "of them thinking": sum(r.outputs.get("reasoning_tokens") or 0 for r in records),
-        **_refused_parameters(records, settings["judge"]),
+        **_refused_parameters(records, members_of(settings["judge"])),
     }
     return {name: count for name, count in counts.items() if count}
 
@@ -193,8 +233,11 @@ class StoredRun:
         files = answer_files(folder, names)
         self.answers = [read_answers(file, self.questions, choice=choice)[1] for file in files]
         self.digests = {name: digest_answers(mine) for name, mine in zip(names, self.answers, strict=True)}
-        cases = cases_of(self.questions, self.answers, settings["orders"], settings["max_answer_chars"])
-        self.pairs = {id: (case, cut) for id, case, cut in zip(*cases, strict=True)}
+        judged = cases_of(self.questions, self.answers, settings["orders"], settings["max_answer_chars"])
+        ids, cases, cuts, judges = spread(names_of(settings["judge"]), *judged)
+        self.pairs = {id: (case, cut) for id, case, cut in zip(ids, cases, cuts, strict=True)}
+        self._judge_of = dict(zip(ids, judges, strict=True))
+        self._members = {member["name"]: member for member in members_of(settings["judge"])}
         stored = {record.sample.id: record for record in read_samples(folder)}
         if unknown := next((id for id in stored if id not in self.pairs), None):
             raise StoreError(f"{folder} has a line for {unknown!r}, which its questions and systems do not make")
@@ -209,10 +252,16 @@ class StoredRun:
         """
         pair, cut = self.pairs[record.sample.id]
         outputs = {key: value for key, value in record.outputs.items() if key not in ("lengths", "cut")}
-        return record_of(pair, self._judgement(pair, record, outputs, family), id=record.sample.id, cut=cut)
+        again = self._judgement(pair, record, outputs, family)
+        return record_of(pair, again, id=record.sample.id, cut=cut, judge=self._judge_of[record.sample.id])
+
+    def judge_of(self, record: SampleRecord) -> JSONMapping:
+        """The spec of the judge whose line it is."""
+        name = self._judge_of[record.sample.id]
+        return next(iter(self._members.values())) if name is None else self._members[name]
 
     def _judgement(self, pair: Subject, record: SampleRecord, outputs: JSONObject, family: str | None) -> Judgement:
-        judge = self.spec["settings"]["judge"]
+        judge = self.judge_of(record)
         if (unjudged := without_answer(pair)) is not None:
             return unjudged
         if judge["kind"] == "oracle":
@@ -223,8 +272,12 @@ class StoredRun:
         if outputs.get("review") is None:  # there was none
             return Judgement(None, record.score.reason, outputs)
         form = judge["form"] if family is None else load_family(family).form
-        verdict = parse_review(form, outputs["review"], pair, outputs.get("finish_reason") or "stop")
-        outputs = {key: value for key, value in outputs.items() if key != "problem"} | verdict_fields(verdict)
+        finish, sent, told = (outputs.get(key) for key in ("finish_reason", "parameters", "logprobs"))
+        verdict = parse_review(
+            form, outputs["review"], pair, finish or "stop", judge.get("verdict", "text"), sent, told
+        )
+        outputs = {key: value for key, value in outputs.items() if key not in ("problem", "shares")}
+        outputs |= verdict_fields(verdict)
         if isinstance(verdict, Unparsed):
             return Judgement(None, UNPARSED, outputs | {"problem": verdict.reason})
         return Judgement(verdict, None, outputs)
@@ -261,10 +314,12 @@ def redraw(folder: Path, *, ties: Ties | None = None, orders: Orders = "both", f
         raise InputError(f"{folder} holds the order {have!r} only; leave --orders out")
     records = run.records
     if family is not None:
-        if run.spec["settings"]["judge"]["kind"] != "model":
+        writers = [judge for judge in members_of(run.spec["settings"]["judge"]) if judge["kind"] == "model"]
+        if not writers:
             raise InputError(f"--prompt-family: the judge {run.spec['protocol']!r} wrote no reviews to read")
-        mine = FORMS[run.spec["settings"]["judge"]["form"]].n_answers
-        if FORMS[load_family(family).form].n_answers != mine:
+        if mode := next((judge["verdict"] for judge in writers if "verdict" in judge), None):
+            raise InputError(f"--prompt-family: its verdicts were told by --verdict {mode}, which no parser reads anew")
+        if any(FORMS[load_family(family).form].n_answers != FORMS[judge["form"]].n_answers for judge in writers):
             raise InputError(f"--prompt-family {family} reads reviews of another number of answers; name another")
-        records = [run.again(record, family) for record in records]
+        records = [run.again(r, family) if run.judge_of(r)["kind"] == "model" else r for r in records]
     return {**run.summarise(records, ties=ties, orders=orders), "orders": have if orders == "both" else orders}

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from almost_eval.errors import InputError
 from almost_eval.files import read_json, write_rows
 from almost_eval.judge.answers import (
     AnswerReasoning,
@@ -25,6 +26,8 @@ from almost_eval.judge.answers import (
 from almost_eval.judge.judges import LASTING, Judge, ModelJudge, shown, without_answer
 from almost_eval.judge.lines import ORDERS, cases_of, check_reviews, paired_choices, record_of
 from almost_eval.judge.model_system import ModelSystem
+from almost_eval.judge.panel import Families, Panel, Spread, spread
+from almost_eval.judge.prompts import JudgePrompts
 from almost_eval.judge.raised import kept_lines
 from almost_eval.judge.records import Answer, Answers, AnswerTurn, Question
 from almost_eval.judge.results import summarise
@@ -58,9 +61,10 @@ class JudgeRun:
         questions_named: what the questions and their reference answers are called, where they have names; recorded.
         seed: recorded, and of the bootstrap.
         allowed: shares for the validity gate, or None for the defaults.
+        families: which judges and systems are of one maker.
 
     Raises:
-        InputError: two systems of one name; whatever the judge refuses.
+        InputError: a family of nobody; two systems of one name; whatever the judge refuses.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class JudgeRun:
         questions_named: Mapping[str, str] = {},
         seed: int = 0,
         allowed: Mapping[str, float] | None = None,
+        families: Families | None = None,
     ) -> None:
         self.questions = questions
         self.fingerprint = fingerprint
@@ -95,6 +100,14 @@ class JudgeRun:
         self.answer_reasoning = answer_reasoning
         self.seed = seed
         self.allowed = dict(allowed or ALLOWED)
+        self.families = families or Families()
+        names = [member.name for member in judge.members] if isinstance(judge, Panel) else [judge.name]
+        self.families.check(names, [system.name for system in self.systems])
+        if self.families.judges and not isinstance(judge, Panel):
+            raise InputError(
+                "--judge-family marks what a judge prefers beside the other judges of a panel, and there is one judge; "
+                "give another --judge, or leave it out"
+            )
         judge.check(questions)
 
     @property
@@ -109,7 +122,7 @@ class JudgeRun:
             else:
                 pairs = sum(paired_choices(question, *two) for two in itertools.combinations(counts, 2))
                 total += len(question.turns) * len(ORDERS[self.orders]) * pairs
-        return total
+        return total * (len(self.judge.members) if isinstance(self.judge, Panel) else 1)
 
     def spec(self) -> JSONObject:
         """Everything that decides the numbers, and the command that requested them."""
@@ -132,6 +145,8 @@ class JudgeRun:
         if self.choice is not None:
             settings["choice"] = self.choice
         settings |= self.questions_named
+        if families := self.families.to_dict():
+            settings["families"] = families
         model = systems[roles[-1]]
         return {
             "schema": 1,
@@ -191,12 +206,16 @@ class JudgeRun:
             write_rows(folder / "questions.jsonl", map(question_line, self.questions), ascii_only=True)
             files = answer_files(folder, [system.name for system in self.systems])
             answers = [s.write(file, progress) for s, file in zip(self.systems, files, strict=True)]
-            ids, pairs, cuts = cases_of(self.questions, answers, self.orders, self.max_answer_chars)
-            if isinstance(self.judge, ModelJudge):
-                prompts = self.judge.prompts
-                texts = (shown(prompts.messages(pair)) for pair in pairs)
+            ids, pairs, cuts, judges = self._spread(answers)
+            if prompts := self._prompts_by_judge():
+                shown_to = zip(ids, pairs, judges, strict=True)
                 write_prompts(
-                    folder, (SamplePrompts(id, (), (Prompt(text),)) for id, text in zip(ids, texts, strict=True))
+                    folder,
+                    (
+                        SamplePrompts(id, (), (Prompt(shown(prompts[judge].messages(pair))),))
+                        for id, pair, judge in shown_to
+                        if judge in prompts
+                    ),
                 )
             again = [id for id, record in store.done.items() if self._asks_again(record)]
             if again:
@@ -209,7 +228,7 @@ class JudgeRun:
                 without = {at: judgement for at in missing if (judgement := without_answer(pairs[at])) is not None}
                 asked = self.judge.stream(pairs, [at for at in missing if at not in without])
                 for at, judgement in itertools.chain(without.items(), asked):
-                    store.append(record_of(pairs[at], judgement, id=ids[at], cut=cuts[at]))
+                    store.append(record_of(pairs[at], judgement, id=ids[at], cut=cuts[at], judge=judges[at]))
                     advance(1)
             records = [store.done[id] for id in ids]
             validity = check_reviews(records, len(ids), self.allowed)
@@ -248,7 +267,8 @@ class JudgeRun:
         """What `--dry-run` prints; answers that are yet to be written count as long as they may become."""
         unwritten = [system.name for system in self.systems if system.known() is None]
         answers = [system.known() or self._longest(system) for system in self.systems]
-        ids, pairs, _ = cases_of(self.questions, answers, self.orders, self.max_answer_chars)
+        cases = self._spread(answers)
+        ids, pairs = cases.ids, cases.pairs
         facts: JSONObject = {"questions": len(self.questions), "reviews": len(pairs), "judge": self.judge.name}
         facts |= {"systems": ", ".join(system.name for system in self.systems)}
         if unwritten:
@@ -259,6 +279,17 @@ class JudgeRun:
             wanted = [pair for id, pair in zip(ids, pairs, strict=True) if id not in stay]
             return facts | (self.judge.plan(wanted, folder) if wanted else self.judge.plan(pairs, folder, 0))
         return facts | self.judge.plan(pairs, folder)
+
+    def _spread(self, answers: Sequence[Answers]) -> Spread:
+        """What is judged, by whom."""
+        names = [member.name for member in self.judge.members] if isinstance(self.judge, Panel) else []
+        return spread(names, *cases_of(self.questions, answers, self.orders, self.max_answer_chars))
+
+    def _prompts_by_judge(self) -> dict[str | None, JudgePrompts]:
+        """What the judges behind an API are shown; a judge alone is named None, as in its lines."""
+        if isinstance(self.judge, Panel):
+            return {member.name: member.prompts for member in self.judge.members if isinstance(member, ModelJudge)}
+        return {None: self.judge.prompts} if isinstance(self.judge, ModelJudge) else {}
 
     def _longest(self, system: System) -> Answers:
         # Four letters are a token to the estimate, and to most tokenizers.

@@ -1,13 +1,14 @@
-"""What a review says: two scores, the letter of the winner, or one mark. One parser for each form of review.
+"""What a review of two answers says: two scores, or the letter of the winner. One parser for each prompt family.
 
 The official parser reads the first line and nothing else; a math review ends with its scores. Here a review may state
-its scores in four ways, each a *reading*:
+its scores in five ways, each a *reading*:
 
 1. `line`: a line of two scores and nothing else ("8 9", "(8, 9)", "Scores: 8 and 9"), the first line or the last ones;
 2. `tuple`: "(8, 9)" beside a word such as score, rating, tuple or output; the last such tuple of the review counts;
 3. `labelled`: a score for each assistant by name ("Assistant 1: 8/10 ... Assistant 2: 9/10") where a word says that
    these are scores; without such a word only as the first or last thing of the review;
-4. `prose`: "Assistant 1 receives a score of 8 ...", where 1 to 3 see nothing.
+4. `table`: a table with a column for each assistant, and a row for the score, the total or the like;
+5. `prose`: "Assistant 1 receives a score of 8 ...", where 1 to 4 see nothing.
 
 Readings that disagree make the review ambiguous: no verdict is better than a wrong one. Numbers that the review quotes
 from the question (three words or more in a row) are struck out first. Nothing else is a score: no equation, no count of
@@ -26,35 +27,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from almost_eval.judge.plain_text import EMPHASIS, PLAIN, plain_text, without_quotes
 from almost_eval.judge.records import Side, Unparsed, Verdict
 
 LOWEST, HIGHEST = 1.0, 10.0
 """The scale that the prompts state."""
 
 Scores = tuple[float, float]
-
-_PLAIN = str.maketrans(
-    {
-        **dict.fromkeys("\u2018\u2019\u201b\u2032\uff07", "'"),
-        **dict.fromkeys("\u201c\u201d\u201e\u2033\uff02", '"'),
-        **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212\uff0d", "-"),
-        **dict.fromkeys("\u00a0\u2002\u2003\u2007\u2009\u202f\u3000\t", " "),
-        **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\r`", None),  # invisible, or markdown's code
-        **{chr(0xFF10 + digit): str(digit) for digit in range(10)},
-        "\uff1a": ":",
-        "\uff0c": ",",
-        "\u3001": ",",
-        "\uff08": "(",
-        "\uff09": ")",
-        "\uff0f": "/",
-        "\u2044": "/",
-    }
-)
-"""Typography that means the same as plain text."""
-_EMPHASIS = re.compile(
-    r"(?<!\d)\*\*+|\*\*+(?!\d)|(?<![^\s(])\*(?=\S)|(?<=\S)\*(?![^\s.,;:)])|(?<![A-Za-z0-9_])_+|_+(?![A-Za-z0-9_])"
-)
-"""Markdown's stars and underscores, but not those of 2*3, 2**3, 5 * 8 and a_1."""
 
 _NUMBER = r"(\d{1,4}(?:\.\d{1,3})?)(?: ?/ ?(\d{1,3})(?![\d/])| out of (\d{1,3}))?(?: ?points?\b)?"
 _BEFORE, _AFTER = r"(?<![\w.,/$-])", r"(?![\w%]|[.,]\d| ?[/^])"
@@ -68,6 +47,27 @@ _NAME = r"(?:assistant|answer|response|model|chatbot|ai)"
 _LABEL = rf"\b{_NAME}(?: ?[#_-]?| number | no\.? )(1|2|a|b|one|two)\b(?!-)"
 _LABELLED = _LABEL.replace("(1|2", "(?:1|2")
 _BOTH = rf"(?:{_NAME}s? ?)?#?\b(?:1|a)\b (?:and|&) (?:{_NAME} ?)?#?\b(?:2|b)\b"
+_TURNED = re.compile(
+    rf"(?:{_NAME}s? ?)?#?\b(?:2|b)\b (?:and|&) (?:{_NAME} ?)?#?\b(?:1|a)\b(?P<between>[^.\d\n]{{0,20}}[:=] ?){_PAIR}",
+    re.I,
+)
+"""Both assistants in one breath, the second one first, and their scores in the same order."""
+_NAMED_BEHIND = rf"{_N} ?(?:\(|for |to )(?:the )?{_LABEL}\)?"
+_BEHIND = re.compile(rf"{_NAMED_BEHIND} ?(?:,? and |, ?|; ?|\| ?| ){_NAMED_BEHIND} ?[.]?", re.I)
+"""Two scores on a line of their own, each with its assistant behind it."""
+_COMMA_PAIR = re.compile(
+    r"(\d{1,2}(?:,\d{1,2})?)(?:/10)?(?:;? | and | und | et | y | e )(\d{1,2}(?:,\d{1,2})?)(?:/10)?[.]?"
+)
+_COMMA_LABELLED = re.compile(
+    rf"({_LABELLED}[^\d\n]{{0,12}}[:=] ?)(\d{{1,2}}),(\d{{1,2}})(?= ?/ ?10\b| *(?:$|\n|[;)|])|, ?[A-Za-z])", re.I
+)
+"""Decimal commas: two numbers that a space tells apart, or one behind a name. "8,9" alone is two scores."""
+_TOTAL_ROW = re.compile(
+    r"(?:(?:total|overall|final) ?)?(?:scores?|ratings?|grades?|marks?|verdict|points)?"
+    r"(?: ?\((?:[^()]*\b10|1 ?- ?10)\)| ?/ ?10| out of 10)?",
+    re.I,
+)
+"""The first cell of a row of scores, in whole: "Total errors" and "Final answer" are none."""
 _FINAL = re.compile(r"\b(?:final|overall|total|conclusion|output|in summary)", re.I)
 
 _LINE = re.compile(
@@ -77,6 +77,7 @@ _LINE = re.compile(
 )
 _FIRST_THEN_TEXT = re.compile(rf"{_PAIR}(?: ?[.:;,(-] ?(?=[A-Za-z]{{2}})| (?=[A-Z][a-z]))")
 _SINGLE = re.compile(rf"{_N}[.,;]?")
+_HEAD = re.compile(rf"{_LABEL}(?:'s)?(?: ?(?:{_WORD}\w*))?(?: ?\([^()]*\))?", re.I)
 _TUPLE = re.compile(rf"[\[(] ?{_NUMBER} ?, ?{_NUMBER} ?,? ?[\])](?! ?[\^*/+=])")
 _TUPLE_WORD = re.compile(rf"{_WORD}|tuple|\boutput", re.I)
 _STATED_PAIR = re.compile(rf"\b{_WORD}\w*\b(?P<between>[^.\d\n]{{0,80}}?){_PAIR}", re.I)
@@ -86,7 +87,7 @@ _ENTRY = re.compile(
     rf"{_LABEL}[\"'\])]*(?:'?s)?(?: ?\([^()\d\n]*\))?"
     rf" ?(?P<word2>(?:final |overall |total )?(?:{_WORD}\w*)(?: is| would be| of)?)?[\"']?"
     rf" ?(?::|=|->|\u2192|\||-(?= )|\((?=\d)|(?<=[a-z] is)|(?<=be)|(?<=of))"
-    rf"(?: *[\"'\[(]? ?{_N}| *\n+ *{_N}(?= *(?:\n|$)))",
+    rf"(?: *[\"'\[(]{{0,2}} ?{_N}| *\n+ *{_N}(?= *(?:\n|$)))",
     re.I,
 )
 _TAIL = re.compile(
@@ -99,10 +100,7 @@ _GIVEN = re.compile(
     rf"|(?:(?:scored|gets?|got|receives?|received|earns?|earned|deserves?)(?: an?)?|{_LABELLED} an?) {_N}(?=\W*$))",
     re.I,
 )
-_ECHO_WORD = re.compile(r"\w+")
 _NO_ANSWER = r"(?:no|not|n't|fail\w*|without|empty)\b[^.]{0,40}\b(?:answer|response|respond|content|text|output)"
-_FENCE = re.compile(r" *(?:python|json|text|plaintext)? *", re.I)
-"""What is left of the first line of a code block."""
 _NEAR_END = 6
 """Lines from the end within which a tuple that stands alone needs no word to be the scores."""
 
@@ -130,13 +128,16 @@ def parse_scores(review: str, question_text: str = "") -> Verdict | Unparsed:
     Returns:
         A verdict with scores, or why there is none: `empty`, `no_scores`, `ambiguous` or `out_of_range`.
     """
-    text = _plain(review)
+    review, question_text = _columns_in_order(review), _columns_in_order(question_text)
+    text = plain_text(review)
     if not text.strip():
         return Unparsed("empty")
     if (stated := _json(review)) is not None:
         return _verdict_of([stated], text)
-    text = _without_quotes(text, _plain(question_text))
+    quoted = plain_text(question_text)
+    text = _COMMA_LABELLED.sub(r"\1\2.\3", _TURNED.sub(_in_turn, without_quotes(text, quoted)))
     readings = _lines(text) + _tuples(text) + _stated_pairs(text) + _labelled(text)
+    readings += _tables(without_quotes(EMPHASIS.sub("", review.translate(PLAIN)), quoted))
     return _verdict_of(readings or _prose(text), text)
 
 
@@ -153,33 +154,6 @@ def _verdict_of(readings: list[_Reading], text: str) -> Verdict | Unparsed:
     first, second = reading.scores
     winner: Side = "tie" if first == second else "1" if first > second else "2"
     return Verdict(winner, first, second)
-
-
-def _plain(text: str) -> str:
-    text = re.sub(r"\\([()\[\]_*])", r"\1", text.translate(_PLAIN).replace("\u2028", "\n").replace("\u2029", "\n"))
-    text = _EMPHASIS.sub("", text)
-    # Less the signs of headings, quotes, lists, tables and code blocks.
-    lines = (re.sub(r"^[ >#|~\u2022]+|^ *[-+*] +(?=\S)|[ |#]+$", "", line) for line in text.split("\n"))
-    return "\n".join("" if _FENCE.fullmatch(line) else re.sub(r" {2,}", " ", line) for line in lines)
-
-
-def _without_quotes(text: str, quoted: str) -> str:
-    """The review with the digits struck out of every run of three or more words that `quoted` holds as well."""
-    words = [word.casefold() for word in _ECHO_WORD.findall(quoted)]
-    if not words or not any(c.isdigit() for c in quoted):
-        return text
-    n = min(3, len(words))
-    runs = {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
-    spoken = list(_ECHO_WORD.finditer(text))
-    heard = [match[0].casefold() for match in spoken]
-    struck = {j for i in range(len(heard) - n + 1) if tuple(heard[i : i + n]) in runs for j in range(i, i + n)}
-    if not struck:
-        return text
-    letters = list(text)
-    for j in struck:
-        if any(c.isdigit() for c in heard[j]):
-            letters[spoken[j].start() : spoken[j].end()] = "\u25a1" * len(spoken[j][0])
-    return "".join(letters)
 
 
 # --- readings
@@ -214,9 +188,17 @@ def _json(review: str) -> _Reading | None:
 def _lines(text: str) -> list[_Reading]:
     """Two scores and nothing else on a line: among the first three lines that are not empty, or the last two."""
     lines = [line.strip() for line in text.split("\n") if line.strip()]
+    lines[:1] = map(_with_points, lines[:1])  # further down, "1,5 2,5" may be anything
     places = [(i, line) for i, line in enumerate(lines) if i < 3 or i >= len(lines) - 2]
     readings = []
     for i, line in places:
+        if i == 0 and (behind := _BEHIND.fullmatch(line)) and behind[4].lower() != behind[8].lower():
+            sides = [_SIDES[behind[place].lower()] for place in (4, 8)]
+            numbers = [_three(behind.groups()[at : at + 3]) for at in (0, 4)]
+            if sorted(sides) == [0, 1]:
+                ordered = numbers if sides == [0, 1] else numbers[::-1]
+                readings.append(_reading((*ordered[0], *ordered[1]), first=i == 0))
+                continue
         stated = re.sub(_BOTH, "both", line, flags=re.I)
         if match := _LINE.fullmatch(stated) or (_FIRST_THEN_TEXT.match(stated) if i == 0 else None):
             readings.append(_reading(match.groups(), final=bool(_FINAL.search(stated)), first=i == 0))
@@ -224,6 +206,67 @@ def _lines(text: str) -> list[_Reading]:
     if not readings and len(alone) == 2:  # one below the other
         readings.append(_reading(alone[0].groups() + alone[1].groups(), first=True))
     return readings
+
+
+def _with_points(line: str) -> str:
+    """A line of two numbers, with its decimal commas as points."""
+    match = _COMMA_PAIR.fullmatch(line)
+    if match is None or "," not in line:
+        return line
+    return re.sub(r" (?:und|et|y|e) ", " and ", re.sub(r"(?<=\d),(?=\d)", ".", line))
+
+
+def _in_turn(match: re.Match[str]) -> str:
+    """The scores of the second and the first assistant, told as those of the first and the second."""
+    _, one, *scales_1, two, scale_2, scale_3 = match.groups()
+    scales = [next((f"/{scale}" for scale in both if scale), "") for both in (scales_1, (scale_2, scale_3))]
+    return f"Assistant 1 and 2{match['between']}{two}{scales[1]} and {one}{scales[0]}"
+
+
+def _tables(text: str) -> list[_Reading]:
+    """The rows of totals in tables that have a column for each assistant.
+
+    Args:
+        text: of the review, its bars still there: an empty cell tells the columns apart.
+    """
+    readings: list[_Reading] = []
+    columns: list[int] | None = None
+    for line in text.split("\n"):
+        cells = _cells(line)
+        heads = _heads(cells)
+        columns = heads or (columns if len(cells) > 2 else None)
+        if columns is None or heads or max(columns) >= len(cells) or not (cells[0] and _TOTAL_ROW.fullmatch(cells[0])):
+            continue
+        one, two = (_SINGLE.fullmatch(cells[at]) for at in columns)
+        if one and two:
+            is_final = bool(re.match("total|overall|final", cells[0], re.I))
+            readings.append(_reading(one.groups() + two.groups(), final=is_final))
+    return readings
+
+
+def _columns_in_order(text: str) -> str:
+    """The text with the column of Assistant 1 before that of Assistant 2 in its tables."""
+    lines, columns = text.split("\n"), None
+    for number, line in enumerate(lines):
+        cells = _cells(line)
+        columns = _heads([EMPHASIS.sub("", cell.translate(PLAIN)) for cell in cells]) or (
+            columns if len(cells) > 2 else None
+        )
+        if columns and columns[0] > columns[1] and columns[0] < len(cells):
+            one, two = columns
+            cells[one], cells[two] = cells[two], cells[one]
+            lines[number] = f"| {' | '.join(cells)} |"
+    return "\n".join(lines)
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().removeprefix("|").removesuffix("|").split("|")]
+
+
+def _heads(cells: Sequence[str]) -> list[int] | None:
+    """The columns of Assistant 1 and 2 in the head of a table; None where it is none."""
+    sides = {_SIDES[m[1].lower()]: at for at, cell in enumerate(cells) if (m := _HEAD.fullmatch(cell))}
+    return [sides[0], sides[1]] if len(sides) == 2 and len(cells) > 2 else None
 
 
 def _tuples(text: str) -> list[_Reading]:
@@ -336,6 +379,12 @@ def _meant(side: int, text: str) -> bool:
 # --- letters
 
 _LETTER = re.compile(r"\[ ?\[ ?([abc]) ?\] ?\]", re.I)
+_OWN = re.compile(
+    r"(?:\bmy (?:final )?(?:verdict|decision|judge?ment|choice)(?: is)?[: ]{1,3})?(?P<letter>\[ ?\[ ?[abc] ?\] ?\])"
+    r"(?: is my (?:final )?(?:verdict|decision|judge?ment|choice)\b)?",
+    re.I,
+)
+"""A letter that the judge calls its own verdict, before it or behind it; without such words the letter alone."""
 _INSTRUCTION = re.compile(r"[\"']? ?(?:if|for|when|means|indicates)\b", re.I)
 _WINNERS: dict[str, Side] = {"A": "1", "B": "2", "C": "tie"}
 
@@ -350,51 +399,19 @@ def parse_letters(review: str, question_text: str = "") -> Verdict | Unparsed:
     Returns:
         A verdict without scores, or why there is none: `empty`, `no_verdict` or `ambiguous`.
     """
-    text = _plain(review)
+    text = plain_text(review)
     if not text.strip():
         return Unparsed("empty")
-    quoted = {match[1].upper() for match in _LETTER.finditer(_plain(question_text))}
+    material = plain_text(question_text)
+    quoted = {match[1].upper() for match in _LETTER.finditer(material)}
+    spoken = [match for match in _OWN.finditer(text) if match[0] != match["letter"]]
+    owned = {match.start("letter") for match in spoken if match[0].casefold() not in material.casefold()}
     named = []
     for match in _LETTER.finditer(text):
         last = not re.search(r"\w", text[match.end() :])
-        if not _INSTRUCTION.match(text, match.end()) and (last or match[1].upper() not in quoted):
+        is_own = last or match.start() in owned or match[1].upper() not in quoted
+        if not _INSTRUCTION.match(text, match.end()) and is_own:
             named.append(match[1].upper())
     if not named:
         return Unparsed("no_verdict")
     return Verdict(_WINNERS[named[0]]) if len(set(named)) == 1 else Unparsed("ambiguous")
-
-
-# --- one mark
-
-_RATING = re.compile(r"\[\[ ?(\d+\.?\d*) ?\]\]")
-_RATING_BACKUP = re.compile(r"\[(\d+\.?\d*)\]")
-_CALLED_RATING = re.compile(rf"\b{_WORD}\w*\b[^\n\[]{{0,40}}\[(\d+\.?\d*)\]", re.I)
-
-
-def parse_rating(review: str, question_text: str = "") -> Verdict | Unparsed:
-    """The mark of a review of one answer, 1 to 10: [[7]], or where there is none of these, [7].
-
-    The patterns are FastChat's, which takes the first match and knows no bounds. Here marks that differ are ambiguous,
-    and one off the scale is out of range. A mark in double brackets that `question_text` holds, as the judge may have
-    quoted it, is no mark unless it is the last thing the review says. Of several numbers in single brackets, which may
-    be indices or footnotes, those count that a word such as rating or score stands before.
-
-    Returns:
-        A verdict without a winner, or why there is none: `empty`, `no_rating`, `ambiguous` or `out_of_range`.
-    """
-    text = _plain(review)
-    if not text.strip():
-        return Unparsed("empty")
-    quoted = {float(match[1]) for match in _RATING.finditer(_plain(question_text))}
-    marks = []
-    for match in _RATING.finditer(text):
-        last = not re.search(r"\w", text[match.end() :])
-        if last or float(match[1]) not in quoted:
-            marks.append(float(match[1]))
-    if not marks:
-        marks = [float(mark) for mark in _CALLED_RATING.findall(text) or _RATING_BACKUP.findall(text)]
-    if not marks:
-        return Unparsed("no_rating")
-    if len(set(marks)) > 1:
-        return Unparsed("ambiguous")
-    return Verdict(None, marks[0]) if LOWEST <= marks[0] <= HIGHEST else Unparsed("out_of_range")

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from almost_eval.judge.aggregate import Combined, JudgeResults, RoundRobin, SignTest
+from almost_eval.judge.calibration import Calibration, CalibrationBin
 from almost_eval.report.judge_tables import print_judge_results, print_round_robin
 from almost_eval.report.turns import is_of_turn, print_grades, print_turn_table
 from almost_eval.types import JSONMapping, JSONObject, Metric
@@ -18,6 +19,7 @@ CHECK_ROWS = {
     "agreement": "same verdict",
     "kappa/decisive": "kappa, neither calls a tie",
     "agreement/decisive": "same verdict, neither calls a tie",
+    "brier": "Brier score of its probabilities (0 is best)",
     "self_consistency": "same verdict when asked again",
     "consistency": "same verdict in both orders",
     "first_wins": "Assistant 1 wins a decisive verdict",
@@ -47,6 +49,10 @@ def print_judged(results: JSONMapping, console: Console) -> None:
         print_judge_results(_two(results), console, title=title)
         if any(map(is_of_turn, results["metrics"])):
             print_turn_table(results["metrics"], "win_rate", console, title="win rate by category and turn")
+    if "panel" in results["judging"]:
+        from almost_eval.report.panel_tables import print_panel
+
+        print_panel(results, console)
     if details := ", ".join(f"{name} {count:,}" for name, count in results["details"].items() if count):
         console.print(Text(f"counted: {details}"))
     _print_cost(results.get("timing") or {}, console)
@@ -70,12 +76,20 @@ def _print_cost(timing: JSONMapping, console: Console) -> None:
 
 
 def _two(results: JSONMapping) -> JudgeResults:
-    stored: JSONObject = dict(results["judging"])
+    stored: JSONObject = {name: value for name, value in results["judging"].items() if name != "panel"}
     stored["metrics"] = {name: _metric(metric) for name, metric in results["metrics"].items()}
     for name in ("consistency", "first_wins", "longer_wins", "length_controlled"):
         stored[name] = stored[name] and _metric(stored[name])
     stored["combined"] = Combined(**stored["combined"])
     stored["sign_test"] = SignTest(**stored["sign_test"])
+    if calibration := stored.get("calibration"):
+        stored["calibration"] = Calibration(
+            confidence=_metric(calibration["confidence"]),
+            agreed=_metric(calibration["agreed"]),
+            overconfidence=_metric(calibration["overconfidence"]),
+            error=calibration["error"],
+            bins=tuple(CalibrationBin(**one) for one in calibration["bins"]),
+        )
     return JudgeResults(**stored)
 
 
@@ -110,7 +124,7 @@ def _print_check(results: JSONMapping, console: Console) -> None:
         metric = results["metrics"].get(name)
         if metric is None:
             continue
-        show = _number if name.startswith("kappa") else _share
+        show = _number if name.startswith(("kappa", "brier")) else _share
         table.add_row(
             called,
             "withheld" if metric.get("withheld") else show(metric["value"]),

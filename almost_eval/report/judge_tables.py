@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from almost_eval.judge.aggregate import JudgeResults, RoundRobin
+from almost_eval.judge.calibration import Calibration
 from almost_eval.report.turns import is_of_turn
 from almost_eval.types import Metric
 
@@ -71,6 +72,8 @@ def _notes(results: JudgeResults) -> list[Text]:
         )
     sign = results.sign_test
     lines.append(Text(f"sign test over questions: {sign.model} against {sign.baseline}, p = {sign.p_value:.2g}"))
+    if (calibration := results.calibration) is not None:
+        lines.append(Text(calibration_words(calibration)))
     if unparsed.value and results.bounds:
         low, high = results.bounds
         why = ", ".join(f"{reason} {count}" for reason, count in results.reasons.items())
@@ -82,6 +85,17 @@ def _notes(results: JudgeResults) -> list[Text]:
             )
         )
     return lines
+
+
+def calibration_words(calibration: Calibration) -> str:
+    """How far a judge's probabilities hold in the swapped order, in a sentence."""
+    confidence, agreed, gap = calibration.confidence, calibration.agreed, calibration.overconfidence
+    interval = f" ({100 * gap.ci95[0]:+.1f} to {100 * gap.ci95[1]:+.1f})" if gap.ci95 else ""
+    return (
+        f"calibration: its winners have a probability of {confidence.value:.1%} and win in the swapped order in "
+        f"{agreed.value:.1%} of {agreed.n} reviews; difference {100 * (gap.value or 0.0):+.1f} points{interval}, "
+        f"expected calibration error {100 * (calibration.error or 0.0):.1f} points"
+    )
 
 
 def print_round_robin(results: RoundRobin, console: Console, *, title: str = "") -> None:

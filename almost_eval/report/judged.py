@@ -43,8 +43,10 @@ class LengthBin:
 
 
 def outcomes(run: LoadedRun) -> list[VerdictCounts]:
-    """All reviews, then each order, then each turn where there are several, then each category."""
+    """All reviews, then each judge of a panel, then each order, turn and category where there are several."""
     parts: list[tuple[str, Callable[[SampleRecord], bool]]] = [("all reviews", lambda _: True)]
+    judges = dict.fromkeys(str(r.sample.metadata["judge"]) for r in run.records if "judge" in r.sample.metadata)
+    parts += [(f"judge {judge}", _by_judge(judge)) for judge in judges]
     parts += [(label, _in_order(order)) for order, label in ORDERS.items()]
     turns = sorted({record.sample.metadata.get("turn", 1) for record in run.records})
     parts += [(f"turn {turn}", _of_turn(turn)) for turn in turns if len(turns) > 1]
@@ -55,6 +57,10 @@ def outcomes(run: LoadedRun) -> list[VerdictCounts]:
 
 
 ORDERS = {"forward": "model shown second", "reverse": "model shown first"}
+
+
+def _by_judge(judge: str) -> Callable[[SampleRecord], bool]:
+    return lambda record: record.sample.metadata.get("judge") == judge
 
 
 def _in_order(order: str) -> Callable[[SampleRecord], bool]:
@@ -70,8 +76,10 @@ def _in_group(group: str) -> Callable[[SampleRecord], bool]:
 
 
 def _counts(label: str, records: Sequence[SampleRecord]) -> VerdictCounts:
-    scores = [record.score.value for record in records]
-    return VerdictCounts(label, scores.count(1.0), scores.count(0.5), scores.count(0.0), scores.count(None))
+    scores = [record.score.value for record in records if record.score.value is not None]
+    # A judge's probability is a win above one half.
+    wins, losses = sum(score > 0.5 for score in scores), sum(score < 0.5 for score in scores)
+    return VerdictCounts(label, wins, len(scores) - wins - losses, losses, len(records) - len(scores))
 
 
 def length_bins(run: LoadedRun) -> list[LengthBin]:

@@ -235,7 +235,9 @@ def _chunks(texts: _Texts, records: Sequence[SampleRecord]) -> Iterable[tuple[in
 
 def _outputs(record: SampleRecord) -> JSONObject:
     """Outputs of the model, and the metrics where there are several."""
-    outputs: JSONObject = {key: _rounded(value) for key, value in record.outputs.items() if key != "is_greedy"}
+    outputs: JSONObject = {
+        key: _rounded(value) for key, value in record.outputs.items() if key not in ("is_greedy", "logprobs")
+    }
     if all(n == 1 for row in outputs.get("n_tokens", ()) for n in row):
         outputs.pop("n_tokens", None)
     if len(record.score.metrics) > 1:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from almost_eval.report import judged, plots, turns
 from almost_eval.report.matrix import Cell, Matrix
+from almost_eval.report.panel_tables import JUDGE_RATE, panel_notes, panel_tables
 from almost_eval.report.runs import (
     NONE,
     Benchmark,
@@ -149,6 +150,7 @@ def _section(benchmark: Benchmark, anchor: str) -> View:
     runs = benchmark.runs
     names = list(dict.fromkeys(name for run in runs for name in run.metrics))
     groups = _metric_groups(runs, names)
+    panels = [_panel(run) for run in runs if run.judged and "panel" in (run.results.get("judging") or {})]
     return {
         "anchor": anchor,
         "title": benchmark.label,
@@ -163,6 +165,7 @@ def _section(benchmark: Benchmark, anchor: str) -> View:
             _judged(run, f"{anchor}r{place}") for place, run in enumerate(runs) if run.judged and run.baseline_system
         ],
         **({"turns": tables} if (tables := [view for run in runs if run.judged for view in _turns(run)]) else {}),
+        **({"panels": panels} if panels else {}),
     }
 
 
@@ -212,6 +215,8 @@ def _baseline_rows(runs: Sequence[LoadedRun]) -> list[View]:
 
 
 def _metric_title(task: str, name: str, *, whole: bool) -> str:
+    if name.startswith(JUDGE_RATE):
+        return f"judge {name.removeprefix(JUDGE_RATE)}"
     title = stated_by(task).metric_titles.get(name)
     return title or readable(name if whole else name.rpartition("/")[2])
 
@@ -285,6 +290,15 @@ def _judged(run: LoadedRun, ident: str) -> View:
         ],
         "bias": [_bias(judging.get(key), *words) for key, words in BIAS.items() if judging],
         "by_length": by_length,
+    }
+
+
+def _panel(run: LoadedRun) -> View:
+    return {
+        "label": run.label,
+        "series": run.series % plots.SERIES,
+        "tables": panel_tables(run.results),
+        "notes": panel_notes(run.results),
     }
 
 

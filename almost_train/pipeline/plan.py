@@ -19,6 +19,7 @@ from almost_eval.errors import InputError, did_you_mean
 from almost_eval.progress import Progress
 from almost_eval.types import JSONObject
 from almost_train.pipeline.evaluation import EvaluationSettings, evaluate_policies
+from almost_train.pipeline.preflight import check_recipe
 from almost_train.pipeline.recipe import Recipe
 from almost_train.reward.run import RewardSettings, train_reward
 from almost_train.rlsf.job import RLSFSettings, check_settings
@@ -69,7 +70,9 @@ class _Plan:
             "rlsf": self.rlsf,
             "evaluation": self.evaluation,
         }
-        return {name: make() for name, make in makers.items() if name in self.recipe.sections}
+        steps = {name: make() for name, make in makers.items() if name in self.recipe.sections}
+        check_recipe(self.recipe, self.seeds, self.folder)
+        return steps
 
     # --- synthetic feedback ---
 

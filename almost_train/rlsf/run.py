@@ -55,7 +55,7 @@ def rlsf(
         RunError: a loss or a reward that is not finite.
     """
     algorithm = check_settings(settings)
-    _refuse_shares(settings, algorithm.update_size(settings), world_size())
+    refuse_shares(settings, algorithm.update_size(settings))
     table = read_any(prompts)
     source = read_prompt_rows(table)
     inputs: dict[str, Path | str] = {
@@ -83,7 +83,17 @@ def rlsf(
 # --- before any weight is loaded ---
 
 
-def _refuse_shares(settings: RLSFSettings, update: int, processes: int) -> None:
+def refuse_shares(settings: RLSFSettings, update: int) -> None:
+    """Refuse an update that the processes cannot share in whole micro-batches.
+
+    Args:
+        settings: of the run.
+        update: completions of one update.
+
+    Raises:
+        InputError: it does not divide.
+    """
+    processes = world_size()
     if update % (settings.micro_batch_size * processes):
         raise InputError(
             f"an update of {update} completions does not divide among {processes} processes with micro_batch_size "

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from almost_eval.judge.records import Usage
+from almost_eval.judge.records import TokenAlternatives, Usage
 from almost_eval.types import JSONObject
 
 _THOUGHTS = ("thinking", "reasoning", "thought", "reasoning_content", "redacted_thinking")
@@ -70,6 +70,45 @@ def _text(value: object) -> str:
     if isinstance(value, list):
         return "".join(_text(part.get("text") if isinstance(part, dict) else part) for part in value)
     return value if isinstance(value, str) else ""
+
+
+LAST_TOKENS = 64
+"""Of a reply whose log-probabilities are kept: a verdict is a few tokens at its end, and thinking before it is long."""
+
+
+def logprobs_of(choice: JSONObject) -> list[TokenAlternatives] | None:
+    """The last tokens of a reply, each with what else might have stood there; None where nothing sane is told.
+
+    OpenAI's shape is a list `content` of objects; some servers send the older lists `tokens` and `top_logprobs`.
+    """
+    told = choice.get("logprobs")
+    if not isinstance(told, dict):
+        return None
+    try:
+        if isinstance(told.get("content"), list):
+            last = told["content"][-LAST_TOKENS:]
+            return [
+                _alternatives(
+                    one["token"], one["logprob"], [(o["token"], o["logprob"]) for o in one.get("top_logprobs") or ()]
+                )
+                for one in last
+            ]
+        rows = list(zip(told["tokens"], told["token_logprobs"], told["top_logprobs"], strict=True))[-LAST_TOKENS:]
+        return [_alternatives(token, logprob, (others or {}).items()) for token, logprob, others in rows]
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return None
+
+
+def _alternatives(token: object, logprob: object, others: Iterable[tuple[object, object]]) -> TokenAlternatives:
+    """One token; ValueError where a value is not what it should be."""
+    rows = [(other, value) for other, value in others]
+    if token not in [other for other, _ in rows]:
+        rows.insert(0, (token, logprob))
+    # A token that is out of the question is told as -inf, or as a very small number.
+    checked = [(o, float(v)) for o, v in rows if isinstance(o, str) and isinstance(v, int | float) and v <= 0.001]
+    if not isinstance(token, str) or len(checked) < len(rows):
+        raise ValueError
+    return token, [(other, value) for other, value in checked if math.isfinite(value)]
 
 
 def usage_of(body: object) -> Usage | None:

@@ -18,8 +18,16 @@ from urllib.parse import urlunsplit
 
 from almost_eval.errors import AlmostError, InputError, RunError
 from almost_eval.judge.api.adaptive import MAX_PAUSE
-from almost_eval.judge.api.bodies import content_of, cost_of, error_words, parsed, retry_after, usage_of
-from almost_eval.judge.api.parameters import MAX_COMPLETION_TOKENS, MAX_TOKENS, Parameters
+from almost_eval.judge.api.bodies import (
+    content_of,
+    cost_of,
+    error_words,
+    logprobs_of,
+    parsed,
+    retry_after,
+    usage_of,
+)
+from almost_eval.judge.api.parameters import LOGPROBS, MAX_COMPLETION_TOKENS, MAX_TOKENS, Parameters
 from almost_eval.judge.records import JudgeRequest, Reply, Usage
 from almost_eval.models.endpoints import (
     BASE_URL,
@@ -230,6 +238,7 @@ class JudgeEndpoint:
             dict(sent),
             usage.written,
             cost,
+            logprobs=logprobs_of(choices[0]) if LOGPROBS in sent else None,
         )
 
     def _missing(

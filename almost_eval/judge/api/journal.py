@@ -19,7 +19,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +42,8 @@ _LEDGER = """CREATE TABLE IF NOT EXISTS sendings (
     completion INTEGER NOT NULL, cached INTEGER NOT NULL, reasoning INTEGER NOT NULL, time REAL NOT NULL,
     tier TEXT NOT NULL DEFAULT 'standard', cost REAL, written INTEGER NOT NULL DEFAULT 0)"""
 _NOTES = "CREATE TABLE IF NOT EXISTS notes (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID"
+_JUDGES = "CREATE TABLE IF NOT EXISTS judges (digest TEXT PRIMARY KEY, judge TEXT NOT NULL) WITHOUT ROWID"
+"""Of a panel: whose a request is."""
 _FROM_REPLIES = """INSERT INTO sendings (digest, state, prompt, completion, cached, reasoning, time)
     SELECT digest, 'billed', json_extract(reply, '$.prompt_tokens'), json_extract(reply, '$.completion_tokens'), 0, 0,
     time FROM replies"""
@@ -52,6 +54,7 @@ _TO_3 = (
     "ALTER TABLE sendings ADD COLUMN written INTEGER NOT NULL DEFAULT 0",
 )
 """Version 2 knew one price, no host that states its bill, and none that bills what it writes to its cache."""
+_OF_JUDGE = " AND digest IN (SELECT digest FROM judges WHERE judge = ?)"
 
 BILLED, UNSURE, FREE = "billed", "unsure", "free"
 """States of a sending: the provider has said for how much; nobody has, so that it counts as the most; not billed."""
@@ -171,21 +174,31 @@ class Journal:
         with self.writing() as database:
             settle(database, sending, state, usage, cost)
 
-    def ledger(self) -> Ledger:
-        """What all sendings took, those of earlier processes too.
+    def name_judge(self, judge: str, digests: Iterable[str]) -> None:
+        """Enter whose requests these are, before they are sent: each judge of a panel has its price.
+
+        Raises:
+            RunError: the disk is full, or gone.
+        """
+        with self.writing() as database:
+            database.executemany("INSERT OR IGNORE INTO judges VALUES (?, ?)", ((digest, judge) for digest in digests))
+
+    def ledger(self, judge: str | None = None) -> Ledger:
+        """What all sendings took, those of earlier processes too; with a judge, what its own took (`name_judge`).
 
         Raises:
             StoreError: the file was damaged.
         """
         sums = ", ".join(f"sum({name})" for name in Usage._fields)
+        mine, names = ("", ()) if judge is None else (_OF_JUDGE, (judge,))
         query = (
             f"SELECT state != '{BILLED}' AS is_unsure, tier, cost IS NOT NULL AS is_stated, count(*), total(cost), "
-            f"{sums} FROM sendings WHERE state != '{FREE}' GROUP BY is_unsure, tier, is_stated"
+            f"{sums} FROM sendings WHERE state != '{FREE}'{mine} GROUP BY is_unsure, tier, is_stated"
         )
         return Ledger(
             tuple(
                 LedgerEntry(bool(unsure), tier, Usage(*tokens), n, cost if stated else None)
-                for unsure, tier, stated, n, cost, *tokens in self.rows(query)
+                for unsure, tier, stated, n, cost, *tokens in self.rows(query, *names)
             )
         )
 
@@ -291,6 +304,7 @@ class Journal:
         database.execute(_TABLE)
         database.execute(_LEDGER)
         database.execute(_NOTES)
+        database.execute(_JUDGES)
         if version == 1:
             database.execute(_FROM_REPLIES)
         if version == 2:
@@ -382,6 +396,8 @@ def reply_text(reply: Reply) -> str:
         "thinking": reply.thinking,
         "parameters": dict(reply.parameters),
     }
+    if reply.logprobs is not None:
+        answered["logprobs"] = reply.logprobs
     if reply.written_tokens:
         answered["written_tokens"] = reply.written_tokens
     return json.dumps(answered | ({} if reply.cost is None else {"cost": reply.cost}))

@@ -1,7 +1,8 @@
 """What a request says beside its messages, and what happens to a parameter that the endpoint refuses.
 
 Judges differ in what they take. Reasoning models refuse `max_tokens` (they want `max_completion_tokens`) and every
-temperature but 1; others refuse the temperature beside top_p, a seed, a response format. Each provider says so in words
+temperature but 1; others refuse the temperature beside top_p, a seed, a schema of the reply (it is then sent as
+`json_object`, and left out where that is refused too). Each provider says so in words
 of its own, inside an envelope of its own: `refused_parameter` reads them. What was refused is exchanged or left out
 from then on, for all requests to this endpoint, and every reply says with which parameters it came about.
 """
@@ -18,6 +19,10 @@ from almost_eval.types import JSONObject
 
 MAX_TOKENS, MAX_COMPLETION_TOKENS = "max_tokens", "max_completion_tokens"
 _EXCHANGED = {MAX_TOKENS: MAX_COMPLETION_TOKENS, MAX_COMPLETION_TOKENS: MAX_TOKENS}
+RESPONSE_FORMAT, JSON_SCHEMA, JSON_OBJECT = "response_format", "json_schema", "json_object"
+LOGPROBS = "logprobs"
+_NEEDED = (LOGPROBS, "top_logprobs")
+"""Without them a reply is worth nothing to the run that requests them: a refusal is told, and nothing is left out."""
 _BESIDE = ("temperature", "top_p")
 """Of these some models take one only. The first is kept: it is the one that the protocol states."""
 
@@ -31,6 +36,9 @@ _REFUSES = re.compile(
     re.I,
 )
 _MUST_BE_ONE = re.compile(r"\b(?:must be|only) (?:set to )?1(?:\.0)?\b", re.I)
+_FORMAT_WORDS = re.compile(
+    r"response[_ ]?format|json[_ ]?schema|json[_ ]object|json mode|structured[_ ]outputs?|guided[_ ]json", re.I
+)
 _OTHER_NAMES = {"reasoningeffort": "reasoning_effort", "maxtokens": MAX_TOKENS, "topp": "top_p"}
 """As providers write a parameter in a sentence: in camel case."""
 _LONGEST_BODY = 20_000
@@ -55,7 +63,9 @@ class Parameters:
         sent: JSONObject = {}
         for name, value in wanted.items():
             name_now = self.changes.get(name, name)
-            if name_now is not None and value is not None:
+            if name == RESPONSE_FORMAT and name_now == JSON_OBJECT:
+                sent[name] = {"type": JSON_OBJECT}
+            elif name_now is not None and value is not None:
                 sent[name_now] = value
         return sent
 
@@ -73,7 +83,12 @@ class Parameters:
         if name is None:
             return None
         origin = next((wanted for wanted, now in self.changes.items() if now == name), name)
-        if name in _EXCHANGED and origin == name:
+        if name in _NEEDED:
+            return None
+        if name == RESPONSE_FORMAT:
+            is_schema = _format_type(sent[name]) == JSON_SCHEMA
+            self.changes[name] = JSON_OBJECT if is_schema and name not in self.changes else None
+        elif name in _EXCHANGED and origin == name:
             self.changes[origin] = _EXCHANGED[name]
         else:
             self.changes[origin] = None
@@ -82,6 +97,8 @@ class Parameters:
     def words(self, name: str) -> str:
         """What became of a parameter."""
         now = self.changes.get(name, name)
+        if name == RESPONSE_FORMAT and now == JSON_OBJECT:
+            return f"{name} {JSON_SCHEMA} sent as {JSON_OBJECT}"
         return f"{name} left out" if now is None else f"{name} sent as {now}"
 
     @property
@@ -99,6 +116,10 @@ class Parameters:
         self.changes.update(changes)
 
 
+def _format_type(value: object) -> object:
+    return value.get("type") if isinstance(value, Mapping) else None
+
+
 def refused_parameter(sent: Mapping[str, object], refusal: object) -> str | None:
     """The parameter that an endpoint refuses to take, whatever envelope it says so in; None where it names none.
 
@@ -107,6 +128,8 @@ def refused_parameter(sent: Mapping[str, object], refusal: object) -> str | None
         refusal: the body of the answer: JSON, or text.
     """
     parts = [(key, text) for key, text in _parts(refusal) if key != "input"]  # pydantic repeats the value there
+    if RESPONSE_FORMAT in sent and any(_FORMAT_WORDS.search(text) for _, text in parts):
+        return RESPONSE_FORMAT  # however it is said: the schema is this toolkit's, so that the user cannot mend it
     if not any(_REFUSES.search(text) or _MUST_BE_ONE.search(text) for _, text in parts):
         return None  # a value that is out of range is the user's to mend
     for key, text in parts:  # a field of its own names it: OpenAI's and Azure's `param`, pydantic's `loc`

@@ -243,9 +243,13 @@ def test_unknown_recipes_and_stages(recipe_file: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in RECIPES.glob("*.yaml")))
-def test_the_shipped_recipes_are_sound(name: str, data_root: Path, tmp_path: Path) -> None:
+def test_the_shipped_recipes_are_sound(
+    name: str, data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = load_recipe(name)
+    monkeypatch.chdir(tmp_path)  # where the recipes look for the file of held-out prompts, which is the user's
+    (tmp_path / "held-out.jsonl").write_text('{"id": "1", "prompt": "How are you?"}\n')
     assert recipe.description
-    states = Pipeline(recipe, tmp_path, None if recipe.prompt_set == "nano" else str(data_root)).states()
+    states = Pipeline(recipe, tmp_path / "out", None if recipe.prompt_set == "nano" else str(data_root)).states()
     assert set(states.values()) == {"to do"}
     assert {"prompts", "responses", "comparisons", "reward", "self_play", "sft", "rlsf"} <= set(states)

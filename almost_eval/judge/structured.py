@@ -1,0 +1,165 @@
+"""A verdict as one JSON object: the schema that a judge is held to, and a strict reader of what it writes.
+
+The reason comes before the verdict in the schema, as a model writes the fields in this order: it judges after it has
+compared. What a schema cannot promise at every endpoint (a range, no field twice) is checked here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from almost_eval.judge.records import Side, Unparsed, Verdict
+from almost_eval.types import JSONMapping, JSONObject
+
+RESPONSE_FORMAT = "response_format"
+"""The field of a request that holds the schema."""
+LOWEST, HIGHEST = 1, 10
+
+REASON = "reason"
+SCORES = ("score_1", "score_2")
+LETTER = "verdict"
+WINNERS: dict[str, Side] = {"A": "1", "B": "2", "C": "tie"}
+
+_PROPERTIES: dict[str, JSONObject] = {
+    "scores": {
+        REASON: {"type": "string", "description": "What is good and bad about each answer."},
+        SCORES[0]: {"type": "number", "description": "Of Assistant 1, from 1 to 10."},
+        SCORES[1]: {"type": "number", "description": "Of Assistant 2, from 1 to 10."},
+    },
+    "letters": {
+        REASON: {"type": "string", "description": "How the two answers compare."},
+        LETTER: {
+            "type": "string",
+            "enum": list(WINNERS),
+            "description": "A: assistant A is better; B: assistant B is better; C: equally good.",
+        },
+    },
+}
+"""Form of the reviews -> the fields of a verdict. Ranges are in words: several endpoints refuse `minimum`."""
+
+CLOSING = {
+    "scores": (
+        "Whatever was said above of the form of your output: write one JSON object and nothing else, with these fields "
+        'in this order: "reason" (a text: what is good and bad about each answer), "score_1" (a number from 1 to 10, '
+        'of Assistant 1), "score_2" (a number from 1 to 10, of Assistant 2).'
+    ),
+    "letters": (
+        "Whatever was said above of the form of your output: write one JSON object and nothing else, with these fields "
+        'in this order: "reason" (a text: how the two answers compare), "verdict" ("A" if assistant A is better, "B" '
+        'if assistant B is better, "C" if they are equally good).'
+    ),
+}
+"""Form of the reviews -> the end of the prompt. An endpoint that takes no schema goes by these words alone."""
+
+
+def response_format(form: str) -> JSONObject:
+    """What a request states, so that the reply is a verdict of this form."""
+    properties = _PROPERTIES[form]
+    schema = {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+    return {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
+
+
+def parse_object(form: str, text: str) -> Verdict | Unparsed:
+    """The verdict of a text that is one JSON object and nothing else.
+
+    Returns:
+        A verdict, or why there is none: `not_json`, `duplicate_field`, `missing_field`, `unknown_field`, `wrong_type`
+        or `out_of_range`.
+    """
+    try:
+        fields = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+    except _TwiceError:
+        return Unparsed("duplicate_field")
+    except (ValueError, RecursionError):
+        return Unparsed("not_json")
+    return _verdict(form, fields)
+
+
+def parse_embedded(form: str, text: str, material: str = "") -> Verdict | Unparsed | None:
+    """The verdict of the JSON objects in a text, where the endpoint was not held to a schema.
+
+    Args:
+        form: a key of the forms of reviews.
+        text: what the judge wrote.
+        material: what it may have quoted: an object that stands there is no verdict.
+
+    Returns:
+        A verdict; `ambiguous` where two objects differ; None where no object is a verdict.
+    """
+    decoder = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_number)
+    verdicts: set[Verdict] = set()
+    at = text.find("{")
+    while at >= 0:
+        end = at + 1
+        try:
+            fields, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            fields = None
+        verdict = _verdict(form, fields)
+        if isinstance(verdict, Verdict) and text[at:end] not in material:
+            verdicts.add(verdict)
+        at = text.find("{", end)
+    if len(verdicts) > 1:
+        return Unparsed("ambiguous")
+    return verdicts.pop() if verdicts else None
+
+
+def is_held(parameters: Mapping[str, object]) -> bool:
+    """Whether a reply with these parameters was to be JSON and nothing else: no endpoint had refused that."""
+    return RESPONSE_FORMAT in parameters
+
+
+def _verdict(form: str, fields: object) -> Verdict | Unparsed:
+    expected = _PROPERTIES[form]
+    if not isinstance(fields, dict):
+        return Unparsed("not_json")
+    if not fields.keys() >= expected.keys():
+        return Unparsed("missing_field")
+    if fields.keys() != expected.keys():
+        return Unparsed("unknown_field")
+    if not isinstance(fields[REASON], str):
+        return Unparsed("wrong_type")
+    return _by_letter(fields) if LETTER in expected else _by_scores(fields)
+
+
+def _by_letter(fields: JSONMapping) -> Verdict | Unparsed:
+    letter = fields[LETTER]
+    if not isinstance(letter, str):
+        return Unparsed("wrong_type")
+    return Verdict(WINNERS[letter]) if letter in WINNERS else Unparsed("out_of_range")
+
+
+def _by_scores(fields: JSONMapping) -> Verdict | Unparsed:
+    first, second = (fields[name] for name in SCORES)
+    if not (_is_number(first) and _is_number(second)):
+        return Unparsed("wrong_type")
+    if not (LOWEST <= first <= HIGHEST and LOWEST <= second <= HIGHEST):
+        return Unparsed("out_of_range")
+    winner: Side = "tie" if first == second else "1" if first > second else "2"
+    return Verdict(winner, float(first), float(second))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+class _TwiceError(ValueError):
+    """A field stands in an object twice."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> JSONObject:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise _TwiceError
+    return fields
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")

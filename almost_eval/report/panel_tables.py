@@ -1,0 +1,155 @@
+"""What a panel of judges says as rows: for a terminal, and for the page. Nothing is computed here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from almost_eval.types import JSONMapping
+
+JUDGE_RATE = "judge_win_rate/"
+"""Beginning of the name of one judge's win rate."""
+
+
+@dataclass(frozen=True, slots=True)
+class PanelTable:
+    """A table with its heading."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def panel_tables(results: JSONMapping) -> list[PanelTable]:
+    """Each judge by itself, every two judges, and self-preference, from the `panel` of `results.json`."""
+    panel = results["judging"]["panel"]
+    is_round = "all" in panel
+    tables = [_rates(panel), _rankings(panel)] if is_round else [_judges(results, panel)]
+    if len(panel["judges"]) > 1:
+        tables.append(_agreement(panel))
+    if panel["self_preference"]:
+        tables.append(_self_preference(panel))
+    return tables
+
+
+def panel_notes(results: JSONMapping) -> list[str]:
+    """How the verdicts came together, in sentences."""
+    counts = results["judging"]["panel"]["counts"]
+    n_judges = len(results["judging"]["panel"]["judges"])
+    together = (
+        f"majority of {n_judges} judges on {counts['pairs']:,} pairs in an order: {counts['unanimous']:,} unanimous"
+    )
+    notes = [f"{together}, {counts['split']:,} without a majority (a tie)"]
+    if counts["incomplete"] or counts["empty"]:
+        lacking = f"judges are missing on {counts['incomplete']:,} of them"
+        notes.append(f"{lacking}, and nobody has a verdict on {counts['empty']:,}")
+    panel = results["judging"]["panel"]
+    for judge in panel["judges"]:
+        if problem := judge.get("round_robin", {}).get("problem"):
+            notes.append(f"judge {judge['name']}: {problem}")
+        if judge["unscored"]:
+            why = ", ".join(f"{reason} {count}" for reason, count in judge["reasons"].items())
+            notes.append(f"judge {judge['name']}: {judge['unscored']:,} of {judge['reviews']:,} unscored ({why})")
+    if problem := panel.get("all", {}).get("problem"):
+        notes.append(f"all judges: {problem}")
+    return notes
+
+
+def print_panel(results: JSONMapping, console: Console) -> None:
+    """The tables and sentences of a panel, under those of its majority."""
+    for content in panel_tables(results):
+        table = Table(title=Text(content.title), title_justify="left", title_style="bold")
+        for place, column in enumerate(content.columns):
+            table.add_column(Text(column), justify="right" if place else "left", overflow="fold")
+        for row in content.rows:
+            table.add_row(*map(Text, row))
+        console.print(table)
+    for note in panel_notes(results):
+        console.print(Text(note))
+
+
+def _judges(results: JSONMapping, panel: JSONMapping) -> PanelTable:
+    rows = []
+    for judge in panel["judges"]:
+        rate = results["metrics"][JUDGE_RATE + judge["name"]]
+        name = judge["name"] + (f" (of {judge['family']})" if judge["family"] else "")
+        biases = [_share(judge[key]) for key in ("consistency", "first_wins", "longer_wins")]
+        rows.append((name, *_rate(rate), *biases, str(judge["unscored"] or "")))
+    for name, metric in (("majority", "win_rate"), ("mean", "win_rate_mean")):
+        rows.append((name, *_rate(results["metrics"][metric]), "", "", "", ""))
+    columns = ("judge", "win rate", "95 % interval", "orders agree", "first wins", "longer wins", "unscored")
+    return PanelTable("each judge by itself", columns, tuple(rows))
+
+
+def _rates(panel: JSONMapping) -> PanelTable:
+    """Each system's win rate over all its games, by each judge."""
+    systems = panel["all"]["names"]
+    rows = []
+    for judge in panel["judges"]:
+        rates = [_rate(judge["win_rates"][system]) for system in systems]
+        rows.append((judge["name"], *(value if value == "withheld" else f"{value}\n{span}" for value, span in rates)))
+    return PanelTable("win rate over all games, by each judge", ("judge", *systems), tuple(rows))
+
+
+def _rankings(panel: JSONMapping) -> PanelTable:
+    """Log strengths of each system by each judge, and by all games of all judges."""
+    rankings = [(judge["name"], judge["round_robin"]) for judge in panel["judges"]] + [("all judges", panel["all"])]
+    systems = rankings[-1][1]["names"]
+    rows = []
+    for name, ranking in rankings:
+        strengths = [ranking["strengths"].get(system) for system in systems]
+        rows.append((name, *(_strength(one) for one in strengths)))
+    title = "Bradley-Terry log strengths by each judge, and by all games of all judges"
+    return PanelTable(title, ("judge", *systems), tuple(rows))
+
+
+def _agreement(panel: JSONMapping) -> PanelTable:
+    rows = []
+    for both in panel["agreement"]:
+        names = f"{both['a']}, {both['b']}"
+        if both["problem"]:
+            rows.append((names, "-", "-", "-", "-", "0"))
+            continue
+        kappa = both["kappa"]
+        interval = f"{kappa['ci95'][0]:.3f} to {kappa['ci95'][1]:.3f}" if kappa["ci95"] else "-"
+        value = "-" if kappa["value"] is None else f"{kappa['value']:.3f}"
+        rows.append((names, value, interval, _share(both["agreement"]), _share(both["decisive"]), str(kappa["n"])))
+    columns = ("two judges", "kappa", "95 % interval", "same verdict", "where neither ties", "n")
+    return PanelTable("agreement beyond chance (Cohen's kappa)", columns, tuple(rows))
+
+
+def _self_preference(panel: JSONMapping) -> PanelTable:
+    rows = []
+    for one in panel["self_preference"]:
+        about = f"{one['judge']} on {', '.join(one['systems'])} (of {one['family']})"
+        if one["problem"]:
+            rows.append((about, "-", "-", "-", one["problem"], "0"))
+            continue
+        difference = one["difference"]
+        low_high = difference["ci95"]
+        interval = f"{100 * low_high[0]:+.1f} to {100 * low_high[1]:+.1f}" if low_high else "-"
+        points = f"{100 * difference['value']:+.1f}"
+        rows.append((about, _share(one["own"]), _share(one["others"]), points, interval, str(difference["n"])))
+    columns = ("judge on its own family", "win rate by it", "by the others", "difference, points", "95 % interval", "n")
+    return PanelTable("self-preference", columns, tuple(rows))
+
+
+def _rate(metric: JSONMapping) -> tuple[str, str]:
+    if metric.get("withheld"):
+        return "withheld", "-"
+    interval = metric["ci95"]
+    return _share(metric), f"{interval[0]:.1%} to {interval[1]:.1%}" if interval else "-"
+
+
+def _share(metric: JSONMapping) -> str:
+    return "-" if metric["value"] is None else f"{metric['value']:.1%}"
+
+
+def _strength(metric: JSONMapping | None) -> str:
+    if metric is None or metric["value"] is None:
+        return "-"
+    interval = f" ({metric['ci95'][0]:+.2f} to {metric['ci95'][1]:+.2f})" if metric["ci95"] else ""
+    return f"{metric['value']:+.2f}{interval}"
