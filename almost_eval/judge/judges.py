@@ -240,7 +240,7 @@ class ModelJudge:
         file = folder / "journal.sqlite" if folder else None
         with Journal(file) if file and file.is_file() else nullcontext() as journal:
             batch = self.connection.batch
-            ahead = None if not batch else 1 if not journal or not len(journal) else 0
+            ahead = None if not batch else 1 if not journal or not journal.has_reply_of(self.name) else 0
             needed = estimate(requests, **prices, journal=journal, less=under_way(journal), ahead=ahead)
             spent = self._spent(journal) if journal else {}
         price, retired = price_of(self.name, **prices), retirement_of(self.name)
@@ -358,7 +358,7 @@ class ModelJudge:
         while at < len(wanted):
             # One by one until it is known that the endpoint tells probabilities: without them all is spent for nothing.
             # In a batch it is the request that goes ahead that shows it, or the replies that are there.
-            is_shown = self.connection.batch and len(self._client.journal) > 0
+            is_shown = self.connection.batch and self._client.journal.has_reply_of(self.name)
             count = 1 if not self._tells and at < MOST_ALONE and not is_shown else len(wanted) - at
             part = wanted[at : at + count]
             if self.companions:

@@ -128,7 +128,7 @@ class BatchSession:
         batches = self._open()
         for batch in batches:
             self.notice(f"going on with batch {batch.name or 'that was not ordered yet'}: {batch.n} requests")
-        if not batches and not len(self.journal) and self.missing:
+        if not batches and self.missing and not self.journal.has_reply_of(self.endpoint.judge):
             yield from self._probe()
         while self.missing:
             self._plan()
@@ -308,7 +308,9 @@ class BatchSession:
                     outcome = settled.outcome
                     if isinstance(outcome, Reply):
                         replies += 1
-                    elif outcome.fatal is not None or (outcome.refused is not None and not len(self.journal)):
+                    elif outcome.fatal is not None or (
+                        outcome.refused is not None and not self.journal.has_reply_of(self.endpoint.judge)
+                    ):
                         fatal = fatal or outcome
                         continue
                     yield from self._outcome(settled)

@@ -140,6 +140,10 @@ class Journal:
         """Replies that are stored."""
         return int(self._one("SELECT count(*) FROM replies")[0])
 
+    def has_reply_of(self, judge: str) -> bool:
+        """Whether a reply of this judge is stored, so that it is known what it takes."""
+        return bool(self._one("SELECT 1 FROM replies WHERE json_extract(request, '$.judge') = ? LIMIT 1", judge))
+
     def get(self, digest: str) -> Reply | None:
         """The stored reply to the request of this digest, marked `cached`; None where there is none.
 

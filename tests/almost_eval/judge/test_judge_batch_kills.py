@@ -174,6 +174,30 @@ def test_all_tasks_of_a_model_take_the_flags_of_a_judge(
     assert (body["max_tokens"], body["temperature"], body["reasoning_effort"]) == (321, 0.5, "low")
 
 
+@pytest.mark.parametrize("more", [["--judge", "k"], ["--verdict", "json"]], ids=["panel", "json"])
+def test_a_panel_and_other_forms_of_a_verdict_go_into_batches(
+    server: BatchServer, almost_eval: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, more: list[str]
+) -> None:
+    from almost_eval.judge.api import batch
+
+    monkeypatch.setenv("ALMOST_API_KEY", "sk-test")
+    monkeypatch.setattr(batch, "FIRST_PAUSE", 0.02)
+    if "json" in more:
+        server.review = lambda prompt: '{"reason": "so", "score_1": 8, "score_2": 6}'  # type: ignore[method-assign]
+    flags = ["--questions", "questions.jsonl", "--answers", "a.jsonl", "--baseline", "b.jsonl", "--data", "hub"]
+    flags += ["--judge", "j", "--judge-base-url", server.url, "--prompt-set", "builtin", "--output", "run", "--batch"]
+    prices = ["--price-in", PRICE[0], "--price-out", PRICE[1], "--price-batch", PRICE[2]]
+    code, _, err = almost_eval("vicuna", *flags, *prices, *more)
+    assert code in (0, 3), err
+    n = 2 if "--judge" in more else 1
+    assert (server.orders, server.count) == (n, n)  # one request of each judge goes ahead
+    assert max(server.worked.values()) == 1
+    known, unsure, _ = ledger()
+    assert (known, unsure) == (pytest.approx(server.invoice, abs=1e-12), 0.0)
+    timing = json.loads(Path("run/results.json").read_text())["timing"]
+    assert timing["cost_usd_all_runs"] == pytest.approx(server.invoice, abs=1e-5)
+
+
 def test_a_dry_run_says_what_a_batch_costs_and_what_is_under_way(server: BatchServer) -> None:
     process = start(server, "--dry-run", "--json")
     out, err = process.communicate(timeout=60)
