@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from almost_eval.cli.startup import import_transformers
+from almost_eval.cli.command_line import import_transformers
 from almost_eval.compare.tax.tasks import nano_oracle
 from almost_eval.data.sources import DataSource, find_data
 from almost_eval.engines.build import generation_engine

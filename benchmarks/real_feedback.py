@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from almost_eval.cli.startup import import_transformers
+from almost_eval.cli.command_line import import_transformers
 from almost_eval.data.sources import DataSource
 from almost_eval.files import write_rows
 from almost_eval.models.chat import parse_dialogue

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from fake_endpoint import Endpoint
 from own_environment import DATA_ROOT  # before what reads the environment as it is imported
 
 VOCABULARY = 300
@@ -132,6 +133,18 @@ def real_models() -> RealModels:
 
 
 @pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
+    """A server whose answers a test writes, and no key in the environment."""
+    from almost_eval.models.endpoints import KEYS
+
+    for name in (*KEYS, "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    endpoint = Endpoint()
+    yield endpoint
+    endpoint.close()
+
+
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Torch on one CPU thread: models this small are faster so, and the same bits come out on any number of cores."""
     import torch

@@ -14,7 +14,7 @@ from typing import Any
 
 _PARENT = """
 import json, os, sys
-from almost_eval.cli.startup import import_transformers
+from almost_eval.cli.command_line import import_transformers
 import_transformers()
 import almost_eval.cli.main, filelock
 from almost_eval.run import provenance

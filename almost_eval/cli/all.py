@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from almost_eval.cli.command_line import comma_list, open_console, options, options_of
+from almost_eval.cli.command_line import comma_list, import_transformers, open_console, options, options_of
 from almost_eval.cli.judge_options import JUDGE_OPTIONS, JUDGES_OWN, REASK
 from almost_eval.cli.options import DATA_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, Values, run_request
 from almost_eval.progress import Progress
@@ -48,7 +48,6 @@ def all_tasks(reward_model: str | None, baseline: str | None, tasks: list[str], 
       almost-eval all --model ./ckpt --reward-model ./rm --data-root ./hub --output runs/ckpt
       almost-eval all --model ./ckpt --judge gpt-6.1-terra --baseline answers.jsonl --max-cost 20 --dry-run
     """
-    from almost_eval.cli.startup import import_transformers
     from almost_eval.run.trackers import log_results
     from almost_eval.suite.plan import SuiteRequest, choose, plan, refuse_unused, with_defaults
     from almost_eval.suite.run import execute, summary

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from almost_eval.cli.command_line import Commands, open_console, options
+from almost_eval.cli.command_line import Commands, import_transformers, open_console, options
 from almost_eval.cli.judge_options import (
     ANSWER_OPTIONS,
     BY_CATEGORY,
@@ -74,7 +74,6 @@ def vicuna(**flags: Any) -> int:
 
 def _prepare(flags: Flags) -> JudgeRun:
     """Everything that can be refused, cheapest first: usage, questions, judge, answer files, models."""
-    from almost_eval.cli.startup import import_transformers
     from almost_eval.judge.answers import MAX_ANSWER_CHARS, is_answer_file, open_system
     from almost_eval.judge.model_system import Sampling
     from almost_eval.judge.panel import Families
@@ -194,7 +193,6 @@ def _questions(flags: Flags, *, built_in: bool) -> tuple[DataSource, list[Questi
 
 def _open_judge(flags: Flags, data: DataSource) -> Judge:
     """The judge that the flags name; see `open_judge`."""
-    from almost_eval.cli.startup import import_transformers
     from almost_eval.judge.build import JudgeOptions, open_judge
 
     options = JudgeOptions(**{field.name: flags[field.name] for field in fields(JudgeOptions) if field.name in flags})
@@ -205,7 +203,6 @@ def _open_judge(flags: Flags, data: DataSource) -> Judge:
 
 def _open_judges(flags: Flags, data: DataSource, *, several_turns: bool) -> Judge:
     """The judge, or the panel, that the flags name; see `open_judges`."""
-    from almost_eval.cli.startup import import_transformers
     from almost_eval.judge.build import REWARD_PREFIX, JudgeOptions, open_judges
 
     options = JudgeOptions(**{field.name: flags[field.name] for field in fields(JudgeOptions) if field.name in flags})

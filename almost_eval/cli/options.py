@@ -19,8 +19,10 @@ Values = dict[str, Any]
 """Values of a command's flags by name, as click checked them."""
 
 
-def engine_flag(option: Field[Any], help: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The flag of a field of `EngineOptions`; `help` instead of its own."""
+def engine_flag(
+    option: Field[Any], help: str = "", default: object = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The flag of a field of `EngineOptions`; `help` and `default` instead of its own."""
     flag: Flag = option.metadata["flag"]
     flag = replace(flag, help=help or flag.help)
     name = f"--{option.name.replace('_', '-')}"
@@ -29,7 +31,7 @@ def engine_flag(option: Field[Any], help: str = "") -> Callable[[Callable[..., A
         return make(f"{name}/--no-{name[2:]}", default=True) if option.default else make(name, is_flag=True)
     if flag.is_auto:
         return make(name, default="auto", callback=_count_or_auto)
-    return make(name, default=option.default if flag.is_shown else None, type=_type(flag))
+    return make(name, default=default or (option.default if flag.is_shown else None), type=_type(flag))
 
 
 def _type(flag: Flag) -> click.ParamType | None:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from almost_eval.cli.command_line import comma_list, open_console
-from almost_eval.cli.options import DATA, DATA_ROOT, LIMIT, PROMPT_SET, run_request
+from almost_eval.cli.command_line import comma_list, import_transformers, open_console
+from almost_eval.cli.options import DATA, DATA_ROOT, ENGINE_FIELDS, LIMIT, PROMPT_SET, engine_flag, run_request
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 @click.option(
     "--engines", callback=comma_list, help="hf, vllm, openai; the first is compared with.  [hf,vllm,+ served]"
 )
-@click.option("--base-url", help="openai: where the model is served, up to and with /v1.")
+@engine_flag(ENGINE_FIELDS["base_url"], "openai: where the model is served, up to and with /v1.")
 @click.option("--tasks", callback=comma_list, help="hhh, truthfulqa, mmlu.  [all]")
 @LIMIT
-@click.option("--dtype", default="float32", show_default=True, help="hf, vllm: float32, bfloat16 or float16.")
+@engine_flag(ENGINE_FIELDS["dtype"], default="float32")
 @click.option(
     "--tolerance",
     type=click.FloatRange(min=0, min_open=True),
@@ -56,7 +56,6 @@ def parity(
       almost-eval parity --model ./my-checkpoint --limit 20
       almost-eval parity --model ./my-checkpoint --base-url http://127.0.0.1:8000/v1
     """
-    from almost_eval.cli.startup import import_transformers
     from almost_eval.compare.parity import certify, plan
     from almost_eval.nano import DEFAULT_MODEL
     from almost_eval.progress import progress_for

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from almost_eval.cli.command_line import comma_list, open_console, options
+from almost_eval.cli.command_line import comma_list, import_transformers, open_console, options
 from almost_eval.cli.config_file import CONFIG
 from almost_eval.cli.options import DATA_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, Values, run_request
 
@@ -96,7 +96,6 @@ def _option(setting: TaskSetting) -> Any:
 
 def evaluate(request: RunRequest, values: Values) -> int:
     """Prepare, then run, or show what would be run; `values` are those of `RUN_OPTIONS`."""
-    from almost_eval.cli.startup import import_transformers
     from almost_eval.progress import progress_for
     from almost_eval.run.request import open_run
 

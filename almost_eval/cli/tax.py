@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from almost_eval.cli.command_line import comma_list, open_console, options
+from almost_eval.cli.command_line import comma_list, import_transformers, open_console, options
 from almost_eval.cli.options import DATA_OPTIONS, ENGINE_OPTIONS, run_request
 
 if TYPE_CHECKING:
@@ -64,7 +64,6 @@ def tax(
       almost-eval tax --before nano/sft --after nano/almost --output runs/tax
       almost-eval tax --run runs/nano --data nano --output runs/tax
     """
-    from almost_eval.cli.startup import import_transformers
     from almost_eval.compare.tax.measure import make_plan, measure
     from almost_eval.progress import progress_for
     from almost_eval.report.tax_page import write_page

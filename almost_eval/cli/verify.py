@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from almost_eval.cli.command_line import open_console, options
+from almost_eval.cli.command_line import import_transformers, open_console, options
 from almost_eval.cli.options import DATA_ROOT, MODEL_OPTIONS, Values, run_request
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ def verify(run_folder: Path, samples: int, seed: int, **values: Any) -> int:
         return _show(verify_judged(run_folder), rescored=False)
     verification = verify_run(run_folder, find_data(spec["data"]["source"], values["data_root"]))
     if values["model"]:
-        from almost_eval.cli.startup import import_transformers
         from almost_eval.run.request import open_run
 
         import_transformers()

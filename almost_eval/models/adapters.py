@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+FILES = CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _PROMPTS = {"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT"}
 """Kinds of PEFT that add to the input, not to the weights: nothing can be merged."""
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -122,15 +122,13 @@ def refuse_for_vllm(adapter: Adapter) -> None:
         )
 
 
-def find_adapter(path: Path, *, has_weights: bool, allow_pickle: bool) -> Adapter | None:
-    """The adapter in a folder, or None where it holds none.
+def open_adapter(path: Path, *, has_weights: bool, allow_pickle: bool) -> Adapter:
+    """The adapter in a folder that holds one of `FILES`.
 
     Raises:
         ModelError: it lies beside full weights, is pickled, cannot be read, or cannot be merged into a base.
     """
-    files = [path / name for name in (CONFIG, WEIGHTS, PICKLE) if (path / name).is_file()]
-    if not files:
-        return None
+    files = [path / name for name in FILES if (path / name).is_file()]
     if has_weights:
         raise ModelError(
             f"{path} holds full weights and {files[0].name} of an adapter: remove adapter_* if it is merged already, "

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from almost_eval.errors import ModelError, did_you_mean, problem_of
-from almost_eval.models.adapters import CONFIG, Adapter, find_adapter, merge_command
+from almost_eval.models.adapters import CONFIG, FILES, Adapter, merge_command, open_adapter
 from almost_eval.nano import BUILT_IN, DEFAULT_MODEL, SEEDED, SHIPPED, shipped
 from almost_eval.types import JSONObject
 
@@ -150,7 +150,8 @@ def find_checkpoint(name: str, *, allow_pickle: bool = False, architectures: Col
         ModelError: missing, not a model, the wrong kind of model, or pickled weights only.
     """
     path = _locate(name, allow_pickle)
-    if path.is_dir() and (adapter := find_adapter(path, has_weights=_has_weights(path), allow_pickle=allow_pickle)):
+    if any((path / file).is_file() for file in FILES):
+        adapter = open_adapter(path, has_weights=_has_weights(path), allow_pickle=allow_pickle)
         return _with_base(name, adapter, allow_pickle, architectures)
     config_file = path / "config.json"
     if not config_file.is_file():

@@ -15,7 +15,7 @@ from typing import Any
 
 from almost_eval.errors import ModelError
 from almost_eval.models.adapters import check_fit
-from almost_eval.models.checkpoint import Checkpoint
+from almost_eval.models.checkpoint import CAUSAL, Checkpoint
 
 _SCALES = re.compile(
     r"\.(?:qweight|qzeros|scales?|zeros|\w*g_idx|SCB|weight_format|absmax|quant_map|\w*_scales?|\w*_scale_inv|"
@@ -72,7 +72,8 @@ def compare_tensors(
     if any(file.suffix != ".safetensors" for file in checkpoint.weight_files):
         return Tensors(unknown="its weights are pickled")
     final = auto_class
-    if checkpoint.adapter and checkpoint.adapter.is_classifier and "CausalLM" in _own_kind(checkpoint):
+    kind = _own_kind(checkpoint)
+    if checkpoint.adapter and checkpoint.adapter.is_classifier and any(part in kind for part in CAUSAL):
         auto_class = "AutoModelForCausalLM"  # the base as it is; the adapter brings the score head
     import transformers
 

@@ -95,10 +95,6 @@ class World:
         """The query of a text that `query` could have written, else None."""
         return parse_query(text, self.facts)
 
-    def is_goodbye(self, text: str) -> bool:
-        """True where a user's turn ends the dialogue instead of putting a query."""
-        return text.strip() in GOODBYES
-
     def respond(self, rng: random.Random, query: Query, level: int) -> str:
         """An answer in the style of a level: 3 good, 2 terse, 1 sloppy, 0 bad."""
         return write_response(rng, query, Level(level), self.facts)

@@ -8,14 +8,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from almost_eval.report.runs import Results, counted, readable
+from almost_eval.run.validity import counted, readable
 from almost_eval.tasks.registry import stated_by
+from almost_eval.types import JSONMapping
 
 MANY_ROWS = 24
 """Rows beyond which subjects are folded away; they are all in results.json."""
 
 
-def print_results(results: Results, console: Console, *, folder: str | None = None) -> None:
+def print_results(results: JSONMapping, console: Console, *, folder: str | None = None) -> None:
     """The metrics with their intervals, the baselines, what was not scored, and where the run is."""
     if "judging" in results:
         from almost_eval.report.judge_console import print_judged
@@ -69,7 +70,7 @@ def _print_folder(folder: str | None, console: Console) -> None:
         console.print(Text(f"run: {folder}"), soft_wrap=True)
 
 
-def _notes(results: Results) -> list[Text]:
+def _notes(results: JSONMapping) -> list[Text]:
     lines = []
     if counts := counted(results):
         lines.append(Text("counted: " + ", ".join(counts)))
@@ -90,7 +91,7 @@ def _notes(results: Results) -> list[Text]:
     return lines
 
 
-def _prompts(results: Results) -> str:
+def _prompts(results: JSONMapping) -> str:
     """How prompts were written, where that was chosen: `prompts: template tokenizer, few-shot examples as turns`."""
     provenance = results.get("provenance") or {}
     chosen = dict(provenance.get("prompt_settings") or {})
@@ -103,7 +104,7 @@ def _prompts(results: Results) -> str:
     return f"prompts: {', '.join(parts)}"
 
 
-def _folded(results: Results) -> list[str]:
+def _folded(results: JSONMapping) -> list[str]:
     """The metrics to show; of many, those that the task calls its main ones, or else those of no group."""
     names = list(results["metrics"])
     if len(names) <= MANY_ROWS:

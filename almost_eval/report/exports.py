@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from almost_eval.errors import InputError
 from almost_eval.report.matrix import Cell, Matrix
-from almost_eval.report.runs import NONE, LoadedRun, RunSet, readable, shown, unit_of
+from almost_eval.report.runs import NONE, LoadedRun, RunSet, shown, unit_of
 from almost_eval.report.views import MARKS, MINUS
+from almost_eval.run.validity import readable
 from almost_eval.tasks.facts import HubDataset, Unit
 from almost_eval.tasks.registry import stated_by
 from almost_eval.types import JSONObject

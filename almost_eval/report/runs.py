@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from almost_eval.compare.differences import measure_of
 from almost_eval.errors import InputError
@@ -22,8 +20,6 @@ SHOWN_NAMES = 3
 """Names that a label lists, of lm-eval tasks or of metrics."""
 NONE = "-"
 """Shown where there is no value."""
-Results = Mapping[str, Any]
-"""Content of `results.json`."""
 JUDGED_COUNTS = ("wins", "ties", "losses", "unparsed")
 JUDGED_NUMBERS = ("total_score/", "strength/", "score")
 """Beginnings of the names of a judged run's metrics that are in a unit of their own."""
@@ -254,24 +250,3 @@ def _protocol(run: LoadedRun) -> str:
 def _data(run: LoadedRun) -> str:
     prompts = (run.spec.get("prompt_set") or {}).get("name")
     return f"data {str(run.spec['data']['fingerprint'])[:6]}" + (f", {prompts} prompts" if prompts else "")
-
-
-def readable(name: str) -> str:
-    """A metric or subject without its underscores."""
-    return re.sub(r"_+", " ", name)
-
-
-def gate_counts(results: Results) -> list[str]:
-    """What the validity checks counted, in words."""
-    checks: dict[str, JSONObject] = results["validity"]["checks"]
-    return [f"{readable(name)} {check['count']}" for name, check in checks.items() if check["count"]]
-
-
-def counted(results: Results) -> list[str]:
-    """What the validity checks and the task counted, in words. A count of 0 says nothing, a share of 0 does."""
-    details: dict[str, float | int] = results["details"]
-    return gate_counts(results) + [
-        f"{readable(name)} {value:.1%}" if isinstance(value, float) else f"{readable(name)} {value}"
-        for name, value in details.items()
-        if value or isinstance(value, float)
-    ]

@@ -14,12 +14,10 @@ from almost_eval.report.runs import (
     LoadedRun,
     RunSet,
     Unit,
-    counted,
-    gate_counts,
-    readable,
     shown,
     unit_of,
 )
+from almost_eval.run.validity import counted, gate_counts, readable
 from almost_eval.tasks.facts import MetricGroup
 from almost_eval.tasks.registry import stated_by
 from almost_eval.types import JSONObject

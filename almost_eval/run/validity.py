@@ -5,12 +5,13 @@ Allowed shares are of all samples. Nothing is dropped in silence: each count is 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from almost_eval.errors import InputError, did_you_mean
-from almost_eval.types import SampleRecord
+from almost_eval.types import JSONMapping, JSONObject, SampleRecord
 
 ALLOWED = {"non_finite": 0.0, "all_tied": 0.01, "truncated": 0.01, "unparsed": 0.01, "missing": 0.01}
 """Check -> largest allowed share of the samples."""
@@ -99,3 +100,27 @@ def parse_allowed(items: Sequence[str]) -> dict[str, float]:
         if not 0 <= allowed[name] <= 1:
             raise InputError(f"--allow {item}: give a share from 0 to 1, as in {name}=0.05")
     return allowed
+
+
+# --- in words ---
+
+
+def readable(name: str) -> str:
+    """A metric or subject without its underscores."""
+    return re.sub(r"_+", " ", name)
+
+
+def gate_counts(results: JSONMapping) -> list[str]:
+    """What the validity checks counted, in words."""
+    checks: dict[str, JSONObject] = results["validity"]["checks"]
+    return [f"{readable(name)} {check['count']}" for name, check in checks.items() if check["count"]]
+
+
+def counted(results: JSONMapping) -> list[str]:
+    """What the validity checks and the task counted, in words. A count of 0 says nothing, a share of 0 does."""
+    details: dict[str, float | int] = results["details"]
+    return gate_counts(results) + [
+        f"{readable(name)} {value:.1%}" if isinstance(value, float) else f"{readable(name)} {value}"
+        for name, value in details.items()
+        if value or isinstance(value, float)
+    ]

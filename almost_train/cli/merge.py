@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from almost_eval.cli.command_line import import_transformers
 from almost_train.cli.options import path_option
 
 
@@ -26,7 +27,6 @@ def merge(adapter: str, output: Path, dtype: str) -> int:
     Example:
       almost-train merge runs/lora --output runs/merged
     """
-    from almost_eval.cli.startup import import_transformers
     from almost_train.common.merge import merge as merge_adapter
 
     import_transformers()

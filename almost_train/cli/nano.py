@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from almost_eval.cli.command_line import Commands, open_console
+from almost_eval.cli.command_line import Commands, import_transformers, open_console
 from almost_eval.errors import InputError, did_you_mean
 from almost_train.cli.options import CONTEXT, path_option
 
@@ -30,7 +30,6 @@ def pretrain(output: Path, seed: int, sizes: str, workers: int) -> int:
     """
     from rich.table import Table
 
-    from almost_eval.cli.startup import import_transformers
     from almost_train.nano.pretrain import SIZES, pretrain_family
 
     names = [name.strip() for name in sizes.split(",") if name.strip()]
@@ -62,7 +61,6 @@ def collect(pipeline: Path, output: Path) -> int:
     Example:
       almost-train nano collect --pipeline runs/nano --output runs/family
     """
-    from almost_eval.cli.startup import import_transformers
     from almost_train.nano.family import collect as collect_family
 
     import_transformers()

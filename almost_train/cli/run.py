@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from almost_eval.cli.command_line import open_console
+from almost_eval.cli.command_line import import_transformers, open_console
 from almost_eval.cli.options import LOG_TO
 from almost_eval.run.trackers import logging_to
 
@@ -37,7 +37,6 @@ def run(
     Example:
       almost-train run nano --output runs/nano
     """
-    from almost_eval.cli.startup import import_transformers
     from almost_eval.progress import progress_for
     from almost_train.pipeline.recipe import load_recipe
     from almost_train.pipeline.run import Pipeline

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from almost_eval.cli.command_line import options_of
+from almost_eval.cli.command_line import import_transformers, options_of
 from almost_eval.cli.options import GENERATION_FIELDS, engine_flag, engine_options
 from almost_eval.run.trackers import logging_to
 from almost_eval.types import JSONObject
@@ -78,7 +78,6 @@ class SettingsCommand(click.Command):
 
     def invoke(self, ctx: click.Context) -> int:
         """click's, with the flags gathered into `settings` and `engine_for`; shows the result."""
-        from almost_eval.cli.startup import import_transformers
         from almost_eval.progress import progress_for
         from almost_train.common.config import settings_from, settings_of
 

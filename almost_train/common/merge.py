@@ -38,7 +38,8 @@ def merge(adapter: str, output: Path, dtype: str = "float32") -> Path:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} holds something already; give --output a new folder")
     load_tokenizer(checkpoint)
-    kind = "AutoModelForSequenceClassification" if _HEAD in checkpoint.architecture else "AutoModelForCausalLM"
+    scores = checkpoint.adapter.is_classifier or _HEAD in checkpoint.architecture
+    kind = "AutoModelForSequenceClassification" if scores else "AutoModelForCausalLM"
     check_weights(checkpoint, kind)
 
     # 2. The merged model, beside its place until it is whole.

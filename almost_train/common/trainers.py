@@ -31,6 +31,8 @@ from almost_eval.run.trackers import Trackers
 from almost_eval.types import JSONObject
 from almost_train.common.config import option
 from almost_train.common.interrupts import SaveRequests, ended_at, save_requests
+from almost_train.common.lora import ADAPTER, LoraSettings
+from almost_train.common.merge import merge
 from almost_train.common.processes import WORK, SharedStage, from_main, is_main, wait_for_all, world_size
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ WHOLE = "whole"
 
 
 @dataclass(frozen=True, slots=True)
-class TrainSettings:
+class TrainSettings(LoraSettings):
     """What every trainer takes; the defaults differ between them."""
 
     learning_rate: float = option(2e-5, "peak learning rate of AdamW", above=0)
@@ -139,6 +141,7 @@ def trainer_arguments(settings: TrainSettings, folder: Path, steps: int) -> JSON
         "seed": settings.seed,
         "bf16": settings.bf16,
         "gradient_checkpointing": settings.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},  # the other way needs inputs with gradients
         "use_cpu": pick_device(settings.device) == "cpu",
         "ddp_find_unused_parameters": False,
         "logging_steps": 1,  # a mean over several steps would depend on where a run was resumed
@@ -152,11 +155,12 @@ def trainer_arguments(settings: TrainSettings, folder: Path, steps: int) -> JSON
 
 
 def fit(
-    make_trainer: Callable[[], Trainer], stage: SharedStage, steps: int, progress: Progress, *, minutes: float = 0.0
+    make_trainer: Callable[[], Trainer], stage: SharedStage, steps: int, progress: Progress, settings: TrainSettings
 ) -> None:
     """Train to the end, from the last whole checkpoint if there is one, and leave the result in `model/`.
 
-    Does nothing where `model/` exists: it is put there in one move, last.
+    Does nothing where `model/` exists: it is put there in one move, last. With `merge` the adapter goes to `adapter/`,
+    and `model/` is made of it.
 
     Args:
         make_trainer: builds the TRL trainer on the plan's data set; called with torch's random state seeded apart.
@@ -164,7 +168,7 @@ def fit(
             tokens_per_second (over all processes); for pairs accuracy and margin too.
         steps: optimiser steps.
         progress: the main process's; the others are silent.
-        minutes: between two checkpoints, besides `save_every`; 0 for no such checkpoints.
+        settings: of the stage: `save_minutes` and `merge` are read here.
 
     Raises:
         RunError: the loss or the gradient is not finite, or a signal ended it after a checkpoint.
@@ -173,7 +177,9 @@ def fit(
     from transformers import PrinterCallback
 
     # 1. Where to begin: done, or at the last whole checkpoint.
-    if from_main((stage.folder / MODEL).exists()):
+    result = stage.folder / (ADAPTER if settings.merge else MODEL)
+    if from_main(result.exists()):
+        _merge(result, stage.folder / MODEL)
         return
     work = stage.folder / WORK
     resume = from_main(_last_checkpoint(work) if is_main() else None)
@@ -182,7 +188,7 @@ def fit(
     with (
         _random_state_kept(),
         _step_log(stage.folder / "log.jsonl", done) as log,
-        save_requests(minutes) as saving,
+        save_requests(settings.save_minutes) as saving,
         progress.track("training", steps, done) as advance,
     ):
         # 2. The trainer, with our log in place of its own.
@@ -207,7 +213,16 @@ def fit(
     wait_for_all()
     if is_main():
         (work / MODEL / "training_args.bin").unlink(missing_ok=True)  # a pickle
-        (work / MODEL).rename(stage.folder / MODEL)
+        (work / MODEL / "README.md").unlink(missing_ok=True)  # PEFT's, of empty headings
+        (work / MODEL).rename(result)
+    wait_for_all()
+    _merge(result, stage.folder / MODEL)
+
+
+def _merge(adapter: Path, output: Path) -> None:
+    """Whole weights of an adapter, where they are wanted and not there."""
+    if adapter != output and is_main() and not output.exists():
+        merge(str(adapter), output)
     wait_for_all()
 
 
@@ -293,16 +308,6 @@ def _callback(
 def _what_is_kept(work: Path) -> str:
     folders = sorted(work.glob(f"checkpoint-*/{WHOLE}"), key=lambda file: int(file.parent.name.rsplit("-", 1)[1]))
     return f"the last good checkpoint is {folders[-1].parent}" if folders else "no checkpoint was saved before it"
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Torch's CPU generator starts at `seed` inside and is put back after it: new weights depend on the seed alone."""
-    import torch
-
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from almost_eval.errors import DataError, ModelError
 from almost_eval.files import Row, read_rows, write_rows
@@ -25,7 +25,9 @@ from almost_eval.progress import Progress
 from almost_eval.types import JSONObject
 from almost_train.common.batches import BatchPlan, batch_plan, planned_dataset
 from almost_train.common.config import option
+from almost_train.common.lora import add_lora, base_dtype, check_lora
 from almost_train.common.processes import is_main, shared_stage
+from almost_train.common.seeding import seeded
 from almost_train.common.stage import model_input
 from almost_train.common.trainers import (
     MODEL,
@@ -34,7 +36,6 @@ from almost_train.common.trainers import (
     check_batches,
     fit,
     keep_template,
-    seeded,
     trainer_arguments,
 )
 from almost_train.reward.pairs import (
@@ -101,6 +102,7 @@ def train_reward(
     refuse_adapter(checkpoint, "a reward model's training")
     _refuse_other_labels(checkpoint)
     check_batches(settings)
+    check_lora(settings, checkpoint, "a reward model")
     source = read_pairs(comparisons)
     pairs = source.pairs
     check_margins(comparisons, pairs, used=settings.margin)
@@ -138,7 +140,7 @@ def train_reward(
             stage,
             plan.steps,
             progress,
-            minutes=settings.save_minutes,
+            settings,
         )
 
         # 4. How good it is, through the checkpoint as others will load it.
@@ -203,8 +205,8 @@ def _refuse_other_labels(checkpoint: Checkpoint) -> None:
         )
 
 
-def load_classifier(checkpoint: Checkpoint, seed: int) -> PreTrainedModel:
-    """The model in float32, its score head from the checkpoint or, where there is none, drawn from `seed`.
+def load_classifier(checkpoint: Checkpoint, seed: int, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model in `dtype` (float32), its score head from the checkpoint or, where there is none, drawn from `seed`.
 
     Raises:
         ModelError: transformers has no classifier of this architecture, or other weights than the head's are missing.
@@ -220,7 +222,7 @@ def load_classifier(checkpoint: Checkpoint, seed: int) -> PreTrainedModel:
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 str(checkpoint.path),
                 num_labels=1,
-                dtype=torch.float32,
+                dtype=dtype or torch.float32,
                 use_safetensors=True,
                 output_loading_info=True,
                 **attention_arguments(checkpoint),
@@ -278,17 +280,25 @@ def _trainer(
         columns = {name: torch.tensor([row[name] for row in rows]) for name in ("weight", "margin")}
         return {**pad([{k: v for k, v in row.items() if k not in columns} for row in rows]), **columns}
 
-    model = load_classifier(checkpoint, settings.seed)
+    model = load_classifier(checkpoint, settings.seed, base_dtype(settings, bf16=settings.bf16))
     if len(tokenizer) > cast("torch.nn.Embedding", model.get_input_embeddings()).num_embeddings:
+        if settings.lora_rank:
+            raise ModelError(
+                f"{checkpoint.path} has no row for a pad token, which its tokenizer lacks, and a LoRA leaves the "
+                "embedding as it is; add the token and the row to the checkpoint, or train without --lora-rank"
+            )
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # for the pad token; nothing attends to it
     model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    trained: Any = model
+    if settings.lora_rank:
+        trained = add_lora(model, settings, checkpoint.path, kind="SEQ_CLS", seed=settings.seed)
     filler = pairs[0].chosen_ids[-1:]
     rows = [
         {"chosen_ids": list(pair.chosen_ids), "rejected_ids": list(pair.rejected_ids), "margin": pair.margin or 0.0}
         for pair in pairs
     ]
     return PairTrainer(
-        model=model,
+        model=trained,
         args=RewardConfig(**trainer_arguments(settings, output, plan.steps), disable_dropout=True),
         data_collator=collate,
         train_dataset=planned_dataset(rows, {"chosen_ids": filler, "rejected_ids": filler, "margin": 0.0}, plan),

@@ -40,8 +40,12 @@ def save(
     """Write a checkpoint, then remove older ones. Those after `oldest_wanted` stay, and the last one before it."""
     with replaced_folder(work / f"step-{step:06d}", work / ".scratch") as scratch:
         for trained in models:
-            # Parameters, not the state dict: tied weights come once.
-            weights = {name: parameter.detach().contiguous() for name, parameter in trained.model.named_parameters()}
+            # Parameters, not the state dict: tied weights come once. Frozen ones (of a LoRA's base) are not changed.
+            weights = {
+                name: parameter.detach().contiguous()
+                for name, parameter in trained.model.named_parameters()
+                if parameter.requires_grad
+            }
             save_file(weights, scratch / f"{trained.name}.safetensors")
             moments = {
                 f"{index}.{name}": tensor.contiguous()
@@ -70,7 +74,8 @@ def load(folder: Path, models: Sequence[TrainedModel]) -> JSONObject:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, file: Path) -> None:
-    """Put the stored parameters into a model."""
+    """Put the stored parameters into a model: all that are trained."""
     weights = load_file(file)
     for name, parameter in model.named_parameters():
-        parameter.copy_(weights[name])
+        if parameter.requires_grad:
+            parameter.copy_(weights[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,6 +16,8 @@ from almost_eval.models.checkpoint import Checkpoint
 from almost_eval.progress import Progress
 from almost_eval.types import JSONObject
 from almost_train.common.config import option
+from almost_train.common.lora import ADAPTER, LoraSettings
+from almost_train.common.merge import merge
 from almost_train.common.processes import WORK
 
 if TYPE_CHECKING:
@@ -39,7 +42,7 @@ COMMON_SETTINGS = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class RLSFSettings:
+class RLSFSettings(LoraSettings):
     """How the policy is trained. Sizes are in completions, over all processes."""
 
     algorithm: str = option("ppo", "PPO (own loop), or RLOO or GRPO (TRL's).", choices=tuple(ALGORITHMS))
@@ -178,8 +181,14 @@ def save_policy(job: Job, model: PreTrainedModel, step: int | None = None) -> No
 
     transformers_logging.disable_progress_bar()
     folder = job.output / "policy" if step is None else job.output / "policies" / f"step-{step:06d}"
+    merged = folder if step is None and job.settings.merge else None
+    folder = job.output / ADAPTER if merged else folder
     with replaced_folder(folder, job.work / "policy") as scratch:
-        if job.settings.bf16:
+        if job.settings.bf16 and not job.settings.lora_rank:
             model.bfloat16()
         model.save_pretrained(scratch)
+        (scratch / "README.md").unlink(missing_ok=True)  # PEFT's, of empty headings
         job.tokenizer.save_pretrained(scratch)
+    if merged:
+        shutil.rmtree(merged, ignore_errors=True)
+        merge(str(folder), merged)

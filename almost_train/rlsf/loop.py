@@ -16,6 +16,7 @@ import copy
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,12 +24,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from almost_eval.errors import InputError
 from almost_eval.files import Row
 from almost_eval.types import JSONObject
 from almost_train.common.interrupts import ended_at, ended_before_any_step, save_requests
+from almost_train.common.lora import adapter_off, adapter_to_zero, add_lora, base_dtype
 from almost_train.rlsf import checkpoint as checkpoints
 from almost_train.rlsf import ppo
 from almost_train.rlsf.job import Algorithm, Job, RLSFSettings, save_policy
@@ -55,9 +57,12 @@ from almost_train.rlsf.rollouts import (
     uniforms,
 )
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 OWN_SETTINGS = frozenset(
     "mini_batch_size sampling_batch_size ppo_epochs value_learning_rate value_clip gamma gae_lambda whiten_advantages "
-    "normalise_rewards kl_controller kl_target kl_horizon".split()
+    "normalise_rewards kl_controller kl_target kl_horizon lora_rank lora_alpha lora_targets merge".split()
 )
 """Settings of PPO besides those that every algorithm takes."""
 
@@ -187,15 +192,32 @@ class _Loop:
                 "parallelism, or use --algorithm rloo or grpo"
             )
         device = str(self.accelerator.device)
-        self.reference = load_policy(job.policy, device).requires_grad_(False)
-        policy = load_policy(job.policy, device)
+        held = base_dtype(settings, bf16=settings.bf16)
+        policy: PreTrainedModel = load_policy(job.policy, device, held)
         value, self.value_origin = load_value_model(job.reward, job.policy, job.tokenizer, device)
+        # The policy that training begins with: the base of an adapter, or a copy.
+        self.reference: nn.Module | None = None
+        if settings.lora_rank:
+            base = job.policy.path
+            policy = add_lora(policy, settings, base, kind="CAUSAL_LM", seed=settings.seed, dropout=False)
+            value.trunk = add_lora(
+                nn.Module.to(value.trunk, held),
+                settings,
+                base,
+                kind="FEATURE_EXTRACTION",
+                seed=settings.seed + 1,
+                dropout=False,
+            )
+        else:
+            self.reference = load_policy(job.policy, device).requires_grad_(False)
         if settings.gradient_checkpointing:
             for model in (policy, value.trunk):
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         rates = (settings.learning_rate, settings.value_learning_rate or settings.learning_rate)
         optimizers = [
-            torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=settings.weight_decay)
+            torch.optim.AdamW(
+                [p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=settings.weight_decay
+            )
             for model, rate in zip((policy, value), rates, strict=True)
         ]
         self.rates, self.plain_policy, self.plain_value = rates, policy, value
@@ -270,11 +292,19 @@ class _Loop:
                 logits = completion_logits(self.policy, ids, attention, width, self.settings.temperature)
                 logprobs, entropy = ppo.token_logprobs(logits, ids[:, -width:]), ppo.entropy(logits)
                 del logits  # (B, T, V): one at a time
-                reference = completion_logprobs(self.reference, ids, attention, width, self.settings.temperature)
+                reference = self._reference_logprobs(ids, attention, width)
                 values = completion_values(self.value, ids, attention, width)
             for name, part in zip(parts, (logprobs, reference, entropy, values), strict=True):
                 parts[name].append(part.float().masked_fill(~tensors["completion_mask"][some], 0.0))
         return {name: torch.cat(part) for name, part in parts.items()}
+
+    def _reference_logprobs(self, ids: Tensor, attention: Tensor, width: int) -> Tensor:
+        """(B, T) log p of the policy that training began with, nats."""
+        temperature = self.settings.temperature
+        if self.reference is not None:
+            return completion_logprobs(self.reference, ids, attention, width, temperature)
+        with adapter_off(self.plain_policy):
+            return completion_logprobs(self.plain_policy, ids, attention, width, temperature)
 
     def _most(self, number: int) -> int:
         return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
@@ -389,6 +419,9 @@ class _Loop:
         if good:
             checkpoints.load_weights(self.plain_policy, good[-1][1] / "policy.safetensors")
             return good[-1][0]
+        if self.reference is None:
+            adapter_to_zero(self.plain_policy)
+            return 0
         with torch.no_grad():
             for mine, first in zip(self.plain_policy.parameters(), self.reference.parameters(), strict=True):
                 mine.copy_(first)

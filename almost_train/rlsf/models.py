@@ -13,19 +13,19 @@ from transformers import AutoModelForCausalLM
 from almost_eval.models.checkpoint import Checkpoint
 from almost_eval.models.loading import load_weights
 from almost_eval.rewards.hf import HFRewardModel
-from almost_train.common.trainers import seeded
+from almost_train.common.seeding import seeded
 from almost_train.rlsf.rollouts import known_options, positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load_policy(checkpoint: Checkpoint, device: str) -> PreTrainedModel:
-    """A float32 causal LM without dropout: old and new log-probabilities must differ by the update alone."""
+def load_policy(checkpoint: Checkpoint, device: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A causal LM without dropout: old and new log-probabilities must differ by the update alone."""
     model = load_weights(
         AutoModelForCausalLM,
         checkpoint,
-        dtype=torch.float32,
+        dtype=dtype,
         device=device,
         attention="auto",
         trust_remote_code=False,

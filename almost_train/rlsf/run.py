@@ -19,6 +19,7 @@ from almost_eval.models.checkpoint import context_length, find_checkpoint
 from almost_eval.progress import Progress
 from almost_eval.types import Conversation, JSONObject
 from almost_train.common.formats import read_prompt_rows
+from almost_train.common.lora import check_lora
 from almost_train.common.processes import is_main, shared_stage, world_size
 from almost_train.common.stage import model_input
 from almost_train.common.tables import read_any
@@ -110,6 +111,7 @@ def _prepare(
     progress: Progress,
 ) -> Job:
     checkpoint = find_checkpoint(policy)
+    check_lora(settings, checkpoint, "RLSF")
     reward_checkpoint = find_checkpoint(reward_model, architectures=("SequenceClassification", "RewardModel"))
     from almost_eval.models.loading import load_tokenizer
     from almost_eval.models.tensors import check_weights

@@ -28,6 +28,7 @@ from almost_eval.types import Conversation, JSONObject
 from almost_train.common.batches import NO_LOSS, BatchPlan, batch_plan, planned_dataset
 from almost_train.common.config import option
 from almost_train.common.formats import read_dialogues
+from almost_train.common.lora import add_lora, base_dtype, check_lora
 from almost_train.common.processes import is_main, shared_stage
 from almost_train.common.stage import model_input
 from almost_train.common.tables import read_any
@@ -79,6 +80,7 @@ def train_sft(
     # 1. What is refused without weights.
     checkpoint = find_checkpoint(model)
     check_batches(settings)
+    check_lora(settings, checkpoint, "SFT")
     table = read_any(demonstrations)
     source = read_dialogues(table)
     dialogues = source.records
@@ -106,11 +108,7 @@ def train_sft(
         # 3. Training.
         progress.note(f"sft: {len(rows)} answers ({source.format}), {plan.steps} steps of {settings.batch_size}")
         fit(
-            lambda: _trainer(settings, checkpoint, tokenizer, rows, plan, output),
-            stage,
-            plan.steps,
-            progress,
-            minutes=settings.save_minutes,
+            lambda: _trainer(settings, checkpoint, tokenizer, rows, plan, output), stage, plan.steps, progress, settings
         )
 
         # 4. Figures of the log.
@@ -207,7 +205,6 @@ def _trainer(
     plan: BatchPlan,
     output: Path,
 ) -> SFTTrainer:
-    import torch
     from transformers import AutoModelForCausalLM
     from trl import SFTConfig, SFTTrainer
 
@@ -217,12 +214,14 @@ def _trainer(
     model = load_weights(
         AutoModelForCausalLM,
         checkpoint,
-        dtype=torch.float32,
+        dtype=base_dtype(settings, bf16=settings.bf16),
         device="cpu",
         attention="auto",
         trust_remote_code=False,
     )
     stop_at_eos(model, tokenizer)
+    if settings.lora_rank:
+        model = add_lora(model, settings, checkpoint.path, kind="CAUSAL_LM", seed=settings.seed)
     filler = rows[0].input_ids[:2]  # two tokens: one alone has no next token to predict
     table = [{"input_ids": row.input_ids, "labels": row.labels} for row in rows]
     dataset = planned_dataset(table, {"input_ids": filler, "labels": [NO_LOSS] * len(filler)}, plan)

@@ -11,6 +11,7 @@ import click
 
 from almost_eval import __version__
 from almost_eval.cli.command_line import Command, run_command_line
+from almost_eval.cli.options import ENGINE_FIELDS, engine_flag
 from almost_eval.errors import InputError, MissingDependencyError
 from serving.chat.options import ChatOptions
 
@@ -33,8 +34,8 @@ def _option(flag: str, text: str, kind: click.ParamType | None = None) -> Comman
 @click.option("--model", "models", multiple=True, metavar="CKPT", help="A checkpoint to load here; several to compare.")
 @click.option("--reward", metavar="CKPT", help="Reward model for --model; built-in models have nano/reward.")
 @_option("--engine", "What runs --model.", click.Choice(["hf", "vllm"]))
-@_option("--dtype", "auto, float32, bfloat16 or float16.")
-@_option("--device", "hf: auto, cpu, cuda, cuda:1, mps.")
+@engine_flag(ENGINE_FIELDS["dtype"])
+@engine_flag(ENGINE_FIELDS["device"])
 @_option("--host", "Address to listen on.")
 @_option("--port", "0 takes a free one.", click.IntRange(0, 65535))
 @click.option("--auth", is_flag=True, help=f"Insist on a login: user:password in {LOGIN}.")

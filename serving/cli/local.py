@@ -9,7 +9,7 @@ import asyncio
 import json
 import sys
 
-from almost_eval.cli.startup import import_transformers
+from almost_eval.cli.command_line import import_transformers
 from almost_eval.errors import AlmostError
 from serving.launch.process import watch_parent
 from serving.local.settings import LocalModels

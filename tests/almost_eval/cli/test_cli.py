@@ -211,7 +211,7 @@ def test_the_first_sample_within_eight_seconds(tmp_path: Path) -> None:
 
 def test_lean_imports_leave_no_trace() -> None:
     code = (
-        "import gc, sys\nfrom almost_eval.cli.startup import import_transformers\nimport_transformers()\n"
+        "import gc, sys\nfrom almost_eval.cli.command_line import import_transformers\nimport_transformers()\n"
         "from transformers.utils import is_scipy_available, is_sklearn_available\n"
         "assert not {'sklearn', 'pandas', 'scipy.stats', 'scipy.optimize'} & sys.modules.keys()\n"
         "assert gc.isenabled() and is_scipy_available() and is_sklearn_available()\n"
@@ -222,7 +222,7 @@ def test_lean_imports_leave_no_trace() -> None:
 def test_interrupted_deep_in_a_library() -> None:
     """The main thread is in one long call that lets no signal handler run: the watcher ends the process."""
     code = (
-        "import hashlib, threading\nfrom almost_eval.cli.startup import prompt_interrupt\n"
+        "import hashlib, threading\nfrom almost_eval.cli.command_line import prompt_interrupt\n"
         # Said from another thread while the main one is in the call: before it, the interrupt would be an ordinary one.
         "with prompt_interrupt():\n    threading.Timer(0.5, lambda: print('on', flush=True)).start()\n"
         "    hashlib.pbkdf2_hmac('sha256', b'', b'', 200_000_000)\n"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import pytest
 import torch
+from changed import change_config
 
 from almost_eval.cli.command_line import run_command_line
 from almost_eval.cli.tax import tax
@@ -39,13 +40,7 @@ from almost_eval.report.tax_page import draw, html
 from almost_eval.run import prompt_log
 from almost_eval.run.store import read_samples
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Outcome(NamedTuple):
@@ -353,8 +348,7 @@ def test_what_cannot_be_measured_is_said(
 ) -> None:
     """KL of policies with two tokenizers, and the rewards of a model that can read no answer."""
     reward = shutil.copytree(shipped("nano/reward"), tmp_path / "reward")
-    config = json.loads((reward / "config.json").read_text())
-    (reward / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4}))
+    change_config(reward, max_position_embeddings=4)
     (tmp_path / "p.jsonl").write_text("".join(f'{{"id": "p{i}", "prompt": "Hello {i}"}}\n' for i in range(3)))
     flags = ("--prompts", tmp_path / "p.jsonl", "--max-new-tokens", 8, "--tasks", "", "--data", "hub")
     models = ("--before", tiny_checkpoint("llama-gqa"), "--after", "nano/vanilla-small", "--reward-model", reward)

@@ -13,12 +13,12 @@ import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_endpoint import SECRET, Answer, Endpoint, completed, failed
 
 from almost_eval.engines.base import GenerationEngine, SamplingParams
 from almost_eval.engines.build import EngineOptions, generation_engine
@@ -26,88 +26,7 @@ from almost_eval.engines.openai import OpenAIEngine
 from almost_eval.errors import AlmostError, InputError, RunError
 from almost_eval.models.endpoints import KEYS
 
-SECRET = "sk-do-not-print-me"
 SAMPLED = SamplingParams(max_new_tokens=8, temperature=1.0, n=2, stop=("\n\nHuman:",), seed=3)
-Answer = tuple[int, Any] | tuple[int, Any, dict[str, str]]
-
-
-class Endpoint:
-    """A server whose answers a test writes: an endpoint that can be had cannot be made to fail on order.
-
-    `answer(request)` gives (status, JSON or bytes[, headers]); without one, it completes with the prompt and the seed.
-    """
-
-    def __init__(self) -> None:
-        self.requests: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
-        self.models: Answer = (200, {"object": "list", "data": [{"id": "almost", "object": "model"}]})
-        self.answer: Callable[[dict[str, Any]], Answer] = completed
-        self.lock = threading.Lock()
-        self.at_once = self.most_at_once = 0
-        endpoint = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *_: Any) -> None: ...
-
-            def do_GET(self) -> None:
-                self._send(*endpoint.models)
-
-            def do_POST(self) -> None:
-                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with endpoint.lock:
-                    endpoint.requests.append(request)
-                    endpoint.headers.append({name.lower(): value for name, value in self.headers.items()})
-                    endpoint.at_once += 1
-                    endpoint.most_at_once = max(endpoint.most_at_once, endpoint.at_once)
-                try:
-                    self._send(*endpoint.answer(request))
-                finally:
-                    with endpoint.lock:
-                        endpoint.at_once -= 1
-
-            def _send(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
-                content = body if isinstance(body, bytes) else json.dumps(body).encode()
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                    self.send_response(status)
-                    self.send_header("Content-Type", "application/json")
-                    self.send_header("Content-Length", str(len(content)))
-                    for name, value in (headers or {}).items():
-                        self.send_header(name, value)
-                    self.end_headers()
-                    self.wfile.write(content)
-
-        class Server(ThreadingHTTPServer):
-            def handle_error(self, request: Any, client_address: Any) -> None: ...  # a client that gave up
-
-        self.server = Server(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-
-
-def completed(request: dict[str, Any], text: str | None = None, finish: str = "stop") -> Answer:
-    text = f" {request['prompt']} {request['seed']}" if text is None else text
-    choice = {"index": 0, "text": text, "finish_reason": finish, "logprobs": None}
-    return 200, {"id": "c", "object": "text_completion", "created": 0, "model": "almost", "choices": [choice]}
-
-
-def failed(status: int, message: str = "no", **headers: str) -> Answer:
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return status, {"error": {"message": message, "type": "error", "code": status}}, named
-
-
-@pytest.fixture
-def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
-    for name in (*KEYS, "OPENAI_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    endpoint = Endpoint()
-    yield endpoint
-    endpoint.close()
 
 
 def engine(endpoint: Endpoint, **options: Any) -> OpenAIEngine:
@@ -200,7 +119,7 @@ def test_the_key_comes_from_the_environment_and_shows_nowhere(
     assert {headers["authorization"] for headers in endpoint.headers} == {f"Bearer {SECRET}"}
     shown = [repr(one), json.dumps(one.settings()), caplog.text]
     for status in (400, 401, 403, 404, 418, 422):
-        endpoint.answer = lambda _, status=status: failed(status, f"Incorrect key: {SECRET}.")  # type: ignore[misc]
+        endpoint.answer = lambda _, status=status: failed(status, f"Incorrect key: {SECRET}.")
         with pytest.raises(AlmostError) as caught:
             one.generate(["a"], SAMPLED)
         shown.append(f"{caught.value} {caught.value.__cause__}")

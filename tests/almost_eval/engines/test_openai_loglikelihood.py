@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from test_openai_engine import SECRET, Answer, Endpoint, failed
+from fake_endpoint import SECRET, Answer, Endpoint, failed
 
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.hf import HFEngine
@@ -91,14 +91,11 @@ def checkpoint(tiny_checkpoint: Callable[[str], Path]) -> Path:
 
 
 @pytest.fixture
-def endpoint(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> Iterator[Endpoint]:
-    for name in (*KEYS, "OPENAI_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    endpoint = Endpoint()
+def endpoint(endpoint: Endpoint, checkpoint: Path) -> Endpoint:
+    """The one of all tests, with a model behind it."""
     tell(endpoint, max_model_len=CONTEXT, root=str(checkpoint))
     endpoint.answer = Model(checkpoint, "vllm")
-    yield endpoint
-    endpoint.close()
+    return endpoint
 
 
 def tell(endpoint: Endpoint, **card: Any) -> None:

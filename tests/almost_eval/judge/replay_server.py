@@ -25,6 +25,9 @@ from typing import Any, NamedTuple
 from almost_eval.judge.records import JudgeRequest
 from almost_eval.types import Message
 
+SECRET = "sk-distinctive-0123456789-do-not-print-me"
+"""The key of tests that look for it afterwards."""
+
 
 class Archived(NamedTuple):
     """One archived review with what was reviewed."""

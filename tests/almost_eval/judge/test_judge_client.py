@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import pytest
-from replay_server import Archived, Fault, ReplayServer, archive_beside, requests_for
+from replay_server import SECRET, Archived, Fault, ReplayServer, requests_for
 
 from almost_eval.errors import InputError
 from almost_eval.judge.api.adaptive import MAX_PAUSE, AdaptiveLimit
@@ -26,12 +26,7 @@ from almost_eval.judge.api.endpoint import JudgeEndpoint, retry_after
 from almost_eval.judge.api.journal import Journal
 from almost_eval.judge.records import Failure, JudgeRequest, Reply
 
-SECRET = "sk-distinctive-0123456789-do-not-print-me"
-
-
-@pytest.fixture(scope="module")
-def archive(data_root: Path) -> list[Archived]:
-    return archive_beside(data_root)
+pytest_plugins = ["judge_fixtures"]
 
 
 @pytest.fixture
@@ -47,12 +42,6 @@ def serve(archive: list[Archived], monkeypatch: pytest.MonkeyPatch) -> Iterator[
     yield start
     for server in servers:
         server.close()
-
-
-@pytest.fixture
-def journal(tmp_path: Path) -> Iterator[Journal]:
-    with Journal(tmp_path / "journal.sqlite") as journal:
-        yield journal
 
 
 def texts(outcomes: dict[int, Reply | Failure]) -> list[str]:

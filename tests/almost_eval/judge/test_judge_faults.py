@@ -9,11 +9,11 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from replay_server import Archived, Call, Fault, ReplayServer, archive_beside, requests_for
+from replay_server import SECRET, Archived, Call, Fault, ReplayServer, requests_for
 
 from almost_eval.errors import AlmostError, InputError, RunError
 from almost_eval.judge.api.client import JudgeClient
@@ -21,7 +21,8 @@ from almost_eval.judge.api.journal import Journal
 from almost_eval.judge.api.session import BREAKER, REFUSALS
 from almost_eval.judge.records import Failure, Reply
 
-SECRET = "sk-distinctive-0123456789-do-not-print-me"
+pytest_plugins = ["judge_fixtures"]
+
 N = 24
 
 HTML = Fault("body", headers={"Content-Type": "text/html"}, body=b"<!DOCTYPE html><html>gateway</html>")
@@ -65,25 +66,6 @@ LASTING = {
     "413": (Fault("status", 413), "too_long"),
 }
 """Of the request itself: not asked again."""
-
-
-@pytest.fixture(scope="module")
-def archive(data_root: Path) -> list[Archived]:
-    return archive_beside(data_root)
-
-
-@pytest.fixture
-def server(archive: list[Archived], monkeypatch: pytest.MonkeyPatch) -> Iterator[ReplayServer]:
-    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
-    server = ReplayServer(archive)
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def journal(tmp_path: Path) -> Iterator[Journal]:
-    with Journal(tmp_path / "journal.sqlite") as journal:
-        yield journal
 
 
 @pytest.fixture

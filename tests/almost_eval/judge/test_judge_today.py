@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
-from replay_server import Archived, Call, Fault, ReplayServer, archive_beside, requests_for
+from replay_server import Archived, Call, Fault, ReplayServer, requests_for
 
 from almost_eval.errors import AlmostError, InputError, RunError
 from almost_eval.judge.answers import ArchivedSystem, less_thoughts
@@ -24,26 +23,9 @@ from almost_eval.judge.prompts import parse_review
 from almost_eval.judge.questions import read_answers
 from almost_eval.judge.records import Answer, Failure, Pair, Question, Reply, Unparsed, Usage, Verdict
 
+pytest_plugins = ["judge_fixtures"]
+
 PAIR = Pair(Question("1", "Why?"), Answer("1", "Because.", "a"), Answer("1", "So.", "b"), "forward")
-
-
-@pytest.fixture(scope="module")
-def archive(data_root: Path) -> list[Archived]:
-    return archive_beside(data_root)
-
-
-@pytest.fixture
-def server(archive: list[Archived], monkeypatch: pytest.MonkeyPatch) -> Iterator[ReplayServer]:
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
-    server = ReplayServer(archive)
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def journal(tmp_path: Path) -> Iterator[Journal]:
-    with Journal(tmp_path / "journal.sqlite") as journal:
-        yield journal
 
 
 # --- thinking is never a verdict ---

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from changed import change_config
 
 from almost_eval.engines.hf import HFEngine
 from almost_eval.errors import ModelError
@@ -25,11 +26,6 @@ REPOSITORY = Path(__file__).parents[3]
 def copy(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
     """A checkpoint to break."""
     return shutil.copytree(tiny_checkpoint("llama-gqa"), tmp_path / "model")
-
-
-def _break_config(folder: Path, **changes: Any) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
 
 
 def _shard(folder: Path, **weight_map: str) -> None:
@@ -82,10 +78,10 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "shard at a root": (lambda f: _shard(f, a="/etc/outside.safetensors"), "not a file of its own folder"),
     "broken index": (_broken_index, "not a valid index"),
     "wrong architecture": (
-        lambda f: _break_config(f, architectures=["LlamaForSequenceClassification"]),
+        lambda f: change_config(f, architectures=["LlamaForSequenceClassification"]),
         "holds a LlamaForSequenceClassification",
     ),
-    "weights pointed elsewhere": (lambda f: _break_config(f, transformers_weights="x.bin"), "transformers_weights"),
+    "weights pointed elsewhere": (lambda f: change_config(f, transformers_weights="x.bin"), "transformers_weights"),
 }
 
 BAD_NAMES = {
@@ -198,7 +194,7 @@ def test_lost_weights_are_not_made_up(lost: str, copy: Path) -> None:
 
 
 def test_weights_of_another_shape_are_refused(copy: Path) -> None:
-    _break_config(copy, intermediate_size=64)
+    change_config(copy, intermediate_size=64)
     with pytest.raises(ModelError) as refused:
         _ = HFEngine(str(copy), device="cpu").model
     assert "\n" not in str(refused.value)

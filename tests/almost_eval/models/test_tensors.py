@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from changed import change_config
 
 from almost_eval.engines.hf import HFEngine
 from almost_eval.engines.vllm import VLLMEngine
@@ -31,11 +32,6 @@ def _weights(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     weights = load_file(folder / "model.safetensors")
     change(weights)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def _config(folder: Path, **changes: object) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
 
 
 def _add(folder: Path, *names: str) -> None:
@@ -94,14 +90,14 @@ def test_biases_on_q_k_and_v_alone_are_those_of_another_type(folder: Path) -> No
 
 def test_a_bias_that_the_type_has_no_setting_for(folder: Path) -> None:
     _add(folder, "model.layers.0.mlp.up_proj.bias")
-    _config(folder, model_type="mistral", architectures=["MistralForCausalLM"])
+    change_config(folder, model_type="mistral", architectures=["MistralForCausalLM"])
     assert "'mistral' in config.json has no mlp_bias" in _refused(folder)
 
 
 def test_other_heads_of_keys_and_values_are_named(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     heads = config["num_attention_heads"]
-    _config(folder, num_key_value_heads=heads // 2 if config["num_key_value_heads"] == heads else heads)
+    change_config(folder, num_key_value_heads=heads // 2 if config["num_key_value_heads"] == heads else heads)
     assert "num_key_value_heads" in _refused(folder)
 
 
@@ -120,7 +116,7 @@ def test_what_could_not_be_compared_is_a_warning(folder: Path, monkeypatch: pyte
 
 def test_code_of_its_own_is_told_at_once(folder: Path) -> None:
     code = {"AutoConfig": "configuration_foo.FooConfig", "AutoModelForCausalLM": "modeling_foo.FooForCausalLM"}
-    _config(folder, model_type="foo", auto_map=code)
+    change_config(folder, model_type="foo", auto_map=code)
     with pytest.raises(ModelError, match="needs Python code that it ships") as error:
         HFEngine(str(folder))
     assert error.value.consent == "trust_remote_code"  # a command that has the flag names it
@@ -184,13 +180,13 @@ def test_missing_tensors_are_always_refused(accepted: bool, folder: Path) -> Non
 
 
 def test_another_shape_is_refused(folder: Path) -> None:
-    _config(folder, intermediate_size=json.loads((folder / "config.json").read_text())["intermediate_size"] + 8)
+    change_config(folder, intermediate_size=json.loads((folder / "config.json").read_text())["intermediate_size"] + 8)
     assert "another shape" in _refused(folder)
 
 
 def test_fewer_layers_in_the_config_are_refused(folder: Path) -> None:
     layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
-    _config(folder, num_hidden_layers=layers - 1)
+    change_config(folder, num_hidden_layers=layers - 1)
     assert f"the files have {layers}" in _refused(folder)
 
 
@@ -206,7 +202,7 @@ def test_a_head_that_differs_from_the_embedding_it_is_tied_to(tied: bool, folder
     import torch
 
     _own_head(folder, 0.5)
-    _config(folder, tie_word_embeddings=tied)
+    change_config(folder, tie_word_embeddings=tied)
     if tied:
         assert "tie_word_embeddings" in _refused(folder)
         engine = HFEngine(str(folder), allow_unused_weights=True)
@@ -218,7 +214,7 @@ def test_a_head_that_differs_from_the_embedding_it_is_tied_to(tied: bool, folder
 
 def test_a_tied_head_that_equals_the_embedding_is_fine(folder: Path) -> None:
     _own_head(folder, 0.0)
-    _config(folder, tie_word_embeddings=True)
+    change_config(folder, tie_word_embeddings=True)
     assert HFEngine(str(folder)).unused_weights == []
 
 

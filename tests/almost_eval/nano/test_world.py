@@ -146,8 +146,8 @@ def test_dialogues(rng: random.Random) -> None:
         dialogue = WORLD.dialogue(rng, (0.25, 0.25, 0.25, 0.25))
         assert [message.role for message in dialogue] == ["user", "assistant"] * (len(dialogue) // 2)
         asked = [message.content for message in dialogue if message.role == "user"]
-        goodbyes += WORLD.is_goodbye(asked[-1])
-        queries = [text for text in asked if not WORLD.is_goodbye(text)]
+        goodbyes += asked[-1].strip() in GOODBYES
+        queries = [text for text in asked if text.strip() not in GOODBYES]
         assert all(WORLD.parse(text) for text in queries)
         turns[len(queries)] += 1
     assert set(turns) == {1, 2, 3, 4}

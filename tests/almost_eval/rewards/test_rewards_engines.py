@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_openai_engine import SECRET, Answer, Endpoint, failed
+from fake_endpoint import SECRET, Answer, Endpoint, failed
 
 from almost_eval.data.sources import find_data
 from almost_eval.engines.build import EngineOptions
@@ -56,15 +56,6 @@ class Rewards:
 
 def _conversation(messages: list[dict[str, str]]) -> Conversation:
     return tuple(Message(one["role"], one["content"]) for one in messages)
-
-
-@pytest.fixture
-def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
-    for name in (*KEYS, "OPENAI_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    endpoint = Endpoint()
-    yield endpoint
-    endpoint.close()
 
 
 def served(endpoint: Endpoint, kind: str, **card: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from changed import change_config
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -78,8 +79,7 @@ def words(metrics: dict[str, Any]) -> str:
 
 def changed_copy(model: Path, folder: Path, **config: Any) -> Path:
     shutil.copytree(model, folder)
-    values = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**values, **config}))
+    change_config(folder, **config)
     return folder
 
 
