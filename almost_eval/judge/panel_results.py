@@ -92,6 +92,7 @@ def _together(case: Sequence[Review]) -> Review:
         model_length=first.model_length,
         verdict=verdict,
         reason=None if verdict else MISSING,
+        turn=first.turn,
     )
 
 

@@ -349,6 +349,19 @@ def test_pairs_of_every_turn(almost_eval: Command, files: list[str], server: Rep
     assert results()["metrics"] == before
 
 
+def test_a_panel_judges_every_turn(almost_eval: Command, files: list[str], server: ReplayServer) -> None:
+    server.review = lambda prompt: "[[A]]" if prompt.index("a 0") < prompt.index("b 0") else "[[B]]"  # type: ignore[method-assign]
+    more = ["--baseline", "b.jsonl", "--judge", "gpt-8", "--judge-base-url", server.url]
+    code, _, err = almost_eval("vicuna", *files, *more)
+    assert code == 0, err
+    assert len(lines()) == 28
+    metrics = results()["metrics"]
+    assert metrics["win_rate"]["n"] == 14  # the majority on each turn in each order
+    assert metrics["win_rate/turn_2"]["n"] == 6
+    assert metrics["judge_win_rate/gpt-8"]["value"] == 1.0
+    assert verify_judged(Path("run")).problems == []
+
+
 def test_one_turn_of_several(almost_eval: Command, files: list[str], server: ReplayServer) -> None:
     server.review = lambda prompt: "9 5\nSo."  # type: ignore[method-assign]
     code, _, err = almost_eval("vicuna", *files, "--baseline", "b.jsonl", "--turns", 1, "--judge-base-url", server.url)
@@ -380,6 +393,8 @@ def test_corrected_references(almost_eval: Command, files: list[str], server: Re
         (["--reference", "nope.jsonl", "--baseline", "b.jsonl"], "nope.jsonl cannot be read"),
         (["--reference", "published", "--baseline", "b.jsonl"], "gpt-4.jsonl is in no data root"),
         ([], "--baseline is missing"),
+        (["--judging", "single", "--judge", "gpt-8"], "takes one --judge"),
+        (["--judging", "single", "--verdict", "json"], "no schema for a prompt of kind rating"),
         (["--temperature", "hot", "--baseline", "b.jsonl"], "hot"),
     ],
 )
