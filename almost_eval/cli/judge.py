@@ -125,6 +125,7 @@ def _prepare(flags: Flags) -> JudgeRun:
         ties=flags["ties"],
         max_answer_chars=flags["max_answer_chars"],
         answer_reasoning=flags["reasoning"],
+        choice="all" if flags["choice"] is None else None,
         judging=flags["judging"],
         questions_named=names_of(flags["questions"], flags["reference"]),
         seed=flags["seed"],

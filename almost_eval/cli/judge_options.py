@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from almost_eval.cli.options import ENGINE_FIELDS, GENERATION_FIELDS, engine_flag
+from almost_eval.errors import InputError
 from almost_eval.judge.build import MAX_NEW_TOKENS, NANO_MAX_NEW_TOKENS, JudgeOptions
 from almost_eval.judge.families import DEFAULT_FAMILY, FAMILIES, FAMILY_OF_TURNS
 from almost_eval.judge.modes import MODES
@@ -29,6 +30,15 @@ class AnswerTemperature(click.ParamType):
             return BY_CATEGORY
         number: float = click.FloatRange(min=0).convert(value, param, ctx)  # type: ignore[arg-type]
         return number
+
+
+def _choice(context: click.Context, option: click.Parameter, value: str) -> int | None:
+    """A number from 1; None is all."""
+    if value == "all":
+        return None
+    if not str(value).isdecimal() or int(value) < 1:
+        raise InputError(f"--choice is {value!r}; give a number from 1, or all")
+    return int(value)
 
 
 _JUDGE = "A model of the API (gpt-6.1-terra), nano (the nano world's oracle) or reward:CKPT"
@@ -55,6 +65,11 @@ _REACHED = [
     click.option("--price-out", type=float, help="USD per million completion tokens."),
     click.option("--price-cached", type=float, help="USD per million prompt tokens from a cache.  [--price-in]"),
     click.option("--price-reasoning", type=float, help="USD per million tokens of thinking.  [--price-out]"),
+    click.option(
+        "--price-batch", type=float, help="Share of the price that a batch costs: 0.5.  [the table's; else 1]"
+    ),
+    click.option("--batch", is_flag=True, help="By the provider's batch API: cheaper, and a day at most."),
+    click.option("--batch-wait", type=click.FloatRange(min=0), help="Seconds to wait for batches.  [until they end]"),
     click.option(
         "--max-tokens", type=click.IntRange(min=1), help="Tokens of a review, thinking included.  [the prompt's]"
     ),
@@ -146,10 +161,11 @@ ANSWER_OPTIONS = [
     ),
     click.option(
         "--choice",
-        type=click.IntRange(min=1),
-        default=1,
+        metavar="N|all",
+        default="1",
         show_default=True,
-        help="Which answer, where a file holds several to a question.",
+        callback=_choice,
+        help="Which answer, where a file holds several to a question; all judges each of them.",
     ),
     click.option("--max-answer-chars", type=click.IntRange(min=1), help="Cut longer answers, and count them."),
 ]
@@ -167,6 +183,7 @@ ORDERS = click.option(
     show_default=True,
     help="forward: the baseline is Assistant 1.",
 )
+REASK = click.option("--reask", is_flag=True, help="Ask once more for a review that cannot be read.")
 RUN_OPTIONS = [
     click.option(
         "--judging",
@@ -177,7 +194,7 @@ RUN_OPTIONS = [
     ),
     ORDERS,
     TIES,
-    click.option("--reask", is_flag=True, help="Ask once more for a review that cannot be read."),
+    REASK,
     click.option("--output", type=PATH, help="Run folder; the default is named by the run."),
     click.option("--seed", default=0, show_default=True, help="Of the answers."),
     click.option("--allow", multiple=True, metavar="CHECK=SHARE", help="Share of reviews a validity check may flag."),

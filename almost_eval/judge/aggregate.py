@@ -130,7 +130,7 @@ def aggregate(reviews: Sequence[Review], *, ties: Ties = "half", orders: Orders 
     """
     taken = [review for review in reviews if orders in ("both", review.order)]
     baseline, model = _systems(taken, orders)
-    keys = Counter((review.question_id, review.order, review.turn) for review in taken)
+    keys = Counter((review.question_id, review.order, review.turn, review.choice) for review in taken)
     if twice := next((key for key, count in keys.items() if count > 1), None):
         raise InputError(f"question {twice[0]} has {keys[twice]} reviews in order {twice[1]}; keep one of each")
     questions = [review.question_id for review in taken]
@@ -221,15 +221,15 @@ def _bounds(values: Sequence[float | None]) -> tuple[float, float] | None:
 
 def _combined(reviews: Sequence[Review]) -> tuple[Combined, Metric]:
     """The two orders of each question together, and how often they agree."""
-    by_turn: dict[tuple[str, int], dict[str, Outcome]] = {}
+    by_turn: dict[tuple[str, int, int], dict[str, Outcome]] = {}
     for review in reviews:
-        outcomes = by_turn.setdefault((review.question_id, review.turn), {})
+        outcomes = by_turn.setdefault((review.question_id, review.turn, review.choice), {})
         if review.outcome is not None:
             outcomes[review.order] = review.outcome
     counts: Counter[str] = Counter()
     same: list[float] = []
     clusters: list[str] = []
-    for (question, _), outcomes in by_turn.items():
+    for (question, _, _), outcomes in by_turn.items():
         if len(outcomes) < 2:
             counts["incomplete"] += 1
             continue

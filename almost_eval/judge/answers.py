@@ -6,6 +6,7 @@ The lines are FastChat's answer JSONL, so a file of one run is a baseline of the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -22,6 +23,9 @@ from almost_eval.types import JSONMapping, JSONObject
 
 MAX_ANSWER_CHARS = 100_000
 """Characters of the longest answer that is judged as it is: some 25,000 tokens, of which a judge reads two."""
+
+ALL_CHOICES = "all"
+"""The choice that takes each of a file's answers to a question."""
 
 AnswerReasoning = Literal["strip", "keep", "refuse"]
 """What becomes of thoughts in an answer that is judged."""
@@ -57,7 +61,7 @@ class ArchivedSystem:
         subset: the questions are the first few of a file, so answers to others are passed over.
         limit: characters of the longest answer that is taken; None where answers will be cut on purpose.
         reasoning: what becomes of thoughts in its answers; see `less_thoughts`.
-        choice: which answer is taken where the file holds several to a question, from 1.
+        choice: which answer is taken where the file holds several to a question, from 1; None takes all.
 
     Raises:
         DataError: the file does not answer exactly these questions; see `read_answers`.
@@ -72,19 +76,19 @@ class ArchivedSystem:
         limit: int | None = MAX_ANSWER_CHARS,
         subset: bool = False,
         reasoning: AnswerReasoning = "strip",
-        choice: int = 1,
+        choice: int | None = 1,
     ) -> None:
         self.name, answers = read_answers(path, questions, subset=subset, choice=choice)
         self._answers = {id: less_thoughts(answer, reasoning) for id, answer in answers.items()}
         self.notes = []
         if many := [answer.metadata["choices"] for answer in answers.values() if "choices" in answer.metadata]:
+            which = "each is judged" if choice is None else f"number {choice} is judged"
             self.notes.append(
-                f"{self.name}: the file holds up to {max(many)} answers to a question; number {choice} is judged "
-                "(--choice)"
+                f"{self.name}: the file holds up to {max(many)} answers to a question; {which} (--choice)"
             )
         self._questions = questions
         if limit is not None and (long := over_long(self._answers, limit)):
-            longest = max(len(turn) for question in long for turn in self._answers[question].turns)
+            longest = max(len(turn) for id in long for one in self._answers[id].choices for turn in one.turns)
             raise InputError(
                 f"{path}: {len(long)} answers are longer than {limit:,} characters (question {long[0]}; the longest "
                 f"has {longest:,}); cut them with --max-answer-chars N, or leave them out"
@@ -113,7 +117,7 @@ def open_system(
     limit: int | None = MAX_ANSWER_CHARS,
     subset: bool = False,
     reasoning: AnswerReasoning = "strip",
-    choice: int = 1,
+    choice: int | None = 1,
 ) -> System:
     """What `--model`, `--baseline` and `--models` name: an answer file where there is one of that name, else a model.
 
@@ -142,7 +146,8 @@ def less_thoughts(answer: Answer, reasoning: AnswerReasoning, *, opened: bool = 
         _less_thought(answer, AnswerTurn(text, about), reasoning, opened)
         for text, about in zip(answer.turns, answer.turn_metadata, strict=True)
     ]
-    return answer.of_turns(turns)
+    others = tuple(less_thoughts(other, reasoning, opened=opened) for other in answer.others)
+    return replace(answer.of_turns(turns), others=others)
 
 
 def _less_thought(answer: Answer, turn: AnswerTurn, reasoning: AnswerReasoning, opened: bool) -> AnswerTurn:
@@ -193,7 +198,7 @@ def answer_files(folder: Path, names: Sequence[str]) -> list[Path]:
 
 def digest_answers(answers: Mapping[str, Answer]) -> str:
     """sha256 over (question id, texts) in the order of the ids: what was judged, whoever wrote the lines and when."""
-    texts = sorted((question, *answer.turns) for question, answer in answers.items())
+    texts = sorted((question, *one.turns) for question, answer in answers.items() for one in answer.choices)
     return provenance.digest({"answers": texts})
 
 

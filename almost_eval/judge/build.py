@@ -31,7 +31,8 @@ NANO_MAX_NEW_TOKENS = 128
 
 _OF_AN_API = (
     *("judge_base_url", "judge_prompt", "prompt_set", "max_cost", "price_in", "price_out", "price_cached"),
-    *("price_reasoning", "max_tokens", "judge_temperature", "reasoning_effort", "judge_options", "verdict"),
+    *("price_reasoning", "price_batch", "max_tokens", "judge_temperature", "reasoning_effort", "judge_options"),
+    *("verdict", "batch", "batch_wait"),
 )
 _RESERVED = {"model": "--judge", "messages": "--judge-prompt", "stream": "", "n": "--repeats or --orders"} | {
     **dict.fromkeys(("max_tokens", "max_completion_tokens"), "--max-tokens"),
@@ -70,6 +71,12 @@ class JudgeOptions:
     """API: USD per million prompt tokens that are read from a cache; None is the table's, else `price_in`."""
     price_reasoning: float | None = None
     """API: USD per million completion tokens spent on thinking; None is the table's, else `price_out`."""
+    price_batch: float | None = None
+    """API: what a batch costs of the price, as a share of 1; None is the table's."""
+    batch: bool | None = None
+    """API: whether requests go through the provider's batch API."""
+    batch_wait: float | None = None
+    """API: seconds to wait for batches at most; None waits until they end."""
     max_tokens: int | None = None
     """API: tokens of a review, those of its thoughts included; None is the prompt's."""
     judge_temperature: float | None = None
@@ -209,7 +216,7 @@ def open_judge(options: JudgeOptions, data: DataSource, *, shared: bool = False,
         InputError: an option that this judge does not take; whatever the judge refuses.
     """
     name = options.judge or (NANO_JUDGE if data.name == "nano" else DEFAULT_JUDGE)
-    unused = next((flag for flag in _OF_AN_API if getattr(options, flag) is not None), None)
+    unused = next((flag for flag in _OF_AN_API if getattr(options, flag) not in (None, False)), None)
     if unused and not shared and (name == NANO_JUDGE or options.is_reward_model):
         raise InputError(f"--{unused.replace('_', '-')} belongs to a judge behind an API, not to {name}; leave it out")
     if name == NANO_JUDGE:
@@ -256,6 +263,8 @@ def open_judge(options: JudgeOptions, data: DataSource, *, shared: bool = False,
         prompts = replace(prompts, max_tokens=options.max_tokens)
     if options.judge_temperature is not None:
         prompts = replace(prompts, temperature=options.judge_temperature)
+    if options.batch_wait is not None and not options.batch:
+        raise InputError("--batch-wait goes with --batch; add it, or leave both out")
     fields = request_options(options.judge_options, options.reasoning_effort)
     connection = Connection(
         base_url=options.judge_base_url,
@@ -266,5 +275,8 @@ def open_judge(options: JudgeOptions, data: DataSource, *, shared: bool = False,
         price_out=options.price_out,
         price_cached=options.price_cached,
         price_reasoning=options.price_reasoning,
+        price_batch=options.price_batch,
+        batch=bool(options.batch),
+        batch_wait=options.batch_wait,
     )
     return ModelJudge(name, prompts, connection, options=fields, reask=options.reask, dry=options.dry_run)

@@ -18,7 +18,7 @@ import numpy as np
 from almost_eval.errors import DataError, InputError
 from almost_eval.judge.archive import Archive, as_review
 from almost_eval.judge.calibration import brier
-from almost_eval.judge.judges import LASTING, Judge
+from almost_eval.judge.judges import LASTING, Judge, ModelJudge
 from almost_eval.judge.lines import ORDERS, check_reviews, record_of, review_of, stored_verdict
 from almost_eval.judge.records import Pair, Review, Verdict
 from almost_eval.progress import Progress
@@ -141,19 +141,30 @@ class JudgeCheck:
         """
         progress = progress or Progress()
         spec = self.spec()
-        with RunStore(folder, spec) as store, self.judge.open(folder, progress.notice):
-            store.forget([id for id, r in store.done.items() if r.score.reason and r.score.reason not in LASTING])
+        amend = self.judge.amend if isinstance(self.judge, ModelJudge) else None
+        with RunStore(folder, spec, amend) as store, self.judge.open(folder, progress.notice):
+            store.forget([id for id, record in store.done.items() if self._asks_again(record)])
             total = len(self.ids) * self.repeats
             with progress.track(f"{TASK} {self.judge.name}", total, len(store.done)) as advance:
-                for attempt in range(self.repeats):
-                    missing = [at for at, id in enumerate(self.ids) if f"{id}/{attempt}" not in store.done]
-                    for at, judgement in self.judge.stream(self.pairs, missing, attempt):
+                missing = [
+                    [at for at, id in enumerate(self.ids) if f"{id}/{attempt}" not in store.done]
+                    for attempt in range(self.repeats)
+                ]
+                for attempt, mine in enumerate(missing):
+                    if isinstance(self.judge, ModelJudge):
+                        self.judge.announce(self.pairs, mine, attempt)
+                for attempt, mine in enumerate(missing):
+                    for at, judgement in self.judge.stream(self.pairs, mine, attempt):
                         store.append(record_of(self.pairs[at], judgement, id=f"{self.ids[at]}/{attempt}"))
                         advance(1)
             records = [[store.done[f"{id}/{attempt}"] for id in self.ids] for attempt in range(self.repeats)]
             results = self._results(records, store.spec)
             store.finish(results)
         return results
+
+    def _asks_again(self, record: SampleRecord) -> bool:
+        reason = record.score.reason
+        return reason is not None and (reason not in LASTING or self.judge.asks_again(record))
 
     def _results(self, records: Sequence[Sequence[SampleRecord]], spec: JSONMapping) -> JSONObject:
         every = [record for mine in records for record in mine]

@@ -63,13 +63,25 @@ def bounds(grades: Sequence[Grade]) -> tuple[float, float]:
 
 
 def difference(a: Sequence[Grade], b: Sequence[Grade]) -> Metric:
-    """The mean of b's mark minus a's over turns and questions, paired; unscored where one of the two is."""
-    of_a = {(grade.question_id, grade.turn): grade.mark for grade in a}
+    """The mean of b's mark minus a's over turns and questions, paired; unscored where one of the two is.
+
+    Several answers to one question (`--choice all`) are one mark here: their mean.
+    """
+    of_a, of_b = _by_turn(a), _by_turn(b)
     differences = []
-    for grade in b:
-        other = of_a[grade.question_id, grade.turn]
-        differences.append(None if grade.mark is None or other is None else grade.mark - other)
-    return mean_metric(differences, [grade.question_id for grade in b])
+    for key, mark in of_b.items():
+        other = of_a[key]
+        differences.append(None if mark is None or other is None else mark - other)
+    return mean_metric(differences, [question for question, _ in of_b])
+
+
+def _by_turn(grades: Sequence[Grade]) -> dict[tuple[str, int], float | None]:
+    marks: dict[tuple[str, int], list[float]] = {}
+    for grade in grades:
+        mine = marks.setdefault((grade.question_id, grade.turn), [])
+        if grade.mark is not None:
+            mine.append(grade.mark)
+    return {key: math.fsum(mine) / len(mine) if mine else None for key, mine in marks.items()}
 
 
 def summarise(grades: Sequence[Grade], spec: JSONMapping) -> tuple[str, dict[str, Metric], JSONObject]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
-from almost_eval.errors import StoreError, problem_of
+from almost_eval.errors import InputError, StoreError, problem_of
 from almost_eval.judge.judges import UNANSWERED, UNPARSED, Judgement
 from almost_eval.judge.questions import truncate_answers
 from almost_eval.judge.records import (
@@ -63,16 +63,38 @@ def couples(
     shown = _shown(answers, max_answer_chars)
     ids, pairs, cuts = [], [], []
     of_two = list(itertools.combinations(range(len(answers)), 2))
-    for (baseline, model), (question, turn), order in itertools.product(of_two, _turns(questions), ORDERS[orders]):
-        places = (baseline, model) if order == "forward" else (model, baseline)
-        first, second = (shown[place][question.id] for place in places)
-        pair = Pair(question, first, second, order, turn)
-        named = f"/{shown[baseline][question.id].model} vs {shown[model][question.id].model}"
-        ids.append(pair.id + (named if len(of_two) > 1 else ""))
-        pairs.append(pair)
-        lost = [_cut_off(answers[place][question.id], shown[place][question.id], turn) for place in places]
-        cuts.append((lost[0], lost[1]))
+    for (baseline, model), (question, turn) in itertools.product(of_two, _turns(questions)):
+        n = paired_choices(question, *(len(shown[place][question.id].choices) for place in (baseline, model)))
+        for choice, order in itertools.product(range(1, n + 1), ORDERS[orders]):
+            places = (baseline, model) if order == "forward" else (model, baseline)
+            first, second = (_chosen(shown[place][question.id], choice) for place in places)
+            pair = Pair(question, first, second, order, turn, choice)
+            named = f"/{shown[baseline][question.id].model} vs {shown[model][question.id].model}"
+            ids.append(pair.id + (named if len(of_two) > 1 else ""))
+            pairs.append(pair)
+            whole = (_chosen(answers[place][question.id], choice) for place in places)
+            lost = [_cut_off(uncut, one, turn) for uncut, one in zip(whole, (first, second), strict=True)]
+            cuts.append((lost[0], lost[1]))
     return ids, pairs, cuts
+
+
+def paired_choices(question: Question, one: int, other: int) -> int:
+    """Pairs of so many answers to a question: the first with the first, and so on; one alone stands in each of them.
+
+    Raises:
+        InputError: both are several, and not as many.
+    """
+    if one != other and 1 not in (one, other):
+        raise InputError(
+            f"question {question.id} has {one} answers of one system and {other} of another, so that --choice all "
+            "makes no pairs; give as many of both, or one, or --choice N"
+        )
+    return max(one, other)
+
+
+def _chosen(answer: Answer, choice: int) -> Answer:
+    choices = answer.choices
+    return choices[choice - 1] if len(choices) > 1 else choices[0]
 
 
 def solos(
@@ -85,11 +107,12 @@ def solos(
     shown = _shown(answers, max_answer_chars)
     ids, cases, cuts = [], [], []
     for place, (question, turn) in itertools.product(range(len(answers)), _turns(questions)):
-        answer = shown[place][question.id]
-        case = Solo(question, answer, turn)
-        ids.append(case.id + (f"/{answer.model}" if len(answers) > 1 else ""))
-        cases.append(case)
-        cuts.append((_cut_off(answers[place][question.id], answer, turn),))
+        both = zip(answers[place][question.id].choices, shown[place][question.id].choices, strict=True)
+        for choice, (whole, answer) in enumerate(both, 1):
+            case = Solo(question, answer, turn, choice)
+            ids.append(case.id + (f"/{answer.model}" if len(answers) > 1 else ""))
+            cases.append(case)
+            cuts.append((_cut_off(whole, answer, turn),))
     return ids, cases, cuts
 
 
@@ -137,9 +160,10 @@ def record_of(
         0,
         cluster=case.question.id,
         group=case.question.category,
-        # A run of one turn has the lines it had before there were several.
+        # A run of one turn and one choice has the lines it had before there were several.
         metadata=named
         | ({"turn": case.turn} if case.question.later or isinstance(case, Solo) else {})
+        | ({"choice": case.choice} if case.choice > 1 else {})
         | ({} if judge is None else {"judge": judge}),
     )
     outputs = judgement.outputs | {"lengths": lengths_of(case)}
@@ -200,6 +224,7 @@ def review_of(record: SampleRecord, verdict: Verdict | None) -> Review:
             verdict=verdict,
             reason=record.score.reason,
             turn=stored.get("turn", 1),
+            choice=stored.get("choice", 1),
             judge=stored.get("judge", ""),
         )
     except (LookupError, TypeError) as error:

@@ -33,6 +33,8 @@ LATER = "later_turns"
 _MT_BENCH_FOLDER = "fastchat/llm_judge/data/mt_bench"
 _SHOWN = 5
 """Ids that an error names."""
+OTHERS = "metadata_of_other_choices"
+"""In the metadata of an answer's line: a list, one object for each choice after the first."""
 
 
 def read_questions(path: str | Path) -> list[Question]:
@@ -173,7 +175,7 @@ def _question(row: Row, place: _Place, where: str) -> Question:
 
 
 def read_answers(
-    path: str | Path, questions: Sequence[Question], *, subset: bool = False, choice: int = 1
+    path: str | Path, questions: Sequence[Question], *, subset: bool = False, choice: int | None = 1
 ) -> tuple[str, dict[str, Answer]]:
     """The answers of one system, in the order of the questions.
 
@@ -181,7 +183,8 @@ def read_answers(
         path: FastChat's answer JSONL, or AlpacaEval's outputs.
         questions: each must be answered, once. An empty answer is an answer.
         subset: the questions are the first few of a file: answers to others are passed over.
-        choice: which of several `choices` is taken, from 1; `metadata["choices"]` says how many there were.
+        choice: which of several `choices` is taken, from 1; `metadata["choices"]` says how many there were. None takes
+            all: the first has the rest as its `others`.
 
     Returns:
         The system's name (`model_id` or `generator`; the file's name where there is none) and its answers by id.
@@ -198,7 +201,7 @@ def read_answers(
     answers: dict[str, Answer] = {}
     unknown: list[str] = []
     for place, row in _rows(_read_text(path), str(path)):
-        answer = _answer(row, f"{path}, {place}", by_text, path.stem, choice)
+        answer = _whole_answer(row, f"{path}, {place}", by_text, path.stem, choice)
         if answer.question_id not in asked:
             unknown.append(answer.question_id)
         elif answer.question_id in answers:
@@ -229,7 +232,18 @@ def _of_as_many_turns(answer: Answer, question: Question, where: str) -> Answer:
             f"{where}: question {question.id} has {n} turns, and {answered} of them answered; give a file that answers "
             f"all, or --turns {answered}"
         )
-    return dataclasses.replace(answer, later=answer.later[: n - 1])
+    others = tuple(_of_as_many_turns(other, question, where) for other in answer.others)
+    return dataclasses.replace(answer, later=answer.later[: n - 1], others=others)
+
+
+def _whole_answer(row: Row, where: str, by_text: Mapping[str, list[str]], name: str, choice: int | None) -> Answer:
+    """The answer of a row; with all its choices where `choice` is None."""
+    if choice is not None:
+        return _answer(row, where, by_text, name, choice)
+    choices = row.get("choices")
+    n = len(choices) if row.get("text") is None and "instruction" not in row and isinstance(choices, list) else 1
+    first, *others = (_answer(row, where, by_text, name, number) for number in range(1, max(n, 1) + 1))
+    return dataclasses.replace(first, others=tuple(others))
 
 
 def _answer(row: Row, where: str, by_text: Mapping[str, list[str]], name: str, choice: int) -> Answer:
@@ -252,7 +266,7 @@ def _answer(row: Row, where: str, by_text: Mapping[str, list[str]], name: str, c
             except (LookupError, TypeError, ValueError):
                 text = None
             if len(choices) > 1 and isinstance(metadata, dict):
-                metadata = {**metadata, "choices": len(choices)}
+                metadata = {**_metadata_of(metadata, choice), "choices": len(choices)}
     if not isinstance(text, str) or not isinstance(model, str) or not isinstance(metadata, dict):
         raise DataError(f"malformed data: {where}: an answer needs a text `text` (or `output`); mend the row")
     if not all(isinstance(turn, str) for turn in later):
@@ -272,6 +286,16 @@ def _answer(row: Row, where: str, by_text: Mapping[str, list[str]], name: str, c
     return Answer(id, text, model, metadata, tuple(rest))
 
 
+def _metadata_of(metadata: Row, choice: int) -> Row:
+    """What is said of one of several choices; of all the same, where the line does not tell them apart."""
+    own = {key: value for key, value in metadata.items() if key != OTHERS}
+    others = metadata.get(OTHERS)
+    apart = (
+        choice > 1 and isinstance(others, list) and len(others) >= choice - 1 and isinstance(others[choice - 2], dict)
+    )
+    return dict(others[choice - 2]) if apart and others else own
+
+
 def answer_line(answer: Answer, question: Question) -> Row:
     """An answer as a line of FastChat's answer JSONL: that of Vicuna's for one turn, that of MT-Bench's for several.
 
@@ -285,17 +309,19 @@ def answer_line(answer: Answer, question: Question) -> Row:
         "model_id": answer.model,
         "metadata": dict(answer.metadata),
     }
-    if answer.later:
+    if answer.later or answer.others:
         del line["text"]
-        line["choices"] = [{"index": 0, "turns": list(answer.turns)}]
+        line["choices"] = [{"index": i, "turns": list(one.turns)} for i, one in enumerate(answer.choices)]
         if any(turn.metadata for turn in answer.later):
             line["metadata"] |= {LATER: [dict(turn.metadata) for turn in answer.later]}
+        if answer.others:
+            line["metadata"] |= {OTHERS: [answer_line(other, question)["metadata"] for other in answer.others]}
     return line
 
 
 def over_long(answers: Mapping[str, Answer], limit: int) -> list[str]:
     """Ids of the questions whose answer to a turn has more than `limit` characters."""
-    return [id for id, answer in answers.items() if any(len(turn) > limit for turn in answer.turns)]
+    return [id for id, a in answers.items() if any(len(turn) > limit for one in a.choices for turn in one.turns)]
 
 
 def truncate_answers(answers: Mapping[str, Answer], limit: int) -> tuple[dict[str, Answer], int]:
@@ -309,7 +335,7 @@ def _cut(answer: Answer, limit: int) -> Answer:
         AnswerTurn(text[:limit], {**about, "cut_from_characters": len(text)} if len(text) > limit else about)
         for text, about in zip(answer.turns, answer.turn_metadata, strict=True)
     ]
-    return answer.of_turns(turns)
+    return dataclasses.replace(answer.of_turns(turns), others=tuple(_cut(other, limit) for other in answer.others))
 
 
 # --- files

@@ -94,6 +94,13 @@ class Answer:
     """How the first turn's answer came about."""
     later: tuple[AnswerTurn, ...] = ()
     """To the turns after the first."""
+    others: tuple[Answer, ...] = ()
+    """The same system's other answers to the same question, where all of them are judged; these have none."""
+
+    @property
+    def choices(self) -> tuple[Answer, ...]:
+        """The answer itself and the others, each alone."""
+        return (replace(self, others=()), *self.others) if self.others else (self,)
 
     @property
     def turns(self) -> tuple[str, ...]:
@@ -125,11 +132,14 @@ class Pair:
     order: Order
     turn: int = 1
     """Which is judged, from 1. Those before it are shown; those after it are not."""
+    choice: int = 1
+    """Which of a system's answers to the question this is, from 1."""
 
     @property
     def id(self) -> str:
-        """Unique in a run: `question/order`, a later turn's number, and the systems where there are more than two."""
-        return f"{self.question.id}/{self.order}" + (f"/turn {self.turn}" if self.turn > 1 else "")
+        """Unique in a run: `question/order`, a later turn's and choice's number, the systems if more than two."""
+        turn = f"/turn {self.turn}" if self.turn > 1 else ""
+        return f"{self.question.id}/{self.order}{turn}" + (f"/choice {self.choice}" if self.choice > 1 else "")
 
     @property
     def answers(self) -> tuple[Answer, ...]:
@@ -144,11 +154,12 @@ class Solo:
     question: Question
     answer: Answer
     turn: int = 1
+    choice: int = 1
 
     @property
     def id(self) -> str:
-        """Unique for a system: `question/turn`."""
-        return f"{self.question.id}/turn {self.turn}"
+        """Unique for a system: `question/turn`, and a later choice's number."""
+        return f"{self.question.id}/turn {self.turn}" + (f"/choice {self.choice}" if self.choice > 1 else "")
 
     @property
     def answers(self) -> tuple[Answer, ...]:
@@ -210,6 +221,8 @@ class Usage(NamedTuple):
     """Of the prompt: read from the provider's cache."""
     reasoning: int = 0
     """Of the completion: spent on thinking."""
+    written: int = 0
+    """Of the prompt: written to the provider's cache, which some bill above the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +245,10 @@ class Reply:
     """What came in a field or a part of its own for thoughts. Never read for a verdict."""
     parameters: JSONMapping = field(default_factory=dict)
     """What was sent beside the messages: the bound on tokens, the temperature, the options."""
+    written_tokens: int = 0
+    """Of the prompt's, those written to the provider's cache."""
+    cost: float | None = None
+    """USD that the host says it billed; None where it states tokens alone."""
     cached: bool = False
     """True where the journal had it: nothing was paid now."""
     logprobs: Sequence[TokenAlternatives] | None = None
@@ -240,7 +257,13 @@ class Reply:
     @property
     def usage(self) -> Usage:
         """Its tokens."""
-        return Usage(self.prompt_tokens, self.completion_tokens, self.cached_tokens, self.reasoning_tokens)
+        return Usage(
+            self.prompt_tokens,
+            self.completion_tokens,
+            self.cached_tokens,
+            self.reasoning_tokens,
+            self.written_tokens,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,11 +317,13 @@ class Review:
     """Whose it is, in a panel."""
     turn: int = 1
     """Of the question, from 1."""
+    choice: int = 1
+    """Of the systems' answers to it, from 1."""
 
     @property
     def case(self) -> tuple[str, ...]:
         """Which two answers it is about, in either order."""
-        return self.question_id, self.baseline, self.model, str(self.turn)
+        return self.question_id, self.baseline, self.model, str(self.turn), str(self.choice)
 
     @property
     def model_score(self) -> float | None:

@@ -16,7 +16,7 @@ import numpy as np
 from almost_eval.errors import InputError, StoreError
 from almost_eval.judge import grading
 from almost_eval.judge.aggregate import Orders, Ties, aggregate, round_robin
-from almost_eval.judge.answers import answer_files, digest_answers
+from almost_eval.judge.answers import ALL_CHOICES, answer_files, digest_answers
 from almost_eval.judge.api.endpoint import THOUGHT_ONLY
 from almost_eval.judge.api.parameters import JSON_OBJECT, RESPONSE_FORMAT
 from almost_eval.judge.judges import UNPARSED, Judgement, verdict_fields, without_answer
@@ -229,7 +229,9 @@ class StoredRun:
         settings = self.spec["settings"]
         self.questions = read_questions(folder / "questions.jsonl")
         names = [system["name"] for system in settings["systems"].values()]
-        self.answers = [read_answers(file, self.questions)[1] for file in answer_files(folder, names)]
+        choice = None if settings.get("choice") == ALL_CHOICES else 1
+        files = answer_files(folder, names)
+        self.answers = [read_answers(file, self.questions, choice=choice)[1] for file in files]
         self.digests = {name: digest_answers(mine) for name, mine in zip(names, self.answers, strict=True)}
         judged = cases_of(self.questions, self.answers, settings["orders"], settings["max_answer_chars"])
         ids, cases, cuts, judges = spread(names_of(settings["judge"]), *judged)

@@ -24,11 +24,12 @@ from almost_eval.judge.answers import (
     question_line,
 )
 from almost_eval.judge.judges import LASTING, Judge, ModelJudge, shown, without_answer
-from almost_eval.judge.lines import ORDERS, cases_of, check_reviews, record_of
+from almost_eval.judge.lines import ORDERS, cases_of, check_reviews, paired_choices, record_of
 from almost_eval.judge.local import RewardJudge
 from almost_eval.judge.model_system import ModelSystem
 from almost_eval.judge.panel import Families, Panel, Spread, members_of, spread
 from almost_eval.judge.prompts import JudgePrompts
+from almost_eval.judge.raised import kept_lines
 from almost_eval.judge.records import Answer, Answers, AnswerTurn, Question
 from almost_eval.judge.results import summarise
 from almost_eval.progress import Progress
@@ -56,6 +57,7 @@ class JudgeRun:
         ties: `half` (a tie is half a win) or `drop`.
         max_answer_chars: cut longer answers, and count them; None cuts nothing.
         answer_reasoning: what became of thoughts in the systems' answers; recorded.
+        choice: `all` where each of a file's answers to a question is judged; recorded.
         judging: `pairwise`, or `single`: each answer is graded by itself, and there are no orders and no ties.
         questions_named: what the questions and their reference answers are called, where they have names; recorded.
         seed: recorded, and of the bootstrap.
@@ -78,6 +80,7 @@ class JudgeRun:
         ties: Literal["half", "drop"] = "half",
         max_answer_chars: int | None = None,
         answer_reasoning: AnswerReasoning = "strip",
+        choice: Literal["all"] | None = None,
         judging: Judging = "pairwise",
         questions_named: Mapping[str, str] = {},
         seed: int = 0,
@@ -90,6 +93,7 @@ class JudgeRun:
         self.systems = distinct(systems)
         self.judge = judge
         self.judging = judging
+        self.choice = choice
         self.questions_named = dict(questions_named)
         self.orders = orders if judging == "pairwise" else None
         self.ties = ties if judging == "pairwise" else None
@@ -110,9 +114,16 @@ class JudgeRun:
     @property
     def n_samples(self) -> int:
         """Reviews of a whole run."""
-        n, n_turns = len(self.systems), sum(len(question.turns) for question in self.questions)
-        judges = len(self.judge.members) if isinstance(self.judge, Panel) else 1
-        return n_turns * judges * (n if self.orders is None else len(ORDERS[self.orders]) * n * (n - 1) // 2)
+        known = [system.known() for system in self.systems]
+        total = 0
+        for question in self.questions:
+            counts = [len(mine[question.id].choices) if mine else 1 for mine in known]
+            if self.orders is None:
+                total += len(question.turns) * sum(counts)
+            else:
+                pairs = sum(paired_choices(question, *two) for two in itertools.combinations(counts, 2))
+                total += len(question.turns) * len(ORDERS[self.orders]) * pairs
+        return total * (len(self.judge.members) if isinstance(self.judge, Panel) else 1)
 
     def spec(self) -> JSONObject:
         """Everything that decides the numbers, and the command that requested them."""
@@ -132,6 +143,8 @@ class JudgeRun:
             settings["answer_reasoning"] = self.answer_reasoning
         if self.judging != "pairwise":
             settings["judging"] = self.judging
+        if self.choice is not None:
+            settings["choice"] = self.choice
         settings |= self.questions_named
         if families := self.families.to_dict():
             settings["families"] = families
@@ -186,7 +199,8 @@ class JudgeRun:
         if (folder / "spec.json").is_file():
             self._adopt_dates(read_json(folder / "spec.json").get("settings", {}))
         spec = self.spec()
-        with RunStore(folder, spec) as store, self.judge.open(folder, progress.notice):
+        amend = self.judge.amend if isinstance(self.judge, ModelJudge) else None
+        with RunStore(folder, spec, amend) as store, self.judge.open(folder, progress.notice):
             write_rows(folder / "questions.jsonl", map(question_line, self.questions), ascii_only=True)
             files = answer_files(folder, [system.name for system in self.systems])
             answers = [s.write(file, progress) for s, file in zip(self.systems, files, strict=True)]
@@ -262,11 +276,17 @@ class JudgeRun:
         """What `--dry-run` prints; answers that are yet to be written count as long as they may become."""
         unwritten = [system.name for system in self.systems if system.known() is None]
         answers = [system.known() or self._longest(system) for system in self.systems]
-        pairs = self._spread(answers).pairs
+        cases = self._spread(answers)
+        ids, pairs = cases.ids, cases.pairs
         facts: JSONObject = {"questions": len(self.questions), "reviews": len(pairs), "judge": self.judge.name}
         facts |= {"systems": ", ".join(system.name for system in self.systems)}
         if unwritten:
             facts["taken_as_long_as_they_may_become"] = f"answers of {', '.join(unwritten)}"
+        if isinstance(self.judge, ModelJudge) and (kept := kept_lines(folder, self.spec(), self.judge.prompts)):
+            stay = {record.sample.id for record in kept if not self._asks_again(record)}
+            facts |= {"reviews_that_stay": len(stay)}
+            wanted = [pair for id, pair in zip(ids, pairs, strict=True) if id not in stay]
+            return facts | (self.judge.plan(wanted, folder) if wanted else self.judge.plan(pairs, folder, 0))
         return facts | self.judge.plan(pairs, folder)
 
     def _spread(self, answers: Sequence[Answers]) -> Spread:

@@ -55,10 +55,24 @@ def print_judged(results: JSONMapping, console: Console) -> None:
         print_panel(results, console)
     if details := ", ".join(f"{name} {count:,}" for name, count in results["details"].items() if count):
         console.print(Text(f"counted: {details}"))
+    _print_cost(results.get("timing") or {}, console)
     if not results["validity"]["passed"]:
         console.print(Text.assemble(("headline withheld:", "red"), f" {results['validity']['reason']}"))
     for warning in results["engine"]["warnings"]:
         console.print(Text.assemble(("warning:", "yellow"), f" {warning}"))
+
+
+def _print_cost(timing: JSONMapping, console: Console) -> None:
+    """What all runs in the folder were billed, and what is counted at its most, as nobody says for how much."""
+    cost = timing.get("cost_usd_all_runs")
+    unsure, n = timing.get("of_it_uncertain_usd"), timing.get("cost_uncertain_requests_all_runs")
+    if not cost and not n:
+        return
+    told = f" {cost:.4f} USD for all runs in this folder" if cost is not None else " unknown"
+    if n:
+        most = f" up to {unsure:.4f} USD" if unsure is not None else ""
+        told += f"; of it{most} for {n} requests whose bill nobody states (a timeout, a kill, a batch under way)"
+    console.print(Text.assemble(("cost:", "yellow" if n else "dim"), told), soft_wrap=True)
 
 
 def _two(results: JSONMapping) -> JudgeResults:

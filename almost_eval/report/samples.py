@@ -199,23 +199,29 @@ class _JudgedTexts:
     def of(self, record: SampleRecord) -> JSONObject:
         """The question up to the judged turn, and who answered what to it after which thought, by place."""
         stored, question = record.sample.metadata, record.sample.cluster
-        turn = int(stored.get("turn", 1))
+        turn, choice = int(stored.get("turn", 1)), int(stored.get("choice", 1))
         names = [str(stored[key]) for key in ("baseline", "model") if key in stored]
         if stored.get("order") == "reverse":
             names.reverse()
         answers = []
         for name in names:
-            turns = self._answers.get((name, question))
+            choices = self._answers.get((name, question))
+            turns = choices[choice - 1 if len(choices) > 1 else 0] if choices else None
             answers.append([name, *(turns[turn - 1] if turns else (None, None))])
         asked = self._questions.get(question)
         return {"question": "\n\n".join(asked[:turn]) if asked else None, "answers": answers}
 
 
-def _answered(row: JSONObject) -> list[tuple[str, str | None]]:
-    """(answer, thought that was stripped from it) of each turn of an answer's line."""
-    texts, about = _turns_of((row.get("choices") or [row])[0]), row.get("metadata") or {}
+def _answered(row: JSONObject) -> list[list[tuple[str, str | None]]]:
+    """(answer, thought that was stripped from it) of each turn of each choice of an answer's line.
+
+    Thoughts are kept of one choice alone: a model that writes its answers here writes one.
+    """
+    about = row.get("metadata") or {}
     thoughts = [about.get("reasoning"), *(later.get("reasoning") for later in about.get(LATER, []))]
-    return list(zip(texts, [*thoughts, *[None] * len(texts)], strict=False))
+    choices = [_turns_of(choice) for choice in row.get("choices") or [row]]
+    own = thoughts if len(choices) == 1 else []
+    return [list(zip(texts, [*own, *[None] * len(texts)], strict=False)) for texts in choices]
 
 
 def _turns_of(row: JSONObject) -> list[str]:
