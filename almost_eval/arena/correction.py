@@ -92,6 +92,8 @@ def corrected(
     """
     results = redraw(folder, ties=ties, orders=orders, family=family)
     run = StoredRun(folder)
+    if run.graded:
+        raise InputError(f"--votes: {folder} graded each answer by itself; give a run of two systems")
     names = [system["name"] for system in run.spec["settings"]["systems"].values()]
     if len(names) != 2:
         raise InputError(f"--votes: {folder} judged {len(names)} systems; give a run of two")
@@ -100,8 +102,11 @@ def corrected(
             f"--votes: {folder} judged the two sides of an arena, and a system may stand on either; compare judge and "
             "voters by `almost-eval arena report --judge`"
         )
-    matched = match_votes(votes, (pair for pair, _ in run.pairs.values()))
-    reviews = reviews_of(redrawn_records(run, orders, family))
+    # A vote is on one question and one answer of each system: of several turns or choices, on the first.
+    cases = [case for case, _ in run.pairs.values()]
+    pairs = [case for case in cases if isinstance(case, Pair) and (case.turn, case.choice) == (1, 1)]
+    matched = match_votes(votes, pairs)
+    reviews = [r for r in reviews_of(redrawn_records(run, orders, family)) if (r.turn, r.choice) == (1, 1)]
     judge = mean_scores(majority(reviews) if names_of(run.spec["settings"]["judge"]) else reviews)
     voted = [question for question in matched.scores if question in judge]
     if not voted:

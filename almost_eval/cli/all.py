@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from almost_eval.cli.command_line import comma_list, import_transformers, open_console, options, options_of
-from almost_eval.cli.judge_options import JUDGE_OPTIONS, JUDGES_OWN
+from almost_eval.cli.judge_options import JUDGE_OPTIONS, JUDGES_OWN, REASK
 from almost_eval.cli.options import DATA_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, Values, run_request
 from almost_eval.progress import Progress
 
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from almost_eval.suite.plan import Planned
     from almost_eval.suite.run import Outcome
 
-_JUDGE_OPTIONS = [option for option in JUDGE_OPTIONS if options_of([option])[0].name not in (*JUDGES_OWN, "prompt_set")]
+_JUDGE_OPTIONS = [
+    *(option for option in JUDGE_OPTIONS if options_of([option])[0].name not in (*JUDGES_OWN, "prompt_set")),
+    REASK,
+]
 """Those of `vicuna` that no other group has an option of the same name for."""
 
 
@@ -180,7 +183,11 @@ def _rows(outcome: Outcome) -> Iterator[list[str]]:
 
 
 class Silent(Progress):
-    """Reports nothing."""
+    """Reports nothing but notices, as lines on stderr."""
+
+    def notice(self, message: str) -> None:
+        """One line."""
+        print(message, file=sys.stderr, flush=True)
 
     def begin(self, one: Planned) -> None:
         """A task begins."""
@@ -207,6 +214,10 @@ class Display(Silent):
     def note(self, message: str) -> None:
         """Say what begins."""
         self._bars.console.print(message, style="dim", highlight=False, markup=False)
+
+    def notice(self, message: str) -> None:
+        """One line above the bars."""
+        self._bars.console.print(message, style="yellow", highlight=False, markup=False)
 
     def begin(self, one: Planned) -> None:
         """A task begins."""

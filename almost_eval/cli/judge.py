@@ -14,6 +14,7 @@ import click
 from almost_eval.cli.command_line import Commands, import_transformers, open_console, options
 from almost_eval.cli.judge_options import (
     ANSWER_OPTIONS,
+    BY_CATEGORY,
     CHECK_OPTIONS,
     DATA_OPTIONS,
     ENGINE_OPTIONS,
@@ -25,6 +26,7 @@ from almost_eval.cli.judge_options import (
     PANEL_OPTIONS,
     PATH,
     RUN_OPTIONS,
+    TURN_OPTIONS,
 )
 from almost_eval.cli.options import engine_options
 from almost_eval.errors import InputError
@@ -46,15 +48,18 @@ STARTED = time.perf_counter()
 
 
 @click.command()
-@options(ANSWER_OPTIONS, PANEL_OPTIONS, DATA_OPTIONS, RUN_OPTIONS, [JSON], ENGINE_OPTIONS)
+@options(ANSWER_OPTIONS, PANEL_OPTIONS, DATA_OPTIONS, TURN_OPTIONS, RUN_OPTIONS, [JSON], ENGINE_OPTIONS)
 def vicuna(**flags: Any) -> int:
     """Two systems answer questions, and a judge says which answer is better.
+
+    With --judging single it grades each answer by itself, from 1 to 10; then one system is enough.
 
     \b
     Example:
       almost-eval vicuna                                   built-in models, questions and judge; no key
       almost-eval vicuna --model ./my-model --baseline answers.jsonl --judge gpt-6.1-terra --dry-run
       almost-eval vicuna --models ./a ./b answers-c.jsonl --judge reward:./my-reward-model
+      almost-eval vicuna --questions mt-bench --judging single --model ./my-model --judge gpt-6.1-terra
       almost-eval vicuna --answers a.jsonl --baseline b.jsonl --judge gpt-6.1-terra --judge reward:./my-reward-model
     """
     from almost_eval.progress import progress_for
@@ -69,8 +74,10 @@ def vicuna(**flags: Any) -> int:
 
 def _prepare(flags: Flags) -> JudgeRun:
     """Everything that can be refused, cheapest first: usage, questions, judge, answer files, models."""
-    from almost_eval.judge.answers import MAX_ANSWER_CHARS, Sampling, is_answer_file, open_system
+    from almost_eval.judge.answers import MAX_ANSWER_CHARS, is_answer_file, open_system
+    from almost_eval.judge.model_system import Sampling
     from almost_eval.judge.panel import Families
+    from almost_eval.judge.questions import names_of
     from almost_eval.judge.run import JudgeRun
     from almost_eval.nano import BUILT_IN
     from almost_eval.run.validity import parse_allowed
@@ -80,10 +87,10 @@ def _prepare(flags: Flags) -> JudgeRun:
     built_in = all(name in BUILT_IN for name in names)
     data, questions, fingerprint = _questions(flags, built_in=built_in)
     families = Families(_named(flags, "judge_family"), _named(flags, "system_family"))
-    judge = _open_judges(flags, data)
+    judge = _open_judges(flags, data, several_turns=any(question.later for question in questions))
     limit = None if flags["max_answer_chars"] else MAX_ANSWER_CHARS
     sampling = Sampling(
-        temperature=flags["temperature"],
+        **_temperatures(flags),
         top_p=flags["top_p"],
         max_new_tokens=flags["max_new_tokens"] or answer_budget(data.name),
         seed=flags["seed"],
@@ -118,14 +125,28 @@ def _prepare(flags: Flags) -> JudgeRun:
         ties=flags["ties"],
         max_answer_chars=flags["max_answer_chars"],
         answer_reasoning=flags["reasoning"],
+        choice="all" if flags["choice"] is None else None,
+        judging=flags["judging"],
+        questions_named=names_of(flags["questions"], flags["reference"]),
         seed=flags["seed"],
         allowed=allowed,
         families=families,
     )
 
 
+def _temperatures(flags: Flags) -> dict[str, Any]:
+    """The fields of `Sampling` that `--temperature` states."""
+    from almost_eval.judge.fastchat import TEMPERATURES
+    from almost_eval.judge.questions import is_mt_bench
+
+    stated = flags["temperature"]
+    if stated == BY_CATEGORY or (stated is None and is_mt_bench(flags["questions"])):
+        return {"temperatures": TEMPERATURES}
+    return {} if stated is None else {"temperature": stated}
+
+
 def _system_names(flags: Flags) -> list[str]:
-    """Baseline and model, or all of a round robin."""
+    """Baseline and model, or all of a round robin; without a baseline the model alone, where answers are graded."""
     from almost_eval.nano import BUILT_IN, DEFAULT_MODEL
 
     single = [flag for flag in ("model", "baseline", "answers") if flags[flag]]
@@ -135,7 +156,7 @@ def _system_names(flags: Flags) -> list[str]:
                 f"--models names all systems, so --{single[0]} has no place beside it; leave one of them out"
             )
         names = [flags["models"], *flags["more"]]
-        if len(names) < 2:
+        if len(names) < 2 and flags["judging"] == "pairwise":
             raise InputError("--models needs two systems or more: --models A B C")
         return names
     if flags["more"]:
@@ -147,6 +168,8 @@ def _system_names(flags: Flags) -> list[str]:
     model = str(flags["answers"] or flags["model"] or DEFAULT_MODEL)
     baseline = flags["baseline"]
     if baseline is None:
+        if flags["judging"] == "single":
+            return [model]
         if model not in BUILT_IN:
             raise InputError("--baseline is missing: give a checkpoint or an answer file to compare with")
         baseline = DEFAULT_BASELINE
@@ -162,7 +185,9 @@ def _questions(flags: Flags, *, built_in: bool) -> tuple[DataSource, list[Questi
     if name is None and NANO_JUDGE in judges and not flags["data_root"]:
         name = "nano"
     data = find_data(name, flags["data_root"], built_in_model=built_in and not flags["questions"])
-    questions, fingerprint = find_questions(flags["questions"], data, limit=flags["limit"])
+    questions, fingerprint = find_questions(
+        flags["questions"], data, limit=flags["limit"], turns=flags.get("turns"), reference=flags.get("reference")
+    )
     return data, questions, fingerprint
 
 
@@ -176,7 +201,7 @@ def _open_judge(flags: Flags, data: DataSource) -> Judge:
     return open_judge(options, data)
 
 
-def _open_judges(flags: Flags, data: DataSource) -> Judge:
+def _open_judges(flags: Flags, data: DataSource, *, several_turns: bool) -> Judge:
     """The judge, or the panel, that the flags name; see `open_judges`."""
     from almost_eval.judge.build import REWARD_PREFIX, JudgeOptions, open_judges
 
@@ -184,7 +209,7 @@ def _open_judges(flags: Flags, data: DataSource) -> Judge:
     if any(name.startswith(REWARD_PREFIX) for name in flags["judges"]):
         import_transformers()
     endpoints, prices = _named(flags, "judge_at"), _named(flags, "judge_price")
-    return open_judges(flags["judges"], options, data, endpoints=endpoints, prices=prices)
+    return open_judges(flags["judges"], options, data, endpoints=endpoints, prices=prices, several_turns=several_turns)
 
 
 def _named(flags: Flags, name: str) -> dict[str, str]:
@@ -264,6 +289,8 @@ def judge_report(
 
     data, questions, _ = _questions(flags | {"judge": None}, built_in=False)
     prompts = load_judge_prompts(flags["prompt_family"] or DEFAULT_FAMILY, "builtin", data)
+    if prompts.n_answers != 2:
+        raise InputError(f"--prompt-family {prompts.name} is about one answer, archived reviews are about two")
     rows = aggregate_archives(
         find_archives(archive, questions), prompts, ties=flags["ties"] or "half", orders=flags["orders"]
     )

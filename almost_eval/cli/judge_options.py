@@ -8,21 +8,46 @@ from pathlib import Path
 import click
 
 from almost_eval.cli.options import ENGINE_FIELDS, GENERATION_FIELDS, engine_flag
+from almost_eval.errors import InputError
 from almost_eval.judge.build import MAX_NEW_TOKENS, NANO_MAX_NEW_TOKENS, JudgeOptions
-from almost_eval.judge.families import DEFAULT_FAMILY, FAMILIES
+from almost_eval.judge.families import DEFAULT_FAMILY, FAMILIES, FAMILY_OF_TURNS
 from almost_eval.judge.modes import MODES
 
 PATH = click.Path(path_type=Path)
 FAMILY = click.Choice(list(FAMILIES))
+BY_CATEGORY = "by-category"
+"""A temperature of its own for each category of questions."""
+
+
+class AnswerTemperature(click.ParamType):
+    """A number from 0, or `by-category`."""
+
+    name = "NUMBER|by-category"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
+        """See `click.ParamType.convert`."""
+        if value == BY_CATEGORY:
+            return BY_CATEGORY
+        number: float = click.FloatRange(min=0).convert(value, param, ctx)  # type: ignore[arg-type]
+        return number
+
+
+def _choice(context: click.Context, option: click.Parameter, value: str) -> int | None:
+    """A number from 1; None is all."""
+    if value == "all":
+        return None
+    if not str(value).isdecimal() or int(value) < 1:
+        raise InputError(f"--choice is {value!r}; give a number from 1, or all")
+    return int(value)
+
+
 _JUDGE = "A model of the API (gpt-6.1-terra), nano (the nano world's oracle) or reward:CKPT"
 _ASKED = [
     click.option("--judge-prompt", type=PATH, help="A prompt file, instead of a prompt set."),
     click.option(
         "--prompt-family",
-        type=click.Choice(list(FAMILIES)),
-        default=DEFAULT_FAMILY,
-        show_default=True,
-        help="Scores, or letters.",
+        type=FAMILY,
+        help=f"Scores, letters, or marks of one answer.  [{DEFAULT_FAMILY}; several turns: {FAMILY_OF_TURNS}]",
     ),
     click.option(
         "--verdict",
@@ -39,6 +64,11 @@ _ASKED = [
     click.option("--price-out", type=float, help="USD per million completion tokens."),
     click.option("--price-cached", type=float, help="USD per million prompt tokens from a cache.  [--price-in]"),
     click.option("--price-reasoning", type=float, help="USD per million tokens of thinking.  [--price-out]"),
+    click.option(
+        "--price-batch", type=float, help="Share of the price that a batch costs: 0.5.  [the table's; else 1]"
+    ),
+    click.option("--batch", is_flag=True, help="By the provider's batch API: cheaper, and a day at most."),
+    click.option("--batch-wait", type=click.FloatRange(min=0), help="Seconds to wait for batches.  [until they end]"),
     click.option(
         "--max-tokens", type=click.IntRange(min=1), help="Tokens of a review, thinking included.  [the prompt's]"
     ),
@@ -78,8 +108,18 @@ CHECK_OPTIONS = [
 DATA_OPTIONS = [
     click.option("--data", help="Data: hub (the real questions) or nano (built in; the default for built-in models)."),
     click.option("--data-root", help="Folder laid out like the hub, looked in first. [env: ALMOST_DATA_ROOT]"),
-    click.option("--questions", type=PATH, help="A question file (Vicuna's, MT-Bench's or AlpacaEval's shape)."),
+    click.option(
+        "--questions", type=PATH, help="mt-bench, or a question file (Vicuna's, MT-Bench's or AlpacaEval's shape)."
+    ),
     click.option("--limit", type=click.IntRange(min=1), help="Questions, the first so many."),
+]
+TURN_OPTIONS = [
+    click.option("--turns", type=click.IntRange(min=1), help="Turns of each question, the first so many.  [all]"),
+    click.option(
+        "--reference",
+        help="Reference answers: published or corrected (FastChat's for MT-Bench), or a file of answers.  "
+        "[mt-bench: published; a question file: its own]",
+    ),
 ]
 JUDGES_OWN = ("concurrency", "timeout")
 """Options of an engine that are the judge's here, not those of the engine that writes the answers."""
@@ -103,7 +143,11 @@ ANSWER_OPTIONS = [
     click.option("--answers", type=PATH, help="The model's answers, as FastChat writes them, instead of --model."),
     click.option("--models", metavar="A B C ...", help="Each against each, instead of --model and --baseline."),
     click.argument("more", nargs=-1, metavar=""),
-    click.option("--temperature", default=0.7, show_default=True, type=click.FloatRange(min=0), help="Of the answers."),
+    click.option(
+        "--temperature",
+        type=AnswerTemperature(),
+        help="Of the answers: a number, or by-category as FastChat has it.  [0.7; mt-bench: by-category]",
+    ),
     click.option(
         "--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True), help="Nucleus."
     ),
@@ -130,10 +174,11 @@ ANSWER_OPTIONS = [
     ),
     click.option(
         "--choice",
-        type=click.IntRange(min=1),
-        default=1,
+        metavar="N|all",
+        default="1",
         show_default=True,
-        help="Which answer, where a file holds several to a question.",
+        callback=_choice,
+        help="Which answer, where a file holds several to a question; all judges each of them.",
     ),
     click.option("--max-answer-chars", type=click.IntRange(min=1), help="Cut longer answers, and count them."),
 ]
@@ -151,10 +196,18 @@ ORDERS = click.option(
     show_default=True,
     help="forward: the baseline is Assistant 1.",
 )
+REASK = click.option("--reask", is_flag=True, help="Ask once more for a review that cannot be read.")
 RUN_OPTIONS = [
+    click.option(
+        "--judging",
+        type=click.Choice(["pairwise", "single"]),
+        default="pairwise",
+        show_default=True,
+        help="Two answers compared, or each graded from 1 to 10 by itself.",
+    ),
     ORDERS,
     TIES,
-    click.option("--reask", is_flag=True, help="Ask once more for a review that cannot be read."),
+    REASK,
     click.option("--output", type=PATH, help="Run folder; the default is named by the run."),
     click.option("--seed", default=0, show_default=True, help="Of the answers."),
     click.option("--allow", multiple=True, metavar="CHECK=SHARE", help="Share of reviews a validity check may flag."),

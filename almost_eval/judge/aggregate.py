@@ -19,6 +19,7 @@ always wins. It takes length for a cause; where better answers have to be longer
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections import Counter
@@ -51,7 +52,7 @@ MIN_FOR_LENGTH = 10
 
 @dataclass(frozen=True, slots=True)
 class Combined:
-    """The questions, each with its two orders taken together."""
+    """The turns of the questions, each with its two orders taken together."""
 
     model: int
     """Both orders prefer the model."""
@@ -89,8 +90,9 @@ class JudgeResults:
     orders: Orders
     n_questions: int
     metrics: dict[str, Metric]
-    """`win_rate`, `wins`, `ties`, `losses`, `unparsed`, `total_score/<name>`, `win_rate/<category>`. `unparsed` counts
-    every review without a verdict, for whatever reason."""
+    """`win_rate`, `wins`, `ties`, `losses`, `unparsed`, `total_score/<name>`, `win_rate/<category>`; where questions
+    have several turns `win_rate/turn_1`, `win_rate/turn_1/<category>` and so on. `unparsed` counts every review without
+    a verdict, for whatever reason."""
     reasons: dict[str, int]
     """Why reviews have no verdict."""
     bounds: tuple[float, float] | None
@@ -128,7 +130,7 @@ def aggregate(reviews: Sequence[Review], *, ties: Ties = "half", orders: Orders 
     """
     taken = [review for review in reviews if orders in ("both", review.order)]
     baseline, model = _systems(taken, orders)
-    keys = Counter((review.question_id, review.order) for review in taken)
+    keys = Counter((review.question_id, review.order, review.turn, review.choice) for review in taken)
     if twice := next((key for key, count in keys.items() if count > 1), None):
         raise InputError(f"question {twice[0]} has {keys[twice]} reviews in order {twice[1]}; keep one of each")
     questions = [review.question_id for review in taken]
@@ -146,6 +148,7 @@ def aggregate(reviews: Sequence[Review], *, ties: Ties = "half", orders: Orders 
     for category in dict.fromkeys(review.category for review in taken):
         of_it = [i for i in kept if taken[i].category == category]
         metrics[f"win_rate/{category}"] = mean_metric([values[i] for i in of_it], [questions[i] for i in of_it])
+    metrics |= _by_turn([taken[i] for i in kept], [values[i] for i in kept])
     combined, consistency = _combined(taken)
     decisive = [review for review in taken if review.model_won is not None]
     return JudgeResults(
@@ -165,6 +168,26 @@ def aggregate(reviews: Sequence[Review], *, ties: Ties = "half", orders: Orders 
         sign_test=_sign_test(taken),
         calibration=swap_calibration(taken),
     )
+
+
+def _by_turn(reviews: Sequence[Review], values: Sequence[float | None]) -> dict[str, Metric]:
+    """Win rates of each turn, and of each category in it; none where there is one turn only.
+
+    Args:
+        reviews: those that count.
+        values: what each is worth.
+    """
+    turns = sorted({review.turn for review in reviews})
+    categories = list(dict.fromkeys(review.category for review in reviews))
+    parts: list[str | None] = [None, *(categories if len(categories) > 1 else [])]
+    rates = {}
+    for turn, category in itertools.product(turns if len(turns) > 1 else [], parts):
+        pairs = zip(reviews, values, strict=True)
+        of_it = [(r.question_id, value) for r, value in pairs if r.turn == turn and category in (None, r.category)]
+        if of_it:
+            name = f"win_rate/turn_{turn}" + (f"/{category}" if category else "")
+            rates[name] = mean_metric([value for _, value in of_it], [question for question, _ in of_it])
+    return rates
 
 
 def _systems(reviews: Sequence[Review], orders: str) -> tuple[str, str]:
@@ -198,26 +221,30 @@ def _bounds(values: Sequence[float | None]) -> tuple[float, float] | None:
 
 def _combined(reviews: Sequence[Review]) -> tuple[Combined, Metric]:
     """The two orders of each question together, and how often they agree."""
-    by_question: dict[str, dict[str, Outcome]] = {}
+    by_turn: dict[tuple[str, int, int], dict[str, Outcome]] = {}
     for review in reviews:
-        outcomes = by_question.setdefault(review.question_id, {})
+        outcomes = by_turn.setdefault((review.question_id, review.turn, review.choice), {})
         if review.outcome is not None:
             outcomes[review.order] = review.outcome
     counts: Counter[str] = Counter()
     same: list[float] = []
-    for outcomes in by_question.values():
+    clusters: list[str] = []
+    for (question, _, _), outcomes in by_turn.items():
         if len(outcomes) < 2:
             counts["incomplete"] += 1
             continue
         forward, reverse = outcomes["forward"], outcomes["reverse"]
         same.append(float(forward == reverse))
+        clusters.append(question)
         if forward == reverse:
             counts[forward] += 1
         elif "tie" in (forward, reverse):
             counts["one_tie"] += 1
         else:  # in forward order the model is Assistant 2
             counts["conflict_second" if forward == "model" else "conflict_first"] += 1
-    return Combined(**{field.name: counts[field.name] for field in dataclasses.fields(Combined)}), mean_metric(same)
+    return Combined(**{field.name: counts[field.name] for field in dataclasses.fields(Combined)}), mean_metric(
+        same, clusters
+    )
 
 
 def _share(reviews: Sequence[Review], values: Sequence[float]) -> Metric:
@@ -347,7 +374,7 @@ class Agreement:
 
 
 def agreement(a: Sequence[Review], b: Sequence[Review], *, rng: np.random.Generator) -> Agreement:
-    """How far two judges agree; reviews are paired on question, order and systems, intervals clustered by question.
+    """How far two judges agree; reviews are paired on question, turn, order, systems, intervals clustered by question.
 
     Raises:
         InputError: they share no pair.

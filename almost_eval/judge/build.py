@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from almost_eval.errors import InputError, did_you_mean
-from almost_eval.judge.families import DEFAULT_FAMILY
+from almost_eval.judge.families import DEFAULT_FAMILY, FAMILY_OF_ONE, FAMILY_OF_TURNS
 from almost_eval.types import JSONObject
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ NANO_MAX_NEW_TOKENS = 128
 
 _OF_AN_API = (
     *("judge_base_url", "judge_prompt", "prompt_set", "max_cost", "price_in", "price_out", "price_cached"),
-    *("price_reasoning", "max_tokens", "judge_temperature", "reasoning_effort", "judge_options", "verdict"),
+    *("price_reasoning", "price_batch", "max_tokens", "judge_temperature", "reasoning_effort", "judge_options"),
+    *("verdict", "batch", "batch_wait"),
 )
 _RESERVED = {"model": "--judge", "messages": "--judge-prompt", "stream": "", "n": "--repeats or --orders"} | {
     **dict.fromkeys(("max_tokens", "max_completion_tokens"), "--max-tokens"),
@@ -50,8 +51,10 @@ class JudgeOptions:
     """API: the endpoint, up to and including `/v1`; None is `OPENAI_BASE_URL`, else OpenAI's."""
     judge_prompt: Path | None = None
     """API: a prompt file, in the place of a prompt set."""
-    prompt_family: str = DEFAULT_FAMILY
-    """API: a name in `FAMILIES`."""
+    prompt_family: str | None = None
+    """API: a name in `FAMILIES`; None is as the questions are, and the judging."""
+    judging: str = "pairwise"
+    """`pairwise`, or `single`: a mark for each answer by itself."""
     prompt_set: str | None = None
     """API: `official` or `builtin`; None is as the data are."""
     concurrency: int = 32
@@ -68,6 +71,12 @@ class JudgeOptions:
     """API: USD per million prompt tokens that are read from a cache; None is the table's, else `price_in`."""
     price_reasoning: float | None = None
     """API: USD per million completion tokens spent on thinking; None is the table's, else `price_out`."""
+    price_batch: float | None = None
+    """API: what a batch costs of the price, as a share of 1; None is the table's."""
+    batch: bool | None = None
+    """API: whether requests go through the provider's batch API."""
+    batch_wait: float | None = None
+    """API: seconds to wait for batches at most; None waits until they end."""
     max_tokens: int | None = None
     """API: tokens of a review, those of its thoughts included; None is the prompt's."""
     judge_temperature: float | None = None
@@ -135,6 +144,7 @@ def open_judges(
     *,
     endpoints: Mapping[str, str] | None = None,
     prices: Mapping[str, str] | None = None,
+    several_turns: bool = False,
 ) -> Judge:
     """One judge, or a panel of several.
 
@@ -143,6 +153,7 @@ def open_judges(
         options: for all; of those of an API, judges without one take none.
         data: see `open_judge`.
         endpoints: judge -> its endpoint, in the place of `judge_base_url`.
+        several_turns: see `open_judge`.
         prices: judge -> USD per million tokens, in and out ("0.5,1.5"), in the place of `price_in` and `price_out`.
 
     Raises:
@@ -153,10 +164,12 @@ def open_judges(
         if unknown := next((name for name in stated if name not in names), None):
             raise InputError(f"{flag} {unknown}: there is no such judge; {did_you_mean(unknown, names)}")
     if len(names) < 2 and not endpoints and not prices:
-        return open_judge(replace(options, judge=names[0] if names else None), data)
+        return open_judge(replace(options, judge=names[0] if names else None), data, several_turns=several_turns)
+    if len(names) > 1 and options.judging == "single":
+        raise InputError("--judging single takes one --judge; grade with each of them in a run of its own")
     chosen = [_options_of(name, options, endpoints, prices) for name in names]
     shared = not all(one.is_local for one in chosen)  # else an option that nobody takes is refused
-    judges = [open_judge(one, data, shared=shared) for one in chosen]
+    judges = [open_judge(one, data, shared=shared, several_turns=several_turns) for one in chosen]
     if len(judges) == 1:
         return judges[0]
     from almost_eval.judge.panel import Panel
@@ -195,19 +208,20 @@ def answer_budget(data_name: str) -> int:
     return NANO_MAX_NEW_TOKENS if data_name == "nano" else MAX_NEW_TOKENS
 
 
-def open_judge(options: JudgeOptions, data: DataSource, *, shared: bool = False) -> Judge:
+def open_judge(options: JudgeOptions, data: DataSource, *, shared: bool = False, several_turns: bool = False) -> Judge:
     """The judge that the options name, without weights and without a request.
 
     Args:
         options: see there.
         data: where official prompts are looked for.
         shared: the options are those of several judges, of which this one takes what is its own.
+        several_turns: a question has more than one: Vicuna's prompts, the default for one, know nothing of a second.
 
     Raises:
         InputError: an option that this judge does not take; whatever the judge refuses.
     """
     name = options.judge or (NANO_JUDGE if data.name == "nano" else DEFAULT_JUDGE)
-    unused = next((flag for flag in _OF_AN_API if getattr(options, flag) is not None), None)
+    unused = next((flag for flag in _OF_AN_API if getattr(options, flag) not in (None, False)), None)
     if unused and not shared and (name == NANO_JUDGE or options.is_reward_model):
         raise InputError(f"--{unused.replace('_', '-')} belongs to a judge behind an API, not to {name}; leave it out")
     if name == NANO_JUDGE:
@@ -215,6 +229,11 @@ def open_judge(options: JudgeOptions, data: DataSource, *, shared: bool = False)
 
         return NanoJudge()
     if options.is_reward_model:
+        if options.judging == "single":
+            raise InputError(
+                f"--judging single needs marks from 1 to 10, and {name} gives raw rewards, which have no scale; "
+                "compare two systems, or name another --judge"
+            )
         from almost_eval.judge.local import RewardJudge
         from almost_eval.rewards.hf import HFRewardModel
 
@@ -232,7 +251,16 @@ def open_judge(options: JudgeOptions, data: DataSource, *, shared: bool = False)
     from almost_eval.judge.probabilities import MAX_TOKENS
     from almost_eval.judge.prompts import load_judge_prompts
 
-    prompts = load_judge_prompts(options.prompt_family, options.prompt_set, data, file=options.judge_prompt)
+    family = options.prompt_family
+    if family is None:
+        family = DEFAULT_FAMILY if not several_turns else FAMILY_OF_TURNS
+        family = FAMILY_OF_ONE if options.judging == "single" else family
+    prompts = load_judge_prompts(family, options.prompt_set, data, file=options.judge_prompt)
+    if prompts.n_answers != (1 if options.judging == "single" else 2):
+        shows = "one answer by itself" if prompts.n_answers == 1 else "two answers"
+        raise InputError(
+            f"the prompts {prompts.name} are about {shows}, and --judging is {options.judging}; change one"
+        )
     prompts = replace(prompts, verdict=options.verdict or "text")
     if options.verdict == "logprobs":
         prompts = replace(prompts, max_tokens=MAX_TOKENS)
@@ -240,6 +268,8 @@ def open_judge(options: JudgeOptions, data: DataSource, *, shared: bool = False)
         prompts = replace(prompts, max_tokens=options.max_tokens)
     if options.judge_temperature is not None:
         prompts = replace(prompts, temperature=options.judge_temperature)
+    if options.batch_wait is not None and not options.batch:
+        raise InputError("--batch-wait goes with --batch; add it, or leave both out")
     fields = request_options(options.judge_options, options.reasoning_effort)
     connection = Connection(
         base_url=options.judge_base_url,
@@ -250,5 +280,8 @@ def open_judge(options: JudgeOptions, data: DataSource, *, shared: bool = False)
         price_out=options.price_out,
         price_cached=options.price_cached,
         price_reasoning=options.price_reasoning,
+        price_batch=options.price_batch,
+        batch=bool(options.batch),
+        batch_wait=options.batch_wait,
     )
     return ModelJudge(name, prompts, connection, options=fields, reask=options.reask, dry=options.dry_run)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from almost_eval.errors import DataError, InputError
@@ -15,7 +15,7 @@ from almost_eval.judge.api.journal import Journal
 from almost_eval.judge.archive import Archive
 from almost_eval.judge.cases import Case, HumanVote, archived_cases, drawn, reversed_pair, voted_cases
 from almost_eval.judge.certificate import Checked, check_metrics, moves_from_archive, sentence
-from almost_eval.judge.judges import LASTING, Judge
+from almost_eval.judge.judges import LASTING, Judge, ModelJudge
 from almost_eval.judge.lines import ORDERS, check_reviews, record_of, review_of, stored_verdict
 from almost_eval.judge.names import CHECK_TASK
 from almost_eval.judge.prompts import JudgePrompts
@@ -129,17 +129,16 @@ class JudgeCheck:
         """
         progress = progress or Progress()
         spec, started, computed = self.spec(), time.perf_counter(), 0
-        with RunStore(folder, spec) as store:
+        amend = self.judge.amend if isinstance(self.judge, ModelJudge) else None
+        with RunStore(folder, spec, amend) as store:
             with self.judge.open(folder, progress.notice):
-                store.forget([id for id, r in store.done.items() if r.score.reason and r.score.reason not in LASTING])
+                store.forget([id for id, record in store.done.items() if self._asks_again(record)])
                 total = len(self.ids) * self.repeats
                 with progress.track(f"{CHECK_TASK} {self.judge.name}", total, len(store.done)) as advance:
-                    for attempt in range(self.repeats):
-                        missing = [at for at, id in enumerate(self.ids) if f"{id}/{attempt}" not in store.done]
-                        for at, judgement in self.judge.stream(self.pairs, missing, attempt):
-                            store.append(record_of(self.pairs[at], judgement, id=f"{self.ids[at]}/{attempt}"))
-                            advance(1)
-                            computed += 1
+                    for line in self._judged(store.done):
+                        store.append(line)
+                        advance(1)
+                        computed += 1
             seconds = round(time.perf_counter() - started, 3)
             timing = {"seconds": seconds, "samples_computed_now": computed, **self.judge.report()}
             records = self._lines(store.done)
@@ -147,6 +146,22 @@ class JudgeCheck:
             results["timing"] = timing | {"verdicts": self._price(folder, records, timing)}
             store.finish(results)
         return results
+
+    def _judged(self, done: Mapping[str, SampleRecord]) -> Iterator[SampleRecord]:
+        """The lines that are not there, each as soon as it is known."""
+        missing = [
+            [at for at, id in enumerate(self.ids) if f"{id}/{attempt}" not in done] for attempt in range(self.repeats)
+        ]
+        if isinstance(self.judge, ModelJudge):
+            for attempt, mine in enumerate(missing):
+                self.judge.announce(self.pairs, mine, attempt)
+        for attempt, mine in enumerate(missing):
+            for at, judgement in self.judge.stream(self.pairs, mine, attempt):
+                yield record_of(self.pairs[at], judgement, id=f"{self.ids[at]}/{attempt}")
+
+    def _asks_again(self, record: SampleRecord) -> bool:
+        reason = record.score.reason
+        return reason is not None and (reason not in LASTING or self.judge.asks_again(record))
 
     def stored(self, folder: Path) -> list[Checked]:
         """The cases with the reviews that a finished run of this check left in its folder."""

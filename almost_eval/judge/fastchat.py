@@ -1,4 +1,4 @@
-"""Files of FastChat, pinned: the Vicuna questions and review prompts, and the MT-Bench prompts.
+"""Files of FastChat, pinned: the questions of Vicuna and MT-Bench, their review prompts, MT-Bench's reference answers.
 
 They are other people's words, so they are read at run time: from the data root, then the cache, then the pinned tag,
 and taken only where their sha256 is the one written here.
@@ -11,6 +11,19 @@ from almost_eval.files import parse_lines
 from almost_eval.types import JSONObject
 
 REPOSITORY = "lm-sys/FastChat"
+TEMPERATURES = {
+    "writing": 0.7,
+    "roleplay": 0.7,
+    "extraction": 0.0,
+    "math": 0.0,
+    "coding": 0.0,
+    "reasoning": 0.0,
+    "stem": 0.1,
+    "humanities": 0.1,
+    "arena-hard-200": 0.0,
+}
+"""Of an answer to a question of MT-Bench, by its category; any other category has 0.7. `temperature_config` of
+`fastchat/llm_judge/common.py` at v0.2.36."""
 PINNED = {
     "fastchat/eval/table/question.jsonl": (
         "v0.2.1",
@@ -27,6 +40,14 @@ PINNED = {
     "fastchat/llm_judge/data/judge_prompts.jsonl": (
         "v0.2.36",
         "fd283293406d024f44c174b094ef48031d0687a4682fd3a56b29b138f80281b6",
+    ),
+    "fastchat/llm_judge/data/mt_bench/question.jsonl": (
+        "v0.2.36",
+        "119565adbab82227089cefdb44c8d7e2cf04dc0a0ec233634c82e7d4e2a944f7",
+    ),
+    "fastchat/llm_judge/data/mt_bench/reference_answer/gpt-4.jsonl": (
+        "v0.2.36",
+        "f957a5bc977badb66885ec970e6cd08527845780313f0995764260e5777b9b3f",
     ),
 }
 """Path in the repository -> (tag, sha256 of the bytes)."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol, overload
 
 from almost_eval.errors import InputError
+from almost_eval.judge.api.batch_plan import batch_facts, under_way
 from almost_eval.judge.api.client import JudgeClient
 from almost_eval.judge.api.cost import Budget, StatedPrices, estimate, price_of, retirement_of
 from almost_eval.judge.api.endpoint import THOUGHT_ONLY, JudgeEndpoint
@@ -21,12 +22,13 @@ from almost_eval.judge.api.session import ClientStats
 from almost_eval.judge.modes import check_mode, fields_of
 from almost_eval.judge.probabilities import tells
 from almost_eval.judge.prompts import JudgePrompts
-from almost_eval.judge.records import Failure, JudgeRequest, Pair, Question, Reply, Unparsed, Verdict
+from almost_eval.judge.raised import amended, was_cut
+from almost_eval.judge.records import TOO_LONG, Failure, JudgeRequest, Question, Reply, Subject, Unparsed, Verdict
 from almost_eval.run.texts import CUT, REFUSED
 from almost_eval.types import JSONMapping, JSONObject, Message, SampleRecord
 
-UNANSWERED = frozenset({CUT, REFUSED})
-"""The reasons of a pair that is not judged, as thoughts leave one of its answers out."""
+UNANSWERED = frozenset({CUT, REFUSED, TOO_LONG})
+"""The reasons of a case that is not judged, as an answer is not there: thoughts leave it out, or a full context."""
 UNPARSED = "unparsed"
 """The reason of a review whose verdict cannot be read."""
 
@@ -51,9 +53,9 @@ class Judgement:
     """The review and how it came about, as JSON."""
 
 
-def without_answer(pair: Pair) -> Judgement | None:
-    """What becomes of a pair that lacks an answer, as there was a thought alone; None where there are two to judge."""
-    reasons = [answer.metadata.get("unscored") for answer in (pair.answer_1, pair.answer_2)]
+def without_answer(case: Subject) -> Judgement | None:
+    """What becomes of a case that lacks an answer, to the judged turn or one before it; None where all are there."""
+    reasons = [about.get("unscored") for answer in case.answers for about in answer.turn_metadata[: case.turn]]
     reason = next((reason for reason in reasons if reason in UNANSWERED), None)
     return None if reason is None else Judgement(None, reason, {})
 
@@ -78,7 +80,7 @@ class Judge(Protocol):
         """
         ...
 
-    def plan(self, pairs: Sequence[Pair], folder: Path | None, repeats: int = 1) -> JSONObject:
+    def plan(self, pairs: Sequence[Subject], folder: Path | None, repeats: int = 1) -> JSONObject:
         """What judging these takes, at most, and what the first prompt is. Loads no weights, sends nothing."""
         ...
 
@@ -93,7 +95,9 @@ class Judge(Protocol):
         """Whether a stored review that has no verdict should be requested anew."""
         ...
 
-    def stream(self, pairs: Sequence[Pair], wanted: Sequence[int], attempt: int = 0) -> Iterator[tuple[int, Judgement]]:
+    def stream(
+        self, pairs: Sequence[Subject], wanted: Sequence[int], attempt: int = 0
+    ) -> Iterator[tuple[int, Judgement]]:
         """(index, judgement) of each wanted pair as soon as it is known, in any order.
 
         `attempt` k is the k-th time on purpose; a judge that always says the same ignores it.
@@ -129,6 +133,12 @@ class Connection:
     """USD per million prompt tokens that are read from a cache; None is `price_in`."""
     price_reasoning: float | None = None
     """USD per million completion tokens that are spent on thinking; None is `price_out`."""
+    price_batch: float | None = None
+    """What a batch costs of the price, as a share of 1; None is the table's."""
+    batch: bool = False
+    """Whether requests go through the provider's batch API."""
+    batch_wait: float | None = None
+    """Seconds to wait for batches at most; None waits until they end."""
     seed: int = 0
     """Of the retries' jitter."""
 
@@ -140,6 +150,7 @@ class Connection:
             "price_out": self.price_out,
             "price_cached": self.price_cached,
             "price_reasoning": self.price_reasoning,
+            "price_batch": self.price_batch,
         }
 
 
@@ -183,6 +194,7 @@ class ModelJudge:
         self._client: JudgeClient | None = None
         self._stats = ClientStats()
         self._ledger: JSONObject = {}
+        self._announced: dict[int, Requests] = {}
         Budget(connection.max_cost, **connection.prices, judge=name)
         if not dry:
             endpoint = JudgeEndpoint(name, connection.base_url, connection.timeout)
@@ -204,27 +216,43 @@ class ModelJudge:
             **({"options": self.options} if self.options else {}),
         }
 
-    def check(self, questions: Sequence[Question]) -> None:
-        """Nothing is refused here."""
+    def amend(self, stored: JSONObject, now: JSONObject) -> tuple[JSONObject, JSONObject]:
+        """A stored spec and the present one, where the run goes on with a higher bound on tokens; see `raised`."""
+        return amended(stored, now, self.prompts)
 
-    def plan(self, pairs: Sequence[Pair], folder: Path | None, repeats: int = 1) -> JSONObject:
+    def check(self, questions: Sequence[Question]) -> None:
+        """Refuse questions of several turns where the prompts know one only.
+
+        Raises:
+            InputError: they do.
+        """
+        if any(question.later for question in questions) and not self.prompts.for_later_turns:
+            raise InputError(
+                f"the prompts {self.prompts.name} ({self.prompts.prompt_set}) have no words for a second turn; use "
+                "--prompt-family mt-bench, or --turns 1"
+            )
+
+    def plan(self, pairs: Sequence[Subject], folder: Path | None, repeats: int = 1) -> JSONObject:
         """Requests that no reply in the folder's journal answers, their tokens and their price, at most."""
         prices = self.connection.prices
         places = range(len(pairs))
         requests = (r for k in range(repeats) for r in self._requests(pairs, places, k))
         file = folder / "journal.sqlite" if folder else None
         with Journal(file) if file and file.is_file() else nullcontext() as journal:
-            needed = estimate(requests, **prices, journal=journal)
+            batch = self.connection.batch
+            ahead = None if not batch else 1 if not journal or not journal.has_reply_of(self.name) else 0
+            needed = estimate(requests, **prices, journal=journal, less=under_way(journal), ahead=ahead)
             spent = self._spent(journal) if journal else {}
         price, retired = price_of(self.name, **prices), retirement_of(self.name)
         source = f"{price.source} {price.date}".strip() if price else "unknown: give --price-in and --price-out"
         return {
             "requests": needed.requests,
-            "answered_by_the_journal_or_the_same": len(pairs) * repeats - needed.requests,
+            "answered_by_the_journal_or_the_same": len(pairs) * repeats - needed.requests - needed.n_under_way,
             "prompt_tokens_at_most": needed.prompt_tokens,
             "completion_tokens_at_most": needed.completion_tokens,
             "price_usd_at_most": None if needed.price is None else round(needed.price, 4),
             "price_from": source,
+            **batch_facts(needed, price, batch=batch),
             **spent,
             **({"retires": retired.words(self.name, date.today().isoformat())} if retired else {}),
             "prompt": shown(self.prompts.messages(pairs[0])),
@@ -246,6 +274,8 @@ class ModelJudge:
                 concurrency=connection.concurrency,
                 budget=budget,
                 notice=notice,
+                batch=connection.batch,
+                batch_wait=connection.batch_wait,
                 seed=connection.seed,
             )
             self._stats = self._client.stats
@@ -268,7 +298,7 @@ class ModelJudge:
         ledger = self._ledger_in(journal)
         facts: JSONObject = {"cost_uncertain_requests_all_runs": ledger.n_unsure}
         budget = Budget(**self.connection.prices, judge=self.name)
-        if budget.price is None:
+        if not budget.is_known(ledger) or (budget.price is None and not ledger.entries):
             return facts
         billed, unsure = budget.of_ledger(ledger)
         return {
@@ -278,10 +308,14 @@ class ModelJudge:
         }
 
     def asks_again(self, record: SampleRecord) -> bool:
-        """A review that could not be read, where `reask` says so and it was requested once only."""
+        """A review that was cut at a lower bound; with `reask` one that cannot be read, and was requested once only."""
+        if was_cut(record, self.prompts.max_tokens):
+            return True
         return self._reask and record.score.reason == UNPARSED and record.outputs.get("attempt") == 0
 
-    def stream(self, pairs: Sequence[Pair], wanted: Sequence[int], attempt: int = 0) -> Iterator[tuple[int, Judgement]]:
+    def stream(
+        self, pairs: Sequence[Subject], wanted: Sequence[int], attempt: int = 0
+    ) -> Iterator[tuple[int, Judgement]]:
         """See `Judge.stream`; what cannot be read is requested once more at the end, as `attempt` + 1."""
         again = []
         for index, judgement in self._ask(pairs, wanted, attempt):
@@ -291,6 +325,10 @@ class ModelJudge:
                 yield index, judgement
         if again:
             yield from self._ask(pairs, again, attempt + 1)
+
+    def announce(self, pairs: Sequence[Subject], wanted: Sequence[int], attempt: int) -> None:
+        """Say what a later `stream` will be called with, so that one batch holds it all."""
+        self._announced[attempt] = self._requests(pairs, wanted, attempt)
 
     def report(self) -> JSONObject:
         """The client's counts: what was sent, stored already, sent again, and what it cost."""
@@ -310,12 +348,18 @@ class ModelJudge:
         retired = retirement_of(self.name)
         return (retired.words(self.name, date.today().isoformat()),) if retired else ()
 
-    def _ask(self, pairs: Sequence[Pair], wanted: Sequence[int], attempt: int) -> Iterator[tuple[int, Judgement]]:
+    def _ask(self, pairs: Sequence[Subject], wanted: Sequence[int], attempt: int) -> Iterator[tuple[int, Judgement]]:
         assert self._client is not None  # `open`
+        self._client.ahead = later = [requests for number, requests in self._announced.items() if number > attempt]
+        if self.companions:
+            for requests in later:
+                self._client.journal.name_judge(self.name, (request.digest for request in requests))
         at = 0
         while at < len(wanted):
             # One by one until it is known that the endpoint tells probabilities: without them all is spent for nothing.
-            count = 1 if not self._tells and at < MOST_ALONE else len(wanted) - at
+            # In a batch it is the request that goes ahead that shows it, or the replies that are there.
+            is_shown = self.connection.batch and self._client.journal.has_reply_of(self.name)
+            count = 1 if not self._tells and at < MOST_ALONE and not is_shown else len(wanted) - at
             part = wanted[at : at + count]
             if self.companions:
                 requests = self._requests(pairs, part, attempt)
@@ -336,7 +380,7 @@ class ModelJudge:
             )
         self._tells = True
 
-    def _requests(self, pairs: Sequence[Pair], wanted: Sequence[int], attempt: int) -> Requests:
+    def _requests(self, pairs: Sequence[Subject], wanted: Sequence[int], attempt: int) -> Requests:
         return Requests(self.name, self.prompts, pairs, wanted, attempt, self._fields)
 
 
@@ -347,7 +391,7 @@ class Requests(Sequence[JudgeRequest]):
         self,
         judge: str,
         prompts: JudgePrompts,
-        pairs: Sequence[Pair],
+        pairs: Sequence[Subject],
         wanted: Sequence[int],
         attempt: int,
         options: JSONMapping | None = None,
@@ -376,7 +420,7 @@ class Requests(Sequence[JudgeRequest]):
 
 
 def request_for(
-    judge: str, prompts: JudgePrompts, pair: Pair, attempt: int = 0, options: JSONMapping | None = None
+    judge: str, prompts: JudgePrompts, pair: Subject, attempt: int = 0, options: JSONMapping | None = None
 ) -> JudgeRequest:
     """What a judge is sent for a pair."""
     messages = prompts.messages(pair)
@@ -388,10 +432,13 @@ def shown(messages: Sequence[Message]) -> str:
     return "\n\n".join(f"[{message.role}]\n{message.content}" for message in messages)
 
 
-def judgement_of(prompts: JudgePrompts, pair: Pair, answer: Reply | Failure, attempt: int = 0) -> Judgement:
+def judgement_of(prompts: JudgePrompts, pair: Subject, answer: Reply | Failure, attempt: int = 0) -> Judgement:
     """A reply read, or a failure as it is."""
     if isinstance(answer, Failure):
-        return Judgement(None, answer.reason, {"review": None, "problem": answer.message, "attempt": attempt})
+        about: JSONObject = {"review": None, "problem": answer.message, "attempt": attempt}
+        if answer.reason == THOUGHT_ONLY:
+            about["max_tokens"] = prompts.max_tokens
+        return Judgement(None, answer.reason, about)
     verdict = prompts.parse(answer.text, pair, answer.finish_reason, answer.parameters, answer.logprobs)
     outputs = {
         # A reply may hold half a surrogate pair, which no file can.
@@ -412,6 +459,8 @@ def judgement_of(prompts: JudgePrompts, pair: Pair, answer: Reply | Failure, att
         outputs |= {"reasoning_tokens": answer.reasoning_tokens, "cached_tokens": answer.cached_tokens}
     if quoted := prompts.neutralised(pair):
         outputs["markers_quoted"] = quoted
+    if wrong := prompts.wrong_references(pair):
+        outputs["wrong_references"] = wrong
     if isinstance(verdict, Unparsed):
         return Judgement(None, UNPARSED, outputs | {"problem": verdict.reason})
     return Judgement(verdict, None, outputs)
@@ -421,6 +470,8 @@ def verdict_fields(verdict: Verdict | Unparsed) -> JSONObject:
     """`winner`, `scores` and, where there are any, `shares`, by place in the prompt, as a line stores them."""
     if isinstance(verdict, Unparsed):
         return {"winner": None, "scores": None}
+    if verdict.winner is None:
+        return {"score": verdict.score_1}
     scored = verdict.score_1 is not None and verdict.score_2 is not None
     shares = {} if verdict.shares is None else {"shares": list(verdict.shares)}
     return {"winner": verdict.winner, "scores": [verdict.score_1, verdict.score_2] if scored else None, **shares}

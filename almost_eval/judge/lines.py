@@ -1,15 +1,26 @@
-"""Judged pairs as lines of `samples.jsonl`, and back: what aggregation, `report` and `verify` read with no model."""
+"""Judged cases as lines of `samples.jsonl`, and back: what aggregation, `report` and `verify` read with no model."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
 
-from almost_eval.errors import StoreError, problem_of
+from almost_eval.errors import InputError, StoreError, problem_of
 from almost_eval.judge.judges import UNANSWERED, UNPARSED, Judgement
 from almost_eval.judge.markdown import MarkdownCounts, count_markdown
 from almost_eval.judge.questions import truncate_answers
-from almost_eval.judge.records import Answer, Order, Pair, Question, Review, Verdict
+from almost_eval.judge.records import (
+    Answer,
+    Grade,
+    Order,
+    Pair,
+    Question,
+    Review,
+    Solo,
+    Subject,
+    Verdict,
+    lengths_of,
+)
 from almost_eval.run.validity import Validity, check
 from almost_eval.types import JSONMapping, JSONObject, Sample, SampleRecord, Score
 
@@ -24,6 +35,18 @@ SCORING = frozenset({UNPARSED, "non_finite", "context_too_long", *UNANSWERED})
 """Reasons that `validity.check` counts by itself; a review with any other is missing."""
 
 
+def cases_of(
+    questions: Sequence[Question],
+    answers: Sequence[Mapping[str, Answer]],
+    orders: str | None,
+    max_answer_chars: int | None,
+) -> tuple[list[str], Sequence[Subject], Sequence[tuple[int, ...]]]:
+    """Ids of the lines, what is judged, and the characters cut off: see `couples`; without orders, see `solos`."""
+    if orders is None:
+        return solos(questions, answers, max_answer_chars)
+    return couples(questions, answers, orders, max_answer_chars)
+
+
 def couples(
     questions: Sequence[Question],
     answers: Sequence[Mapping[str, Answer]],
@@ -33,26 +56,79 @@ def couples(
     """Ids of the lines, what is judged, and the characters cut off its two answers by place; in the questions' order.
 
     Args:
-        questions: in the order of the lines.
+        questions: in the order of the lines; each turn of a question is a pair of its own.
         answers: of each system, the baseline's before the model's.
         orders: a key of `ORDERS`.
         max_answer_chars: where longer answers are cut; None cuts nothing.
     """
-    shown = answers
-    if max_answer_chars is not None:
-        shown = [truncate_answers(dict(mine), max_answer_chars)[0] for mine in answers]
+    shown = _shown(answers, max_answer_chars)
     ids, pairs, cuts = [], [], []
     of_two = list(itertools.combinations(range(len(answers)), 2))
-    for (baseline, model), question, order in itertools.product(of_two, questions, ORDERS[orders]):
-        places = (baseline, model) if order == "forward" else (model, baseline)
-        first, second = (shown[place][question.id] for place in places)
-        pair = Pair(question, first, second, order)
-        named = f"/{shown[baseline][question.id].model} vs {shown[model][question.id].model}"
-        ids.append(pair.id + (named if len(of_two) > 1 else ""))
-        pairs.append(pair)
-        lost = [len(answers[place][question.id].text) - len(shown[place][question.id].text) for place in places]
-        cuts.append((lost[0], lost[1]))
+    for (baseline, model), (question, turn) in itertools.product(of_two, _turns(questions)):
+        n = paired_choices(question, *(len(shown[place][question.id].choices) for place in (baseline, model)))
+        for choice, order in itertools.product(range(1, n + 1), ORDERS[orders]):
+            places = (baseline, model) if order == "forward" else (model, baseline)
+            first, second = (_chosen(shown[place][question.id], choice) for place in places)
+            pair = Pair(question, first, second, order, turn, choice)
+            named = f"/{shown[baseline][question.id].model} vs {shown[model][question.id].model}"
+            ids.append(pair.id + (named if len(of_two) > 1 else ""))
+            pairs.append(pair)
+            whole = (_chosen(answers[place][question.id], choice) for place in places)
+            lost = [_cut_off(uncut, one, turn) for uncut, one in zip(whole, (first, second), strict=True)]
+            cuts.append((lost[0], lost[1]))
     return ids, pairs, cuts
+
+
+def paired_choices(question: Question, one: int, other: int) -> int:
+    """Pairs of so many answers to a question: the first with the first, and so on; one alone stands in each of them.
+
+    Raises:
+        InputError: both are several, and not as many.
+    """
+    if one != other and 1 not in (one, other):
+        raise InputError(
+            f"question {question.id} has {one} answers of one system and {other} of another, so that --choice all "
+            "makes no pairs; give as many of both, or one, or --choice N"
+        )
+    return max(one, other)
+
+
+def _chosen(answer: Answer, choice: int) -> Answer:
+    choices = answer.choices
+    return choices[choice - 1] if len(choices) > 1 else choices[0]
+
+
+def solos(
+    questions: Sequence[Question], answers: Sequence[Mapping[str, Answer]], max_answer_chars: int | None
+) -> tuple[list[str], list[Solo], list[tuple[int]]]:
+    """Ids of the lines, what is graded, and the characters cut off it: each turn of each system's answers.
+
+    Args are those of `couples`.
+    """
+    shown = _shown(answers, max_answer_chars)
+    ids, cases, cuts = [], [], []
+    for place, (question, turn) in itertools.product(range(len(answers)), _turns(questions)):
+        both = zip(answers[place][question.id].choices, shown[place][question.id].choices, strict=True)
+        for choice, (whole, answer) in enumerate(both, 1):
+            case = Solo(question, answer, turn, choice)
+            ids.append(case.id + (f"/{answer.model}" if len(answers) > 1 else ""))
+            cases.append(case)
+            cuts.append((_cut_off(whole, answer, turn),))
+    return ids, cases, cuts
+
+
+def _shown(answers: Sequence[Mapping[str, Answer]], max_answer_chars: int | None) -> Sequence[Mapping[str, Answer]]:
+    if max_answer_chars is None:
+        return answers
+    return [truncate_answers(dict(mine), max_answer_chars)[0] for mine in answers]
+
+
+def _turns(questions: Sequence[Question]) -> list[tuple[Question, int]]:
+    return [(question, turn) for question in questions for turn in range(1, len(question.turns) + 1)]
+
+
+def _cut_off(whole: Answer, shown: Answer, turn: int) -> int:
+    return len(whole.turns[turn - 1]) - len(shown.turns[turn - 1])
 
 
 def by_system(pair: Pair) -> tuple[Answer, Answer]:
@@ -62,30 +138,38 @@ def by_system(pair: Pair) -> tuple[Answer, Answer]:
 
 
 def record_of(
-    pair: Pair, judgement: Judgement, *, id: str, cut: Sequence[int] = (0, 0), judge: str | None = None
+    case: Subject, judgement: Judgement, *, id: str, cut: Sequence[int] = (0, 0), judge: str | None = None
 ) -> SampleRecord:
-    """The line of a judged pair.
+    """The line of a judged pair, or of a graded answer.
 
     Args:
-        pair: what was judged.
+        case: what was judged.
         judgement: what became of it.
         id: of the line.
-        cut: characters that were cut off the two answers, by place.
+        cut: characters that were cut off the answers, by place.
         judge: who judged it, in a panel.
     """
-    baseline, model = by_system(pair)
+    if isinstance(case, Pair):
+        baseline, model = by_system(case)
+        named = {"order": case.order, "baseline": baseline.model, "model": model.model}
+    else:
+        named = {"model": case.answer.model}
     sample = Sample(
         id,
         (),
         (),
         0,
-        cluster=pair.question.id,
-        group=pair.question.category,
-        metadata={"order": pair.order, "baseline": baseline.model, "model": model.model}
+        cluster=case.question.id,
+        group=case.question.category,
+        # A run of one turn and one choice has the lines it had before there were several.
+        metadata=named
+        | ({"turn": case.turn} if case.question.later or isinstance(case, Solo) else {})
+        | ({"choice": case.choice} if case.choice > 1 else {})
         | ({} if judge is None else {"judge": judge}),
     )
-    outputs = judgement.outputs | {"lengths": [len(pair.answer_1.text), len(pair.answer_2.text)]} | style_fields(pair)
-    if stripped := sum(answer.metadata.get("reasoning_characters") or 0 for answer in (pair.answer_1, pair.answer_2)):
+    outputs = judgement.outputs | {"lengths": lengths_of(case)} | style_fields(case)
+    made = [about for answer in case.answers for about in answer.turn_metadata[: case.turn]]
+    if stripped := sum(about.get("reasoning_characters") or 0 for about in made):
         outputs |= {"reasoning_stripped": stripped}
     if any(cut):
         outputs |= {"cut": list(cut)}
@@ -93,14 +177,20 @@ def record_of(
     return rescored(SampleRecord(sample, outputs, Score(None), -(-sum(cut) // 4)), judgement)
 
 
-def style_fields(pair: Pair) -> JSONObject:
-    """Markdown of the two answers, by place, as a line stores it."""
-    first, second = count_markdown(pair.answer_1.text), count_markdown(pair.answer_2.text)
+def style_fields(case: Subject) -> JSONObject:
+    """Markdown of the two judged answers, by place, as a line stores it; nothing of an answer that stands alone."""
+    if isinstance(case, Solo):
+        return {}
+    first, second = (count_markdown(answer.turns[case.turn - 1]) for answer in case.answers)
     return {"markdown": {name: [getattr(first, name), getattr(second, name)] for name in MarkdownCounts._fields}}
 
 
 def rescored(record: SampleRecord, judgement: Judgement) -> SampleRecord:
-    """The line with another judgement of the same pair."""
+    """The line with another judgement of the same case."""
+    if "order" not in record.sample.metadata:
+        mark = judgement.verdict.score_1 if judgement.verdict else None
+        score = Score(mark, judgement.reason, {"score": mark})
+        return SampleRecord(record.sample, record.outputs, score, record.prompt_tokens_truncated)
     whole = SampleRecord(record.sample, record.outputs, Score(None, judgement.reason), record.prompt_tokens_truncated)
     review = review_of(whole, judgement.verdict)
     metrics = {"win_rate": review.model_score}
@@ -132,10 +222,7 @@ def review_of(record: SampleRecord, verdict: Verdict | None) -> Review:
     try:
         lengths = record.outputs["lengths"]
         forward = stored["order"] == "forward"
-        counts = record.outputs.get("markdown")
-        markdown = [
-            counts and MarkdownCounts(*(counts[name][side] for name in MarkdownCounts._fields)) for side in (0, 1)
-        ]
+        markdown = _stored_markdown(record.outputs.get("markdown"))
         return Review(
             question_id=record.sample.cluster,
             category=record.sample.group,
@@ -146,6 +233,8 @@ def review_of(record: SampleRecord, verdict: Verdict | None) -> Review:
             model_length=lengths[1 if forward else 0],
             verdict=verdict,
             reason=record.score.reason,
+            turn=stored.get("turn", 1),
+            choice=stored.get("choice", 1),
             baseline_markdown=markdown[0 if forward else 1],
             model_markdown=markdown[1 if forward else 0],
             judge=stored.get("judge", ""),
@@ -167,6 +256,23 @@ def _stored_markdown(counts: JSONMapping | None) -> tuple[MarkdownCounts | None,
 def reviews_of(records: Sequence[SampleRecord]) -> list[Review]:
     """All lines."""
     return [review_of(record, stored_verdict(record)) for record in records]
+
+
+def grades_of(records: Sequence[SampleRecord]) -> list[Grade]:
+    """All lines of graded answers.
+
+    Raises:
+        StoreError: a line is none.
+    """
+    grades = []
+    for record in records:
+        sample = record.sample
+        try:
+            turn, system = int(sample.metadata["turn"]), str(sample.metadata["model"])
+        except (LookupError, TypeError) as error:
+            raise StoreError(f"sample {sample.id!r} is not a graded answer ({problem_of(error)})") from None
+        grades.append(Grade(sample.cluster, sample.group, turn, system, record.score.value, record.score.reason))
+    return grades
 
 
 def check_reviews(records: Sequence[SampleRecord], n_samples: int, allowed: dict[str, float]) -> Validity:

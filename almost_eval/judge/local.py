@@ -1,22 +1,25 @@
 """Judges that need no key and no network: the nano world's oracle, and any reward model.
 
-Both score each answer on its own, so they have no position bias and always say the same.
+Both score each answer on its own, so they have no position bias and always say the same. Of several turns the oracle
+reads the judged one alone, the reward model the dialogue up to it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from almost_eval.errors import InputError
+from almost_eval.errors import InputError, TemplateError
 from almost_eval.judge.judges import Judgement, verdict_fields
-from almost_eval.judge.records import Pair, Question, Side, Verdict
-from almost_eval.types import Conversation, JSONObject, Message, SampleRecord
+from almost_eval.judge.records import Pair, Question, Side, Subject, Verdict
+from almost_eval.types import Conversation, JSONMapping, JSONObject, Message, SampleRecord
 
 if TYPE_CHECKING:
+    from almost_eval.models.chat import ChatTemplate
     from almost_eval.rewards.hf import HFRewardModel
 
 TIE_MARGIN = 0.05
@@ -26,7 +29,7 @@ TIE_MARGIN = 0.05
 class LocalJudge:
     """What judges without a key have in common: nothing to open, to repeat, to pay or to warn of."""
 
-    def plan(self, pairs: Sequence[Pair], folder: Path | None, repeats: int = 1) -> JSONObject:
+    def plan(self, pairs: Sequence[Subject], folder: Path | None, repeats: int = 1) -> JSONObject:
         """No request, no price."""
         return {"requests": 0, "price_usd_at_most": 0.0, "prompt": pairs[0].question.text}
 
@@ -71,24 +74,32 @@ class NanoJudge(LocalJudge):
         """
         from almost_eval.nano.oracle import score_text
 
-        if unknown := next((q for q in questions if score_text(q.text, "") is None), None):
+        if unknown := next((q for q in questions if any(score_text(turn, "") is None for turn in q.turns)), None):
             raise InputError(
                 f"question {unknown.id} is not of the nano world, and --judge nano knows no other; use --data nano, or "
                 "another --judge (reward:CKPT needs no key)"
             )
 
-    def stream(self, pairs: Sequence[Pair], wanted: Sequence[int], attempt: int = 0) -> Iterator[tuple[int, Judgement]]:
+    def stream(
+        self, pairs: Sequence[Subject], wanted: Sequence[int], attempt: int = 0
+    ) -> Iterator[tuple[int, Judgement]]:
         """See `Judge.stream`; `attempt` changes nothing."""
         for index in wanted:
             yield index, judge_by_oracle(pairs[index])
 
 
-def judge_by_oracle(pair: Pair) -> Judgement:
+def judge_by_oracle(case: Subject) -> Judgement:
     """The oracle's judgement; needs nothing but the texts."""
     from almost_eval.nano.oracle import score_text
 
-    scores = [score_text(pair.question.text, answer.text) for answer in (pair.answer_1, pair.answer_2)]
-    first, second = (score.overall if score else 0.0 for score in scores)  # `check` has refused what has none
+    at = case.turn - 1
+    scores = [score_text(case.question.turns[at], answer.turns[at]) for answer in case.answers]
+    values = [score.overall if score else 0.0 for score in scores]  # `check` has refused what has none
+    if not isinstance(case, Pair):
+        verdict = Verdict(None, round(1 + 9 * values[0], 2))
+        review = f"[[{verdict.score_1:g}]]\nBy the facts of the nano world."
+        return Judgement(verdict, None, {"review": review, **verdict_fields(verdict), "oracle": values})
+    first, second = values
     winner: Side = "tie" if abs(first - second) < TIE_MARGIN else "1" if first > second else "2"
     verdict = Verdict(winner, round(1 + 9 * first, 2), round(1 + 9 * second, 2))
     review = f"{verdict.score_1:g} {verdict.score_2:g}\nBy the facts of the nano world, each answer on its own."
@@ -113,7 +124,7 @@ class RewardJudge(LocalJudge):
             "kind": self.kind,
             "weight_digest": model.checkpoint.weight_digest(),
             "model_files": model.checkpoint.file_digests(),
-            "template": model.template.digest,
+            "template": _template_part(model.template),
             "engine": model.settings(),
         }
 
@@ -121,10 +132,28 @@ class RewardJudge(LocalJudge):
         """Weights, template and engine."""
         return self._spec
 
-    def check(self, questions: Sequence[Question]) -> None:
-        """Nothing is refused: a dialogue beyond the context is unscored and counted."""
+    def adopt_date(self, stored: JSONMapping) -> None:
+        """Let the template write the time that it wrote when the run began, of whose spec `stored` is the part."""
+        part, template = stored.get("template"), self._model.template
+        now = part.get("now") if isinstance(part, Mapping) else None
+        if template.now and now:
+            self._model.template = replace(template, now=now)
+            self._spec["template"] = _template_part(self._model.template)
 
-    def stream(self, pairs: Sequence[Pair], wanted: Sequence[int], attempt: int = 0) -> Iterator[tuple[int, Judgement]]:
+    def check(self, questions: Sequence[Question]) -> None:
+        """Refuse a template that cannot write a question and its answer; beyond the context they are unscored.
+
+        Raises:
+            TemplateError: see `HFRewardModel.encode`.
+        """
+        try:
+            self._model.encode([(Message("user", q.text), Message("assistant", "a")) for q in questions])
+        except TemplateError as error:
+            raise TemplateError(f"--judge {self.name}: {error} (it is read with its own chat template)") from None
+
+    def stream(
+        self, pairs: Sequence[Subject], wanted: Sequence[int], attempt: int = 0
+    ) -> Iterator[tuple[int, Judgement]]:
         """See `Judge.stream`; `attempt` changes nothing.
 
         The batches depend on all pairs and never on `wanted`: a resumed run ends in the same bits.
@@ -154,6 +183,11 @@ class RewardJudge(LocalJudge):
         return self._model.warnings
 
 
+def _template_part(template: ChatTemplate) -> str | JSONObject:
+    """What a judge's spec holds of its template: the digest, and the time that it writes where it writes one."""
+    return template.digest if template.now is None else {"digest": template.digest, "now": template.now}
+
+
 def judge_by_reward(first: float, second: float) -> Judgement:
     """The judgement of two raw logits; one that is not finite is no number to compare."""
     outputs: JSONObject = {"review": None, "winner": None, "scores": None}
@@ -164,6 +198,13 @@ def judge_by_reward(first: float, second: float) -> Judgement:
     return Judgement(verdict, None, outputs | {"winner": verdict.winner, "rewards": [first, second]})
 
 
-def _conversations(pair: Pair) -> list[Conversation]:
-    question = Message("user", pair.question.text)
-    return [(question, Message("assistant", answer.text)) for answer in (pair.answer_1, pair.answer_2)]
+def _conversations(case: Subject) -> list[Conversation]:
+    """The dialogue with each system, up to the judged turn."""
+    return [
+        tuple(
+            Message(role, text)
+            for asked, answered in zip(case.question.turns[: case.turn], answer.turns, strict=False)
+            for role, text in (("user", asked), ("assistant", answered))
+        )
+        for answer in case.answers
+    ]

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from almost_eval.errors import AlmostError, InputError, RunError, did_you_mean
 from almost_eval.judge.judges import Judge, Judgement, ModelJudge
-from almost_eval.judge.records import Pair, Question
+from almost_eval.judge.records import Question, Subject
 from almost_eval.types import JSONMapping, JSONObject, SampleRecord
 
 KIND = "panel"
@@ -54,13 +54,15 @@ class Spread(NamedTuple):
     """The lines of a panel: those of the first judge, then those of the second, and so on."""
 
     ids: list[str]
-    pairs: list[Pair]
-    cuts: list[tuple[int, int]]
+    pairs: list[Subject]
+    cuts: list[tuple[int, ...]]
     judges: list[str | None]
     """Who judges it; None where there is one judge, whose lines do not name it."""
 
 
-def spread(judges: Sequence[str], ids: Sequence[str], pairs: Sequence[Pair], cuts: Sequence[tuple[int, int]]) -> Spread:
+def spread(
+    judges: Sequence[str], ids: Sequence[str], pairs: Sequence[Subject], cuts: Sequence[tuple[int, ...]]
+) -> Spread:
     """Each pair once for each judge, the judge's name in the id; as they are where no judges are named."""
     if not judges:
         return Spread(list(ids), list(pairs), list(cuts), [None] * len(ids))
@@ -114,7 +116,7 @@ class Panel:
         for member in self.members:
             member.check(questions)
 
-    def plan(self, pairs: Sequence[Pair], folder: Path | None, repeats: int = 1) -> JSONObject:
+    def plan(self, pairs: Sequence[Subject], folder: Path | None, repeats: int = 1) -> JSONObject:
         """What all of them take together, and what each takes; the prompt is that of the first behind an API."""
         mine = pairs[: len(pairs) // len(self.members)]
         plans = {member.name: member.plan(mine, folder, repeats) for member in self.members}
@@ -143,7 +145,9 @@ class Panel:
         name = record.sample.metadata.get("judge")
         return any(member.asks_again(record) for member in self.members if member.name == name)
 
-    def stream(self, pairs: Sequence[Pair], wanted: Sequence[int], attempt: int = 0) -> Iterator[tuple[int, Judgement]]:
+    def stream(
+        self, pairs: Sequence[Subject], wanted: Sequence[int], attempt: int = 0
+    ) -> Iterator[tuple[int, Judgement]]:
         """See `Judge.stream`; `pairs` are those of `spread`.
 
         Raises:

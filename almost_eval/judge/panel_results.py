@@ -92,6 +92,8 @@ def _together(case: Sequence[Review]) -> Review:
         model_length=first.model_length,
         verdict=verdict,
         reason=None if verdict else MISSING,
+        turn=first.turn,
+        choice=first.choice,
         baseline_markdown=first.baseline_markdown,
         model_markdown=first.model_markdown,
     )
@@ -181,7 +183,9 @@ def summarise_panel(
             ranking = round_robin(mine[judge], rng=np.random.default_rng(seed))
             row["round_robin"] = ranking.to_dict()
             row["win_rates"] = {
-                system: mean_win_rate([r for r in mine[judge] if system in r.case[1:]], ties, system).to_dict()
+                system: mean_win_rate(
+                    [r for r in mine[judge] if system in (r.baseline, r.model)], ties, system
+                ).to_dict()
                 for system in systems
             }
         else:

@@ -4,27 +4,32 @@ The families are in `families/`. Each comes as `official`, the words of its auth
 `fastchat.py`), or `builtin`, our own wording in `families/*.yaml`. `--judge-prompt FILE` is another one in the format
 of those files:
 
-    kind: scores                # or letters; says how the review is read (see verdicts.py)
+    kind: scores                # letters, or rating; says how the review is read (see verdicts.py)
     temperature: 0.2            # optional
     max_tokens: 1024            # optional, of the review
     prompts:
       general:                  # required; used for every category that has no prompt of its own
         system: ...             # optional
-        user: ...               # holds {question}, {answer_1} and {answer_2}; may hold {fence}
+        user: ...               # holds {question}, {answer_1} and {answer_2} ({answer} for a rating); may hold {fence}
       coding: ...               # optional, by category of the question
       reference: ...            # optional, holds {reference} too: math, reasoning and coding questions that have one
+      general-turns: ...        # optional: the same, for the second turn of a question and those after it
+      coding-turns: ...
+      reference-turns: ...
+
+In a prompt for later turns, what stands between {turns} and {/turns} is written once for each turn up to the judged
+one, its places filled with the texts of that turn. Elsewhere a place has the text of the judged turn; {nth} is which it
+is: second, third. A reference prompt needs a reference for every turn that it shows: without one the general is used.
 
 Nothing in an answer can end its place in the frame. Where a prompt has a {fence}, that is a code which occurs in no
-text of the pair. The official prompts have fixed markers ("[The End of Assistant 1's Answer]"): an answer that holds
-one has it turned into "[quoted: The End of Assistant 1's Answer]". Any other answer goes in byte for byte.
+text of the case. The official prompts have fixed markers ("[The End of Assistant 1's Answer]", "### User:"): an answer
+that holds one has it turned into "[quoted: The End of Assistant 1's Answer]". Any other answer goes in byte for byte.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -34,9 +39,12 @@ from almost_eval.data.prompt_sets import PROMPT_SET_NAMES
 from almost_eval.data.sources import DataSource
 from almost_eval.errors import DataError, InputError, did_you_mean
 from almost_eval.judge.families import FAMILIES
+from almost_eval.judge.frames import filled, shown_turns, texts_in
 from almost_eval.judge.modes import Mode, closing_of
 from almost_eval.judge.probabilities import parse_probabilities
-from almost_eval.judge.records import Pair, TokenAlternatives, Unparsed, Verdict
+from almost_eval.judge.ratings import parse_rating
+from almost_eval.judge.records import Subject, TokenAlternatives, Unparsed, Verdict, texts_of
+from almost_eval.judge.references import wrong_turns
 from almost_eval.judge.structured import is_held, parse_embedded, parse_object
 from almost_eval.judge.verdicts import parse_letters, parse_scores
 from almost_eval.models.reasoning import split_reasoning
@@ -55,13 +63,22 @@ class ReviewForm(NamedTuple):
     """Of a judge that writes this form, where its prompts name none. FastChat's own, as the next."""
     max_tokens: int
     """Of a review."""
+    n_answers: int = 2
+    """That a review is about: a pair, or one answer by itself."""
 
 
-FORMS = {"scores": ReviewForm(parse_scores, 0.2, 1024), "letters": ReviewForm(parse_letters, 0.0, 2048)}
+FORMS = {
+    "scores": ReviewForm(parse_scores, 0.2, 1024),
+    "letters": ReviewForm(parse_letters, 0.0, 2048),
+    "rating": ReviewForm(parse_rating, 0.0, 2048, n_answers=1),
+}
 """`kind` of a prompt file -> the form of its reviews."""
 
 REFERENCE = "reference"
-REFERENCE_CATEGORIES = frozenset({"math", "reasoning", "coding"})
+GENERAL = "general"
+TURNS = "-turns"
+"""End of the name of a prompt for the second turn and those after it."""
+REFERENCE_CATEGORIES = frozenset({"math", "reasoning", "coding", "arena-hard-200"})
 """Questions that are judged against a reference answer, if there is one: FastChat's list."""
 
 _VERDICT_WORDS = frozenset(
@@ -70,10 +87,8 @@ _VERDICT_WORDS = frozenset(
 )
 """Words of a first line that is the verdict. A sentence of a thought has others."""
 
-_REQUIRED = ("question", "answer_1", "answer_2")
-_PLACES = re.compile(r"\{(question|answer_1|answer_2|reference|fence)\}")
-_MARKER = re.compile(r"\[([A-Z][^\[\]{}\n]*)\]")
-_QUOTED = "quoted: "
+_REQUIRED = {1: ("question", "answer"), 2: ("question", "answer_1", "answer_2")}
+"""Number of answers in a prompt -> places that it must have."""
 
 
 class PromptTemplate(NamedTuple):
@@ -87,7 +102,8 @@ class Wording(NamedTuple):
     """The words of a family."""
 
     templates: Mapping[str, PromptTemplate]
-    """By category of the question; `general` for the rest, `reference` where there is a reference answer."""
+    """By category of the question; `general` for the rest, `reference` where there is a reference answer. Those that
+    end in `-turns` are for later turns."""
     temperature: float | None = None
     """None: that of the family's form; so the next."""
     max_tokens: int | None = None
@@ -152,86 +168,67 @@ class JudgePrompts:
             decisive |= {"verdict": self.verdict, "closing": closing}
         return provenance.digest(decisive)
 
-    def messages(self, pair: Pair) -> tuple[Message, ...]:
-        """The request for one pair: the system message, if there is one, and the user's."""
-        template, (texts, _) = self._template(pair), self._texts(pair)
-        filled = PromptTemplate(*(_PLACES.sub(lambda match: texts[match[1]], part) for part in template))
-        closing = closing_of(self.verdict, self.kind)
-        user = Message("user", filled.user if closing is None else f"{filled.user.rstrip()}\n\n{closing}")
-        return (Message("system", filled.system), user) if filled.system else (user,)
+    @property
+    def for_later_turns(self) -> bool:
+        """Whether there are words for the second turn of a question and those after it."""
+        return GENERAL + TURNS in self.templates
 
-    def neutralised(self, pair: Pair) -> int:
-        """How many frame markers in the texts of a pair were turned into quotations."""
-        return self._texts(pair)[1]
+    @property
+    def n_answers(self) -> int:
+        """That a prompt shows: two to compare, or one to grade."""
+        return FORMS[self.kind].n_answers
+
+    def messages(self, case: Subject) -> tuple[Message, ...]:
+        """The request for one case: the system message, if there is one, and the user's."""
+        template = self.templates[self._named(case)]
+        texts = texts_in(template.user, case)
+        system, user = (filled(part, texts.by_turn) for part in template)
+        if (closing := closing_of(self.verdict, self.kind)) is not None:
+            user = f"{user.rstrip()}\n\n{closing}"
+        return (*((Message("system", system),) if system else ()), Message("user", user))
+
+    def neutralised(self, case: Subject) -> int:
+        """How many frame markers in the texts of a case were turned into quotations."""
+        return texts_in(self.templates[self._named(case)].user, case).n_quoted
+
+    def wrong_references(self, case: Subject) -> list[int]:
+        """Turns whose reference answer is shown and known to be wrong."""
+        if not self._named(case).startswith(REFERENCE):
+            return []
+        return wrong_turns(case.question, shown_turns(self.templates[self._named(case)].user, case))
 
     def parse(
         self,
         review: str,
-        pair: Pair,
+        case: Subject,
         finish_reason: str = "stop",
         parameters: Mapping[str, object] | None = None,
         logprobs: Sequence[TokenAlternatives] | None = None,
     ) -> Verdict | Unparsed:
-        """What a review of this pair says; see `parse_review`."""
-        return parse_review(self.kind, review, pair, finish_reason, self.verdict, parameters, logprobs)
+        """What a review of this case says; see `parse_review`."""
+        return parse_review(self.kind, review, case, finish_reason, self.verdict, parameters, logprobs)
 
-    def _template(self, pair: Pair) -> PromptTemplate:
-        category = pair.question.category
-        if REFERENCE in self.templates and pair.question.reference and category in REFERENCE_CATEGORIES:
-            return self.templates[REFERENCE]
-        return self.templates.get(category if category != REFERENCE else "general") or self.templates["general"]
-
-    def _texts(self, pair: Pair) -> tuple[dict[str, str], int]:
-        """What fills the places, and how many markers had to be neutralised."""
-        template = self._template(pair)
-        texts = {
-            "question": pair.question.text,
-            "answer_1": pair.answer_1.text,
-            "answer_2": pair.answer_2.text,
-            "reference": pair.question.reference or "",
-        }
-        if "{fence}" in template.user:
-            return texts | {"fence": _fence(texts)}, 0
-        markers = _marker_pattern(template.user)
-        if markers is None:
-            return texts, 0
-        counted = {place: markers.subn(rf"[{_QUOTED}\1]", text) for place, text in texts.items()}
-        used = set(_PLACES.findall(template.user))
-        return {place: text for place, (text, _) in counted.items()}, sum(counted[place][1] for place in used)
-
-
-def _fence(texts: Mapping[str, str]) -> str:
-    """A code that follows from the texts, so that the same pair is the same request, and occurs in none of them."""
-    whole = json.dumps(sorted(texts.items()))
-    for attempt in range(1000):
-        code = hashlib.sha256(f"{attempt}{whole}".encode()).hexdigest()[:12]
-        if not any(code in text for text in texts.values()):
-            return code
-    raise AssertionError("a text cannot hold a thousand of its own digests")
-
-
-def _marker_pattern(user: str) -> re.Pattern[str] | None:
-    """What would read as a marker of this frame, whatever its case, spaces and apostrophes."""
-    markers = []
-    for inner in dict.fromkeys(_MARKER.findall(user)):
-        words = (re.escape(word).replace("'", "['\u2018\u2019]") for word in inner.split())
-        markers.append(r"\s+".join(words))
-    if not markers:
-        return None
-    # With the mark of an earlier quotation, so that every change can be undone.
-    return re.compile(rf"\[(\s*(?:{_QUOTED})*(?:{'|'.join(markers)})\s*)\]", re.I)
+    def _named(self, case: Subject) -> str:
+        """The name of the prompt for a case."""
+        category, end = case.question.category, TURNS if case.turn > 1 else ""
+        # What a prompt shows of references must be whole.
+        is_whole = category in REFERENCE_CATEGORIES and all(case.question.references[: case.turn])
+        if REFERENCE + end in self.templates and is_whole:
+            return REFERENCE + end
+        own = category + end
+        return own if own in self.templates and category != REFERENCE else GENERAL + end
 
 
 def parse_review(
     form: str,
     review: str,
-    pair: Pair,
+    case: Subject,
     finish_reason: str = "stop",
     mode: Mode = "text",
     parameters: Mapping[str, object] | None = None,
     logprobs: Sequence[TokenAlternatives] | None = None,
 ) -> Verdict | Unparsed:
-    """What a review of a pair says.
+    """What a review of a case says.
 
     Nothing that it quotes from the question or the answers is a verdict, and nothing that it thought before its answer:
     a judge tries out verdicts while it thinks.
@@ -239,7 +236,7 @@ def parse_review(
     Args:
         form: a key of `FORMS`.
         review: what the judge wrote, its thoughts too.
-        pair: what it is about.
+        case: what it is about.
         finish_reason: as the provider says. A review that was cut (`length`) and shows no end of a thought may be a
             thought from its first word on, where the template has opened it. Then a verdict counts only where a thought
             does not stand: alone in the first line.
@@ -252,7 +249,7 @@ def parse_review(
         return Unparsed("thinking_cut")
     if split.thought is not None and not split.answer.strip():
         return Unparsed("only_thinking")
-    material = "\n".join((pair.question.text, pair.answer_1.text, pair.answer_2.text))
+    material = texts_of(case)
     if mode == "logprobs":
         return parse_probabilities(split.answer, logprobs)
     if mode == "json":
@@ -340,7 +337,11 @@ def _checked(content: object) -> tuple[str, Wording]:
         raise ValueError(f"kind is {form!r}, neither {' nor '.join(FORMS)}")
     if "general" not in content["prompts"]:
         raise ValueError("there is no prompt `general`, which every other category falls back on")
-    templates = {str(category): _checked_template(str(category), row) for category, row in content["prompts"].items()}
+    required = _REQUIRED[FORMS[form].n_answers]
+    templates = {str(name): _checked_template(str(name), row, required) for name, row in content["prompts"].items()}
+    late = next((name for name in templates if name.endswith(TURNS)), None)
+    if late and GENERAL + TURNS not in templates:
+        raise ValueError(f"prompt {late} needs a prompt {GENERAL}{TURNS}, which other categories fall back on")
     temperature = content.get("temperature", FORMS[form].temperature)
     max_tokens = content.get("max_tokens", FORMS[form].max_tokens)
     if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature <= 2:
@@ -350,16 +351,21 @@ def _checked(content: object) -> tuple[str, Wording]:
     return form, Wording(templates, float(temperature), max_tokens)
 
 
-def _checked_template(category: str, row: object) -> PromptTemplate:
+def _checked_template(category: str, row: object, required: Iterable[str]) -> PromptTemplate:
     if not isinstance(row, dict) or not isinstance(row.get("user"), str) or not row.keys() <= {"system", "user"}:
         raise ValueError(f"prompt {category} must have a text `user`, and may have a text `system`")
     system = row.get("system") or ""
     if not isinstance(system, str):
         raise ValueError(f"prompt {category}: system is no text")
-    needed = (*_REQUIRED, REFERENCE) if category == REFERENCE else _REQUIRED
+    needed = (*required, REFERENCE) if category.removesuffix(TURNS) == REFERENCE else tuple(required)
     if missing := [place for place in needed if f"{{{place}}}" not in row["user"]]:
         raise ValueError(f"prompt {category} has no place {{{missing[0]}}}")
-    known = {*needed, "fence"}
+    known = {*needed, "fence"} | ({"nth", "turns"} if category.endswith(TURNS) else set())
+    for sign in ("{turns}", "{/turns}"):
+        if category.endswith(TURNS) and sign not in row["user"]:
+            raise ValueError(
+                f"prompt {category} has no {sign}; between {{turns}} and {{/turns}} stands what each turn is"
+            )
     if unknown := [place for place in re.findall(r"\{(\w+)\}", row["user"] + system) if place not in known]:
         raise ValueError(f"prompt {category} has an unknown place {{{unknown[0]}}}; {did_you_mean(unknown[0], known)}")
     return PromptTemplate(system, row["user"])

@@ -1,8 +1,12 @@
-"""The records of pairwise judging, in the order they travel.
+"""The records of judging, in the order they travel.
 
-A `Question` and two systems' `Answer`s make a `Pair`; a prompt family renders it as a `JudgeRequest`; a judge (the
-client, a reward model, the nano oracle) gives a `Reply` or a `Failure`; the family's parser reads a `Verdict` or an
-`Unparsed` from the reply; all of it together is a `Review`, which is what is stored and what aggregation reads.
+A `Question` and two systems' `Answer`s make a `Pair`, one system's a `Solo`; a prompt family renders it as a
+`JudgeRequest`; a judge (the client, a reward model, the nano oracle) gives a `Reply` or a `Failure`; the family's
+parser reads a `Verdict` or an `Unparsed` from the reply; all of it together is a `Review` (a `Grade` of one answer),
+which is what is stored and what aggregation reads.
+
+A question has one turn or more. Turns count from 1; a case (`Pair` or `Solo`) is about one of them, in the light of
+those before it.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from almost_eval.judge.markdown import MarkdownCounts
@@ -18,6 +22,9 @@ from almost_eval.types import JSONMapping, Message
 
 Order = Literal["forward", "reverse"]
 """`forward` shows the baseline as Assistant 1 and the model as Assistant 2, as the official script does."""
+
+TOO_LONG = "context_too_long"
+"""Why an answer to a later turn is not there: what was said before leaves no room for it in the model's context."""
 
 Side = Literal["1", "2", "tie"]
 """Who is better, by the place in the prompt."""
@@ -30,6 +37,21 @@ TokenAlternatives = tuple[str, Sequence[tuple[str, float]]]
 """A token of a reply, and the most probable tokens at its place with their log-probabilities in nats, itself too."""
 
 
+class QuestionTurn(NamedTuple):
+    """A turn after the first."""
+
+    text: str
+    reference: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerTurn:
+    """The answer to one turn."""
+
+    text: str
+    metadata: JSONMapping = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True)
 class Question:
     """One line of a question file."""
@@ -37,9 +59,27 @@ class Question:
     id: str
     """As text; FastChat's files hold integers."""
     text: str
+    """The first turn."""
     category: str = "general"
     reference: str | None = None
-    """The nano world's key to its oracle, or a reference answer."""
+    """The nano world's key to its oracle, or a reference answer to the first turn."""
+    later: tuple[QuestionTurn, ...] = ()
+    """The turns after the first, with their reference answers."""
+
+    @property
+    def turns(self) -> tuple[str, ...]:
+        """What is asked, turn by turn."""
+        return (self.text, *(turn.text for turn in self.later))
+
+    @property
+    def references(self) -> tuple[str | None, ...]:
+        """The reference answer to each turn; None or empty where there is none."""
+        return (self.reference, *(turn.reference for turn in self.later))
+
+    def with_references(self, references: Sequence[str | None]) -> Question:
+        """The same with one reference answer, or None, for each turn."""
+        later = tuple(QuestionTurn(turn.text, r) for turn, r in zip(self.later, references[1:], strict=True))
+        return replace(self, reference=references[0], later=later)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,25 +88,99 @@ class Answer:
 
     question_id: str
     text: str
-    """May be empty: judged as it is."""
+    """To the first turn. May be empty: judged as it is."""
     model: str
     """The system's name (`model_id` in the file)."""
     metadata: JSONMapping = field(default_factory=dict)
+    """How the first turn's answer came about."""
+    later: tuple[AnswerTurn, ...] = ()
+    """To the turns after the first."""
+    others: tuple[Answer, ...] = ()
+    """The same system's other answers to the same question, where all of them are judged; these have none."""
+
+    @property
+    def choices(self) -> tuple[Answer, ...]:
+        """The answer itself and the others, each alone."""
+        return (replace(self, others=()), *self.others) if self.others else (self,)
+
+    @property
+    def turns(self) -> tuple[str, ...]:
+        """The answers, turn by turn."""
+        return (self.text, *(turn.text for turn in self.later))
+
+    @property
+    def turn_metadata(self) -> tuple[JSONMapping, ...]:
+        """How each turn's answer came about."""
+        return (self.metadata, *(turn.metadata for turn in self.later))
+
+    def of_turns(self, turns: Sequence[AnswerTurn]) -> Answer:
+        """The same system's answer to the same question, with these answers to its turns."""
+        first, *later = turns
+        return replace(self, text=first.text, metadata=first.metadata, later=tuple(later))
+
+
+Answers = dict[str, Answer]
+"""Question id -> answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two answers to one question in the order they are shown."""
+    """Two answers to one turn of a question in the order they are shown."""
 
     question: Question
     answer_1: Answer
     answer_2: Answer
     order: Order
+    turn: int = 1
+    """Which is judged, from 1. Those before it are shown; those after it are not."""
+    choice: int = 1
+    """Which of a system's answers to the question this is, from 1."""
 
     @property
     def id(self) -> str:
-        """Unique in a run: `question/order`, and the systems where there are more than two."""
-        return f"{self.question.id}/{self.order}"
+        """Unique in a run: `question/order`, a later turn's and choice's number, the systems if more than two."""
+        turn = f"/turn {self.turn}" if self.turn > 1 else ""
+        return f"{self.question.id}/{self.order}{turn}" + (f"/choice {self.choice}" if self.choice > 1 else "")
+
+    @property
+    def answers(self) -> tuple[Answer, ...]:
+        """By place in the prompt."""
+        return self.answer_1, self.answer_2
+
+
+@dataclass(frozen=True, slots=True)
+class Solo:
+    """One answer to one turn of a question, graded by itself."""
+
+    question: Question
+    answer: Answer
+    turn: int = 1
+    choice: int = 1
+
+    @property
+    def id(self) -> str:
+        """Unique for a system: `question/turn`, and a later choice's number."""
+        return f"{self.question.id}/turn {self.turn}" + (f"/choice {self.choice}" if self.choice > 1 else "")
+
+    @property
+    def answers(self) -> tuple[Answer, ...]:
+        """The one."""
+        return (self.answer,)
+
+
+Subject = Pair | Solo
+"""What a judge is shown at a time."""
+
+
+def texts_of(case: Subject) -> str:
+    """Everything that a review of the case may quote: question and answers, up to the judged turn."""
+    shown = (case.question.turns, *(answer.turns for answer in case.answers))
+    return "\n".join(turns[at] for at in range(case.turn) for turns in shown)
+
+
+def lengths_of(case: Subject) -> list[int]:
+    """Characters of the judged turn's answers, by place in the prompt."""
+    return [len(answer.turns[case.turn - 1]) for answer in case.answers]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +222,8 @@ class Usage(NamedTuple):
     """Of the prompt: read from the provider's cache."""
     reasoning: int = 0
     """Of the completion: spent on thinking."""
+    written: int = 0
+    """Of the prompt: written to the provider's cache, which some bill above the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +246,10 @@ class Reply:
     """What came in a field or a part of its own for thoughts. Never read for a verdict."""
     parameters: JSONMapping = field(default_factory=dict)
     """What was sent beside the messages: the bound on tokens, the temperature, the options."""
+    written_tokens: int = 0
+    """Of the prompt's, those written to the provider's cache."""
+    cost: float | None = None
+    """USD that the host says it billed; None where it states tokens alone."""
     cached: bool = False
     """True where the journal had it: nothing was paid now."""
     logprobs: Sequence[TokenAlternatives] | None = None
@@ -138,7 +258,13 @@ class Reply:
     @property
     def usage(self) -> Usage:
         """Its tokens."""
-        return Usage(self.prompt_tokens, self.completion_tokens, self.cached_tokens, self.reasoning_tokens)
+        return Usage(
+            self.prompt_tokens,
+            self.completion_tokens,
+            self.cached_tokens,
+            self.reasoning_tokens,
+            self.written_tokens,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +281,8 @@ class Failure:
 class Verdict:
     """What a review says, by place in the prompt."""
 
-    winner: Side
+    winner: Side | None
+    """None where one answer was graded by itself; `score_1` is then its mark."""
     score_1: float | None = None
     """1 to 10; None in a family that names the winner only."""
     score_2: float | None = None
@@ -189,6 +316,10 @@ class Review:
     reason: str | None = None
     judge: str = ""
     """Whose it is, in a panel."""
+    turn: int = 1
+    """Of the question, from 1."""
+    choice: int = 1
+    """Of the systems' answers to it, from 1."""
     baseline_markdown: MarkdownCounts | None = None
     """Of the answers as they were judged; None in lines of runs that did not count it."""
     model_markdown: MarkdownCounts | None = None
@@ -196,7 +327,7 @@ class Review:
     @property
     def case(self) -> tuple[str, ...]:
         """Which two answers it is about, in either order."""
-        return self.question_id, self.baseline, self.model
+        return self.question_id, self.baseline, self.model, str(self.turn), str(self.choice)
 
     @property
     def model_score(self) -> float | None:
@@ -204,7 +335,7 @@ class Review:
 
         Where the judge told probabilities: that of the model, and half of that of a tie.
         """
-        if self.verdict is None:
+        if self.verdict is None or self.verdict.winner is None:
             return None
         if (shares := self._shares) is not None:
             return shares[0] + shares[2] / 2
@@ -253,3 +384,17 @@ class Review:
             return None
         first, second = verdict.score_1, verdict.score_2
         return (second, first) if self.order == "forward" else (first, second)
+
+
+@dataclass(frozen=True, slots=True)
+class Grade:
+    """One answer graded by itself, as it is stored."""
+
+    question_id: str
+    category: str
+    turn: int
+    """Of the question, from 1."""
+    system: str
+    mark: float | None
+    """1 to 10; None where unscored, with `reason`."""
+    reason: str | None = None

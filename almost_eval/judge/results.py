@@ -15,19 +15,20 @@ from pathlib import Path
 import numpy as np
 
 from almost_eval.errors import InputError, StoreError
+from almost_eval.judge import grading
 from almost_eval.judge.aggregate import Orders, Ties, aggregate, round_robin
-from almost_eval.judge.answers import answer_files, digest_answers
+from almost_eval.judge.answers import ALL_CHOICES, answer_files, digest_answers
 from almost_eval.judge.api.endpoint import THOUGHT_ONLY
 from almost_eval.judge.api.parameters import JSON_OBJECT, RESPONSE_FORMAT
 from almost_eval.judge.judges import UNPARSED, Judgement, verdict_fields, without_answer
-from almost_eval.judge.lines import ORDERS, check_reviews, couples, record_of, reviews_of, style_fields
+from almost_eval.judge.lines import ORDERS, cases_of, check_reviews, grades_of, record_of, reviews_of, style_fields
 from almost_eval.judge.local import judge_by_oracle, judge_by_reward
 from almost_eval.judge.names import STYLE_CONTROLLED, STYLE_STRENGTH
 from almost_eval.judge.panel import Families, members_of, names_of, spread
 from almost_eval.judge.panel_results import majority, summarise_panel
-from almost_eval.judge.prompts import load_family, parse_review
+from almost_eval.judge.prompts import FORMS, load_family, parse_review
 from almost_eval.judge.questions import read_answers, read_questions
-from almost_eval.judge.records import Pair, Review, Unparsed
+from almost_eval.judge.records import Review, Solo, Subject, Unparsed
 from almost_eval.judge.style import style_control
 from almost_eval.judge.style_ranking import style_ranking
 from almost_eval.run.store import origin, read_results, read_samples, read_spec
@@ -60,10 +61,14 @@ def summarise(
         orders: which of the lines' orders count.
     """
     settings = spec["settings"]
-    stored, ties = reviews_of(records), ties or settings["ties"]
+    ties = ties or settings["ties"]
+    single = settings.get("judging") == "single"
+    stored = [] if single else reviews_of(records)
     judges = names_of(settings["judge"])
     reviews = majority(stored) if judges else stored
-    if len(settings["systems"]) > 2:
+    if single:
+        headline, metrics, judging = grading.summarise(grades_of(records), spec)
+    elif len(settings["systems"]) > 2:
         headline, metrics, judging = _round_robin(
             reviews, [s["name"] for s in settings["systems"].values()], spec["seed"]
         )
@@ -83,8 +88,10 @@ def summarise(
     stated = {name: metric.to_dict() for name, metric in metrics.items()}
     if not validity.passed:
         hidden = _hidden(validity)
-        stated |= {name: m | hidden for name, m in stated.items() if name.startswith(("win_rate", "strength"))}
-        judging |= {"length_controlled": None}
+        heads = ("win_rate", "strength", "score")
+        stated |= {name: m | hidden for name, m in stated.items() if name.startswith(heads)}
+        withheld: JSONObject = {"systems": {}, "differences": {}} if single else {"length_controlled": None}
+        judging |= withheld
         if "style" in judging:
             judging["style"] |= {"effects": [], "problem": "withheld, as the win rate is"}
     if judges:
@@ -207,6 +214,7 @@ def _details(records: Sequence[SampleRecord], settings: JSONMapping) -> JSONObje
         "reviews of cut answers": sum(any(r.outputs.get("cut", ())) for r in records),
         "reviews of answers without their thinking": sum(bool(r.outputs.get("reasoning_stripped")) for r in records),
         "reviews of empty answers": sum(0 in r.outputs["lengths"] for r in records),
+        "reviews that used a reference known to be wrong": sum("wrong_references" in r.outputs for r in records),
         "reviews of texts with the prompt's own markers, quoted": sum("markers_quoted" in r.outputs for r in records),
         "prompt tokens": sum(r.outputs.get("prompt_tokens") or 0 for r in records),
         "completion tokens": sum(r.outputs.get("completion_tokens") or 0 for r in records),
@@ -237,17 +245,19 @@ class StoredRun:
             raise StoreError(f"{folder} is a check of a judge, not a run of vicuna; read its certificate.html")
         self.questions = read_questions(folder / "questions.jsonl")
         names = [system["name"] for system in settings["systems"].values()]
-        self.answers = [read_answers(file, self.questions)[1] for file in answer_files(folder, names)]
+        choice = None if settings.get("choice") == ALL_CHOICES else 1
+        files = answer_files(folder, names)
+        self.answers = [read_answers(file, self.questions, choice=choice)[1] for file in files]
         self.digests = {name: digest_answers(mine) for name, mine in zip(names, self.answers, strict=True)}
-        judged = couples(self.questions, self.answers, settings["orders"], settings["max_answer_chars"])
-        ids, pairs, cuts, judges = spread(names_of(settings["judge"]), *judged)
-        self.pairs = {id: (pair, cut) for id, pair, cut in zip(ids, pairs, cuts, strict=True)}
+        judged = cases_of(self.questions, self.answers, settings["orders"], settings["max_answer_chars"])
+        ids, cases, cuts, judges = spread(names_of(settings["judge"]), *judged)
+        self.pairs = {id: (case, cut) for id, case, cut in zip(ids, cases, cuts, strict=True)}
         self._judge_of = dict(zip(ids, judges, strict=True))
         self._members = {member["name"]: member for member in members_of(settings["judge"])}
         stored = {record.sample.id: record for record in read_samples(folder)}
         if unknown := next((id for id in stored if id not in self.pairs), None):
             raise StoreError(f"{folder} has a line for {unknown!r}, which its questions and systems do not make")
-        self.records = [stored[id] for id in ids if id in stored]
+        self.records = [stored[id] for id in self.pairs if id in stored]
 
     def again(self, record: SampleRecord, family: str | None = None) -> SampleRecord:
         """The line as its own outputs, and the answers, make it.
@@ -260,9 +270,14 @@ class StoredRun:
         outputs = {key: value for key, value in record.outputs.items() if key not in ("lengths", "markdown", "cut")}
         judgement = self._judgement(pair, record, outputs, family)
         again = record_of(pair, judgement, id=record.sample.id, cut=cut, judge=self._judge_of[record.sample.id])
-        if "markdown" not in record.outputs:  # of a run before it was counted
-            del again.outputs["markdown"]
+        if "markdown" not in record.outputs:  # graded by itself, or of a run before it was counted
+            again.outputs.pop("markdown", None)
         return again
+
+    @property
+    def graded(self) -> bool:
+        """Whether each answer was graded by itself."""
+        return bool(self.spec["settings"].get("judging") == "single")
 
     def with_markdown(self, record: SampleRecord) -> SampleRecord:
         """The line with the counts of its answers, which a run before they were counted lacks."""
@@ -274,7 +289,7 @@ class StoredRun:
         name = self._judge_of[record.sample.id]
         return next(iter(self._members.values())) if name is None else self._members[name]
 
-    def _judgement(self, pair: Pair, record: SampleRecord, outputs: JSONObject, family: str | None) -> Judgement:
+    def _judgement(self, pair: Subject, record: SampleRecord, outputs: JSONObject, family: str | None) -> Judgement:
         judge = self.judge_of(record)
         if (unjudged := without_answer(pair)) is not None:
             return unjudged
@@ -301,8 +316,8 @@ class StoredRun:
     ) -> JSONObject:
         """The results that these lines make."""
         allowed = {name: entry["allowed"] for name, entry in self.results["validity"]["checks"].items()}
-        records = [r for r in records if r.sample.metadata["order"] in ORDERS[orders]]
-        expected = sum(pair.order in ORDERS[orders] for pair, _ in self.pairs.values())
+        records = [r for r in records if r.sample.metadata.get("order") in (None, *ORDERS[orders])]
+        expected = sum(isinstance(c, Solo) or c.order in ORDERS[orders] for c, _ in self.pairs.values())
         validity = check_reviews(records, expected, allowed)
         return summarise(records, self.spec, validity, self.results["engine"], self.digests, ties=ties, orders=orders)
 
@@ -321,6 +336,8 @@ def redraw(folder: Path, *, ties: Ties | None = None, orders: Orders = "both", f
         StoreError: see `StoredRun`.
     """
     run = StoredRun(folder)
+    if run.graded and (ties, orders) != (None, "both"):
+        raise InputError(f"{folder} graded each answer by itself: it has no orders and no ties; leave both out")
     have = run.spec["settings"]["orders"]
     results = run.summarise(redrawn_records(run, orders, family), ties=ties, orders=orders)
     return {**results, "orders": have if orders == "both" else orders}
@@ -342,5 +359,9 @@ def redrawn_records(run: StoredRun, orders: Orders = "both", family: str | None 
             raise InputError(f"--prompt-family: the judge {run.spec['protocol']!r} wrote no reviews to read")
         if mode := next((judge["verdict"] for judge in writers if "verdict" in judge), None):
             raise InputError(f"--prompt-family: its verdicts were told by --verdict {mode}, which no parser reads anew")
+        if any(FORMS[load_family(family).form].n_answers != FORMS[judge["form"]].n_answers for judge in writers):
+            raise InputError(f"--prompt-family {family} reads reviews of another number of answers; name another")
         records = [run.again(r, family) if run.judge_of(r)["kind"] == "model" else r for r in records]
+    if run.graded:
+        return records
     return [run.with_markdown(record) for record in records if record.sample.metadata["order"] in ORDERS[orders]]

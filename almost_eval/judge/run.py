@@ -17,8 +17,6 @@ from almost_eval.errors import InputError
 from almost_eval.files import read_json, write_rows
 from almost_eval.judge.answers import (
     AnswerReasoning,
-    Answers,
-    ModelSystem,
     System,
     answer_files,
     digest_answers,
@@ -26,10 +24,13 @@ from almost_eval.judge.answers import (
     question_line,
 )
 from almost_eval.judge.judges import LASTING, Judge, ModelJudge, shown, without_answer
-from almost_eval.judge.lines import ORDERS, check_reviews, couples, record_of
-from almost_eval.judge.panel import Families, Panel, Spread, spread
+from almost_eval.judge.lines import ORDERS, cases_of, check_reviews, paired_choices, record_of
+from almost_eval.judge.local import RewardJudge
+from almost_eval.judge.model_system import ModelSystem
+from almost_eval.judge.panel import Families, Panel, Spread, members_of, spread
 from almost_eval.judge.prompts import JudgePrompts
-from almost_eval.judge.records import Answer, Question
+from almost_eval.judge.raised import kept_lines
+from almost_eval.judge.records import Answer, Answers, AnswerTurn, Question
 from almost_eval.judge.results import summarise
 from almost_eval.progress import Progress
 from almost_eval.run import provenance
@@ -39,6 +40,8 @@ from almost_eval.run.validity import ALLOWED, Validity
 from almost_eval.types import JSONObject, SampleRecord
 
 TASK = "vicuna"
+Judging = Literal["pairwise", "single"]
+"""Two answers compared, or each graded by itself."""
 
 
 class JudgeRun:
@@ -54,6 +57,9 @@ class JudgeRun:
         ties: `half` (a tie is half a win) or `drop`.
         max_answer_chars: cut longer answers, and count them; None cuts nothing.
         answer_reasoning: what became of thoughts in the systems' answers; recorded.
+        choice: `all` where each of a file's answers to a question is judged; recorded.
+        judging: `pairwise`, or `single`: each answer is graded by itself, and there are no orders and no ties.
+        questions_named: what the questions and their reference answers are called, where they have names; recorded.
         seed: recorded, and of the bootstrap.
         allowed: shares for the validity gate, or None for the defaults.
         families: which judges and systems are of one maker.
@@ -74,6 +80,9 @@ class JudgeRun:
         ties: Literal["half", "drop"] = "half",
         max_answer_chars: int | None = None,
         answer_reasoning: AnswerReasoning = "strip",
+        choice: Literal["all"] | None = None,
+        judging: Judging = "pairwise",
+        questions_named: Mapping[str, str] = {},
         seed: int = 0,
         allowed: Mapping[str, float] | None = None,
         families: Families | None = None,
@@ -83,8 +92,11 @@ class JudgeRun:
         self.data_name = data_name
         self.systems = distinct(systems)
         self.judge = judge
-        self.orders = orders
-        self.ties = ties
+        self.judging = judging
+        self.choice = choice
+        self.questions_named = dict(questions_named)
+        self.orders = orders if judging == "pairwise" else None
+        self.ties = ties if judging == "pairwise" else None
         self.max_answer_chars = max_answer_chars
         self.answer_reasoning = answer_reasoning
         self.seed = seed
@@ -102,14 +114,23 @@ class JudgeRun:
     @property
     def n_samples(self) -> int:
         """Reviews of a whole run."""
-        n = len(self.systems)
-        judges = len(self.judge.members) if isinstance(self.judge, Panel) else 1
-        return len(self.questions) * len(ORDERS[self.orders]) * n * (n - 1) // 2 * judges
+        known = [system.known() for system in self.systems]
+        total = 0
+        for question in self.questions:
+            counts = [len(mine[question.id].choices) if mine else 1 for mine in known]
+            if self.orders is None:
+                total += len(question.turns) * sum(counts)
+            else:
+                pairs = sum(paired_choices(question, *two) for two in itertools.combinations(counts, 2))
+                total += len(question.turns) * len(ORDERS[self.orders]) * pairs
+        return total * (len(self.judge.members) if isinstance(self.judge, Panel) else 1)
 
     def spec(self) -> JSONObject:
         """Everything that decides the numbers, and the command that requested them."""
         judge = self.judge.spec()
         roles = ["baseline", "model"] if len(self.systems) == 2 else [system.name for system in self.systems]
+        if self.judging == "single":  # none is the baseline of another
+            roles = [*(system.name for system in self.systems[:-1]), "model"]
         systems = {role: system.spec() for role, system in zip(roles, self.systems, strict=True)}
         settings: JSONObject = {
             "orders": self.orders,
@@ -120,6 +141,11 @@ class JudgeRun:
         }
         if self.answer_reasoning != "strip":
             settings["answer_reasoning"] = self.answer_reasoning
+        if self.judging != "pairwise":
+            settings["judging"] = self.judging
+        if self.choice is not None:
+            settings["choice"] = self.choice
+        settings |= self.questions_named
         if families := self.families.to_dict():
             settings["families"] = families
         model = systems[roles[-1]]
@@ -150,7 +176,7 @@ class JudgeRun:
     def title(self) -> str:
         """`model vs baseline`, or all names of a round robin."""
         names = [system.name for system in self.systems]
-        return f"{names[1]} vs {names[0]}" if len(names) == 2 else ", ".join(names)
+        return f"{names[1]} vs {names[0]}" if len(names) == 2 and self.judging == "pairwise" else ", ".join(names)
 
     def default_folder(self) -> Path:
         """`runs/vicuna-<judge>-<model>-<digest of the spec>`; see `store.default_folder`."""
@@ -171,12 +197,10 @@ class JudgeRun:
         progress = progress or Progress()
         started = time.perf_counter() if started is None else started
         if (folder / "spec.json").is_file():
-            stored = read_json(folder / "spec.json").get("settings", {}).get("systems", {})
-            for system, part in zip(self.systems, stored.values(), strict=False):
-                if isinstance(system, ModelSystem):
-                    system.adopt_date(part)
+            self._adopt_dates(read_json(folder / "spec.json").get("settings", {}))
         spec = self.spec()
-        with RunStore(folder, spec) as store, self.judge.open(folder, progress.notice):
+        amend = self.judge.amend if isinstance(self.judge, ModelJudge) else None
+        with RunStore(folder, spec, amend) as store, self.judge.open(folder, progress.notice):
             write_rows(folder / "questions.jsonl", map(question_line, self.questions), ascii_only=True)
             files = answer_files(folder, [system.name for system in self.systems])
             answers = [s.write(file, progress) for s, file in zip(self.systems, files, strict=True)]
@@ -210,10 +234,16 @@ class JudgeRun:
             warnings = [*self.judge.warnings(), *(note for system in self.systems for note in system.notes)]
             if spec["commit"] != begun["commit"]:
                 warnings.append(f"begun on commit {begun['commit']}, ended on {spec['commit']}")
+            if wrong := [record.sample.cluster for record in records if "wrong_references" in record.outputs]:
+                warnings.append(
+                    f"{len(wrong)} reviews used a reference answer that is known to be wrong (questions "
+                    f"{', '.join(dict.fromkeys(wrong))}); --reference corrected mends these"
+                )
             for system, mine in zip(self.systems, answers, strict=True):
-                if cut := sum((a.metadata or {}).get("finish_reason") == "length" for a in mine.values()):
+                made = [about for answer in mine.values() for about in answer.turn_metadata]
+                if cut := sum(about.get("finish_reason") == "length" for about in made):
                     warnings.append(
-                        f"{cut} of {len(mine)} answers of {system.name} were cut at the limit of new tokens"
+                        f"{cut} of {len(made)} answers of {system.name} were cut at the limit of new tokens"
                     )
             digests = {s.name: digest_answers(a) for s, a in zip(self.systems, answers, strict=True)}
             engine = {"path": "judge", "warnings": warnings}
@@ -227,6 +257,17 @@ class JudgeRun:
             store.finish(results)
         return results, validity
 
+    def _adopt_dates(self, stored: JSONObject) -> None:
+        """Let all templates write the time that they wrote when the run began, of whose spec `stored` is the part."""
+        for system, part in zip(self.systems, stored.get("systems", {}).values(), strict=False):
+            if isinstance(system, ModelSystem):
+                system.adopt_date(part)
+        judge = stored.get("judge") or {}
+        parts = {part.get("name"): part for part in (members_of(judge) if "kind" in judge else ())}
+        for member in self.judge.members if isinstance(self.judge, Panel) else [self.judge]:
+            if isinstance(member, RewardJudge):
+                member.adopt_date(parts.get(member.name, {}))
+
     def _asks_again(self, record: SampleRecord) -> bool:
         reason = record.score.reason
         return reason is not None and (reason not in LASTING or self.judge.asks_again(record))
@@ -235,17 +276,23 @@ class JudgeRun:
         """What `--dry-run` prints; answers that are yet to be written count as long as they may become."""
         unwritten = [system.name for system in self.systems if system.known() is None]
         answers = [system.known() or self._longest(system) for system in self.systems]
-        pairs = self._spread(answers).pairs
+        cases = self._spread(answers)
+        ids, pairs = cases.ids, cases.pairs
         facts: JSONObject = {"questions": len(self.questions), "reviews": len(pairs), "judge": self.judge.name}
         facts |= {"systems": ", ".join(system.name for system in self.systems)}
         if unwritten:
             facts["taken_as_long_as_they_may_become"] = f"answers of {', '.join(unwritten)}"
+        if isinstance(self.judge, ModelJudge) and (kept := kept_lines(folder, self.spec(), self.judge.prompts)):
+            stay = {record.sample.id for record in kept if not self._asks_again(record)}
+            facts |= {"reviews_that_stay": len(stay)}
+            wanted = [pair for id, pair in zip(ids, pairs, strict=True) if id not in stay]
+            return facts | (self.judge.plan(wanted, folder) if wanted else self.judge.plan(pairs, folder, 0))
         return facts | self.judge.plan(pairs, folder)
 
     def _spread(self, answers: Sequence[Answers]) -> Spread:
         """What is judged, by whom."""
         names = [member.name for member in self.judge.members] if isinstance(self.judge, Panel) else []
-        return spread(names, *couples(self.questions, answers, self.orders, self.max_answer_chars))
+        return spread(names, *cases_of(self.questions, answers, self.orders, self.max_answer_chars))
 
     def _prompts_by_judge(self) -> dict[str | None, JudgePrompts]:
         """What the judges behind an API are shown; a judge alone is named None, as in its lines."""
@@ -256,4 +303,4 @@ class JudgeRun:
     def _longest(self, system: System) -> Answers:
         # Four letters are a token to the estimate, and to most tokenizers.
         text = "long " * system.spec()["sampling"]["max_new_tokens"]
-        return {question.id: Answer(question.id, text, system.name) for question in self.questions}
+        return {q.id: Answer(q.id, text, system.name, later=(AnswerTurn(text),) * len(q.later)) for q in self.questions}

@@ -185,7 +185,7 @@ def features_of(review: Review) -> dict[str, tuple[float, float]]:
 
 def _means(scored: Sequence[Review]) -> dict[str, tuple[float | None, float | None]]:
     """Name -> mean count of the model's answers and of the baseline's; one answer counts once, whatever its orders."""
-    once = {review.question_id: features_of(review) for review in scored}.values()
+    once = {review.case: features_of(review) for review in scored}.values()
     names = min(once, key=len, default={})
     return {
         name: (math.fsum(f[name][0] for f in once) / len(once), math.fsum(f[name][1] for f in once) / len(once))

@@ -1,4 +1,4 @@
-"""What a review says: two scores, or the letter of the winner. One parser for each prompt family.
+"""What a review of two answers says: two scores, or the letter of the winner. One parser for each prompt family.
 
 The official parser reads the first line and nothing else; a math review ends with its scores. Here a review may state
 its scores in five ways, each a *reading*:

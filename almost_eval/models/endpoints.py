@@ -128,7 +128,15 @@ def server_words(text: str, key: str | None) -> str:
 # --- clients ---
 
 
-def sdk_client(address: EndpointAddress, key: str | None, *, retries: int, timeout: float) -> openai.OpenAI:
+def sdk_client(
+    address: EndpointAddress,
+    key: str | None,
+    *,
+    retries: int,
+    timeout: float,
+    query: Mapping[str, object] | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> openai.OpenAI:
     """The SDK's client.
 
     Args:
@@ -136,10 +144,19 @@ def sdk_client(address: EndpointAddress, key: str | None, *, retries: int, timeo
         key: see `read_key`.
         retries: of one request.
         timeout: seconds that one answer may take.
+        query: see `async_sdk_client`, as for `headers`.
+        headers: see there.
     """
     import openai
 
-    return openai.OpenAI(base_url=address.url, api_key=key or _NO_KEY, max_retries=retries, timeout=timeout)
+    return openai.OpenAI(
+        base_url=address.url,
+        api_key=key or _NO_KEY,
+        max_retries=retries,
+        timeout=timeout,
+        default_query=dict(query or {}),
+        default_headers=dict(headers or {}),
+    )
 
 
 def async_sdk_client(

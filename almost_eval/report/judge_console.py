@@ -13,6 +13,7 @@ from almost_eval.judge.calibration import Calibration, CalibrationBin
 from almost_eval.judge.names import CORRECTED, STYLE_CONTROLLED, STYLE_STRENGTH
 from almost_eval.report.judge_tables import print_judge_results, print_round_robin
 from almost_eval.report.judged import VOTE_ROWS, vote_words
+from almost_eval.report.turns import is_of_turn, print_grades, print_turn_table
 from almost_eval.types import JSONMapping, JSONObject, Metric
 
 ORDERS_IN_WORDS = {
@@ -25,12 +26,16 @@ ORDERS_IN_WORDS = {
 def print_judged(results: JSONMapping, console: Console) -> None:
     """The table of a run of `vicuna`."""
     title = " · ".join([f"judge {results['protocol']}", *ORDERS_IN_WORDS.get(results.get("orders", ""), ())])
-    if "names" in results["judging"]:
+    if results["judging"].get("mode") == "single":
+        print_grades(results, console, title=title)
+    elif "names" in results["judging"]:
         at_equal_style = _metrics_of(results, STYLE_STRENGTH)
         style = results["judging"].get("style")
         print_round_robin(_round_robin(results), console, title=title, style=style, at_equal_style=at_equal_style)
     else:
         print_judge_results(_two(results), console, title=title, style=results["judging"].get("style"))
+        if any(map(is_of_turn, results["metrics"])):
+            print_turn_table(results["metrics"], "win_rate", console, title="win rate by category and turn")
         if votes := results.get("votes"):
             _print_votes(results["metrics"], votes, console)
     if "panel" in results["judging"]:
@@ -45,10 +50,24 @@ def print_remarks(results: JSONMapping, console: Console, *, of: str = "") -> No
     whose = f"{of}: " if of else ""
     if details := ", ".join(f"{name} {count:,}" for name, count in results["details"].items() if count):
         console.print(Text(f"{whose}counted: {details}"))
+    _print_cost(results.get("timing") or {}, console, of=whose)
     if not results["validity"]["passed"]:
         console.print(Text.assemble(whose, ("headline withheld:", "red"), f" {results['validity']['reason']}"))
     for warning in results["engine"]["warnings"]:
         console.print(Text.assemble(whose, ("warning:", "yellow"), f" {warning}"))
+
+
+def _print_cost(timing: JSONMapping, console: Console, *, of: str) -> None:
+    """What all runs in the folder were billed, and what is counted at its most, as nobody says for how much."""
+    cost = timing.get("cost_usd_all_runs")
+    unsure, n = timing.get("of_it_uncertain_usd"), timing.get("cost_uncertain_requests_all_runs")
+    if not cost and not n:
+        return
+    told = f" {cost:.4f} USD for all runs in this folder" if cost is not None else " unknown"
+    if n:
+        most = f" up to {unsure:.4f} USD" if unsure is not None else ""
+        told += f"; of it{most} for {n} requests whose bill nobody states (a timeout, a kill, a batch under way)"
+    console.print(Text.assemble(of, ("cost:", "yellow" if n else "dim"), told), soft_wrap=True)
 
 
 def _two(results: JSONMapping) -> JudgeResults:

@@ -12,6 +12,7 @@ from rich.text import Text
 from almost_eval.judge.aggregate import JudgeResults, RoundRobin
 from almost_eval.judge.calibration import Calibration
 from almost_eval.judge.names import STYLE_CONTROLLED
+from almost_eval.report.turns import is_of_turn
 from almost_eval.types import JSONMapping, Metric
 
 ELO = 400 / math.log(10)
@@ -42,12 +43,12 @@ def print_judge_results(
     if style is not None:
         _add(table, "win rate at equal style", results.metrics[STYLE_CONTROLLED])
     categories = [name for name in results.metrics if name.startswith("win_rate/")]
-    if len(categories) > 1:
+    if len(categories) > 1 and not any(map(is_of_turn, categories)):  # those of several turns have a table
         table.add_section()
         for name in categories:
             _add(table, f"  {name.removeprefix('win_rate/')}", results.metrics[name])
     table.add_section()
-    one_order = results.combined.incomplete == results.n_questions
+    one_order = not results.consistency.n
     if not one_order:
         _add(table, "both orders agree", results.consistency, "dim")
     confounded = " (one order: the place or the system)" if one_order else ""
@@ -68,9 +69,10 @@ def _notes(results: JudgeResults) -> list[Text]:
         lines.append(Text(f"total score: {results.baseline} {baseline:g} : {model:g} {results.model}"))
     both = results.combined
     if conflicts := both.conflict_first + both.conflict_second:
+        what = "turns" if any(map(is_of_turn, results.metrics)) else "questions"
         lines.append(
             Text(
-                f"the two orders contradict each other on {conflicts} questions: Assistant 1 twice on "
+                f"the two orders contradict each other on {conflicts} {what}: Assistant 1 twice on "
                 f"{both.conflict_first}, Assistant 2 twice on {both.conflict_second}"
             )
         )

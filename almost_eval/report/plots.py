@@ -23,6 +23,24 @@ _MARKERS = "os^Dv<>P"
 
 
 @dataclass(frozen=True, slots=True)
+class Scale:
+    """What the height of a plot is."""
+
+    top: float
+    """The value at its upper end; 0 is at the lower."""
+    ticks: tuple[str, ...]
+    """What stands at 0, 25, 50, 75 and 100 % of it."""
+
+    def share(self, value: float | None) -> float | None:
+        """A value as a share of the height."""
+        return None if value is None else value / self.top
+
+
+PERCENT = Scale(1.0, ("0", "25", "50", "75", "100 %"))
+TO_TEN = Scale(10.0, ("0", "2.5", "5", "7.5", "10"))
+
+
+@dataclass(frozen=True, slots=True)
 class Series:
     """Points of one model."""
 
@@ -32,8 +50,8 @@ class Series:
     intervals: list[tuple[float, float] | None]
 
 
-def profile(labels: Sequence[str], series: Sequence[Series], *, ident: str, title: str) -> str:
-    """Shares by category, a line for each model; a gap where there is no value."""
+def profile(labels: Sequence[str], series: Sequence[Series], *, ident: str, title: str, scale: Scale = PERCENT) -> str:
+    """Shares of the scale by category, a line for each model; a gap where there is no value."""
 
     def draw(axes: Axes) -> None:
         for at, one in enumerate(series):
@@ -42,7 +60,7 @@ def profile(labels: Sequence[str], series: Sequence[Series], *, ident: str, titl
         axes.set_xticks(range(len(labels)), labels)
         axes.set_xlim(-0.5, len(labels) - 0.5)
 
-    return _svg(draw, ident=ident, title=title)
+    return _svg(draw, ident=ident, title=title, scale=scale)
 
 
 def by_length(ratios: Sequence[float], series: Sequence[Series], *, ident: str, title: str) -> str:
@@ -82,7 +100,7 @@ def _colour(place: int) -> str:
     return f"#f0f0f{place % SERIES}"
 
 
-def _svg(draw: Callable[[Axes], None], *, ident: str, title: str) -> str:
+def _svg(draw: Callable[[Axes], None], *, ident: str, title: str, scale: Scale = PERCENT) -> str:
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -93,7 +111,7 @@ def _svg(draw: Callable[[Axes], None], *, ident: str, title: str) -> str:
         axes = figure.add_subplot()
         draw(axes)
         axes.set_ylim(-3, 103)
-        axes.set_yticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100 %"])
+        axes.set_yticks([0, 25, 50, 75, 100], list(scale.ticks))
         axes.grid(axis="y", color=_RULE, linewidth=0.7)
         axes.set_axisbelow(True)
         for side in ("top", "right", "left"):

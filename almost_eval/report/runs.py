@@ -15,7 +15,7 @@ from almost_eval.judge.names import STYLE_STRENGTH, VOTES_FILE
 from almost_eval.run.prompt_log import SamplePrompts, read_prompts
 from almost_eval.run.store import read_results, read_samples, read_spec
 from almost_eval.tasks.facts import Unit
-from almost_eval.tasks.registry import stated_by
+from almost_eval.tasks.registry import TASKS, stated_by
 from almost_eval.types import JSONObject, SampleRecord
 
 SHOWN_NAMES = 3
@@ -23,13 +23,13 @@ SHOWN_NAMES = 3
 NONE = "-"
 """Shown where there is no value."""
 JUDGED_COUNTS = ("wins", "ties", "losses", "unparsed")
-JUDGED_NUMBERS = ("total_score/", "strength/", STYLE_STRENGTH)
+JUDGED_NUMBERS = ("total_score/", "strength/", STYLE_STRENGTH, "score")
 """Beginnings of the names of a judged run's metrics that are in a unit of their own."""
 
 
 def unit_of(task: str, metric: str) -> Unit:
     """How a metric reads: as its task states. A judged run has no task, and its metrics go by their names."""
-    if metric.startswith(JUDGED_NUMBERS):
+    if metric.startswith(JUDGED_NUMBERS) and task not in TASKS:
         return "number"
     unit = stated_by(task).metric_unit(metric)
     return "count" if unit == "share" and metric in JUDGED_COUNTS else unit
@@ -74,7 +74,9 @@ class LoadedRun:
     @property
     def title(self) -> str:
         """Of the task, for people."""
-        return self.task.capitalize() if self.judged else stated_by(self.task).title or self.task
+        if self.judged:
+            return str(self.spec["settings"].get("questions") or self.task.capitalize())
+        return stated_by(self.task).title or self.task
 
     @property
     def headline(self) -> str:
@@ -115,6 +117,7 @@ class LoadedRun:
             self.task,
             self.results["protocol"],
             self.baseline_system,
+            self.spec["settings"].get("judging"),
             self.spec["data"]["fingerprint"],
             prompts.get("digest"),
             json.dumps(measure_of(self.spec), sort_keys=True),

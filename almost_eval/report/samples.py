@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from almost_eval.files import read_rows
+from almost_eval.judge.questions import LATER
 from almost_eval.report.runs import Benchmark, LoadedRun, RunSet
 from almost_eval.run.prompt_log import SamplePrompts
 from almost_eval.tasks.registry import stated_by
@@ -84,6 +85,7 @@ def _pack_benchmark(benchmark: Benchmark, payload: Payload) -> JSONObject:
         "panels": panels.values,
         "has_prompts": any(run.prompts for run in runs),
         "judged": runs[0].judged,
+        **({"graded": True} if runs[0].spec["settings"].get("judging") == "single" else {}),
     }
     index["chunks"] = []
     for start, end in _chunks(texts[0], known):
@@ -187,21 +189,44 @@ class _JudgedTexts:
     """Questions and answers beside a judged run's lines."""
 
     def __init__(self, folder: Path) -> None:
-        self._questions = {str(row["question_id"]): str(row["text"]) for row in _rows(folder / "questions.jsonl")}
+        self._questions = {str(row["question_id"]): _turns_of(row) for row in _rows(folder / "questions.jsonl")}
         self._answers = {
-            (str(row["model_id"]), str(row["question_id"])): str(row["text"])
+            (str(row["model_id"]), str(row["question_id"])): _answered(row)
             for file in sorted((folder / "answers").glob("*.jsonl"))
             for row in _rows(file)
         }
 
     def of(self, record: SampleRecord) -> JSONObject:
-        """The question, and who answered what, by place in the prompt."""
+        """The question up to the judged turn, and who answered what to it after which thought, by place."""
         stored, question = record.sample.metadata, record.sample.cluster
-        names = [str(stored.get("baseline", "")), str(stored.get("model", ""))]
+        turn, choice = int(stored.get("turn", 1)), int(stored.get("choice", 1))
+        names = [str(stored[key]) for key in ("baseline", "model") if key in stored]
         if stored.get("order") == "reverse":
             names.reverse()
-        answers = [[name, self._answers.get((name, question))] for name in names]
-        return {"question": self._questions.get(question), "answers": answers}
+        answers = []
+        for name in names:
+            choices = self._answers.get((name, question))
+            turns = choices[choice - 1 if len(choices) > 1 else 0] if choices else None
+            answers.append([name, *(turns[turn - 1] if turns else (None, None))])
+        asked = self._questions.get(question)
+        return {"question": "\n\n".join(asked[:turn]) if asked else None, "answers": answers}
+
+
+def _answered(row: JSONObject) -> list[list[tuple[str, str | None]]]:
+    """(answer, thought that was stripped from it) of each turn of each choice of an answer's line.
+
+    Thoughts are kept of one choice alone: a model that writes its answers here writes one.
+    """
+    about = row.get("metadata") or {}
+    thoughts = [about.get("reasoning"), *(later.get("reasoning") for later in about.get(LATER, []))]
+    choices = [_turns_of(choice) for choice in row.get("choices") or [row]]
+    own = thoughts if len(choices) == 1 else []
+    return [list(zip(texts, [*own, *[None] * len(texts)], strict=False)) for texts in choices]
+
+
+def _turns_of(row: JSONObject) -> list[str]:
+    """The turns of a question's line, or of a choice in an answer's."""
+    return [str(turn) for turn in row["turns"]] if "turns" in row else [str(row["text"])]
 
 
 def _rows(file: Path) -> list[JSONObject]:

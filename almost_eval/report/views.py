@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 
 from almost_eval.judge.names import STYLE_CONTROLLED
-from almost_eval.report import judged, plots
+from almost_eval.report import judged, plots, turns
 from almost_eval.report.matrix import Cell, Matrix
 from almost_eval.report.panel_tables import JUDGE_RATE, panel_notes, panel_tables
 from almost_eval.report.runs import (
@@ -163,13 +163,17 @@ def _section(benchmark: Benchmark, anchor: str) -> View:
         "judged": [
             _judged(run, f"{anchor}r{place}") for place, run in enumerate(runs) if run.judged and run.baseline_system
         ],
+        **({"turns": tables} if (tables := [view for run in runs if run.judged for view in _turns(run)]) else {}),
         **({"panels": panels} if panels else {}),
     }
 
 
 def _metric_groups(runs: Sequence[LoadedRun], names: Sequence[str]) -> list[MetricGroup]:
     if runs[0].judged:
-        return [MetricGroup("Win rate", tuple(names))]
+        title, profile = "Score" if turns.MARKS in names else "Win rate", turns.profile_of(names)
+        by_category = tuple(profile) if len(profile) > 1 else ()
+        names = [name for name in names if not turns.is_of_turn_and_category(name)]  # the table has them
+        return [MetricGroup(title, tuple(names), profile=by_category, profile_title=f"{title} by category")]
     values = {name: [run.metrics[name]["value"] for run in runs if name in run.metrics] for name in names}
     known = {name: [value for value in of if value is not None] for name, of in values.items()}
     means = {name: sum(of) / len(of) for name, of in known.items() if of}
@@ -217,21 +221,48 @@ def _metric_title(task: str, name: str, *, whole: bool) -> str:
 
 
 def _profile(runs: Sequence[LoadedRun], group: MetricGroup, ident: str) -> View:
+    is_share = unit_of(runs[0].task, group.profile[0]) == "share"
+    scale = plots.PERCENT if is_share else plots.TO_TEN
     series = [
         plots.Series(
             run.series,
-            [run.metrics.get(name, {}).get("value") for name in group.profile],
-            [_pair(run.metrics.get(name, {}).get("ci95")) for name in group.profile],
+            [scale.share(run.metrics.get(name, {}).get("value")) for name in group.profile],
+            [_pair(run.metrics.get(name, {}).get("ci95"), scale) for name in group.profile],
         )
         for run in runs
     ]
     labels = [name.partition("/")[2] for name in group.profile]
-    svg = plots.profile(labels, series, ident=ident, title=group.profile_title)
+    svg = plots.profile(labels, series, ident=ident, title=group.profile_title, scale=scale)
     return {"title": "Profile", "caption": f"{group.profile_title}, with 95 % intervals", "svg": svg}
 
 
-def _pair(interval: Sequence[float] | None) -> tuple[float, float] | None:
-    return (interval[0], interval[1]) if interval else None
+def _pair(ends: Sequence[float] | None, scale: plots.Scale) -> tuple[float, float] | None:
+    return (ends[0] / scale.top, ends[1] / scale.top) if ends else None
+
+
+def _turns(run: LoadedRun) -> list[View]:
+    """Categories by turns, a table for each system whose answers were graded, or one for a pair."""
+    graded = (run.results.get("judging") or {}).get("systems")
+    head = turns.MARKS if graded else "win_rate"
+    if not graded and not any(map(turns.is_of_turn, run.metrics)):
+        return []
+    views = []
+    for name, metrics in (graded or {run.label: run.metrics}).items():
+        laid_out = turns.turn_table(metrics, head)
+        if laid_out is None:
+            continue
+        rows = [
+            {
+                "label": readable(label),
+                "cells": [{"text": turns.figure(cell, head), "interval": turns.interval(cell, head)} for cell in cells],
+                "n": cells[-1]["n"] if cells[-1] else 0,
+                "unscored": cells[-1]["unscored"] if cells[-1] else 0,
+            }
+            for label, cells in laid_out.rows
+        ]
+        what = "Marks from 1 to 10" if graded else "Win rate"
+        views.append({"label": name, "what": what, "columns": laid_out.columns, "rows": rows})
+    return views
 
 
 def _judged(run: LoadedRun, ident: str) -> View:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -47,14 +47,21 @@ class RunStore:
     Args:
         folder: the run folder; made if absent.
         spec: what is to be run.
+        amend: takes the stored spec and this one, and gives both back with what may change when a run goes on.
 
     Raises:
         RunChanged: the folder holds another run.
         StoreError: the folder is in use, or is not a run folder.
     """
 
-    def __init__(self, folder: Path, spec: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        spec: Mapping[str, Any],
+        amend: Callable[[JSONObject, JSONObject], tuple[JSONObject, JSONObject]] | None = None,
+    ) -> None:
         self.folder = folder
+        self._amend = amend
         self.spec: dict[str, Any] = json.loads(json.dumps(spec))  # as it reads when it comes back from the file
         """What is run; inside the context, what the process that began the run wrote down."""
         self.done: dict[str, SampleRecord] = {}
@@ -126,7 +133,9 @@ class RunStore:
                     )
             write_json(file, self.spec)
             return
-        stored = read_json(file, mend=NEW_RUN)
+        stored = begun = read_json(file, mend=NEW_RUN)
+        if self._amend is not None:
+            stored, self.spec = self._amend(stored, self.spec)
         was, now = flat(stored), flat(self.spec)
         # In the order of the spec, but digests last: they say that something differs, the other keys what.
         differ = [key for key in {**now, **was} if was.get(key) != now.get(key) and key not in FREE_KEYS]
@@ -135,6 +144,8 @@ class RunStore:
             shown = [f"{key} was {_short(was.get(key))}, is {_short(now.get(key))}" for key in differ[:3]]
             more = f"; and {len(differ) - 3} more" if len(differ) > 3 else ""
             raise RunChanged(self.folder, "; ".join(shown) + more)
+        if stored != begun:
+            write_json(file, stored)
         self.spec = stored
 
 
@@ -177,6 +188,8 @@ def undated(spec: JSONMapping) -> JSONObject:
     """A spec without the time that its template writes, and what follows from it: tomorrow it is the same run."""
 
     def strip(value: Any) -> Any:
+        if isinstance(value, list):
+            return [strip(item) for item in value]
         if not isinstance(value, Mapping):
             return value
         inner = {key: strip(item) for key, item in value.items()}

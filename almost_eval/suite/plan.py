@@ -210,7 +210,8 @@ def _data(base: RunRequest) -> str:
 
 
 def _judged(request: SuiteRequest, engine: Any) -> JudgeRun:
-    from almost_eval.judge.answers import ModelSystem, Sampling, open_system
+    from almost_eval.judge.answers import open_system
+    from almost_eval.judge.model_system import ModelSystem, Sampling
     from almost_eval.judge.questions import find_questions
     from almost_eval.judge.run import JudgeRun
 
@@ -294,7 +295,8 @@ def tokens_to_read(run: Run, done: set[str]) -> int:
 
 def _count_judged(one: Planned, run: Any) -> None:
     """Answers that models write, and what the judge takes."""
-    from almost_eval.judge.answers import ModelSystem, answer_files
+    from almost_eval.judge.answers import answer_files
+    from almost_eval.judge.model_system import ModelSystem
 
     one.samples = run.n_samples
     files = answer_files(one.folder, [system.name for system in run.systems])

@@ -120,20 +120,46 @@ def usage_of(body: object) -> Usage | None:
     completion = _count(usage, "completion_tokens", "output_tokens")
     if prompt is None or completion is None:
         return None
-    details = (usage.get("prompt_tokens_details"), usage.get("input_tokens_details"))
-    names = ("cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens")
-    cached = next((n for part in (*details, usage) if isinstance(part, dict) and (n := _count(part, *names))), 0)
-    details = (usage.get("completion_tokens_details"), usage.get("output_tokens_details"))
-    thought = next(
-        (n for part in (*details, usage) if isinstance(part, dict) and (n := _count(part, "reasoning_tokens"))), 0
-    )
+    prompt_parts = (usage.get("prompt_tokens_details"), usage.get("input_tokens_details"), usage)
+    completion_parts = (usage.get("completion_tokens_details"), usage.get("output_tokens_details"), usage)
+    cached = _first(prompt_parts, "cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens")
+    written = _first(prompt_parts, "cache_write_tokens", "cache_creation_input_tokens")
+    thought = _first(completion_parts, "reasoning_tokens")
     # Some count thoughts beside the completion, and in the total alone; they are billed like the rest.
     beside = (_count(usage, "total_tokens") or 0) - prompt - completion
     if beside > 0:
         completion, thought = completion + beside, max(thought, beside)
     if not prompt + completion:
         return None
-    return Usage(prompt, completion, min(cached, prompt), min(thought, completion))
+    cached = min(cached, prompt)
+    return Usage(prompt, completion, cached, min(thought, completion), min(written, prompt - cached))
+
+
+def cost_of(body: object) -> float | None:
+    """USD that a body says are billed; None where it says nothing, or nonsense.
+
+    OpenRouter states them in each answer: `cost` is charged to the account; with a provider's key of one's own,
+    `cost_details.upstream_inference_cost` is what that provider bills beside it
+    (https://openrouter.ai/docs/use-cases/usage-accounting).
+    """
+    usage = body.get("usage") if isinstance(body, dict) else None
+    if not isinstance(usage, dict) or (cost := _dollars(usage.get("cost"))) is None:
+        return None
+    details = usage.get("cost_details")
+    if usage.get("is_byok") is True and isinstance(details, dict):
+        cost += _dollars(details.get("upstream_inference_cost")) or 0.0
+    return cost
+
+
+def _dollars(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) and value >= 0 else None
+
+
+def _first(parts: Iterable[object], *names: str) -> int:
+    """The first count above 0 that one of the parts states; 0 where there is none."""
+    return next((n for part in parts if isinstance(part, dict) and (n := _count(part, *names))), 0)
 
 
 def _count(usage: JSONObject, *names: str) -> int | None:

@@ -13,9 +13,10 @@ one, since an endpoint that works through its queue gets to every request.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from almost_eval.errors import InputError
 from almost_eval.judge.api.cost import Budget
@@ -24,6 +25,9 @@ from almost_eval.judge.api.journal import Journal
 from almost_eval.judge.api.session import ClientStats, JudgeSession
 from almost_eval.judge.records import Failure, JudgeRequest, Reply
 from almost_eval.progress import Progress
+
+if TYPE_CHECKING:
+    from almost_eval.judge.api.batch import BatchSession
 
 
 class JudgeClient:
@@ -39,6 +43,8 @@ class JudgeClient:
         budget: what may be spent; by default no bound, at the price of the table.
         progress: where it is shown.
         notice: takes a line that the user must see at once; by default it goes to `progress`.
+        batch: send by the provider's batch API, cheaper and slower; see `batch`.
+        batch_wait: seconds to wait for batches at most, from the start of a `stream`; None waits until they end.
         seed: of the jitter.
 
     Raises:
@@ -58,6 +64,8 @@ class JudgeClient:
         budget: Budget | None = None,
         progress: Progress | None = None,
         notice: Callable[[str], None] | None = None,
+        batch: bool = False,
+        batch_wait: float | None = None,
         seed: int = 0,
     ) -> None:
         if timeout <= 0 or max_attempts < 1 or concurrency < 1:
@@ -70,6 +78,10 @@ class JudgeClient:
         self.budget = budget or Budget(judge=judge)
         self.progress = progress or Progress()
         self.notice = notice or self.progress.notice
+        self.batch = batch
+        self.batch_wait = batch_wait
+        self.ahead: Sequence[Sequence[JudgeRequest]] = ()
+        """What later calls of `stream` will request: with `batch` it goes into the same batches."""
         self.endpoint.parameters.merge(journal.note(self.endpoint.name))
         self.random = random.Random(seed)
         self.stats = ClientStats(cost=None if self.budget.price is None else 0.0)
@@ -100,18 +112,7 @@ class JudgeClient:
                 yield i, stored
             if not missing:
                 return
-            session = JudgeSession(
-                requests,
-                list(missing.values()),
-                endpoint=self.endpoint,
-                journal=self.journal,
-                budget=self.budget,
-                stats=self.stats,
-                random_=self.random,
-                concurrency=self.concurrency,
-                max_attempts=self.max_attempts,
-                notice=self.notice,
-            )
+            session = self._session(requests, missing)
             with closing(session.outcomes()) as outcomes:
                 for indices, outcome in outcomes:
                     for copy, i in enumerate(indices):
@@ -120,3 +121,48 @@ class JudgeClient:
                             outcome = replace(outcome, cached=True)
                         advance()
                         yield i, outcome
+
+    def _session(self, requests: Sequence[JudgeRequest], missing: dict[str, list[int]]) -> JudgeSession | BatchSession:
+        """What sends the requests that no stored reply answers."""
+        if self.batch:
+            from almost_eval.judge.api.batch import BatchSession
+
+            return BatchSession(
+                requests,
+                missing,
+                endpoint=self.endpoint,
+                journal=self.journal,
+                budget=self.budget,
+                stats=self.stats,
+                random_=self.random,
+                max_attempts=self.max_attempts,
+                wait=self.batch_wait,
+                notice=self.notice,
+                ahead=self.ahead,
+            )
+        self._refuse_what_is_in_a_batch(missing)
+        return JudgeSession(
+            requests,
+            list(missing.values()),
+            endpoint=self.endpoint,
+            journal=self.journal,
+            budget=self.budget,
+            stats=self.stats,
+            random_=self.random,
+            concurrency=self.concurrency,
+            max_attempts=self.max_attempts,
+            notice=self.notice,
+        )
+
+    def _refuse_what_is_in_a_batch(self, missing: Mapping[str, object]) -> None:
+        """Send nothing that a batch of an earlier command has under way: it would be paid for twice."""
+        from almost_eval.judge.api.batch_ledger import BatchLedger
+
+        ledger = BatchLedger(self.journal)
+        for batch in ledger.release():
+            if under_way := missing.keys() & ledger.unsettled([batch]):
+                name = batch.name or "that may have been ordered"
+                raise InputError(
+                    f"{len(under_way)} of these requests are in batch {name} of an earlier command, and paid for; go "
+                    "on with --batch, which takes its replies"
+                )

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import TypedDict
 
 from almost_eval.errors import InputError
-from almost_eval.judge.api.journal import Journal, Ledger
+from almost_eval.judge.api.journal import BATCH, STANDARD, Journal, Ledger, LedgerEntry
 from almost_eval.judge.records import JudgeRequest, Usage
 from almost_eval.types import JSONObject
 
@@ -43,19 +43,29 @@ class Price:
     """Of prompt tokens that the provider reads from its cache; None is `input`."""
     reasoning: float | None = None
     """Of completion tokens that are spent on thinking; None is `output`."""
+    written: float | None = None
+    """Of prompt tokens that the provider writes to its cache; None is `input`."""
+    batch: float | None = None
+    """What a batch costs of it, as a share of 1; None is unknown, and counts as the whole."""
+    batch_source: str = ""
+    """Where that was read."""
 
-    def of(self, prompt: int, completion: int, cached: int = 0, reasoning: int = 0) -> float:
+    def share(self, tier: str) -> float:
+        """Of the price, what a sending of this tier costs."""
+        return self.batch if tier == BATCH and self.batch is not None else 1.0
+
+    def of(self, prompt: int, completion: int, cached: int = 0, reasoning: int = 0, written: int = 0) -> float:
         """USD for so many tokens; the fields of a `Usage`."""
         read = self.input if self.cached is None else self.cached
         thought = self.output if self.reasoning is None else self.reasoning
-        fresh = (prompt - cached) * self.input + (completion - reasoning) * self.output
-        return (fresh + cached * read + reasoning * thought) / 1e6
+        write = self.input if self.written is None else self.written
+        fresh = (prompt - cached - written) * self.input + (completion - reasoning) * self.output
+        return (fresh + cached * read + written * write + reasoning * thought) / 1e6
 
     def at_most(self, prompt: int, completion: int) -> float:
-        """USD for so many tokens, whichever of them are cached or spent on thinking."""
-        return (
-            prompt * max(self.input, self.cached or 0.0) + completion * max(self.output, self.reasoning or 0.0)
-        ) / 1e6
+        """USD for so many tokens, whichever of them are read from a cache, written to one, or spent on thinking."""
+        dearest = max(self.input, self.cached or 0.0, self.written or 0.0)
+        return (prompt * dearest + completion * max(self.output, self.reasoning or 0.0)) / 1e6
 
 
 class StatedPrices(TypedDict):
@@ -65,6 +75,7 @@ class StatedPrices(TypedDict):
     price_out: float | None
     price_cached: float | None
     price_reasoning: float | None
+    price_batch: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +90,10 @@ class Estimate:
     """As many as the requests allow."""
     price: float | None
     """USD if every reply used all it may; None where the judge's price is unknown."""
+    bytes: int = 0
+    """Of the texts that would be sent, as UTF-8."""
+    n_under_way: int = 0
+    """Different requests beside these that were sent already, and have no reply yet."""
 
 
 def price_of(
@@ -87,12 +102,19 @@ def price_of(
     price_out: float | None = None,
     price_cached: float | None = None,
     price_reasoning: float | None = None,
+    price_batch: float | None = None,
 ) -> Price | None:
     """The price that the flags state, else the table's line for exactly this model; None where there is neither.
 
     Raises:
-        InputError: one price without the other, or one below zero.
+        InputError: one price without the other, or one below zero; a share of a batch that is no share.
     """
+    line = next((line for line in _table() if judge in line["models"] and "input" in line), None)
+    batch, batch_source = (line.get("batch"), line.get("batch_source", "")) if line else (None, "")
+    if price_batch is not None:
+        if not 0 <= price_batch <= 1:
+            raise InputError("--price-batch must be from 0 to 1: what a batch costs of the price, such as 0.5")
+        batch, batch_source = price_batch, "--price-batch"
     if (price_in is None) != (price_out is None):
         raise InputError("--price-in and --price-out go together: USD per million prompt and completion tokens")
     if price_in is None and (price_cached is not None or price_reasoning is not None):
@@ -101,12 +123,15 @@ def price_of(
         every = [price for price in (price_in, price_out, price_cached, price_reasoning) if price is not None]
         if not all(0 <= price < float("inf") for price in every):
             raise InputError("--price-in and --price-out must be 0 or more (USD per million tokens)")
-        return Price(price_in, price_out, "--price-in, --price-out", "", price_cached, price_reasoning)
-    for line in _table():
-        if judge in line["models"] and "input" in line:
-            thinking = line.get("reasoning")
-            return Price(line["input"], line["output"], line["source"], line["date"], line.get("cached"), thinking)
-    return None
+        stated = "--price-in, --price-out"
+        factor = line["written"] / line["input"] if line and "written" in line else None
+        written = None if factor is None else price_in * factor
+        return Price(price_in, price_out, stated, "", price_cached, price_reasoning, written, batch, batch_source)
+    if line is None:
+        return None
+    cached, thinking, written = line.get("cached"), line.get("reasoning"), line.get("written")
+    source, day = line["source"], line["date"]
+    return Price(line["input"], line["output"], source, day, cached, thinking, written, batch, batch_source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,27 +171,50 @@ def estimate(
     price_out: float | None = None,
     price_cached: float | None = None,
     price_reasoning: float | None = None,
+    price_batch: float | None = None,
     journal: Journal | None = None,
+    less: Container[str] = (),
+    ahead: int | None = None,
 ) -> Estimate:
     """What asking these would take; nothing is sent. Requests that `journal` can answer are left out.
+
+    Args:
+        requests: what would be sent.
+        price_in: see `price_of`, as for the other prices.
+        price_out: see there.
+        price_cached: see there.
+        price_reasoning: see there.
+        price_batch: see there.
+        journal: of the folder, where there is one.
+        less: digests of requests that were sent already, and are paid for.
+        ahead: how many are sent by themselves before the rest goes into a batch; None where there is none.
 
     Raises:
         InputError: see `price_of`.
     """
     seen: set[str] = set()
-    prompt = completion = 0
+    waiting: set[str] = set()
+    prompt = completion = size = 0
     total: float | None = 0.0
     for request in requests:
         digest = request.digest
         if digest in seen or (journal is not None and journal.get(digest) is not None):
             continue
+        if digest in less:
+            waiting.add(digest)
+            continue
         seen.add(digest)
         tokens = estimate_tokens(request)
         prompt += tokens
         completion += request.max_tokens
-        price = price_of(request.judge, price_in, price_out, price_cached, price_reasoning)
-        total = None if price is None or total is None else total + price.at_most(tokens, request.max_tokens)
-    return Estimate(len(seen), prompt, completion, total)
+        size += sum(len(message.content.encode(errors="replace")) for message in request.messages)
+        price = price_of(request.judge, price_in, price_out, price_cached, price_reasoning, price_batch)
+        if price is None or total is None:
+            total = None
+        else:
+            tier = STANDARD if ahead is None or len(seen) <= ahead else BATCH
+            total += price.at_most(tokens, request.max_tokens) * price.share(tier)
+    return Estimate(len(seen), prompt, completion, total, size, len(waiting))
 
 
 class Budget:
@@ -191,10 +239,11 @@ class Budget:
         *,
         price_cached: float | None = None,
         price_reasoning: float | None = None,
+        price_batch: float | None = None,
         judge: str = "",
         spent: float = 0.0,
     ) -> None:
-        self.price = price_of(judge, price_in, price_out, price_cached, price_reasoning)
+        self.price = price_of(judge, price_in, price_out, price_cached, price_reasoning, price_batch)
         if max_cost is not None:
             if not 0 < max_cost < float("inf"):
                 raise InputError("--max-cost must be above 0 (USD)")
@@ -211,20 +260,38 @@ class Budget:
         self.pending = 0
         """How many they are."""
 
-    def worst(self, request: JudgeRequest) -> float:
+    def worst(self, request: JudgeRequest, tier: str = STANDARD) -> float:
         """USD that the request may cost, by the estimate of its prompt."""
-        return self.price.at_most(*self.most(request)[:2]) if self.price else 0.0
+        return self.price.at_most(*self.most(request)[:2]) * self.price.share(tier) if self.price else 0.0
 
     @staticmethod
     def most(request: JudgeRequest) -> Usage:
         """Tokens that the request may take, by the estimate of its prompt."""
         return Usage(estimate_tokens(request), request.max_tokens)
 
+    def cost(self, usage: Usage, tier: str = STANDARD) -> float:
+        """USD for tokens that a provider counted; 0 where the price is unknown."""
+        return self.price.of(*usage) * self.price.share(tier) if self.price else 0.0
+
     def of_ledger(self, ledger: Ledger) -> tuple[float, float]:
         """USD that a folder's sendings were billed, and the most that those may have taken of which nobody says."""
+        sums = [0.0, 0.0]
+        for entry in ledger.entries:
+            sums[entry.is_unsure] += self._of_entry(entry)
+        return sums[0], sums[1]
+
+    def _of_entry(self, entry: LedgerEntry) -> float:
+        if entry.stated is not None:
+            return entry.stated
         if self.price is None:
-            return 0.0, 0.0
-        return self.price.of(*ledger.billed), self.price.at_most(*ledger.unsure[:2])
+            return 0.0
+        if entry.is_unsure:
+            return self.price.at_most(*entry.usage[:2]) * self.price.share(entry.tier)
+        return self.cost(entry.usage, entry.tier)
+
+    def is_known(self, ledger: Ledger) -> bool:
+        """Whether USD can be said of all that a ledger holds: by a price, or as the host states them."""
+        return self.price is not None or all(entry.stated is not None for entry in ledger.entries)
 
     def reserve(self, amount: float) -> bool:
         """Set USD aside; False where that could exceed the bound."""

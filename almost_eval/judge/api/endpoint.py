@@ -8,6 +8,7 @@ from then on (see `parameters`). What a body says is read in `bodies`.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -17,7 +18,15 @@ from urllib.parse import urlunsplit
 
 from almost_eval.errors import AlmostError, InputError, RunError
 from almost_eval.judge.api.adaptive import MAX_PAUSE
-from almost_eval.judge.api.bodies import content_of, error_words, logprobs_of, parsed, retry_after, usage_of
+from almost_eval.judge.api.bodies import (
+    content_of,
+    cost_of,
+    error_words,
+    logprobs_of,
+    parsed,
+    retry_after,
+    usage_of,
+)
 from almost_eval.judge.api.parameters import LOGPROBS, MAX_COMPLETION_TOKENS, MAX_TOKENS, Parameters
 from almost_eval.judge.records import JudgeRequest, Reply, Usage
 from almost_eval.models.endpoints import (
@@ -28,8 +37,10 @@ from almost_eval.models.endpoints import (
     async_sdk_client,
     hide_key,
     read_key,
+    sdk_client,
     server_words,
 )
+from almost_eval.types import JSONObject
 
 if TYPE_CHECKING:
     import httpx
@@ -67,6 +78,8 @@ class Trouble:
     """Seconds that the endpoint asks to wait."""
     tokens: Usage | None = None
     """What was billed all the same, where it is known."""
+    cost: float | None = None
+    """The same in USD, where the host states them."""
     may_be_billed: bool = False
     """The endpoint may have worked on it, and nobody says for how many tokens."""
     fatal: AlmostError | None = None
@@ -122,10 +135,39 @@ class JudgeEndpoint:
 
     def connect(self) -> openai.AsyncOpenAI:
         """The SDK's client, for the loop that sends. Use as a context manager."""
+        return async_sdk_client(
+            self.address, self._key, timeout=self.timeout, query=self._query, headers=self._own_headers
+        )
+
+    def connect_blocking(self, timeout: float) -> openai.OpenAI:
+        """The SDK's client for whole files, without a loop. Use as a context manager."""
+        return sdk_client(
+            self.address, self._key, retries=0, timeout=timeout, query=self._query, headers=self._own_headers
+        )
+
+    @property
+    def _own_headers(self) -> dict[str, str]:
         host = self.address.parts.hostname or ""
         is_azure = bool(self._query) or host.endswith((".azure.com", ".azure-api.net"))
-        headers = {"api-key": self._key} if is_azure and self._key else {}  # beside the bearer that the SDK sends
-        return async_sdk_client(self.address, self._key, timeout=self.timeout, query=self._query, headers=headers)
+        return {"api-key": self._key} if is_azure and self._key else {}  # beside the bearer that the SDK sends
+
+    def body_of(self, request: JudgeRequest, sent: Mapping[str, object]) -> JSONObject:
+        """What is sent for a request with these parameters."""
+        return {"model": request.judge, "messages": [message.to_dict() for message in request.messages], **sent}
+
+    @property
+    def account(self) -> str:
+        """Tells one key from another without holding any of it: what is ordered with one is not seen with another."""
+        return hashlib.sha256(f"almost-eval {self._key}".encode()).hexdigest()[:8]
+
+    @staticmethod
+    def has_no_credit(status: int, code: str, text: str) -> bool:
+        """Whether a refusal says that there is no money left."""
+        return status in (402, 429, 403, 400) and (status == 402 or bool(_NO_CREDIT.search(f"{code} {text}")))
+
+    def words(self, text: str) -> str:
+        """What the endpoint said, fit to be shown."""
+        return server_words(text, self._key)
 
     async def send(self, connection: openai.AsyncOpenAI, request: JudgeRequest) -> Reply | Trouble:
         """Send once."""
@@ -133,7 +175,7 @@ class JudgeEndpoint:
         import openai
 
         sent = self.parameters.of(request)
-        body = {"model": request.judge, "messages": [message.to_dict() for message in request.messages], **sent}
+        body = self.body_of(request, sent)
         try:
             async with asyncio.timeout(self.timeout):  # the SDK's own is for each read: a server that drips passes it
                 response = await connection.post("/chat/completions", cast_to=httpx.Response, body=body)
@@ -145,6 +187,15 @@ class JudgeEndpoint:
             return self._lost(error)
         return self._read(response, request, sent)
 
+    def outcome(self, status: int, body: object, request: JudgeRequest, sent: Mapping[str, object]) -> Reply | Trouble:
+        """What an answer is that came in a file: its status, its body, and what it is the answer to."""
+        import httpx
+
+        response = httpx.Response(status, json=body)
+        if 200 <= status < 300:
+            return self._read(response, request, sent)
+        return self._refusal(status, response, request, sent)
+
     def _read(self, response: httpx.Response, request: JudgeRequest, sent: Mapping[str, object]) -> Reply | Trouble:
         """A response of status 2xx."""
         body = parsed(response.content)
@@ -153,7 +204,7 @@ class JudgeEndpoint:
             if "html" in response.headers.get("content-type", "") or start.startswith((b"<!doctype", b"<html")):
                 return Trouble("html", f"{self.base_url} sent a web page instead of JSON", again=True)
             return Trouble("malformed", "the answer is not JSON", again=True, may_be_billed=True)
-        tokens = usage_of(body)
+        tokens, cost = usage_of(body), cost_of(body)
         error = body.get("error") if isinstance(body, dict) and not body.get("choices") else None
         if isinstance(error, dict):  # a router hands on what its provider said, under a status of its own
             code = error.get("code")
@@ -162,19 +213,17 @@ class JudgeEndpoint:
         try:
             choices = body["choices"]
             if isinstance(choices, list) and not choices:
-                return Trouble("empty_choices", "the answer holds no choice", tokens=tokens, may_be_billed=True)
+                return Trouble("empty_choices", "the answer holds no choice", False, None, tokens, cost, True)
             message, finish = choices[0]["message"], choices[0].get("finish_reason") or "unknown"
             text, thinking = content_of(message)
             refusal = message.get("refusal")
             if not isinstance(finish, str):
                 raise TypeError
         except (AttributeError, LookupError, TypeError):
-            return Trouble(
-                "malformed", "the answer is JSON, but no chat completion", again=True, tokens=tokens, may_be_billed=True
-            )
+            return Trouble("malformed", "the answer is JSON, but no chat completion", True, None, tokens, cost, True)
         missing = self._missing(text, thinking, finish, refusal, tokens, request)
         if missing is not None:
-            return missing
+            return replace(missing, cost=cost)
         model = body.get("model")
         usage = tokens or Usage(0, 0)
         return Reply(
@@ -187,6 +236,8 @@ class JudgeEndpoint:
             usage.reasoning,
             hide_key(thinking, self._key),
             dict(sent),
+            usage.written,
+            cost,
             logprobs=logprobs_of(choices[0]) if LOGPROBS in sent else None,
         )
 
@@ -223,9 +274,10 @@ class JudgeEndpoint:
             f"http_{status}",
             f"{status}: {words}",
             tokens=tokens,
+            cost=cost_of(body),
             may_be_billed=status >= 500 and status not in _OVERLOADED,
         )
-        if status in (402, 429, 403, 400) and (_NO_CREDIT.search(f"{code} {text}") or status == 402):
+        if self.has_no_credit(status, code, text):
             return replace(trouble, fatal=RunError(f"{at} has no credit left ({status}): {words}; {KEPT}"))
         if status == 429 or status in _TRY_AGAIN or status >= 500:
             reason = "rate_limited" if status == 429 else trouble.reason

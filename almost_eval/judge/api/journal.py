@@ -31,7 +31,7 @@ from almost_eval.types import JSONObject
 APPLICATION_ID = 0x414C4D4A
 """`ALMJ` in the header of the file: SQLite's own way to say whose a database is."""
 
-VERSION = 2
+VERSION = 3
 PATIENCE = 30.0
 """Seconds to wait for another process's write."""
 
@@ -39,7 +39,8 @@ _TABLE = """CREATE TABLE IF NOT EXISTS replies (
     digest TEXT PRIMARY KEY, request TEXT NOT NULL, reply TEXT NOT NULL, time REAL NOT NULL) WITHOUT ROWID"""
 _LEDGER = """CREATE TABLE IF NOT EXISTS sendings (
     id INTEGER PRIMARY KEY, digest TEXT NOT NULL, state TEXT NOT NULL, prompt INTEGER NOT NULL,
-    completion INTEGER NOT NULL, cached INTEGER NOT NULL, reasoning INTEGER NOT NULL, time REAL NOT NULL)"""
+    completion INTEGER NOT NULL, cached INTEGER NOT NULL, reasoning INTEGER NOT NULL, time REAL NOT NULL,
+    tier TEXT NOT NULL DEFAULT 'standard', cost REAL, written INTEGER NOT NULL DEFAULT 0)"""
 _NOTES = "CREATE TABLE IF NOT EXISTS notes (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID"
 _JUDGES = "CREATE TABLE IF NOT EXISTS judges (digest TEXT PRIMARY KEY, judge TEXT NOT NULL) WITHOUT ROWID"
 """Of a panel: whose a request is."""
@@ -47,22 +48,59 @@ _FROM_REPLIES = """INSERT INTO sendings (digest, state, prompt, completion, cach
     SELECT digest, 'billed', json_extract(reply, '$.prompt_tokens'), json_extract(reply, '$.completion_tokens'), 0, 0,
     time FROM replies"""
 """Version 1 had no ledger: its replies are what is known to be billed."""
+_TO_3 = (
+    "ALTER TABLE sendings ADD COLUMN tier TEXT NOT NULL DEFAULT 'standard'",
+    "ALTER TABLE sendings ADD COLUMN cost REAL",
+    "ALTER TABLE sendings ADD COLUMN written INTEGER NOT NULL DEFAULT 0",
+)
+"""Version 2 knew one price, no host that states its bill, and none that bills what it writes to its cache."""
 _OF_JUDGE = " AND digest IN (SELECT digest FROM judges WHERE judge = ?)"
 
 BILLED, UNSURE, FREE = "billed", "unsure", "free"
 """States of a sending: the provider has said for how much; nobody has, so that it counts as the most; not billed."""
 _SENT = "sent"  # on its way, or its process was killed
 
+STANDARD, BATCH = "standard", "batch"
+"""Tiers of a sending: each has its price."""
+
+
+class LedgerEntry(NamedTuple):
+    """What the sendings of one kind took."""
+
+    is_unsure: bool
+    """Nobody says for how much they were billed, so that `usage` is the most; else it is as the provider counts."""
+    tier: str
+    """`STANDARD` or `BATCH`."""
+    usage: Usage
+    n: int
+    """How many they are."""
+    stated: float | None
+    """USD that the host says it billed; None where it states tokens alone."""
+
 
 class Ledger(NamedTuple):
     """What all sendings of a folder took."""
 
-    billed: Usage
-    """As the provider counts."""
-    unsure: Usage
-    """At most, of sendings that nobody says anything of."""
-    n_unsure: int
-    """How many they are."""
+    entries: tuple[LedgerEntry, ...]
+
+    @property
+    def billed(self) -> Usage:
+        """Tokens as the provider counts."""
+        return self._sum(unsure=False)
+
+    @property
+    def unsure(self) -> Usage:
+        """Tokens at most, of sendings that nobody says anything of."""
+        return self._sum(unsure=True)
+
+    @property
+    def n_unsure(self) -> int:
+        """How many these are."""
+        return sum(entry.n for entry in self.entries if entry.is_unsure)
+
+    def _sum(self, *, unsure: bool) -> Usage:
+        mine = [entry.usage for entry in self.entries if entry.is_unsure is unsure]
+        return Usage(*map(sum, zip(*mine, strict=True))) if mine else Usage(0, 0)
 
 
 class Journal:
@@ -102,6 +140,10 @@ class Journal:
         """Replies that are stored."""
         return int(self._one("SELECT count(*) FROM replies")[0])
 
+    def has_reply_of(self, judge: str) -> bool:
+        """Whether a reply of this judge is stored, so that it is known what it takes."""
+        return bool(self._one("SELECT 1 FROM replies WHERE json_extract(request, '$.judge') = ? LIMIT 1", judge))
+
     def get(self, digest: str) -> Reply | None:
         """The stored reply to the request of this digest, marked `cached`; None where there is none.
 
@@ -124,19 +166,17 @@ class Journal:
         Raises:
             RunError: the disk is full, or gone.
         """
-        with self._writing() as database:
-            row = (request.digest, _SENT, *most, time.time())
-            query = "INSERT INTO sendings (digest, state, prompt, completion, cached, reasoning, time) "
-            return int(database.execute(f"{query} VALUES (?, ?, ?, ?, ?, ?, ?)", row).lastrowid or 0)
+        with self.writing() as database:
+            return enter(database, request.digest, _SENT, most)
 
-    def settle(self, sending: int, state: str, usage: Usage | None = None) -> None:
-        """Enter what became of a sending: one of the states above, and its tokens where it was billed.
+    def settle(self, sending: int, state: str, usage: Usage | None = None, cost: float | None = None) -> None:
+        """Enter what became of a sending: one of the states above, and its tokens or its USD where it was billed.
 
         Raises:
             RunError: the disk is full, or gone.
         """
-        with self._writing() as database:
-            _settle(database, sending, state, usage)
+        with self.writing() as database:
+            settle(database, sending, state, usage, cost)
 
     def name_judge(self, judge: str, digests: Iterable[str]) -> None:
         """Enter whose requests these are, before they are sent: each judge of a panel has its price.
@@ -144,7 +184,7 @@ class Journal:
         Raises:
             RunError: the disk is full, or gone.
         """
-        with self._writing() as database:
+        with self.writing() as database:
             database.executemany("INSERT OR IGNORE INTO judges VALUES (?, ?)", ((digest, judge) for digest in digests))
 
     def ledger(self, judge: str | None = None) -> Ledger:
@@ -153,11 +193,18 @@ class Journal:
         Raises:
             StoreError: the file was damaged.
         """
-        sums = ", ".join(f"coalesce(sum({name}), 0)" for name in Usage._fields)
+        sums = ", ".join(f"sum({name})" for name in Usage._fields)
         mine, names = ("", ()) if judge is None else (_OF_JUDGE, (judge,))
-        billed = self._one(f"SELECT {sums} FROM sendings WHERE state = ?{mine}", BILLED, *names)
-        unsure = self._one(f"SELECT {sums}, count(*) FROM sendings WHERE state IN (?, ?){mine}", UNSURE, _SENT, *names)
-        return Ledger(Usage(*billed), Usage(*unsure[:4]), int(unsure[4]))
+        query = (
+            f"SELECT state != '{BILLED}' AS is_unsure, tier, cost IS NOT NULL AS is_stated, count(*), total(cost), "
+            f"{sums} FROM sendings WHERE state != '{FREE}'{mine} GROUP BY is_unsure, tier, is_stated"
+        )
+        return Ledger(
+            tuple(
+                LedgerEntry(bool(unsure), tier, Usage(*tokens), n, cost if stated else None)
+                for unsure, tier, stated, n, cost, *tokens in self.rows(query, *names)
+            )
+        )
 
     def note(self, name: str) -> JSONObject:
         """What `take_note` was told under this name; empty where nothing was."""
@@ -170,7 +217,7 @@ class Journal:
         Raises:
             RunError: the disk is full, or gone.
         """
-        with self._writing() as database:
+        with self.writing() as database:
             database.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", (name, json.dumps(value)))
 
     def put(self, request: JudgeRequest, reply: Reply, sending: int | None = None) -> None:
@@ -184,39 +231,16 @@ class Journal:
         Raises:
             RunError: the disk is full, or gone.
         """
-        sent = {
-            "judge": request.judge,
-            "messages": [message.to_dict() for message in request.messages],
-            "temperature": request.temperature,
-            "max_tokens": request.max_tokens,
-            "attempt": request.attempt,
-            "options": dict(request.options),
-        }
-        answered = {
-            "text": reply.text,
-            "finish_reason": reply.finish_reason,
-            "model": reply.model,
-            "prompt_tokens": reply.prompt_tokens,
-            "completion_tokens": reply.completion_tokens,
-            "cached_tokens": reply.cached_tokens,
-            "reasoning_tokens": reply.reasoning_tokens,
-            "thinking": reply.thinking,
-            "parameters": dict(reply.parameters),
-            **({} if reply.logprobs is None else {"logprobs": reply.logprobs}),
-        }
-        row = (request.digest, json.dumps(sent), json.dumps(answered), time.time())
-        with self._writing() as database:
+        row = (request.digest, request_text(request), reply_text(reply), time.time())
+        known = any(reply.usage) or reply.cost is not None
+        with self.writing() as database:
             database.execute("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?)", row)
             if sending is None:
-                query = "INSERT INTO sendings (digest, state, prompt, completion, cached, reasoning, time) "
-                values = (request.digest, BILLED, *reply.usage, time.time())
-                database.execute(f"{query} VALUES (?, ?, ?, ?, ?, ?, ?)", values)
-            else:
-                known = any(reply.usage)
-                _settle(database, sending, BILLED if known else UNSURE, reply.usage if known else None)
+                sending = enter(database, request.digest, BILLED, reply.usage)
+            settle(database, sending, BILLED if known else UNSURE, reply.usage if known else None, reply.cost)
 
     @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
+    def writing(self) -> Iterator[sqlite3.Connection]:
         """A transaction: all of it is on disk when it ends, or none."""
         try:
             with self._lock:
@@ -243,10 +267,15 @@ class Journal:
         return int(row[0]), int(row[1])
 
     def waits(self) -> list[float]:
-        """Seconds from the last sending of a request to its reply, of each reply whose sending is in the ledger."""
+        """Seconds from the last sending of a request to its reply, of each reply whose sending is in the ledger.
+
+        Replies of a batch are left out: the provider answers them when it has nothing else to do.
+        """
+        # Of the columns that are in no aggregate, SQLite takes the row of the one min().
         (waits,) = self._one(
-            "SELECT coalesce(json_group_array(wait), '[]') FROM (SELECT min(r.time - s.time) AS wait FROM replies r "
-            "JOIN sendings s ON s.digest = r.digest WHERE s.time < r.time GROUP BY r.digest)"
+            "SELECT coalesce(json_group_array(wait), '[]') FROM (SELECT min(r.time - s.time) AS wait, s.tier AS tier "
+            "FROM replies r JOIN sendings s ON s.digest = r.digest WHERE s.time < r.time GROUP BY r.digest) "
+            f"WHERE tier = '{STANDARD}'"
         )
         return [float(wait) for wait in json.loads(waits)]
 
@@ -256,12 +285,21 @@ class Journal:
             raise StoreError(f"{self.path} is closed")
         return self._database
 
-    def _one(self, query: str, *values: str) -> Any:
+    def rows(self, query: str, *values: str | int) -> list[Any]:
+        """What a SELECT gives.
+
+        Raises:
+            StoreError: the file was damaged.
+        """
         try:
             with self._lock:
-                return self._connection.execute(query, values).fetchone()
+                return self._connection.execute(query, values).fetchall()
         except sqlite3.Error as error:
             raise self._unusable(error) from None
+
+    def _one(self, query: str, *values: str) -> Any:
+        rows = self.rows(query, *values)
+        return rows[0] if rows else None
 
     def _prepare(self, database: sqlite3.Connection) -> None:
         # One snapshot: another process may make the tables between two reads, and they would seem to have no owner.
@@ -286,6 +324,9 @@ class Journal:
         database.execute(_JUDGES)
         if version == 1:
             database.execute(_FROM_REPLIES)
+        if version == 2:
+            for change in _TO_3:
+                database.execute(change)
         database.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         database.execute(f"PRAGMA user_version = {VERSION}")
         database.execute("COMMIT")
@@ -322,11 +363,58 @@ class Journal:
         self._database = None
 
 
-def _settle(database: sqlite3.Connection, sending: int, state: str, usage: Usage | None) -> None:
+def enter(
+    database: sqlite3.Connection, digest: str, state: str = _SENT, most: Usage | None = None, tier: str = STANDARD
+) -> int:
+    """Add a row to the ledger, inside `Journal.writing`; its number."""
+    row = (digest, state, *(most or Usage(0, 0)), time.time(), tier)
+    columns = f"digest, state, {', '.join(Usage._fields)}, time, tier"
+    query = f"INSERT INTO sendings ({columns}) VALUES ({', '.join('?' * len(row))})"
+    return int(database.execute(query, row).lastrowid or 0)
+
+
+def settle(
+    database: sqlite3.Connection, sending: int, state: str, usage: Usage | None = None, cost: float | None = None
+) -> None:
+    """Change a row of the ledger, inside `Journal.writing`; see `Journal.settle`. None leaves tokens as they are."""
     if usage is None and state == FREE:
         usage = Usage(0, 0)
     if usage is None:
-        database.execute("UPDATE sendings SET state = ? WHERE id = ?", (state, sending))
+        database.execute("UPDATE sendings SET state = ?, cost = ? WHERE id = ?", (state, cost, sending))
     else:
-        query = "UPDATE sendings SET state = ?, prompt = ?, completion = ?, cached = ?, reasoning = ? WHERE id = ?"
-        database.execute(query, (state, *usage, sending))
+        tokens = ", ".join(f"{name} = ?" for name in Usage._fields)
+        query = f"UPDATE sendings SET state = ?, cost = ?, {tokens} WHERE id = ?"
+        database.execute(query, (state, cost, *usage, sending))
+
+
+def request_text(request: JudgeRequest) -> str:
+    """A request as it is stored."""
+    sent = {
+        "judge": request.judge,
+        "messages": [message.to_dict() for message in request.messages],
+        "temperature": request.temperature,
+        "max_tokens": request.max_tokens,
+        "attempt": request.attempt,
+        "options": dict(request.options),
+    }
+    return json.dumps(sent)
+
+
+def reply_text(reply: Reply) -> str:
+    """A reply as it is stored; `Journal.get` gives it back."""
+    answered = {
+        "text": reply.text,
+        "finish_reason": reply.finish_reason,
+        "model": reply.model,
+        "prompt_tokens": reply.prompt_tokens,
+        "completion_tokens": reply.completion_tokens,
+        "cached_tokens": reply.cached_tokens,
+        "reasoning_tokens": reply.reasoning_tokens,
+        "thinking": reply.thinking,
+        "parameters": dict(reply.parameters),
+    }
+    if reply.logprobs is not None:
+        answered["logprobs"] = reply.logprobs
+    if reply.written_tokens:
+        answered["written_tokens"] = reply.written_tokens
+    return json.dumps(answered | ({} if reply.cost is None else {"cost": reply.cost}))

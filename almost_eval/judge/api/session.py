@@ -67,6 +67,51 @@ class ClientStats:
     cost_unsure: float = 0.0
     """Of it, the worst case of the `unmetered`."""
 
+    def book(self, bill: Bill, cost: float) -> None:
+        """Count what a sending was billed.
+
+        Args:
+            bill: what is known of it.
+            cost: USD, or the most it may be.
+        """
+        usage = bill.usage or Usage(0, 0)
+        self.prompt_tokens += usage.prompt
+        self.completion_tokens += usage.completion
+        self.unmetered += bill.is_unsure
+        if self.cost is not None:
+            self.cost += cost
+            self.cost_unsure += cost if bill.is_unsure else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Bill:
+    """What a sending was billed."""
+
+    is_unsure: bool
+    """It may have been billed, and nobody says for how much."""
+    usage: Usage | None
+    """Tokens; None where nobody counted any."""
+    cost: float | None
+    """USD, where the host states them."""
+
+    @classmethod
+    def of(cls, outcome: Reply | Trouble | None) -> Bill:
+        """What is known from an outcome; None is a sending that was stopped on its way."""
+        if isinstance(outcome, Reply):
+            known = any(outcome.usage) or outcome.cost is not None
+            return cls(not known, outcome.usage if known else None, outcome.cost)
+        if outcome is None:
+            return cls(True, None, None)
+        unknown = outcome.tokens is None and outcome.cost is None
+        return cls(unknown and outcome.may_be_billed, outcome.tokens, outcome.cost)
+
+    @property
+    def state(self) -> str:
+        """Of the row in the ledger."""
+        if self.is_unsure:
+            return UNSURE
+        return FREE if self.usage is None and self.cost is None else BILLED
+
 
 _Outcome = tuple[list[int], Reply | Failure]
 
@@ -327,26 +372,14 @@ class JudgeSession:
             worst: USD that were set aside.
             number: of the sending in the ledger; None where it never left.
         """
-        usage: Usage | None = None
-        unsure = outcome is None and number is not None
-        if isinstance(outcome, Reply):
-            usage = outcome.usage
-            unsure = not any(usage)
-        elif outcome is not None:
-            usage, unsure = outcome.tokens, outcome.tokens is None and outcome.may_be_billed
+        bill = Bill(False, None, None) if number is None else Bill.of(outcome)
         if number is not None and not isinstance(outcome, Reply):  # a reply is settled as it is stored
             with suppress(RunError):  # then it stays at its most
-                self.journal.settle(number, UNSURE if unsure else BILLED if usage else FREE, usage)
-        usage = usage or Usage(0, 0)
-        self.stats.prompt_tokens += usage.prompt
-        self.stats.completion_tokens += usage.completion
-        self.stats.unmetered += unsure
-        price = self.budget.price
-        cost = worst if unsure else price.of(*usage) if price else 0.0
+                self.journal.settle(number, bill.state, bill.usage, bill.cost)
+        cost = worst if bill.is_unsure else self.budget.cost(bill.usage or Usage(0, 0))
+        cost = cost if bill.cost is None else bill.cost
         self.budget.settle(worst, cost)
-        if self.stats.cost is not None:
-            self.stats.cost += cost
-            self.stats.cost_unsure += cost if unsure else 0.0
+        self.stats.book(bill, cost)
         self.settled.set()
         if isinstance(outcome, Reply):
             self.limit.answered()

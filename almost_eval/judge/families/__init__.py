@@ -7,8 +7,13 @@ its own wording with the categories of questions (a `.yaml` beside it), and wher
 FAMILIES = {
     "vicuna": "almost_eval.judge.families.vicuna:FAMILY",
     "mt-bench": "almost_eval.judge.families.mt_bench:FAMILY",
+    "mt-bench-single": "almost_eval.judge.families.mt_bench_single:FAMILY",
 }
 """Name -> import path."""
 
 DEFAULT_FAMILY = "vicuna"
 """Where none is named. The archived reviews are its too."""
+FAMILY_OF_TURNS = "mt-bench"
+"""Where none is named and a question has several turns, of which Vicuna's prompts know nothing."""
+FAMILY_OF_ONE = "mt-bench-single"
+"""Where none is named and each answer is graded by itself."""

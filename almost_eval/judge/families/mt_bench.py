@@ -1,31 +1,66 @@
 """FastChat's pair prompts of MT-Bench: the letter of the winner, after the reasons.
 
-Departure from FastChat: a question without a reference answer is judged by `pair-v2`, where FastChat stops.
+Departures from FastChat: a question without a reference answer is judged by `pair-v2`, where FastChat stops; and the
+prompts of two turns serve for any number of them, the block of a turn repeated and "second" made "third" and so on.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from almost_eval.data.sources import DataSource
 from almost_eval.judge.fastchat import fastchat_rows
-from almost_eval.judge.prompts import REFERENCE, PromptFamily, PromptTemplate, Wording
+from almost_eval.judge.prompts import GENERAL, REFERENCE, TURNS, PromptFamily, PromptTemplate, Wording
+from almost_eval.types import JSONMapping
 
 _PROMPTS = "fastchat/llm_judge/data/judge_prompts.jsonl"
 _PLACES = {"answer_a": "answer_1", "answer_b": "answer_2", "ref_answer_1": "reference"}
-"""FastChat's name of a place -> ours."""
+"""FastChat's name of a place -> ours, in a prompt of one turn."""
+_PLACES_OF_TURNS = {"answer_a": "answer_1", "answer_b": "answer_2", "answer": "answer", "ref_answer": "reference"}
+"""The same in a prompt of two turns, without the number of the turn."""
+_BLOCK = re.compile(
+    r"### User:\n\{question_1\}\n\n### (?P<speaker>[^:\n]+):\n\{(?P<place>\w+)_1\}\n\n"
+    r"### User:\n\{question_2\}\n\n### (?P=speaker):\n\{(?P=place)_2\}\n\n"
+)
+"""Two turns, written out."""
+
+
+def official_wording(data: DataSource, kind: str) -> Wording:
+    """Four of FastChat's prompts: for every question and for those with a reference answer, of one turn and of two.
+
+    Args:
+        data: where FastChat's file is looked for.
+        kind: `pair` or `single`.
+    """
+    rows = {row["name"]: row for row in fastchat_rows(_PROMPTS, data)}
+    general, reference = {"pair": ("pair-v2", "pair-math-v1"), "single": ("single-v1", "single-math-v1")}[kind]
+    templates = {}
+    for category, name in ((GENERAL, general), (REFERENCE, reference)):
+        templates[category] = _of_one_turn(rows[name])
+        templates[category + TURNS] = _of_several(rows[f"{name}-multi-turn"])
+    return Wording(templates)
+
+
+def _of_one_turn(row: JSONMapping) -> PromptTemplate:
+    user = row["prompt_template"]
+    for theirs, ours in _PLACES.items():
+        user = user.replace(f"{{{theirs}}}", f"{{{ours}}}")
+    return PromptTemplate(row["system_prompt"], user)
+
+
+def _of_several(row: JSONMapping) -> PromptTemplate:
+    def block(match: re.Match[str]) -> str:
+        place = _PLACES_OF_TURNS[match["place"]]
+        return f"{{turns}}### User:\n{{question}}\n\n### {match['speaker']}:\n{{{place}}}\n\n{{/turns}}"
+
+    system = re.sub(r"\bsecond(?= (?:user )?question)", "{nth}", row["system_prompt"])
+    return PromptTemplate(system, _BLOCK.sub(block, row["prompt_template"]))
 
 
 def official(data: DataSource) -> Wording:
-    """Two of FastChat's prompts: for every question, and for those with a reference answer."""
-    rows = {row["name"]: row for row in fastchat_rows(_PROMPTS, data)}
-    templates = {}
-    for category, name in (("general", "pair-v2"), (REFERENCE, "pair-math-v1")):
-        user = rows[name]["prompt_template"]
-        for theirs, ours in _PLACES.items():
-            user = user.replace(f"{{{theirs}}}", f"{{{ours}}}")
-        templates[category] = PromptTemplate(rows[name]["system_prompt"], user)
-    return Wording(templates)
+    """FastChat's prompts for two answers."""
+    return official_wording(data, "pair")
 
 
 FAMILY = PromptFamily(

@@ -99,17 +99,20 @@ function sampleAt(benchmark, at) { // its chunk must be unpacked: see `ready`
 const MARKS = { right: "●", wrong: "○", tied: "◐", none: "×" };
 const WORDS = { right: "right", wrong: "wrong", tied: "even", none: "unscored" };
 const JUDGED = { ...WORDS, right: "won", wrong: "lost" };
-const wordOf = (b, score) => (b.judged ? JUDGED : WORDS)[verdict(score)];
+const GRADED = { ...WORDS, right: "upper half", wrong: "lower half", tied: "middle" }; // marks from 1 to 10
+const wordsOf = (b) => (b.graded ? GRADED : b.judged ? JUDGED : WORDS);
+const wordOf = (b, score) => wordsOf(b)[verdict(b, score)];
 
-function verdict(score) {
+function verdict(b, score) {
+  const middle = b.graded ? 5.5 : 0.5;
   if (score === null) return "none";
-  return score > 0.5 ? "right" : score < 0.5 ? "wrong" : "tied";
+  return score > middle ? "right" : score < middle ? "wrong" : "tied";
 }
 
 const wanted = {
   all: () => true,
-  wrong: (b, r, at) => verdict(b.score[r][at]) === "wrong",
-  tied: (b, r, at) => verdict(b.score[r][at]) === "tied",
+  wrong: (b, r, at) => verdict(b, b.score[r][at]) === "wrong",
+  tied: (b, r, at) => verdict(b, b.score[r][at]) === "tied",
   unscored: (b, r, at) => b.score[r][at] === null,
   truncated: (b, r, at) => b.cut[r][at] > 0 || b.reasons[b.reason[r][at]] === "context_too_long",
 };
@@ -191,7 +194,7 @@ function counts() {
     let n = 0;
     for (let at = 0; at < b.ids.length; at++) n += passes(b, filter, at);
     button.querySelector("span").textContent = n.toLocaleString("en");
-    if (filter === "wrong") button.firstChild.textContent = `${b.judged ? JUDGED.wrong : filter} `;
+    if (filter === "wrong") button.firstChild.textContent = `${b.judged ? wordsOf(b).wrong : filter} `;
     button.setAttribute("aria-pressed", filter === state.filter);
     button.hidden = filter === "flipped" && b.runs.length < 2;
   }
@@ -216,7 +219,7 @@ function draw() {
     const at = shown[place];
     const marks = b.runs.map((run, r) => {
       const score = b.score[r][at], title = `${run.label}: ${wordOf(b, score)}`;
-      return h("span", { class: `mark s${run.series % 8}`, title }, MARKS[verdict(score)]);
+      return h("span", { class: `mark s${run.series % 8}`, title }, MARKS[verdict(b, score)]);
     });
     const row = h("div", {
       class: "row", role: "option", id: `row-${at}`, "aria-selected": String(at === selected),
@@ -277,7 +280,7 @@ function verdictLine(b, run, r, at, output) {
   for (const [name, value] of Object.entries((output && output.metrics) || {})) {
     facts.push(`${name} ${value === null ? "unscored" : value}`);
   }
-  return h("li", {}, h("span", { class: `mark s${run.series % 8}` }, MARKS[verdict(score)]), h("b", {}, run.label), ` ${wordOf(b, score)}`,
+  return h("li", {}, h("span", { class: `mark s${run.series % 8}` }, MARKS[verdict(b, score)]), h("b", {}, run.label), ` ${wordOf(b, score)}`,
     facts.length ? h("span", { class: "quiet" }, ` · ${facts.join(" · ")}`) : null);
 }
 
@@ -310,29 +313,40 @@ function bar(run, value, best) {
 }
 
 const MARKDOWN = [["headers", "headers"], ["lists", "list items"], ["bold", "bold passages"]];
-const KNOWN = new Set(["loglikelihoods", "rewards", "completions", "finish_reasons", "metrics", "review", "winner", "scores", "lengths", "markdown"]);
+const KNOWN = new Set(["loglikelihoods", "rewards", "completions", "finish_reasons", "metrics", "review", "winner", "scores", "score", "lengths", "markdown",
+  "reasoning", "thought_cut", "thinking"]);
+
+function thoughtOf(thought, isCut) { // folded: it is no part of what was scored
+  if (!thought && !isCut) return null;
+  const note = `${thought.length.toLocaleString("en")} characters${isCut ? ", cut before an answer" : ""}`;
+  return h("details", { class: "thought" }, h("summary", {}, "Thought", h("small", {}, ` ${note}`)), h("pre", {}, thought));
+}
 
 function writtenBy(b, run, text, output) { // texts: completions, or two answers and their review
   const parts = [], whose = b.runs.length > 1 ? ` · ${run.label}` : "";
   if (!output) return parts;
   (output.completions || []).forEach((completion, i) => {
-    parts.push(h("h4", {}, `Answer${whose}`, h("small", {}, ` ${(output.finish_reasons || [])[i] || ""}`)), h("pre", {}, completion));
+    parts.push(h("h4", {}, `Answer${whose}`, h("small", {}, ` ${(output.finish_reasons || [])[i] || ""}`)),
+      thoughtOf((output.reasoning || [])[i] || "", (output.thought_cut || [])[i]), h("pre", {}, completion));
   });
   if (text.judged) {
     const { question, answers } = text.judged;
     if (question !== null) parts.push(h("h4", {}, `Question${whose}`), h("pre", {}, question));
-    const sides = answers.map(([name, answer], side) => {
+    const sides = answers.map(([name, answer, thought], side) => {
       const facts = [];
+      if (b.graded && typeof output.score === "number") facts.push(`${output.score} of 10`);
       if (output.scores) facts.push(`score ${output.scores[side]}`);
       if (output.rewards) facts.push(`reward ${fixed(output.rewards[side])}`);
       if (output.lengths) facts.push(`${output.lengths[side].toLocaleString("en")} characters`);
       for (const [name, called] of MARKDOWN) if (output.markdown?.[name]?.[side]) facts.push(`${output.markdown[name][side]} ${called}`);
       if (output.winner === String(side + 1)) facts.push("preferred");
       return h("div", {}, h("h4", {}, `${side + 1} · ${name}`, h("small", {}, ` ${facts.join(", ")}`)),
-        h("pre", {}, answer === null ? "(not in the run folder)" : answer));
+        thoughtOf(thought || ""), h("pre", {}, answer === null ? "(not in the run folder)" : answer));
     });
     parts.push(h("div", { class: "sides" }, sides));
-    if (output.review) parts.push(h("h4", {}, `Review${whose}`), h("pre", { class: "review" }, output.review));
+    if (output.review) {
+      parts.push(h("h4", {}, `Review${whose}`), thoughtOf(output.thinking || ""), h("pre", { class: "review" }, output.review));
+    }
   }
   const rest = Object.entries(output).filter(([key, value]) => !KNOWN.has(key) && value !== null);
   if (rest.length) {

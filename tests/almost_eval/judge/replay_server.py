@@ -200,6 +200,10 @@ class ReplayServer:
                 self.log.append(call)
         return call
 
+    def other(self, method: str, path: str, content_type: str, body: bytes, handler: Any) -> None:
+        """Anything but a chat completion; a server with a batch API knows more."""
+        handler.send(404, b'{"detail": "Not Found"}')
+
     def _answer(self, call: Call, handler: Any) -> None:
         with self._place() as free:
             fault = self.fault(call) if free else self.busy
@@ -275,9 +279,15 @@ def _handler(server: ReplayServer) -> type[BaseHTTPRequestHandler]:
             super().finish()
 
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            content = self.rfile.read(int(self.headers["Content-Length"]))
+            if not self.path.endswith("/chat/completions"):
+                server.other("POST", self.path, self.headers.get("Content-Type", ""), content, self)
+                return
             key = self.headers.get("Authorization", "").removeprefix("Bearer ")
-            server._answer(server._take(body, key), self)
+            server._answer(server._take(json.loads(content), key), self)
+
+        def do_GET(self) -> None:
+            server.other("GET", self.path, "", b"", self)
 
         def send(self, status: int, content: bytes, headers: dict[str, str] | None = None, cut: bool = False) -> None:
             self.send_response(status)

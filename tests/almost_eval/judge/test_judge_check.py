@@ -108,6 +108,22 @@ def test_a_judge_that_wavers(archive: list[str], server: ReplayServer, almost_ev
     assert "consistency" not in results["metrics"]
 
 
+def test_repeats_go_into_one_batch(archive: list[str], almost_eval: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    from batch_server import BatchServer
+
+    monkeypatch.setattr("almost_eval.judge.api.batch.FIRST_PAUSE", 0.02)
+    server = BatchServer()
+    flags = ["--repeats", 3, "--batch", "--price-in", 1, "--price-out", 5, "--price-batch", 0.5, "--json"]
+    code, out, err = almost_eval("judge", "check", *archive, *api(server), "--judge", "j", *flags)
+    server.close()
+    assert code == 0, err
+    assert (server.orders, server.count) == (1, 1)
+    assert len(server.batches["batch_0"]["lines"]) == 3 * 12 - 1
+    results = json.loads(out)
+    assert results["metrics"]["self_consistency"]["n"] == 24
+    assert results["timing"]["cost_usd_all_runs"] == pytest.approx(server.invoice, abs=1e-6)
+
+
 def test_unreadable_reviews_withhold_the_headline(
     archive: list[str], server: ReplayServer, almost_eval: Command
 ) -> None:

@@ -12,9 +12,9 @@ from replay_server import Archived, Call, Fault, ReplayServer, requests_for
 
 from almost_eval.errors import AlmostError, InputError, RunError
 from almost_eval.judge.answers import ArchivedSystem, less_thoughts
-from almost_eval.judge.api.bodies import content_of, error_words, retry_after, usage_of
+from almost_eval.judge.api.bodies import content_of, cost_of, error_words, retry_after, usage_of
 from almost_eval.judge.api.client import JudgeClient
-from almost_eval.judge.api.cost import Budget, Price, retirement_of
+from almost_eval.judge.api.cost import Budget, Price, price_of, retirement_of
 from almost_eval.judge.api.endpoint import JudgeEndpoint, duration
 from almost_eval.judge.api.journal import Journal
 from almost_eval.judge.api.parameters import refused_parameter
@@ -261,6 +261,10 @@ def test_a_wait_is_told(server: ReplayServer, journal: Journal, archive: list[Ar
             {"prompt_tokens": 9, "completion_tokens": 5, "completion_tokens_details": {"reasoning_tokens": 3}},
             Usage(9, 5, 0, 3),
         ),
+        (
+            {"prompt_tokens": 9, "completion_tokens": 5, "prompt_tokens_details": {"cache_write_tokens": 6}},
+            Usage(9, 5, 0, 0, 6),
+        ),
         ({"prompt_tokens": 9, "completion_tokens": 5, "total_tokens": 34}, Usage(9, 25, 0, 20)),  # thoughts beside
         ({"input_tokens": 9, "output_tokens": 5}, Usage(9, 5)),
         ({"prompt_tokens": 0, "completion_tokens": 0}, None),
@@ -277,6 +281,58 @@ def test_cached_and_reasoning_tokens_have_their_price() -> None:
     # 600 fresh at 2, 400 cached at 0.5, 70 written at 10, 30 thought at 20: 1200 + 200 + 700 + 600 per million
     assert price.of(1000, 100, 400, 30) == pytest.approx(2700e-6)
     assert price.at_most(1000, 100) == pytest.approx(4000e-6)
+
+
+def test_what_is_written_to_a_cache_costs_more_and_the_worst_case_holds_it() -> None:
+    price = price_of("gpt-6.1-terra")
+    assert price is not None
+    # 500 at 1, 1500 written at 1.25, 100 out at 5: 500 + 1875 + 500 per million
+    assert price.of(2000, 100, 0, 0, 1500) == pytest.approx(2875e-6)
+    assert price.at_most(2000, 100) == pytest.approx(3000e-6)  # all of it may be written
+    stated = price_of("gpt-6.1-terra", 2.0, 10.0)  # the factor is the model's
+    assert stated is not None
+    assert stated.written == pytest.approx(2.5)
+
+
+@pytest.mark.parametrize(
+    ("usage", "dollars"),
+    [
+        ({"cost": 0.00125}, 0.00125),
+        ({"cost": 0}, 0.0),
+        ({"cost": 0.001, "is_byok": True, "cost_details": {"upstream_inference_cost": 0.02}}, 0.021),
+        ({"cost": 0.95, "is_byok": False, "cost_details": {"upstream_inference_cost": 19}}, 0.95),
+        ({"cost": "0.1"}, None),
+        ({"cost": -1}, None),
+        ({"cost": {"total_cost": 0.1}}, None),
+        ({}, None),
+    ],
+)
+def test_a_bill_that_the_host_states(usage: dict[str, Any], dollars: float | None) -> None:
+    assert cost_of({"usage": usage}) == dollars
+
+
+def test_a_bill_that_the_host_states_is_taken_before_a_price(
+    server: ReplayServer, journal: Journal, archive: list[Archived]
+) -> None:
+    def stated(call: Call) -> Fault:
+        usage = {"prompt_tokens": 100, "completion_tokens": 50, "cost": 0.002}
+        choice = {"message": {"content": "" if call.number == 3 else "9 8"}, "finish_reason": "stop"}
+        return Fault("body", body=json.dumps({"choices": [choice], "usage": usage}).encode())
+
+    server.fault = stated
+    budget = Budget(1.0, 30.0, 60.0)
+    client = JudgeClient("j", journal, base_url=server.url, budget=budget)
+    outcomes = dict(client.stream(requests_for(archive[:5], "j")))
+    assert sum(isinstance(outcome, Failure) for outcome in outcomes.values()) == 1  # it is billed too
+    assert client.stats.cost == pytest.approx(0.01)
+    assert budget.spent == pytest.approx(0.01)
+    assert budget.of_ledger(journal.ledger()) == (pytest.approx(0.01), 0.0)
+    unknown = Budget(judge="a judge that is in no table")
+    assert unknown.of_ledger(journal.ledger())[0] == pytest.approx(0.01)
+    assert unknown.is_known(journal.ledger())
+    stored = journal.get(requests_for(archive[:1], "j")[0].digest)
+    assert stored is not None
+    assert stored.cost == 0.002
 
 
 BILLED_EMPTY = {"prompt_tokens": 100, "completion_tokens": 50, "completion_tokens_details": {"reasoning_tokens": 50}}
@@ -337,7 +393,8 @@ def test_a_sending_that_was_killed_counts_at_its_most(tmp_path: Path, archive: l
     with Journal(tmp_path / "j") as journal:
         journal.begin(request, Usage(700, 1024))
     with Journal(tmp_path / "j") as journal:
-        assert journal.ledger() == (Usage(0, 0), Usage(700, 1024), 1)
+        ledger = journal.ledger()
+        assert (ledger.billed, ledger.unsure, ledger.n_unsure) == (Usage(0, 0), Usage(700, 1024), 1)
 
 
 def test_a_retired_judge_is_named_with_its_successor() -> None:

@@ -106,7 +106,7 @@ def reviews(
     """One order; rows are (the model's length, the baseline's, the model's score)."""
     verdicts = {1.0: Verdict("2"), 0.0: Verdict("1"), 0.5: Verdict("tie"), None: None}
     return [
-        Review(str(i), "general", "forward", "b", "m", other, mine, verdicts[score], None, "", *markdown[::-1])
+        Review(str(i), "general", "forward", "b", "m", other, mine, verdicts[score], None, "", 1, 1, *markdown[::-1])
         for i, (mine, other, score) in enumerate(rows)
     ]
 
@@ -193,7 +193,9 @@ def planted(seed: int, n: int, quality: float, lengths: tuple[float, float] = (6
         for order in ("forward", "reverse"):
             won = rng.random() < 1 / (1 + math.exp(-logit - (0.3 if order == "reverse" else -0.3)))
             winner = Verdict("2" if won == (order == "forward") else "1")
-            taken.append(Review(str(question), "g", order, "b", "m", other, mine, winner, None, "", *markdown[::-1]))
+            taken.append(
+                Review(str(question), "g", order, "b", "m", other, mine, winner, None, "", 1, 1, *markdown[::-1])
+            )
     return taken
 
 
@@ -229,7 +231,9 @@ def games(rng: np.random.Generator, n: int, strengths: dict[str, float], lengths
         for order in ("forward", "reverse"):
             won = rng.random() < 1 / (1 + math.exp(-z))
             winner = Verdict("2" if won == (order == "forward") else "1")
-            taken.append(Review(str(question), "g", order, baseline, model, other, mine, winner, None, "", NONE, NONE))
+            taken.append(
+                Review(str(question), "g", order, baseline, model, other, mine, winner, None, "", 1, 1, NONE, NONE)
+            )
     return taken
 
 
@@ -355,7 +359,7 @@ def test_real_answers_and_a_judge_of_style(outputs: dict[str, list[str]]) -> Non
         z = 3 * relative_difference(len(mine), len(other)) + relative_difference(markdown[0].lists, markdown[1].lists)
         winner = Verdict("2" if rng.random() < 1 / (1 + math.exp(-z)) else "1")
         taken.append(
-            Review(str(at), "g", "forward", "b", "m", len(other), len(mine), winner, None, "", *markdown[::-1])
+            Review(str(at), "g", "forward", "b", "m", len(other), len(mine), winner, None, "", 1, 1, *markdown[::-1])
         )
     assert np.mean([review.model_score for review in taken if review.model_score is not None]) > 0.8
     rate = control(taken).win_rate

@@ -247,7 +247,7 @@ def test_a_long_review_takes_no_long_time() -> None:
 
 def winner(review: str, quoted: str = "") -> str:
     found = parse_letters(review, quoted)
-    return found.winner if isinstance(found, Verdict) else found.reason
+    return str(found.winner) if isinstance(found, Verdict) else found.reason
 
 
 @pytest.mark.parametrize(("letter", "side"), [("A", "1"), ("B", "2"), ("C", "tie")])
