@@ -43,7 +43,6 @@ PROGRAMS = {
     "serving": ("almost-serve", "almost-chat"),
 }
 OF_OTHERS: dict[str, dict[str, str]] = {
-    "almost_eval/arena/votes.py": {"--votes": "of almost-chat, which the message names"},
     "almost_eval/compare/tax/training.py": {"--save-every": "of almost-train, whose folder is looked at"},
     "almost_eval/engines/vllm.py": {"--data-parallel-size": "of `vllm serve`, which the message names"},
     "almost_eval/report/plots.py": dict.fromkeys(("--rule", "--sans"), "variables of CSS"),

@@ -90,12 +90,11 @@ def check_metrics(checked: Sequence[Checked], *, seed: int) -> dict[str, Metric]
 def _probabilities(archived: Sequence[Checked]) -> dict[str, Metric]:
     """Brier's score of the judge's probabilities against the archived verdicts, where it told some."""
     mine = [(one.first().verdict, one.case) for one in archived]
-    archived_winner = {one.case.id: one.case.verdicts[0].winner for one in archived}
     told = brier(
         [
             (verdict, winner, case.pair.question.id)
             for verdict, case in mine
-            if verdict is not None and (winner := archived_winner[case.id]) is not None
+            if verdict is not None and (winner := case.verdicts[0].winner) is not None
         ]
     )
     lost = sum(verdict is None for verdict, _ in mine)

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from replay_server import ReplayServer
 
+from almost_eval.arena.ppi import CorrectedMean, corrected_mean
+from almost_eval.arena.votes import Vote, VoteStore
 from almost_eval.errors import DataError, InputError
 from almost_eval.judge.aggregate import aggregate
 from almost_eval.judge.grading import difference
@@ -104,6 +106,32 @@ def test_each_choice_is_judged_and_a_question_is_one_cluster(
     code, _, err = vicuna("--answers", "two.jsonl", "--baseline", "one.jsonl")
     assert code == 2
     assert "settings.choice was 'all', is None" in err or "holds another run" in err
+
+
+def test_a_panel_and_votes_on_choices(
+    vicuna: Callable[..., Any], server: ReplayServer, almost_eval: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A panel's majority is of one choice; a vote is on the first of them."""
+    code, _, err = vicuna("--answers", "two.jsonl", "--baseline", "one.jsonl", "--choice", "all", "--judge", "k")
+    assert code == 0, err
+    results = json.loads(Path("run/results.json").read_text())
+    assert results["metrics"]["win_rate"]["value"] == pytest.approx(0.75)
+    assert results["judging"]["consistency"]["n"] == 6
+    store = VoteStore(Path("votes.db"))
+    for answer in ("zgood a", "bad a"):
+        prompt = ({"role": "user", "content": "question 0?"},)
+        store.append(Vote(answer, "s", prompt, "typed", "one", "two", "zplain 0", answer, "a"))
+    taken = []
+
+    def taking(*scores: list[float]) -> CorrectedMean:
+        taken.append(scores)
+        return corrected_mean(*scores)
+
+    monkeypatch.setattr("almost_eval.arena.correction.corrected_mean", taking)
+    code, out, err = almost_eval("judge", "report", "run", "--votes", store.path, "--json")
+    assert code == 0, err
+    assert taken == [([0.0], [1.0], [1.0, 0.5])]
+    assert json.loads(out)["votes"]["unmatched"] == {"on other answers to a judged question": 1}
 
 
 def test_as_many_choices_are_paired_one_by_one_and_others_are_refused(

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from replay_server import ReplayServer, read_archive
 
+from almost_eval.judge.api.journal import Journal
+
 Command = Callable[..., Any]
 VERDICTS = ["9 5", "8 4", "3 7", "2 9", "6 6", "1 8"]
 """Archived: 1, 1, 2, 2, tie, 2."""
@@ -114,7 +116,7 @@ def test_repeats_go_into_one_batch(archive: list[str], almost_eval: Command, mon
     monkeypatch.setattr("almost_eval.judge.api.batch.FIRST_PAUSE", 0.02)
     server = BatchServer()
     flags = ["--repeats", 3, "--batch", "--price-in", 1, "--price-out", 5, "--price-batch", 0.5, "--json"]
-    code, out, err = almost_eval("judge", "check", *archive, *api(server), "--judge", "j", *flags)
+    code, out, err = almost_eval("judge", "check", *archive, *api(server), *flags)
     server.close()
     assert code == 0, err
     assert (server.orders, server.count) == (1, 1)
@@ -122,6 +124,11 @@ def test_repeats_go_into_one_batch(archive: list[str], almost_eval: Command, mon
     results = json.loads(out)
     assert results["metrics"]["self_consistency"]["n"] == 24
     assert results["timing"]["cost_usd_all_runs"] == pytest.approx(server.invoice, abs=1e-6)
+    # Of the one request that went ahead; the others waited for their batch.
+    with Journal(Path("check/journal.sqlite")) as journal:
+        [ahead] = journal.waits()
+        assert len(journal) == 3 * 12
+    assert results["timing"]["verdicts"]["seconds_each"] == pytest.approx(ahead, abs=1e-5)
 
 
 def test_unreadable_reviews_withhold_the_headline(

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from replay_server import ReplayServer
 
+from almost_eval.arena.ppi import CorrectedMean, corrected_mean
+from almost_eval.arena.votes import Vote, VoteStore
 from almost_eval.data.sources import DataSource
 from almost_eval.errors import InputError
 from almost_eval.judge.grading import SCORE, bounds, difference, mean_mark, score_metrics
@@ -289,6 +291,13 @@ def results(folder: str = "run") -> dict[str, Any]:
     return content
 
 
+def voted(id: str, text: str) -> Path:
+    """A vote for `b` on the first answers to a question."""
+    store = VoteStore(Path("votes.db"))
+    store.append(Vote(id, "s", ({"role": "user", "content": text},), "typed", "a", "b", "a 0", "b 0", "b"))
+    return store.path
+
+
 def test_single_answers_are_graded(almost_eval: Command, files: list[str], server: ReplayServer) -> None:
     def grade(prompt: str) -> str:
         return "No mark." if "Thrice." in prompt else f"So.\n[[{4 if 'reference' in prompt else 8}]]"
@@ -315,6 +324,9 @@ def test_single_answers_are_graded(almost_eval: Command, files: list[str], serve
     assert (code, "it has no orders and no ties" in err) == (2, True)
     code, _, err = almost_eval("judge", "report", "run", "--prompt-family", "vicuna")
     assert (code, "another number of answers" in err) == (2, True)
+    assert all("markdown" not in line["outputs"] for line in lines())  # there is nothing to compare it with
+    code, _, err = almost_eval("judge", "report", "run", "--votes", voted("1", "Silk?"))
+    assert (code, "graded each answer by itself; give a run of two systems" in err) == (2, True)
     page = Path("page.html")
     assert almost_eval("report", "run", "-o", page)[0] == 0
     assert "Marks from 1 to 10" in page.read_text()
@@ -347,6 +359,31 @@ def test_pairs_of_every_turn(almost_eval: Command, files: list[str], server: Rep
     assert almost_eval("vicuna", *files, *more)[0] == 0
     assert len(server.log) == calls
     assert results()["metrics"] == before
+
+
+def test_votes_are_on_the_first_turn(
+    almost_eval: Command, files: list[str], server: ReplayServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A judge that likes `a` in the first turn and `b` later, and one vote; what it says later has no part."""
+
+    def better(prompt: str) -> str:
+        a_first = prompt.index("a 0") < prompt.index("b 0")
+        return "[[A]]" if a_first == ("a 1" not in prompt) else "[[B]]"
+
+    server.review = better  # type: ignore[method-assign]
+    code, _, err = almost_eval("vicuna", *files, "--baseline", "b.jsonl", "--judge-base-url", server.url)
+    assert code == 0, err
+    taken = []
+
+    def taking(*scores: list[float]) -> CorrectedMean:
+        taken.append(scores)
+        return corrected_mean(*scores)
+
+    monkeypatch.setattr("almost_eval.arena.correction.corrected_mean", taking)
+    code, out, err = almost_eval("judge", "report", "run", "--votes", voted("3", "Once."), "--json")
+    assert code == 0, err
+    assert taken == [([0.0], [1.0], [1.0, 1.0])]
+    assert json.loads(out)["metrics"]["win_rate"]["value"] == pytest.approx(3 / 7)  # of all turns
 
 
 def test_a_panel_judges_every_turn(almost_eval: Command, files: list[str], server: ReplayServer) -> None:

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 
 from almost_eval.judge.aggregate import round_robin
+from almost_eval.judge.lines import style_fields
 from almost_eval.judge.logistic import fit_ridge, is_unbounded
 from almost_eval.judge.markdown import MarkdownCounts, count_markdown, without_code_blocks
-from almost_eval.judge.records import Review, Verdict
+from almost_eval.judge.records import Answer, AnswerTurn, Pair, Question, QuestionTurn, Review, Solo, Verdict
 from almost_eval.judge.style import MIN_QUESTIONS, StyleControl, relative_difference, style_control
 from almost_eval.judge.style_ranking import style_ranking
 from almost_eval.stats import fit_logistic
@@ -333,6 +335,36 @@ def test_an_older_run_is_verified_as_it_is_and_redrawn_with_its_style(almost_eva
     assert "style" not in verified.out + verified.err
     again = json.loads(almost_eval("judge", "report", run, "--json").out)
     assert again["metrics"] == new["metrics"]
+
+
+def test_every_turn_and_choice_has_its_answers() -> None:
+    """A mean is over answers: each turn's and choice's once, whatever the orders."""
+    first = Review("1", "g", "forward", "b", "m", 10, 20, Verdict("1"), None, "", 1, 1, NONE, MarkdownCounts(2, 0, 0))
+    reviews = [
+        first,
+        replace(first, order="reverse"),
+        replace(first, turn=2, model_length=50, model_markdown=MarkdownCounts(0, 4, 0)),
+        replace(first, choice=2, model_length=80, baseline_length=40),
+    ]
+    means = {effect.name: (effect.model, effect.baseline) for effect in control(reviews).effects}
+    assert means == {
+        "length": (50.0, 20.0),
+        "headers": (pytest.approx(4 / 3), 0.0),
+        "lists": (pytest.approx(4 / 3), 0.0),
+        "bold": (0.0, 0.0),
+    }
+
+
+def test_counts_are_of_the_judged_turn() -> None:
+    question = Question("1", "q", later=(QuestionTurn("and?"),))
+    one, two = (Answer("1", f"# {name}", name, later=(AnswerTurn(f"- {name}\n- so"),)) for name in ("b", "m"))
+    assert style_fields(Pair(question, one, two, "forward")) == {
+        "markdown": {"headers": [1, 1], "lists": [0, 0], "bold": [0, 0]}
+    }
+    assert style_fields(Pair(question, one, two, "forward", turn=2)) == {
+        "markdown": {"headers": [0, 0], "lists": [2, 2], "bold": [0, 0]}
+    }
+    assert style_fields(Solo(question, one, 2)) == {}
 
 
 # --- real answers
