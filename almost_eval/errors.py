@@ -63,6 +63,13 @@ class DataError(InputError):
 class TemplateError(InputError):
     """A chat template cannot render this conversation, or breaks the BOS token."""
 
+    def about(self, what: str) -> TemplateError:
+        """The same with what could not be written, and the way out."""
+        return TemplateError(
+            f"{what}: {self}; give --template FILE with a template that writes such turns, or --template almost for "
+            "the plain dialogue format"
+        )
+
 
 class StoreError(InputError):
     """The run folder is in use, or holds a different run."""

@@ -33,6 +33,8 @@ def serve_everything(
     dry_run: bool,
     log: IO[str] | None,
     limits: GatewayLimits,
+    allowed_hosts: Sequence[str] = (),
+    open_metrics: bool = False,
     allow_unused_weights: bool = False,
 ) -> None:
     """Serve until a signal comes or one of the three ends.
@@ -50,6 +52,8 @@ def serve_everything(
         dry_run: print the three commands and return.
         log: takes the servers' output.
         limits: the gateway's.
+        allowed_hosts: names that the gateway answers to besides its own, and sites whose pages may ask it.
+        open_metrics: the gateway's `/metrics` needs no key.
         allow_unused_weights: tensors in the files that a model does not take are accepted.
 
     Raises:
@@ -57,7 +61,8 @@ def serve_everything(
         RunError: one of the three ended; the others were stopped.
     """
     check_port(host, port)
-    GatewaySettings(policy_url="http://127.0.0.1:1", host=host, port=port)  # checks the keys, before any start
+    # Checks the keys and the names, before any start.
+    GatewaySettings(policy_url="http://127.0.0.1:1", host=host, port=port, allowed_hosts=tuple(allowed_hosts))
     keys = {POLICY_KEY: secrets.token_urlsafe(24), REWARD_KEY: secrets.token_urlsafe(24)}
     shared: _Shared = {"log": log, "allow_unused_weights": allow_unused_weights}
     policy = _model_server("policy", model, policy_options, keys[POLICY_KEY], 0.0, shared)
@@ -65,6 +70,8 @@ def serve_everything(
     reward = _model_server("reward", reward_model, reward_options, keys[REWARD_KEY], taken, shared)
     port = port or free_port(host)
     command = _gateway_command(policy, reward, reward_model, host, port, limits)
+    command += [text for name in allowed_hosts for text in ("--allowed-host", name)]
+    command += ["--open-metrics"] if open_metrics else []
     gateway = ServerProcess("gateway", command, (host, port), environment=keys, log=log)
     if dry_run:
         for server in (policy, reward):

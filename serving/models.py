@@ -26,6 +26,7 @@ from almost_eval.models.checkpoint import (
 from almost_eval.models.openings import Opening
 from almost_eval.models.stops import STOP_STRINGS, stop_strings, template_file
 from almost_eval.types import JSONObject, Message
+from serving.door.names import served_name as name_of
 
 ARCHITECTURES = {
     "policy": ("CausalLM", "LMHeadModel"),
@@ -123,7 +124,8 @@ def find_model(
     from almost_eval.models.loading import load_tokenizer
     from almost_eval.models.tensors import compare_tensors, not_compared, refuse_tensors
 
-    load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)  # vLLM would serve with one that loses text
+    # vLLM would serve with one that loses text.
+    opening = Opening.of(load_tokenizer(checkpoint, trust_remote_code=trust_remote_code))
     tensors = compare_tensors(checkpoint, _AUTO_CLASSES[kind], trust_remote_code=trust_remote_code)
     refuse_tensors(checkpoint, tensors, allow_unused=allow_unused_weights)
     tokenizer: Any = TokenizerFiles(checkpoint.tokenizer_folder)
@@ -137,32 +139,28 @@ def find_model(
     return ServedModel(
         kind,
         checkpoint,
-        served_name or (Path(name).expanduser().resolve().name if Path(name).expanduser().is_dir() else name),
+        served_name or name_of(name),
         chosen,
-        _chat_template(checkpoint, chosen, tokenizer, trust_remote_code),
+        _chat_template(chosen, opening, tokenizer),
         tuple(stop),
         context_length(checkpoint.config, tokenizer),
         not_compared(tensors.unknown) if tensors.unknown else "",
     )
 
 
-def _chat_template(
-    checkpoint: Checkpoint, template: ChatTemplate, tokenizer: TokenizerFiles, trust_remote_code: bool
-) -> str | None:
+def _chat_template(template: ChatTemplate, opening: Opening, tokenizer: TokenizerFiles) -> str | None:
     """What vLLM is given so that its server encodes a conversation as `almost_eval.models.chat.encode_text` does.
 
     vLLM takes a rendered conversation to hold its special tokens already. Our templates leave BOS to the tokenizer, as
     do checkpoints saved with them: there the template must write it, or the model would miss it in every chat.
-    """
-    tokens = special_tokens(tokenizer)  # type: ignore[arg-type]
-    bos, text = tokens.get("bos_token"), template.render(_SAMPLE, special_tokens=tokens)
-    # A tokenizer whose config names no BOS may write one all the same: its post-processor tells.
-    if not (bos and text.lstrip().startswith(bos)) and (bos or tokenizer.has_post_processor):
-        from almost_eval.models.loading import load_tokenizer
 
-        opening = Opening.of(load_tokenizer(checkpoint, trust_remote_code=trust_remote_code))
-        if opening.ids and not opening.is_written(text):
-            return opening.line.replace(" -}}\n", " }}").replace("{{- ", "{{ ") + template.source
+    Raises:
+        TemplateError: it writes BOS twice.
+    """
+    text = template.render(_SAMPLE, special_tokens=special_tokens(tokenizer))  # type: ignore[arg-type]
+    opening.refuse_twice(text)
+    if opening.ids and not opening.is_written(text):
+        return opening.line.replace(" -}}\n", " }}").replace("{{- ", "{{ ") + template.source
     if template.name == "tokenizer":
         return None
     return str(template_file(template.name) if template.name in STOP_STRINGS else Path(template.name).resolve())
@@ -180,20 +178,16 @@ class TokenizerFiles:
         self.chat_template: str | dict[str, str] | None = (
             template.read_text(encoding="utf-8") if template.is_file() else own
         )
-        tokens = {**_json(folder / "special_tokens_map.json"), **config}
+        # As transformers reads them: a config that lists its added tokens is whole, an older one gives way to the map.
+        beside = _json(folder / "special_tokens_map.json")
+        tokens = {**beside, **config} if "added_tokens_decoder" in config else {**config, **beside}
         self.special_tokens_map: dict[str, str] = {
             name: str(value["content"] if isinstance(value, dict) else value)
             for name in ("bos_token", "eos_token", "pad_token", "unk_token")
             if (value := tokens.get(name))
         }
-        self._tokenizer_file = folder / "tokenizer.json"
         limit = config.get("model_max_length")
         self.model_max_length: int | None = int(limit) if isinstance(limit, int | float) else None
-
-    @property
-    def has_post_processor(self) -> bool:
-        """Whether something may be written around a text; a tokenizer of another kind than `tokenizer.json` may."""
-        return not self._tokenizer_file.is_file() or bool(_json(self._tokenizer_file).get("post_processor"))
 
 
 def _json(file: Path) -> JSONObject:

@@ -118,6 +118,17 @@ class RealModels:
         """Gemma 3 270M, pre-trained only: no template, BOS before every text, sliding windows of 512."""
         return self._checkpoint("gemma-3-270m")
 
+    @staticmethod
+    def copy(checkpoint: Path, folder: Path) -> Path:
+        """A new folder with its files, to be changed; the weights are a link."""
+        folder.mkdir()
+        for file in checkpoint.iterdir():
+            if file.suffix == ".safetensors":
+                (folder / file.name).symlink_to(file)
+            elif file.is_file():
+                (folder / file.name).write_bytes(file.read_bytes())
+        return folder
+
     def _checkpoint(self, name: str) -> Path:
         path = self.folder / name
         if not (path / "config.json").is_file():

@@ -19,10 +19,12 @@ FILES = sorted(p for package in ("almost_eval", "almost_train", "serving") for p
 HEAVY = {
     "torch": {
         "almost_eval/engines/hf_attention.py",
+        "almost_eval/engines/hf_decoding.py",
         "almost_eval/engines/hf_float32.py",
         "almost_eval/engines/hf_generation.py",
         "almost_eval/engines/hf_head.py",
         "almost_eval/engines/hf_header.py",
+        "almost_eval/engines/hf_rows.py",
         "almost_eval/engines/hf_sampling.py",
         "almost_eval/engines/hf_loglikelihood.py",
         "almost_eval/engines/hf_rounding.py",
@@ -36,6 +38,7 @@ HEAVY = {
     },
     "transformers": {
         "almost_eval/engines/hf_generation.py",
+        "almost_eval/engines/hf_rows.py",
         "almost_eval/engines/hf_sampling.py",
         "almost_train/rlsf/models.py",
         "almost_train/rlsf/trl.py",
@@ -118,7 +121,7 @@ ROOMS = {
         *("run", "compare", "judge", "arena", "report", "suite", "api", "cli"),
     ),
     "almost_train": ("common", "synthetic", "reward", "self_play", "sft", "rlsf", "nano", "pipeline", "cli"),
-    "serving": ("launch", "models", "vllm", "gateway", "local", "chat", "all", "cli"),
+    "serving": ("door", "launch", "models", "vllm", "gateway", "local", "chat", "all", "cli"),
 }
 """Rooms and files of a package, from the ground up: a file may use what stands before its own room, never after."""
 

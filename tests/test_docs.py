@@ -113,10 +113,12 @@ def test_the_validity_table_is_the_gate() -> None:
 
 def test_the_statuses_fields_and_limits_are_the_gateways() -> None:
     from serving.cli.gateway import LIMITS
-    from serving.gateway.schema import Almost, ChatRequest, openapi
+    from serving.gateway.openapi import openapi
+    from serving.gateway.schema import Almost, ChatRequest
     from serving.gateway.settings import GatewaySettings
 
-    paths = openapi(GatewaySettings(policy_url="http://127.0.0.1:8001"))["paths"]
+    settings = GatewaySettings(policy_url="http://127.0.0.1:8001", reward_url="http://127.0.0.1:8002")
+    paths = openapi(settings)["paths"]
     assert [row[0] for row in rows("serve.md", "Statuses")[2:]] == sorted(
         status for status in paths["/v1/chat/completions"]["post"]["responses"] if status != "200"
     )

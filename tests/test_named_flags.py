@@ -1,4 +1,4 @@
-"""The flag by which a doubtful model is accepted is named by the commands that have it, and by no other."""
+"""Flags in texts exist; that by which a doubtful model is accepted is named by the commands that have it alone."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from shown_commands import contexts, options_of
 
 from almost_eval.errors import ModelError
 from almost_eval.models.checkpoint import find_checkpoint
@@ -34,6 +35,55 @@ def raised(folder: Path) -> Iterator[tuple[str, str]]:
                     if isinstance(part, ast.Constant) and isinstance(part.value, str):
                         for flag in FLAG.findall(part.value):
                             yield f"{file.relative_to(ROOT)}:{node.lineno}", flag
+
+
+PROGRAMS = {
+    "almost_eval": ("almost-eval",),
+    "almost_train": ("almost-train",),
+    "serving": ("almost-serve", "almost-chat"),
+}
+OF_OTHERS: dict[str, dict[str, str]] = {
+    "almost_eval/arena/votes.py": {"--votes": "of almost-chat, which the message names"},
+    "almost_eval/compare/tax/training.py": {"--save-every": "of almost-train, whose folder is looked at"},
+    "almost_eval/engines/vllm.py": {"--data-parallel-size": "of `vllm serve`, which the message names"},
+    "almost_eval/report/plots.py": dict.fromkeys(("--rule", "--sans"), "variables of CSS"),
+    "almost_eval/run/provenance.py": dict.fromkeys(
+        ("--no-optional-locks", "--porcelain", "--untracked-files"), "git's"
+    ),
+    "serving/all.py": {"--gpu-memory-utilization": "vLLM's, which is passed to it"},
+    "serving/chat/tab_report.py": {"--output": "of almost-eval, which the message names"},
+    "serving/vllm/command.py": dict.fromkeys(
+        (
+            *("--lora-target-modules", "--middleware", "--lora-modules", "--kv-cache-memory-bytes", "--max-model-len"),
+            *("--uds", "--config"),
+        ),
+        "vLLM's, all of which almost-serve passes on",
+    ),
+    "serving/vllm/launch.py": {"--max-model-len": "vLLM's, which almost-serve passes on"},
+}
+"""File -> flags in its texts that its own package's commands have not, each with whose it is."""
+
+
+def texts(file: Path) -> Iterator[str]:
+    """All string constants of a file but its docstrings."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in alone:
+            yield node.value
+
+
+@pytest.mark.parametrize("package", PROGRAMS)
+def test_every_flag_in_a_text_is_one_of_the_packages_commands(package: str) -> None:
+    known = {"--help", "--no-"}.union(
+        *(options_of(context) for name, context in contexts().items() if name.split()[0] in PROGRAMS[package])
+    )
+    named: dict[str, set[str]] = {}
+    for file in sorted((ROOT / package).rglob("*.py")):
+        flags = {flag for text in texts(file) for flag in FLAG.findall(text)} - known
+        if flags:
+            named[file.relative_to(ROOT).as_posix()] = flags
+    assert named == {file: set(flags) for file, flags in OF_OTHERS.items() if file.startswith(f"{package}/")}
 
 
 def test_what_loads_models_names_no_flag_to_accept_them_with() -> None:

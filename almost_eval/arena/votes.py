@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -25,6 +26,8 @@ VOTES = ("a", "b", "tie", "both_bad")
 
 _APPLICATION = 0x414C4D56  # "ALMV": tells a vote file from any other SQLite file
 _VERSION = 1
+_WAIT_S = 2.0
+"""Seconds for which a file that another program has locked is waited for: the voter waits as long."""
 _TABLE = """
 CREATE TABLE IF NOT EXISTS votes (
   id TEXT PRIMARY KEY, session TEXT NOT NULL, prompt TEXT NOT NULL, source TEXT NOT NULL,
@@ -102,8 +105,11 @@ class VoteStore:
         row |= {"prompt": _json(row["prompt"]), "settings": _json(dict(vote.settings))}
         row["recorded"] = vote.recorded or datetime.now(UTC).isoformat(timespec="seconds")
         places = ", ".join(f":{name}" for name in row)
+        began = time.monotonic()
         try:
             with self._open() as connection:
+                left = max(0.1, _WAIT_S - (time.monotonic() - began))
+                connection.execute(f"PRAGMA busy_timeout = {int(1000 * left)}")
                 connection.execute(f"INSERT INTO votes ({', '.join(row)}) VALUES ({places})", row)
         except sqlite3.IntegrityError:
             raise InputError("this round has a vote already; start the next one") from None
@@ -126,13 +132,15 @@ class VoteStore:
         # A connection for each use: opening takes a fraction of a millisecond, and no thread ever shares one.
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            connection = sqlite3.connect(self.path, timeout=30, isolation_level=None)
+            connection = sqlite3.connect(self.path, timeout=_WAIT_S, isolation_level=None)
         except (sqlite3.Error, OSError) as error:
             raise StoreError(f"{self.path} cannot be opened ({error}); give another file for the votes") from None
         with closing(connection):
             connection.row_factory = sqlite3.Row
             try:
                 self._adopt(connection)
+            except sqlite3.OperationalError as error:
+                raise RunError(f"{self.path} cannot be used now ({error}); try again") from None
             except sqlite3.DatabaseError as error:
                 raise StoreError(f"{self.path} is no file of votes ({error}); give another one") from None
             yield connection

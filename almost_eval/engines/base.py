@@ -31,7 +31,12 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     """Strings that end a completion; they are not part of its text."""
     seed: int = 0
-    """Each (prompt, completion) draws from its own generator seeded by this, so batching never changes a draw."""
+    """Each (prompt, completion) draws from its own generator seeded by this: batching and resuming change no random
+    number. In float32 they change no text either, as logits then differ in the last digits alone, and a draw would have
+    to be tied to that. In half precision the logits of a prompt are rounded in another way beside other prompts, by
+    hundredths of a nat and more, so a token now and then differs, and all of the text after it: a text is then repeated
+    only by the same prompts in the same batches. An engine that draws by itself (vLLM, an endpoint) promises what its
+    own `seed` does."""
     alone: bool = False
     """Read a completion as lm-eval does: decoded without its prompt, so that SentencePiece drops the space it begins
     with, and cut at one stop string after the other."""
@@ -145,8 +150,9 @@ class GenerationEngine(Protocol):
     ) -> Iterator[tuple[int, list[Completion]]]:
         """Yield (index, `params.n` completions) of each rendered prompt as soon as they are known, in any order.
 
-        A completion depends on its prompt, its number and `params` alone: handing in what is missing after a kill
-        gives what the whole list would have given (on engines that batch by themselves, up to rounding).
+        A completion depends on its prompt, its number and `params` alone, up to rounding: handing in what is missing
+        after a kill gives what the whole list would have given on transformers in float32. In half precision, and on
+        engines that batch by themselves, the texts may differ; see `SamplingParams.seed`.
         """
         ...
 

@@ -19,6 +19,7 @@ from almost_eval.models.loading import ATTENTION, Purpose, load_weights, settled
 from almost_eval.types import Completion, JSONObject
 
 if TYPE_CHECKING:
+    from almost_eval.engines.hf_header import SharedHeader
     from almost_eval.engines.hf_loglikelihood import AttentionWindow, Limits, SharedPrefixScorer
     from almost_eval.engines.hf_probe import Probe
     from almost_eval.engines.prefix import TokenTrie
@@ -83,6 +84,7 @@ class HFEngine(CheckpointEngine):
         self.share_prefixes = share_prefixes
         self.batch_size = batch_size
         self.batch_tokens = batch_tokens
+        self._headers: SharedHeader | None = None
         self._attention = settled_attention(attention, self.checkpoint, trust_remote_code=trust_remote_code)
 
     @cached_property
@@ -236,12 +238,22 @@ class HFEngine(CheckpointEngine):
             params,
             done,
             max_sequences=self.batch_size,
-            share_prefixes=self.share_prefixes,
+            header=self._header() if self.share_prefixes else None,
         )
         if done.not_shared:
             self._report.warnings.append(f"prefixes are not shared: {done.not_shared}")
+        elif done.copied:
+            self._report.warnings.append(f"every row holds a copy of what the prompts share: {done.copied}")
         if done.halved:
             self._report.warnings.append(f"out of memory: went on with {done.max_tokens} tokens in a batch")
+
+    def _header(self) -> SharedHeader:
+        """What reads headers of prompts, and keeps them from call to call: self-play has many with the same."""
+        from almost_eval.engines.hf_header import SharedHeader
+
+        if self._headers is None or self._headers.model is not self.model:
+            self._headers = SharedHeader(self.model)
+        return self._headers
 
     def _generation_tokens(self) -> int:
         """Tokens whose keys and values fit 1 GiB, between 4,096 and 65,536: small models get large batches."""

@@ -1,15 +1,17 @@
-"""Sampling with transformers' `generate`, one random generator per completion.
+"""Text from transformers' models, one random generator per completion.
 
 transformers draws from the global generator in batch order, so what a prompt gets depends on its neighbours. Here
 the filtered logits receive Gumbel noise from a generator of the completion's own and the largest is taken, which is a
-draw from the same softmax (Gumbel-max): batching, resuming and reordering change nothing.
+draw from the same softmax (Gumbel-max): batching, resuming and reordering change no random number, and in float32 no
+text (`SamplingParams.seed` says what half precision changes).
+
+Rows behind one header are continued by a loop of our own (`hf_decoding.py`) where the model's attention allows it, and
+by transformers' `generate` elsewhere. Both give the same texts in float32, which tests hold on a dozen architectures.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -25,11 +27,14 @@ from transformers import (
 )
 
 from almost_eval.engines.base import SamplingParams
-from almost_eval.engines.hf_header import SharedHeader
-from almost_eval.engines.hf_loglikelihood import out_of_memory
-from almost_eval.engines.hf_sampling import GumbelNoise, NucleusNoise
+from almost_eval.engines.decoding import decode, marks
+from almost_eval.engines.header_groups import HeaderGroup, header_groups
+from almost_eval.engines.hf_decoding import Header, continue_rows
+from almost_eval.engines.hf_header import LEAST, SharedHeader
+from almost_eval.engines.hf_loglikelihood import AttentionWindow, out_of_memory
+from almost_eval.engines.hf_rows import ForeignAttention, refusal
+from almost_eval.engines.hf_sampling import GumbelNoise, NucleusNoise, Sampler
 from almost_eval.errors import RunError
-from almost_eval.models.reasoning import marker_tokens
 from almost_eval.models.stops import end_ids, first_stop
 from almost_eval.types import Completion
 
@@ -37,6 +42,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from almost_eval.models.loading import CausalLM
+
+Job = tuple[int, int]
+"""Index of a prompt, and the number of its completion."""
+
+LOGITS = 1 << 26
+"""Bytes of float32 logits after one step of a batch; drawing from them takes a few times as much."""
 
 
 class StopStrings(StoppingCriteria):
@@ -63,12 +74,16 @@ class StopStrings(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.BoolTensor:
         """(B,) True where the row has ended; input_ids (B, T) with the prompt."""
         running = [row for row in range(len(input_ids)) if row not in self.length]
-        start = max(self._prompt_length, input_ids.shape[1] - self._tail)
-        for row, tail in zip(running, input_ids[running, start:].tolist(), strict=True):
-            if self._stops(tail) and self._stops(input_ids[row, self._prompt_length :].tolist()):
-                self.length[row] = input_ids.shape[1] - self._prompt_length
+        completions = input_ids[running, self._prompt_length :].tolist()
+        for row, ids in zip(running, completions, strict=True):
+            if self.end(ids):
+                self.length[row] = len(ids)
         ended = [row in self.length for row in range(len(input_ids))]
         return torch.tensor(ended, device=input_ids.device)  # type: ignore[return-value]
+
+    def end(self, ids: list[int]) -> bool:
+        """Whether a completion, which did not hold a stop string before its last token, holds one now."""
+        return bool(self._stop) and self._stops(ids[-self._tail :]) and self._stops(ids)
 
     def _stops(self, ids: list[int]) -> bool:
         """Whether the text of these tokens holds a stop string."""
@@ -85,6 +100,8 @@ class GenerationReport:
     halved: bool = False
     not_shared: str | None = None
     """Why the header of the prompts was read for every row; None where it was read once, or not to be shared."""
+    copied: str | None = None
+    """Why every row had a copy of the header in transformers' `generate`; None where all rows attend to the one."""
 
 
 def stream_completions(
@@ -95,104 +112,196 @@ def stream_completions(
     report: GenerationReport,
     *,
     max_sequences: int | None = None,
-    share_prefixes: bool = True,
+    header: SharedHeader | None = None,
 ) -> Iterator[tuple[int, list[Completion]]]:
-    """Yield (index, `params.n` completions) of each prompt (token ids) when its last is known; longest prompts first.
+    """Yield (index, `params.n` completions) of each prompt (token ids) as soon as its last has ended.
+
+    Prompts that begin alike are continued together; of these the longest first.
 
     Args:
         model: a transformers causal LM.
         tokenizer: its tokenizer.
         prompts: ids of each prompt.
         params: how to sample.
-        report: `max_tokens` bounds rows x (prompt + new tokens) in one batch.
+        report: `max_tokens` bounds the tokens in one batch, those to come included. A header is counted once where
+            there is one copy of it.
         max_sequences: rows in one batch, or None.
-        share_prefixes: read what all prompts of a batch begin with once.
+        header: reads what all prompts of a batch begin with once; it may know headers of earlier calls. None is
+            transformers' `generate` alone.
 
     Raises:
         RunError: out of memory with a single row.
     """
-    jobs = deque(
-        sorted(
-            ((p, c) for p in range(len(prompts)) for c in range(params.n)), key=lambda job: (-len(prompts[job[0]]), job)
-        )
-    )
-    done: dict[int, dict[int, Completion]] = {}
-    header = None
-    if share_prefixes and jobs:
-        header = SharedHeader(model, max(len(prompt) for prompt in prompts) + params.max_new_tokens)
-    while jobs:
-        width = len(prompts[jobs[0][0]]) + params.max_new_tokens
-        rows = max(1, min(report.max_tokens // width, max_sequences or len(jobs), len(jobs)))
-        batch = [jobs[i] for i in range(rows)]
+    writer = _Writer(model, tokenizer, prompts, params, report, header)
+    groups = header_groups(prompts, params.max_new_tokens) if writer.shares else [_longest_first(prompts)]
+    for group in groups:
+        jobs = [(p, c) for p in group.prompts for c in range(params.n)]
+        done: dict[int, dict[int, Completion]] = {}
+        while jobs:
+            rows = max(1, min(writer.rows(group, jobs[0][0]), max_sequences or len(jobs), len(jobs)))
+            left = dict.fromkeys(jobs[:rows])
+            try:
+                for (p, c), completion in writer.complete(group, list(left)):
+                    del left[p, c]
+                    done.setdefault(p, {})[c] = completion
+                    if len(done[p]) == params.n:
+                        whole = done.pop(p)
+                        yield p, [whole[i] for i in range(params.n)]
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                if rows == 1:
+                    raise RunError(
+                        f"out of memory with one prompt of {len(prompts[jobs[0][0]])} tokens and "
+                        f"{params.max_new_tokens} new ones; use a smaller dtype, fewer new tokens or another device"
+                    ) from error
+                report.max_tokens, report.halved = writer.tokens(group, jobs[: rows // 2]), True
+            jobs = [*left, *jobs[rows:]]
+
+
+def _longest_first(prompts: Sequence[NDArray[np.int32]]) -> HeaderGroup:
+    return HeaderGroup(tuple(sorted(range(len(prompts)), key=lambda p: (-len(prompts[p]), p))), 0)
+
+
+class _Writer:
+    """Completes batches of one call: with one copy of their header, with a copy for each row, or without any."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[NDArray[np.int32]],
+        params: SamplingParams,
+        report: GenerationReport,
+        header: SharedHeader | None,
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._prompts = prompts
+        self._params = params
+        self._report = report
+        self._ends = end_ids(model.generation_config.eos_token_id, tokenizer, params.stop)
+        longest = max((len(prompt) for prompt in prompts), default=0) + params.max_new_tokens
+        self._window = AttentionWindow.of(model.config, longest)
+        self._header = header
+        self._why_apart = refusal(model)
+        if self._header:
+            self._header.prepare(longest)
+            report.not_shared = self._header.reason
+
+    @property
+    def shares(self) -> bool:
+        """Whether a header is read once."""
+        return self._header is not None and not self._header.reason
+
+    @property
+    def _together(self) -> bool:
+        """Whether the rows of a batch attend to one copy of their header."""
+        return self.shares and not self._why_apart
+
+    def rows(self, group: HeaderGroup, longest: int) -> int:
+        """How many rows a batch with this prompt, its longest, may have."""
+        width = len(self._prompts[longest]) + self._params.max_new_tokens
+        if not self._together:
+            return self._report.max_tokens // width
+        fitting = (self._report.max_tokens - group.shared) // (width - group.shared)
+        return min(fitting, LOGITS // (4 * int(self._model.config.get_text_config().vocab_size)))
+
+    def tokens(self, group: HeaderGroup, batch: Sequence[Job]) -> int:
+        """What a batch counts against `max_tokens`."""
+        width = len(self._prompts[batch[0][0]]) + self._params.max_new_tokens
+        return len(batch) * (width - group.shared) + group.shared if self._together else len(batch) * width
+
+    @torch.inference_mode()
+    def complete(self, group: HeaderGroup, batch: Sequence[Job]) -> Iterator[tuple[Job, Completion]]:
+        """Yield the completion of each job as soon as it has ended.
+
+        Not all, where the model turns out not to allow one copy of the header: rows with copies need smaller batches.
+        """
+        apart = None if self._together else enumerate(self._complete_apart(batch))
+        for row, ids in apart or self._complete_together(group, batch):
+            yield batch[row], self._completion(batch[row], ids)
+
+    def _completion(self, job: Job, ids: list[int]) -> Completion:
+        return _completion(self._tokenizer, int(self._prompts[job[0]][-1]), ids, self._ends, self._params)
+
+    def _generators(self, batch: Sequence[Job]) -> list[np.random.Generator]:
+        return [_generator(self._params.seed, self._prompts[p], c) for p, c in batch]
+
+    def _complete_together(self, group: HeaderGroup, batch: Sequence[Job]) -> Iterator[tuple[int, list[int]]]:
+        """Yield (row, its new tokens), behind one copy of the header; not all where the model does not allow it."""
+        assert self._header is not None
+        params, prompts = self._params, [self._prompts[p] for p, _ in batch]
+        header = Header((), 0)
+        if group.shared >= LEAST:
+            layers = self._header.layers(prompts[0][: group.shared])
+            if layers is None:
+                self._report.not_shared = self._header.reason
+                return
+            header = Header(layers, group.shared)
+        exact = self._model.dtype == torch.float32
+        sampler = Sampler(params.temperature, params.top_p, self._generators(batch), full_precision=exact)
+        stops = StopStrings(self._tokenizer, params.stop, 0)
+
+        def has_ended(ids: list[int]) -> bool:
+            return ids[-1] in self._ends or stops.end(ids)
+
         try:
-            completions = _batch(model, tokenizer, prompts, batch, params, header)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
+            yield from continue_rows(
+                self._model, header, prompts, sampler, has_ended, params.max_new_tokens, self._window
+            )
+        except Exception as error:  # models refuse a cache and masks that are not their own in many ways
+            if out_of_memory(error):
                 raise
-            if rows == 1:
-                raise RunError(
-                    f"out of memory with one prompt of {len(prompts[batch[0][0]])} tokens and {params.max_new_tokens} "
-                    "new ones; use a smaller dtype, fewer new tokens or another device"
-                ) from error
-            report.max_tokens, report.halved = rows * width // 2, True
-            continue
-        report.not_shared = header.reason if header else None
-        for _ in range(rows):
-            jobs.popleft()
-        for (p, c), completion in zip(batch, completions, strict=True):
-            done.setdefault(p, {})[c] = completion
-            if len(done[p]) == params.n:
-                whole = done.pop(p)
-                yield p, [whole[i] for i in range(params.n)]
+            why = str(error) if isinstance(error, ForeignAttention) else type(error).__name__
+            self._why_apart = f"the model does not attend to it together ({why})"
 
+    def _complete_apart(self, batch: Sequence[Job]) -> list[list[int]]:
+        """The new tokens of each row by transformers' `generate`, with a copy of the header for each row."""
+        params, model = self._params, self._model
+        prompts = [self._prompts[p] for p, _ in batch]
+        pad = self._tokenizer.pad_token_id
+        pad = next(iter(self._ends), 0) if pad is None else pad
+        longest = max(len(prompt) for prompt in prompts)
+        ids = torch.full((len(batch), longest), pad, dtype=torch.long)  # (B, T), padded on the left
+        mask = torch.zeros((len(batch), longest), dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
+            mask[row, longest - len(prompt) :] = 1
+        stops = StopStrings(self._tokenizer, params.stop, longest)
+        cache = self._header.rows(prompts) if self._header else None
+        if self._header:
+            self._report.not_shared = self._header.reason
+        if cache is not None:
+            self._report.copied = self._why_apart
+        output = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            **({} if cache is None else {"past_key_values": cache}),
+            max_new_tokens=params.max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=pad,
+            eos_token_id=sorted(self._ends) or None,
+            logits_processor=self._processors(batch),
+            stopping_criteria=StoppingCriteriaList([stops] if params.stop else []),
+        )
+        return [row[longest:][: stops.length.get(number)] for number, row in enumerate(output.tolist())]
 
-@torch.inference_mode()
-def _batch(
-    model: CausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[NDArray[np.int32]],
-    batch: Sequence[tuple[int, int]],
-    params: SamplingParams,
-    header: SharedHeader | None,
-) -> list[Completion]:
-    ends = end_ids(model.generation_config.eos_token_id, tokenizer, params.stop)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
-    longest = max(len(prompts[p]) for p, _ in batch)
-    ids = torch.full((len(batch), longest), pad, dtype=torch.long)  # (B, T), padded on the left
-    mask = torch.zeros((len(batch), longest), dtype=torch.long)
-    for row, (p, _) in enumerate(batch):
-        ids[row, longest - len(prompts[p]) :] = torch.from_numpy(prompts[p].astype(np.int64))
-        mask[row, longest - len(prompts[p]) :] = 1
-    processors = LogitsProcessorList()
-    if params.temperature > 0:
-        if params.temperature != 1:
-            processors.append(TemperatureLogitsWarper(params.temperature))
-        generators = [_generator(params.seed, prompts[p], c) for p, c in batch]
-        if params.top_p < 1:
-            whole = model.dtype == torch.float32
-            processors.append(NucleusNoise(params.top_p, generators, full_precision=whole))
-        else:
-            processors.append(GumbelNoise(generators))
-    stops = StopStrings(tokenizer, params.stop, longest)
-    cache = header.rows([prompts[p] for p, _ in batch]) if header else None
-    output = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        **({} if cache is None else {"past_key_values": cache}),
-        max_new_tokens=params.max_new_tokens,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=pad,
-        eos_token_id=sorted(ends) or None,
-        logits_processor=processors,
-        stopping_criteria=StoppingCriteriaList([stops] if params.stop else []),
-    )
-    return [
-        _completion(tokenizer, ids[longest - 1], ids[longest:][: stops.length.get(row)], ends, params)
-        for row, ids in enumerate(output.tolist())
-    ]
+    def _processors(self, batch: Sequence[Job]) -> LogitsProcessorList:
+        """What makes transformers' argmax a draw."""
+        params, processors = self._params, LogitsProcessorList()
+        if params.temperature > 0:
+            if params.temperature != 1:
+                processors.append(TemperatureLogitsWarper(params.temperature))
+            if params.top_p < 1:
+                exact = self._model.dtype == torch.float32
+                processors.append(NucleusNoise(params.top_p, self._generators(batch), full_precision=exact))
+            else:
+                processors.append(GumbelNoise(self._generators(batch)))
+        return processors
 
 
 def _generator(seed: int, prompt: NDArray[np.int32], completion: int) -> np.random.Generator:
@@ -210,7 +319,7 @@ def _completion(
             ids, reason = ids[:at], "stop"
             break
     if params.alone:
-        whole = text = _decode(tokenizer, ids)
+        whole = text = decode(tokenizer, ids)
         for stop in params.stop:
             text = text.partition(stop)[0]
         return Completion(text, tuple(ids), reason if text == whole else "stop")
@@ -223,29 +332,11 @@ def _completion(
 
 def _decode_after(tokenizer: PreTrainedTokenizerBase, before: int, ids: list[int]) -> str:
     """The text that `ids` add after the token `before`: SentencePiece decoders drop the space a text begins with."""
-    text = _decode(tokenizer, ids)
-    if not _marks(tokenizer).keys().isdisjoint(ids):
+    text = decode(tokenizer, ids)
+    if not marks(tokenizer).keys().isdisjoint(ids):
         return text  # a thought's marks begin it
     lead = str(tokenizer.decode([before], skip_special_tokens=True))
     whole = str(tokenizer.decode([before, *ids], skip_special_tokens=True))
     return (
         whole[len(lead) :] if lead and whole.startswith(lead) and whole[len(lead) :].lstrip() == text.lstrip() else text
     )
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """The text of `ids` without special tokens, but for those that mark a thought: skipped, it would read as answer."""
-    marks = _marks(tokenizer)
-    if marks.keys().isdisjoint(ids):
-        return str(tokenizer.decode(ids, skip_special_tokens=True))
-    pieces: list[str] = []
-    for is_mark, run in itertools.groupby(ids, key=marks.__contains__):
-        part = list(run)
-        pieces += [marks[i] for i in part] if is_mark else [str(tokenizer.decode(part, skip_special_tokens=True))]
-    return "".join(pieces)
-
-
-def _marks(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Id -> token of the special tokens that mark a thought."""
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in marker_tokens(tokenizer.all_special_tokens)}
-    return {i: token for token, i in ids.items() if isinstance(i, int)}

@@ -21,6 +21,48 @@ _LOGARITHMS = 16
 """Noise for a token alone costs about as much as numpy takes for this many."""
 
 
+class Sampler:
+    """Draws the next tokens of rows, each row from a generator of its own; temperature 0 takes the likeliest.
+
+    The draws are those of `TemperatureLogitsWarper`, `TopPLogitsWarper` and `GumbelNoise` followed by an argmax.
+
+    Args:
+        temperature: what logits are divided by.
+        top_p: mass of the nucleus.
+        generators: one for each row.
+        full_precision: see `NucleusNoise`.
+    """
+
+    def __init__(
+        self, temperature: float, top_p: float, generators: Sequence[np.random.Generator], *, full_precision: bool
+    ) -> None:
+        self._temperature = temperature
+        self._top_p = top_p
+        self._generators = generators
+        self._full_precision = full_precision
+
+    def draw(self, logits: torch.Tensor, rows: Sequence[int]) -> list[int]:
+        """A token after each of the logits (B, V), which belong to these rows."""
+        scores = logits.float()
+        if self._temperature == 0:
+            return [int(token) for token in scores.argmax(-1).tolist()]
+        if self._temperature != 1:
+            scores = scores / self._temperature
+        generators = [self._generators[row] for row in rows]
+        if self._top_p >= 1:
+            return [noisiest(g, row) for g, row in zip(generators, scores.cpu().numpy(), strict=True)]
+        vocabulary = scores.shape[-1]
+        tokens = []
+        kept = nuclei(scores, self._top_p, full_precision=self._full_precision)
+        for row, (nucleus, generator) in enumerate(zip(kept, generators, strict=True)):
+            nucleus = nucleus.sort().values  # of equals, an argmax over all takes the lowest id
+            ids = nucleus.cpu().numpy()
+            noise = gumbel_of(generator, vocabulary, ids).astype(np.float32)
+            noisy = scores[row, nucleus].cpu().numpy() + noise
+            tokens.append(int(ids[noisy.argmax()]) if len(ids) else 0)  # none where all logits are -inf
+        return tokens
+
+
 class GumbelNoise(LogitsProcessor):
     """Adds to row i noise from generator i, so that the argmax is a sample."""
 
@@ -124,5 +166,30 @@ def gumbel_of(generator: np.random.Generator, vocabulary: int, ids: NDArray[np.i
     if not uniform.all():  # numpy draws again for a zero, which moves all draws after it
         generator.bit_generator.state = state
         return generator.gumbel(size=vocabulary)[ids]
+    return np.array([_gumbel(u) for u in uniform[ids].tolist()])
+
+
+def noisiest(generator: np.random.Generator, scores: NDArray[np.float32]) -> int:
+    """The argmax of `scores` (V,) with the noise of `GumbelNoise`, which is computed for the few that may win.
+
+    The noise of u is at most -log(u) (as -log(1 - u) >= u), so a token can reach the noisy score s of another only
+    where u <= exp(score - s).
+    """
+    state = generator.bit_generator.state
+    uniform = generator.random(len(scores))
+    likeliest = int(scores.argmax())
+    bar = float(scores[likeliest]) + _gumbel(uniform[likeliest]) if uniform.all() else np.nan
+    if not np.isfinite(bar):
+        generator.bit_generator.state = state
+        return int((scores + generator.gumbel(size=len(scores)).astype(np.float32)).argmax())
+    with np.errstate(over="ignore"):
+        # A thousandth for what float32 rounds; logits beyond some thousands would ask for more.
+        reach = np.exp(scores - np.float32(bar - 1e-3 - abs(bar) * 2**-20))
+    ids = np.flatnonzero(uniform <= reach)
+    noise = np.array([_gumbel(u) for u in uniform[ids].tolist()]).astype(np.float32)
+    return int(ids[(scores[ids] + noise).argmax()])
+
+
+def _gumbel(uniform: float) -> float:
     # `math.log` and not `np.log`: the same function of C as in numpy's own loop, whose vectorised one may round apart.
-    return np.array([-math.log(-math.log(1.0 - u)) for u in uniform[ids].tolist()])
+    return -math.log(-math.log(1.0 - uniform))

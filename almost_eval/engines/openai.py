@@ -52,6 +52,10 @@ class OpenAIEngine(OpenAIClient):
                 whole = done.pop(p)
                 yield p, [whole[i % draws] for i in range(params.n)]
 
+    def sent_prompt(self, prompt: str) -> str | list[int]:
+        """A rendered prompt as it is sent: the text, which the server encodes with its own special tokens in front."""
+        return prompt
+
     def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[list[Completion]]:
         """`params.n` completions for each rendered prompt, in order; raises as `stream_completions` does."""
         done = dict(self.stream_completions(prompts, params))
@@ -63,7 +67,7 @@ class OpenAIEngine(OpenAIClient):
         try:
             answer = self.client.completions.create(
                 model=self.model,
-                prompt=prompt,
+                prompt=self.sent_prompt(prompt),
                 max_tokens=params.max_new_tokens,
                 temperature=params.temperature,
                 top_p=params.top_p,

@@ -103,6 +103,13 @@ class OpenAIScorer(OpenAIEngine):
             return load_tokenizer(find_checkpoint(str(path)))
         return load_tokenizer(Checkpoint(name, path, {}, ()))
 
+    def sent_prompt(self, prompt: str) -> str | list[int]:
+        """Token ids where the template wrote BOS, of which the server would write a second; else the text."""
+        opening = self.encoder.opening
+        if opening.ids and opening.is_written(prompt):
+            return self.encoder.encode_texts([prompt])[0].tolist()
+        return super().sent_prompt(prompt)
+
     def _own_folder(self) -> str | None:
         try:
             here = self.model in BUILT_IN or Path(self.model).is_dir()

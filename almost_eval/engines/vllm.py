@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 from almost_eval.engines.base import EngineReport, RequestScores, SamplingParams
 from almost_eval.engines.checkpoint_engine import CheckpointEngine
+from almost_eval.engines.decoding import decode, marks
 from almost_eval.engines.prefix import EncodedRequest, scores_of_nothing
 from almost_eval.engines.seeding import request_seed
 from almost_eval.engines.vllm_loglikelihood import stream_scores
@@ -29,8 +31,8 @@ from almost_eval.engines.vllm_process import (
 from almost_eval.errors import InputError
 from almost_eval.models.adapters import refuse_for_vllm
 from almost_eval.models.checkpoint import Checkpoint, find_checkpoint, refuse_stray_weights
-from almost_eval.models.loading import Purpose
-from almost_eval.models.stops import end_ids
+from almost_eval.models.loading import Purpose, first_line
+from almost_eval.models.stops import end_ids, first_stop
 from almost_eval.types import Completion, JSONObject
 
 
@@ -154,7 +156,7 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
         """Yield (index, `params.n` completions) of each rendered prompt; see `GenerationEngine.stream_completions`.
 
         Raises:
-            InputError: a prompt that leaves no room for `max_new_tokens`.
+            InputError: a prompt that leaves no room for `max_new_tokens`; values that vLLM does not sample with.
             ModelError: vLLM cannot run the model.
         """
         if not prompts:
@@ -168,10 +170,15 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
             for p, prompt in enumerate(prompts)
             for c in range(draws)
         }
+        thought = marks(self.tokenizer)
         done: dict[int, dict[int, Completion]] = {}
         for name, output in self.results(requests):
             p, c = map(int, name.split("/"))
-            done.setdefault(p, {})[c] = _completion(output.outputs[0], ends)
+            completion = _completion(output.outputs[0], ends)
+            if not thought.keys().isdisjoint(completion.token_ids):  # vLLM skips them, as it does all special tokens
+                text = decode(self.tokenizer, completion.token_ids)
+                completion = replace(completion, text=text[: first_stop(text, params.stop)])
+            done.setdefault(p, {})[c] = completion
             if len(done[p]) == draws:
                 whole = done.pop(p)
                 yield p, [whole[i % draws] for i in range(params.n)]
@@ -180,15 +187,20 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
         import vllm
         from vllm.sampling_params import RequestOutputKind
 
-        return vllm.SamplingParams(
-            max_tokens=params.max_new_tokens,
-            temperature=params.temperature,
-            top_p=params.top_p if params.temperature > 0 else 1.0,
-            seed=request_seed(params.seed, prompt, number),
-            stop=list(params.stop),
-            stop_token_ids=sorted(ends),
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+        try:
+            return vllm.SamplingParams(
+                max_tokens=params.max_new_tokens,
+                temperature=params.temperature,
+                top_p=params.top_p if params.temperature > 0 else 1.0,
+                seed=request_seed(params.seed, prompt, number),
+                stop=list(params.stop),
+                stop_token_ids=sorted(ends),
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+        except Exception as error:  # vLLM's own, of no common base; 0.31 takes no temperature above 2
+            raise InputError(
+                f"vLLM cannot sample so: {first_line(error)}; use the engine hf, or other values"
+            ) from None
 
     def _end_ids(self, stop: Sequence[str]) -> frozenset[int]:
         """Tokens that end a completion, as for `HFEngine`."""

@@ -174,6 +174,7 @@ def with_adapter(options: JSONObject, adapter: Adapter | None) -> JSONObject:
         "enable_lora": True,
         "max_loras": 1,
         "max_lora_rank": adapter.vllm_rank,
+        "lora_target_modules": list(adapter.target_modules),
         "tokenizer": tokenizer,
     }
 

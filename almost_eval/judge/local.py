@@ -7,17 +7,19 @@ reads the judged one alone, the reward model the dialogue up to it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from almost_eval.errors import InputError
+from almost_eval.errors import InputError, TemplateError
 from almost_eval.judge.judges import Judgement, verdict_fields
 from almost_eval.judge.records import Pair, Question, Side, Subject, Verdict
-from almost_eval.types import Conversation, JSONObject, Message, SampleRecord
+from almost_eval.types import Conversation, JSONMapping, JSONObject, Message, SampleRecord
 
 if TYPE_CHECKING:
+    from almost_eval.models.chat import ChatTemplate
     from almost_eval.rewards.hf import HFRewardModel
 
 TIE_MARGIN = 0.05
@@ -122,7 +124,7 @@ class RewardJudge(LocalJudge):
             "kind": self.kind,
             "weight_digest": model.checkpoint.weight_digest(),
             "model_files": model.checkpoint.file_digests(),
-            "template": model.template.digest,
+            "template": _template_part(model.template),
             "engine": model.settings(),
         }
 
@@ -130,8 +132,24 @@ class RewardJudge(LocalJudge):
         """Weights, template and engine."""
         return self._spec
 
+    def adopt_date(self, stored: JSONMapping) -> None:
+        """Let the template write the time that it wrote when the run began, of whose spec `stored` is the part."""
+        part, template = stored.get("template"), self._model.template
+        now = part.get("now") if isinstance(part, Mapping) else None
+        if template.now and now:
+            self._model.template = replace(template, now=now)
+            self._spec["template"] = _template_part(self._model.template)
+
     def check(self, questions: Sequence[Question]) -> None:
-        """Nothing is refused: a dialogue beyond the context is unscored and counted."""
+        """Refuse a template that cannot write a question and its answer; beyond the context they are unscored.
+
+        Raises:
+            TemplateError: see `HFRewardModel.encode`.
+        """
+        try:
+            self._model.encode([(Message("user", q.text), Message("assistant", "a")) for q in questions])
+        except TemplateError as error:
+            raise TemplateError(f"--judge {self.name}: {error} (it is read with its own chat template)") from None
 
     def stream(
         self, pairs: Sequence[Subject], wanted: Sequence[int], attempt: int = 0
@@ -163,6 +181,11 @@ class RewardJudge(LocalJudge):
     def warnings(self) -> Sequence[str]:
         """What the reward model had to do otherwise than planned."""
         return self._model.warnings
+
+
+def _template_part(template: ChatTemplate) -> str | JSONObject:
+    """What a judge's spec holds of its template: the digest, and the time that it writes where it writes one."""
+    return template.digest if template.now is None else {"digest": template.digest, "now": template.now}
 
 
 def judge_by_reward(first: float, second: float) -> Judgement:

@@ -16,7 +16,7 @@ from typing import Any
 
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.build import EngineOptions, generation_engine
-from almost_eval.errors import InputError, RunError, StoreError
+from almost_eval.errors import InputError, RunError, StoreError, TemplateError
 from almost_eval.files import LineWriter, read_records, repair_end
 from almost_eval.judge.questions import LATER, answer_line
 from almost_eval.judge.records import TOO_LONG, Answer, Answers, AnswerTurn, Question
@@ -204,9 +204,19 @@ class ModelSystem:
         return self._sampling.temperatures.get(question.category, self._sampling.temperature)
 
     def _prompt(self, question: Question, before: Sequence[AnswerTurn] = ()) -> str:
-        """What the model reads for the turn after those that are answered: its own answers, less their thoughts."""
+        """What the model reads for the turn after those that are answered: its own answers, less their thoughts.
+
+        Raises:
+            TemplateError: the template cannot write the dialogue.
+        """
         if self.template is None:
             return question.text
+        try:
+            return self._written(question, before)
+        except TemplateError as error:
+            raise error.about(f"question {question.id}") from None
+
+    def _written(self, question: Question, before: Sequence[AnswerTurn]) -> str:
         dialogue: list[Message] = []
         for text, answer in zip(question.turns, before, strict=False):
             dialogue.append(Message("user", text))

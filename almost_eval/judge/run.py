@@ -25,8 +25,9 @@ from almost_eval.judge.answers import (
 )
 from almost_eval.judge.judges import LASTING, Judge, ModelJudge, shown, without_answer
 from almost_eval.judge.lines import ORDERS, cases_of, check_reviews, paired_choices, record_of
+from almost_eval.judge.local import RewardJudge
 from almost_eval.judge.model_system import ModelSystem
-from almost_eval.judge.panel import Families, Panel, Spread, spread
+from almost_eval.judge.panel import Families, Panel, Spread, members_of, spread
 from almost_eval.judge.prompts import JudgePrompts
 from almost_eval.judge.raised import kept_lines
 from almost_eval.judge.records import Answer, Answers, AnswerTurn, Question
@@ -196,10 +197,7 @@ class JudgeRun:
         progress = progress or Progress()
         started = time.perf_counter() if started is None else started
         if (folder / "spec.json").is_file():
-            stored = read_json(folder / "spec.json").get("settings", {}).get("systems", {})
-            for system, part in zip(self.systems, stored.values(), strict=False):
-                if isinstance(system, ModelSystem):
-                    system.adopt_date(part)
+            self._adopt_dates(read_json(folder / "spec.json").get("settings", {}))
         spec = self.spec()
         amend = self.judge.amend if isinstance(self.judge, ModelJudge) else None
         with RunStore(folder, spec, amend) as store, self.judge.open(folder, progress.notice):
@@ -258,6 +256,17 @@ class JudgeRun:
             }
             store.finish(results)
         return results, validity
+
+    def _adopt_dates(self, stored: JSONObject) -> None:
+        """Let all templates write the time that they wrote when the run began, of whose spec `stored` is the part."""
+        for system, part in zip(self.systems, stored.get("systems", {}).values(), strict=False):
+            if isinstance(system, ModelSystem):
+                system.adopt_date(part)
+        judge = stored.get("judge") or {}
+        parts = {part.get("name"): part for part in (members_of(judge) if "kind" in judge else ())}
+        for member in self.judge.members if isinstance(self.judge, Panel) else [self.judge]:
+            if isinstance(member, RewardJudge):
+                member.adopt_date(parts.get(member.name, {}))
 
     def _asks_again(self, record: SampleRecord) -> bool:
         reason = record.score.reason

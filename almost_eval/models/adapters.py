@@ -20,12 +20,14 @@ from almost_eval.errors import MissingDependencyError, ModelError
 from almost_eval.types import JSONObject
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from transformers import PreTrainedModel
 
 FILES = CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _PROMPTS = {"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT"}
 """Kinds of PEFT that add to the input, not to the weights: nothing can be merged."""
+_HEADS = {"lm_head", "embed_out", "embed_tokens", "wte", "word_embeddings"}
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's `max_lora_rank` may be (0.31)."""
 
@@ -58,6 +60,19 @@ class Adapter:
     def vllm_rank(self) -> int:
         """The rank that vLLM makes room for: it knows some sizes."""
         return next(size for size in _RANKS if size >= self.rank)
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        """Last names of the layers that it changes, sorted; empty where its files do not list them.
+
+        vLLM must be told them. Else it makes room for a LoRA on the output head too, and there takes the rows of a
+        prompt for one row a request (0.31): `prompt_logprobs` of several prompts in a step end the engine on a CPU.
+        """
+        if self.shapes:
+            changed = (name.partition(".lora_")[0] for name in self.shapes if ".lora_" in name)
+            return tuple(sorted({name.rpartition(".")[2] for name in changed}))
+        listed = self.config.get("target_modules")  # one string is a pattern, or `all-linear`
+        return tuple(sorted({str(name).rpartition(".")[2] for name in listed})) if isinstance(listed, list) else ()
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -111,6 +126,10 @@ def refuse_for_vllm(adapter: Adapter) -> None:
         part = "with biases"
     elif config.get("modules_to_save") or config.get("trainable_token_indices") or adapter.is_classifier:
         part = "with whole modules or tokens of its own"
+    elif _HEADS.intersection(adapter.target_modules):
+        part = "of the output head or the embedding"
+    elif not adapter.target_modules:
+        part = "whose layers cannot be told from its files"
     elif extra := [name for name in adapter.shapes if ".lora_A." not in name and ".lora_B." not in name]:
         part = f"with {extra[0]}"
     elif adapter.rank > _RANKS[-1]:
@@ -145,6 +164,8 @@ def open_adapter(path: Path, *, has_weights: bool, allow_pickle: bool) -> Adapte
         raise ModelError(
             f"{path} is an adapter of the kind {kind or 'none'}, which changes no weights; use one that does"
         )
+    if kind == "LORA" and not (isinstance(rank := config.get("r"), int) and rank > 0):
+        raise ModelError(f"{files[0]} states the rank r: {rank!r}; set it to that of the weights, or save it again")
     if (path / WEIGHTS).is_file():
         return Adapter(path, config, path / WEIGHTS)
     if not (path / PICKLE).is_file():
@@ -166,8 +187,26 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
         MissingDependencyError: peft is not installed.
     """
     whole = _attach(model, adapter, None)
+    if _HEADS.intersection(adapter.target_modules) or not adapter.target_modules:
+        _untie(whole)
     merged: PreTrainedModel = whole.merge_and_unload()
+    head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
+    if head is not None and embedding is not None and head.weight is not embedding.weight:
+        merged.config.get_text_config().tie_word_embeddings = False  # else it would be saved without its head
+        merged.config.tie_word_embeddings = False
     return merged.requires_grad_(True)  # peft froze the base; a training may start from it
+
+
+def _untie(model: torch.nn.Module) -> None:
+    """Give each layer weights of its own: what is merged into an output head is none of the embedding's, if tied."""
+    import torch
+
+    taken: set[int] = set()
+    for layer in model.modules():
+        for name, weight in layer._parameters.items():
+            if weight is not None and id(weight) in taken:
+                setattr(layer, name, torch.nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
+            taken.add(id(layer._parameters[name]))
 
 
 def check_fit(model: PreTrainedModel, adapter: Adapter) -> str | None:
@@ -208,6 +247,11 @@ def _attach(model: PreTrainedModel, adapter: Adapter, weights: Mapping[str, Tens
         import peft
     except ImportError:
         raise MissingDependencyError("an adapter needs the package 'peft'; install it with: pip install peft") from None
+    if (kind := str(adapter.config.get("peft_type"))) not in peft.PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ModelError(
+            f"{adapter.path} is an adapter of the kind {kind}, which peft {peft.__version__} does not know; install "
+            "the peft that made it"
+        )
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # what it starts at random is overwritten
             warnings.simplefilter("ignore")

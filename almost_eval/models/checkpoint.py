@@ -169,7 +169,24 @@ def find_checkpoint(name: str, *, allow_pickle: bool = False, architectures: Col
     if kinds and not any(part in kind for kind in kinds for part in architectures):
         wanted = " or ".join(f"*{part}*" for part in architectures)
         raise ModelError(f"{path} holds a {kinds[0]}; this needs a {wanted} checkpoint")
+    _refuse_bad_ends(path / "generation_config.json")
+    pad, rows = config.get("pad_token_id"), config.get("vocab_size")
+    if isinstance(pad, int) and isinstance(rows, int) and pad >= rows:
+        raise ModelError(
+            f"{config_file} states pad_token_id: {pad}, and the model has {rows} tokens; set it to one of them, or null"
+        )
     return Checkpoint(name, path, config, _weight_files(path, allow_pickle), allow_pickle)
+
+
+def _refuse_bad_ends(file: Path) -> None:
+    """Raise ModelError where it is damaged: transformers then takes other EOS ids without a word."""
+    try:
+        ends = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{file} is no JSON object ({problem_of(error)}); download or save it again") from None
+    ids = ends if isinstance(ends, list) else [ends]
+    if not all(end is None or (isinstance(end, int) and not isinstance(end, bool)) for end in ids):
+        raise ModelError(f"{file} states eos_token_id: {ends!r}, which is no token id and no list of them; mend it")
 
 
 def refuse_adapter(checkpoint: Checkpoint, what: str) -> None:
@@ -210,6 +227,9 @@ def _with_base(name: str, adapter: Adapter, allow_pickle: bool, architectures: C
         raise ModelError(f"{adapter.path / CONFIG} names no base model; set base_model_name_or_path to its folder")
     beside = adapter.path / adapter.base
     base = adapter.base if Path(adapter.base).expanduser().exists() or not beside.is_dir() else str(beside)
+    if (folder := Path(base).expanduser()).is_dir() and (folder / CONFIG).is_file() and not _has_weights(folder):
+        what = "itself" if folder.resolve() == adapter.path.resolve() else f"{folder}, an adapter too"
+        raise ModelError(f"the base of the adapter {adapter.path} is {what}; name a whole model, or merge that first")
     scores = tuple(architectures) != CAUSAL and adapter.is_classifier
     if tuple(architectures) == CAUSAL and adapter.is_classifier:
         raise ModelError(f"{adapter.path} is an adapter of a classifier (SEQ_CLS); this needs one of a language model")
@@ -223,7 +243,7 @@ def _with_base(name: str, adapter: Adapter, allow_pickle: bool, architectures: C
             f"{CONFIG} is {adapter.base!r})",
             error.consent,
         ) from None
-    if of.adapter:
+    if of.adapter:  # on the hub
         raise ModelError(f"the base of the adapter {adapter.path} is an adapter too; merge that one and save the model")
     config = of.config
     heads = [shape[0] for key, shape in adapter.shapes.items() if key.endswith(".score.weight")]
@@ -294,9 +314,10 @@ def _weight_files(path: Path, allow_pickle: bool) -> tuple[Path, ...]:
         files = [path / _WHOLE]
     elif index.is_file():
         try:
-            shards = sorted(
-                {str(shard) for shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-            )
+            content = json.loads(index.read_text(encoding="utf-8"))
+            shards = sorted({str(shard) for shard in content["weight_map"].values()})
+            if "metadata" not in content:
+                raise ValueError('it lacks "metadata": {}, without which transformers does not read it')
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ModelError(f"{index} is not a valid index: {problem_of(error)}; download it again") from None
         if outside := [shard for shard in shards if Path(shard).name != shard]:
@@ -319,6 +340,8 @@ def _weight_files(path: Path, allow_pickle: bool) -> tuple[Path, ...]:
         )
     if foreign := _foreign(path):
         raise ModelError(f"{path} {foreign}")
+    if others:
+        raise ModelError(f"{path} holds {others[0]} but no {_INDEX}, which says what belongs to it; download that too")
     raise ModelError(f"{path} has a config.json but no {_WHOLE} or {_INDEX}; download or save the weights there")
 
 

@@ -6,6 +6,7 @@ Whatever cannot be loaded is refused in one line that says what to do.
 from __future__ import annotations
 
 import functools
+import json
 import re
 import sys
 import warnings
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from almost_eval.errors import InputError, ModelError, RunError
+from almost_eval.errors import InputError, ModelError, RunError, problem_of
 from almost_eval.models.adapters import merge_adapter
 from almost_eval.models.checkpoint import Checkpoint
 
@@ -37,6 +38,7 @@ Purpose = Literal["score", "generate"]
 LARGE = 50_000_000
 """Parameters from which half the bytes of weights are worth bfloat16's rounding."""
 _CAP = re.compile(r"^att.*soft_?cap")
+_TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json")
 ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
 
 
@@ -102,6 +104,7 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
             )
     except Exception as error:  # transformers raises half a dozen unrelated kinds here
         refuse_own_code(checkpoint, str(error))
+        _refuse_damaged(checkpoint)
         raise ModelError(
             f"{checkpoint.path} has no tokenizer that transformers can read ({first_line(error)}); save the "
             "tokenizer beside the weights"
@@ -110,6 +113,26 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     check_tokenizer(tokenizer, checkpoint, checkpoint.tokenizer_folder)
     return tokenizer
+
+
+def _refuse_damaged(checkpoint: Checkpoint) -> None:
+    """Raise ModelError where a file that a tokenizer is read from is damaged, or `config.json` is not valid."""
+    folder = checkpoint.tokenizer_folder
+    for name in (*_TOKENIZER_FILES, "chat_template.jinja"):
+        file = folder / name
+        try:
+            text = file.read_text(encoding="utf-8") if file.is_file() else "{}"
+            if name.endswith(".json") and not isinstance(json.loads(text), dict):
+                raise ValueError("it is no JSON object")
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{file} cannot be read ({problem_of(error)}); download or save it again") from None
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(str(checkpoint.path))
+    except Exception as error:  # a validation of huggingface_hub's, an unknown type, own code
+        if "alidation" in str(error):
+            raise ModelError(f"{checkpoint.path / 'config.json'} is no valid config: {first_line(error)}") from None
 
 
 def refuse_own_code(checkpoint: Checkpoint, problem: str) -> None:
@@ -176,7 +199,7 @@ def load_weights(
             )
     except torch.OutOfMemoryError as error:
         raise RunError(f"not enough memory for the weights of {checkpoint.name}: {first_line(error)}") from None
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, ImportError, LookupError, RuntimeError, AssertionError) as error:
         refuse_own_code(checkpoint, str(error))
         raise ModelError(f"transformers cannot load {checkpoint.path}: {first_line(error)}") from None
     lost = sorted({*info.get("missing_keys", ()), *(key for key, *_ in info.get("mismatched_keys", ()))})
@@ -257,4 +280,5 @@ def pick_device(device: str) -> str:
 
 def first_line(error: BaseException) -> str:
     """What an error says first, at most 200 characters: libraries explain themselves over many lines."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:200]

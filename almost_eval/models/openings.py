@@ -2,15 +2,19 @@
 
 A chat template may write them itself, and the tokenizer would then write them again. So the whole special prefix is
 read off the tokenizer, whatever its config names (`bos_token` may be absent, `add_bos_token` may be ignored by the
-tokenizer's class), and a text that begins with it gets no second one. Every path asks here: scoring, generation,
-rewards, training, and what a server is told.
+tokenizer's class), and a text that begins with it gets no second one. A text that brings it twice is refused: its
+template is wrong, and every number would be off. Every path asks here: scoring, generation, rewards, training, and what
+a server is told.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from almost_eval.errors import TemplateError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,8 +54,26 @@ class Opening:
         marks = tuple(mark for mark in (self.text, self.bos) if mark)
         return text.startswith(marks) or text.lstrip().startswith(marks)
 
+    def refuse_twice(self, text: str) -> None:
+        """Raise TemplateError where a text begins with more BOS tokens than the tokenizer would write."""
+        mark = self.bos or self.text
+        if not mark.strip():
+            return  # none, or one that is white space, of which a text may begin with more
+        front = re.match(rf"(?:\s*{re.escape(mark)})*", text)
+        count, own = front[0].count(mark) if front else 0, max(1, self.text.count(mark))
+        if count > own:
+            raise TemplateError(
+                f"the prompt begins with {count} BOS tokens, the tokenizer's own encoding with {own}: the "
+                f"template writes {mark!r} once too often; mend it, or choose another template"
+            )
+
     def before(self, text: str, ids: Sequence[int]) -> list[int]:
-        """The ids of a text, encoded without special tokens, with the opening in front where it has none."""
+        """The ids of a text, encoded without special tokens, with the opening in front where it has none.
+
+        Raises:
+            TemplateError: the text brings it twice.
+        """
+        self.refuse_twice(text)
         written = self.is_written(text) or (self.ids and tuple(ids[: len(self.ids)]) == self.ids)
         return list(ids) if written else [*self.ids, *ids]
 

@@ -20,18 +20,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-_NAMES = "think|thinking|thought|thoughts|reasoning|seed:think|antthinking"
-_TAG = re.compile(
-    rf"(?P<close></\s*(?:{_NAMES})\s*>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<\|END_THINKING\|>|<\|inner_suffix\|>"
-    rf"|<unused95>|<channel\|>)"
-    rf"|(?:<(?:{_NAMES})(?:\s[^<>]*)?(?<!/)>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|START_THINKING\|>"
-    rf"|<\|inner_prefix\|>|<unused94>|<\|channel>)",
-    re.IGNORECASE,
-)
-_FENCE = re.compile(r"^ {0,3}(```+|~~~+)[^\n]*$(?:.*?^ {0,3}\1[`~]*[ \t]*$)", re.MULTILINE | re.DOTALL)
-_OPEN_FENCE = re.compile(r"^ {0,3}(?:```|~~~)[^`\n]*$", re.MULTILINE)
-_INLINE_CODE = re.compile(r"(`+)(?!`)[^\n]*?(?<!`)\1(?!`)")
-_QUOTES = {'"': '"', "'": "'", "`": "`", "“": "”", "\u2018": "\u2019", "«": "»", "(": ")"}
+from almost_eval.models.thought_tags import TAG, TaggedText
 
 _CHANNELS = re.compile(r"\s*(?:<\|start\|>assistant\s*)?<\|channel\|>")
 _LATER_CHANNEL = re.compile(r"(?:<\|end\|>\s*)?<\|start\|>assistant\s*<\|channel\|>|<\|end\|>\s*<\|channel\|>")
@@ -57,17 +46,6 @@ class Reasoning:
     """True where a thought has no end, so that the model never came to its answer."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Thought:
-    """Where a thought is in a text: what is before `start` and from `after` on is the answer's."""
-
-    start: int
-    body: int
-    end: int
-    after: int
-    is_cut: bool = False
-
-
 def split_reasoning(text: str, opened: bool = False) -> Reasoning:
     """Tell the thoughts of a text from its answer.
 
@@ -80,17 +58,19 @@ def split_reasoning(text: str, opened: bool = False) -> Reasoning:
         return reasoning
     answer: list[str] = []
     thoughts: list[str] = []
-    rest, is_cut = text, False
-    while (thought := _first_thought(rest, opened)) is not None:
-        if thoughts and not rest[thought.after :].strip() and thought.start == thought.body and not thought.is_cut:
+    tagged, at, end, is_cut = TaggedText(text), 0, len(text), False
+    written = len(text.rstrip())
+    while (thought := tagged.first_thought(at, opened)) is not None:
+        if thoughts and thought.after >= written and thought.start == thought.body and not thought.is_cut:
             # A closing tag after the whole answer closes nothing: what stands before it is the answer.
-            rest = rest[: thought.end].rstrip()
+            end = thought.end
             break
-        answer.append(rest[: thought.start].strip())
-        thoughts.append(rest[thought.body : thought.end].strip())
-        is_cut, rest, opened = thought.is_cut, rest[thought.after :].lstrip(), False
+        answer.append(text[at : thought.start].strip())
+        thoughts.append(text[thought.body : thought.end].strip())
+        is_cut, at, opened = thought.is_cut, _skip_blanks(text, thought.after), False
     if not thoughts:
         return Reasoning(text, None, False)
+    rest = text[at:end].rstrip() if end < len(text) else text[at:]
     return Reasoning(_paragraphs([*answer, rest]), _paragraphs(thoughts), is_cut)
 
 
@@ -99,7 +79,7 @@ def opens_thought(prompt: str) -> bool:
     end = prompt.rstrip()
     if re.search(r"<\|channel\|>analysis(?:<\|message\|>)?\Z", end):
         return True
-    tags = list(_TAG.finditer(end, max(0, len(end) - 200)))
+    tags = list(TAG.finditer(end, max(0, len(end) - 200)))
     last = tags[-1] if tags else None
     return last is not None and last.end() == len(end) and last["close"] is None
 
@@ -111,94 +91,17 @@ def marker_tokens(special_tokens: Iterable[str]) -> frozenset[str]:
     """
     tokens = set(special_tokens)
     channels = {token for token in tokens if "<|channel|>" in tokens and _CHANNEL_TOKEN.fullmatch(token)}
-    return frozenset(channels | {token for token in tokens if _TAG.fullmatch(token)})
+    return frozenset(channels | {token for token in tokens if TAG.fullmatch(token)})
 
 
 def _paragraphs(parts: list[str]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-# --- tags ---
-
-
-def _first_thought(text: str, opened: bool) -> _Thought | None:
-    """The first thought of a text; `opened` says that the text begins inside one."""
-    tags = [tag for tag in _TAG.finditer(text) if not _is_quoted(text, tag)]
-    head = next((tag for tag in tags if not text[: tag.start()].strip()), None)
-    if head is not None and head["close"] is None:
-        return _closed(text, tags, head)
-    if opened:
-        return _closed(text, tags, None)
-    if not tags:
-        return None
-    code = [match.span() for match in _FENCE.finditer(text)] + [match.span() for match in _INLINE_CODE.finditer(text)]
-    shown = [tag for tag in tags if not any(start <= tag.start() < end for start, end in code)]
-    passed = 0  # up to here the tags are of a sentence or an example
-    for tag in shown:
-        if tag.start() < passed:
-            continue
-        if tag["close"] is not None:
-            if not _is_prose(text, tag):  # the opening tag was the template's
-                return _Thought(0, 0, tag.start(), tag.end())
-        elif _begins_line(text, tag):
-            thought = _closed(text, shown, tag)
-            if not _is_example(text, tag) and (not thought.is_cut or _stands_alone(text, tag)):
-                return thought
-            passed = thought.after
-        else:  # a sentence on tags; the closing one that it may name is on its line
-            passed = tag.end() + len(text[tag.end() :].partition("\n")[0])
-    return None
-
-
-def _closed(text: str, tags: list[re.Match[str]], opening: re.Match[str] | None) -> _Thought:
-    """The thought that begins with `opening`, or with the text.
-
-    Tags inside are counted, so that a thought in a thought ends with it. Where the count does not come out (a thought
-    that mentions a tag), the first closing tag ends it.
-    """
-    start, body = (0, 0) if opening is None else (opening.start(), opening.end())
-    inside = [tag for tag in tags if tag.start() >= body]
-    depth = 1
-    first = None
-    for tag in inside:
-        if tag["close"] is None:
-            depth += 1
-            continue
-        first = first or tag
-        depth -= 1
-        if depth == 0:
-            return _Thought(start, body, tag.start(), tag.end())
-    if first is not None:
-        return _Thought(start, body, first.start(), first.end())
-    return _Thought(start, body, len(text), len(text), is_cut=True)
-
-
-def _is_quoted(text: str, tag: re.Match[str]) -> bool:
-    """Between two quotation marks or backticks, with nothing else there."""
-    before, after = text[max(0, tag.start() - 1) : tag.start()], text[tag.end() : tag.end() + 1]
-    return before in _QUOTES and _QUOTES[before] == after
-
-
-def _is_prose(text: str, tag: re.Match[str]) -> bool:
-    """In the middle of a sentence: a word and a space before it, and the sentence goes on or ends after it."""
-    before, after = text[: tag.start()], text[tag.end() :]
-    return bool(re.search(r"[\w,] +\Z", before[-40:]) and re.match(r" +[a-z(]|[.,;:?!)]", after))
-
-
-def _begins_line(text: str, tag: re.Match[str]) -> bool:
-    """No word stands before it on its line."""
-    return not text[: tag.start()].rpartition("\n")[2].strip()
-
-
-def _is_example(text: str, tag: re.Match[str]) -> bool:
-    """The line above introduces it (`like this:`), or it is in a code block that was cut before its end."""
-    before = text[: tag.start()]
-    return before.rstrip().endswith(":") or len(_OPEN_FENCE.findall(before)) % 2 == 1
-
-
-def _stands_alone(text: str, tag: re.Match[str]) -> bool:
-    """Its line holds nothing else."""
-    return not text[tag.end() :].partition("\n")[0].strip()
+def _skip_blanks(text: str, at: int) -> int:
+    while at < len(text) and text[at].isspace():
+        at += 1
+    return at
 
 
 # --- channels ---

@@ -172,6 +172,8 @@ def names(tensors: Sequence[str], most: int = 3) -> str:
 def _cause(checkpoint: Checkpoint, tensors: Tensors) -> str:
     """What most likely went wrong, as the end of a sentence; empty where nothing is known."""
     unused, config = tensors.unused, checkpoint.config
+    if tensors.missing == ("lm_head.weight",) and not tensors.mismatched and not unused:
+        return '; most likely its head is the embedding, and config.json lacks "tie_word_embeddings": true'
     if any(_SCALES.search(name) for name in unused) and "quantization_config" not in config:
         return "; it looks quantised, and its config.json has lost the quantization_config"
     if cause := _biases(unused, checkpoint) or _sizes(checkpoint, tensors):

@@ -38,10 +38,13 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint, 
         folder: where the tokenizer's files are.
 
     Raises:
-        ModelError: ids differ from those of `tokenizer.json`, words are lost on the way, or an id has no row.
+        ModelError: ids differ from those of `tokenizer.json`, or of the base of an adapter that leaves its embedding;
+            words are lost on the way, or an id has no row.
     """
     _compare_with_own_file(tokenizer, folder)
     _refuse_lost_words(tokenizer, folder)
+    if checkpoint.adapter and checkpoint.adapter.embedding_rows is None and folder != checkpoint.path:
+        _compare_with_base(tokenizer, checkpoint.path, folder)
     rows = embedding_rows(checkpoint)
     if rows is not None:
         _refuse_ids_without_row(tokenizer, rows, folder)
@@ -86,6 +89,27 @@ def _compare_with_own_file(tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
                 f"makes {len(loaded)} tokens of {text[:24]!r}, which read {tokenizer.decode(loaded)[:24]!r}, the file "
                 f"{len(stored)}; {_CURE}"
             )
+
+
+def _compare_with_base(tokenizer: PreTrainedTokenizerBase, base: Path, folder: Path) -> None:
+    """An adapter's own tokenizer may add tokens; one of another model feeds the base other rows."""
+    file = base / "tokenizer.json"
+    if not file.is_file():
+        return
+    from tokenizers import Tokenizer
+
+    own = tokenizer.get_vocab()
+    moved = {
+        token: number
+        for token, number in Tokenizer.from_file(str(file)).get_vocab().items()
+        if own.get(token, number) != number
+    }
+    if moved:
+        token = min(moved)
+        raise ModelError(
+            f"the tokenizer of the adapter {folder} gives {len(moved)} tokens other ids than that of its base {base}, "
+            f"first {token!r} {own[token]} and not {moved[token]}: it is another model's; remove it"
+        )
 
 
 def _tokenizer_config(folder: Path) -> dict[str, object]:

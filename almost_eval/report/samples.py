@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from almost_eval.files import read_rows
+from almost_eval.judge.questions import LATER, OTHERS
 from almost_eval.report.runs import Benchmark, LoadedRun, RunSet
 from almost_eval.run.prompt_log import SamplePrompts
 from almost_eval.tasks.registry import stated_by
@@ -190,13 +191,13 @@ class _JudgedTexts:
     def __init__(self, folder: Path) -> None:
         self._questions = {str(row["question_id"]): _turns_of(row) for row in _rows(folder / "questions.jsonl")}
         self._answers = {
-            (str(row["model_id"]), str(row["question_id"])): [_turns_of(one) for one in row.get("choices") or [row]]
+            (str(row["model_id"]), str(row["question_id"])): _answered(row)
             for file in sorted((folder / "answers").glob("*.jsonl"))
             for row in _rows(file)
         }
 
     def of(self, record: SampleRecord) -> JSONObject:
-        """The question up to the judged turn, and who answered what to it, by place in the prompt."""
+        """The question up to the judged turn, and who answered what to it after which thought, by place."""
         stored, question = record.sample.metadata, record.sample.cluster
         turn, choice = int(stored.get("turn", 1)), int(stored.get("choice", 1))
         names = [str(stored[key]) for key in ("baseline", "model") if key in stored]
@@ -206,9 +207,21 @@ class _JudgedTexts:
         for name in names:
             choices = self._answers.get((name, question))
             turns = choices[choice - 1 if len(choices) > 1 else 0] if choices else None
-            answers.append([name, turns[turn - 1] if turns else None])
+            answers.append([name, *(turns[turn - 1] if turns else (None, None))])
         asked = self._questions.get(question)
         return {"question": "\n\n".join(asked[:turn]) if asked else None, "answers": answers}
+
+
+def _answered(row: JSONObject) -> list[list[tuple[str, str | None]]]:
+    """(answer, thought that was stripped from it) of each turn, of each choice of an answer's line."""
+    choices, about = row.get("choices") or [row], row.get("metadata") or {}
+    stated = [about, *about.get(OTHERS, [])]
+    return [_with_thoughts(_turns_of(one), stated[at] if at < len(stated) else {}) for at, one in enumerate(choices)]
+
+
+def _with_thoughts(texts: list[str], about: JSONObject) -> list[tuple[str, str | None]]:
+    thoughts = [about.get("reasoning"), *(later.get("reasoning") for later in about.get(LATER, []))]
+    return list(zip(texts, [*thoughts, *[None] * len(texts)], strict=False))
 
 
 def _turns_of(row: JSONObject) -> list[str]:

@@ -14,6 +14,7 @@ from almost_eval.errors import InputError, ModelError
 from almost_eval.models.chat import ChatTemplate, encode_text, load_template, special_tokens
 from almost_eval.models.checkpoint import Checkpoint, context_length
 from almost_eval.models.held import HeldCheckpoint, shorter_context
+from almost_eval.models.openings import Opening
 from almost_eval.types import Conversation, JSONObject
 
 if TYPE_CHECKING:
@@ -93,9 +94,16 @@ class CheckpointRewardModel(HeldCheckpoint, ABC):
         return self.template.render(conversation, special_tokens=tokens)
 
     def encode(self, conversations: Sequence[Conversation]) -> list[list[int]]:
-        """Token ids of every conversation, whole however long. Loads no weights."""
+        """Token ids of every conversation, whole however long. Loads no weights.
+
+        Raises:
+            TemplateError: the template writes the special tokens in front twice, or once where the tokenizer does too.
+        """
         texts = [self.render(conversation) for conversation in conversations]
         if self.framed:
+            opening = Opening.of(self.tokenizer)
+            for text in texts:
+                opening.refuse_twice(opening.text + text)
             return [list(self.tokenizer.encode(text)) for text in texts]
         return [encode_text(self.tokenizer, text) for text in texts]
 

@@ -14,7 +14,7 @@ import numpy as np
 from almost_eval.engines.prefix import EncodedRequest, Ids, digest_ids
 from almost_eval.errors import InputError, TemplateError
 from almost_eval.tasks.base import Task
-from almost_eval.types import Sample
+from almost_eval.types import LoglikelihoodRequest, Sample
 
 
 @dataclass(slots=True)
@@ -46,10 +46,10 @@ def prepare(task: Task, engine: Any, samples: Sequence[Sample]) -> Prepared:
 
     Raises:
         InputError: no sample fits the context, or a label is not one token of its own.
-        TemplateError: the BOS token is lost or doubled.
+        TemplateError: the template cannot write a sample; or the BOS token is lost or doubled.
     """
     prepared = Prepared(list(samples))
-    rendered = [task.requests(sample, task.max_shots) for sample in samples]
+    rendered = [_rendered(task, sample) for sample in samples]
     encoded = engine.encode([request for requests in rendered for request in requests])
     limit = engine.context_length
     at = 0
@@ -77,6 +77,13 @@ def prepare(task: Task, engine: Any, samples: Sequence[Sample]) -> Prepared:
     _check_labels(task, prepared, engine)
     _check_bos(prepared, engine)
     return prepared
+
+
+def _rendered(task: Task, sample: Sample) -> list[LoglikelihoodRequest]:
+    try:
+        return task.requests(sample, task.max_shots)
+    except TemplateError as error:
+        raise error.about(f"sample {sample.id}") from None
 
 
 def _check_labels(task: Task, prepared: Prepared, engine: Any) -> None:

@@ -135,10 +135,7 @@ class Run:
                     self.model.render(conversation)
             except TemplateError:
                 roles = ", ".join(message.role for message in conversation)
-                return TemplateError(
-                    f"sample {sample.id} ({roles}): {error}; give --template FILE with a template that writes such "
-                    "turns, or --template almost for the plain dialogue format"
-                )
+                return error.about(f"sample {sample.id} ({roles})")
         return error
 
     def _fits(self, index: int) -> bool:
@@ -377,7 +374,10 @@ class Run:
     def _fit(self, index: int) -> GenerationRequest | None:
         full = 0
         for shots in range(self.task.max_shots, -1, -1):
-            request = self.task.generation(self.samples[index], shots)
+            try:
+                request = self.task.generation(self.samples[index], shots)
+            except TemplateError as error:
+                raise error.about(f"sample {self.samples[index].id}") from None
             # With ids for a continuation, the prefix is the prompt as the engine reads it to continue it.
             (encoded,) = self.model.encode([LoglikelihoodRequest(request.prompt, ("a",), token_ids=((0,),))])
             needed = len(encoded.continuations[0].prefix)

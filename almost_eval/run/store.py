@@ -188,6 +188,8 @@ def undated(spec: JSONMapping) -> JSONObject:
     """A spec without the time that its template writes, and what follows from it: tomorrow it is the same run."""
 
     def strip(value: Any) -> Any:
+        if isinstance(value, list):
+            return [strip(item) for item in value]
         if not isinstance(value, Mapping):
             return value
         inner = {key: strip(item) for key, item in value.items()}

@@ -22,13 +22,13 @@ from typing import Any, cast, get_args
 import numpy as np
 
 from almost_eval.data.sources import DataSource, fingerprint
-from almost_eval.engines.base import SamplingParams
 from almost_eval.errors import DataError, InputError, did_you_mean
 from almost_eval.stats import mean_metric
 from almost_eval.tasks.base import GenerationRequest, Prompting, ReasoningRule, Task
 from almost_eval.tasks.facts import TaskSetting
 from almost_eval.tasks.harness_groups import LmEvalTasks, group_headline, group_metrics, task_key
 from almost_eval.tasks.harness_prompts import DocumentChat, as_requests, lm_eval_instances
+from almost_eval.tasks.harness_sampling import harness_sampling
 from almost_eval.types import (
     LoglikelihoodRequest,
     Metric,
@@ -225,6 +225,8 @@ class Harness(Task):
             if len(kinds) > 1:
                 raise InputError("tasks that generate and tasks that score choices need a run each")
             self.requires = "generation"
+            for name, task in tasks.items():  # what it cannot do is refused before a model is looked for
+                harness_sampling(name, task.config.generation_kwargs or {}, 1, self.prompting)
         elif self.reasoning != "strip":
             raise InputError(
                 f"--reasoning {self.reasoning}: these tasks score choices, and write nothing; leave it out"
@@ -299,19 +301,9 @@ class Harness(Task):
 
     def generation(self, sample: Sample, shots: int) -> GenerationRequest:
         """lm-eval's prompt of the document, with its own stop strings, length and number of tries."""
-        from lm_eval.models.utils import normalize_gen_kwargs
-
         ((prompt, arguments),) = self._arguments(sample, shots)
-        options: dict[str, Any] = dict(normalize_gen_kwargs(arguments))
-        params = SamplingParams(
-            max_new_tokens=options["max_gen_toks"],
-            temperature=float(options.get("temperature") or 0.0) if options["do_sample"] else 0.0,
-            top_p=float(options.get("top_p") or 1.0),
-            n=int(self.tasks[sample.group].config.repeats or 1),
-            stop=tuple(stop for stop in [*options["until"], self.prompting.special_tokens.get("eos_token")] if stop),
-            alone=True,
-        )
-        return GenerationRequest(prompt, params)
+        repeats = int(self.tasks[sample.group].config.repeats or 1)
+        return GenerationRequest(prompt, harness_sampling(sample.group, arguments, repeats, self.prompting))
 
     def score(self, sample: Sample, outputs: Outputs) -> Score:
         """lm-eval's `process_results`; metrics that are not one number are kept for the aggregation alone."""

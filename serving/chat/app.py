@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import hmac
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import gradio as gr
@@ -20,6 +22,8 @@ from serving.chat.tab_arena import ArenaTab
 from serving.chat.tab_chat import ChatTab
 from serving.chat.tab_compare import CompareTab
 from serving.chat.tab_report import ReportTab
+from serving.chat.visitors import Visitors
+from serving.door.hosts import HostGuard
 
 _ASSETS = Path(__file__).with_name("assets")
 
@@ -58,11 +62,13 @@ class Guard:
     Args:
         app: the page.
         login: `user:password`, or None to let everybody in.
+        visitors: whoever opens the page without their cookie gets one.
     """
 
-    def __init__(self, app: ASGIApp, login: str | None) -> None:
+    def __init__(self, app: ASGIApp, login: str | None, visitors: Visitors) -> None:
         self._app = app
-        self._login = None if login is None else base64.b64encode(login.encode())
+        self._visitors = visitors
+        self._login = None if login is None else hashlib.sha256(base64.b64encode(login.encode())).digest()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or pass the request on."""
@@ -78,9 +84,14 @@ class Guard:
             await PlainTextResponse("There is nothing here.", 404)(scope, receive, send)
             return
 
+        cookies = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"cookie"), "")
+        is_new = scope["path"] == "/" and self._visitors.number_in(cookies) is None
+
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
+                if is_new:
+                    headers.append("set-cookie", self._visitors.cookie())
                 for name, value in _HEADERS.items():
                     headers[name] = value
             await send(message)
@@ -92,7 +103,10 @@ class Guard:
             return True
         sent = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         scheme, _, token = sent.partition(b" ")
-        return hmac.compare_digest(token.strip(), self._login) and scheme.lower() == b"basic"
+        right = hmac.compare_digest(
+            hashlib.sha256(token.strip()).digest(), self._login
+        )  # of one length, whatever is sent
+        return right and scheme.lower() == b"basic"
 
 
 def build_page(desk: Desk) -> gr.Blocks:
@@ -125,16 +139,20 @@ def build_page(desk: Desk) -> gr.Blocks:
             desk.leave(request.session_hash)
 
         page.unload(leave)
-    page.queue(max_size=desk.queue_size, default_concurrency_limit=desk.concurrency, api_open=False)
+    page.queue(max_size=None, default_concurrency_limit=None, api_open=False)  # the desk says who waits
     return page
 
 
-def create_app(desk: Desk, login: str | None = None) -> ASGIApp:
+def create_app(
+    desk: Desk, login: str | None = None, host: str = "127.0.0.1", allowed_hosts: Sequence[str] = ()
+) -> ASGIApp:
     """The whole application.
 
     Args:
         desk: what is served.
         login: `user:password`, or None.
+        host: the address that is listened on.
+        allowed_hosts: names besides it, in the form of `checked_hosts`.
 
     Raises:
         StoreError: the file of votes is something else.
@@ -156,7 +174,7 @@ def create_app(desk: Desk, login: str | None = None) -> ASGIApp:
         max_file_size=1,
         run_history=False,
     )
-    return Guard(app, login)
+    return HostGuard(Guard(app, login, desk.visitors), host, allowed_hosts)
 
 
 def _theme() -> gr.themes.Base:

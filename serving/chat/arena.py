@@ -7,7 +7,6 @@ Errors are told without an address or a name.
 from __future__ import annotations
 
 import random
-import re
 import threading
 import uuid
 from collections.abc import Sequence
@@ -25,8 +24,6 @@ SENTENCES: dict[Kind, str] = {
     "busy": "One of the two systems is busy",
 }
 """What may be said of a failure without telling whose it is."""
-
-_SESSION = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +121,3 @@ class Arena:
 def sentence(error: EndpointError) -> str:
     """Why a round is void, without saying whose fault it was."""
     return f"{SENTENCES.get(error.kind, 'One of the two systems did not answer')}: this round does not count."
-
-
-def session_id(kept: object) -> str:
-    """The random id that a browser keeps, or a new one: it says which votes are one person's, and not whose."""
-    return kept if isinstance(kept, str) and _SESSION.fullmatch(kept) else uuid.uuid4().hex

@@ -6,6 +6,7 @@ protocol only a stream of chat chunks is needed. Leaving a stream closes the con
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import re
@@ -17,6 +18,7 @@ from almost_eval.errors import InputError, RunError
 from almost_eval.models.endpoints import KEYS, EndpointAddress, read_key, server_words
 from almost_eval.types import JSONObject
 from serving.chat.conversation import ChatCandidate, Settings
+from serving.gateway.events import EventReader, EventTooLong, TextJoiner, joined
 
 if TYPE_CHECKING:
     import httpx
@@ -28,6 +30,8 @@ _EXAMPLE = "http://127.0.0.1:8000/v1"
 _CONNECT_S = 5.0
 _QUICK_S = 20.0
 """Seconds for a request that is no answer."""
+_WHOLE_BYTES = 16 << 20
+"""Of an answer that is no stream: a list of models, an OpenAPI document, rewards, an error."""
 _SILENCE_S = 120.0
 """Seconds without a byte after which the client gives up. Best-of-N is silent until the best is known."""
 
@@ -49,11 +53,20 @@ class Abilities:
     """Whether it has `/v1/rewards`, as this toolkit's gateway does."""
     best_of: int = 1
     """The largest N of best-of-N; 1: it has none."""
+    racing: bool = False
+    """Whether best-of-N tells the best answer so far while it draws others."""
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
     """A piece of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """The best answer so far, whole, while others are drawn; what comes next takes its place."""
 
     text: str
 
@@ -131,9 +144,15 @@ class Endpoint:
         return _read_abilities(models, document)
 
     async def stream(
-        self, model: str, messages: Sequence[Mapping[str, str]], settings: Settings
-    ) -> AsyncIterator[Delta | End]:
-        """The answer to a conversation: `Delta`s, then one `End`.
+        self, model: str, messages: Sequence[Mapping[str, str]], settings: Settings, *, drafts: bool = False
+    ) -> AsyncIterator[Draft | Delta | End]:
+        """The answer to a conversation: `Draft`s where it is best-of-N, `Delta`s, then one `End`.
+
+        Args:
+            model: its served name.
+            messages: the conversation.
+            settings: how to draw; `racing` of the endpoint's abilities says whether drafts may be asked for.
+            drafts: ask for them.
 
         Raises:
             EndpointError: see `Kind`.
@@ -149,20 +168,28 @@ class Endpoint:
         }
         if settings.best_of > 1:
             body |= {"best_of": settings.best_of, "almost_candidates": True}
-        ending, tokens, almost = "", None, None
+            body |= {"almost_stream": "racing"} if drafts else {}
+        ending, tokens, almost, draft = "", None, None, ""
+        joiner = TextJoiner()
         async for chunk in self._events(f"{self.url}/chat/completions", body):
             if chunk.get("error"):
                 raise self._refusal(500, chunk)
             try:
-                almost = chunk.get("almost") or almost
+                racing = (chunk.get("almost") or {}).get("racing")
+                almost = almost if racing else chunk.get("almost") or almost
                 tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
                 choices = [(choice.get("delta") or {}, choice.get("finish_reason")) for choice in chunk["choices"]]
             except (AttributeError, LookupError, TypeError):
                 raise self._broken() from None
+            if isinstance(racing, dict) and not racing.get("final"):
+                draft = joined(str(racing.get("text") or draft + str(racing.get("delta") or "")))
+                yield Draft(draft)
             for delta, reason in choices:
-                if text := delta.get("content"):
-                    yield Delta(str(text))
+                if (text := delta.get("content")) and (whole := joiner.add(str(text))):
+                    yield Delta(whole)
                 ending = reason or ending
+        if half := joiner.rest():
+            yield Delta(half)
         if not ending:
             raise EndpointError("broken", "The answer broke off: the server closed the connection before its end.")
         yield _end(ending, tokens, almost)
@@ -189,10 +216,15 @@ class Endpoint:
         import httpx
 
         try:
-            response = await self._open().request(method, url, json=body, timeout=_QUICK_S)
+            async with (
+                asyncio.timeout(_QUICK_S),
+                self._open().stream(method, url, json=body, timeout=_QUICK_S) as response,
+            ):
+                content = _parsed(await self._whole(response))
         except httpx.HTTPError as error:
             raise self._unreachable(error) from None
-        content = _parsed(response.content)
+        except TimeoutError:
+            raise self._unreachable(httpx.ReadTimeout("")) from None
         if response.status_code != 200:
             raise self._refusal(response.status_code, content)
         if content is None:
@@ -205,18 +237,35 @@ class Endpoint:
         try:
             async with self._open().stream("POST", url, json=body) as response:
                 if response.status_code != 200:
-                    raise self._refusal(response.status_code, _parsed(await response.aread()))
-                async for line in response.aiter_lines():
-                    data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
-                    if data == "[DONE]":
-                        return
-                    if data:
-                        chunk = _parsed(data.encode())
-                        if chunk is None:
-                            raise self._broken()
-                        yield chunk
+                    raise self._refusal(response.status_code, _parsed(await self._whole(response)))
+                reader = EventReader()
+                async for part in response.aiter_bytes():
+                    for event in reader.feed(part):
+                        if event.strip() == b"[DONE]":
+                            return
+                        yield self._chunk(event)
+                for event in reader.finish():
+                    if event.strip() != b"[DONE]":
+                        yield self._chunk(event)
         except httpx.HTTPError as error:
             raise self._unreachable(error) from None
+        except EventTooLong:
+            raise self._broken() from None
+
+    async def _whole(self, response: httpx.Response) -> bytes:
+        """The body of an answer that is no stream."""
+        body = bytearray()
+        async for part in response.aiter_bytes():
+            body += part
+            if len(body) > _WHOLE_BYTES:
+                raise self._broken()
+        return bytes(body)
+
+    def _chunk(self, event: bytes) -> JSONObject:
+        chunk = _parsed(event)
+        if chunk is None:
+            raise self._broken()
+        return chunk
 
     def _open(self) -> httpx.AsyncClient:
         import httpx
@@ -288,9 +337,10 @@ def _read_abilities(models: tuple[str, ...], document: JSONObject) -> Abilities:
         rewards = "/v1/rewards" in document["paths"]
         field_ = document["components"]["schemas"]["ChatRequest"]["properties"].get("best_of") or {}
         most = next((int(form["maximum"]) for form in field_.get("anyOf", [field_]) if "maximum" in form), 1)
+        racing = "almost_stream" in document["components"]["schemas"]["ChatRequest"]["properties"]
     except (LookupError, TypeError, AttributeError, ValueError):
         return Abilities(models)
-    return Abilities(models, rewards, most if rewards else 1)
+    return Abilities(models, rewards, most if rewards else 1, rewards and racing)
 
 
 def _end(ending: str, tokens: object, almost: JSONObject | None) -> End:
@@ -299,7 +349,9 @@ def _end(ending: str, tokens: object, almost: JSONObject | None) -> End:
         return End(ending, count)
     chosen = set(almost.get("chosen") or ())
     candidates = tuple(
-        ChatCandidate(str(one.get("text") or "").strip(), _figure(one.get("reward")), one.get("index") in chosen)
+        ChatCandidate(
+            joined(str(one.get("text") or "")).strip(), _figure(one.get("reward")), one.get("index") in chosen
+        )
         for one in almost.get("candidates") or ()
     )
     return End(ending, count, _figure(almost.get("reward")), candidates, almost.get("fallback"))

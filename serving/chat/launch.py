@@ -12,6 +12,7 @@ from dataclasses import asdict
 
 from almost_eval.errors import InputError, RunError
 from serving.chat.client import Endpoint
+from serving.door.names import served_names
 from serving.gateway.settings import KEY
 from serving.launch.process import ServerProcess, free_port
 from serving.local.settings import KEY as LOCAL_KEY
@@ -63,17 +64,18 @@ def with_transformers(
     """All models in one process (`serving.local`).
 
     Args:
-        models: checkpoints, each served under this very name.
+        models: checkpoints, each served under its `served_names`.
         reward: the reward model, or None.
         dtype: of `HFEngine` and `HFRewardModel`.
         device: of both, too.
     """
-    settings = LocalModels(tuple(models), reward, dtype, device)
-    return Models(models, ["serving.cli.local", json.dumps(asdict(settings))], LOCAL_KEY)
+    settings = LocalModels(served_names(models), reward, dtype, device)
+    return Models(list(settings.policies), ["serving.cli.local", json.dumps(asdict(settings))], LOCAL_KEY)
 
 
 def with_vllm(model: str, reward: str | None) -> Models:
     """One model, with vLLM: `almost-serve all`, or `almost-serve policy` without a reward model."""
+    names = list(served_names([model]))
     if reward:
-        return Models([model], ["serving.cli", "all", "--model", model, "--reward", reward], KEY)
-    return Models([model], ["serving.cli", "policy", "--model", model], KEY, "/health")
+        return Models(names, ["serving.cli", "all", "--model", model, "--reward", reward], KEY)
+    return Models(names, ["serving.cli", "policy", "--model", model], KEY, "/health")

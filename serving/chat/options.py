@@ -32,6 +32,12 @@ class ChatOptions:
     reports: Path = Path("runs")
     rate: int = 30
     """Questions a minute for each visitor."""
+    address_rate: int | None = None
+    """Questions a minute for each address; None: as many as for a visitor."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names besides its own that the page is asked for by, and sites whose pages may ask it."""
+    trusted_proxies: tuple[str, ...] = ()
+    """Addresses of proxies whose `X-Forwarded-For` says where a question comes from."""
     concurrency: int = 8
     """Answers at work at a time."""
     max_tokens: int = 256

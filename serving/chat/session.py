@@ -6,17 +6,23 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from serving.chat.client import Abilities, Delta, End, Endpoint, EndpointError
+from serving.chat.client import Abilities, Delta, Draft, End, Endpoint, EndpointError
 from serving.chat.conversation import ChatReply, Settings
+from serving.chat.visitors import Asker, Visitors
 
 TICK_S = 0.05
 """Seconds between two updates of a page: faster than people read, and less traffic than one for each token."""
 
-TOO_FAST = "That is more questions a minute than this server takes from one visitor: wait a moment, then press Retry."
+TOO_FAST = (
+    "That is more questions a minute than this server takes from one visitor or address: wait a moment, then press "
+    "Retry."
+)
+FULL = "Many questions are waiting here already, as many as this server keeps: try again in a minute."
+BROKEN = "Something failed here, and the server's log says what. What you wrote is kept: press Retry, or ask again."
 BUSY = "The last answer is still being written: stop it first, or wait."
 
 _FRESH_S = 60.0
@@ -86,23 +92,33 @@ class Step:
 
 
 class RateLimit:
-    """So many questions a minute for each visitor."""
+    """So many questions a minute: for each visitor, and for each address.
 
-    def __init__(self, per_minute: int) -> None:
-        self.per_minute = per_minute
+    Args:
+        per_visitor: a minute.
+        per_address: a minute; None for as many as a visitor may ask.
+    """
+
+    def __init__(self, per_visitor: int, per_address: int | None = None) -> None:
+        self.per_visitor = per_visitor
+        self.per_address = per_address or per_visitor
         self._times: dict[str, deque[float]] = {}
 
-    def admits(self, visitor: str, now: float | None = None) -> bool:
+    def admits(self, visitor: str, address: str, now: float | None = None) -> bool:
         """Count one question, unless it is one too many."""
         now = time.monotonic() if now is None else now
-        if len(self._times) > 10_000:  # visitors who left
+        if len(self._times) > 10_000:  # of those who left
             self._times = {who: times for who, times in self._times.items() if times and now - times[-1] < 60}
-        times = self._times.setdefault(visitor, deque())
-        while times and now - times[0] >= 60:
-            times.popleft()
-        if len(times) >= self.per_minute:
-            return False
-        times.append(now)
+        counted = []
+        for who, most in ((f"address {address}", self.per_address), (f"visitor {visitor}", self.per_visitor)):
+            times = self._times.setdefault(who, deque())
+            while times and now - times[0] >= 60:
+                times.popleft()
+            if len(times) >= most:
+                return False
+            counted.append(times)
+        for times in counted:
+            times.append(now)
         return True
 
 
@@ -118,44 +134,68 @@ class Desk:
     examples: tuple[str, ...] = ()
     rate: RateLimit = field(default_factory=lambda: RateLimit(30))
     concurrency: int = 8
-    """Answers at work at a time; those beyond wait in the queue."""
+    """Answers at work at a time; those beyond wait."""
     queue_size: int = 64
+    """Questions that wait; those beyond are told so."""
     defaults: Settings = field(default_factory=Settings)
     seed: int | None = None
     """Of the arena's shuffling; None draws one."""
+    visitors: Visitors = field(default_factory=Visitors)
     _stops: dict[str, asyncio.Event] = field(default_factory=dict)
+    _slots: asyncio.Semaphore = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._slots = asyncio.Semaphore(self.concurrency)
 
     def system(self, name: str | None) -> ChatSystem:
         """By name; the first for an unknown one, as a page of an earlier server may send."""
         return next((system for system in self.systems if system.name == name), self.systems[0])
 
     @contextmanager
-    def work(self, where: str, visitor: str | None) -> Iterator[asyncio.Event]:
+    def work(self, where: str, asker: Asker) -> Iterator[asyncio.Event]:
         """For the time of one answer; yields the event that `stop` sets.
 
         Raises:
-            NotNow: too many questions in a minute, or this visitor's earlier answer is still being written.
+            NotNow: too many questions in a minute, or this visitor's earlier answer is still being written, or too
+                many others wait.
         """
-        if not self.rate.admits(str(visitor)):
+        if not self.rate.admits(asker.visitor, asker.address):
             raise NotNow(TOO_FAST, busy=False)
-        key = f"{where}/{visitor}"
+        key = f"{where}/{asker.page}"
         if key in self._stops:
             raise NotNow(BUSY, busy=True)
+        if len(self._stops) >= self.concurrency + self.queue_size:
+            raise NotNow(FULL, busy=False)
         self._stops[key] = stop = asyncio.Event()
         try:
             yield stop
         finally:
             del self._stops[key]
 
-    def stop(self, where: str, visitor: str | None) -> None:
-        """End what this visitor waits for, if anything."""
-        if stop := self._stops.get(f"{where}/{visitor}"):
+    @asynccontextmanager
+    async def turn(self, stop: asyncio.Event) -> AsyncIterator[None]:
+        """Wait until this answer is among those at work, or `stop` is set."""
+        slot = asyncio.create_task(self._slots.acquire())
+        stopped = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait({slot, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            yield
+        finally:
+            stopped.cancel()
+            if slot.done() and not slot.cancelled():
+                self._slots.release()
+            else:
+                slot.cancel()
+
+    def stop(self, where: str, page: str | None) -> None:
+        """End what this page waits for, if anything."""
+        if stop := self._stops.get(f"{where}/{page}"):
             stop.set()
 
-    def leave(self, visitor: str | None) -> None:
-        """The visitor's page is closed: end all of it."""
+    def leave(self, page: str | None) -> None:
+        """The page is closed: end all of it."""
         for key, stop in self._stops.items():
-            if key.endswith(f"/{visitor}"):
+            if key.endswith(f"/{page}"):
                 stop.set()
 
 
@@ -164,12 +204,14 @@ async def draw(
 ) -> AsyncIterator[Step]:
     """One answer as it grows; the last step is `done`. Setting `stop`, or leaving early, ends the work upstream."""
     began = time.perf_counter()
-    news: asyncio.Queue[Delta | End | EndpointError] = asyncio.Queue()
+    news: asyncio.Queue[Draft | Delta | End | EndpointError] = asyncio.Queue()
     reply = ChatReply("", system.name)
+    is_draft = False
 
     async def read() -> None:
         try:
-            stream = system.endpoint.stream(await system.served(), messages, settings)
+            drafts = settings.best_of > 1 and (await system.abilities()).racing
+            stream = system.endpoint.stream(await system.served(), messages, settings, drafts=drafts)
             async with aclosing(stream) as events:  # type: ignore[type-var]
                 async for event in events:
                     news.put_nowait(event)
@@ -184,8 +226,11 @@ async def draw(
             before = reply.text
             while not news.empty():
                 event = news.get_nowait()
-                if isinstance(event, Delta):
-                    reply = replace(reply, text=(reply.text + event.text) if reply.text else event.text.lstrip())
+                if isinstance(event, Draft):
+                    reply, is_draft = replace(reply, text=event.text.lstrip()), True
+                elif isinstance(event, Delta):
+                    told = "" if is_draft else reply.text
+                    reply, is_draft = replace(reply, text=told + event.text if told else event.text.lstrip()), False
                 elif isinstance(event, EndpointError):
                     yield Step(replace(reply, ending="broken", seconds=time.perf_counter() - began), True, event)
                     return

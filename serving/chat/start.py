@@ -10,7 +10,6 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from almost_eval.arena.votes import VoteStore
@@ -21,7 +20,10 @@ from serving.chat.launch import Models, with_transformers, with_vllm
 from serving.chat.options import DEFAULT_MODELS, ChatOptions
 from serving.chat.questions import arena_questions, examples_for
 from serving.chat.session import ChatSystem, Desk, RateLimit
+from serving.chat.visitors import Visitors
+from serving.door.hosts import checked_hosts
 from serving.launch.process import listen, url_of, wait_ready
+from serving.launch.supervisor import show_last_lines
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -35,7 +37,8 @@ def serve(options: ChatOptions, started: float) -> None:
         started: when the program began, on `time.perf_counter`'s clock; for the line that says how long it took.
 
     Raises:
-        InputError: a malformed address, a model that is none, a port in use, a question file that cannot be read.
+        InputError: a malformed address, a model that is none, a port in use, a question file that cannot be read, an
+            allowed host that is none.
         RunError: the models' process ended.
     """
     # 1. What can be refused at once.
@@ -47,6 +50,7 @@ def serve(options: ChatOptions, started: float) -> None:
         raise InputError(f"two systems are called {twice!r}; give one a name: --base-url NAME=URL")
     questions = arena_questions(options.questions, models)
     VoteStore(options.votes)
+    hosts = checked_hosts(options.allowed_hosts)
     listening = listen(options.host, options.port, backlog=512)
 
     # 2. The models load in processes of their own, while gradio is imported in this one.
@@ -60,9 +64,9 @@ def serve(options: ChatOptions, started: float) -> None:
         wait_ready(running)
         systems = [
             # vLLM's server has one model, and may shorten its name.
-            ChatSystem(shown, child.endpoint(), None if options.engine == "vllm" else name)
+            ChatSystem(name, child.endpoint(), None if options.engine == "vllm" else name)
             for child in running
-            for shown, name in zip(_shown(child.names), child.names, strict=True)
+            for name in child.names
         ]
         systems += [
             ChatSystem(address.name, Endpoint.with_key_of_environment(address.url), address.model)
@@ -74,24 +78,19 @@ def serve(options: ChatOptions, started: float) -> None:
             options.reports,
             questions,
             examples_for(models),
-            RateLimit(options.rate),
+            RateLimit(options.rate, options.address_rate),
             options.concurrency,
             defaults=Settings(max_tokens=options.max_tokens, temperature=options.temperature),
             seed=options.seed,
+            visitors=Visitors(listening.getsockname()[1]),
         )
-        _run(create_app(desk, options.login), listening, options.login, started)
+        _run(create_app(desk, options.login, options.host, hosts), listening, options, started, running)
 
 
 def _models(models: list[str], reward: str | None, options: ChatOptions) -> list[Models]:
     if options.engine == "vllm":
         return [with_vllm(name, reward) for name in models]
     return [with_transformers(models, reward, dtype=options.dtype, device=options.device)] if models else []
-
-
-def _shown(names: Sequence[str]) -> list[str]:
-    """What visitors read: of a directory its last part, where that tells it from the others."""
-    short = [Path(name).resolve().name if Path(name).is_dir() else name for name in names]
-    return [one if short.count(one) == 1 else name for one, name in zip(short, names, strict=True)]
 
 
 def _check_models(models: list[str], named: str | None) -> str | None:
@@ -109,12 +108,21 @@ def _check_models(models: list[str], named: str | None) -> str | None:
     return reward
 
 
-def _run(app: ASGIApp, listening: socket.socket, login: str | None, started: float) -> None:
+def _run(
+    app: ASGIApp, listening: socket.socket, options: ChatOptions, started: float, models: Sequence[Models]
+) -> None:
+    """Serve until a signal comes.
+
+    Raises:
+        RunError: the process of a model ended; its last lines are on stderr.
+    """
     import uvicorn
+
+    from serving.door.protocol import bounded_config
 
     host, port = listening.getsockname()[:2]
     address = url_of(host, port)
-    if login is None and host not in ("127.0.0.1", "::1"):
+    if options.login is None and host not in ("127.0.0.1", "::1"):
         warning = f"warning: there is no login (ALMOST_CHAT_AUTH): whoever reaches {address} may use it"
         print(warning, file=sys.stderr)
 
@@ -124,15 +132,23 @@ def _run(app: ASGIApp, listening: socket.socket, login: str | None, started: flo
             print(address, flush=True)
             print(f"ready in {time.perf_counter() - started:.1f} s; Ctrl-C ends it", file=sys.stderr, flush=True)
 
+        async def on_tick(self, counter: int) -> bool:
+            # uvicorn asks ten times a second whether to end: a page whose models are gone is none.
+            return await super().on_tick(counter) or any(child.exit_code is not None for child in models)
+
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             # Every open page holds a stream that ends with the server; uvicorn would print a traceback for each.
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
             await super().shutdown(sockets)
 
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, ws="none", timeout_graceful_shutdown=1
+    proxies = list(options.trusted_proxies)
+    config = bounded_config(
+        app, timeout_graceful_shutdown=1, proxy_headers=bool(proxies), forwarded_allow_ips=proxies or None
     )
     # The command line's own guard ends an interrupted process within two seconds; the models need longer to end well.
     signal.set_wakeup_fd(-1)
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again once it is done
         Server(config).run(sockets=[listening])
+        if gone := next((child for child in models if child.exit_code is not None), None):
+            show_last_lines([gone])
+            raise gone.failure()

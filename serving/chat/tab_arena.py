@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -11,12 +12,12 @@ from gradio.blocks import Block
 
 from almost_eval.arena.votes import VOTES
 from almost_eval.errors import AlmostError
-from serving.chat.arena import Arena, Round, sentence, session_id
+from serving.chat.arena import Arena, Round, sentence
 from serving.chat.client import EndpointError
 from serving.chat.conversation import ChatReply
 from serving.chat.render import badge, notice_html, panel_html
-from serving.chat.session import Desk, NotNow, Step
-from serving.chat.widgets import ALONE, QUICK, Update, answering, button, draw_both, question_box, raw_html
+from serving.chat.session import BROKEN, Desk, NotNow, Step
+from serving.chat.widgets import ALONE, ANSWERING, QUICK, Update, asker_of, button, draw_both, question_box, raw_html
 
 LABELS = {"a": "A is better", "b": "B is better", "tie": "Tie", "both_bad": "Both are bad"}
 INTRODUCTION = (
@@ -25,6 +26,7 @@ INTRODUCTION = (
     "about you."
 )
 _LETTERS = ("A", "B")
+_LOG = logging.getLogger("almost.chat")
 
 
 class ArenaTab:
@@ -41,7 +43,6 @@ class ArenaTab:
         if arena is None:
             raw_html(notice_html(ALONE, "hint"))
             return
-        self.visitor = gr.BrowserState(None, storage_key="almost-arena", secret="almost-arena")
         self.round = gr.State(None)
         self.question = gr.State(None)
         self._draws = random.Random(arena.seed)
@@ -75,15 +76,15 @@ class ArenaTab:
             self._on_send,
             [self.box, self.question],
             outputs,
-            **answering(self._desk),
+            **ANSWERING,
         )
         self.draw.click(self._on_draw, None, [self.box, self.question], **QUICK)
         for vote, pressed in self.buttons.items():
             pick = gr.State(vote)
             pressed.click(
                 self._on_vote,
-                [self.round, self.visitor, pick],
-                [self.visitor, *outputs],
+                [self.round, pick],
+                outputs,
                 show_progress="hidden",
                 concurrency_limit=None,
                 api_visibility="private",
@@ -100,7 +101,7 @@ class ArenaTab:
             yield {self.notice: gr.skip()}
             return
         try:
-            with self._desk.work("arena", request.session_hash) as stop:
+            with self._desk.work("arena", asker_of(self._desk, request)) as stop:
                 # Typed words are `typed`, also where they began as a drawn question.
                 source = question[0] if question and question[1] == text else "typed"
                 round_ = self._arena.begin(text[:10_000], source)
@@ -108,10 +109,16 @@ class ArenaTab:
                 yield {self.round: None, self.notice: ""} | self._shown(waiting) | self._usable(send=False, votes=False)
                 steps: list[Step | None] = [None, None]
                 systems = [self._desk.system(name) for name in round_.systems]
-                async for steps in draw_both(systems, self._arena.messages(round_.prompt), self._arena.settings, stop):
-                    yield self._shown([self._panel(letter, step) for letter, step in zip(_LETTERS, steps, strict=True)])
+                messages = self._arena.messages(round_.prompt)
+                async with self._desk.turn(stop):
+                    async for steps in draw_both(systems, messages, self._arena.settings, stop):
+                        yield self._shown([self._panel(*pair) for pair in zip(_LETTERS, steps, strict=True)])
         except NotNow as refusal:
             yield {self.notice: notice_html(str(refusal), refusal.kind)}
+            return
+        except Exception:  # whatever it was, the page can be used again
+            _LOG.exception("a round failed")
+            yield {self.notice: notice_html(BROKEN)} | self._usable(send=True)
             return
         failed = next((step.error for step in steps if step and step.error), None)
         if failed or not all(step and step.reply.text for step in steps):
@@ -121,18 +128,17 @@ class ArenaTab:
         first, second = (step.reply for step in steps if step)
         yield {self.round: replace(round_, replies=(first, second))} | self._usable(send=True, votes=True)
 
-    def _on_vote(self, round_: Round | None, visitor: object, vote: str) -> Update:
+    def _on_vote(self, request: gr.Request, round_: Round | None, vote: str) -> Update:
         assert self._arena is not None
-        visitor = session_id(visitor)
         if round_ is None or not round_.votable:
-            return {self.visitor: visitor}
+            return {self.notice: gr.skip()}
         try:
-            voted = self._arena.vote(round_, visitor, vote)
-        except AlmostError as error:  # a full disk, a second vote: the round stays as it is
-            return {self.visitor: visitor, self.notice: notice_html(f"{str(error)[:1].upper()}{str(error)[1:]}.")}
+            voted = self._arena.vote(round_, asker_of(self._desk, request).visitor, vote)
+        except AlmostError as error:  # a full disk, a locked file, a second vote: the round stays as it is
+            return {self.notice: notice_html(f"{str(error)[:1].upper()}{str(error)[1:]}.")}
         thanks = notice_html(f"Stored: {LABELS[vote]}. Ask the next question whenever you like.", "good")
         named = self._shown([self._named(voted, place) for place in (0, 1)])
-        return {self.visitor: visitor, self.round: voted, self.notice: thanks} | named | self._usable(votes=False)
+        return {self.round: voted, self.notice: thanks} | named | self._usable(votes=False)
 
     # --- what the page shows ---
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from dataclasses import asdict, astuple
 from html import escape
@@ -13,9 +14,10 @@ from almost_eval.types import JSONObject
 from serving.chat.client import EndpointError
 from serving.chat.conversation import Conversation, Settings
 from serving.chat.render import live_html, notice_html, past_html
-from serving.chat.session import Desk, NotNow, Step, draw
-from serving.chat.widgets import QUICK, Update, answering, button, question_box, raw_html
+from serving.chat.session import BROKEN, Desk, NotNow, Step, draw
+from serving.chat.widgets import ANSWERING, QUICK, Update, asker_of, button, question_box, raw_html
 
+_LOG = logging.getLogger("almost.chat")
 ACT = """
 element.addEventListener('click', (event) => {
   const button = event.target.closest('button[data-act]');
@@ -105,7 +107,7 @@ class ChatTab:
         state = [self.conversation, self.editing, self.system, *self.settings]
         outputs = [self.box, self.conversation, self.editing, self.past, self.live, self.notice, self.drop, self.send]
         outputs += [self.stop, self.kept, self.best_of]
-        work = {"outputs": outputs, **answering(self._desk)}
+        work = {"outputs": outputs, **ANSWERING}
         gr.on([self.box.submit, self.send.click], self._on_send, [self.box, *state], **work)
         self.past.act(self._on_act, state, **work)
         self.drop.click(self._on_drop, state, **work)
@@ -248,7 +250,7 @@ class ChatTab:
             return
         system = self._desk.system(system_name)
         try:
-            with self._desk.work("chat", request.session_hash) as stop:
+            with self._desk.work("chat", asker_of(self._desk, request)) as stop:
                 # 1. The question moves into the transcript.
                 most, _ = await self._best_of(system_name)
                 settings = Settings.checked(*astuple(settings), most=max(most, 1))
@@ -268,15 +270,20 @@ class ChatTab:
                 }
                 # 2. The answer grows.
                 step: Step | None = None
-                async for step in draw(system, conversation.messages(settings.system), settings, stop):
-                    if not step.done:
-                        yield {self.live: live_html(system.name, step.reply.text)}
+                async with self._desk.turn(stop):
+                    async for step in draw(system, conversation.messages(settings.system), settings, stop):
+                        if not step.done:
+                            yield {self.live: live_html(system.name, step.reply.text)}
         except NotNow as refusal:
             notice = notice_html(str(refusal), refusal.kind)
             if refusal.busy:
                 yield {self.notice: notice}
             else:
                 yield self._settle(conversation, settings, notice) | dict(first or {})
+            return
+        except Exception:  # whatever it was, the page can be used again
+            _LOG.exception("an answer failed")
+            yield self._settle(conversation, settings, notice_html(BROKEN))
             return
         # 3. It joins the transcript.
         assert step is not None

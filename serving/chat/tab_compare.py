@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Sequence
 
 import gradio as gr
@@ -9,8 +10,10 @@ from gradio.blocks import Block
 
 from serving.chat.conversation import Conversation, Settings
 from serving.chat.render import notice_html, panel_html
-from serving.chat.session import Desk, NotNow, Step
-from serving.chat.widgets import ALONE, QUICK, Update, answering, button, draw_both, question_box, raw_html
+from serving.chat.session import BROKEN, Desk, NotNow, Step
+from serving.chat.widgets import ALONE, ANSWERING, QUICK, Update, asker_of, button, draw_both, question_box, raw_html
+
+_LOG = logging.getLogger("almost.chat")
 
 
 class CompareTab:
@@ -50,7 +53,7 @@ class CompareTab:
             self._on_send,
             [self.box, *self.names, *chat_settings],
             [*self.panels, self.notice, self.send, self.stop],
-            **answering(self._desk),
+            **ANSWERING,
         )
         self.stop.click(self._on_stop, None, None, **QUICK)
 
@@ -67,15 +70,22 @@ class CompareTab:
         messages = Conversation().ask(text.strip()).messages(settings.system)
         systems = [self._desk.system(name) for name in (left, right)]
         try:
-            with self._desk.work("compare", request.session_hash) as stop:
+            with self._desk.work("compare", asker_of(self._desk, request)) as stop:
                 thinking = panel_html(None, live=False, note="Thinking")
                 yield dict.fromkeys(self.panels, thinking) | self._buttons(busy=True) | {self.notice: ""}
                 steps: list[Step | None] = [None, None]
-                async for steps in draw_both(systems, messages, settings, stop):
-                    panels = [panel_html(step.reply if step else None, live=not (step and step.done)) for step in steps]
-                    yield dict(zip(self.panels, panels, strict=True))
+                async with self._desk.turn(stop):
+                    async for steps in draw_both(systems, messages, settings, stop):
+                        panels = [
+                            panel_html(step.reply if step else None, live=not (step and step.done)) for step in steps
+                        ]
+                        yield dict(zip(self.panels, panels, strict=True))
         except NotNow as refusal:
             yield {self.notice: notice_html(str(refusal), refusal.kind)}
+            return
+        except Exception:  # whatever it was, the page can be used again
+            _LOG.exception("an answer failed")
+            yield self._buttons(busy=False) | {self.notice: notice_html(BROKEN)}
             return
         sentences = {str(step.error or step.note) for step in steps if step and (step.error or step.note)}
         yield self._buttons(busy=False) | {self.notice: notice_html(" ".join(sorted(sentences)))}

@@ -12,6 +12,7 @@ from gradio.blocks import Block
 
 from serving.chat.conversation import Settings
 from serving.chat.session import ChatSystem, Desk, Step, draw
+from serving.chat.visitors import Asker
 
 Update = Mapping[Block, object]
 """A component -> its new value; all others stay as they are."""
@@ -25,14 +26,17 @@ ALONE = (
 )
 
 
-def answering(desk: Desk) -> dict[str, Any]:
-    """How an event runs that draws answers: with all others of its kind, no more at a time than the desk allows."""
-    return {
-        "show_progress": "hidden",
-        "concurrency_limit": desk.concurrency,
-        "concurrency_id": "answers",
-        "api_visibility": "private",
-    }
+ANSWERING: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
+"""How an event runs that draws answers. It starts at once: whoever has to wait is told so by the desk, whereas a full
+queue of gradio's own is an error without a sentence."""
+
+
+def asker_of(desk: Desk, request: gr.Request) -> Asker:
+    """Who asks, by cookie and address."""
+    client = request.client
+    return desk.visitors.asker(
+        request.session_hash, request.headers.get("cookie") or "", client.host if client else None
+    )
 
 
 def raw_html(html: str = "", **options: Any) -> gr.HTML:

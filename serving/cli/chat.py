@@ -14,6 +14,7 @@ from almost_eval.cli.command_line import Command, run_command_line
 from almost_eval.cli.options import ENGINE_FIELDS, engine_flag
 from almost_eval.errors import InputError, MissingDependencyError
 from serving.chat.options import ChatOptions
+from serving.cli.gateway import ALLOWED_HOST
 
 STARTED = time.perf_counter()
 LOGIN = "ALMOST_CHAT_AUTH"
@@ -38,11 +39,20 @@ def _option(flag: str, text: str, kind: click.ParamType | None = None) -> Comman
 @engine_flag(ENGINE_FIELDS["device"])
 @_option("--host", "Address to listen on.")
 @_option("--port", "0 takes a free one.", click.IntRange(0, 65535))
+@ALLOWED_HOST
+@click.option(
+    "--trusted-proxy",
+    "trusted_proxies",
+    multiple=True,
+    metavar="ADDRESS",
+    help="A proxy whose X-Forwarded-For says who asks; may be repeated.",
+)
 @click.option("--auth", is_flag=True, help=f"Insist on a login: user:password in {LOGIN}.")
 @_option("--votes", "File of the arena's votes.", PATH)
 @click.option("--questions", type=PATH, help="JSONL with the arena's questions: text, prompt, question or turns.")
 @_option("--reports", "Folder whose reports are shown.", PATH)
 @_option("--rate", "Questions a minute per visitor.", click.IntRange(1))
+@click.option("--address-rate", type=click.IntRange(1), help="Questions a minute per address.  [default: as --rate]")
 @_option("--concurrency", "Answers at a time.", click.IntRange(1))
 @_option("--max-tokens", "Of an answer.", click.IntRange(1, 8192))
 @_option("--temperature", "Of answers.", click.FloatRange(0, 2))

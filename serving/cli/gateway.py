@@ -13,8 +13,10 @@ _DEFAULTS = GatewaySettings(policy_url="http://127.0.0.1:8001", api_key=None, po
 
 LIMIT_HELP = {
     "max_best_of": "Largest N.",
+    "max_sequences": "Answers that one request may ask for: prompts times n.",
     "max_body_bytes": "Longest request.",
     "max_concurrent": "Requests at work at a time; those beyond get 429.",
+    "body_timeout_s": "Seconds from a request's headers to the end of its body.",
     "timeout_s": "Seconds from a request's arrival to the last byte of its answer.",
     "reward_timeout_s": "Seconds that the reward model has for one request.",
 }
@@ -28,6 +30,17 @@ def _limit(name: str, text: str) -> Command:
 LIMITS = [_limit(name, text) for name, text in LIMIT_HELP.items()]
 """The options that say what the gateway lets in; `almost-serve all` has them too."""
 
+ALLOWED_HOST = click.option(
+    "--allowed-host",
+    "allowed_hosts",
+    multiple=True,
+    metavar="HOST",
+    help="A further name to answer to, and a site whose pages may ask; may be repeated; * for any.",
+)
+OPEN_METRICS = click.option("--open-metrics", is_flag=True, help="Answer /metrics without the key.")
+DOOR: list[Command] = [ALLOWED_HOST, OPEN_METRICS]
+"""The options of every server that say whom it answers."""
+
 
 @click.command()
 @click.option("--policy-url", required=True, help="The policy's server, as in http://127.0.0.1:8001.")
@@ -38,7 +51,7 @@ LIMITS = [_limit(name, text) for name, text in LIMIT_HELP.items()]
 )
 @click.option("--host", default=_DEFAULTS.host, show_default=True, help="Address to listen on.")
 @click.option("--port", type=int, default=_DEFAULTS.port, show_default=True, help="0 takes a free one.")
-@options(LIMITS)
+@options(DOOR, LIMITS)
 def gateway(**values: Any) -> None:
     """An OpenAI-compatible endpoint before both servers, with best-of-N."""
     settings = GatewaySettings(**values)

@@ -14,7 +14,7 @@ from almost_eval import __version__
 from almost_eval.cli.command_line import Command, Commands, options, run_command_line
 from almost_eval.errors import InputError
 from almost_eval.nano import DEFAULT_MODEL, DEFAULT_REWARD_MODEL
-from serving.cli.gateway import LIMIT_HELP, LIMITS, gateway
+from serving.cli.gateway import DOOR, LIMIT_HELP, LIMITS, gateway
 from serving.gateway.settings import KEY, GatewayLimits
 
 _PASSED_ON = {"ignore_unknown_options": True, "help_option_names": ["--help"]}  # -h is part of an option of vLLM's
@@ -61,7 +61,7 @@ def cli() -> None:
 
 @cli.command(context_settings=_PASSED_ON, epilog=_EPILOG)
 @_model(DEFAULT_MODEL, "Checkpoint directory, hub id or built-in name.")
-@options(_SERVER, [_STOP], _RUN, [_REST])
+@options(_SERVER, [_STOP], DOOR, _RUN, [_REST])
 def policy(**values: Any) -> None:
     """Serve a causal language model: vLLM's OpenAI-compatible server."""
     _serve_one("policy", **values)
@@ -69,7 +69,7 @@ def policy(**values: Any) -> None:
 
 @cli.command(context_settings=_PASSED_ON, epilog=_EPILOG)
 @_model(DEFAULT_REWARD_MODEL, "Checkpoint directory, hub id or built-in name.")
-@options(_SERVER, _RUN, [_REST])
+@options(_SERVER, DOOR, _RUN, [_REST])
 def reward(**values: Any) -> None:
     """Serve a reward model: raw logits at /classify, for conversations, texts or token ids."""
     _serve_one("reward", **values)
@@ -85,7 +85,7 @@ cli.add_command(gateway)
 @click.option("--port", type=int, default=8000, show_default=True, help="Port of the gateway; 0 takes a free one.")
 @click.option("--policy-options", default="", help="vLLM's options for the policy, in one string.")
 @click.option("--reward-options", default="", help="vLLM's options for the reward model, in one string.")
-@options([_ALLOW_UNUSED], LIMITS, _RUN)
+@options([_ALLOW_UNUSED], DOOR, LIMITS, _RUN)
 def everything(*, log: str | None, **values: Any) -> None:
     """Serve a policy, a reward model and the gateway before them, supervised: if one ends, all end."""
     from serving.all import serve_everything

@@ -24,12 +24,17 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serving.gateway.best_of import BestOf, Rewards, answer_rewards
+from serving.door.hosts import HostGuard
+from serving.door.keys import KeyGuard
+from serving.door.names import names_alone
+from serving.gateway.best_of import BestOf
 from serving.gateway.errors import on_crash, on_refusal, refusal
-from serving.gateway.limits import KeyGuard, Limited, Slots
+from serving.gateway.limits import Limited, Slots
 from serving.gateway.metrics import Metrics, Observed
+from serving.gateway.openapi import openapi
 from serving.gateway.render import renderer_of
-from serving.gateway.schema import ChatRequest, CompletionRequest, RewardRequest, check, openapi, parse_json
+from serving.gateway.rewards import Rewards, answer_rewards
+from serving.gateway.schema import ChatRequest, CompletionRequest, RewardRequest, check, parse_json
 from serving.gateway.settings import KEY, GatewaySettings
 from serving.gateway.streaming import EVENTS, ReplyWriter, notes_of, relay_events
 from serving.gateway.upstream import Upstream
@@ -109,11 +114,11 @@ class Gateway:
     # --- what is quick ---
 
     async def models(self, request: Request) -> Response:
-        """GET /v1/models: the policy's."""
+        """GET /v1/models: the policy's, by the names that they are served under."""
         async with self.policy.request("GET", "/v1/models") as response:
             whole = await response.read()
             self.policy.parsed(whole)
-            return Response(whole, response.status, media_type="application/json")
+            return Response(names_alone(whole), response.status, media_type="application/json")
 
     async def health(self, request: Request) -> Response:
         """GET /health: the gateway runs; says nothing of the servers behind."""
@@ -183,7 +188,9 @@ def create_app(settings: GatewaySettings) -> ASGIApp:
         at_work = limited.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
         await (at_work or rest)(scope, receive, send)
 
-    return Observed(KeyGuard(front, settings.api_key), gateway.metrics, frozenset((*work, *quick)))
+    keyed = KeyGuard(front, settings.api_key, open_metrics=settings.open_metrics)
+    guarded = HostGuard(keyed, settings.host, settings.allowed_hosts)
+    return Observed(guarded, gateway.metrics, frozenset((*work, *quick)))
 
 
 def run(settings: GatewaySettings) -> None:
@@ -194,16 +201,10 @@ def run(settings: GatewaySettings) -> None:
     """
     import uvicorn
 
+    from serving.door.protocol import bounded_config
+
     listening = listen(settings.host, settings.port, backlog=2048)
-    config = uvicorn.Config(
-        create_app(settings),
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,  # nothing here asks who the client is
-        ws="none",
-        timeout_graceful_shutdown=_GRACE_S,
-    )
+    config = bounded_config(create_app(settings), timeout_graceful_shutdown=_GRACE_S)
     host, port = listening.getsockname()[:2]
     address = url_of(host, port)
     reward = settings.reward_url or "none, hence no best_of"

@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+from serving.door.refusals import error_text
 
 
 def refusal(
@@ -27,12 +27,6 @@ def refusal(
     return HTTPException(status, error_text(status, message, code, param), dict(headers or {}))
 
 
-def error_text(status: int, message: str, code: str, param: str | None = None) -> str:
-    """`{"error": {...}}` as JSON."""
-    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return json.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}})
-
-
 def message_of(error: HTTPException) -> str:
     """The message of a `refusal`."""
     return str(json.loads(error.detail)["error"]["message"])
@@ -44,7 +38,7 @@ async def on_refusal(request: Request, error: Exception) -> Response:
     headers = dict(error.headers or {})
     detail = error.detail
     if error.status_code == 404 and not detail.startswith("{"):
-        detail = error_text(404, f"no such path; GET /openapi.json lists those of this gateway: {_PATHS}", "not_found")
+        detail = error_text(404, "no such path; GET /openapi.json lists those that there are", "not_found")
     elif error.status_code == 405 and not detail.startswith("{"):
         detail = error_text(405, f"this path does not take {request.method[:16]}", "method_not_allowed")
     return Response(detail, error.status_code, headers, "application/json")
@@ -70,6 +64,3 @@ def upstream_words(body: bytes) -> str:
         if isinstance(content, dict) and name in content:
             content = content[name]
     return " ".join(str(content).split())[:500]
-
-
-_PATHS = "/v1/chat/completions, /v1/completions, /v1/models, /v1/rewards"

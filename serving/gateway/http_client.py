@@ -23,6 +23,10 @@ import httptools
 _IDLE_S = 2.0
 _CONNECT_S = 10.0
 _HEAD_BYTES = 64 << 10
+"""Of status line and headers, with all `100 Continue` before them; of trailers too. httptools joins a header to what
+came of it before at every read: without a bound, one that never ends costs the square of its length."""
+MAX_ANSWER_BYTES = 256 << 20
+"""Of an answer that is read whole."""
 _UNREAD_BYTES = 256 << 10
 """Bytes of an answer that are kept in memory until they are read; beyond that the server has to wait."""
 
@@ -33,6 +37,10 @@ class Unreachable(Exception):
 
 class BrokenOff(Exception):
     """The connection closed before the answer's end, or what came over it is not HTTP."""
+
+
+class TooLong(Exception):
+    """A server sends more than is read. Never leaves this module."""
 
 
 class HttpResponse:
@@ -49,7 +57,9 @@ class HttpResponse:
         self._connection = connection
         self._parts: list[bytes] = []
         self._has_head = False
-        self._head_bytes = 0
+        self._unbodied = 0
+        """Bytes since the answer began, or since its body's last byte: head, trailers."""
+        self._grew = False
         self._unread = 0
         self._has_length = False
         self._error: BrokenOff | None = None
@@ -90,9 +100,16 @@ class HttpResponse:
         """The body, whole.
 
         Raises:
-            BrokenOff: it stops before its end.
+            BrokenOff: it stops before its end, or is longer than `MAX_ANSWER_BYTES`.
         """
-        return b"".join([part async for part in self.parts()])
+        parts: list[bytes] = []
+        length = 0
+        async for part in self.parts():
+            parts.append(part)
+            length += len(part)
+            if length > MAX_ANSWER_BYTES:
+                raise BrokenOff(f"an answer of more than {MAX_ANSWER_BYTES >> 20} MiB")
+        return b"".join(parts)
 
     async def _news(self) -> None:
         if self._error is not None:
@@ -119,6 +136,22 @@ class HttpResponse:
             self._error = BrokenOff(why)
         self.tell()
 
+    def feed(self, data: bytes) -> None:
+        """Parse what came, in pieces that no bound is passed unseen in.
+
+        Raises:
+            HttpParserError: it is no HTTP, or no answer to one request.
+            TooLong: a head or trailers of more than `_HEAD_BYTES`.
+        """
+        while data:
+            room = _HEAD_BYTES - self._unbodied
+            piece, data = data[:room], data[room:]
+            self._grew = False
+            self._connection.parser.feed_data(piece)
+            self._unbodied = 0 if self._grew else self._unbodied + len(piece)
+            if self._unbodied >= _HEAD_BYTES:
+                raise TooLong(f"headers of more than {_HEAD_BYTES} bytes")
+
     # --- the parser calls these ---
 
     def on_message_begin(self) -> None:
@@ -128,9 +161,6 @@ class HttpResponse:
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header or trailer."""
-        self._head_bytes += len(name) + len(value)
-        if self._head_bytes > _HEAD_BYTES:
-            raise ValueError(f"headers of more than {_HEAD_BYTES} bytes")
         if not self._has_head:
             self.headers.append((name.lower(), value))
 
@@ -140,11 +170,12 @@ class HttpResponse:
         if self.status < 200:  # 100 Continue and the like: the answer itself comes after
             self.headers.clear()
             return
-        self._has_head = True
+        self._has_head = self._grew = True
         self._has_length = any(name in (b"content-length", b"transfer-encoding") for name, _ in self.headers)
 
     def on_body(self, part: bytes) -> None:
         """A piece of the body."""
+        self._grew = True
         self._parts.append(part)
         self._unread += len(part)
         if self._unread > _UNREAD_BYTES:
@@ -215,7 +246,10 @@ class _Connection(asyncio.Protocol):
             self.close()  # to no request: what it says next could be taken for an answer
             return
         try:
-            self.parser.feed_data(data)
+            answer.feed(data)
+        except TooLong as error:
+            answer.fail(str(error))
+            self.close()
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             answer.fail(f"{type(error).__name__}: {error.__context__ or error}")
             self.close()

@@ -1,64 +1,22 @@
-"""What a request must meet before it is worked on: the key, body size, concurrency, time-outs, a client that stays."""
+"""What a request must meet before it is worked on: body size and time, concurrency, time-outs, a client that stays."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
-from serving.gateway.errors import crashed, on_refusal, refusal
+from serving.gateway.errors import crashed, refusal
 from serving.gateway.metrics import Metrics
 from serving.gateway.settings import GatewaySettings
 from serving.gateway.streaming import ReplyWriter
 
-OPEN_PATHS = frozenset({"/health"})
-"""Paths that need no key."""
-
 Handler = Callable[[bytes, ReplyWriter], Awaitable[None]]
 """Takes a request's body and answers it."""
-
-
-class KeyGuard:
-    """ASGI middleware: no key, no request, whatever the path but for OPEN_PATHS.
-
-    Args:
-        app: what answers those with the key.
-        key: the key, or None to let everybody in.
-    """
-
-    def __init__(self, app: ASGIApp, key: str | None) -> None:
-        self.app = app
-        # A digest: of one length whatever is sent, and bytes, since compare_digest refuses non-ASCII strings.
-        self._digest = None if key is None else _digest(key.encode("utf-8", "surrogateescape"))
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let in, or answer 401."""
-        if scope["type"] != "http" or self._digest is None or scope["path"] in OPEN_PATHS or self._admits(scope):
-            return await self.app(scope, receive, send)
-        error = refusal(
-            401,
-            "no valid key: send the header 'Authorization: Bearer KEY' with this gateway's key",
-            "invalid_api_key",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
-        response = await on_refusal(Request(scope), error)
-        return await response(scope, receive, send)
-
-    def _admits(self, scope: Scope) -> bool:
-        sent = [value for name, value in scope["headers"] if name == b"authorization"]
-        scheme, _, token = (sent[0] if len(sent) == 1 else b"").partition(b" ")
-        assert self._digest is not None
-        return hmac.compare_digest(_digest(token.strip()), self._digest) and scheme.lower() == b"bearer"
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
 
 
 class Slots:
@@ -69,16 +27,16 @@ class Slots:
         self.taken = 0
         metrics.running.set_function(lambda: self.taken)
 
-    @contextmanager
-    def take(self) -> Iterator[None]:
-        """Hold one.
-
-        Raises:
-            HTTPException: 429 with Retry-After.
-        """
+    def check(self) -> None:
+        """Raise HTTPException where none is free: 429 with Retry-After."""
         if self.taken >= self._limit:
             message = f"{self._limit} requests are at work, as many as this gateway takes; try again in a second"
             raise refusal(429, message, "too_many_requests", headers={"Retry-After": "1"})
+
+    @contextmanager
+    def take(self) -> Iterator[None]:
+        """Hold one; see `check`."""
+        self.check()
         self.taken += 1
         try:
             yield
@@ -107,10 +65,11 @@ class Limited:
         reply = ReplyWriter(send)
         seconds = self._settings.timeout_s
         try:
-            with self._slots.take():
-                async with asyncio.timeout(seconds):
-                    _refuse_wrong_type(scope)
-                    body = await read_body(scope, receive, self._settings.max_body_bytes)
+            async with asyncio.timeout(seconds):
+                _refuse_wrong_type(scope)
+                self._slots.check()  # no body is read that would be refused
+                body = await self._body(scope, receive)
+                with self._slots.take():  # not before the body is here: silent clients hold none
                     async with ends_with_client(receive):
                         await self._handler(body, reply)
         except ClientDisconnect:
@@ -127,6 +86,16 @@ class Limited:
         except Exception:
             await reply.fail(crashed())
             raise  # the server logs it
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        """See `read_body`; 408 where it takes too long."""
+        seconds = self._settings.body_timeout_s
+        try:
+            async with asyncio.timeout(seconds):
+                return await read_body(scope, receive, self._settings.max_body_bytes)
+        except TimeoutError:
+            message = f"the body did not arrive within {seconds:g} s"
+            raise refusal(408, message, "request_timeout", headers={"Connection": "close"}) from None
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:

@@ -8,11 +8,10 @@ is none of them is refused here.
 from __future__ import annotations
 
 import json
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
-from almost_eval import __version__
 from almost_eval.errors import did_you_mean
 from almost_eval.types import JSONObject
 from serving.gateway.errors import refusal
@@ -46,7 +45,7 @@ class Generation(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     model: StrictStr | None = None
-    n: _Count | None = Field(None, description="Answers to return; with best_of, the n with the highest rewards.")
+    n: _Count | None = Field(None, description="Answers to return.")
     stream: _Flag = None
     stream_options: StreamOptions | None = None
 
@@ -56,18 +55,30 @@ class ChatRequest(Generation):
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     best_of: _Count | None = Field(
-        None, description="Candidates to draw and to score with the reward model; the best are returned."
+        None, description="Candidates to draw and to score with the reward model; the n best are returned."
     )
     best_of_fallback: _Flag = Field(
         None, description="While the reward model is down, answer without it instead of 503; `almost.fallback` says so."
     )
     almost_candidates: _Flag = Field(None, description="Return the text of all candidates in `almost.candidates`.")
+    almost_stream: Literal["racing"] | None = Field(
+        None,
+        description="With best_of and stream: the best answer so far comes in `almost.racing` while others are drawn.",
+    )
 
 
 class CompletionRequest(Generation):
     """A text completion, passed through. Fields that are not listed go to the policy server as they are."""
 
     prompt: StrictStr | list[StrictStr] | list[_TokenId] | list[list[_TokenId]]
+
+    @property
+    def prompts(self) -> int:
+        """How many there are: a list of token ids is one. vLLM takes embeddings beside them, one prompt each."""
+        several = isinstance(self.prompt, list) and not isinstance(next(iter(self.prompt), None), int)
+        embedded = (self.model_extra or {}).get("prompt_embeds")
+        beside = len(embedded) if isinstance(embedded, list) else int(embedded is not None)
+        return (len(self.prompt) if several else 1) + beside
 
 
 class RewardMessage(BaseModel):
@@ -107,6 +118,16 @@ class Unscored(BaseModel):
     reason: str
 
 
+class Racing(BaseModel):
+    """The best answer so far, while candidates are drawn. It may still be replaced, until `final`."""
+
+    candidate: int
+    reward: float | None = Field(description="Raw logit; null while the candidate is being drawn.")
+    text: str | None = Field(None, description="All of the candidate's text; it replaces what was told before.")
+    delta: str | None = Field(None, description="What the text of the same candidate grew by.")
+    final: bool = Field(description="Whether this candidate is the answer, which now follows in `choices`.")
+
+
 class Almost(BaseModel):
     """What best-of-N did. `usage` of the same reply counts the tokens of all candidates, which is what was computed."""
 
@@ -116,7 +137,9 @@ class Almost(BaseModel):
     chosen: list[int] = Field(description="The candidate behind each choice.")
     unscored: list[Unscored]
     fallback: str | None = Field(description="Why there are no rewards, where best_of_fallback was asked.")
+    note: str | None = Field(description="How the candidates were drawn or scored, where that is not as usual.")
     candidates: list[Candidate] | None = Field(None, description="Where almost_candidates was asked.")
+    racing: Racing | None = Field(None, description="In a stream with `almost_stream`: the best answer so far.")
 
 
 class RewardReply(BaseModel):
@@ -142,7 +165,8 @@ class ErrorReply(BaseModel):
     error: ErrorDetails
 
 
-_OWN = ("best_of", "best_of_fallback", "almost_candidates")
+OWN_FIELDS = ("best_of", "best_of_fallback", "almost_candidates", "almost_stream")
+"""Fields of a chat request that the gateway reads and no policy server sees."""
 _Model = TypeVar("_Model", bound=BaseModel)
 _Request = TypeVar("_Request", ChatRequest, CompletionRequest, RewardRequest)
 
@@ -192,104 +216,44 @@ def check(kind: type[_Request], fields: JSONObject, settings: GatewaySettings) -
         return request
     for name in request.model_extra or ():
         if name.startswith(("best", "almost")):
-            own = _OWN if isinstance(request, ChatRequest) else ()
+            own = OWN_FIELDS if isinstance(request, ChatRequest) else ()
             hint = did_you_mean(name, own) if own else "best_of works on /v1/chat/completions"
             raise refusal(400, f"unknown field {name[:50]!r}; {hint}", "unknown_field", param=name[:50])
-    _check_counts(request, settings.max_best_of)
+    _check_counts(request, settings)
+    if isinstance(request, ChatRequest):
+        _check_best_of(request)
     return request
 
 
-def _check_counts(request: ChatRequest | CompletionRequest, most: int) -> None:
+def _check_counts(request: ChatRequest | CompletionRequest, settings: GatewaySettings) -> None:
     best_of = request.best_of if isinstance(request, ChatRequest) else None
+    most = settings.max_best_of
     for name, value in (("n", request.n), ("best_of", best_of)):
         if value is not None and value > most:
             raise refusal(400, f"{name} is at most {most} here, not {value}", "too_many_candidates", param=name)
-    if best_of is not None and best_of < (request.n or 1):
-        message = f"best_of ({best_of}) must be at least n ({request.n}): the n best of best_of candidates are returned"
-        raise refusal(400, message, "invalid_value", param="best_of")
-    if isinstance(request, ChatRequest) and best_of is None:
-        for name in ("best_of_fallback", "almost_candidates"):
+    prompts = request.prompts if isinstance(request, CompletionRequest) else 1
+    sequences = prompts * (best_of or request.n or 1)
+    if sequences > settings.max_sequences:
+        message = f"{prompts} prompts times {best_of or request.n or 1} are {sequences} answers"
+        message += f"; a request may ask for {settings.max_sequences} at most: send several"
+        raise refusal(400, message, "too_many_sequences", param="prompt" if prompts > 1 else "n")
+
+
+def _check_best_of(request: ChatRequest) -> None:
+    if request.best_of is None:
+        for name in OWN_FIELDS[1:]:
             if getattr(request, name):
-                raise refusal(
-                    400, f"{name} says how best_of is answered; give best_of too", "invalid_value", param=name
-                )
-
-
-def openapi(settings: GatewaySettings) -> JSONObject:
-    """The OpenAPI 3.1 document of a gateway with these settings."""
-    from pydantic.json_schema import models_json_schema
-
-    models = (ChatRequest, CompletionRequest, RewardRequest, Almost, RewardReply, ErrorReply)
-    _, schema = models_json_schema(
-        [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
-    )
-    schemas = schema["$defs"]
-    for model, name in (("ChatRequest", "n"), ("ChatRequest", "best_of"), ("CompletionRequest", "n")):
-        schemas[model]["properties"][name]["anyOf"][0]["maximum"] = settings.max_best_of
-    schemas["RewardRequest"]["properties"]["conversations"]["maxItems"] = settings.max_conversations
-    # The fields themselves are vLLM's; what the gateway adds is described.
-    schemas["ChatReply"] = {"type": "object", "properties": {"almost": {"$ref": "#/components/schemas/Almost"}}}
-    schemas["Anything"] = {"type": "object"}
-
-    def answer(what: str, kind: str = "application/json", model: str | None = None) -> JSONObject:
-        body: JSONObject = {"schema": {"$ref": f"#/components/schemas/{model}"} if model else {"type": "string"}}
-        return {"description": what, "content": {kind: body}}
-
-    errors = {
-        "400": "The request is wrong.",
-        "401": "No valid key.",
-        "404": "No such model.",
-        "413": "The body is too long.",
-        "415": "The body is not sent as JSON.",
-        "422": "The policy server cannot work with the request.",
-        "429": "Too many requests at work; see Retry-After.",
-        "502": "The policy server is down or failed.",
-        "503": "The reward server is down or failed, or the gateway is shutting down.",
-        "504": "No answer in time.",
-    }
-
-    def operation(summary: str, good: JSONObject, bad: tuple[str, ...], body: str | None = None) -> JSONObject:
-        shape: JSONObject = {"summary": summary, "responses": {"200": good}}
-        shape["responses"] |= {status: answer(errors[status], model="ErrorReply") for status in bad}
-        if body:
-            content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{body}"}}}
-            shape["requestBody"] = {"required": True, "content": content}
-        return shape
-
-    work = tuple(errors)
-    event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
-    events = {"schema": {**event, "description": "One event: a chunk or an error as JSON, or [DONE]."}}
-    chat = answer("The completion; with `stream`, as events.", model="ChatReply")
-    chat["content"]["text/event-stream"] = events
-    text = answer("The completion; with `stream`, as events.", model="Anything")
-    text["content"]["text/event-stream"] = events
-    ready = operation("Whether both upstream servers answer.", answer("Both do.", model="Anything"), ("401",))
-    ready["responses"]["503"] = answer("One does not; the body says which.", model="Anything")
-    health = operation("Whether the gateway runs.", answer("It does.", model="Anything"), ())
-    metrics = operation("The gateway's figures for Prometheus.", answer("Text format.", "text/plain"), ("401",))
-    document = operation("This document.", answer("OpenAPI 3.1.", model="Anything"), ("401",))
-    paths = {
-        "/v1/chat/completions": {"post": operation("Chat, with best-of-N.", chat, work, "ChatRequest")},
-        "/v1/completions": {"post": operation("Text, passed through.", text, work, "CompletionRequest")},
-        "/v1/rewards": {
-            "post": operation("Rewards.", answer("Raw logits.", model="RewardReply"), work, "RewardRequest")
-        },
-        "/v1/models": {
-            "get": operation("The policy's models.", answer("The list.", model="Anything"), ("401", "502", "504"))
-        },
-        "/ready": {"get": ready},
-        "/metrics": {"get": metrics},
-        "/openapi.json": {"get": document},
-        "/health": {"get": {**health, "security": []}},
-    }
-    components: JSONObject = {"schemas": schemas}
-    whole: JSONObject = {
-        "openapi": "3.1.0",
-        "info": {"title": "ALMoST gateway", "version": __version__},
-        "paths": paths,
-        "components": components,
-    }
-    if settings.api_key is not None:
-        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        whole["security"] = [{"key": []}]
-    return whole
+                message = f"{name} says how best_of is answered; give best_of too"
+                raise refusal(400, message, "invalid_value", param=name)
+        return
+    if request.best_of < (request.n or 1):
+        message = f"best_of ({request.best_of}) must be at least n ({request.n}): the n best of them are returned"
+        raise refusal(400, message, "invalid_value", param="best_of")
+    seed = (request.model_extra or {}).get("seed")
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+        raise refusal(400, "seed must be a whole number", "invalid_value", param="seed")
+    if request.almost_stream and not request.stream:
+        message = "almost_stream says how a stream is written; give stream too"
+        raise refusal(400, message, "invalid_value", param="almost_stream")
+    if request.almost_stream and (request.n or 1) > 1:
+        raise refusal(400, "almost_stream tells one best answer: n must be 1", "invalid_value", param="n")

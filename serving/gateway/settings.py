@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from almost_eval.errors import InputError
 from almost_eval.models.endpoints import EndpointAddress
+from serving.door.hosts import checked_hosts
 
 KEY = "ALMOST_API_KEY"
 POLICY_KEY = "ALMOST_POLICY_KEY"
@@ -35,19 +36,23 @@ class GatewayLimits:
     """The largest `best_of`, and the largest `n`."""
     max_conversations: int = 256
     """Conversations in one request to /v1/rewards."""
+    max_sequences: int = 256
+    """Answers that one request may ask the policy for: prompts times `n`."""
     max_body_bytes: int = 4 << 20
     max_concurrent: int = 256
     """Requests at work at a time; those beyond are refused with 429."""
+    body_timeout_s: float = 30.0
+    """Seconds from a request's headers to the end of its body."""
     timeout_s: float = 600.0
     """Seconds from a request's arrival to the last byte of its answer."""
     reward_timeout_s: float = 60.0
     """Seconds that the reward model may take for all candidates of one request."""
 
     def __post_init__(self) -> None:
-        for name in ("max_best_of", "max_conversations", "max_body_bytes", "max_concurrent"):
+        for name in ("max_best_of", "max_conversations", "max_sequences", "max_body_bytes", "max_concurrent"):
             if getattr(self, name) < 1:
                 raise InputError(f"{flag_of(name)[2:]} must be 1 or more, not {getattr(self, name)}")
-        for name in ("timeout_s", "reward_timeout_s"):
+        for name in ("body_timeout_s", "timeout_s", "reward_timeout_s"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise InputError(f"{flag_of(name)[2:]} must be above 0 seconds")
 
@@ -57,8 +62,8 @@ class GatewaySettings(GatewayLimits):
     """Everything a gateway needs; the keys come from the environment and show in no repr.
 
     Raises:
-        InputError: an address that is no http(s) address or holds a password; a key of more than one line; a limit
-            out of range.
+        InputError: an address that is no http(s) address or holds a password; a key of more than one line; an
+            allowed host that is none; a limit out of range.
     """
 
     policy_url: str
@@ -70,6 +75,10 @@ class GatewaySettings(GatewayLimits):
     host: str = "127.0.0.1"
     port: int = 8000
     """0 takes a free one."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names besides its own and the loopback's that clients may ask it by, and sites whose pages may; `*` for any."""
+    open_metrics: bool = False
+    """Whether /metrics needs no key."""
     api_key: str | None = field(default_factory=lambda: _key(KEY), repr=False)
     """What clients must send; None lets everybody in."""
     policy_key: str | None = field(default_factory=lambda: _key(POLICY_KEY), repr=False)
@@ -85,6 +94,7 @@ class GatewaySettings(GatewayLimits):
             if key is not None and any(character < " " or character == "\x7f" for character in key):
                 raise InputError(f"{name} holds a line end or another control character: no header can carry it")
         super().__post_init__()
+        object.__setattr__(self, "allowed_hosts", checked_hosts(self.allowed_hosts))
         if not 0 <= self.port <= 65535:
             raise InputError(f"port must be from 0 to 65535, not {self.port}")
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 
 from starlette.exceptions import HTTPException
 from starlette.types import Send
 
 from almost_eval.types import JSONObject
-from serving.gateway.http_client import HttpResponse
+from serving.gateway.events import MAX_EVENT_BYTES
+from serving.gateway.http_client import BrokenOff, HttpResponse
 
 EVENTS = "text/event-stream"
 _DONE = b"data: [DONE]\n\n"
-_EVENT_ENDS = (b"\n\n", b"\r\n\r\n")
+_EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
+_END_BYTES = 4
 _SHARED = ("id", "created", "model", "system_fingerprint")
 _FAREWELL_S = 2.0
 
@@ -81,36 +83,70 @@ async def relay_events(answer: HttpResponse, reply: ReplyWriter) -> None:
 
     Only the beginning of an event that is not whole yet is held back: should the upstream die there, what the client
     has can still be closed with a well-formed error.
+
+    Raises:
+        BrokenOff: the stream stops before its end, or an event is longer than `MAX_EVENT_BYTES`.
     """
     await reply.start(answer.status, answer.header(b"content-type").decode("latin-1"), notes_of(answer))
-    held = b""
+    async for events in whole_events(answer):
+        await reply.part(events)
+    await reply.end()
+
+
+async def whole_events(answer: HttpResponse) -> AsyncIterator[bytes]:
+    """The bytes of a stream, in pieces that end where an event does; the last may end anywhere.
+
+    Raises:
+        BrokenOff: the stream stops before its end, or an event is longer than `MAX_EVENT_BYTES`.
+    """
+    held = bytearray()
     async for data in answer.parts():
-        if held:
-            data = held + data
-        if data.endswith(_EVENT_ENDS):
-            held = b""
-            await reply.part(data)
+        if not held and data.endswith(_EVENT_ENDS):
+            yield data
             continue
-        cut = max((at + len(end) for end in _EVENT_ENDS if (at := data.rfind(end)) >= 0), default=0)
-        held = data[cut:]
+        # What was searched before is not searched again: an event in many small pieces costs no more than in one.
+        since = max(0, len(held) - _END_BYTES + 1)
+        held += data
+        cut = max((at + len(end) for end in _EVENT_ENDS if (at := held.rfind(end, since)) >= 0), default=0)
         if cut:
-            await reply.part(data[:cut])
-    await reply.end(held)
+            yield bytes(held[:cut])
+            del held[:cut]
+        if len(held) > MAX_EVENT_BYTES:
+            raise BrokenOff(f"an event of more than {MAX_EVENT_BYTES >> 20} MiB")
+    if held:
+        yield bytes(held)
 
 
-async def send_as_events(completion: JSONObject, reply: ReplyWriter, notes: Notes, *, include_usage: bool) -> None:
-    """Tell a finished chat completion as a stream: role, text and finish reason of each choice, `almost` at the end."""
+async def start_events(reply: ReplyWriter, notes: Notes) -> None:
+    """Send the head of a stream of our own."""
     await reply.start(200, f"{EVENTS}; charset=utf-8", notes)
+
+
+def event_of(chunk: JSONObject) -> bytes:
+    """One event of a stream."""
+    return b"data: " + json.dumps(chunk).encode() + b"\n\n"
+
+
+async def send_as_events(completion: JSONObject, reply: ReplyWriter, *, include_usage: bool) -> None:
+    """Tell a finished chat completion in a stream that was started: role, text and finish reason of each choice,
+    `almost` at the end.
+    """
     for chunk in _chunks(completion, include_usage):
-        await reply.part(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+        await reply.part(event_of(chunk))
     await reply.end(_DONE)
 
 
-def _chunks(completion: JSONObject, include_usage: bool) -> Iterable[JSONObject]:
+def shared_fields(completion: JSONObject, *, include_usage: bool) -> JSONObject:
+    """What all chunks of a stream hold."""
     shared: JSONObject = {"object": "chat.completion.chunk"}
     shared |= {name: completion[name] for name in _SHARED if name in completion}
     if include_usage:
         shared["usage"] = None  # as OpenAI does it: null on all chunks but the last
+    return shared
+
+
+def _chunks(completion: JSONObject, include_usage: bool) -> Iterable[JSONObject]:
+    shared = shared_fields(completion, include_usage=include_usage)
 
     def chunk(index: int, delta: JSONObject, **more: object) -> JSONObject:
         return {**shared, "choices": [{"index": index, "delta": delta, "finish_reason": None, **more}]}
@@ -119,6 +155,8 @@ def _chunks(completion: JSONObject, include_usage: bool) -> Iterable[JSONObject]
     for number, choice in enumerate(choices):
         message = {name: value for name, value in choice["message"].items() if value is not None}
         yield chunk(number, {"role": message.pop("role", "assistant"), "content": ""})
+        if calls := message.get("tool_calls"):  # in a stream each says which one it continues
+            message["tool_calls"] = [{"index": place, **call} for place, call in enumerate(calls)]
         yield chunk(number, message, logprobs=choice.get("logprobs"))
         last = chunk(number, {}, finish_reason=choice["finish_reason"], stop_reason=choice.get("stop_reason"))
         if number == len(choices) - 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from time import monotonic
@@ -20,6 +21,12 @@ from serving.gateway.http_client import BrokenOff, HttpClient, HttpResponse, Unr
 from serving.gateway.metrics import Metrics
 
 _HEALTH_S = 5.0
+_CONSTRAINTS = (b'"structured_outputs"', b'"response_format"', b'"guided_', b'"tools"')
+"""Fields of a request that hold a grammar, a regular expression or a schema."""
+_GRAMMAR = re.compile(
+    r"grammar|json.?schema|regex|regular expression|structured.?output|structural.?tag|guidance", re.I
+)
+"""What an error says of them. Some are found out only when they are compiled, which vLLM tells as its own failure."""
 
 
 class Upstream:
@@ -62,12 +69,16 @@ class Upstream:
         """The upstream's answer, its body not yet read. Leaving early closes the connection, which ends its work.
 
         Raises:
-            HTTPException: it is down, dies before the end of its answer, or fails (5xx), or refuses the gateway's key.
+            HTTPException: it is down, dies before the end of its answer, or fails (5xx), or refuses the gateway's key;
+                400 where it fails on the request's own grammar.
         """
         try:
             async with self._client.request(method, path, body) as answer:
                 if answer.status >= 500:
                     words = upstream_words(await answer.read())
+                    if _GRAMMAR.search(words) and any(name in body for name in _CONSTRAINTS):
+                        message = f"the {self.name} server cannot work with the grammar of this request: {words}"
+                        raise refusal(400, message, "invalid_grammar")
                     raise self._failure("failed", f"failed ({answer.status}): {words}")
                 if answer.status in (401, 403):
                     raise self._failure("key", f"refuses the gateway's key ({answer.status})")
@@ -77,7 +88,7 @@ class Upstream:
             self._count("unreachable")
             raise self.unreachable() from None
         except BrokenOff as error:
-            raise self._failure("broken", f"broke off its answer ({error})") from None
+            raise self.broken(str(error)) from None
 
     def parsed(self, body: bytes) -> Any:
         """The JSON of an answer.
@@ -89,6 +100,10 @@ class Upstream:
             return json.loads(body)
         except (ValueError, RecursionError):
             raise self._failure("malformed", "gave an answer that is no JSON") from None
+
+    def broken(self, why: str) -> HTTPException:
+        """For an answer that stopped before its end."""
+        return self._failure("broken", f"broke off its answer ({why})")
 
     def malformed(self, what: str) -> HTTPException:
         """For an answer that is JSON and still no answer to the request."""

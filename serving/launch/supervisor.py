@@ -91,7 +91,7 @@ def run_servers(
             if not is_ready:
                 raise RunError("stopped before the server was ready") from None
         except RunError:
-            _show_last_lines(servers)
+            show_last_lines(servers)
             raise
         finally:
             stop_all(servers)
@@ -109,7 +109,8 @@ def stop_all(servers: Sequence[ServerProcess]) -> None:
             server.kill()
 
 
-def _show_last_lines(servers: Sequence[ServerProcess]) -> None:
+def show_last_lines(servers: Sequence[ServerProcess]) -> None:
+    """The end of what those wrote that have ended, or, where none has, of all; on stderr."""
     ended = [server for server in servers if server.exit_code is not None]
     for server in ended or servers:
         print(f"--- the last lines of {server.name}", file=sys.stderr)

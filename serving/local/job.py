@@ -15,7 +15,8 @@ from starlette.requests import ClientDisconnect, Request
 from almost_eval.engines.base import SamplingParams
 from almost_eval.errors import AlmostError, InputError
 from almost_eval.types import Completion, JSONObject
-from serving.gateway.errors import error_text, refusal
+from serving.door.refusals import error_text
+from serving.gateway.errors import refusal
 from serving.gateway.limits import ends_with_client
 from serving.local.generation import Cancelled, Turnstile, generate_in_turns
 from serving.local.policy import Policy

@@ -25,8 +25,9 @@ from starlette.types import ASGIApp
 from almost_eval.engines.hf import HFEngine
 from almost_eval.errors import AlmostError, InputError, did_you_mean
 from almost_eval.rewards.hf import HFRewardModel
+from serving.door.keys import KeyGuard
+from serving.door.names import served_name
 from serving.gateway.errors import on_crash, on_refusal, refusal
-from serving.gateway.limits import KeyGuard
 from serving.gateway.schema import parse_json, validated
 from serving.local.generation import Turnstile
 from serving.local.job import ChatJob
@@ -57,15 +58,15 @@ class LocalServer:
             ModelError: a model that does not exist, or cannot be loaded.
         """
         policies = {
-            name: HFEngine(name, dtype=models.dtype, device=models.device, purpose="generate")
-            for name in models.policies
+            name: HFEngine(checkpoint, dtype=models.dtype, device=models.device, purpose="generate")
+            for name, checkpoint in models.policies.items()
         }
         reward = HFRewardModel(models.reward, dtype=models.dtype, device=models.device) if models.reward else None
         for engine in policies.values():
             engine.model.requires_grad_(False)  # reads the weights now: a model that cannot be loaded is told at once
         if reward:
             reward.model.requires_grad_(False)
-        return cls(policies, (models.reward, reward) if models.reward and reward else None)
+        return cls(policies, (served_name(models.reward), reward) if models.reward and reward else None)
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models."""
@@ -130,6 +131,7 @@ async def serve(server: LocalServer, port: int) -> None:
     """Serve until a signal comes: the models on a free port, the gateway before them on `port`."""
     import uvicorn
 
+    from serving.door.protocol import bounded_config
     from serving.gateway.app import create_app
     from serving.gateway.settings import GatewaySettings
 
@@ -146,7 +148,6 @@ async def serve(server: LocalServer, port: int) -> None:
     )
 
     async def run(app: ASGIApp, listening: socket.socket) -> None:
-        config = uvicorn.Config(app, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=2)
-        await uvicorn.Server(config).serve(sockets=[listening])
+        await uvicorn.Server(bounded_config(app, timeout_graceful_shutdown=2)).serve(sockets=[listening])
 
     await asyncio.gather(run(server.app(key), inner), run(create_app(settings), outer))

@@ -13,8 +13,9 @@ MAX_BEST_OF = 16
 class LocalModels:
     """The models of one server."""
 
-    policies: tuple[str, ...]
-    """Checkpoints, each served under this very name; the first answers a request that names none."""
+    policies: dict[str, str]
+    """Served name -> checkpoint; the first answers a request that names none."""
     reward: str | None = None
+    """The reward model's checkpoint."""
     dtype: str = "auto"
     device: str = "auto"

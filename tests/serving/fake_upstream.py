@@ -87,7 +87,8 @@ class FakeUpstream:
         return Response(status_code=503 if self.mode == "fail" else 200)
 
     async def _models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [{"id": "fake", "object": "model"}]})
+        entry = {"id": "fake", "object": "model", "root": "/home/secret/checkpoint"}
+        return JSONResponse({"object": "list", "data": [entry]})
 
     async def _chat(self, request: Request) -> Response:
         body = await self._take(request)

@@ -312,18 +312,26 @@ function bar(run, value, best) {
   return h("div", { class: "bar", title: run.label }, h("span", { class: "track" }, fill), h("output", {}, fixed(value)));
 }
 
-const KNOWN = new Set(["loglikelihoods", "rewards", "completions", "finish_reasons", "metrics", "review", "winner", "scores", "score", "lengths"]);
+const KNOWN = new Set(["loglikelihoods", "rewards", "completions", "finish_reasons", "metrics", "review", "winner", "scores", "score", "lengths",
+  "reasoning", "thought_cut", "thinking"]);
+
+function thoughtOf(thought, isCut) { // folded: it is no part of what was scored
+  if (!thought && !isCut) return null;
+  const note = `${thought.length.toLocaleString("en")} characters${isCut ? ", cut before an answer" : ""}`;
+  return h("details", { class: "thought" }, h("summary", {}, "Thought", h("small", {}, ` ${note}`)), h("pre", {}, thought));
+}
 
 function writtenBy(b, run, text, output) { // texts: completions, or two answers and their review
   const parts = [], whose = b.runs.length > 1 ? ` · ${run.label}` : "";
   if (!output) return parts;
   (output.completions || []).forEach((completion, i) => {
-    parts.push(h("h4", {}, `Answer${whose}`, h("small", {}, ` ${(output.finish_reasons || [])[i] || ""}`)), h("pre", {}, completion));
+    parts.push(h("h4", {}, `Answer${whose}`, h("small", {}, ` ${(output.finish_reasons || [])[i] || ""}`)),
+      thoughtOf((output.reasoning || [])[i] || "", (output.thought_cut || [])[i]), h("pre", {}, completion));
   });
   if (text.judged) {
     const { question, answers } = text.judged;
     if (question !== null) parts.push(h("h4", {}, `Question${whose}`), h("pre", {}, question));
-    const sides = answers.map(([name, answer], side) => {
+    const sides = answers.map(([name, answer, thought], side) => {
       const facts = [];
       if (b.graded && typeof output.score === "number") facts.push(`${output.score} of 10`);
       if (output.scores) facts.push(`score ${output.scores[side]}`);
@@ -331,10 +339,12 @@ function writtenBy(b, run, text, output) { // texts: completions, or two answers
       if (output.lengths) facts.push(`${output.lengths[side].toLocaleString("en")} characters`);
       if (output.winner === String(side + 1)) facts.push("preferred");
       return h("div", {}, h("h4", {}, `${side + 1} · ${name}`, h("small", {}, ` ${facts.join(", ")}`)),
-        h("pre", {}, answer === null ? "(not in the run folder)" : answer));
+        thoughtOf(thought || ""), h("pre", {}, answer === null ? "(not in the run folder)" : answer));
     });
     parts.push(h("div", { class: "sides" }, sides));
-    if (output.review) parts.push(h("h4", {}, `Review${whose}`), h("pre", { class: "review" }, output.review));
+    if (output.review) {
+      parts.push(h("h4", {}, `Review${whose}`), thoughtOf(output.thinking || ""), h("pre", { class: "review" }, output.review));
+    }
   }
   const rest = Object.entries(output).filter(([key, value]) => !KNOWN.has(key) && value !== null);
   if (rest.length) {

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import pytest
 
 from almost_eval.arena.report import export, judge_verdicts, report
 from almost_eval.arena.votes import Vote, VoteStore
-from almost_eval.errors import InputError, StoreError
+from almost_eval.errors import InputError, RunError, StoreError
 from almost_eval.stats import cohen_kappa
 
 PROMPT = ({"role": "user", "content": "What do otters eat?"},)
@@ -75,6 +76,23 @@ def test_another_file_is_refused_and_left_alone(tmp_path: Path, kind: str) -> No
 def test_no_votes_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no votes at"):
         VoteStore(tmp_path / "none.db").votes()
+
+
+@pytest.mark.parametrize("mode", ["wal", "delete"])
+def test_a_locked_file_answers_soon_and_keeps_the_vote_for_later(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "votes.db"
+    store = VoteStore(path)
+    store.append(vote("first", "a"))
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute(f"PRAGMA journal_mode = {mode}")
+        other.execute("BEGIN EXCLUSIVE")
+        began = time.monotonic()
+        with pytest.raises(RunError, match="locked"):
+            store.append(vote("second", "b"))
+        assert time.monotonic() - began < 3
+        other.execute("ROLLBACK")
+    store.append(vote("second", "b"))
+    assert [one.id for one in store.votes()] == ["first", "second"]
 
 
 def cast_many(path: Path, voter: int, count: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,9 +14,12 @@ import numpy as np
 import pytest
 import torch
 from forking import REQUESTS, WHY_NOT
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from almost_eval.engines import hf_generation
 from almost_eval.engines.base import GenerationEngine, LoglikelihoodEngine, RequestScores, SamplingParams
+from almost_eval.engines.decoding import decode
 from almost_eval.engines.hf import HFEngine
 from almost_eval.engines.hf_generation import GenerationReport, stream_completions
 from almost_eval.engines.hf_loglikelihood import Limits, PlainScorer, SharedPrefixScorer
@@ -623,20 +627,22 @@ def test_generation_goes_on_with_half_the_batch_when_memory_runs_out(
     engines: Engines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, params = engines("llama-gqa"), SamplingParams(max_new_tokens=4, temperature=1.0, n=2)
-    expected, whole, sizes = engine.generate(PROMPTS, params), hf_generation._batch, []
+    expected, whole, sizes = engine.generate(PROMPTS, params), hf_generation._Writer.complete, []
 
-    def short_of_memory(model: Any, tokenizer: Any, prompts: Any, batch: Any, params: Any, header: Any) -> Any:
+    def short_of_memory(writer: Any, group: Any, batch: Any) -> Any:
         sizes.append(len(batch))
         if len(batch) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return whole(model, tokenizer, prompts, batch, params, header)
+        yield from whole(writer, group, batch)
 
-    monkeypatch.setattr(hf_generation, "_batch", short_of_memory)
+    monkeypatch.setattr(hf_generation._Writer, "complete", short_of_memory)
     assert engine.generate(PROMPTS, params) == expected
     assert max(sizes) > 3
     assert any("out of memory" in warning for warning in engine.report.warnings)
 
-    monkeypatch.setattr(hf_generation, "_batch", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    monkeypatch.setattr(
+        hf_generation._Writer, "complete", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no"))
+    )
     with pytest.raises(RunError, match="out of memory with one prompt"):
         engine.generate(PROMPTS, params)
 
@@ -657,8 +663,12 @@ def test_special_tokens_that_mark_a_thought_stay_in_the_text(bpe_tokenizer: Any)
     tokenizer = copy.deepcopy(bpe_tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]", "[OTHER]"]})
     ids = tokenizer.encode("[THINK]The capital[/THINK] of[OTHER] France", add_special_tokens=False)
-    assert hf_generation._decode(tokenizer, ids) == "[THINK]The capital[/THINK] of France"
+    assert decode(tokenizer, ids) == "[THINK]The capital[/THINK] of France"
     assert hf_generation._decode_after(tokenizer, ids[1], ids) == "[THINK]The capital[/THINK] of France"
-    assert hf_generation._decode(tokenizer, []) == ""
+    assert decode(tokenizer, []) == ""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    named_nowhere = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(backend)))
+    assert "[THINK]" not in named_nowhere.all_special_tokens  # special in tokenizer.json alone
+    assert decode(named_nowhere, ids) == "[THINK]The capital[/THINK] of France"
     plain = tokenizer.encode("The capital[OTHER]", add_special_tokens=False)
-    assert hf_generation._decode(tokenizer, plain) == "The capital"
+    assert decode(tokenizer, plain) == "The capital"

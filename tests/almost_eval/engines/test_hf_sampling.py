@@ -10,7 +10,7 @@ import torch
 from transformers import TopPLogitsWarper
 
 from almost_eval.engines import hf_sampling
-from almost_eval.engines.hf_sampling import GumbelNoise, NucleusNoise, gumbel_of, nuclei
+from almost_eval.engines.hf_sampling import GumbelNoise, NucleusNoise, Sampler, gumbel_of, noisiest, nuclei
 
 VOCABULARY = 5000
 Rows = Callable[[torch.Generator], torch.Tensor]
@@ -115,3 +115,42 @@ def test_noise_of_a_few_is_that_of_all(size: int) -> None:
     for _ in range(3):
         assert gumbel_of(one, 50_000, ids).tolist() == other.gumbel(size=50_000)[ids].tolist()
     assert one.bit_generator.state == other.bit_generator.state
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("top_p", [0.5, 0.9, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_a_sampler_draws_what_transformers_processors_and_an_argmax_draw(
+    name: str, top_p: float, temperature: float
+) -> None:
+    for seed in range(3):
+        scores = ROWS[name](torch.Generator().manual_seed(seed))
+        old = [np.random.default_rng((seed, row)) for row in range(len(scores))]
+        new = [np.random.default_rng((seed, row)) for row in range(len(scores))]
+        sampler = Sampler(temperature, top_p, new, full_precision=True)
+        for rows in (list(range(len(scores))), [len(scores) - 1]):  # of the second step, one row is left
+            warped = scores[rows] / temperature if temperature != 1 else scores[rows]
+            warped = warped if top_p == 1 else TopPLogitsWarper(top_p)(None, warped)
+            noisy = GumbelNoise([old[row] for row in rows])(None, warped)  # type: ignore[arg-type]
+            assert sampler.draw(scores[rows], rows) == noisy.argmax(-1).tolist()
+        assert [a.bit_generator.state for a in old] == [b.bit_generator.state for b in new]
+
+
+def test_noise_is_computed_for_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    logarithms: list[float] = []
+    whole = hf_sampling._gumbel
+
+    def counted(uniform: float) -> float:
+        logarithms.append(uniform)
+        return whole(uniform)
+
+    monkeypatch.setattr(hf_sampling, "_gumbel", counted)
+    rng, scores = np.random.default_rng(0), np.random.default_rng(1).normal(size=50_000).astype(np.float32) * 4
+    drawn = {noisiest(rng, scores) for _ in range(100)}
+    assert len(drawn) > 20
+    assert len(logarithms) < 100 * 500  # of 5,000,000
+
+
+def test_temperature_0_takes_the_likeliest() -> None:
+    sampler = Sampler(0.0, 0.5, [], full_precision=True)
+    assert sampler.draw(torch.tensor([[0.0, 3.0, 3.0], [2.0, 1.0, 0.0]]), [0, 1]) == [1, 0]

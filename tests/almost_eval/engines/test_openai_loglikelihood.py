@@ -336,3 +336,15 @@ def test_an_answer_without_log_probabilities_on_the_way(endpoint: Endpoint, chec
     endpoint.answer = no_logprobs(Model(checkpoint, "vllm"))
     with pytest.raises(RunError, match="something else than the log-probabilities"):
         engine.loglikelihood(REQUESTS)
+
+
+def test_bos_of_a_template_is_not_sent_as_text(endpoint: Endpoint, checkpoint: Path) -> None:
+    """The server's tokenizer would write a second one: what the template began with BOS goes as token ids."""
+    engine = scorer(endpoint)
+    texts = ["The cat", "<s>The cat"]
+    assert engine.sent_prompt(texts[0]) == texts[0]
+    assert engine.sent_prompt(texts[1]) == HFEngine(str(checkpoint)).encoder.encode_texts([texts[0]])[0].tolist()
+    endpoint.requests.clear()
+    endpoint.answer = lambda request: (200, {"choices": [{"text": " sat", "finish_reason": "stop"}]})
+    engine.generate([texts[1]], SamplingParams(max_new_tokens=1))
+    assert endpoint.requests[-1]["prompt"] == engine.sent_prompt(texts[1])

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from almost_eval.engines.base import GenerationEngine, LoglikelihoodEngine, SamplingParams
+from almost_eval.engines.decoding import decode
 from almost_eval.engines.hf import HFEngine
 from almost_eval.engines.vllm import VLLMEngine
 from almost_eval.errors import InputError, RunError
@@ -76,6 +80,8 @@ def test_what_does_not_fit_is_refused_before_anything_loads(checkpoint: Path) ->
         engine.generate(["a"], SamplingParams(max_new_tokens=CONTEXT))
     with pytest.raises(InputError, match="does not fit the context"):
         engine.loglikelihood([LoglikelihoodRequest("a " * CONTEXT, (" b",))])
+    with pytest.raises(InputError, match=r"vLLM cannot sample so: .*temperature must be in \[0, 2\]"):
+        engine.generate(["a"], SamplingParams(max_new_tokens=1, temperature=3.0))
     assert "llm" not in vars(engine)
     assert engine.settings()["context_length"] == CONTEXT
 
@@ -229,3 +235,48 @@ def test_a_model_that_vllm_cannot_run_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"vLLM stopped while it ran .* head_dim=8") as caught:
         VLLMEngine(str(path)).generate(["a"], SamplingParams(max_new_tokens=2))
     assert "\n" not in str(caught.value)
+
+
+# --- thoughts ---
+
+
+@pytest.fixture(scope="module")
+def thinking(checkpoint: Path, hf: HFEngine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint with two of its tokens made special ones that mark a thought, and likely to be written."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("thinking") / "model"
+    shutil.copytree(checkpoint, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    ids = {name: vocabulary.pop(token) for name, token in (("[THINK]", "z"), ("[/THINK]", "q"))}
+    for name, number in ids.items():
+        vocabulary[name] = number
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        tokenizer["added_tokens"].append({"id": number, "content": name, "special": True, **flags})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    weights = load_file(folder / "model.safetensors")
+    head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
+    said = hf.generate(["The dog"], SamplingParams(max_new_tokens=8))[0][0].token_ids
+    for number, like in zip(ids.values(), dict.fromkeys(said), strict=False):
+        head[number] = 1.1 * head[like]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.slow
+def test_the_marks_of_a_thought_stay_in_what_vllm_wrote(thinking: Path) -> None:
+    """Skipped, as vLLM skips all special tokens, they would make the thought a part of the answer."""
+    engine = VLLMEngine(str(thinking), dtype="float32", kv_cache_gib=0.25)
+    try:
+        params = SamplingParams(max_new_tokens=60, temperature=2.0, n=12, seed=1)
+        completions = engine.generate(["The dog"], params)[0]
+        marked = [c for c in completions if "[THINK]" in c.text or "[/THINK]" in c.text]
+        ids = engine.tokenizer.convert_tokens_to_ids(["[THINK]", "[/THINK]"])
+        assert marked
+        assert marked == [c for c in completions if not {*ids}.isdisjoint(c.token_ids)]
+        assert all(c.text == decode(engine.tokenizer, c.token_ids) for c in marked)
+        stopped = engine.generate(["The dog"], replace(params, stop=("a",)))[0]
+        assert all("a" not in c.text for c in stopped)
+    finally:
+        engine.close()

@@ -1,18 +1,27 @@
 """Judges without a key: the oracle by its own facts, a reward model by its raw logits."""
 
 import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from almost_eval.data.sources import find_data
 from almost_eval.errors import InputError
-from almost_eval.judge.judges import Judgement
+from almost_eval.files import write_rows
+from almost_eval.judge.answers import ArchivedSystem, ModelSystem, Sampling, System
+from almost_eval.judge.judges import Judge, Judgement
 from almost_eval.judge.local import TIE_MARGIN, NanoJudge, RewardJudge, judge_by_oracle, judge_by_reward
+from almost_eval.judge.panel import Panel, members_of
 from almost_eval.judge.questions import find_questions
 from almost_eval.judge.records import Answer, Order, Pair, Question, Verdict
+from almost_eval.judge.run import JudgeRun
+from almost_eval.nano import shipped
 from almost_eval.nano.oracle import score_text
 from almost_eval.nano.world import World
 from almost_eval.rewards.hf import HFRewardModel
+from almost_eval.run.store import read_spec
 from almost_eval.types import Message
 
 
@@ -130,3 +139,43 @@ def test_a_reward_that_is_no_number_decides_nothing(broken: tuple[float, float])
     judgement = judge_by_reward(*broken)
     assert (judgement.verdict, judgement.reason) == (None, "non_finite")
     assert None in judgement.outputs["rewards"]
+
+
+DATED = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}\n{{ m.role }}: {{ m.content }}{% endfor %}"
+
+
+def _judged_run(reward: Path, baseline: Path, now: str, *, in_panel: bool = False) -> JudgeRun:
+    data = find_data("nano", None)
+    questions, fingerprint = find_questions(None, data, limit=2)
+    sampling = Sampling(temperature=0, max_new_tokens=4)
+    systems: list[System] = [ArchivedSystem(baseline, questions), ModelSystem("nano/almost", questions, sampling)]
+    model = HFRewardModel(str(reward))
+    model.template = replace(model.template, now=now)
+    judge: Judge = RewardJudge(model, "reward:dated")
+    if in_panel:
+        judge = Panel([NanoJudge(), judge])
+    return JudgeRun(questions, fingerprint, "nano", systems, judge)
+
+
+@pytest.mark.parametrize("in_panel", [False, True])
+def test_a_judged_run_goes_on_tomorrow_with_the_date_of_its_judge(tmp_path: Path, in_panel: bool) -> None:
+    """A reward model whose template writes the date gives the rewards of the day on which the run began."""
+    reward = shutil.copytree(shipped("nano/reward"), tmp_path / "reward")
+    (reward / "chat_template.jinja").write_text(DATED)
+    baseline = tmp_path / "baseline.jsonl"
+    questions, _ = find_questions(None, find_data("nano", None), limit=2)
+    write_rows(baseline, [{"question_id": q.id, "text": "No.", "model_id": "b"} for q in questions])
+
+    first, tomorrow = (_judged_run(reward, baseline, f"2026-11-{day}T10:00:00", in_panel=in_panel) for day in (28, 29))
+    assert first.default_folder() == tomorrow.default_folder()
+    first.execute(tmp_path / "run")
+    lines = (tmp_path / "run" / "samples.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "run" / "results.json").unlink()
+    (tmp_path / "run" / "samples.jsonl").write_text(lines[0])
+    tomorrow.execute(tmp_path / "run")
+    assert sorted((tmp_path / "run" / "samples.jsonl").read_text().splitlines(keepends=True)) == sorted(lines)
+    *_, judge = members_of(read_spec(tmp_path / "run")["settings"]["judge"])
+    assert judge["template"]["now"] == "2026-11-28T10:00:00"
+    other = _judged_run(reward, baseline, "2026-11-29T10:00:00", in_panel=in_panel)
+    other.execute(tmp_path / "other")
+    assert (tmp_path / "other" / "samples.jsonl").read_text() != (tmp_path / "run" / "samples.jsonl").read_text()

@@ -13,7 +13,7 @@ import pytest
 
 from almost_eval.engines.hf import HFEngine
 from almost_eval.errors import InputError, ModelError
-from almost_eval.models.checkpoint import find_checkpoint
+from almost_eval.models.checkpoint import Checkpoint, find_checkpoint
 from almost_eval.nano import shipped
 from almost_eval.rewards.hf import HFRewardModel
 from almost_eval.types import LoglikelihoodRequest, Message
@@ -178,6 +178,33 @@ def test_vllm_refuses_what_it_would_leave_out(adapter: Path) -> None:
             VLLMEngine(str(adapter))
 
 
+def _targets(checkpoint: Checkpoint) -> tuple[str, ...]:
+    assert checkpoint.adapter is not None
+    return checkpoint.adapter.target_modules
+
+
+def test_vllm_is_told_which_layers_an_adapter_changes_and_gets_none_of_the_output_head(
+    adapter: Path, base: Path
+) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    assert _targets(find_checkpoint(str(adapter))) == ("q_proj", "up_proj")
+    whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = get_peft_model(whole, LoraConfig(r=2, target_modules=["v_proj", "lm_head"], task_type="CAUSAL_LM"))
+    model.save_pretrained(str(adapter.parent / "head"))
+    with pytest.raises(ModelError, match=r"output head or the embedding.*`almost-train merge"):
+        find_model("policy", str(adapter.parent / "head"))
+    shutil.copytree(adapter, adapter.parent / "pickled")
+    (adapter.parent / "pickled" / "adapter_model.safetensors").rename(adapter.parent / "pickled" / "adapter_model.bin")
+    pickled = find_checkpoint(str(adapter.parent / "pickled"), allow_pickle=True)
+    assert _targets(pickled) == ("q_proj", "up_proj")  # of its config
+    _config(adapter.parent / "pickled", target_modules="all-linear")
+    with pytest.raises(ModelError, match="cannot be told"):
+        find_model("policy", str(adapter.parent / "pickled"), allow_pickle=True)
+
+
 def test_an_adapter_is_served_beside_its_base(adapter: Path, base: Path) -> None:
     for file in base.glob("*token*"):
         shutil.copy(file, adapter)
@@ -190,8 +217,14 @@ def test_an_adapter_is_served_beside_its_base(adapter: Path, base: Path) -> None
     assert options["--served-model-name"] == "adapter-base"
     assert json.loads(options["--lora-modules"]) == {"name": "adapter", "path": str(adapter)}
     assert (options["--max-lora-rank"], options["--tokenizer"]) == ("8", str(adapter))
+    at = command.index("--lora-target-modules")
+    assert command[at : at + 3] == ("--lora-target-modules", "q_proj", "up_proj")
     with pytest.raises(InputError, match="--lora-modules"):
         vllm_command(model, "h", 1, ["--lora-modules", "a=b"], cpu=True, memory=math.inf, environment={})
+
+
+# Of different lengths and each with several scored tokens, so that vLLM reads several prompts' rows in one step.
+MANY = [*REQUESTS, *(LoglikelihoodRequest("The panther is big. " * n, (" It runs home.", " A fox")) for n in (1, 2, 5))]
 
 
 @pytest.mark.slow
@@ -199,10 +232,10 @@ def test_the_server_answers_with_the_adapter(adapter: Path) -> None:
     from almost_eval.engines.openai_loglikelihood import OpenAIScorer
     from serving.vllm.launch import VLLMServer
 
-    plain = HFEngine(str(adapter)).loglikelihood(REQUESTS)
+    plain = HFEngine(str(adapter)).loglikelihood(MANY)
     with VLLMServer("policy", str(adapter)) as server:
         server.wait_ready(timeout_s=300)
-        served = OpenAIScorer(server.model, base_url=f"{server.url}/v1").loglikelihood(REQUESTS)
+        served = OpenAIScorer(server.model, base_url=f"{server.url}/v1").loglikelihood(MANY)
     for mine, theirs in zip(served, plain, strict=True):
         assert [score.logprob for score in mine] == pytest.approx([s.logprob for s in theirs], abs=1e-3)
 
@@ -214,7 +247,7 @@ def test_vllm_gives_the_scores_and_texts_of_transformers(adapter: Path) -> None:
 
     engine, plain = VLLMEngine(str(adapter), kv_cache_gib=0.25), HFEngine(str(adapter))
     try:
-        for mine, theirs in zip(engine.loglikelihood(REQUESTS), plain.loglikelihood(REQUESTS), strict=True):
+        for mine, theirs in zip(engine.loglikelihood(MANY), plain.loglikelihood(MANY), strict=True):
             assert [score.logprob for score in mine] == pytest.approx([s.logprob for s in theirs], abs=1e-3)
         params = SamplingParams(max_new_tokens=8)
         assert engine.generate(["The panther is"], params) == plain.generate(["The panther is"], params)

@@ -88,7 +88,7 @@ def test_a_server_answers_in_half_precision_and_rewards_in_full(able_cpu: str) -
     from serving.local.server import LocalServer
     from serving.local.settings import LocalModels
 
-    server = LocalServer.load(LocalModels((able_cpu,), "nano/reward", device="cpu"))
+    server = LocalServer.load(LocalModels({"able": able_cpu}, "nano/reward", device="cpu"))
     [policy] = server._policies.values()
     assert str(policy.engine.model.dtype) == "torch.bfloat16"
     assert server.reward is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,22 @@ import pytest
 from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer
 
+from almost_eval.data.sources import DataSource
+from almost_eval.engines.base import SamplingParams
+from almost_eval.engines.build import EngineOptions
 from almost_eval.engines.hf import HFEngine
 from almost_eval.engines.prefix import TokenEncoder
-from almost_eval.models.chat import encode_text
+from almost_eval.engines.vllm import VLLMEngine
+from almost_eval.errors import TemplateError
+from almost_eval.judge.answers import ModelSystem, Sampling
+from almost_eval.judge.build import JudgeOptions, open_judge
+from almost_eval.judge.records import Question
+from almost_eval.models.chat import encode_text, encode_with_completion_mask, load_template, special_tokens
 from almost_eval.models.openings import Opening
 from almost_eval.nano import shipped
 from almost_eval.rewards.hf import HFRewardModel
+from almost_eval.rewards.vllm import VLLMRewardModel
+from almost_eval.run.request import RunRequest, open_run
 from almost_eval.types import Message
 from almost_train.common.trainers import keep_template
 from serving.models import find_model
@@ -104,3 +115,71 @@ def test_a_prompt_begins_as_the_tokenizer_of_transformers_begins_it(
     own = list(tokenizer(text)["input_ids"])
     assert TokenEncoder(tokenizer).encode_texts([text])[0].tolist() == own
     assert encode_text(tokenizer, text) == own
+
+
+QUESTION = Question("1", "Hi")
+DIALOGUE = (Message("user", "Hi"), Message("assistant", "Yes."))
+
+
+def _likelihood(model: Path, engine: EngineOptions) -> None:
+    options = RunRequest(
+        task="hhh", protocol="choice", model=str(model), data="nano", limit=1, template="tokenizer", engine=engine
+    )
+    open_run(options)
+
+
+def _generation(model: Path, engine: type[HFEngine] | type[VLLMEngine]) -> None:
+    loaded = engine(str(model))
+    template = load_template("tokenizer", loaded.tokenizer)
+    assert template is not None
+    text = template.render(DIALOGUE[:1], add_generation_prompt=True, special_tokens=special_tokens(loaded.tokenizer))
+    loaded.generate([text], SamplingParams(max_new_tokens=1))
+
+
+def _training(model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(str(model))
+    template = load_template("tokenizer", tokenizer)
+    assert template is not None
+    encode_with_completion_mask(tokenizer, template, DIALOGUE)
+
+
+PATHS: dict[str, Callable[[Path, Path], object]] = {
+    "likelihood": lambda policy, _: _likelihood(policy, EngineOptions()),
+    "likelihood on vLLM": lambda policy, _: _likelihood(policy, EngineOptions(engine="vllm")),
+    "generation": lambda policy, _: _generation(policy, HFEngine),
+    "generation on vLLM": lambda policy, _: _generation(policy, VLLMEngine),
+    "answers for a judge": lambda policy, _: ModelSystem(str(policy), [QUESTION], Sampling(max_new_tokens=4)),
+    "rewards": lambda _, reward: HFRewardModel(str(reward)).score([DIALOGUE]),
+    "rewards on vLLM": lambda _, reward: VLLMRewardModel(str(reward)).score([DIALOGUE]),
+    "a reward model as judge": lambda _, reward: open_judge(
+        JudgeOptions(judge=f"reward:{reward}"), DataSource("nano", None)
+    ).check([QUESTION]),
+    "training": lambda policy, _: _training(policy),
+    "serving a policy": lambda policy, _: find_model("policy", str(policy)),
+    "serving a reward model": lambda _, reward: find_model("reward", str(reward)),
+}
+
+
+@pytest.mark.parametrize("bos_named", [True, False])
+@pytest.mark.parametrize("path", PATHS)
+def test_a_template_that_writes_the_opening_twice_is_refused_on_every_path(
+    tmp_path: Path, path: str, bos_named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any weight is read: what `transformers` loads tensors with fails."""
+    monkeypatch.setattr("transformers.core_model_loading._materialize_copy", None)
+    models = [
+        _checkpoint(tmp_path / name.partition("/")[2], name, bos_named=bos_named, template="MARKMARK" + TEMPLATE)
+        for name in ("nano/almost", "nano/reward")
+    ]
+    with pytest.raises(TemplateError, match=r"begins with 2 .*own encoding with 1") as refused:
+        PATHS[path](*models)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_encoders_frame_in_its_template_is_refused(tmp_path: Path) -> None:
+    """The tokenizer writes `[CLS]` itself, so a template that writes it writes it once too often."""
+    folder = _checkpoint(tmp_path / "r", "nano/reward", bos_named=True, template="MARK" + TEMPLATE)
+    reward = HFRewardModel(str(folder))
+    reward.framed = True
+    with pytest.raises(TemplateError, match="begins with 2"):
+        reward.encode([DIALOGUE])

@@ -9,7 +9,11 @@ from typing import Any
 import pytest
 
 from almost_eval.engines.hf import HFEngine
+from almost_eval.engines.prefix import TokenEncoder
 from almost_eval.errors import ModelError
+from almost_eval.models.chat import encode_text
+from almost_eval.models.checkpoint import find_checkpoint
+from almost_eval.models.loading import load_tokenizer
 from almost_eval.types import LoglikelihoodRequest
 
 pytestmark = pytest.mark.real
@@ -19,13 +23,7 @@ REQUESTS = [LoglikelihoodRequest("The capital of France is", (" Paris", " Lyon")
 @pytest.fixture
 def copied(real_models: Any, tmp_path: Path) -> Path:
     """SmolLM2 with files that may be changed; the weights are a link."""
-    folder = tmp_path / "smol"
-    folder.mkdir()
-    for file in real_models.smollm2.iterdir():
-        if file.name == "model.safetensors":
-            (folder / file.name).symlink_to(file)
-        elif file.is_file():
-            (folder / file.name).write_bytes(file.read_bytes())
+    folder: Path = real_models.copy(real_models.smollm2, tmp_path / "smol")
     return folder
 
 
@@ -80,3 +78,28 @@ def test_an_adapter_is_the_model_that_peft_makes_of_it(copied: Path, tmp_path: P
     [[paris, _]] = HFEngine(str(tmp_path / "adapter")).loglikelihood(REQUESTS)
     assert paris.logprob == pytest.approx(expected, abs=1e-3)
     assert paris.logprob != pytest.approx(HFEngine(str(copied)).loglikelihood(REQUESTS)[0][0].logprob, abs=1e-3)
+
+
+@pytest.mark.parametrize(("flag", "processed"), [(True, False), (False, True), (None, True)])
+def test_gemmas_prompts_begin_as_transformers_begins_them(
+    flag: bool | None, processed: bool, real_models: Any, tmp_path: Path
+) -> None:
+    """`add_bos_token` against the post-processor, which the class of transformers 5 heeds alone: BOS once or not."""
+    folder = real_models.copy(real_models.gemma, tmp_path / "gemma")
+    settings: dict[str, object] = {
+        "tokenizer_class": "GemmaTokenizerFast",
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "unk_token": "<unk>",
+    }
+    if flag is not None:
+        settings["add_bos_token"] = flag
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    if not processed:
+        _change(folder / "tokenizer.json", post_processor=None)
+    tokenizer = load_tokenizer(find_checkpoint(str(folder)))
+    encoder, text = TokenEncoder(tokenizer), "The cat sat on the mat."
+    own = list(tokenizer(text)["input_ids"])
+    assert own.count(2) == processed
+    assert encoder.encode_texts([text])[0].tolist() == encode_text(tokenizer, text) == own
+    assert encode_text(tokenizer, "<bos>" + text) == [2, *[i for i in own if i != 2]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from almost_eval.models.reasoning import Reasoning, marker_tokens, opens_thought, split_reasoning
@@ -143,6 +145,34 @@ def test_long_text_takes_no_long_time() -> None:
     # 40,000 tags and 200,000 backticks: anything quadratic would take minutes.
     assert split_reasoning("<think>" * 20_000 + "</think>" * 20_000 + "Four.").answer == "Four."
     assert split_reasoning("`" * 200_000).thought is None
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "<think>a</think>x\n",
+        "x\n<think>a</think>\n",
+        "a</think>",
+        "<think>a <think> b</think>x\n",
+        "x `c`\n<think>a</think>\n```\nb\n```\n",
+        "x `c`\n<think>a\n<think> b</think>\n",
+        "like this:\n<think>a</think>\n",
+        "the </think> tag ",
+    ],
+)
+def test_many_thoughts_take_no_long_time(part: str) -> None:
+    """20,000 thoughts: what looks at all tags for each thought takes minutes."""
+    started = time.process_time()
+    split_reasoning(part * 20_000)
+    assert time.process_time() - started < (10 if "`c`" in part else 1)  # about 1 and 0.1 on a quiet machine
+
+
+def test_each_thought_is_taken_from_what_is_left() -> None:
+    """A fence inside a thought is not of the answer after it; one in the answer hides the tags in it."""
+    text = "<think>a ``` b</think>One.\n<think>c</think>\n```\n<think>d</think>\n```\n<think>e</think>Two."
+    assert split_reasoning(text) == Reasoning("One.\n\n```\n<think>d</think>\n```\n\nTwo.", "a ``` b\n\nc\n\ne", False)
+    longer = "A\n````\n```\n<think>x</think>\n```\n````\n<think>y</think>\nB"
+    assert split_reasoning(longer) == Reasoning("A\n````\n```\n<think>x</think>\n```\n````\n\nB", "y", False)
 
 
 def test_special_tokens_that_mark_a_thought() -> None:

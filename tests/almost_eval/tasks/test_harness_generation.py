@@ -12,7 +12,9 @@ from test_harness import SHAPES, make_task
 from almost_eval.data.sources import DataSource
 from almost_eval.engines.hf import HFEngine
 from almost_eval.errors import InputError
+from almost_eval.models.chat import ChatTemplate, special_tokens
 from almost_eval.tasks import harness
+from almost_eval.tasks.base import Prompting
 from almost_eval.tasks.harness import Harness
 from almost_eval.types import SampleRecord
 
@@ -72,3 +74,57 @@ def test_reasoning_is_a_setting_of_tasks_that_generate(serve: Callable[..., Harn
     with pytest.raises(InputError, match="these tasks score choices, and write nothing"):
         choices.samples()
     assert "reasoning" not in serve(make_task("t")).settings()
+
+
+ACCEPTED: dict[str, dict[str, Any]] = {
+    "neutral": {"num_beams": 1, "repetition_penalty": 1.0, "top_k": None, "no_repeat_ngram_size": 0, "use_cache": True},
+    "greedy": {"do_sample": False, "temperature": 0.7, "top_p": 0.5, "top_k": 5, "min_p": 0.1, "early_stopping": True},
+    "sampled": {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "top_k": 0},
+}
+
+
+@pytest.mark.parametrize("kwargs", ACCEPTED)
+def test_what_changes_no_text_is_accepted(serve: Callable[..., Harness], kwargs: str) -> None:
+    settings = {**SHAPES["generation"], "generation_kwargs": {"until": ["e"], **ACCEPTED[kwargs]}}
+    task = serve(make_task("t", **settings))
+    params = task.generation(task.samples()[0], 0).params
+    assert (params.temperature, params.top_p) == ((0.8, 0.9) if kwargs == "sampled" else (0.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"num_beams": 4}, "num_beams: 4"),
+        ({"repetition_penalty": 1.2}, "repetition_penalty: 1.2"),
+        ({"do_sample": True, "temperature": 0.8, "top_k": 20}, "top_k: 20"),
+        ({"do_sample": True}, "do_sample: True in its generation_kwargs, which samples without a temperature above 0"),
+        ({"no_repeat_ngram_size": 3}, "no_repeat_ngram_size: 3"),
+        ({"num_beams": 2, "length_penalty": 2.0}, "num_beams: 2"),
+        ({"max_length": 50}, "max_length: 50"),
+    ],
+)
+def test_what_would_change_it_is_refused_by_name(
+    serve: Callable[..., Harness], kwargs: dict[str, Any], words: str
+) -> None:
+    settings = {**SHAPES["generation"], "generation_kwargs": {"until": ["e"], **kwargs}}
+    task = serve(make_task("t", **settings))
+    with pytest.raises(InputError, match=f"^t states {words}.*; run this task with lm-eval") as refused:
+        task.samples()  # no model is looked for
+    assert "\n" not in str(refused.value)
+
+
+def test_an_answer_ends_at_the_templates_end_of_turn(
+    ask: Ask, serve: Callable[..., Harness], benchmark_checkpoint: Path
+) -> None:
+    """Of a template that was chosen, and after the task's own stop strings and EOS; lm-eval writes on."""
+    task = serve(make_task("t", **{**SHAPES["generation"], "generation_kwargs": {"until": ["?"], "max_gen_toks": 40}}))
+    turns = "{% for m in messages %}{{ m.role }}: {{ m.content }}e\n{% endfor %}"
+    engine = HFEngine(str(benchmark_checkpoint), dtype="float32")
+    tokens = special_tokens(engine.tokenizer)
+    plain = ask(task, engine)
+    assert any("e" in record.outputs["completions"][0] for record in plain.values())
+    task.prompting = Prompting(None, ChatTemplate("test", turns, ("e",)), tokens)
+    assert task.generation(task.samples()[0], 0).params.stop == ("?", tokens["eos_token"], "e")
+    assert all("e" not in record.outputs["completions"][0] for record in ask(task, engine).values())
+    task.prompting = Prompting(None, ChatTemplate("test", turns, ("e",)), tokens, is_chosen=False)
+    assert task.generation(task.samples()[0], 0).params.stop == ("?", tokens["eos_token"])

@@ -393,7 +393,7 @@ def test_figures_of_pairs_by_hand() -> None:
         ({"prompt": []}, "row 2: needs a prompt"),
         ({"chosen": [turn("user", "x")]}, "assistant"),
         ({"chosen": ["x"]}, "row 2: a message must be"),
-        ({"rejected": "text"}, "no format of comparisons has its columns"),
+        ({"rejected": "text"}, "row 2: not conversational preferences"),
     ],
 )
 def test_malformed_rows_are_refused_with_their_place(

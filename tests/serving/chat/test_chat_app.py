@@ -3,23 +3,24 @@
 import base64
 import os
 import random
-import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from almost_eval.arena.votes import VoteStore
 from almost_eval.errors import InputError
-from serving.chat.arena import Arena, sentence, session_id
+from serving.chat.arena import Arena, sentence
 from serving.chat.client import Endpoint, EndpointError
 from serving.chat.conversation import ChatCandidate, ChatReply, Conversation, Settings
 from serving.chat.questions import EXAMPLES, arena_questions
@@ -184,12 +185,6 @@ def test_a_failure_in_the_arena_names_nobody() -> None:
     assert "does not count" in told
 
 
-def test_a_session_id_is_random_or_kept() -> None:
-    assert session_id("ab" * 16) == "ab" * 16
-    for nonsense in (None, 3, "x", "../../etc", {"a": 1}, "AB" * 16):
-        assert re.fullmatch(r"[0-9a-f]{32}", session_id(nonsense))
-
-
 # --- the command ---
 
 
@@ -217,6 +212,7 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
         (["--questions", "/nowhere.jsonl"], "cannot be read"),
         (["--auth"], "user:password"),
         (["--port", "99999"], "99999"),
+        (["--base-url", "http://h/v1", "--allowed-host", "http://a.b"], "without scheme, port and path"),
         (["--engine", "tgi"], "tgi"),
     ],
 )
@@ -303,6 +299,71 @@ def test_nothing_without_the_login(page: str) -> None:
             assert answer.status_code == 401
             assert "WWW-Authenticate" in answer.headers
     assert httpx.get(page, headers=LOGIN, trust_env=False).status_code == 200
+
+
+def test_the_page_answers_to_its_own_names_and_pages(page: str) -> None:
+    for headers, expected in (
+        ({"Host": "evil.lan"}, 403),
+        ({"Host": page.removeprefix("http://"), "Origin": "http://evil.lan:8500"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": page}, 200),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}, 403),
+    ):
+        for path in ("/", "/config"):
+            answer = httpx.get(page + path, headers={**LOGIN, **headers}, trust_env=False)
+            assert (headers, answer.status_code) == (headers, expected)
+    assert httpx.get(page, headers={"Host": "evil.lan"}, trust_env=False).status_code == 403  # before the login
+
+
+def test_a_header_without_an_end_is_refused(page: str) -> None:
+    host, port = page.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 70_000)
+        assert connection.recv(100).startswith(b"HTTP/1.1 431 ")
+
+
+def test_a_browser_gets_one_cookie_that_no_script_reads(page: str) -> None:
+    with httpx.Client(base_url=page, headers=LOGIN, trust_env=False) as client:
+        cookie = client.get("/").headers["set-cookie"]
+        assert {"HttpOnly", "SameSite=Lax", "Path=/"} <= {part.strip() for part in cookie.split(";")}
+        assert "set-cookie" not in client.get("/").headers
+        client.cookies.clear()
+        name, _, value = cookie.partition(";")[0].partition("=")
+        forged = client.get("/", headers={"Cookie": f"{name}={'0' * 32}.{value.partition('.')[2]}"})
+        assert "set-cookie" in forged.headers
+
+
+def ask_in_the_arena(client: httpx.Client, config: dict[str, Any]) -> str:
+    """One question by a new page, and everything that the page is told."""
+    ids = {component["id"]: component["props"].get("elem_id") for component in config["components"]}
+    number = next(
+        event["id"]
+        for event in config["dependencies"]
+        if any(ids.get(target[0]) == "arena-send" and target[1] == "click" for target in event["targets"])
+    )
+    session = uuid.uuid4().hex
+    body = {"data": ["hi", None], "fn_index": number, "session_hash": session, "event_data": None}
+    client.post("/gradio_api/queue/join", json=body).raise_for_status()
+    told = ""
+    with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": session}) as answer:
+        for line in answer.iter_lines():
+            told += line
+            if '"process_completed"' in line:
+                return told
+    return told
+
+
+def test_new_pages_and_new_cookies_are_no_new_allowance(page: str) -> None:
+    """45 of 45 questions of one address were let in, each with a session number of its own."""
+    admitted = 0
+    with httpx.Client(base_url=page, headers=LOGIN, trust_env=False, timeout=30) as client:
+        config = client.get("/config").json()
+        for number in range(45):
+            client.cookies.clear()
+            forwarded = {"X-Forwarded-For": f"10.0.0.{number}"}
+            client.headers.update(forwarded)
+            admitted += "questions a minute" not in ask_in_the_arena(client, config)
+    assert admitted == 30
 
 
 @pytest.mark.parametrize(

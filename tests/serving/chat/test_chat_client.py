@@ -2,17 +2,21 @@
 
 import asyncio
 import json
+import re
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
+from fake_upstream import Served
+from raw_upstream import STREAM, chunk, raw_upstream
 
 from almost_eval.errors import InputError
-from serving.chat.client import Abilities, Address, Delta, End, Endpoint, EndpointError
+from serving.chat.client import Abilities, Address, Delta, Draft, End, Endpoint, EndpointError
 from serving.chat.conversation import ChatCandidate, ChatReply, Conversation, Settings
 from serving.chat.scripted import Script, ScriptedEndpoint
 from serving.chat.session import ChatSystem, RateLimit, Step, draw
+from serving.chat.visitors import Visitors
 
 ASK = [{"role": "user", "content": "hello"}]
 
@@ -22,7 +26,7 @@ def run(ask: Callable[[], Awaitable[Any]]) -> Any:
 
 
 def answered(endpoint: Endpoint, settings: Settings = Settings()) -> tuple[str, End]:  # noqa: B008
-    async def ask() -> list[Delta | End]:
+    async def ask() -> list[Draft | Delta | End]:
         return [event async for event in endpoint.stream("scripted", ASK, settings)]
 
     *deltas, end = run(ask)
@@ -75,11 +79,11 @@ def test_a_plain_endpoint_has_no_rewards_and_a_gateway_has() -> None:
 
 def test_the_toolkits_own_gateway_is_recognised() -> None:
     from serving.chat.client import _read_abilities
-    from serving.gateway.schema import openapi
+    from serving.gateway.openapi import openapi
     from serving.gateway.settings import GatewaySettings
 
     settings = GatewaySettings(policy_url="http://h", reward_url="http://r", max_best_of=12, api_key=None)
-    assert _read_abilities(("m",), openapi(settings)) == Abilities(("m",), True, 12)
+    assert _read_abilities(("m",), openapi(settings)) == Abilities(("m",), True, 12, True)
 
 
 # --- answers ---
@@ -113,6 +117,70 @@ def test_best_of_returns_every_candidate_with_its_reward() -> None:
     )
     assert server.requests[0]["best_of"] == 3
     assert server.requests[0]["almost_candidates"] is True
+
+
+def test_line_separators_in_an_answer_end_no_line() -> None:
+    """U+2028, U+2029 and U+0085 as they are, not escaped: JSON may hold them so."""
+    texts = ("before\u2028after. ", "nel\u0085next. ", "para\u2029graph.\x1e")
+    events = [{"choices": [{"index": 0, "delta": {"content": text}}]} for text in texts]
+    garbage = "".join(f"data: {json.dumps(event, ensure_ascii=False)}\n\n" for event in events)
+    with ScriptedEndpoint(Script((), garbage=garbage.replace("\\u001e", "\\u001e"))) as server:
+        assert answered(Endpoint(server.url))[0] == "".join(texts)
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\r", "\n"])
+def test_halves_of_a_character_and_every_kind_of_line_end(end: str) -> None:
+    events = [
+        json.dumps({"choices": [{"index": 0, "delta": {"content": half}}]}) for half in ("a\ud83d", "\ude00b\ud800")
+    ]
+    garbage = "".join(f"data:{event}{end}{end}" for event in events)
+    with ScriptedEndpoint(Script((), garbage=garbage)) as server:
+        assert answered(Endpoint(server.url))[0] == "a😀b\ufffd"
+
+
+def test_an_event_without_an_end_is_given_up() -> None:
+    garbage = "data: " + "a" * (5 << 20)
+    with ScriptedEndpoint(Script((), garbage=garbage)) as server, pytest.raises(EndpointError, match="no OpenAI"):
+        answered(Endpoint(server.url))
+
+
+def test_a_list_of_models_without_an_end_is_given_up() -> None:
+    async def endless(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(300):
+            await send({"type": "http.response.body", "body": b" " * (1 << 20), "more_body": True})
+
+    with Served.of(endless) as served, pytest.raises(EndpointError, match="no OpenAI"):
+        run(Endpoint(f"{served.url}/v1").abilities)
+
+
+def test_the_best_so_far_is_shown_before_the_best() -> None:
+    """Of the toolkit's own gateway: candidate 0 grows, 1 is scored first, 0 is the best in the end."""
+
+    def parts(fields: dict[str, Any]) -> Iterator[bytes]:
+        yield STREAM + chunk(0, {"content": " Slow"})
+        time.sleep(0.3)
+        yield chunk(1, {"content": "one"}, "stop")
+        time.sleep(0.3)
+        yield chunk(0, {"content": " and long"}, "stop") + b"data: [DONE]\n\n"
+
+    async def ask(url: str) -> list[Step]:
+        system = ChatSystem("s", Endpoint(f"{url}/v1"), "m")
+        return [step async for step in draw(system, ASK, Settings(best_of=2), asyncio.Event())]
+
+    from serving.gateway.app import GatewaySettings, create_app
+
+    with raw_upstream(parts) as url:
+        settings = GatewaySettings(policy_url=url, reward_url=url, api_key=None)
+        with Served.of(create_app(settings)) as served:
+            steps = asyncio.run(ask(served.url))
+    texts = list(dict.fromkeys(step.reply.text for step in steps))
+    assert texts[:2] == ["Slow", "one"]
+    assert texts[-1] == "Slow and long"
+    last = steps[-1]
+    assert (last.done, last.error, last.reply.reward) == (True, None, 13.0)
+    assert [(one.text, one.chosen) for one in last.reply.candidates] == [("Slow and long", True), ("one", False)]
 
 
 def test_leaving_a_stream_ends_it_upstream() -> None:
@@ -290,6 +358,35 @@ def test_settings_from_the_browser_stay_in_range() -> None:
 
 def test_the_rate_limit_is_each_visitors_own() -> None:
     limit = RateLimit(2)
-    asked: Sequence[bool] = [limit.admits("a", now) for now in (0.0, 1.0, 2.0, 59.0, 60.5)]
+    asked: Sequence[bool] = [limit.admits("a", "1.1.1.1", now) for now in (0.0, 1.0, 2.0, 59.0, 60.5)]
     assert list(asked) == [True, True, False, False, True]
-    assert limit.admits("b", 2.0)
+    assert limit.admits("b", "2.2.2.2", 2.0)
+
+
+def test_a_new_visitor_of_the_same_address_is_no_new_allowance() -> None:
+    limit = RateLimit(2)
+    assert [limit.admits(visitor, "1.1.1.1", 0.0) for visitor in "abc"] == [True, True, False]
+    shared = RateLimit(2, 3)  # a school, behind one address
+    assert [shared.admits(visitor, "1.1.1.1", 0.0) for visitor in "aaabb"] == [True, True, False, True, False]
+
+
+def test_a_visitor_is_who_has_the_cookie_and_of_the_others_an_address() -> None:
+    visitors = Visitors(7860)
+    cookie = visitors.cookie().partition(";")[0]
+    own = visitors.asker("page", cookie, "1.1.1.1")
+    assert own == visitors.asker("page", f"a=b; {cookie}", "1.1.1.1")
+    assert re.fullmatch("[0-9a-f]{32}", own.visitor)
+    name, _, value = cookie.partition("=")
+    assert name == "almost_visitor_7860"
+    forged = [
+        f"{name}={'f' * 32}.{value.partition('.')[2]}",
+        f"{name}={'f' * 32}",
+        f"{name}=",
+        "a\x00=;;=",
+        Visitors(7860).cookie(),
+    ]
+    nobody = {visitors.asker(page, sent, "1.1.1.1").visitor for page in "ab" for sent in forged}
+    assert len(nobody) == 1
+    assert nobody.isdisjoint({own.visitor, visitors.asker("a", "", "2.2.2.2").visitor})
+    assert visitors.asker("a", "", "2001:db8:1:2::3").address == visitors.asker("a", "", "2001:db8:1:2:9::").address
+    assert visitors.asker("a", "", "::ffff:1.1.1.1").address == own.address

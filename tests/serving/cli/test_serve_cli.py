@@ -144,7 +144,9 @@ def test_dry_run_prints_the_command_and_no_key(serve: Callable[..., Outcome], mo
     assert shown.out.endswith("-tp 2\n")
     assert 'VLLM_API_KEY="$ALMOST_API_KEY"' in shown.out
     assert f"ALMOST_DEFAULT_STOP='{json.dumps(['a b'])}'" in shown.out
-    everything = serve("all", "--port", 0, "--dry-run", "--policy-options", "--max-model-len 512")
+    door = ("--allowed-host", "a.example.org", "--allowed-host", "b.example.org", "--open-metrics")
+    everything = serve("all", "--port", 0, "--dry-run", "--policy-options", "--max-model-len 512", *door)
+    assert everything.out.rstrip().endswith(" ".join(door))
     policy, reward, gateway = everything.out.splitlines()
     assert policy.endswith("--max-model-len 512")
     assert "--runner pooling" in reward

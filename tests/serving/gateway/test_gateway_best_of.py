@@ -16,6 +16,7 @@ from almost_eval.errors import InputError
 from almost_eval.nano.seeded import train_tokenizer
 from almost_eval.types import Message
 from serving.gateway.app import GatewaySettings, create_app
+from serving.gateway.candidates import independent_seed
 from serving.gateway.render import renderer_of
 from serving.vllm.launch import VLLMServer
 
@@ -54,6 +55,7 @@ def test_the_best_is_returned(client: httpx.Client, fake: FakeUpstream) -> None:
         "chosen": [6],
         "unscored": [],
         "fallback": None,
+        "note": None,
     }
     (choice,) = found["choices"]
     assert (choice["index"], choice["message"]["content"], choice["finish_reason"]) == (0, " answer 6", "stop")
@@ -259,7 +261,7 @@ def test_a_seed_gives_the_same_candidates(real: httpx.Client) -> None:
     one, other = (real.post(CHAT, json=body).json() for _ in range(2))
     assert one["almost"] == other["almost"]
     assert one["choices"] == other["choices"]
-    plain = real.post(CHAT, json={"messages": OTTER, "n": 4, "seed": 3, "max_tokens": 12}).json()
+    plain = real.post(CHAT, json={"messages": OTTER, "n": 4, "seed": independent_seed(3), "max_tokens": 12}).json()
     drawn = [choice["message"]["content"] for choice in plain["choices"]]
     assert [candidate["text"] for candidate in one["almost"]["candidates"]] == drawn
 

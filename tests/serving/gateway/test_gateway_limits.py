@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +17,10 @@ import pytest
 from fake_upstream import FakeUpstream, Served
 
 from almost_eval.errors import InputError
+from serving.chat.client import Abilities, _read_abilities
+from serving.door.keys import KeyGuard
 from serving.gateway.app import GatewaySettings, create_app
-from serving.gateway.limits import KeyGuard
+from serving.gateway.candidates import independent_seed
 
 HELLO = [{"role": "user", "content": "hello"}]
 CHAT = "/v1/chat/completions"
@@ -121,6 +124,31 @@ def test_a_refused_key_of_ours_is_no_fault_of_the_client() -> None:
         assert "refuses the gateway's key" in answer.text
 
 
+def test_the_gateway_answers_to_its_own_names_and_pages(gateway: Gateway, fake: FakeUpstream) -> None:
+    client = gateway()
+    body = {"messages": HELLO}
+    for headers, expected in (
+        ({}, 200),
+        ({"Host": "evil.lan"}, 403),
+        ({"Origin": "http://evil.lan"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": str(client.base_url)}, 200),
+    ):
+        answer = client.post(CHAT, json=body, headers=headers)
+        assert (headers, answer.status_code) == (headers, expected)
+    assert len(fake.seen) == 2
+    assert client.get("/health", headers={"Host": "evil.lan"}).status_code == 200
+    assert client.get("/v1/models", headers={"Host": "evil.lan"}).status_code == 403
+    assert gateway(allowed_hosts=("evil.lan",)).get("/v1/models", headers={"Host": "evil.lan"}).status_code == 200
+
+
+def test_open_metrics(gateway: Gateway) -> None:
+    client = gateway(api_key="k", open_metrics=True)
+    assert "almost_gateway_requests_total" in client.get("/metrics").text
+    assert client.get("/v1/models").status_code == 401
+    assert client.get("/v1/models", headers={"x-api-key": "k"}).status_code == 200
+
+
 # --- what may be asked ---
 
 
@@ -186,6 +214,22 @@ def test_only_its_own_paths(gateway: Gateway, fake: FakeUpstream, path: str) -> 
     assert fake.seen == []
 
 
+def test_models_are_listed_by_name(gateway: Gateway) -> None:
+    answer = gateway().get("/v1/models")
+    assert answer.json()["data"] == [{"id": "fake", "object": "model", "root": "fake"}]
+
+
+def test_without_a_reward_server_nothing_that_needs_one_is_offered(gateway: Gateway) -> None:
+    client = gateway(reward_url=None)
+    document = client.get("/openapi.json")
+    for word in ("best_of", "/v1/rewards", "almost_", "Almost", "Reward", "best-of"):
+        assert word not in document.text.replace("almost_gateway", "")
+    assert _read_abilities(("m",), document.json()) == Abilities(("m",), False, 1)
+    assert "/v1/rewards" not in client.get("/nowhere").text
+    whole = gateway().get("/openapi.json").json()
+    assert _read_abilities(("m",), whole) == Abilities(("m",), True, 16, True)
+
+
 def test_wrong_method(gateway: Gateway) -> None:
     answer = gateway().get(CHAT)
     assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
@@ -198,7 +242,7 @@ def test_unknown_fields_reach_the_policy(gateway: Gateway, fake: FakeUpstream) -
     client.post(CHAT, json={"messages": HELLO, **more})
     client.post(CHAT, json={"messages": HELLO, "best_of": 3, "stream": True, "stream_options": {}, **more})
     assert fake.seen[0][2] == {"messages": HELLO, **more}
-    assert fake.seen[1][2] == {"messages": HELLO, "n": 3, **more}
+    assert fake.seen[1][2] == {"messages": HELLO, "n": 3, **more, "seed": independent_seed(1)}
 
 
 # --- how much, how long ---
@@ -234,6 +278,56 @@ def test_concurrency_and_client_that_leaves(gateway: Gateway, fake: FakeUpstream
     metrics = client.get("/metrics").text
     assert "almost_gateway_disconnects_total 2.0" in metrics
     assert "almost_gateway_running 0.0" in metrics
+
+
+def test_silent_bodies_hold_no_slot_and_end(gateway: Gateway, fake: FakeUpstream) -> None:
+    client = gateway(max_concurrent=2, body_timeout_s=0.6)
+    address = (client.base_url.host, client.base_url.port)
+    head = b"POST /v1/rewards HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    head += b"Content-Length: 100\r\n\r\n{"
+    with ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_connection(address, timeout=10)) for _ in range(20)]
+        for connection in silent:
+            connection.sendall(head)
+        time.sleep(0.2)
+        assert client.post(CHAT, json={"messages": HELLO}).status_code == 200
+        for connection in silent:
+            with connection.makefile("rb") as answer:
+                told = answer.read()  # to the end: the connection closes
+            assert told.startswith(b"HTTP/1.1 408 ")
+            assert json.loads(told.partition(b"\r\n\r\n")[2])["error"]["code"] == "request_timeout"
+
+
+@pytest.mark.parametrize(
+    ("body", "sequences"),
+    [
+        ({"prompt": ["x"] * 1024, "n": 16}, 16384),
+        ({"prompt": ["x"] * 5, "n": 4}, 20),
+        ({"prompt": [[1, 2]] * 17}, 17),
+        ({"prompt": "x", "prompt_embeds": ["eA=="] * 16}, 17),
+        ({"prompt": ["x"] * 16}, None),
+        ({"prompt": list(range(100)), "n": 16}, None),  # token ids of one prompt
+        ({"prompt": [], "n": 16}, None),
+    ],
+)
+def test_answers_of_one_request_are_bounded(
+    gateway: Gateway, fake: FakeUpstream, body: dict[str, Any], sequences: int | None
+) -> None:
+    answer = gateway(max_sequences=16).post("/v1/completions", json=body)
+    if sequences is None:
+        assert error_of(answer)["code"] == "policy_failed"  # it was passed on, and the fake has no such path
+        return
+    assert (answer.status_code, error_of(answer)["code"]) == (400, "too_many_sequences")
+    assert f"are {sequences} answers" in answer.text
+    assert fake.seen == []
+
+
+def test_candidates_are_answers_too(gateway: Gateway, fake: FakeUpstream) -> None:
+    client = gateway(max_sequences=3)
+    for body in ({"best_of": 4}, {"n": 4}, {"best_of": 4, "n": 2}):
+        answer = client.post(CHAT, json={"messages": HELLO, **body})
+        assert (answer.status_code, error_of(answer)["code"]) == (400, "too_many_sequences")
+    assert client.post(CHAT, json={"messages": HELLO, "best_of": 3}).status_code == 200
 
 
 def test_time_out(gateway: Gateway, fake: FakeUpstream) -> None:

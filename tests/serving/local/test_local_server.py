@@ -211,7 +211,7 @@ def test_a_client_that_leaves_ends_its_generation(stream: bool) -> None:
     def at_work() -> bool:
         return any(thread.name == "generate" for thread in threading.enumerate())
 
-    server = LocalServer.load(LocalModels(("nano/seeded",)))  # goes on until the limit
+    server = LocalServer.load(LocalModels({"nano/seeded": "nano/seeded"}))  # goes on until the limit
     body = {"messages": ASK, "max_tokens": 1500, "n": 4, "stream": stream}
     with Served.of(server.app("k")) as served:
         headers = {"Authorization": "Bearer k"}

@@ -222,6 +222,51 @@ def test_a_signal_during_a_stream_ends_the_whole_tree(children: list[subprocess.
     stream.close()
 
 
+EVERYWHERE = (
+    "/invocations /classify /pooling /score /rerank /tokenize /detokenize /metrics /docs /redoc /openapi.json /load "
+    "/version /ping /scale_elastic_ep /is_scaling_elastic_ep /v1/models /v1/chat/completions /v1/messages"
+).split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["policy", "reward"])
+def test_every_path_needs_the_key(kind: str) -> None:
+    """VLLM itself asks for it below /v1 alone."""
+
+    def ask(path: str, method: str, **headers: str) -> tuple[int, bytes]:
+        body = b"{}" if method == "POST" else None
+        headers = {"Content-Type": "application/json", **{name.replace("_", "-"): v for name, v in headers.items()}}
+        request = urllib.request.Request(server.url + path, body, headers, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read()
+
+    name = "nano/almost" if kind == "policy" else "nano/reward"
+    with VLLMServer(kind, name, api_key="sk-secret", allowed_hosts=("good.lan",)) as server:
+        server.wait_ready(timeout_s=300)
+        listed = {
+            "/health",
+            *EVERYWHERE,
+            *json.loads(ask("/openapi.json", "GET", Authorization="Bearer sk-secret")[1])["paths"],
+        }
+        for path in sorted(listed - {"/health"}):
+            for method in ("GET", "POST", "OPTIONS"):
+                assert (path, method, ask(path, method)[0]) == (path, method, 401)
+        assert ask("/health", "GET")[0] == 200
+        key = "sk-secret"
+        for headers in ({"Authorization": f"Bearer {key}"}, {"x_api_key": key}):
+            status, models = ask("/v1/models", "GET", **headers)
+            assert (status, json.loads(models)["data"][0]["root"]) == (200, name)
+            assert b"/checkpoints/" not in models
+        assert ask("/v1/models", "GET", x_api_key=key, Host="evil.lan")[0] == 403
+        assert ask("/v1/models", "GET", x_api_key=key, Origin="http://evil.lan")[0] == 403
+        assert ask("/v1/models", "GET", x_api_key=key, Host="good.lan")[0] == 200
+        assert ask("/v1/models", "GET", x_api_key=key, Big="a" * 70_000)[0] == 431
+
+
 @pytest.mark.slow
 def test_all_ends_when_the_policy_does(children: list[subprocess.Popen[str]]) -> None:
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

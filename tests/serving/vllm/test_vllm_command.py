@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from almost_eval.errors import InputError, ModelError, TemplateError
 from almost_eval.models import loading
@@ -18,7 +18,7 @@ from almost_eval.models.chat import encode_text, load_template, special_tokens
 from almost_eval.models.stops import STOP_STRINGS
 from almost_eval.nano import shipped
 from almost_eval.types import Message
-from serving.models import available_memory, find_model
+from serving.models import TokenizerFiles, available_memory, find_model
 from serving.vllm.command import GIB, VLLMCommand, option_value, set_options, vllm_command
 
 CONVERSATION = (Message("user", "What does the otter eat?"), Message("assistant", "Insects."))
@@ -82,7 +82,8 @@ def test_a_reward_model_gives_raw_logits() -> None:
     made = command("reward", cpu=False)
     assert value(made, "runner") == "pooling"
     assert json.loads(value(made, "pooler-config") or "") == {"use_activation": False}
-    assert "--middleware" not in made.arguments
+    assert value(made, "middleware") == "serving.vllm.front.Front"  # alone: no stop strings
+    assert made.arguments.count("--middleware") == 1
 
 
 @pytest.mark.parametrize(
@@ -159,8 +160,18 @@ def test_names_and_values_of_options() -> None:
 
 def test_the_stop_strings_go_to_the_middleware() -> None:
     made = command()
-    assert value(made, "middleware") == "serving.vllm.middleware.DefaultStop"
+    middlewares = [made.arguments[i + 1] for i, token in enumerate(made.arguments) if token == "--middleware"]
+    assert middlewares == ["serving.vllm.middleware.DefaultStop", "serving.vllm.front.Front"]  # the last is outermost
     assert json.loads(made.environment["ALMOST_DEFAULT_STOP"]) == list(STOP_STRINGS["almost"])
+
+
+def test_every_server_has_the_door() -> None:
+    for kind in ("policy", "reward"):
+        made = command(kind, allowed_hosts=("Chat.Example.org",), open_metrics=True)
+        settings = {"host": "127.0.0.1", "allowed_hosts": ["chat.example.org"], "open_metrics": True}
+        assert json.loads(made.environment["ALMOST_FRONT"]) == settings
+    with pytest.raises(InputError, match="without scheme"):
+        command(allowed_hosts=("http://a.b",))
 
 
 def test_the_command_is_shown_for_a_shell_and_never_with_a_key() -> None:
@@ -274,3 +285,18 @@ def test_bos_is_written_where_the_tokenizer_would_add_it(
     assert served[0] == bpe_tokenizer.bos_token_id
     text = template.render(CONVERSATION, special_tokens=special_tokens(bpe_tokenizer))
     assert served == encode_text(bpe_tokenizer, text)
+
+
+@pytest.mark.parametrize("lists_added_tokens", [True, False])
+def test_special_tokens_that_contradict_are_those_of_transformers(tmp_path: Path, lists_added_tokens: bool) -> None:
+    """A map beside the config counts where the config lists no added tokens."""
+    folder = shutil.copytree(shipped("nano/almost"), tmp_path / "model")
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "\n\nHuman:"}))
+    if lists_added_tokens:
+        token = {"content": "\n\n-----", "special": True}
+        token |= dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | {"added_tokens_decoder": {"1": token}}))
+    eos = AutoTokenizer.from_pretrained(str(folder)).eos_token
+    assert eos == ("\n\n-----" if lists_added_tokens else "\n\nHuman:")
+    assert TokenizerFiles(folder).special_tokens_map["eos_token"] == eos

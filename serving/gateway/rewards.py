@@ -1,0 +1,136 @@
+"""Scores conversations with the reward server, and answers /v1/rewards.
+
+The reward of a conversation is the raw logit that `almost_eval.rewards.hf.HFRewardModel` gives for it: the reward
+server renders it with its own chat template, no generation prompt, and reads the last token.
+
+All conversations go to the reward server in one request where the gateway knows the reward model's template (`render`).
+Else, or where that request is refused because one of them is too long, each has a request of its own, all at the same
+time. A conversation that the server then refuses is unscored, with the server's reason.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from dataclasses import dataclass
+from time import perf_counter
+
+from almost_eval.types import JSONObject
+from serving.gateway.errors import refusal, upstream_words
+from serving.gateway.metrics import Metrics
+from serving.gateway.render import Renderer
+from serving.gateway.schema import RewardRequest
+from serving.gateway.streaming import ReplyWriter
+from serving.gateway.upstream import Upstream
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What the reward server said of one conversation."""
+
+    reward: float | None
+    """Raw logit; None where there is none."""
+    reason: str | None = None
+    """Why there is none, though the server works."""
+    model: str | None = None
+
+
+class Rewards:
+    """Scores conversations over HTTP.
+
+    Args:
+        upstream: vLLM's pooling server.
+        timeout_s: for all conversations of one call.
+        metrics: where the time is counted.
+        render: writes conversations as that server would; None leaves them to it.
+    """
+
+    def __init__(self, upstream: Upstream, timeout_s: float, metrics: Metrics, render: Renderer | None = None) -> None:
+        self.upstream = upstream
+        self._timeout_s = timeout_s
+        self._metrics = metrics
+        self._render = render
+
+    async def score(self, conversations: list[list[JSONObject]], model: str | None = None) -> list[Scored]:
+        """One result for each, in order.
+
+        Raises:
+            HTTPException: 503: the server is down or fails; 504: it is too slow; 404: it serves no such model.
+        """
+        began = perf_counter()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                scored = await self._together(conversations, model) or await self._apart(conversations, model)
+        except TimeoutError:
+            message = f"the reward server gave no answer within {self._timeout_s:g} s"
+            raise refusal(504, message, "reward_timeout") from None
+        self._metrics.reward_seconds.observe(perf_counter() - began)
+        return scored
+
+    async def _together(self, conversations: list[list[JSONObject]], model: str | None) -> list[Scored] | None:
+        """All in one request; None where the server has to render one, or refuses one."""
+        fields = self._render.fields(conversations) if self._render else None
+        if fields is None:
+            return None
+        scored = await self._classify(fields, model, len(conversations))
+        return None if isinstance(scored, str) else scored
+
+    async def _apart(self, conversations: list[list[JSONObject]], model: str | None) -> list[Scored]:
+        """Each in a request of its own, so that one that is refused takes no other with it."""
+
+        async def one(messages: list[JSONObject]) -> Scored:
+            fields = self._render.fields([messages]) if self._render else None
+            if fields is None:
+                fields = {"messages": messages, "add_generation_prompt": False}
+                if self._render and self._render.framed:
+                    fields["add_special_tokens"] = True
+            scored = await self._classify(fields, model, 1)
+            return Scored(None, scored) if isinstance(scored, str) else scored[0]
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(messages)) for messages in conversations]
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+    async def _classify(self, fields: JSONObject, model: str | None, count: int) -> list[Scored] | str:
+        """`count` results, or the words in which the server refuses the request."""
+        if model is not None:
+            fields["model"] = model
+        async with self.upstream.request("POST", "/classify", json.dumps(fields).encode()) as response:
+            body = await response.read()
+            if response.status == 404 and model is not None:
+                raise refusal(404, upstream_words(body), "model_not_found", param="model")
+            if response.status != 200:
+                return upstream_words(body)
+        answer = self.upstream.parsed(body)
+        try:
+            entries = sorted(answer["data"], key=lambda entry: entry["index"])
+            rewards = [float(value) for entry in entries for value in entry["probs"]]
+            served = str(answer["model"])
+        except (LookupError, TypeError, ValueError):
+            rewards = []
+        if len(rewards) != count:
+            raise self.upstream.malformed("one number for each conversation: it must serve a reward model")
+        return [
+            Scored(reward, None, served) if math.isfinite(reward) else Scored(None, "the reward is not finite")
+            for reward in rewards
+        ]
+
+
+async def answer_rewards(rewards: Rewards, request: RewardRequest, reply: ReplyWriter) -> None:
+    """Answer a request to /v1/rewards: all conversations, or none.
+
+    Raises:
+        HTTPException: 400: a conversation cannot be scored, being too long or of unknown roles; or see `Rewards.score`.
+    """
+    conversations = [[message.model_dump() for message in messages] for messages in request.conversations]
+    scored = await rewards.score(conversations, request.model)
+    for i, one in enumerate(scored):
+        if one.reward is None:
+            message = f"conversation {i} cannot be scored: {one.reason}"
+            raise refusal(400, message, "nothing_scored", param=f"conversations.{i}")
+    rows = {"object": "list", "model": scored[0].model, "rewards": [one.reward for one in scored]}
+    await reply.whole(200, json.dumps(rows).encode())

@@ -1,0 +1,102 @@
+"""Files of a checkpoint that are damaged or contradict each other: the file is named, before a weight is read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from almost_eval.engines.base import SamplingParams
+from almost_eval.engines.hf import HFEngine
+from almost_eval.errors import ModelError
+from almost_eval.nano import shipped
+
+PROMPT = "\n\nHuman: How big is a panther?\n\nAssistant:"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return shutil.copytree(shipped("nano/almost"), tmp_path / "model")
+
+
+def _change(file: Path, **values: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text() if file.exists() else "{}") | values))
+
+
+def _cut(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes(b"{")
+
+
+def _list(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text("[]")
+
+
+def _eos(name: str) -> Callable[[Path], object]:
+    return lambda folder: _change(folder / name, eos_token_id="</s>")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (_cut("tokenizer_config.json"), r"tokenizer_config\.json cannot be read"),
+        (_list("tokenizer_config.json"), r"tokenizer_config\.json cannot be read .*no JSON object"),
+        (_cut("tokenizer.json"), r"tokenizer\.json"),
+        (lambda f: (f / "chat_template.jinja").write_bytes(b"\xff\xfe{{"), r"chat_template\.jinja cannot be read"),
+        (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer that transformers can read .*one of: "),
+        (_cut("generation_config.json"), r"generation_config\.json is no JSON object"),
+        (_list("generation_config.json"), r"generation_config\.json is no JSON object"),
+        (_eos("generation_config.json"), r"generation_config\.json states eos_token_id: '</s>'"),
+        (_eos("config.json"), r"config\.json is no valid config: .*'eos_token_id'"),
+        (lambda f: _change(f / "config.json", max_position_embeddings=None), r"config\.json is no valid config"),
+        (lambda f: _change(f / "config.json", pad_token_id=9999), r"states pad_token_id: 9999, and the model has 1114"),
+        (lambda f: _change(f / "config.json", tie_word_embeddings=False), 'lacks "tie_word_embeddings": true'),
+        (lambda f: _change(f / "tokenizer_config.json", eos_token="</none>"), "'</none>' with the id .* has .* rows"),
+        (lambda f: _change(f / "special_tokens_map.json", eos_token="</none>"), "'</none>' with the id"),
+    ],
+)
+def test_the_file_at_fault_is_named(folder: Path, damage: Callable[[Path], object], words: str) -> None:
+    damage(folder)
+    with pytest.raises(ModelError, match=words) as refused:
+        HFEngine(str(folder))
+    assert "\n" not in str(refused.value)
+
+
+def _shards(folder: Path) -> Path:
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    places = {name: f"model-0000{1 + (at > 4)}-of-00002.safetensors" for at, name in enumerate(names)}
+    for shard in set(places.values()):
+        mine = {name: weights[name] for name in names if places[name] == shard}
+        save_file(mine, folder / shard, metadata={"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return index
+
+
+def test_an_index_that_is_gone_or_incomplete_is_told(folder: Path) -> None:
+    index = _shards(folder)
+    whole = json.loads(index.read_text())
+    assert HFEngine(str(folder)).generate([PROMPT], SamplingParams(max_new_tokens=3))
+    index.write_text(json.dumps({"weight_map": whole["weight_map"]}))
+    with pytest.raises(ModelError, match='it lacks "metadata"'):
+        HFEngine(str(folder))
+    index.unlink()
+    with pytest.raises(ModelError, match=r"holds model-00001-of-00002\.safetensors but no model\.safetensors\.index"):
+        HFEngine(str(folder))
+    index.write_text(json.dumps(whole))
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"lacks 1 of 2 weight files, first model-00002-of-00002\.safetensors"):
+        HFEngine(str(folder))
+
+
+def test_a_list_of_ends_with_ids_that_are_none_ends_an_answer(folder: Path) -> None:
+    """-1 and an id beyond the vocabulary are passed over; the token that the model writes second is an end."""
+    written = HFEngine(str(folder)).generate([PROMPT], SamplingParams(max_new_tokens=4))[0][0].token_ids
+    _change(folder / "generation_config.json", eos_token_id=[-1, written[1], 99_999])
+    [[ended]] = HFEngine(str(folder)).generate([PROMPT], SamplingParams(max_new_tokens=4))
+    assert (ended.token_ids, ended.finish_reason) == (written[:1], "stop")
