@@ -196,7 +196,8 @@ def _lm_eval(load: Callable[[], Any], task: str, data_root: Path, limit: int | N
         prefix = f"{name.removeprefix('truthfulqa_')}/" if task == "truthfulqa" else f"{name.removeprefix('mmlu_')}/"
         for sample in samples:
             scored[f"{prefix}{sample['doc_id']}"] = [float(r[0][0]) for r in sample["resps"]]
-    return {"load": loaded - started, "score": done - loaded, "scored": scored}
+    metrics = {name: {k: v for k, v in r.items() if k.startswith("acc")} for name, r in out["results"].items()}
+    return {"load": loaded - started, "score": done - loaded, "scored": scored, "metrics": metrics}
 
 
 def plain_hhh(task: str, model: Path, data_root: Path, limit: int | None, _: int, dtype: str) -> dict[str, Any]:
@@ -371,6 +372,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--batch", type=int, default=0, help="lm-eval's batch size; found by trial by default")
     parser.add_argument("--engine", default="hf", choices=("hf", "vllm"), help="vllm: truthfulqa and mmlu only")
+    parser.add_argument(
+        "--agreement", type=int, help="samples of each task for lm-eval's float32 run in half precision; as --limit"
+    )
     parser.add_argument("--peers", default=",".join(_HHH_BATCH), help="the HHH loops to compare with; all by default")
     for hidden in ("--side", "--task"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
@@ -418,10 +422,14 @@ def compare(given: argparse.Namespace) -> None:
                     f"ours {statistics.median(m[what] for m in mine):.1f}, "
                     f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
                 )
-        if given.dtype != "float32" and "lm_eval" in peers:
-            truth = measure("lm_eval", task, given, model, limit=given.limit, batch=given.batch or 4, dtype="float32")
+        for name, theirs in peers.items():
+            if "metrics" in theirs[0]:
+                print(f"  {name}'s own figures: {json.dumps(theirs[0]['metrics'])}")
+        if given.dtype != "float32" and "lm_eval" in peers and given.agreement != 0:
+            limit = given.agreement or given.limit
+            truth = measure("lm_eval", task, given, model, limit=limit, batch=given.batch or 4, dtype="float32")
             for name, one in (("ours", mine[0]), ("lm_eval", peers["lm_eval"][0])):
-                changed = flips_by_metric(one["scored"], truth["scored"])
+                changed = flips_by_metric({key: one["scored"][key] for key in truth["scored"]}, truth["scored"])
                 print(f"  {name} in {given.dtype} against lm-eval in float32: {changed}")
         if rounding := mine[0]["report"].get("rounding"):
             print(f"  rounding: {json.dumps(rounding)}")

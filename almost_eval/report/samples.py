@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from almost_eval.files import read_rows
-from almost_eval.judge.questions import LATER
+from almost_eval.judge.questions import LATER, OTHERS
 from almost_eval.report.runs import Benchmark, LoadedRun, RunSet
 from almost_eval.run.prompt_log import SamplePrompts
 from almost_eval.tasks.registry import stated_by
@@ -213,15 +213,15 @@ class _JudgedTexts:
 
 
 def _answered(row: JSONObject) -> list[list[tuple[str, str | None]]]:
-    """(answer, thought that was stripped from it) of each turn of each choice of an answer's line.
+    """(answer, thought that was stripped from it) of each turn, of each choice of an answer's line."""
+    choices, about = row.get("choices") or [row], row.get("metadata") or {}
+    stated = [about, *about.get(OTHERS, [])]
+    return [_with_thoughts(_turns_of(one), stated[at] if at < len(stated) else {}) for at, one in enumerate(choices)]
 
-    Thoughts are kept of one choice alone: a model that writes its answers here writes one.
-    """
-    about = row.get("metadata") or {}
+
+def _with_thoughts(texts: list[str], about: JSONObject) -> list[tuple[str, str | None]]:
     thoughts = [about.get("reasoning"), *(later.get("reasoning") for later in about.get(LATER, []))]
-    choices = [_turns_of(choice) for choice in row.get("choices") or [row]]
-    own = thoughts if len(choices) == 1 else []
-    return [list(zip(texts, [*own, *[None] * len(texts)], strict=False)) for texts in choices]
+    return list(zip(texts, [*thoughts, *[None] * len(texts)], strict=False))
 
 
 def _turns_of(row: JSONObject) -> list[str]:
