@@ -75,7 +75,7 @@ class CheckpointRewardModel(HeldCheckpoint, ABC):
         chosen = template or load_template("auto", self.tokenizer)
         assert chosen is not None  # only `none` is
         self.template: ChatTemplate = chosen
-        self.framed = _is_framed(self.tokenizer)
+        self.framed = is_framed(self.tokenizer)
         """Whether the tokenizer puts a text between markers of its own, as encoders' do: `[CLS] ... [SEP]`."""
         own = context_length(self.checkpoint.config, self.tokenizer)
         if self.framed:
@@ -182,6 +182,7 @@ def refuse_wrong_head(checkpoint: Checkpoint, *, custom: bool) -> None:
         )
 
 
-def _is_framed(tokenizer: PreTrainedTokenizerBase) -> bool:
+def is_framed(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer sets a text between marks of its own (`[CLS] ... [SEP]`), as those of encoders do."""
     separator = tokenizer.special_tokens_map.get("sep_token")
     return separator is not None and list(tokenizer.encode("a"))[-1:] == [tokenizer.sep_token_id]

@@ -35,7 +35,6 @@ class LoraSettings:
 
     lora_rank: int = option(0, "Train a LoRA of this rank, the weights frozen; 0 trains the weights.", least=0)
     lora_alpha: float | None = option(None, "The LoRA counts alpha / rank times; twice the rank if not given.", above=0)
-    lora_dropout: float = option(0.0, "Of what goes into the LoRA (reward and SFT).", least=0, most=0.9)
     lora_targets: tuple[str, ...] = option((ALL,), "Linear layers it stands beside: all-linear, or q_proj, v_proj, ...")
     merge: bool = option(False, "Beside the adapter, save whole weights with it merged in.")
 
@@ -51,7 +50,7 @@ def check_lora(settings: LoraSettings, checkpoint: Checkpoint, what: str) -> Non
         refuse_adapter(checkpoint, f"a LoRA of {what}")
         return
     default = LoraSettings()
-    names = ("lora_alpha", "lora_dropout", "lora_targets", "merge")
+    names = ("lora_alpha", "lora_targets", "merge")
     if set_anyway := [name for name in names if getattr(settings, name) != getattr(default, name)]:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in set_anyway)
         raise InputError(f"{flags} without a rank; give --lora-rank, or leave it out")
@@ -65,7 +64,7 @@ def base_dtype(settings: LoraSettings, *, bf16: bool) -> torch.dtype:
 
 
 def add_lora(
-    model: nn.Module, settings: LoraSettings, base: Path, *, kind: str, seed: int, dropout: bool = True
+    model: nn.Module, settings: LoraSettings, base: Path, *, kind: str, seed: int, dropout: float = 0.0
 ) -> Any:
     """The model with a new adapter, everything else frozen. At first it changes nothing: half of it is zeros.
 
@@ -75,7 +74,7 @@ def add_lora(
         base: its folder, which the adapter's config names.
         kind: PEFT's task: `CAUSAL_LM`, `SEQ_CLS` (a score head is trained too, and saved whole), `FEATURE_EXTRACTION`.
         seed: of the half that is not zeros.
-        dropout: whether there is any.
+        dropout: share of what goes into the adapter that is set to 0 in training.
 
     Raises:
         InputError: the model has no such layers.
@@ -87,7 +86,7 @@ def add_lora(
         task_type=kind,
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha or 2 * settings.lora_rank,  # type: ignore[arg-type]  # PEFT takes numbers too
-        lora_dropout=settings.lora_dropout if dropout else 0.0,
+        lora_dropout=dropout,
         target_modules=targets,
     )
     try:

@@ -27,6 +27,7 @@ from almost_eval.models.chat import ChatTemplate, load_template
 from almost_eval.models.loading import pick_device
 from almost_eval.models.openings import Opening
 from almost_eval.progress import Progress
+from almost_eval.rewards.base import is_framed
 from almost_eval.run.trackers import Trackers
 from almost_eval.types import JSONObject
 from almost_train.common.config import option
@@ -62,6 +63,7 @@ class TrainSettings(LoraSettings):
     bf16: bool = option(False, "compute in bfloat16; the weights stay float32")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
     device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda", "mps"))
+    lora_dropout: float = option(0.0, "of what goes into the LoRA", least=0, most=0.9)
     save_every: int = option(200, "optimiser steps between two checkpoints to resume from; 0 for none", least=0)
     save_minutes: float = option(10.0, "minutes after which one is saved anyway; 0 for none", least=0)
 
@@ -73,12 +75,14 @@ def keep_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
     """The tokenizer's own chat template, or ALMoST's dialogue format, which is then set in the tokenizer.
 
     The one that is set writes the opening (BOS) that the tokenizer would add. Other programs (transformers, TRL, vLLM)
-    render a chat and add no special token of their own, so they read the same ids as were trained on.
+    render a chat and add no special token of their own, so they read the same ids as were trained on. For a tokenizer
+    that frames a text between marks of its own ([CLS] ... [SEP]) it writes none: the first would be there twice.
     """
     template = load_template("auto", tokenizer)
     assert template is not None  # only `none` is
     if not getattr(tokenizer, "chat_template", None):
-        tokenizer.chat_template = Opening.of(tokenizer).line + template.source
+        line = "" if is_framed(tokenizer) else Opening.of(tokenizer).line
+        tokenizer.chat_template = line + template.source
         template = load_template("auto", tokenizer)
         assert template is not None
     return template

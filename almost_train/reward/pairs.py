@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from almost_eval.errors import DataError
 from almost_eval.files import Row
 from almost_eval.models.chat import ChatTemplate, encode_text, special_tokens
+from almost_eval.rewards.base import is_framed
 from almost_eval.stats import mean_metric
 from almost_eval.types import Conversation, JSONObject
 from almost_train.common.formats import read_preferences
@@ -136,9 +137,7 @@ def encode_pairs(
 
 def reward_encoder(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> Callable[[Conversation], list[int]]:
     """Conversation -> token ids, as `almost_eval.rewards.hf.HFRewardModel` reads it."""
-    separator = tokenizer.special_tokens_map.get("sep_token")
-    framed = separator is not None and list(tokenizer.encode("a"))[-1:] == [tokenizer.sep_token_id]
-    if framed:  # an encoder's tokenizer adds its own markers, [CLS] ... [SEP]
+    if is_framed(tokenizer):  # an encoder's tokenizer adds its own markers, [CLS] ... [SEP]
         return lambda conversation: list(tokenizer.encode(template.render(conversation)))
     tokens = special_tokens(tokenizer)
     return lambda conversation: encode_text(tokenizer, template.render(conversation, special_tokens=tokens))

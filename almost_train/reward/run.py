@@ -291,7 +291,9 @@ def _trainer(
     model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     trained: Any = model
     if settings.lora_rank:
-        trained = add_lora(model, settings, checkpoint.path, kind="SEQ_CLS", seed=settings.seed)
+        trained = add_lora(
+            model, settings, checkpoint.path, kind="SEQ_CLS", seed=settings.seed, dropout=settings.lora_dropout
+        )
     filler = pairs[0].chosen_ids[-1:]
     rows = [
         {"chosen_ids": list(pair.chosen_ids), "rejected_ids": list(pair.rejected_ids), "margin": pair.margin or 0.0}

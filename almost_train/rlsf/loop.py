@@ -199,14 +199,13 @@ class _Loop:
         self.reference: nn.Module | None = None
         if settings.lora_rank:
             base = job.policy.path
-            policy = add_lora(policy, settings, base, kind="CAUSAL_LM", seed=settings.seed, dropout=False)
+            policy = add_lora(policy, settings, base, kind="CAUSAL_LM", seed=settings.seed)
             value.trunk = add_lora(
                 nn.Module.to(value.trunk, held),
                 settings,
                 base,
                 kind="FEATURE_EXTRACTION",
                 seed=settings.seed + 1,
-                dropout=False,
             )
         else:
             self.reference = load_policy(job.policy, device).requires_grad_(False)

@@ -221,7 +221,9 @@ def _trainer(
     )
     stop_at_eos(model, tokenizer)
     if settings.lora_rank:
-        model = add_lora(model, settings, checkpoint.path, kind="CAUSAL_LM", seed=settings.seed)
+        model = add_lora(
+            model, settings, checkpoint.path, kind="CAUSAL_LM", seed=settings.seed, dropout=settings.lora_dropout
+        )
     filler = rows[0].input_ids[:2]  # two tokens: one alone has no next token to predict
     table = [{"input_ids": row.input_ids, "labels": row.labels} for row in rows]
     dataset = planned_dataset(table, {"input_ids": filler, "labels": [NO_LOSS] * len(filler)}, plan)

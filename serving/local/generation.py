@@ -192,6 +192,7 @@ def generate_in_turns(
         model, streaming = copy.copy(engine.model), copy.copy(engine)
         model.generate = partial(engine.model.generate, streamer=streamer)
         streaming.__dict__["model"] = model
+        streaming.share_prefixes = False  # the loop for rows behind one header does not know this streamer
         (completions,) = streaming.generate([prompt], params)
     stripped = [Completion(done.text.strip(), done.token_ids, done.finish_reason) for done in completions]
     for number, (row, done) in enumerate(zip(rows, stripped, strict=True)):
