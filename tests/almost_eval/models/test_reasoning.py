@@ -164,7 +164,7 @@ def test_many_thoughts_take_no_long_time(part: str) -> None:
     """20,000 thoughts: what looks at all tags for each thought takes minutes."""
     started = time.process_time()
     split_reasoning(part * 20_000)
-    assert time.process_time() - started < (10 if "`c`" in part else 1)  # about 1 and 0.1 on a quiet machine
+    assert time.process_time() - started < (10 if "`c`" in part else 4)  # about 1 and 0.1 on a quiet machine
 
 
 def test_each_thought_is_taken_from_what_is_left() -> None:

@@ -69,7 +69,7 @@ def run(arguments: list[str], output: Path, stop: signal.Signals | None = None, 
     ("stage", "stop"),
     [
         ("sft", signal.SIGTERM),
-        ("ppo", signal.SIGINT),
+        pytest.param("ppo", signal.SIGINT, marks=pytest.mark.slow),
         pytest.param("reward", signal.SIGINT, marks=pytest.mark.slow),
         pytest.param("grpo", signal.SIGTERM, marks=pytest.mark.slow),
     ],
