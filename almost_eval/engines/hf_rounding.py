@@ -74,7 +74,9 @@ def measure_rounding(
     plain_scores = dict(PlainScorer(model, padding=padding).stream(sample, rows, limits))
     with in_float32(model):
         scorer = SharedPrefixScorer(model, window, dtype=torch.float32)
-        exact = dict(scorer.stream(build_trie(sample), sample, rows, limits))
+        # A pass in float32 holds twice the bytes a number, and its logits twice while they are put together.
+        small = Limits(max(64, limits.tokens // 4), max(8, limits.rows // 4))
+        exact = dict(scorer.stream(build_trie(sample), sample, rows, small))
     plain = {index: plain_scores[row] for row, index in enumerate(order)}
     truth = {index: exact[row] for row, index in enumerate(order)}
 
