@@ -45,10 +45,9 @@ def run(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ALMOST_API_KEY", "sk-test")
     texts = ("question one", "question two", "question three")
-    for name, rows in (
-        ("q", [{"question_id": i, "text": text} for i, text in enumerate(texts)]),
-        *((m, [{"question_id": i, "text": f"{m} {i}", "model_id": m} for i in range(3)]) for m in ("a", "b")),
-    ):
+    files: dict[str, list[dict[str, object]]] = {"q": [{"question_id": i, "text": t} for i, t in enumerate(texts)]}
+    files |= {m: [{"question_id": i, "text": f"{m} {i}", "model_id": m} for i in range(3)] for m in ("a", "b")}
+    for name, rows in files.items():
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--questions", "q.jsonl", "--answers", "a.jsonl", "--baseline", "b.jsonl", "--data", "hub"]
     flags += ["--judge", "j", "--judge-base-url", server.url, "--prompt-set", "builtin", "--output", "run"]
