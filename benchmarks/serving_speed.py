@@ -278,7 +278,9 @@ def costs(sides: Sequence[Side], speeds: Mapping[tuple[str, int], Sequence[Seque
             continue
         row: dict[str, Any] = {"decoding": decoding, "clients": clients}
         for side, greedy, others in zip(sides, speeds["greedy", clients], rounds, strict=True):
-            row[side.name] = f"{statistics.median(a.per_second / b.per_second for a, b in zip(greedy, others, strict=True)):.2f}"
+            row[side.name] = (
+                f"{statistics.median(a.per_second / b.per_second for a, b in zip(greedy, others, strict=True)):.2f}"
+            )
         table.append(row)
     return table
 
@@ -371,7 +373,9 @@ def main() -> None:
                 count = max(options.least_requests, clients)
                 work = [partial(measure, side, decoding, clients, count, options.tokens, turns) for side in sides]
                 speeds[decoding, clients] = in_turn(options.rounds, *work)
-                show(f"{decoding}, {clients} clients", list(rows(sides, (decoding, clients), speeds[decoding, clients])))
+                show(
+                    f"{decoding}, {clients} clients", list(rows(sides, (decoding, clients), speeds[decoding, clients]))
+                )
         show("Times as long as greedy", costs(sides, speeds))
         show("Start", [{"server": side.name, "ready s": f"{side.ready_s:.0f}"} for side in sides])
     if options.json:
