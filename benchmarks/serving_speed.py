@@ -38,9 +38,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # else `serving` is the script beside this one
 
-from benchmarks.serving import CHAT, in_turn, show  # noqa: E402
-from serving.launch.process import ServerProcess, free_port, wait_ready  # noqa: E402
-from serving.vllm.launch import VLLMServer  # noqa: E402
+from benchmarks.serving import CHAT, in_turn, show
+from serving.launch.process import ServerProcess, free_port, wait_ready
+from serving.vllm.launch import VLLMServer
 
 DECODING: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},
@@ -258,6 +258,7 @@ def rows(sides: Sequence[Side], cell: tuple[str, int], rounds: Sequence[Sequence
     for side, speeds in zip(sides, rounds, strict=True):
         ratios = [mine.per_second / one.per_second for mine, one in zip(ours, speeds, strict=True)]
         first = [statistics.median(one.first_ms) for one in speeds]
+        first_ratio = statistics.median(first) / statistics.median(statistics.median(one.first_ms) for one in ours)
         yield {
             "decoding": cell[0],
             "clients": cell[1],
@@ -265,7 +266,7 @@ def rows(sides: Sequence[Side], cell: tuple[str, int], rounds: Sequence[Sequence
             "tokens/s": spread([one.per_second for one in speeds], ".0f"),
             f"{sides[0].name} / this": spread(ratios, ".2f"),
             "first token ms": spread(first, ".0f"),
-            f"this / {sides[0].name}": f"{statistics.median(first) / statistics.median(statistics.median(one.first_ms) for one in ours):.2f}",
+            f"this / {sides[0].name}": f"{first_ratio:.2f}",
             "CPU ms a token": spread([one.cpu_ms for one in speeds], ".2f"),
         }
 
@@ -278,9 +279,8 @@ def costs(sides: Sequence[Side], speeds: Mapping[tuple[str, int], Sequence[Seque
             continue
         row: dict[str, Any] = {"decoding": decoding, "clients": clients}
         for side, greedy, others in zip(sides, speeds["greedy", clients], rounds, strict=True):
-            row[side.name] = (
-                f"{statistics.median(a.per_second / b.per_second for a, b in zip(greedy, others, strict=True)):.2f}"
-            )
+            ratios = [a.per_second / b.per_second for a, b in zip(greedy, others, strict=True)]
+            row[side.name] = f"{statistics.median(ratios):.2f}"
         table.append(row)
     return table
 
@@ -372,10 +372,9 @@ def main() -> None:
             for clients in options.clients:
                 count = max(options.least_requests, clients)
                 work = [partial(measure, side, decoding, clients, count, options.tokens, turns) for side in sides]
-                speeds[decoding, clients] = in_turn(options.rounds, *work)
-                show(
-                    f"{decoding}, {clients} clients", list(rows(sides, (decoding, clients), speeds[decoding, clients]))
-                )
+                cell = decoding, clients
+                speeds[cell] = in_turn(options.rounds, *work)
+                show(f"{decoding}, {clients} clients", list(rows(sides, cell, speeds[cell])))
         show("Times as long as greedy", costs(sides, speeds))
         show("Start", [{"server": side.name, "ready s": f"{side.ready_s:.0f}"} for side in sides])
     if options.json:

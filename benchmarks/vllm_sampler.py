@@ -1,7 +1,6 @@
 """The last step of vLLM's sampler, its own against ours, on rows as a model in bfloat16 gives them: CPU time of a row.
 
-python benchmarks/vllm_sampler.py                              (one thread; a minute)
-python benchmarks/vllm_sampler.py --vocabulary 262144 --rows 8
+`python benchmarks/vllm_sampler.py` takes a minute, on one thread; `--vocabulary 262144 --rows 8` is as Gemma has it.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # else `serving` is the script beside this one
 
-from almost_eval.engines.vllm_sampling import ExactSampler  # noqa: E402
-from benchmarks.serving import in_turn, show  # noqa: E402
+from almost_eval.engines.vllm_sampling import ExactSampler
+from benchmarks.serving import in_turn, show
 
 CASES = {
     "plain": (None, False),
@@ -54,7 +53,7 @@ def main() -> None:
 
         for sampler in (vllms, ours):
             side(sampler)  # may compile
-        theirs, mine = in_turn(options.rounds, lambda: side(vllms), lambda: side(ours))  # noqa: B023
+        theirs, mine = in_turn(options.rounds, lambda: side(vllms), lambda: side(ours))
         cost = [statistics.median(one for one, _ in rounds) for rounds in (theirs, mine)]
         same = all(a == b for (_, a), (_, b) in zip(theirs, mine, strict=True)) if seeded else "other draws"
         table.append(

@@ -1,8 +1,8 @@
 """The last step of vLLM's sampler on a CPU: top-k, top-p and the draw, without sorting the vocabulary.
 
-vLLM 0.31 (`vllm/v1/sample/ops/topk_topp_sampler.py`) sorts every row for top-p, and draws an exponential for every token
-of every row: a second time, one row after the other, for requests with a seed. On a CPU and 50,000 tokens that takes
-2.4, 0.7 and 0.7 ms a row, where a token of a model of 135 M parameters takes 1.3 ms. Here:
+vLLM 0.31 (`vllm/v1/sample/ops/topk_topp_sampler.py`) sorts every row for top-p, and draws an exponential for every
+token of every row: a second time, one row after the other, for requests with a seed. On a CPU and 50,000 tokens that
+takes some 2.4, 0.7 and 0.7 ms a row (benchmarks/vllm_sampler.py): as much as a model of 135 M parameters. Here:
 
 - **With a seed** the token is vLLM's own, always. The same uniform numbers are drawn from the same generator, their
   logarithms taken only for the few tokens that can win the race. The best of them that is inside the nucleus is the
@@ -165,7 +165,7 @@ def verdict(
 
 
 def _kept(rows: _Rows, row: int) -> torch.Tensor:
-    """vLLM's probabilities (V,) of a row, by its own sort: 0 outside the nucleus."""
+    """The probabilities (V,) of a row, by vLLM's own sort: 0 outside the nucleus."""
     masked = rows.mask(rows.logits[row : row + 1].clone(), _one(rows.k, row), _one(rows.p, row))
     return masked.softmax(-1, dtype=torch.float32)[0]
 

@@ -1,6 +1,8 @@
-"""vLLM's worker for a CPU with `ExactSampler` in its sampler; vLLM loads it by name, through its option `--worker-cls`."""
+"""vLLM's worker for a CPU with `ExactSampler` in its sampler; vLLM loads it by name (its option `--worker-cls`)."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.sample.ops import topk_topp_sampler
@@ -12,13 +14,13 @@ logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below it
 
 
 class Worker(CPUWorker):
-    """vLLM's worker, all of it; where its sampler is not the one that is known here, that stays, and a warning says so."""
+    """All of vLLM's worker. Where its sampler is not the one that is known here, that stays, and a warning says so."""
 
     def init_device(self) -> None:
         """Make the model runner, and change one part of its sampler."""
         super().init_device()
-        sampler = getattr(self.model_runner, "sampler", None)
-        vllms = getattr(sampler, "topk_topp_sampler", None)
+        sampler: Any = getattr(self.model_runner, "sampler", None)
+        vllms: Any = getattr(sampler, "topk_topp_sampler", None)
         if reason := _reason_to_leave(vllms):
             logger.warning("vLLM's own sampler stays (%s): top-p costs a sort of the vocabulary a token", reason)
             return
@@ -26,11 +28,11 @@ class Worker(CPUWorker):
         logger.info("top-p and seeds without sorting the vocabulary")
 
 
-def _reason_to_leave(vllms: object) -> str:
+def _reason_to_leave(vllms: Any) -> str:
     """Why a sampler must stay as it is; empty where it need not."""
     if not isinstance(vllms, topk_topp_sampler.TopKTopPSampler):
         return f"it is a {type(vllms).__name__}"
-    if vllms.forward.__func__ is not topk_topp_sampler.TopKTopPSampler.forward_cpu:
+    if vllms.forward != vllms.forward_cpu:
         return "not the one for this kind of CPU"
     if vllms.use_fp64_gumbel or vllms.logprobs_mode not in ("raw_logprobs", "raw_logits"):
         return "an option wants more of it than tokens"

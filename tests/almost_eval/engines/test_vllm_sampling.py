@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,12 +70,17 @@ def same_tokens(draw: Callable[[], torch.Tensor], steps: int, k: object = None, 
 
 
 @pytest.fixture
-def sorts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def sorts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows that were sorted after all."""
     rows: list[int] = []
     whole = vllm_sampling._kept
-    monkeypatch.setattr(vllm_sampling, "_kept", lambda step, row: (rows.append(row), whole(step, row))[1])
-    yield rows
+
+    def counted(step: Any, row: int) -> torch.Tensor:
+        rows.append(row)
+        return whole(step, row)
+
+    monkeypatch.setattr(vllm_sampling, "_kept", counted)
+    return rows
 
 
 def test_torch_makes_exponentials_of_the_same_numbers() -> None:
@@ -207,7 +212,7 @@ def test_against_vllms_own_sampler() -> None:
 
 
 @pytest.mark.slow
-def test_the_engine_draws_the_same_with_vllms_own_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_draws_the_same_with_vllms_own_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vllm is not installed")
     made = []
