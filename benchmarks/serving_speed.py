@@ -137,6 +137,7 @@ def llama_python(python: str, gguf: Path, cores: int) -> Side:
     command = [python, "-m", "llama_cpp.server", "--model", str(gguf), "--host", "127.0.0.1", "--port", str(port)]
     command += ["--n_threads", str(cores), "--n_threads_batch", str(cores), "--n_ctx", "2048"]
     command += ["--interrupt_requests", "false"]  # else a new request ends the one before
+    command += ["--logits_all", "false"]  # else a prompt costs the logits of each of its tokens
     process = ServerProcess("llama-cpp-python", command, ("127.0.0.1", port), health="/v1/models")
     return Side("llama-cpp-python", process, "any", LLAMA, "min_tokens")
 

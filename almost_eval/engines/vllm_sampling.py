@@ -220,7 +220,7 @@ class _Inverse:
     def __init__(self, weights: torch.Tensor, rows: list[int]) -> None:
         self._place = {row: at for at, row in enumerate(rows)}
         short = -weights.shape[1] % _CHUNK
-        self._chunks = torch.nn.functional.pad(weights, (0, short)).view(len(rows), -1, _CHUNK)
+        self._chunks = torch.nn.functional.pad(weights, (0, short)).reshape(len(rows), -1, _CHUNK)
         self._sums = self._chunks.sum(-1).double()  # (R, chunks)
         self._ends = self._sums.cumsum(-1)
 
