@@ -56,6 +56,14 @@ class OpenAIEngine(OpenAIClient):
         """A rendered prompt as it is sent: the text, which the server encodes with its own special tokens in front."""
         return prompt
 
+    def more_fields(self, params: SamplingParams) -> JSONObject:
+        """What a request holds beside the SDK's own arguments."""
+        return {"stop": list(params.stop[:MAX_STOPS])} if params.stop else {}
+
+    def text_of(self, choice: Any) -> str:
+        """The text of a choice of the answer, as the server decoded it."""
+        return choice.text or ""
+
     def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[list[Completion]]:
         """`params.n` completions for each rendered prompt, in order; raises as `stream_completions` does."""
         done = dict(self.stream_completions(prompts, params))
@@ -72,10 +80,10 @@ class OpenAIEngine(OpenAIClient):
                 temperature=params.temperature,
                 top_p=params.top_p,
                 seed=request_seed(params.seed, prompt, number),
-                extra_body={"stop": list(params.stop[:MAX_STOPS])} if params.stop else None,
+                extra_body=self.more_fields(params) or None,
             )
             choice = answer.choices[0]
-            completion = _cut(choice.text or "", choice.finish_reason, params.stop)
+            completion = _cut(self.text_of(choice), choice.finish_reason, params.stop)
             return replace(completion, reasoning=own_reasoning(choice))
         except openai.OpenAIError as error:
             self.fail(error)
