@@ -27,6 +27,11 @@ class OpenAIEngine(OpenAIClient):
     `Completion.token_ids` is empty: the protocol does not tell. A completion is as reproducible as the server's seeds.
     """
 
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader of the results must know of the endpoints."""
+        return self.lost
+
     def settings(self) -> JSONObject:
         """What belongs in a run's spec."""
         return {"name": self.name, "base_url": self.endpoint, "model": self.model}

@@ -13,6 +13,7 @@ the other engines score. One tiny request before the start shows what the server
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -162,7 +163,7 @@ class OpenAIScorer(OpenAIEngine):
     @property
     def report(self) -> EngineReport:
         """What the last `stream` did; `tokens_computed` are those sent, less those the server says it had cached."""
-        return self._report
+        return replace(self._report, warnings=[*self._report.warnings, *self.lost])
 
     def settings(self) -> JSONObject:
         """What belongs in a run's spec: what decides the numbers, as far as the server tells."""
