@@ -200,7 +200,7 @@ def test_two_endpoints_of_a_fixed_service_time_take_half_of_the_time(endpoints: 
 
         def one_by_one(request: dict[str, Any], turn: Any = turn, answer: Any = answer) -> Answer:
             with turn:
-                return answer(request)  # type: ignore[no-any-return]
+                return answer(request)
 
         endpoint.answer = one_by_one
     seconds = []

@@ -311,8 +311,10 @@ def test_products_in_bfloat16_lose_less_than_attention_that_rounds_its_scores(
     mask = torch.zeros((1, 1, q, keys)).masked_fill(~allowed, torch.finfo(torch.bfloat16).min)
     half = [tensor.bfloat16() for tensor in (query, key, value, mask)]
     wide = [tensor.double() for tensor in half]
-    copies = [wide[0], *(tensor.repeat_interleave(groups, 1) for tensor in wide[1:3])]
-    exact = nn.functional.scaled_dot_product_attention(*copies, attn_mask=wide[3], scale=scaling)
+    keys_of_all, values_of_all = (tensor.repeat_interleave(groups, 1) for tensor in wide[1:3])
+    exact = nn.functional.scaled_dot_product_attention(
+        wide[0], keys_of_all, values_of_all, attn_mask=wide[3], scale=scaling
+    )
     ours = hf_attention._attend(half[0], half[1], half[2], half[3], scaling)
     monkeypatch.setattr(hf_attention, "cpu_has_bfloat16", lambda: False)
     torchs = hf_attention._attend(half[0], half[1], half[2], half[3], scaling)
