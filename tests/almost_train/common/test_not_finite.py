@@ -1,4 +1,4 @@
-"""A gradient that is NaN or infinite ends every trainer in one line; the last good checkpoint stays, and is gone on from.
+"""A gradient that is NaN or infinite ends every trainer in one line. The last good checkpoint stays, to go on from.
 
 RLOO and GRPO are in `rlsf/test_trl.py`.
 """
