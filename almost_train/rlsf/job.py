@@ -146,8 +146,8 @@ class Algorithm:
     """Settings that it takes besides `COMMON_SETTINGS`. All others are refused where they are not at their default."""
     update_size: Callable[[RLSFSettings], int]
     """Completions of one update. Raises InputError for settings that do not go together."""
-    checkpoints: Callable[[Path], list[Path]]
-    """Whole checkpoints in a folder `.work`, oldest first."""
+    checkpoints: Callable[[Path], list[Path]] = lambda _: []
+    """Whole checkpoints in a folder `.work`, oldest first; by default it keeps none."""
 
     def takes(self, setting: str) -> bool:
         """Whether a setting changes what it does."""

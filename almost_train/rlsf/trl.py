@@ -44,6 +44,7 @@ from almost_train.common.lora import (
     quantization,
     ready_for_lora,
     set_lora_dropout,
+    settle_config,
     train_in_float32,
 )
 from almost_train.common.schedule import learning_rate_factor
@@ -308,7 +309,7 @@ def _trainer(job: Job, log: StepLog, advance: Callable[[int], None], saving: Sav
         else 0.0
     )
     if settings.lora_rank:
-        trainer.model.peft_config["default"].base_model_name_or_path = str(job.policy.path)
+        settle_config(trainer.model, job.policy.path)
     if settings.is_quantized:
         train_in_float32(trainer.model)
     watch.trainer = trainer
