@@ -9,7 +9,7 @@ import click
 
 from almost_eval.cli.options import LOG_TO
 from almost_eval.errors import RunError
-from almost_train.cli.options import DATA_ROOT, HELD_OUT, OUTPUT, data_for, path_option
+from almost_train.cli.options import DATA_ROOT, HELD_OUT, OUTPUT, PUSH_TO_HUB, data_for, path_option
 from almost_train.cli.settings import settings_command
 
 TABLES = "JSON Lines, JSON, CSV, Parquet, or a data set of the hub (org/name[:config][@split])"
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 @click.option("--model", required=True, help="What to start from: a language model, encoder or classifier.")
 @OUTPUT
 @LOG_TO
+@PUSH_TO_HUB
 def reward(
     settings: RewardSettings,
     comparisons: Path,
@@ -99,6 +100,7 @@ def self_play(
 @click.option("--model", required=True, help="The language model to fine-tune.")
 @OUTPUT
 @LOG_TO
+@PUSH_TO_HUB
 def sft(
     settings: SFTSettings,
     demonstrations: Path,
@@ -126,6 +128,7 @@ def sft(
 @click.option("--policy", required=True, help="The SFT checkpoint: the start, and the reference.")
 @OUTPUT
 @LOG_TO
+@PUSH_TO_HUB
 def dpo(
     settings: DPOSettings,
     comparisons: Path,
@@ -151,6 +154,7 @@ def dpo(
 @click.option("--reward-model", required=True, help="The reward model's checkpoint: the judge.")
 @OUTPUT
 @LOG_TO
+@PUSH_TO_HUB
 def online_dpo(
     settings: OnlineDPOSettings, prompts: Path, policy: str, reward_model: str, output: Path, progress: Progress
 ) -> JSONObject:
@@ -181,6 +185,7 @@ def _refuse_stopped(result: JSONObject) -> None:
 @click.option("--reward-model", required=True, help="The reward model's checkpoint.")
 @OUTPUT
 @LOG_TO
+@PUSH_TO_HUB
 def rlsf(
     settings: RLSFSettings, prompts: Path, policy: str, reward_model: str, output: Path, progress: Progress
 ) -> JSONObject:
