@@ -196,8 +196,13 @@ def _cached(hub_id: str) -> Path | None:
 
 
 def _named(name: str, spec: JSONObject, inputs: Mapping[str, Path | str]) -> str:
+    from almost_eval.nano import SHIPPED, shipped
+
     value = inputs[name]
-    return value if isinstance(value, str) else f"sha256 {spec['inputs'][name][:16]}"
+    if isinstance(value, str):
+        return value
+    built_in = next((f"{known}, " for known in SHIPPED if shipped(known) == value), "")
+    return f"{built_in}sha256 {spec['inputs'][name][:16]}"
 
 
 def _table(title: str, first: str, second: str, rows: list[tuple[str, object]]) -> str:
