@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import click
 
 from almost_eval.errors import InputError, did_you_mean
-from almost_train.common.config import settings_from, settings_of
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -65,6 +64,8 @@ def flags_of(
     Raises:
         InputError: not a mapping, an unknown key, or a value of another kind.
     """
+    from almost_train.common.config import settings_of
+
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -87,6 +88,8 @@ def flags_of(
 
 
 def _settings(cls: type[DataclassInstance], values: Mapping[str, object], where: str) -> dict[str, object]:
+    from almost_train.common.config import settings_from
+
     checked = settings_from(cls, values, where)
     return {name: getattr(checked, name) for name in values}
 
@@ -97,6 +100,8 @@ def _checked(value: object, param: click.Parameter, where: str) -> object:
         if not isinstance(value, list):
             raise InputError(f"{where} is {value!r}; it must be a list")
         return [_one(item, param.type, where) for item in value]
+    if param.default == "auto" and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)  # a flag that takes `auto` or a count
     return _one(value, param.type, where)
 
 

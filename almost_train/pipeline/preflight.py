@@ -7,6 +7,7 @@ stage that downloads them.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -16,6 +17,7 @@ from almost_eval.models.checkpoint import CAUSAL, Checkpoint, context_length, fi
 from almost_eval.models.loading import load_tokenizer
 from almost_eval.nano import BUILT_IN
 from almost_train.common.formats import read_preferences, read_prompt_rows
+from almost_train.common.held_out_loss import refuse_without_rows
 from almost_train.common.tables import read_any
 from almost_train.common.trainers import check_batches
 from almost_train.dpo.online import OnlineDPOSettings
@@ -117,6 +119,7 @@ class _Checks:
     def sft(self) -> None:
         settings = self.recipe.settings("sft", SFTSettings, "model")
         self._checkpoint(str(self.recipe.value("sft", "model")), CAUSAL)
+        self._held_out(settings.eval_every, settings.eval_share)
         check_batches(settings)
 
     def rlsf(self) -> None:
@@ -124,7 +127,9 @@ class _Checks:
         refuse_shares(settings, check_settings(settings).update_size(settings))
 
     def dpo(self) -> None:
-        self._dpo(self.recipe.settings("dpo", DPOSettings))
+        settings = self.recipe.settings("dpo", DPOSettings)
+        self._held_out(settings.eval_every, settings.eval_share)
+        self._dpo(settings)
 
     def online_dpo(self) -> None:
         self._dpo(self.recipe.settings("online_dpo", OnlineDPOSettings))
@@ -143,7 +148,12 @@ class _Checks:
     def _reward(self, section: str) -> None:
         settings = self.recipe.settings(section, RewardSettings, "model", "comparisons")
         self._checkpoint(str(self.recipe.value(section, "model")), KINDS)
+        self._held_out(settings.eval_every, settings.eval_share)
         check_batches(settings)
+
+    @staticmethod
+    def _held_out(every: int, share: float) -> None:
+        refuse_without_rows(every, math.ceil(share), "set eval_share")
 
     def _dpo(self, settings: PreferenceSettings) -> None:
         check_batches(settings)

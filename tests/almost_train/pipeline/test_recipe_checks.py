@@ -46,6 +46,13 @@ CONFIGURATIONS = NANO["responses"]["configurations"]
         ({"reward__model": "/nowhere/model"}, "recipe mine, reward: no model at '/nowhere/model'"),
         ({"reward__model": "nano/vanilla-tiny"}, "recipe mine, reward: no built-in model 'nano/vanilla-tiny'"),
         ({"reward__model": "model"}, "recipe mine, reward: no model at 'model'"),
+        (
+            {"sft__eval_every": 5},
+            "recipe mine, sft: --eval-every measures held-out rows, and there are none; set eval_",
+        ),
+        ({"dpo": {"batch_size": 9}}, "recipe mine, dpo: batch_size 9 is not a multiple of 8"),
+        ({"dpo": {"bta": 1}}, "recipe mine, dpo: unknown setting 'bta'; did you mean 'beta'"),
+        ({"online_dpo": {"loss": "ipo", "label_smoothing": 0.1}}, "recipe mine, online_dpo: --label-smoothing belongs"),
         ({"sft__model": "nano/reward"}, "recipe mine, sft: .* holds a LlamaForSequenceClassification"),
         ({"prompts__model": "nano/reward"}, "recipe mine, prompts: .* holds a LlamaForSequenceClassification"),
         ({"evaluation__vanilla": "/nowhere/third"}, "recipe mine, evaluation: no model at"),
