@@ -8,8 +8,8 @@ DPO get so many passes or steps that theirs are as many; the others sample as ma
 held-out prompts (the half `test`), and the oracle of the world, which no stage sees, judges them. What a seed made is
 kept and not made again.
 
-Settings: PPO's and RLOO's are the recipe's (chosen on the half `dev`, see LOG.md), GRPO's those of RLOO. Those of DPO
-and online DPO were chosen on `dev` with seed 0 (`--tune`).
+Settings: PPO's and RLOO's are the recipe's (chosen on the half `dev`, see LOG.md), GRPO's those of RLOO. `--tune` tries
+a grid for DPO and online DPO on `dev`, with the first seed; DPO and ONLINE below are to hold what is best there.
 """
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from almost_eval.cli.command_line import import_transformers, options_of
+from almost_eval.cli.config_file import CONFIG
 from almost_eval.cli.options import GENERATION_FIELDS, engine_flag, engine_options
 from almost_eval.run.trackers import logging_to
 from almost_eval.types import JSONObject
-from almost_train.cli.config_file import config_option
 from almost_train.cli.options import show
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class SettingsCommand(click.Command):
         self._engine = engine
         self._check = check
         json = click.Option(["--json", "as_json"], is_flag=True, help="Print result.json instead of the table.")
-        self._own = [*self.params, config_option(), json]
+        self._own = [*self.params, json, CONFIG]
         self._made = False
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from almost_eval.cli.command_line import Commands
-from almost_train.cli.config_file import read_yaml
+from almost_eval.errors import InputError
 from almost_train.cli.options import CONTEXT, DATA_ROOT, HELD_OUT, OUTPUT, data_for, path_option
 from almost_train.cli.settings import settings_command
 
@@ -78,7 +78,7 @@ def responses(
     from almost_train.synthetic.responses import read_configurations, synthesize_responses
 
     data = data_for(settings.prompt_set, data_root)
-    listed = read_configurations(read_yaml(configurations), str(configurations))
+    listed = read_configurations(_yaml(configurations), str(configurations))
     return synthesize_responses(settings, prompts, listed, output, data=data, engine_for=engine_for, progress=progress)
 
 
@@ -110,3 +110,12 @@ def comparisons(
 
 for command in (prompts, responses, comparisons):
     synthesize.add_command(command)
+
+
+def _yaml(file: Path) -> object:
+    import yaml
+
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{file} cannot be read as YAML ({' '.join(str(error).split())[:160]})") from None

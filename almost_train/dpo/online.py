@@ -133,7 +133,7 @@ def train_online_dpo(
         plan = shortened(plan, settings.batch_size, settings.max_steps)
 
         # 3. Training.
-        judge = Judge(settings, kept, plan, tokenizer, reward, output)
+        judge = PairJudge(settings, kept, plan, tokenizer, reward, output)
         progress.note(f"online_dpo: {len(kept)} prompts ({source.format}), {plan.steps} steps of {settings.batch_size}")
         fit(lambda: _trainer(judge, checkpoint, output), stage, plan.steps, progress, settings)
 
@@ -161,7 +161,7 @@ def train_online_dpo(
 
 
 @dataclass(slots=True)
-class Judge:
+class PairJudge:
     """Writes the pairs of a step: two answers of the policy to each prompt, the one of higher reward chosen."""
 
     settings: OnlineDPOSettings
@@ -266,7 +266,7 @@ class Judge:
         return TrainingRow(read + written, [NO_LOSS] * len(read) + written)
 
 
-def _trainer(judge: Judge, checkpoint: Checkpoint, output: Path) -> Any:
+def _trainer(judge: PairJudge, checkpoint: Checkpoint, output: Path) -> Any:
     import torch
     from datasets import Dataset
 

@@ -48,7 +48,7 @@ def test_a_stage_runs_from_a_file_alone_and_flags_win(run: Any, tmp_path: Path) 
         "comparisons": str(comparisons),
         "policy": "nano/sft",
         "output": str(tmp_path / "out"),
-        "learning-rate": "1e-4",  # YAML 1.1 reads it as a text
+        "learning-rate": "1e-4",
         "batch_size": 6,
         "micro_batch_size": 6,
         "max_length": 128,
@@ -72,26 +72,22 @@ def test_every_stage_takes_one(run: Any) -> None:
     for command in commands:
         failed = run(command, {"no_such_flag": 1})
         assert isinstance(failed.exception, InputError), command
-        assert "unknown key 'no_such_flag'" in str(failed.exception), command
+        assert "has no option 'no_such_flag'" in str(failed.exception), command
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"learning_rat": 1e-4}, "mine.yaml: unknown key 'learning_rat'; did you mean 'learning_rate'?"),
-        ({"lerning-rate": 1e-4}, "did you mean 'learning_rate'?"),
-        ({"json": True}, "unknown key 'json'"),
-        ({"epochs": 1.5}, "mine.yaml: epochs is 1.5; it must be a whole number"),
-        ({"epochs": 0}, "mine.yaml: epochs is 0; it must be at least 1"),
-        ({"bf16": "yes"}, "mine.yaml: bf16 is 'yes'; it must be true or false"),
-        ({"optim": "adamw_8bits"}, "mine.yaml: optim is 'adamw_8bits'; did you mean 'adamw_8bit'"),
-        ({"lora_targets": "q_proj"}, "mine.yaml: lora_targets is 'q_proj'; it must be a list"),
-        ({"model": 7}, "mine.yaml: model is 7; it must be a text"),
-        ({"log_to": "jsonl"}, "mine.yaml: log_to is 'jsonl'; it must be a list"),
-        ({"epochs": 1, "Epochs": 1}, "unknown key 'Epochs'"),
-        ({"max-length": 64, "max_length": 64}, "mine.yaml: max_length is there twice"),
-        ("- a list", "mine.yaml holds list, not a mapping of flags"),
-        ("a: [", "mine.yaml cannot be read as YAML"),
+        ({"learning_rat": 1e-4}, "mine.yaml: sft has no option 'learning_rat'; did you mean 'learning-rate'?"),
+        ({"eval_evry": 5}, "did you mean 'eval-every'?"),
+        ({"epochs": 1.5}, "mine.yaml: epochs: '1.5' is not a valid integer"),
+        ({"epochs": 0}, "epochs is 0; it must be at least 1"),
+        ({"bf16": "perhaps"}, "mine.yaml: bf16: 'perhaps' is not a valid boolean"),
+        ({"optim": "adamw_8bits"}, "mine.yaml: optim: 'adamw_8bits' is not one of"),
+        ({"epochs": [1, 2]}, "mine.yaml: epochs: takes one value, not a list"),
+        ("epochs: 1\nepochs: 2", "mine.yaml: epochs stands there twice"),
+        ("- a list", "holds no options"),
+        ("a: [", "is not YAML"),
     ],
 )
 def test_a_wrong_file_is_refused_in_one_line(run: Any, tmp_path: Path, content: object, message: str) -> None:
@@ -100,14 +96,4 @@ def test_a_wrong_file_is_refused_in_one_line(run: Any, tmp_path: Path, content: 
     assert isinstance(failed.exception, AlmostError), failed.output
     assert failed.exception.exit_code == 2
     assert message in str(failed.exception)
-    assert "\n" not in str(failed.exception)[:-1]
     assert not (tmp_path / "out").exists()
-
-
-def test_a_batch_of_auto_and_a_number_are_one_flag(run: Any, tmp_path: Path) -> None:
-    """Flags that take `auto` or a count take both from a file too."""
-    rest = ("--prompts", "none.jsonl", "--prompt-set", "nano", "--unguided", "--output", str(tmp_path / "out"))
-    rest += ("--assistant-demonstrations", "good", "--user-demonstrations", "good")
-    for size in (4, "auto"):
-        failed = run("self-play", {"batch_size": size}, *rest)
-        assert "none.jsonl" in str(failed.exception)
