@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from almost_eval.errors import InputError
+from almost_eval.errors import DataError, InputError
 from almost_eval.files import Row, read_rows, write_rows
 from almost_eval.models.checkpoint import Checkpoint, find_checkpoint
 from almost_eval.progress import Progress
@@ -62,6 +62,9 @@ class OnlineDPOSettings(PreferenceSettings):
     """Settings of `train_online_dpo`."""
 
     epochs: int = option(1, "passes over the prompts, each of which is answered twice", least=1)
+    max_length: int = option(
+        1024, "longest prompt with max_new_tokens, tokens; longer ones are dropped and counted", least=8
+    )
     max_new_tokens: int = option(256, "longest answer, tokens", least=1)
     temperature: float = option(1.0, "of the sampling", above=0)
     stop: tuple[str, ...] = option(
@@ -128,6 +131,14 @@ def train_online_dpo(
         kept, too_long = fitting_prompts(
             source.records, checkpoint, tokenizer, template, reward, settings.max_new_tokens
         )
+        longest = settings.max_length - settings.max_new_tokens
+        too_long += [prompt.id for prompt in kept if len(prompt.token_ids) > longest]
+        kept = [prompt for prompt in kept if len(prompt.token_ids) <= longest]
+        if not kept:
+            raise DataError(
+                f"none of {len(too_long)} prompts leaves room for max_new_tokens {settings.max_new_tokens} in max_length "
+                f"{settings.max_length}"
+            )
         lengths = [len(prompt.token_ids) for prompt in kept]
         plan = batch_plan(lengths, batch_size=settings.batch_size, epochs=settings.epochs, seed=settings.seed)
         plan = shortened(plan, settings.batch_size, settings.max_steps)

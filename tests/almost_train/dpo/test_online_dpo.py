@@ -113,6 +113,7 @@ def test_what_cannot_work_is_refused(prompts: Path, tmp_path: Path) -> None:
     refused(InputError, "batch_size 9", batch_size=9)
     assert not (tmp_path / "out").exists()
     refused(DataError, "none of 20 prompts leaves room", max_new_tokens=100_000)
+    refused(DataError, "none of 20 prompts leaves room for max_new_tokens 20 in max_length 21", max_length=21)
 
 
 def test_a_reward_that_is_not_finite_ends_the_training(
