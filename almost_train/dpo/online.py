@@ -136,8 +136,8 @@ def train_online_dpo(
         kept = [prompt for prompt in kept if len(prompt.token_ids) <= longest]
         if not kept:
             raise DataError(
-                f"none of {len(too_long)} prompts leaves room for max_new_tokens {settings.max_new_tokens} in max_length "
-                f"{settings.max_length}"
+                f"none of {len(too_long)} prompts leaves room for max_new_tokens {settings.max_new_tokens} in "
+                f"max_length {settings.max_length}"
             )
         lengths = [len(prompt.token_ids) for prompt in kept]
         plan = batch_plan(lengths, batch_size=settings.batch_size, epochs=settings.epochs, seed=settings.seed)
