@@ -27,7 +27,8 @@ from almost_eval.types import JSONObject
 from almost_train.common.batches import NO_LOSS, BatchPlan, batch_plan
 from almost_train.common.config import option
 from almost_train.common.formats import read_prompt_rows
-from almost_train.common.lora import check_lora
+from almost_train.common.lora import BASE, base_dtype, check_lora
+from almost_train.common.merge import whole_base
 from almost_train.common.processes import is_main, shared_stage
 from almost_train.common.stage import model_input
 from almost_train.common.tables import read_any
@@ -108,7 +109,7 @@ def train_online_dpo(
     reward_checkpoint = find_checkpoint(reward_model, architectures=("SequenceClassification", "RewardModel"))
     check_batches(settings)
     check_loss(settings)
-    check_lora(settings, checkpoint, "online DPO")
+    check_lora(settings, settings.device)
     if "" in settings.stop:
         raise InputError("an empty stop string would end every answer at once; leave it out")
     table = read_any(prompts)
@@ -144,6 +145,8 @@ def train_online_dpo(
         plan = shortened(plan, settings.batch_size, settings.max_steps)
 
         # 3. Training.
+        if settings.lora_rank:
+            checkpoint = whole_base(checkpoint, output / BASE, base_dtype(settings, bf16=settings.bf16))
         judge = PairJudge(settings, kept, plan, tokenizer, reward, output)
         progress.note(f"online_dpo: {len(kept)} prompts ({source.format}), {plan.steps} steps of {settings.batch_size}")
         fit(lambda: _trainer(judge, checkpoint, output), stage, plan.steps, progress, settings)
@@ -313,7 +316,6 @@ def _trainer(judge: PairJudge, checkpoint: Checkpoint, output: Path) -> Any:
         checkpoint,
         judge.tokenizer,
         Dataset.from_dict({"place": list(range(len(judge.plan.order)))}),
-        judge.plan.steps,
         output,
         collate_places,
     )

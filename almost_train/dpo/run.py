@@ -24,7 +24,8 @@ from almost_eval.types import JSONObject
 from almost_train.common.batches import NO_LOSS, batch_plan, planned_dataset
 from almost_train.common.config import option
 from almost_train.common.held_out_loss import HeldOutRows, held_out_figures, refuse_without_rows
-from almost_train.common.lora import check_lora
+from almost_train.common.lora import BASE, base_dtype, check_lora
+from almost_train.common.merge import whole_base
 from almost_train.common.processes import is_main, shared_stage
 from almost_train.common.stage import model_input
 from almost_train.common.trainers import MODEL, check_batches, fit, keep_template
@@ -87,7 +88,7 @@ def train_dpo(
     checkpoint = find_checkpoint(policy)
     check_batches(settings)
     check_loss(settings)
-    check_lora(settings, checkpoint, "DPO")
+    check_lora(settings, settings.device)
     source = read_pairs(comparisons)
     check_margins(comparisons, source.pairs, used=False)
     inputs: dict[str, Path | str] = {"comparisons": source.input, "policy": model_input(policy)}
@@ -120,6 +121,8 @@ def train_dpo(
         plan = shortened(plan, settings.batch_size, settings.max_steps)
 
         # 3. Training.
+        if settings.lora_rank:
+            checkpoint = whole_base(checkpoint, output / BASE, base_dtype(settings, bf16=settings.bf16))
         progress.note(f"dpo: {len(rows)} pairs ({source.format}), {plan.steps} steps of {settings.batch_size}")
         fit(
             lambda: make_trainer(
@@ -128,7 +131,6 @@ def train_dpo(
                 checkpoint,
                 tokenizer,
                 planned_dataset(rows, filler_row(rows[0]), plan),
-                plan.steps,
                 output,
                 pair_collator(int(tokenizer.pad_token_id)),
             ),

@@ -22,7 +22,7 @@ from almost_eval.models.loading import load_weights
 from almost_train.common.batches import NO_LOSS, BatchPlan
 from almost_train.common.config import option
 from almost_train.common.held_out_loss import ITEMS
-from almost_train.common.lora import add_lora, base_dtype
+from almost_train.common.lora import add_lora, base_dtype, quantization, without_dropout
 from almost_train.common.trainers import QuietTrainer, TrainSettings, trainer_arguments
 from almost_train.dpo.loss import LOSSES, preference_loss
 from almost_train.sft.run import TrainingRow, stop_at_eos
@@ -181,7 +181,6 @@ def make_trainer(
     checkpoint: Checkpoint,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
-    steps: int,
     output: Path,
     collate: Callable[[Sequence[Row]], Any],
 ) -> Any:
@@ -191,16 +190,14 @@ def make_trainer(
     policy: Any = _load(settings, checkpoint)
     stop_at_eos(policy, tokenizer)
     if settings.lora_rank:
-        policy = add_lora(
-            policy, settings, checkpoint.path, kind="CAUSAL_LM", seed=settings.seed, dropout=settings.lora_dropout
-        )
+        policy = add_lora(policy, settings, checkpoint.path, kind="CAUSAL_LM", seed=settings.seed)
     trainer = cls(
         model=policy,
         ref_model=None if settings.lora_rank else _load(settings, checkpoint),
         args=DPOConfig(
-            **trainer_arguments(settings, output, steps),
+            **trainer_arguments(settings, output),
             beta=settings.beta,
-            disable_dropout=True,
+            disable_dropout=False,  # the models have none left; TRL would turn off the adapter's too
             router_aux_loss_coef=0.0,
         ),
         data_collator=collate,
@@ -216,11 +213,13 @@ def make_trainer(
 def _load(settings: PreferenceSettings, checkpoint: Checkpoint) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    return load_weights(
+    model = load_weights(
         AutoModelForCausalLM,
         checkpoint,
         dtype=base_dtype(settings, bf16=settings.bf16),
         device="cpu",
         attention=settings.attention,
         trust_remote_code=False,
+        quantization=quantization(settings),
     )
+    return without_dropout(model)

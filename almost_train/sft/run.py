@@ -29,7 +29,8 @@ from almost_train.common.batches import NO_LOSS, BatchPlan, batch_plan, planned_
 from almost_train.common.config import option
 from almost_train.common.formats import read_dialogues
 from almost_train.common.held_out_loss import ITEMS, HeldOutRows, held_out_figures, refuse_without_rows
-from almost_train.common.lora import add_lora, base_dtype, check_lora
+from almost_train.common.lora import BASE, add_lora, base_dtype, check_lora, quantization
+from almost_train.common.merge import whole_base
 from almost_train.common.processes import is_main, shared_stage
 from almost_train.common.split import opening, split_by_prompt
 from almost_train.common.stage import model_input
@@ -95,7 +96,7 @@ def train_sft(
     # 1. What is refused without weights.
     checkpoint = find_checkpoint(model)
     check_batches(settings)
-    check_lora(settings, checkpoint, "SFT")
+    check_lora(settings, settings.device)
     table = read_any(demonstrations)
     source = read_dialogues(table)
     inputs: dict[str, Path | str] = {"demonstrations": table.input, "model": model_input(model)}
@@ -147,6 +148,8 @@ def train_sft(
         plan = batch_plan(lengths, batch_size=settings.batch_size, epochs=settings.epochs, seed=settings.seed)
 
         # 3. Training.
+        if settings.lora_rank:
+            checkpoint = whole_base(checkpoint, output / BASE, base_dtype(settings, bf16=settings.bf16))
         progress.note(f"sft: {len(rows)} answers ({source.format}), {plan.steps} steps of {settings.batch_size}")
         fit(
             lambda: _trainer(settings, checkpoint, tokenizer, units, plan, output),
@@ -285,14 +288,13 @@ def _trainer(
         device="cpu",
         attention=settings.attention,
         trust_remote_code=False,
+        quantization=quantization(settings),
     )
     if settings.packing:
         check_packing(model, rows, checkpoint)
     stop_at_eos(model, tokenizer)
     if settings.lora_rank:
-        model = add_lora(
-            model, settings, checkpoint.path, kind="CAUSAL_LM", seed=settings.seed, dropout=settings.lora_dropout
-        )
+        model = add_lora(model, settings, checkpoint.path, kind="CAUSAL_LM", seed=settings.seed)
     filler: Row = {"input_ids": rows[0]["input_ids"][:2], "labels": [NO_LOSS] * 2}  # one token predicts none
     if settings.packing:
         filler["seq_lengths"] = [2]
@@ -300,7 +302,7 @@ def _trainer(
     trainer = AnswerTrainer(
         model=model,
         args=SFTConfig(
-            **trainer_arguments(settings, output, plan.steps),
+            **trainer_arguments(settings, output),
             packing=settings.packing,
             dataset_kwargs={"skip_prepare_dataset": True},
         ),

@@ -151,7 +151,7 @@ def test_the_loss_is_trl_s_own(base: str, comparisons: Path, tmp_path: Path) -> 
     collate = pair_collator(2)
     cls, settings = preference_trainer_class(), DPOSettings(**SETTINGS)
     dataset = planned_dataset(rows, filler_row(rows[0]), plan)
-    trainer = make_trainer(cls, settings, checkpoint, tokenizer, dataset, plan.steps, tmp_path, collate)
+    trainer = make_trainer(cls, settings, checkpoint, tokenizer, dataset, tmp_path, collate)
     inputs = collate([{**row, "weight": 1.0} for row in rows])
     with torch.no_grad():
         for parameter in trainer.model.parameters():
