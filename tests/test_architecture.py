@@ -121,7 +121,7 @@ ROOMS = {
         *("types", "errors", "progress", "stats", "files", "nano", "models", "data", "engines", "rewards", "tasks"),
         *("run", "compare", "judge", "arena", "report", "suite", "api", "cli"),
     ),
-    "almost_train": ("common", "synthetic", "reward", "self_play", "sft", "rlsf", "nano", "pipeline", "cli"),
+    "almost_train": ("common", "synthetic", "reward", "self_play", "sft", "rlsf", "dpo", "nano", "pipeline", "cli"),
     "serving": ("door", "launch", "models", "vllm", "gateway", "local", "chat", "all", "cli"),
 }
 """Rooms and files of a package, from the ground up: a file may use what stands before its own room, never after."""

@@ -30,6 +30,9 @@ OUTPUT = path_option("--output", "The stage's folder; made if absent, and gone o
 HELD_OUT = click.option(
     "--held-out", type=click.Path(path_type=Path), help="prompts.jsonl of an evaluation: kept out, word for word."
 )
+PUSH_TO_HUB = click.option(
+    "--push-to-hub", metavar="ORG/NAME", help="Upload the checkpoint to this repository of the hub. [env: HF_TOKEN]"
+)
 DATA_ROOT = click.option("--data-root", help="Folder with the official prompt files. [env: ALMOST_DATA_ROOT]")
 
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from almost_eval.errors import InputError
 from almost_eval.models.loading import pick_device
 from almost_eval.types import JSONObject
+from almost_train.common.card import write_cards
+from almost_train.common.lora import ADAPTER
 from almost_train.common.stage import Stage
 
 if TYPE_CHECKING:
@@ -54,7 +56,14 @@ class SharedStage:
         self._stage = stage
 
     def finish(self, metrics: Mapping[str, object], outputs: Mapping[str, Path]) -> JSONObject:
-        """`Stage.finish` in the main process; every process gets its result. `metrics` of the others are not read."""
+        """`Stage.finish` in the main process; every process gets its result. `metrics` of the others are not read.
+
+        Every checkpoint of the stage gets its model card.
+        """
+        if self._stage:
+            folders = dict.fromkeys([*outputs.values(), self.folder / ADAPTER], True)
+            folders |= dict.fromkeys(sorted(self.folder.glob("policies/step-*")), False)
+            write_cards(folders, self._stage.spec, self._stage.inputs, metrics)
         self.result = from_main(self._stage.finish(metrics, outputs) if self._stage else None)
         assert self.result is not None
         shutil.rmtree(self.folder / WORK, ignore_errors=True)

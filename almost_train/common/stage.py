@@ -76,6 +76,7 @@ class Stage:
         # Inputs by content, not by place: a moved or copied pipeline is the same pipeline.
         digests = {k: digest_path(v) if isinstance(v, Path) else str(v) for k, v in sorted(inputs.items())}
         self.spec: JSONObject = {"stage": name, "settings": pinned, "inputs": digests}
+        self.inputs = dict(inputs)
         self.result: JSONObject | None = None
         """What `finish` wrote, here or in an earlier process; None while the stage is not done."""
 

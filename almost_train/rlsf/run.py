@@ -13,9 +13,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from almost_eval.errors import DataError, InputError, RunError
-from almost_eval.models.checkpoint import context_length, find_checkpoint, refuse_adapter
+from almost_eval.models.chat import ChatTemplate
+from almost_eval.models.checkpoint import Checkpoint, context_length, find_checkpoint, refuse_adapter
 from almost_eval.progress import Progress
 from almost_eval.types import Conversation, JSONObject
 from almost_train.common.formats import read_prompt_rows
@@ -28,6 +30,12 @@ from almost_train.common.tables import read_any
 from almost_train.common.trainers import keep_template
 from almost_train.rlsf.job import Job, RLSFSettings, check_settings
 from almost_train.rlsf.log import NotFinite
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from almost_eval.rewards.hf import HFRewardModel
+    from almost_train.rlsf.rollouts import RolloutPrompt
 
 
 def rlsf(
@@ -127,30 +135,14 @@ def _prepare(
     from almost_eval.models.loading import load_tokenizer
     from almost_eval.models.tensors import check_weights
     from almost_eval.rewards.hf import HFRewardModel
-    from almost_train.rlsf.rollouts import RolloutPrompt, conversation, read_prompts
 
     tokenizer = load_tokenizer(checkpoint)
     check_weights(checkpoint, "AutoModelForCausalLM")
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {policy} has no EOS token, so no completion could end; set eos_token")
     template = keep_template(tokenizer)
-    reward = HFRewardModel(reward_checkpoint, device=_own_device(settings.device))
-    # A prompt with no room for an answer is left out and counted, by the measure of either model. An answer of
-    # max_new_tokens may be longer in the reward model's tokens: `shorten_for_reward` ends it where they are used up.
-    room = context_length(checkpoint.config, tokenizer) - settings.max_new_tokens
-    reward_room = reward.context_length - settings.max_new_tokens
-    every = read_prompts(prompts, tokenizer, template)
-    judged = reward.lengths([conversation(prompt.messages, "") for prompt in every])
-    kept: list[RolloutPrompt] = []
-    dropped: list[RolloutPrompt] = []
-    for prompt, length in zip(every, judged, strict=True):
-        fits = len(prompt.token_ids) <= room and length <= reward_room
-        (kept if fits else dropped).append(prompt)
-    if not kept:
-        raise DataError(
-            f"none of {len(every)} prompts leaves room for max_new_tokens {settings.max_new_tokens} in the context of "
-            f"{room + settings.max_new_tokens} (policy) or {reward.context_length} (reward model)"
-        )
+    reward = HFRewardModel(reward_checkpoint, device=own_device(settings.device))
+    kept, dropped = fitting_prompts(prompts, checkpoint, tokenizer, template, reward, settings.max_new_tokens)
     # A new adapter must name weights that are on disk, and TRL reads its reference from the policy's folder.
     held = base_dtype(settings, bf16=settings.bf16)
     if settings.lora_rank:
@@ -160,7 +152,7 @@ def _prepare(
     return Job(
         settings=settings,
         prompts=kept,
-        prompts_too_long=[prompt.id for prompt in dropped],
+        prompts_too_long=dropped,
         policy=checkpoint,
         tokenizer=tokenizer,
         template=template,
@@ -172,7 +164,44 @@ def _prepare(
     )
 
 
-def _own_device(device: str) -> str:
+def fitting_prompts(
+    prompts: Sequence[tuple[str, Conversation]],
+    policy: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    reward: HFRewardModel,
+    max_new_tokens: int,
+) -> tuple[list[RolloutPrompt], list[str]]:
+    """Prompts with room for an answer by the measure of either model, and the ids of the others.
+
+    An answer of `max_new_tokens` may be longer in the reward model's tokens: `shorten_for_reward` ends it where they
+    are used up.
+
+    Raises:
+        DataError: none has room.
+    """
+    from almost_train.rlsf.rollouts import conversation, read_prompts
+
+    room = context_length(policy.config, tokenizer) - max_new_tokens
+    reward_room = reward.context_length - max_new_tokens
+    every = read_prompts(prompts, tokenizer, template)
+    judged = reward.lengths([conversation(prompt.messages, "") for prompt in every])
+    kept: list[RolloutPrompt] = []
+    dropped: list[str] = []
+    for prompt, length in zip(every, judged, strict=True):
+        if len(prompt.token_ids) <= room and length <= reward_room:
+            kept.append(prompt)
+        else:
+            dropped.append(prompt.id)
+    if not kept:
+        raise DataError(
+            f"none of {len(every)} prompts leaves room for max_new_tokens {max_new_tokens} in the context of "
+            f"{room + max_new_tokens} (policy) or {reward.context_length} (reward model)"
+        )
+    return kept, dropped
+
+
+def own_device(device: str) -> str:
     """The reward model's device: beside the policy that this process trains."""
     import torch
 
