@@ -28,6 +28,8 @@ element.addEventListener('click', (event) => {
 """The buttons inside a conversation tell what was pressed; copying is the page's own (chat.js)."""
 
 PLACEHOLDER = "Ask something"
+DIFFERING = 1.3
+"""Temperature from which the aligned built-in model's candidates differ: of six, two do at 0.7 and four at 1.3."""
 KEY = "almost-chat"
 """Name under which the visitor's browser keeps the conversation, and the secret it is encoded with. The secret protects
 nothing; it is fixed so that a conversation can still be read after the server was started again."""
@@ -128,6 +130,7 @@ class ChatTab:
             trigger_mode="always_last",
             **QUICK,
         )
+        self.best_of.input(self._on_best_of, [self.best_of, self.temperature, self.system], self.temperature, **QUICK)
         self.system.change(self._on_system, self.system, [self.best_of, self.notice], **QUICK)
         page.load(
             self._on_load,
@@ -208,7 +211,16 @@ class ChatTab:
 
     async def _on_system(self, name: str) -> Update:
         most, sentence = await self._best_of(name)
-        return {self.best_of: _slider(most), self.notice: notice_html(sentence)}
+        about = self._desk.system(name).about
+        notice = notice_html(sentence) or notice_html(f"{about}." if about else "", "hint")
+        return {self.best_of: _slider(most), self.notice: notice}
+
+    def _on_best_of(self, best_of: float, temperature: float, name: str) -> object:
+        """Candidates must differ to be worth a choice; the slider shows the temperature that is raised for it."""
+        plain = self._desk.defaults.temperature
+        if not (best_of > 1 and temperature == plain < DIFFERING and self._desk.system(name).is_toy):
+            return gr.skip()
+        return DIFFERING
 
     async def _on_load(self, kept: object, name: str) -> Update:
         kept = kept if isinstance(kept, dict) else {}
@@ -336,7 +348,8 @@ class ChatTab:
         )
         return (
             '<div class="welcome"><h2>What would you like to know?</h2>'
-            f'<p>Answers by {escape(self._desk.systems[0].name)}.</p><div class="examples">{buttons}</div></div>'
+            f"<p>Answers by {escape(self._desk.systems[0].about or self._desk.systems[0].name)}.</p>"
+            f'<div class="examples">{buttons}</div></div>'
         )
 
 
