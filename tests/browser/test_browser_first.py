@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser_fixtures import PHONE, Server
+from browser_fixtures import PHONE, Server, leave
 
 from almost_eval.arena.votes import VoteStore
 from serving.chat.options import AFTER, BEFORE
@@ -130,6 +130,7 @@ def test_on_a_phone_and_in_the_dark(
 
 def test_the_open_tab_is_in_the_address_and_survives_a_reload(nano: Server, open_page: Callable[..., Any]) -> None:
     page = open_page(nano.url, tab=None)
+    wait_for_both(page)
     page.get_by_role("tab", name="Arena").click()
     page.wait_for_selector("#arena-send")
     assert page.url.endswith("#arena")
@@ -208,6 +209,7 @@ def test_rounds_by_keys_alone_and_a_board_that_grows(
         last = VoteStore(tmp_path / "votes.db").votes()[-1]
         assert [len(last.answers(side)) for side in "ab"] == [2, 2]
         assert len(last.prompt) == 2
+        leave(page, watching)
 
 
 def test_stop_and_a_system_that_names_itself(chat_server: Callable[..., Any], open_page: Callable[..., Any]) -> None:
@@ -237,3 +239,4 @@ def test_stop_and_a_system_that_names_itself(chat_server: Callable[..., Any], op
         page.wait_for_selector("#arena-notice .good")
         assert VoteStore(server.votes).votes()[-1].settings["named"] == "ab"
         assert "not counted" in page.inner_text("#arena-board")
+        leave(page)
