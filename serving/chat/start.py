@@ -16,6 +16,7 @@ from almost_eval.arena.votes import VoteStore
 from almost_eval.errors import InputError
 from serving.chat.client import Address, Endpoint
 from serving.chat.conversation import Settings
+from serving.chat.kept import ConversationStore
 from serving.chat.launch import Models, with_transformers, with_vllm
 from serving.chat.options import DEFAULT_MODELS, ChatOptions
 from serving.chat.questions import arena_questions, examples_for
@@ -50,6 +51,9 @@ def serve(options: ChatOptions, started: float) -> None:
         raise InputError(f"two systems are called {twice!r}; give one a name: --base-url NAME=URL")
     questions = arena_questions(options.questions, models)
     VoteStore(options.votes)
+    conversations = options.conversations if options.login else None
+    if conversations is not None:
+        ConversationStore(conversations)
     hosts = checked_hosts(options.allowed_hosts)
     listening = listen(options.host, options.port, backlog=512)
 
@@ -83,6 +87,7 @@ def serve(options: ChatOptions, started: float) -> None:
             defaults=Settings(max_tokens=options.max_tokens, temperature=options.temperature),
             seed=options.seed,
             visitors=Visitors(listening.getsockname()[1]),
+            conversations=conversations,
         )
         _run(create_app(desk, options.login, options.host, hosts), listening, options, started, running)
 
