@@ -168,6 +168,6 @@ class Arena:
         return replace(round_, vote=vote)
 
 
-def sentence(error: EndpointError) -> str:
+def void_sentence(error: EndpointError) -> str:
     """Why a question is void, without saying whose fault it was."""
     return SENTENCES.get(error.kind, "One of the two systems did not answer")

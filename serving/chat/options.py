@@ -48,4 +48,11 @@ class ChatOptions:
     seed: int | None = None
     """Of the arena's shuffling; None draws one."""
     login: str | None = None
-    """`user:password`; None lets everybody in."""
+    """`user:password`, several of them on a line each; None lets everybody in."""
+    conversations: Path = Path("runs/conversations.db")
+    """Where conversations are kept if there is a login."""
+
+
+def lines_of(login: str | None) -> list[str]:
+    """Each `user:password` of a login."""
+    return [line.strip() for line in (login or "").splitlines() if line.strip()]

@@ -2,7 +2,8 @@
 
 Answers are Markdown without HTML and without images: markdown-it writes every tag itself, escapes all text, and
 refuses `javascript:`, `data:` and their like in links. An image would fetch from whatever address an answer names.
-Questions are plain text. The page's Content-Security-Policy forbids the same things once more.
+Formulas and code leave here as text; the page's script (`assets/rich.js`) sets and colours them. Questions are plain
+text. The page's Content-Security-Policy forbids the same things once more.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from serving.chat.conversation import ChatCandidate, ChatReply, Conversation, Turn
+from serving.chat.maths import with_maths
 from serving.chat.scale import GOOD, POOR
 
 if TYPE_CHECKING:
@@ -32,7 +34,9 @@ _ENDINGS = {
 def _parser() -> MarkdownIt:
     from markdown_it import MarkdownIt
 
-    parser = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable("table").disable("image")
+    parser = (
+        MarkdownIt("commonmark", {"html": False, "breaks": True}).enable(["table", "strikethrough"]).disable("image")
+    )
 
     def link(self: RendererHTML, tokens: Sequence[Token], index: int, options: OptionsDict, env: EnvType) -> str:
         tokens[index].attrSet("target", "_blank")
@@ -40,7 +44,7 @@ def _parser() -> MarkdownIt:
         return str(self.renderToken(tokens, index, options, env))
 
     parser.add_render_rule("link_open", link)
-    return parser
+    return with_maths(parser)
 
 
 def markdown(text: str) -> str:
@@ -129,11 +133,11 @@ def candidates_html(candidates: Sequence[ChatCandidate]) -> str:
     )
 
 
-def turn_html(turn: Turn, index: int, *, last: bool, shown: bool, live: bool = False) -> str:
+def turn_html(turn: Turn, index: int, *, last: bool, shown: bool, live: bool = False, editing: bool = False) -> str:
     """One question and its answer, with their buttons."""
     note = "" if shown else '<p class="aside">Not shown to the model any more</p>'
     ask = (
-        f'<article class="turn user"><header><h3>You</h3><div class="actions">'
+        f'<article class="turn user{" editing" if editing else ""}"><header><h3>You</h3><div class="actions">'
         f"{_button('edit', index, 'Edit', 'Edit this message and ask again')}</div></header>"
         f'<div class="text">{escape(turn.user)}</div></article>'
     )
@@ -151,8 +155,14 @@ def turn_html(turn: Turn, index: int, *, last: bool, shown: bool, live: bool = F
     return f'{note}{ask}<article class="turn model"><h3>{escape(turn.reply.model or "Model")}</h3>{body}</article>'
 
 
-def past_html(conversation: Conversation, *, live: bool = False) -> str:
-    """All turns; with `live` the last question stands without its answer, which is being written elsewhere."""
+def past_html(conversation: Conversation, *, live: bool = False, editing: int | None = None) -> str:
+    """All turns; with `live` the last question stands without its answer, which is being written elsewhere.
+
+    Args:
+        conversation: what was said.
+        live: whether the last answer is being written.
+        editing: the turn whose question is being edited.
+    """
     count = len(conversation.turns)
     return "".join(
         turn_html(
@@ -161,6 +171,7 @@ def past_html(conversation: Conversation, *, live: bool = False) -> str:
             last=i == count - 1,
             shown=i >= conversation.dropped,
             live=live and i == count - 1,
+            editing=i == editing,
         )
         for i, turn in enumerate(conversation.turns)
     )

@@ -6,13 +6,14 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractContextManager, aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 from serving.chat.client import Abilities, Delta, Draft, End, Endpoint, EndpointError
 from serving.chat.conversation import ChatReply, Settings
+from serving.chat.line import Line, Place
 from serving.chat.options import AFTER, BEFORE
 from serving.chat.scale import RewardScale
 from serving.chat.toyworld import hint
@@ -163,11 +164,13 @@ class Desk:
     visitors: Visitors = field(default_factory=Visitors)
     loader: ModelLoader | None = None
     """What loads a real small model when a visitor asks for it; None where that is not offered."""
+    conversations: Path | None = None
+    """Where the server keeps conversations, a user's apart from another's; None: each visitor's browser keeps them."""
     _stops: dict[str, asyncio.Event] = field(default_factory=dict)
-    _slots: asyncio.Semaphore = field(init=False, repr=False)
+    _line: Line = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._slots = asyncio.Semaphore(self.concurrency)
+        self._line = Line(self.concurrency)
 
     def system(self, name: str | None) -> ChatSystem:
         """By name; the first for an unknown one, as a page of an earlier server may send."""
@@ -200,25 +203,25 @@ class Desk:
         finally:
             del self._stops[key]
 
+    def place(self) -> AbstractContextManager[Place]:
+        """A place among the answers that wait, for whoever tells the visitor about it; see `turn`."""
+        return self._line.join()
+
     @asynccontextmanager
     async def turn(self, stop: asyncio.Event) -> AsyncIterator[None]:
         """Wait until this answer is among those at work, or `stop` is set."""
-        slot = asyncio.create_task(self._slots.acquire())
-        stopped = asyncio.create_task(stop.wait())
-        try:
-            await asyncio.wait({slot, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        with self.place() as place:
+            await place.come(stop)
             yield
-        finally:
-            stopped.cancel()
-            if slot.done() and not slot.cancelled():
-                self._slots.release()
-            else:
-                slot.cancel()
 
     def stop(self, where: str, page: str | None) -> None:
         """End what this page waits for, if anything."""
         if stop := self._stops.get(f"{where}/{page}"):
             stop.set()
+
+    def busy(self, where: str, page: str | None) -> bool:
+        """Whether an answer for this page waits or is being written."""
+        return f"{where}/{page}" in self._stops
 
     def leave(self, page: str | None) -> None:
         """The page is closed: end all of it."""

@@ -19,6 +19,7 @@ from almost_eval.progress import progress_for
 from serving.chat import small_model
 from serving.chat.client import Address, Endpoint
 from serving.chat.conversation import Settings
+from serving.chat.kept import ConversationStore
 from serving.chat.launch import Models, with_transformers, with_vllm
 from serving.chat.loader import SmallModelLoader
 from serving.chat.options import DEFAULT_MODELS, LOOPBACK, ChatOptions
@@ -59,6 +60,9 @@ def serve(options: ChatOptions, started: float) -> None:
         raise InputError(f"two systems are called {twice!r}; give one a name: --base-url NAME=URL")
     questions = arena_questions(options.questions, models)
     VoteStore(options.votes)
+    conversations = options.conversations if options.login else None
+    if conversations is not None:
+        ConversationStore(conversations)
     hosts = checked_hosts(options.allowed_hosts)
     listening = listen(options.host, options.port, backlog=512)
     served, about = _served(models)
@@ -102,6 +106,7 @@ def serve(options: ChatOptions, started: float) -> None:
             seed=options.seed,
             visitors=Visitors(listening.getsockname()[1]),
             loader=_loader(systems, running, children, options),
+            conversations=conversations,
         )
         _run(create_app(desk, options.login, options.host, hosts), listening, options, started, running, scale)
 

@@ -14,7 +14,7 @@ from gradio.blocks import Block
 from almost_eval.arena.report import board
 from almost_eval.arena.votes import VOTES
 from almost_eval.errors import AlmostError
-from serving.chat.arena import MAX_TURNS, SIDES, Arena, Round, sentence
+from serving.chat.arena import MAX_TURNS, SIDES, Arena, Round, void_sentence
 from serving.chat.board import board_html
 from serving.chat.client import EndpointError
 from serving.chat.conversation import ChatReply
@@ -149,7 +149,7 @@ class ArenaTab:
         current = round_.ask(text) if round_ is not None and on else self._arena.begin(text, source)
         steps: list[Step | None] = [None, None]
         try:
-            with self._desk.work("arena", asker_of(self._desk, request)) as stop:
+            with self._desk.work("arena", asker_of(self._desk, request)) as stop, self._desk.place() as place:
                 yield {self.round: None, self.notice: "", self.box: ""} | self._shown(current) | self._busy()
                 draws = [
                     Draw(
@@ -159,9 +159,10 @@ class ArenaTab:
                     )
                     for place, name in enumerate(current.systems)
                 ]
-                async with self._desk.turn(stop):
-                    async for steps in draw_together(draws, stop):
-                        yield self._shown(current, steps)
+                async for sentence in place.sentences(stop):
+                    yield {self.notice: notice_html(sentence, "hint")}
+                async for steps in draw_together(draws, stop):
+                    yield self._shown(current, steps)
         except NotNow as refusal:
             yield {self.notice: notice_html(str(refusal), refusal.kind)}
             return
@@ -185,7 +186,7 @@ class ArenaTab:
             return "Stopped", "hint"
         if failed is None and all(step and step.reply.text for step in steps):
             return None
-        return sentence(failed or EndpointError("broken", "")), "error"
+        return void_sentence(failed or EndpointError("broken", "")), "error"
 
     def _undone(self, current: Round, why: str, kind: str) -> Update:
         """The question is taken back; what was answered before it can still be voted on."""

@@ -73,16 +73,15 @@ class CompareTab:
         messages = Conversation().ask(text.strip()).messages(settings.system)
         draws = [Draw(self._desk.system(name), messages, settings) for name in (left, right)]
         try:
-            with self._desk.work("compare", asker_of(self._desk, request)) as stop:
+            with self._desk.work("compare", asker_of(self._desk, request)) as stop, self._desk.place() as place:
                 thinking = panel_html(None, live=False, note="Thinking")
                 yield dict.fromkeys(self.panels, thinking) | self._buttons(busy=True) | {self.notice: ""}
                 steps: list[Step | None] = [None, None]
-                async with self._desk.turn(stop):
-                    async for steps in draw_together(draws, stop):
-                        panels = [
-                            panel_html(step.reply if step else None, live=not (step and step.done)) for step in steps
-                        ]
-                        yield dict(zip(self.panels, panels, strict=True))
+                async for sentence in place.sentences(stop):
+                    yield {self.notice: notice_html(sentence, "hint")}
+                async for steps in draw_together(draws, stop):
+                    panels = [panel_html(step.reply if step else None, live=not (step and step.done)) for step in steps]
+                    yield dict(zip(self.panels, panels, strict=True))
         except NotNow as refusal:
             yield {self.notice: notice_html(str(refusal), refusal.kind)}
             return

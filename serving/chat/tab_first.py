@@ -116,11 +116,12 @@ class FirstTab:
         draws += [Draw(self._pair[0], messages, racing)] * CANDIDATES
         steps: list[Step | None] = [None] * len(draws)
         try:
-            with self._desk.work("first", asker_of(self._desk, request)) as stop:
+            with self._desk.work("first", asker_of(self._desk, request)) as stop, self._desk.place() as place:
                 yield self._shown(steps) | self._buttons(busy=True) | {self.notice: notice_html(hint(text), "hint")}
-                async with self._desk.turn(stop):
-                    async for steps in draw_together(draws, stop):
-                        yield self._shown(steps)
+                async for sentence in place.sentences(stop):
+                    yield {self.notice: notice_html(sentence or hint(text), "hint")}
+                async for steps in draw_together(draws, stop):
+                    yield self._shown(steps)
         except NotNow as refusal:
             yield {self.notice: notice_html(str(refusal), refusal.kind)}
             return

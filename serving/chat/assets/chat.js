@@ -47,14 +47,16 @@
       setDark(dark);
     } else if (button.dataset.copy !== undefined) {
       copy(button.dataset.copy, button);
+    } else if (button.dataset.copyCode !== undefined) {
+      copy(button.closest('.code').querySelector('code').textContent, button);
     }
   });
 
   document.addEventListener('keydown', (event) => {
     if (event.key !== 'Escape') return;
-    for (const id of ['stop', 'compare-stop']) {
+    for (const id of ['cancel-edit', 'stop', 'compare-stop', 'arena-stop']) {
       const button = document.getElementById(id);
-      if (button && button.offsetParent) button.click();
+      if (button && button.offsetParent) { button.click(); return; }
     }
   });
 

@@ -20,7 +20,7 @@ import pytest
 
 from almost_eval.arena.votes import VoteStore
 from almost_eval.errors import InputError
-from serving.chat.arena import Arena, sentence
+from serving.chat.arena import Arena, void_sentence
 from serving.chat.client import Endpoint, EndpointError
 from serving.chat.conversation import ChatCandidate, ChatReply, Conversation, Settings
 from serving.chat.questions import EXAMPLES, arena_questions
@@ -178,7 +178,7 @@ def test_a_vote_is_stored_whole(tmp_path: Path) -> None:
 
 
 def test_a_failure_in_the_arena_names_nobody() -> None:
-    told = sentence(EndpointError("down", "The endpoint http://red:8000/v1 is not reachable."))
+    told = void_sentence(EndpointError("down", "The endpoint http://red:8000/v1 is not reachable."))
     assert told == "One of the two systems did not answer"
 
 

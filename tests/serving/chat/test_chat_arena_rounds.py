@@ -121,7 +121,12 @@ def test_the_board_says_how_sure_it_is() -> None:
     assert (round(low, 3), round(high, 3)) == (0.208, 0.939)
     assert "one voter" in board_html(alone)
     assert "67 %" in board_html(alone)
-    both = board([vote(i, verdict, session) for i, (verdict, session) in enumerate(["as", "as", "bt", "at"])])
+    both = board(
+        [
+            vote(i, verdict, session)
+            for i, (verdict, session) in enumerate([("a", "s"), ("a", "s"), ("b", "t"), ("a", "t")])
+        ]
+    )
     assert "clustered by voter" in board_html(both)
     assert "&lt;i&gt;x" in board_html(board([Vote("i", "s", (), "t", "<i>x</i>", "y", "", "", "a")]))
 
@@ -153,7 +158,7 @@ class Page:
         self.arena = Arena(systems, VoteStore(folder / "votes.db"), self.desk.defaults, 1)
         with gr.Blocks():
             self.tab = ArenaTab(self.desk, self.arena)
-        self.request = SimpleNamespace(session_hash="page", headers={}, client=SimpleNamespace(host="1.1.1.1"))
+        self.request: Any = SimpleNamespace(session_hash="page", headers={}, client=SimpleNamespace(host="1.1.1.1"))
         self.shown: dict[Any, Any] = {self.tab.round: None}
 
     @property
