@@ -66,13 +66,13 @@ class FirstTab:
             ]
         self.race = raw_html(self._race([None] * CANDIDATES, idle=True), elem_id="first-race")
         if desk.loader is not None:
+            self.loading = raw_html(elem_id="first-loading")
             with gr.Row(elem_classes="real"):
                 raw_html(
                     f"<div><h3>A real small chat model</h3><p>{escape(ABOUT)}: 135 M parameters, on this machine's "
                     "CPU. It knows the real world a little.</p></div>"
                 )
                 self.load = gr.Button("Talk to SmolLM2", scale=0, min_width=200, elem_id="first-load")
-            self.loading = raw_html(elem_id="first-loading")
 
     def connect(self, page: gr.Blocks, tabs: gr.Tabs, chat_system: gr.Dropdown, pickers: Sequence[gr.Dropdown]) -> None:
         """Attach the events.

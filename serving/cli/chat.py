@@ -32,7 +32,13 @@ def _option(flag: str, text: str, kind: click.ParamType | None = None) -> Comman
 @click.option(
     "--base-url", "urls", multiple=True, metavar="[NAME=]URL[#MODEL]", help="An OpenAI-compatible endpoint, with /v1."
 )
-@click.option("--model", "models", multiple=True, metavar="CKPT", help="A checkpoint to load here, or smollm2; several to compare.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="CKPT",
+    help="A checkpoint to load here, or smollm2; several to compare.",
+)
 @click.option("--reward", metavar="CKPT", help="Reward model for --model; built-in models have nano/reward.")
 @_option("--engine", "What runs --model.", click.Choice(["hf", "vllm"]))
 @engine_flag(ENGINE_FIELDS["dtype"])
