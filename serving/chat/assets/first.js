@@ -35,18 +35,13 @@
     if (!location.hash || location.hash === '#start') send.click();
   }
 
-  const observer = new MutationObserver(() => {
-    if (!opened) openTab();
-    if (!started) start();
-  });
-  observer.observe(document.documentElement, {childList: true, subtree: true, attributes: true});
-  // A text box's value is no change of the document: look for it too.
+  // gradio renders after this runs, and a text box's value is no change of the document: look until all is there.
   const timer = setInterval(() => {
     if (!opened) openTab();
     if (!started) start();
-    if (opened && started) { clearInterval(timer); observer.disconnect(); }
-  }, 100);
-  setTimeout(() => { clearInterval(timer); observer.disconnect(); }, 20000);
+    if (opened && started) clearInterval(timer);
+  }, 50);
+  setTimeout(() => clearInterval(timer), 20000);
 
   // --- keys ---
   document.addEventListener('keydown', (event) => {
