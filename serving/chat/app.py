@@ -196,7 +196,7 @@ def create_app(
 
 
 def _scripts() -> str:
-    files = [(_ASSETS / name).read_text(encoding="utf-8") for name in ("chat.js", "rich.js", "shelf.js")]
+    files = [(_ASSETS / name).read_text(encoding="utf-8") for name in ("chat.js", "rich.js", "shelf.js", "connection.js")]
     return "".join(f"<script>{script}</script>" for script in (parts_script(), *files))
 
 
