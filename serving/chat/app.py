@@ -1,4 +1,4 @@
-"""The page with its four tabs, and middleware around it: the login, the routes that the page needs, safe headers."""
+"""The page with its tabs, and middleware around it: the login, the routes that the page needs, safe headers."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ from serving.chat.kept import ConversationStore, add_routes
 from serving.chat.options import lines_of
 from serving.chat.parts import parts_script
 from serving.chat.session import Desk
+from serving.chat.shelf import keeper_script
 from serving.chat.tab_arena import ArenaTab
 from serving.chat.tab_chat import ChatTab
 from serving.chat.tab_compare import CompareTab
+from serving.chat.tab_first import FirstTab
 from serving.chat.tab_report import ReportTab
 from serving.chat.visitors import Visitors
 from serving.door.hosts import HostGuard
@@ -128,7 +130,8 @@ def build_page(desk: Desk) -> gr.Blocks:
     """The tabs, connected."""
     arena = None
     if len(desk.systems) > 1:
-        arena = Arena(desk.systems, VoteStore(desk.votes), desk.defaults, desk.seed)
+        # Its own list: a model that is loaded later does not join the rounds of those before.
+        arena = Arena(tuple(desk.systems), VoteStore(desk.votes), desk.defaults, desk.seed)
     with gr.Blocks(title="ALMoST chat", analytics_enabled=False, fill_width=True, delete_cache=None) as page:
         gr.HTML(
             '<header class="top"><h1>ALMoST <span>chat</span></h1>'
@@ -136,18 +139,26 @@ def build_page(desk: Desk) -> gr.Blocks:
             apply_default_css=False,
             padding=False,
         )
-        with gr.Tabs(elem_id="tabs"):
-            with gr.Tab("Chat", id="chat"):
+        first = None
+        with gr.Tabs(elem_id="tabs") as tabs:
+            if pair := desk.before_and_after():
+                with gr.Tab("Start", id="start", elem_id="tab-start") as start_tab:
+                    first = FirstTab(desk, *pair)
+            with gr.Tab("Chat", id="chat", elem_id="tab-chat") as chat_tab:
                 chat = ChatTab(desk)
-            with gr.Tab("Side by side", id="compare"):
+            with gr.Tab("Side by side", id="compare", elem_id="tab-compare") as compare_tab:
                 compare = CompareTab(desk)
-            with gr.Tab("Arena", id="arena"):
+            with gr.Tab("Arena", id="arena", elem_id="tab-arena") as arena_tab:
                 blind = ArenaTab(desk, arena)
-            with gr.Tab("Report", id="report"):
+            with gr.Tab("Report", id="report", elem_id="tab-report") as report_tab:
                 report = ReportTab(desk.reports)
+        others = [chat_tab, compare_tab, report_tab]
+        if first is not None:
+            others.append(start_tab)
+            first.connect(page, tabs, chat.system, compare.pickers)
         chat.connect(page)
         compare.connect(chat.settings)
-        blind.connect()
+        blind.connect(page, arena_tab, others)
         report.connect(page)
 
         def leave(request: gr.Request) -> None:
@@ -181,8 +192,8 @@ def create_app(
         build_page(desk),
         path="/",
         theme=_theme(),
-        css=(_ASSETS / "chat.css").read_text(encoding="utf-8"),
-        head=_scripts(),
+        css=_asset("chat.css") + _asset("first.css"),
+        head=_scripts(keeper_script(on_server=desk.conversations is not None)),
         footer_links=[],
         show_error=False,
         ssr_mode=False,
@@ -195,9 +206,13 @@ def create_app(
     return HostGuard(Guard(app, login, desk.visitors), host, allowed_hosts)
 
 
-def _scripts() -> str:
-    files = [(_ASSETS / name).read_text(encoding="utf-8") for name in ("chat.js", "rich.js", "shelf.js", "connection.js")]
-    return "".join(f"<script>{script}</script>" for script in (parts_script(), *files))
+def _asset(name: str) -> str:
+    return (_ASSETS / name).read_text(encoding="utf-8")
+
+
+def _scripts(keeper: str) -> str:
+    files = [_asset(name) for name in ("chat.js", "rich.js", "shelf.js", "connection.js", "first.js")]
+    return "".join(f"<script>{script}</script>" for script in (parts_script(), keeper, *files))
 
 
 def _theme() -> gr.themes.Base:

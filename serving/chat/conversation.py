@@ -70,6 +70,8 @@ class ChatReply:
     """From the request to the last token."""
     ending: str = "stop"
     """`stop`, `length` (out of tokens), `stopped` (by the visitor) or `broken` (by an error)."""
+    percentile: float | None = None
+    """Share of known answers with a lower reward, 0 to 100; None where there is no such scale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +194,7 @@ def _read_reply(reply: JSONObject) -> ChatReply:
         None if tokens is None else int(tokens),
         _number(reply["seconds"]),
         _text(reply["ending"])[:20],
+        _number(reply.get("percentile")),  # conversations of earlier versions have none
     )
 
 

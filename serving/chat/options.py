@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-DEFAULT_MODELS = ("nano/almost", "nano/sft", "nano/vanilla-large")
+BEFORE, AFTER = "nano/vanilla-large", "nano/almost"
+"""The built-in model before and after its alignment, which the page opens with where both are served."""
+DEFAULT_MODELS = (AFTER, "nano/sft", BEFORE)
 """The models of an `almost-chat` without `--model` and `--base-url`."""
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True, kw_only=True)

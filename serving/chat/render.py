@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from serving.chat.conversation import ChatCandidate, ChatReply, Conversation, Turn
 from serving.chat.maths import with_maths
+from serving.chat.scale import GOOD, POOR
 
 if TYPE_CHECKING:
     from markdown_it import MarkdownIt
@@ -56,13 +57,32 @@ def number(reward: float) -> str:
     return f"{reward:+.2f}".replace("-", "\u2212")
 
 
-def badge(reward: float | None) -> str:
-    """A reward as a small badge; nothing where there is none."""
+def badge(reward: float | None, percentile: float | None = None) -> str:
+    """A reward as a small badge; nothing where there is none.
+
+    Its colour comes from the percentile among known answers: without one the badge is grey, as a raw logit by itself
+    says nothing.
+    """
     if reward is None:
         return ""
-    tone = "good" if reward >= 0 else "poor"
-    title = "Reward of this answer: the raw logit of the reward model; only differences mean something"
-    return f'<span class="badge {tone}" title="{title}"><i>reward</i> {number(reward)}</span>'
+    if percentile is None:
+        title = "The raw logit of the reward model. It has no scale for this question: only differences mean something"
+        return f'<span class="badge" title="{title}"><i>reward</i> {number(reward)}</span>'
+    tone = "good" if percentile >= GOOD else "poor" if percentile < POOR else "middle"
+    title = (
+        f"The reward {number(reward)} is higher than that of {percentile:.0f} % of answers known to be good or bad, "
+        "half of each: bad ones are at the left, good ones at the right"
+    )
+    return (
+        f'<span class="badge {tone}" title="{title}"><i>reward</i> {number(reward)}'
+        f'<span class="scale" aria-hidden="true"><span style="left:{percentile:.0f}%"></span></span>'
+        f"<i>{_ordinal(round(percentile))} percentile</i></span>"
+    )
+
+
+def _ordinal(number: int) -> str:
+    ending = "th" if number // 10 % 10 == 1 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}"
 
 
 def reply_html(reply: ChatReply, *, live: bool = False, actions: str = "") -> str:
@@ -70,7 +90,7 @@ def reply_html(reply: ChatReply, *, live: bool = False, actions: str = "") -> st
     body = f'<div class="md">{markdown(reply.text)}</div>' if reply.text else ""
     if live:
         return body + '<span class="caret" aria-hidden="true"></span>'
-    foot = f'<div class="facts">{badge(reply.reward)}{facts(reply)}{actions}</div>'
+    foot = f'<div class="facts">{badge(reply.reward, reply.percentile)}{facts(reply)}{actions}</div>'
     return body + candidates_html(reply.candidates) + foot
 
 

@@ -18,6 +18,8 @@ from serving.chat.shelf import KEEP, LOAD, kept_text, record_of
 from serving.chat.widgets import ANSWERING, QUICK, Update, asker_of
 
 _LOG = logging.getLogger("almost.chat")
+DIFFERING = 1.3
+"""Temperature from which the aligned built-in model's candidates differ: of six, two do at 0.7 and four at 1.3."""
 TOO_LONG = f"That is more than {MAX_CHARACTERS:,} characters, the most of one message here: shorten it."
 TOO_MANY = f"This conversation has {MAX_TURNS} questions, the most there can be: start a new one."
 
@@ -59,6 +61,7 @@ class ChatTab(ChatLayout):
             trigger_mode="always_last",
             **QUICK,
         )
+        self.best_of.input(self._on_best_of, [self.best_of, self.temperature, self.system], self.temperature, **QUICK)
         self.system.change(self._on_system, self.system, [self.best_of, self.notice], **QUICK)
         page.load(self._on_load, [self.record, self.conversation], [*shown, *self.settings], js=LOAD, **QUICK)
         page.load(self._on_system, self.system, [self.best_of, self.notice], **QUICK)
@@ -207,7 +210,16 @@ class ChatTab(ChatLayout):
 
     async def _on_system(self, name: str) -> Update:
         most, sentence = await self._best_of(name)
-        return {self.best_of: best_of_slider(most), self.notice: notice_html(sentence) if sentence else gr.skip()}
+        about = self._desk.system(name).about
+        notice = notice_html(sentence) or notice_html(f"{about}." if about else "", "hint")
+        return {self.best_of: best_of_slider(most), self.notice: notice or gr.skip()}
+
+    def _on_best_of(self, best_of: float, temperature: float, name: str) -> object:
+        """Candidates must differ to be worth a choice; the slider shows the temperature that is raised for it."""
+        plain = self._desk.defaults.temperature
+        if not (best_of > 1 and temperature == plain < DIFFERING and self._desk.system(name).is_toy):
+            return gr.skip()
+        return DIFFERING
 
     def _on_load(self, request: gr.Request, record: object, conversation: Conversation) -> Update:
         if conversation.turns or self._desk.busy("chat", request.session_hash):

@@ -32,7 +32,13 @@ def _option(flag: str, text: str, kind: click.ParamType | None = None) -> Comman
 @click.option(
     "--base-url", "urls", multiple=True, metavar="[NAME=]URL[#MODEL]", help="An OpenAI-compatible endpoint, with /v1."
 )
-@click.option("--model", "models", multiple=True, metavar="CKPT", help="A checkpoint to load here; several to compare.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="CKPT",
+    help="A checkpoint to load here, or smollm2; several to compare.",
+)
 @click.option("--reward", metavar="CKPT", help="Reward model for --model; built-in models have nano/reward.")
 @_option("--engine", "What runs --model.", click.Choice(["hf", "vllm"]))
 @engine_flag(ENGINE_FIELDS["dtype"])
@@ -64,6 +70,7 @@ def chat(*, auth: bool, **values: Any) -> None:
     \b
     Example:
       almost-chat                                           built-in models, nothing to download
+      almost-chat --model smollm2                           a real small chat model, Apache-2.0
       almost-chat --model ./my-checkpoint --reward ./my-reward-model
       almost-chat --base-url http://127.0.0.1:8000/v1 --base-url other=http://127.0.0.1:8001/v1
 

@@ -62,7 +62,7 @@ def test_every_tab_is_accessible(
     assert len(tabs) >= 4
     told: dict[str, list[str]] = {}
     for tab in tabs:
-        page.get_by_role("tab", name=tab).click()
+        page.get_by_role("tab", name=tab, exact=True).click()
         page.wait_for_timeout(400)
         told[f"{tab}, empty"] = violations(page)
         shot(page, f"axe-{tab.lower().replace(' ', '-')}-{request.node.callspec.id}")

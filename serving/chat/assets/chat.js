@@ -63,12 +63,16 @@
   // gradio renders after this runs: wait for what is needed.
   let transcript = null;
   let pinned = true;
+  let themed = false;
   new MutationObserver(() => {
+    if (!themed && document.getElementById('theme')) {
+      const chosen = localStorage.getItem(KEY);
+      setDark(chosen ? chosen === 'dark' : document.body.classList.contains('dark'));
+      themed = true;
+    }
     if (!transcript) {
       transcript = document.getElementById('transcript');
       if (transcript) {
-        const chosen = localStorage.getItem(KEY);
-        setDark(chosen ? chosen === 'dark' : document.body.classList.contains('dark'));
         transcript.tabIndex = 0;  // scrolled with the arrow keys
         transcript.setAttribute('role', 'log');
         transcript.setAttribute('aria-label', 'Conversation');
