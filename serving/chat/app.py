@@ -21,6 +21,7 @@ from serving.chat.kept import ConversationStore, add_routes
 from serving.chat.options import lines_of
 from serving.chat.parts import parts_script
 from serving.chat.session import Desk
+from serving.chat.shelf import keeper_script
 from serving.chat.tab_arena import ArenaTab
 from serving.chat.tab_chat import ChatTab
 from serving.chat.tab_compare import CompareTab
@@ -192,7 +193,7 @@ def create_app(
         path="/",
         theme=_theme(),
         css=_asset("chat.css") + _asset("first.css"),
-        head=_scripts(),
+        head=_scripts(keeper_script(on_server=desk.conversations is not None)),
         footer_links=[],
         show_error=False,
         ssr_mode=False,
@@ -209,9 +210,9 @@ def _asset(name: str) -> str:
     return (_ASSETS / name).read_text(encoding="utf-8")
 
 
-def _scripts() -> str:
-    files = [_asset(name) for name in ("chat.js", "rich.js", "shelf.js", "first.js")]
-    return "".join(f"<script>{script}</script>" for script in (parts_script(), *files))
+def _scripts(keeper: str) -> str:
+    files = [_asset(name) for name in ("chat.js", "rich.js", "shelf.js", "connection.js", "first.js")]
+    return "".join(f"<script>{script}</script>" for script in (parts_script(), keeper, *files))
 
 
 def _theme() -> gr.themes.Base:

@@ -10,7 +10,7 @@ from gradio.blocks import Block
 from serving.chat.conversation import Conversation, Settings
 from serving.chat.render import past_html
 from serving.chat.session import Desk
-from serving.chat.shelf import OPEN, kept_text, shelf_html, whereabouts
+from serving.chat.shelf import OPEN, SHELF, kept_text, whereabouts
 from serving.chat.widgets import button, question_box, raw_html
 
 ACT = """
@@ -42,7 +42,7 @@ class ChatLayout:
         self.before = gr.State(None)
         with gr.Row(elem_classes="chat-page"):
             with gr.Column(scale=2, min_width=200, elem_classes="kept"):
-                self.shelf = raw_html(shelf_html(on_server=on_server), js_on_load=OPEN, elem_id="shelf")
+                self.shelf = raw_html(SHELF, js_on_load=OPEN, elem_id="shelf")
                 self.record = gr.Textbox(visible="hidden", label="Record")
                 self.kept = gr.Textbox(visible="hidden", elem_id="kept", label="Kept")
             with gr.Column(scale=7, min_width=320, elem_classes="talk"):

@@ -28,19 +28,18 @@ KEEP = "(text) => { window.almostShelf.keep(text); }"
 """Called whenever there is something new to keep."""
 
 
-def shelf_html(*, on_server: bool) -> str:
-    """The list without its conversations.
+SHELF = (
+    '<details class="shelf" open><summary>Conversations</summary>'
+    '<button type="button" data-shelf="new">New conversation</button>'
+    '<input type="search" placeholder="Search" aria-label="Search conversations" autocomplete="off">'
+    '<ul aria-label="Kept conversations"></ul><p class="aside" role="status"></p></details>'
+)
+"""The list without its conversations."""
 
-    Args:
-        on_server: whether the server keeps them.
-    """
-    place = "server" if on_server else "browser"
-    return (
-        f'<details class="shelf" data-keeper="{place}" open><summary>Conversations</summary>'
-        '<button type="button" data-shelf="new">New conversation</button>'
-        '<input type="search" placeholder="Search" aria-label="Search conversations" autocomplete="off">'
-        '<ul aria-label="Kept conversations"></ul><p class="aside" role="status"></p></details>'
-    )
+
+def keeper_script(*, on_server: bool) -> str:
+    """JavaScript that tells `assets/shelf.js` who keeps the conversations."""
+    return f"window.almostKeeper = '{'server' if on_server else 'browser'}';"
 
 
 def whereabouts(systems: Sequence[ChatSystem], *, on_server: bool) -> str:

@@ -63,7 +63,7 @@
   const fresh = () => [...crypto.getRandomValues(new Uint8Array(8))].map((n) => n.toString(16).padStart(2, '0')).join('');
   const known = new Map();  // the server's number -> {id, version, name, said}: as which it is kept, and what was last
   let removed = null;  // the record that was deleted last
-  let keeper = null;
+  const keeper = window.almostKeeper === 'server' ? onServer : inBrowser;
   let root = null;
   let tell = () => {};
   let queue = Promise.resolve();
@@ -232,8 +232,6 @@
   window.almostShelf = {
     /** What this tab had open, as JSON for the page's server; '' in a new tab. */
     async load() {
-      const place = document.querySelector('.shelf');
-      keeper = place && place.dataset.keeper === 'server' ? onServer : inBrowser;
       try {
         const before = JSON.parse(sessionStorage.getItem(OPEN) || 'null');
         const record = before && await keeper.read(before.id);
@@ -249,6 +247,7 @@
       part('[data-shelf=new]').addEventListener('click', () => tell({act: 'new'}));
       part('input[type=search]').addEventListener('input', () => later(show));
       if (window.innerWidth <= 720) part('details').open = false;
+      later(show);
       window.addEventListener('storage', (event) => { if (!event.key || event.key.startsWith(KEY)) later(show); });
       window.addEventListener('focus', () => { if (keeper === onServer) later(show); });
     },
