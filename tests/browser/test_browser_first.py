@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from browser_fixtures import PHONE, Server, leave
+from test_browser_accessible import violations
 
 from almost_eval.arena.votes import VoteStore
 from serving.chat.options import AFTER, BEFORE
@@ -119,12 +120,15 @@ def test_on_a_phone_and_in_the_dark(
     assert page.evaluate(WIDEST) <= PHONE["width"]
     box = page.locator("#first-before").bounding_box()
     assert box["y"] + box["height"] <= PHONE["height"]  # the first answer without scrolling
+    assert page.get_by_role("tab").all_inner_texts() == ["Start", "Chat", "Side by side", "Arena", "Report"]
     page.wait_for_timeout(600)
+    assert violations(page) == []
     shot(page, f"start-phone{'-dark' if dark else ''}")
     if dark:
         wide = open_page(nano.url, dark=True, tab=None)
         wait_for_both(wide)
         wide.wait_for_timeout(600)
+        assert violations(wide) == []
         shot(wide, "start-dark")
 
 
@@ -189,6 +193,7 @@ def test_rounds_by_keys_alone_and_a_board_that_grows(
             page.wait_for_function("document.activeElement.id === 'arena-next'")
         assert [vote.vote for vote in VoteStore(tmp_path / "votes.db").votes()] == ["a", "b", "tie", "both_bad"]
         assert re.search(r"\d+ %\s+\[\d+, \d+\]", page.inner_text("#arena-board"))
+        assert violations(page) == []
         # Another page sees them without doing anything.
         watching.wait_for_function("document.querySelector('#arena-board').innerText.includes('4 votes')")
 
