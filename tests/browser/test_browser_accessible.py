@@ -26,7 +26,7 @@ def f(x: int) -> str:  # a comment
     return f"{x}" + 'y' * 3
 ```
 
-$$\\\\sum_i^n x_i$$
+$$\\sum_i^n x_i$$
 
 | a | b |
 |---|---|
