@@ -49,7 +49,8 @@ class FirstTab:
         self._pair = (before, after)
         raw_html(f'<section class="opening"><h2>What alignment changes</h2><p>{escape(KNOWN)}</p></section>')
         with gr.Row(elem_classes="composer"):
-            self.box = question_box("Question for both", "Ask about the made-up world", "first-message")
+            first = PREPARED[0].question
+            self.box = question_box("Question for both", "Ask about the made-up world", "first-message", value=first)
             self.send = button("Ask both", "first-send", "primary")
             self.stop = button("Stop", "first-stop", "stop", visible=False)
         chips = "".join(
@@ -87,8 +88,6 @@ class FirstTab:
         gr.on([self.box.submit, self.send.click], self._on_send, self.box, outputs, **ANSWERING)
         self.chips.act(self._on_pick, None, outputs, **ANSWERING)
         self.stop.click(self._on_stop, None, None, **QUICK)
-        # The box is empty for a page without this script, and whoever typed already keeps their words.
-        page.load(lambda: PREPARED[0].question, None, self.box, **QUICK)
         if self._desk.loader is None:
             return
         self._tabs, self._chat_system, self._pickers = tabs, chat_system, pickers
@@ -100,8 +99,9 @@ class FirstTab:
 
     async def _on_pick(self, event: gr.EventData, request: gr.Request) -> AsyncIterator[Update]:
         question = str(event._data.get("question") or "")[:10_000]
+        yield {self.box: question}
         async for update in self._on_send(request, question):
-            yield {self.box: question} | dict(update)
+            yield update
 
     async def _on_send(self, request: gr.Request, text: str) -> AsyncIterator[Update]:
         """Both sides and all candidates at once."""
@@ -140,6 +140,7 @@ class FirstTab:
         loader = self._desk.loader
         assert loader is not None
         task = asyncio.create_task(loader.load())
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, also where the visitor leaves
         began = asyncio.get_running_loop().time()
         try:
             while not task.done():

@@ -41,9 +41,10 @@ def raw_html(html: str = "", **options: Any) -> gr.HTML:
     return gr.HTML(html, apply_default_css=False, padding=False, **options)
 
 
-def question_box(label: str, placeholder: str, elem_id: str, *, autofocus: bool = False) -> gr.Textbox:
+def question_box(label: str, placeholder: str, elem_id: str, *, value: str = "", autofocus: bool = False) -> gr.Textbox:
     """Where a question is typed; grows with it."""
     return gr.Textbox(
+        value,
         show_label=False,
         label=label,
         placeholder=placeholder,
