@@ -101,8 +101,15 @@ class Line:
                 self.waiting.remove(place)
 
     def expected_s(self, number: int) -> float | None:
-        """Seconds until place `number` is at work, by the latest answers; None before there are any."""
-        return fmean(self._durations) * number / self._size if self._durations else None
+        """Seconds until place `number` is at work; None before there is an answer to judge by.
+
+        By the latest answers, and by those at work that take longer already.
+        """
+        if not self._durations:
+            return None
+        usual_s = fmean(self._durations)
+        slow = [worked for place in self.working if (worked := place.worked_s or 0.0) > usual_s]
+        return fmean([*self._durations, *slow]) * number / self._size
 
     def _advance(self) -> None:
         while self.waiting and len(self.working) < self._size:
