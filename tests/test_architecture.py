@@ -49,7 +49,8 @@ HEAVY = {
     "lm_eval": set(),
     "datasets": set(),
     "gradio": {
-        f"serving/chat/{name}.py" for name in ("app", "tab_arena", "tab_chat", "tab_compare", "tab_report", "widgets")
+        f"serving/chat/{name}.py"
+        for name in ("app", "layout", "tab_arena", "tab_chat", "tab_compare", "tab_first", "tab_report", "widgets")
     },
     "matplotlib": set(),
     "trl": set(),

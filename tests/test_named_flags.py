@@ -50,6 +50,7 @@ OF_OTHERS: dict[str, dict[str, str]] = {
         ("--no-optional-locks", "--porcelain", "--untracked-files"), "git's"
     ),
     "serving/all.py": {"--gpu-memory-utilization": "vLLM's, which is passed to it"},
+    "serving/chat/small_model.py": {"--no-deps": "pip's"},
     "serving/chat/tab_report.py": {"--output": "of almost-eval, which the message names"},
     "serving/vllm/command.py": dict.fromkeys(
         (

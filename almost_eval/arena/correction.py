@@ -50,6 +50,9 @@ def match_votes(votes: Sequence[Vote], pairs: Iterable[Pair]) -> MatchedVotes:
     unmatched: Counter[str] = Counter()
     sessions = set()
     for vote in votes:
+        if not vote.is_blind:
+            unmatched["not blind, as a system named itself"] += 1
+            continue
         same = by_text.get(question_text(vote).strip(), {}).values()
         sides = (vote.text_a.strip(), vote.text_b.strip())
         texts = {pair.question.id: tuple(answer.text.strip() for answer in by_system(pair)) for pair in same}

@@ -1,7 +1,8 @@
 """What the votes of a blind arena say: win rates, strengths, position bias, and agreement with machines.
 
 A tie and "both bad" count as half a win for each side, and the report shows how many there were. Every interval is
-clustered by session, since one person's votes are not independent. Strengths are Bradley-Terry's.
+clustered by session, since one person's votes are not independent. Strengths are Bradley-Terry's. A round in which a
+system named itself was not blind: its vote is counted as such, and is in no other figure.
 """
 
 from __future__ import annotations
@@ -78,6 +79,9 @@ class ArenaReport:
     """Everything the votes say."""
 
     votes: int
+    """In the figures; `named` come on top."""
+    named: int
+    """Votes that were not blind: a system named itself."""
     sessions: int
     counts: Mapping[str, int]
     """Vote -> how often."""
@@ -94,6 +98,7 @@ class ArenaReport:
         strengths = self.strengths
         return {
             "votes": self.votes,
+            "named": self.named,
             "sessions": self.sessions,
             "counts": dict(self.counts),
             "systems": {name: metric.to_dict() for name, metric in self.systems.items()},
@@ -119,10 +124,13 @@ def report(
         seed: of the resamples.
 
     Raises:
-        InputError: there are no votes.
+        InputError: there are no votes, or none that was blind.
     """
     if not votes:
         raise InputError("there are no votes yet; cast some in the Arena tab of almost-chat")
+    every, votes = votes, [vote for vote in votes if vote.is_blind]
+    if not votes:
+        raise InputError(f"in each of the {len(every)} rounds a system named itself, so no vote was blind; cast others")
     rng = np.random.default_rng(seed)
     names = sorted({name for vote in votes for name in (vote.system_a, vote.system_b)})
     decisive = [vote for vote in votes if vote.vote in ("a", "b")]
@@ -130,6 +138,7 @@ def report(
     machines = {"reward model": _by_reward(votes), **(judges or {})}
     return ArenaReport(
         votes=len(votes),
+        named=len(every) - len(votes),
         sessions=len({vote.session for vote in votes}),
         counts={name: Counter(vote.vote for vote in votes)[name] for name in VOTES},
         systems={name: _win_rate(votes, name) for name in names},
@@ -145,10 +154,34 @@ def report(
     )
 
 
-def _win_rate(votes: Sequence[Vote], name: str) -> Metric:
+def _win_rate(votes: Sequence[Vote], name: str, *, clustered: bool = True) -> Metric:
     mine = [vote for vote in votes if name in (vote.system_a, vote.system_b) and vote.system_a != vote.system_b]
     scores = [vote.score_a if vote.system_a == name else 1 - vote.score_a for vote in mine]
-    return mean_metric(scores, [vote.session for vote in mine])
+    return mean_metric(scores, [vote.session for vote in mine] if clustered else None)
+
+
+@dataclass(frozen=True, slots=True)
+class Board:
+    """How the systems stand now."""
+
+    rates: Mapping[str, Metric]
+    """System -> win rate over all its rounds, the best first."""
+    votes: int
+    """Blind ones, all in the rates."""
+    sessions: int
+    """With fewer than two the intervals cannot be clustered: they take one person's votes as independent."""
+    named: int
+    """Votes that were not blind, in no rate."""
+
+
+def board(votes: Sequence[Vote]) -> Board:
+    """The win rates alone, quick enough for a page that shows them after each vote."""
+    blind = [vote for vote in votes if vote.is_blind]
+    names = sorted({name for vote in blind for name in (vote.system_a, vote.system_b)})
+    sessions = len({vote.session for vote in blind})
+    rates = {name: _win_rate(blind, name, clustered=sessions > 1) for name in names}
+    ranked = sorted(rates, key=lambda name: -(rates[name].value or 0.0))
+    return Board({name: rates[name] for name in ranked}, len(blind), sessions, len(votes) - len(blind))
 
 
 def _pair(votes: Sequence[Vote], name: str, other: str) -> PairReport:
@@ -227,6 +260,11 @@ def judge_verdicts(folder: Path) -> dict[str, str]:
     return {vote: "tie" if mean == 0.5 else "b" if mean > 0.5 else "a" for vote, mean in means.items()}
 
 
+def _answer_text(vote: Vote, side: str) -> str:
+    """All answers of a side as one text, as `question_text` has all questions."""
+    return "\n\n".join(vote.answers(side))
+
+
 def question_text(vote: Vote) -> str:
     """The prompt as one question: what its user's turns say."""
     return " ".join(message["content"] for message in vote.prompt if message["role"] == "user")
@@ -244,8 +282,12 @@ def export(votes: Sequence[Vote], folder: Path) -> list[Path]:
     lines: dict[str, list[JSONObject]] = {
         "votes": [vote.to_dict() for vote in votes],
         "questions": [{"question_id": vote.id, "text": question_text(vote), "category": "arena"} for vote in votes],
-        "answers-a": [{"question_id": vote.id, "text": vote.text_a, "model_id": SIDES[0]} for vote in votes],
-        "answers-b": [{"question_id": vote.id, "text": vote.text_b, "model_id": SIDES[1]} for vote in votes],
+        "answers-a": [
+            {"question_id": vote.id, "text": _answer_text(vote, "a"), "model_id": SIDES[0]} for vote in votes
+        ],
+        "answers-b": [
+            {"question_id": vote.id, "text": _answer_text(vote, "b"), "model_id": SIDES[1]} for vote in votes
+        ],
     }
     try:
         for name, rows in lines.items():

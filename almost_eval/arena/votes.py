@@ -63,7 +63,8 @@ class Vote:
     """Raw logit of the reward model, where there is one; not shown before the vote."""
     reward_b: float | None = None
     settings: JSONMapping = field(default_factory=dict)
-    """How both answers were drawn, and the seed that shuffled the sides."""
+    """How both answers were drawn, and the seed that shuffled the sides. Of a round of several turns `earlier` holds
+    the answers before the last, by side; `named` holds the sides that named their system, where any did."""
     recorded: str = ""
     """UTC, ISO 8601, to the second; set when it is stored."""
 
@@ -71,6 +72,16 @@ class Vote:
     def score_a(self) -> float:
         """1 where A won, 0 where B did, else 0.5."""
         return {"a": 1.0, "b": 0.0}.get(self.vote, 0.5)
+
+    @property
+    def is_blind(self) -> bool:
+        """Whether no answer said whose it is."""
+        return not self.settings.get("named")
+
+    def answers(self, side: str) -> tuple[str, ...]:
+        """The answers of side `a` or `b`, one for each turn of the user."""
+        earlier = (self.settings.get("earlier") or {}).get(side, ())
+        return (*map(str, earlier), self.text_a if side == "a" else self.text_b)
 
     def to_dict(self) -> JSONObject:
         """A line of the export."""
@@ -116,6 +127,18 @@ class VoteStore:
             raise InputError("this round has a vote already; start the next one") from None
         except (sqlite3.Error, OSError) as error:
             raise RunError(f"the vote could not be stored in {self.path} ({error})") from None
+
+    def count(self) -> int:
+        """How many there are; none where there is no file yet.
+
+        Raises:
+            RunError: the file stayed locked.
+            StoreError: another kind of file.
+        """
+        if not self.path.is_file():
+            return 0
+        with self._open() as connection:
+            return int(connection.execute("SELECT count(*) FROM votes").fetchone()[0])
 
     def votes(self) -> list[Vote]:
         """All of them, in the order they were cast.

@@ -85,6 +85,8 @@ def _print(results: ArenaReport, db: Path) -> None:
     console.print(
         f"{results.votes} votes of {results.sessions} sessions; intervals are clustered by session; a tie counts half"
     )
+    if results.named:
+        console.print(f"{results.named} votes more were not blind, as a system named itself: they are in no figure")
     strengths = results.strengths.values
     if strengths is None:
         console.print(f"Bradley-Terry: {results.strengths.reason}")

@@ -194,7 +194,7 @@ def _offline_where_unreachable() -> Iterator[None]:
     import datasets.config
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE or _reachable(constants.ENDPOINT):
+    if constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE or reachable(constants.ENDPOINT):
         yield
         return
     constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
@@ -204,7 +204,7 @@ def _offline_where_unreachable() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = False
 
 
-def _reachable(url: str) -> bool:
+def reachable(url: str) -> bool:
     """Whether the host takes a connection; a proxy, which stands between, is taken at its word."""
     address = urllib.parse.urlsplit(url)
     if address.scheme in urllib.request.getproxies() or "all" in urllib.request.getproxies():

@@ -1,4 +1,4 @@
-"""The page with its four tabs, and middleware around it: the login, the routes that the page needs, safe headers."""
+"""The page with its tabs, and middleware around it: the login, the routes that the page needs, safe headers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from almost_eval.arena.votes import VoteStore
 from serving.chat.arena import Arena
+from serving.chat.kept import ConversationStore, add_routes
+from serving.chat.options import lines_of
+from serving.chat.parts import parts_script
 from serving.chat.session import Desk
+from serving.chat.shelf import keeper_script
 from serving.chat.tab_arena import ArenaTab
 from serving.chat.tab_chat import ChatTab
 from serving.chat.tab_compare import CompareTab
+from serving.chat.tab_first import FirstTab
 from serving.chat.tab_report import ReportTab
 from serving.chat.visitors import Visitors
 from serving.door.hosts import HostGuard
@@ -29,9 +34,15 @@ _ASSETS = Path(__file__).with_name("assets")
 
 _ROUTES = re.compile(
     r"/(?:|config|theme\.css|favicon\.ico|robots\.txt|manifest\.json|(?:assets|static)/.*|"
-    r"gradio_api/(?:queue/join|queue/data|heartbeat/[\w-]+|cancel|reset|startup-events|run/predict|info))/?"
+    r"conversations(?:/[0-9a-f]{16})?|gradio_api/(?:queue/join|queue/data|heartbeat/[\w-]+|cancel|reset|startup-events|run/predict|info))/?"
 )
-"""What the page asks for. gradio serves more (uploads, files, proxies, monitoring, code editing): none of it here."""
+"""What the page asks for; `conversations` answers only where there is a login.
+
+gradio serves more (uploads, files, proxies, monitoring, code editing): none of it here.
+"""
+
+_EVENTS = 4096
+"""Events that gradio works on at a time; the desk takes far fewer questions and refuses the others at once."""
 
 _POLICY = "; ".join(
     (
@@ -61,14 +72,14 @@ class Guard:
 
     Args:
         app: the page.
-        login: `user:password`, or None to let everybody in.
+        login: `user:password`, several of them on a line each, or None to let everybody in.
         visitors: whoever opens the page without their cookie gets one.
     """
 
     def __init__(self, app: ASGIApp, login: str | None, visitors: Visitors) -> None:
         self._app = app
         self._visitors = visitors
-        self._login = None if login is None else hashlib.sha256(base64.b64encode(login.encode())).digest()
+        self._users = {_digest(base64.b64encode(one.encode())): one.partition(":")[0] for one in lines_of(login)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or pass the request on."""
@@ -76,13 +87,15 @@ class Guard:
             if scope["type"] == "lifespan":
                 await self._app(scope, receive, send)
             return
-        if not self._admits(scope):
+        user = self._user(scope)
+        if user is None:
             ask = {"WWW-Authenticate": 'Basic realm="almost-chat", charset="UTF-8"'}
             await PlainTextResponse("This page needs a login.", 401, ask)(scope, receive, send)
             return
         if not _ROUTES.fullmatch(scope["path"]):
             await PlainTextResponse("There is nothing here.", 404)(scope, receive, send)
             return
+        scope = {**scope, "user": user}  # whose conversations `kept` serves
 
         cookies = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"cookie"), "")
         is_new = scope["path"] == "/" and self._visitors.number_in(cookies) is None
@@ -98,22 +111,27 @@ class Guard:
 
         await self._app(scope, receive, send_with_headers)
 
-    def _admits(self, scope: Scope) -> bool:
-        if self._login is None:
-            return True
+    def _user(self, scope: Scope) -> str | None:
+        """Whose login was sent: "" where none is needed, None where it is not right."""
+        if not self._users:
+            return ""
         sent = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         scheme, _, token = sent.partition(b" ")
-        right = hmac.compare_digest(
-            hashlib.sha256(token.strip()).digest(), self._login
-        )  # of one length, whatever is sent
-        return right and scheme.lower() == b"basic"
+        digest = _digest(token.strip())  # of one length, whatever is sent
+        matches = [user for right, user in self._users.items() if hmac.compare_digest(digest, right)]
+        return matches[0] if matches and scheme.lower() == b"basic" else None
+
+
+def _digest(token: bytes) -> bytes:
+    return hashlib.sha256(token).digest()
 
 
 def build_page(desk: Desk) -> gr.Blocks:
     """The tabs, connected."""
     arena = None
     if len(desk.systems) > 1:
-        arena = Arena(desk.systems, VoteStore(desk.votes), desk.defaults, desk.seed)
+        # Its own list: a model that is loaded later does not join the rounds of those before.
+        arena = Arena(tuple(desk.systems), VoteStore(desk.votes), desk.defaults, desk.seed)
     with gr.Blocks(title="ALMoST chat", analytics_enabled=False, fill_width=True, delete_cache=None) as page:
         gr.HTML(
             '<header class="top"><h1>ALMoST <span>chat</span></h1>'
@@ -121,18 +139,26 @@ def build_page(desk: Desk) -> gr.Blocks:
             apply_default_css=False,
             padding=False,
         )
-        with gr.Tabs(elem_id="tabs"):
-            with gr.Tab("Chat", id="chat"):
+        first = None
+        with gr.Tabs(elem_id="tabs") as tabs:
+            if pair := desk.before_and_after():
+                with gr.Tab("Start", id="start", elem_id="tab-start") as start_tab:
+                    first = FirstTab(desk, *pair)
+            with gr.Tab("Chat", id="chat", elem_id="tab-chat") as chat_tab:
                 chat = ChatTab(desk)
-            with gr.Tab("Side by side", id="compare"):
+            with gr.Tab("Side by side", id="compare", elem_id="tab-compare") as compare_tab:
                 compare = CompareTab(desk)
-            with gr.Tab("Arena", id="arena"):
+            with gr.Tab("Arena", id="arena", elem_id="tab-arena") as arena_tab:
                 blind = ArenaTab(desk, arena)
-            with gr.Tab("Report", id="report"):
+            with gr.Tab("Report", id="report", elem_id="tab-report") as report_tab:
                 report = ReportTab(desk.reports)
+        others = [chat_tab, compare_tab, report_tab]
+        if first is not None:
+            others.append(start_tab)
+            first.connect(page, tabs, chat.system, compare.pickers)
         chat.connect(page)
         compare.connect(chat.settings)
-        blind.connect()
+        blind.connect(page, arena_tab, others)
         report.connect(page)
 
         def leave(request: gr.Request) -> None:
@@ -140,6 +166,7 @@ def build_page(desk: Desk) -> gr.Blocks:
 
         page.unload(leave)
     page.queue(max_size=None, default_concurrency_limit=None, api_open=False)  # the desk says who waits
+    page._queue.max_thread_count = _EVENTS  # else 40: number 41 would wait without a word and without its question
     return page
 
 
@@ -150,7 +177,7 @@ def create_app(
 
     Args:
         desk: what is served.
-        login: `user:password`, or None.
+        login: `user:password`, several of them on a line each, or None.
         host: the address that is listened on.
         allowed_hosts: names besides it, in the form of `checked_hosts`.
 
@@ -158,13 +185,15 @@ def create_app(
         StoreError: the file of votes is something else.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    if desk.conversations is not None:
+        add_routes(app, ConversationStore(desk.conversations))
     gr.mount_gradio_app(
         app,
         build_page(desk),
         path="/",
         theme=_theme(),
-        css=(_ASSETS / "chat.css").read_text(encoding="utf-8"),
-        head=f"<script>{(_ASSETS / 'chat.js').read_text(encoding='utf-8')}</script>",
+        css=_asset("chat.css") + _asset("first.css"),
+        head=_scripts(keeper_script(on_server=desk.conversations is not None)),
         footer_links=[],
         show_error=False,
         ssr_mode=False,
@@ -175,6 +204,15 @@ def create_app(
         run_history=False,
     )
     return HostGuard(Guard(app, login, desk.visitors), host, allowed_hosts)
+
+
+def _asset(name: str) -> str:
+    return (_ASSETS / name).read_text(encoding="utf-8")
+
+
+def _scripts(keeper: str) -> str:
+    files = [_asset(name) for name in ("chat.js", "rich.js", "shelf.js", "connection.js", "first.js")]
+    return "".join(f"<script>{script}</script>" for script in (parts_script(), keeper, *files))
 
 
 def _theme() -> gr.themes.Base:

@@ -1,7 +1,7 @@
 """A blind round: two systems in random order, whose names the page gets after the vote.
 
 Before the vote the page gets two texts and the letters A and B. The round with the names stays in the server's memory.
-Errors are told without an address or a name.
+Errors are told without an address or a name. A round may have several turns; each side goes on with its own answers.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from almost_eval.arena.votes import VOTES, Vote, VoteStore
 from almost_eval.types import JSONObject
 from serving.chat.client import EndpointError, Kind
 from serving.chat.conversation import ChatReply, Conversation, Settings
+from serving.chat.names import names_itself
 from serving.chat.session import ChatSystem
 
 SENTENCES: dict[Kind, str] = {
@@ -25,24 +26,64 @@ SENTENCES: dict[Kind, str] = {
 }
 """What may be said of a failure without telling whose it is."""
 
+SIDES = ("a", "b")
+MAX_TURNS = 8
+"""Of a round."""
+
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One question, two systems, their answers. Never leaves the server."""
+    """One question or several, two systems, their answers. Never leaves the server."""
 
     id: str
-    prompt: str
+    questions: tuple[str, ...]
     source: str
     systems: tuple[str, str]
     """(A, B)."""
     settings: JSONObject
-    replies: tuple[ChatReply, ChatReply] | None = None
+    replies: tuple[tuple[ChatReply, ChatReply], ...] = ()
+    """(A's, B's) to each question so far."""
+    named: str = ""
+    """The sides that named their system: `a`, `b` or `ab`."""
     vote: str | None = None
 
     @property
     def votable(self) -> bool:
-        """Whether both answers are whole and nobody has voted."""
-        return self.replies is not None and self.vote is None
+        """Whether all answers are whole and nobody has voted."""
+        return bool(self.replies) and len(self.replies) == len(self.questions) and self.vote is None
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether one more question can be asked in it."""
+        return self.votable and len(self.questions) < MAX_TURNS
+
+    def ask(self, question: str) -> Round:
+        """The next turn, not answered yet."""
+        return replace(self, questions=(*self.questions, question))
+
+    def take_back(self) -> Round | None:
+        """Without the question that was not answered; None where it was the first: the round is void."""
+        return replace(self, questions=self.questions[:-1]) if self.replies else None
+
+    def answer(self, replies: tuple[ChatReply, ChatReply], systems: Sequence[str]) -> Round:
+        """The last question answered.
+
+        Args:
+            replies: (A's, B's).
+            systems: names of all systems of the arena: an answer that says one is no blind answer.
+        """
+        naming = [side for side, reply in zip(SIDES, replies, strict=True) if names_itself(reply.text, systems)]
+        named = "".join(side for side in SIDES if side in naming or side in self.named)
+        return replace(self, replies=(*self.replies, replies), named=named)
+
+    def messages(self, place: int, system: str) -> list[dict[str, str]]:
+        """What the system at `place` is sent: all questions, and its own answers."""
+        conversation = Conversation()
+        for number, question in enumerate(self.questions):
+            conversation = conversation.ask(question)
+            if number < len(self.replies):
+                conversation = conversation.answer(self.replies[number][place])
+        return conversation.messages(system)
 
 
 @dataclass(slots=True)
@@ -68,7 +109,12 @@ class Arena:
         self.seed = random.SystemRandom().getrandbits(48) if self.seed is None else self.seed
         self._random = random.Random(self.seed)
 
-    def begin(self, prompt: str, source: str) -> Round:
+    @property
+    def names(self) -> list[str]:
+        """Of all systems."""
+        return [system.name for system in self.systems]
+
+    def begin(self, question: str, source: str) -> Round:
         """A round: two systems, in an order that only the seed decides."""
         with self._lock:
             first, second = self._random.sample(range(len(self.systems)), 2)
@@ -83,11 +129,7 @@ class Arena:
             "round": number,
         }
         names = (self.systems[first].name, self.systems[second].name)
-        return Round(uuid.uuid4().hex, prompt, source, names, settings)
-
-    def messages(self, prompt: str) -> list[dict[str, str]]:
-        """What both systems are sent."""
-        return Conversation().ask(prompt).messages(self.settings.system)
+        return Round(uuid.uuid4().hex, (question,), source, names, settings)
 
     def vote(self, round_: Round, session: str, vote: str) -> Round:
         """Store the vote; when this returns it is on disk.
@@ -96,14 +138,22 @@ class Arena:
             InputError: the round has a vote already.
             RunError: it could not be stored.
         """
-        assert round_.replies is not None
+        assert round_.votable
         assert vote in VOTES
-        a, b = round_.replies
+        a, b = round_.replies[-1]
+        settings = dict(round_.settings)
+        if len(round_.replies) > 1:
+            settings["earlier"] = {
+                side: [pair[place].text for pair in round_.replies[:-1]] for place, side in enumerate(SIDES)
+            }
+        if round_.named:
+            settings["named"] = round_.named
+        system = [{"role": "system", "content": self.settings.system}] if self.settings.system.strip() else []
         self.store.append(
             Vote(
                 id=round_.id,
                 session=session,
-                prompt=tuple(self.messages(round_.prompt)),
+                prompt=(*system, *({"role": "user", "content": question} for question in round_.questions)),
                 source=round_.source,
                 system_a=round_.systems[0],
                 system_b=round_.systems[1],
@@ -112,12 +162,12 @@ class Arena:
                 vote=vote,
                 reward_a=a.reward,
                 reward_b=b.reward,
-                settings=round_.settings,
+                settings=settings,
             )
         )
         return replace(round_, vote=vote)
 
 
-def sentence(error: EndpointError) -> str:
-    """Why a round is void, without saying whose fault it was."""
-    return f"{SENTENCES.get(error.kind, 'One of the two systems did not answer')}: this round does not count."
+def void_sentence(error: EndpointError) -> str:
+    """Why a question is void, without saying whose fault it was."""
+    return SENTENCES.get(error.kind, "One of the two systems did not answer")

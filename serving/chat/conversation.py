@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+import re
+import secrets
+from dataclasses import asdict, dataclass, field, replace
 
 from almost_eval.types import JSONObject
 
 MAX_TURNS = 400
 MAX_CHARACTERS = 200_000
 """Of one message."""
+ID = re.compile(r"[0-9a-f]{16}")
+"""A conversation's own number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,8 @@ class ChatReply:
     """From the request to the last token."""
     ending: str = "stop"
     """`stop`, `length` (out of tokens), `stopped` (by the visitor) or `broken` (by an error)."""
+    percentile: float | None = None
+    """Share of known answers with a lower reward, 0 to 100; None where there is no such scale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +82,10 @@ class Turn:
     reply: ChatReply | None = None
 
 
+def _new_id() -> str:
+    return secrets.token_hex(8)
+
+
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """The turns, oldest first."""
@@ -83,6 +93,8 @@ class Conversation:
     turns: tuple[Turn, ...] = ()
     dropped: int = 0
     """Turns at the beginning that the model is no longer shown: the context was full."""
+    id: str = field(default_factory=_new_id, compare=False)
+    """Random; the name that it is kept under. What is made of a conversation keeps it; "" until the first question."""
 
     @property
     def open(self) -> bool:
@@ -93,7 +105,7 @@ class Conversation:
         """One more question."""
         if len(self.turns) >= MAX_TURNS:
             return self
-        return replace(self, turns=(*self.turns, Turn(text[:MAX_CHARACTERS])))
+        return replace(self, turns=(*self.turns, Turn(text[:MAX_CHARACTERS])), id=self.id or _new_id())
 
     def answer(self, reply: ChatReply) -> Conversation:
         """The last question answered."""
@@ -163,7 +175,9 @@ def _read(value: JSONObject) -> Conversation:
         turns.append(Turn(_text(turn["user"]), None if reply is None else _read_reply(reply)))
     if any(turn.reply is None for turn in turns[:-1]):
         raise ValueError("only the last question can be open")
-    return Conversation(tuple(turns), min(max(0, int(value.get("dropped", 0))), max(0, len(turns) - 1)))
+    conversation = Conversation(tuple(turns), min(max(0, int(value.get("dropped", 0))), max(0, len(turns) - 1)))
+    id = str(value.get("id", ""))
+    return replace(conversation, id=id) if ID.fullmatch(id) else conversation
 
 
 def _read_reply(reply: JSONObject) -> ChatReply:
@@ -180,6 +194,7 @@ def _read_reply(reply: JSONObject) -> ChatReply:
         None if tokens is None else int(tokens),
         _number(reply["seconds"]),
         _text(reply["ending"])[:20],
+        _number(reply.get("percentile")),  # conversations of earlier versions have none
     )
 
 

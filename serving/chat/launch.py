@@ -7,12 +7,11 @@ from __future__ import annotations
 import json
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from almost_eval.errors import InputError, RunError
 from serving.chat.client import Endpoint
-from serving.door.names import served_names
 from serving.gateway.settings import KEY
 from serving.launch.process import ServerProcess, free_port
 from serving.local.settings import KEY as LOCAL_KEY
@@ -59,23 +58,29 @@ class Models(ServerProcess):
 
 
 def with_transformers(
-    models: Sequence[str], reward: str | None, *, dtype: str = "auto", device: str = "auto"
+    models: Mapping[str, str], reward: str | None, *, dtype: str = "auto", device: str = "auto"
 ) -> Models:
     """All models in one process (`serving.local`).
 
     Args:
-        models: checkpoints, each served under its `served_names`.
+        models: served name -> checkpoint.
         reward: the reward model, or None.
         dtype: of `HFEngine` and `HFRewardModel`.
         device: of both, too.
     """
-    settings = LocalModels(served_names(models), reward, dtype, device)
+    settings = LocalModels(dict(models), reward, dtype, device)
     return Models(list(settings.policies), ["serving.cli.local", json.dumps(asdict(settings))], LOCAL_KEY)
 
 
-def with_vllm(model: str, reward: str | None) -> Models:
-    """One model, with vLLM: `almost-serve all`, or `almost-serve policy` without a reward model."""
-    names = list(served_names([model]))
+def with_vllm(name: str, model: str, reward: str | None) -> Models:
+    """One model, with vLLM: `almost-serve all`, or `almost-serve policy` without a reward model.
+
+    Args:
+        name: what the page calls it.
+        model: checkpoint.
+        reward: the reward model, or None.
+    """
+    names = [name]
     if reward:
         return Models(names, ["serving.cli", "all", "--model", model, "--reward", reward], KEY)
     return Models(names, ["serving.cli", "policy", "--model", model], KEY, "/health")

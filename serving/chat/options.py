@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-DEFAULT_MODELS = ("nano/almost", "nano/sft", "nano/vanilla-large")
+BEFORE, AFTER = "nano/vanilla-large", "nano/almost"
+"""The built-in model before and after its alignment, which the page opens with where both are served."""
+DEFAULT_MODELS = (AFTER, "nano/sft", BEFORE)
 """The models of an `almost-chat` without `--model` and `--base-url`."""
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,4 +48,11 @@ class ChatOptions:
     seed: int | None = None
     """Of the arena's shuffling; None draws one."""
     login: str | None = None
-    """`user:password`; None lets everybody in."""
+    """`user:password`, several of them on a line each; None lets everybody in."""
+    conversations: Path = Path("runs/conversations.db")
+    """Where conversations are kept if there is a login."""
+
+
+def lines_of(login: str | None) -> list[str]:
+    """Each `user:password` of a login."""
+    return [line.strip() for line in (login or "").splitlines() if line.strip()]

@@ -2,7 +2,8 @@
 
 Answers are Markdown without HTML and without images: markdown-it writes every tag itself, escapes all text, and
 refuses `javascript:`, `data:` and their like in links. An image would fetch from whatever address an answer names.
-Questions are plain text. The page's Content-Security-Policy forbids the same things once more.
+Formulas and code leave here as text; the page's script (`assets/rich.js`) sets and colours them. Questions are plain
+text. The page's Content-Security-Policy forbids the same things once more.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from serving.chat.conversation import ChatCandidate, ChatReply, Conversation, Turn
+from serving.chat.maths import with_maths
+from serving.chat.scale import GOOD, POOR
 
 if TYPE_CHECKING:
     from markdown_it import MarkdownIt
@@ -31,7 +34,9 @@ _ENDINGS = {
 def _parser() -> MarkdownIt:
     from markdown_it import MarkdownIt
 
-    parser = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable("table").disable("image")
+    parser = (
+        MarkdownIt("commonmark", {"html": False, "breaks": True}).enable(["table", "strikethrough"]).disable("image")
+    )
 
     def link(self: RendererHTML, tokens: Sequence[Token], index: int, options: OptionsDict, env: EnvType) -> str:
         tokens[index].attrSet("target", "_blank")
@@ -39,7 +44,7 @@ def _parser() -> MarkdownIt:
         return str(self.renderToken(tokens, index, options, env))
 
     parser.add_render_rule("link_open", link)
-    return parser
+    return with_maths(parser)
 
 
 def markdown(text: str) -> str:
@@ -52,13 +57,32 @@ def number(reward: float) -> str:
     return f"{reward:+.2f}".replace("-", "\u2212")
 
 
-def badge(reward: float | None) -> str:
-    """A reward as a small badge; nothing where there is none."""
+def badge(reward: float | None, percentile: float | None = None) -> str:
+    """A reward as a small badge; nothing where there is none.
+
+    Its colour comes from the percentile among known answers: without one the badge is grey, as a raw logit by itself
+    says nothing.
+    """
     if reward is None:
         return ""
-    tone = "good" if reward >= 0 else "poor"
-    title = "Reward of this answer: the raw logit of the reward model; only differences mean something"
-    return f'<span class="badge {tone}" title="{title}"><i>reward</i> {number(reward)}</span>'
+    if percentile is None:
+        title = "The raw logit of the reward model. It has no scale for this question: only differences mean something"
+        return f'<span class="badge" title="{title}"><i>reward</i> {number(reward)}</span>'
+    tone = "good" if percentile >= GOOD else "poor" if percentile < POOR else "middle"
+    title = (
+        f"The reward {number(reward)} is higher than that of {percentile:.0f} % of answers known to be good or bad, "
+        "half of each: bad ones are at the left, good ones at the right"
+    )
+    return (
+        f'<span class="badge {tone}" title="{title}"><i>reward</i> {number(reward)}'
+        f'<span class="scale" aria-hidden="true"><span style="left:{percentile:.0f}%"></span></span>'
+        f"<i>{_ordinal(round(percentile))} percentile</i></span>"
+    )
+
+
+def _ordinal(number: int) -> str:
+    ending = "th" if number // 10 % 10 == 1 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}"
 
 
 def reply_html(reply: ChatReply, *, live: bool = False, actions: str = "") -> str:
@@ -66,7 +90,7 @@ def reply_html(reply: ChatReply, *, live: bool = False, actions: str = "") -> st
     body = f'<div class="md">{markdown(reply.text)}</div>' if reply.text else ""
     if live:
         return body + '<span class="caret" aria-hidden="true"></span>'
-    foot = f'<div class="facts">{badge(reply.reward)}{facts(reply)}{actions}</div>'
+    foot = f'<div class="facts">{badge(reply.reward, reply.percentile)}{facts(reply)}{actions}</div>'
     return body + candidates_html(reply.candidates) + foot
 
 
@@ -109,11 +133,11 @@ def candidates_html(candidates: Sequence[ChatCandidate]) -> str:
     )
 
 
-def turn_html(turn: Turn, index: int, *, last: bool, shown: bool, live: bool = False) -> str:
+def turn_html(turn: Turn, index: int, *, last: bool, shown: bool, live: bool = False, editing: bool = False) -> str:
     """One question and its answer, with their buttons."""
     note = "" if shown else '<p class="aside">Not shown to the model any more</p>'
     ask = (
-        f'<article class="turn user"><header><h3>You</h3><div class="actions">'
+        f'<article class="turn user{" editing" if editing else ""}"><header><h3>You</h3><div class="actions">'
         f"{_button('edit', index, 'Edit', 'Edit this message and ask again')}</div></header>"
         f'<div class="text">{escape(turn.user)}</div></article>'
     )
@@ -131,8 +155,14 @@ def turn_html(turn: Turn, index: int, *, last: bool, shown: bool, live: bool = F
     return f'{note}{ask}<article class="turn model"><h3>{escape(turn.reply.model or "Model")}</h3>{body}</article>'
 
 
-def past_html(conversation: Conversation, *, live: bool = False) -> str:
-    """All turns; with `live` the last question stands without its answer, which is being written elsewhere."""
+def past_html(conversation: Conversation, *, live: bool = False, editing: int | None = None) -> str:
+    """All turns; with `live` the last question stands without its answer, which is being written elsewhere.
+
+    Args:
+        conversation: what was said.
+        live: whether the last answer is being written.
+        editing: the turn whose question is being edited.
+    """
     count = len(conversation.turns)
     return "".join(
         turn_html(
@@ -141,6 +171,7 @@ def past_html(conversation: Conversation, *, live: bool = False) -> str:
             last=i == count - 1,
             shown=i >= conversation.dropped,
             live=live and i == count - 1,
+            editing=i == editing,
         )
         for i, turn in enumerate(conversation.turns)
     )

@@ -6,12 +6,17 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractContextManager, aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 from serving.chat.client import Abilities, Delta, Draft, End, Endpoint, EndpointError
 from serving.chat.conversation import ChatReply, Settings
+from serving.chat.line import Line, Place
+from serving.chat.options import AFTER, BEFORE
+from serving.chat.scale import RewardScale
+from serving.chat.toyworld import hint
 from serving.chat.visitors import Asker, Visitors
 
 TICK_S = 0.05
@@ -37,6 +42,12 @@ class ChatSystem:
     endpoint: Endpoint
     model: str | None = None
     """None: the first that the endpoint lists."""
+    scale: RewardScale | None = None
+    """Where its rewards stand among those of known answers."""
+    is_toy: bool = False
+    """Whether it knows the built-in world alone."""
+    about: str = ""
+    """Whose model it is and under which licence, where the page is to say so."""
     _known: Abilities | None = None
     _known_since: float = 0.0
 
@@ -63,6 +74,16 @@ class ChatSystem:
         if not models:
             raise EndpointError("refused", "The endpoint serves no model.")
         return models[0]
+
+
+class ModelLoader(Protocol):
+    """Loads one more model while the page runs."""
+
+    phase: str
+    """What is being done, for those who wait."""
+
+    async def load(self) -> ChatSystem:
+        """The model, ready to answer and among the desk's systems; raises an AlmostError that says why not."""
 
 
 class NotNow(Exception):
@@ -141,15 +162,25 @@ class Desk:
     seed: int | None = None
     """Of the arena's shuffling; None draws one."""
     visitors: Visitors = field(default_factory=Visitors)
+    loader: ModelLoader | None = None
+    """What loads a real small model when a visitor asks for it; None where that is not offered."""
+    conversations: Path | None = None
+    """Where the server keeps conversations, a user's apart from another's; None: each visitor's browser keeps them."""
     _stops: dict[str, asyncio.Event] = field(default_factory=dict)
-    _slots: asyncio.Semaphore = field(init=False, repr=False)
+    _line: Line = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._slots = asyncio.Semaphore(self.concurrency)
+        self._line = Line(self.concurrency)
 
     def system(self, name: str | None) -> ChatSystem:
         """By name; the first for an unknown one, as a page of an earlier server may send."""
         return next((system for system in self.systems if system.name == name), self.systems[0])
+
+    def before_and_after(self) -> tuple[ChatSystem, ChatSystem] | None:
+        """The built-in model before and after its alignment; None where not both are served with a reward model."""
+        served = {system.name: system for system in self.systems if system.scale is not None}
+        before, after = served.get(BEFORE), served.get(AFTER)
+        return None if before is None or after is None else (before, after)
 
     @contextmanager
     def work(self, where: str, asker: Asker) -> Iterator[asyncio.Event]:
@@ -172,25 +203,25 @@ class Desk:
         finally:
             del self._stops[key]
 
+    def place(self) -> AbstractContextManager[Place]:
+        """A place among the answers that wait, for whoever tells the visitor about it; see `turn`."""
+        return self._line.join()
+
     @asynccontextmanager
     async def turn(self, stop: asyncio.Event) -> AsyncIterator[None]:
         """Wait until this answer is among those at work, or `stop` is set."""
-        slot = asyncio.create_task(self._slots.acquire())
-        stopped = asyncio.create_task(stop.wait())
-        try:
-            await asyncio.wait({slot, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        with self.place() as place:
+            await place.come(stop)
             yield
-        finally:
-            stopped.cancel()
-            if slot.done() and not slot.cancelled():
-                self._slots.release()
-            else:
-                slot.cancel()
 
     def stop(self, where: str, page: str | None) -> None:
         """End what this page waits for, if anything."""
         if stop := self._stops.get(f"{where}/{page}"):
             stop.set()
+
+    def busy(self, where: str, page: str | None) -> bool:
+        """Whether an answer for this page waits or is being written."""
+        return f"{where}/{page}" in self._stops
 
     def leave(self, page: str | None) -> None:
         """The page is closed: end all of it."""
@@ -264,13 +295,17 @@ def _ended(reply: ChatReply, end: End, seconds: float) -> ChatReply:
 
 
 async def _finished(system: ChatSystem, messages: Sequence[Mapping[str, str]], reply: ChatReply, end: End) -> Step:
-    """The whole answer with its reward, where one can be had."""
+    """The whole answer with its reward, where one can be had, and where that reward stands."""
+    question = str(messages[-1]["content"])
+    note = hint(question) if system.is_toy else ""
     if end.fallback:
-        return Step(reply, True, note=f"Answered without best-of-N: {end.fallback}.")
+        return Step(reply, True, note=f"Answered without best-of-N: {end.fallback}. {note}".strip())
     try:
         if reply.reward is None and reply.text and (await system.abilities()).rewards:
             (reward,) = await system.endpoint.rewards([[*messages, {"role": "assistant", "content": reply.text}]])
             reply = replace(reply, reward=reward)
     except EndpointError as error:
         return Step(reply, True, note=f"The answer has no reward. {error}")
-    return Step(reply, True)
+    if system.scale is not None:
+        reply = replace(reply, percentile=await system.scale.percentile(question, reply.reward))
+    return Step(reply, True, note=note)

@@ -11,7 +11,8 @@ from gradio.blocks import Block
 from serving.chat.conversation import Conversation, Settings
 from serving.chat.render import notice_html, panel_html
 from serving.chat.session import BROKEN, Desk, NotNow, Step
-from serving.chat.widgets import ALONE, ANSWERING, QUICK, Update, asker_of, button, draw_both, question_box, raw_html
+from serving.chat.together import Draw, draw_together
+from serving.chat.widgets import ALONE, ANSWERING, QUICK, Update, asker_of, button, question_box, raw_html
 
 _LOG = logging.getLogger("almost.chat")
 
@@ -27,6 +28,8 @@ class CompareTab:
         self._desk = desk
         names = [system.name for system in desk.systems]
         self._able = len(names) > 1
+        self.pickers: list[gr.Dropdown] = []
+        """Of the two systems; empty where there is one."""
         if not self._able:
             raw_html(notice_html(ALONE, "hint"))
             return
@@ -35,12 +38,12 @@ class CompareTab:
             self.send = button("Ask both", "compare-send", "primary")
             self.stop = button("Stop", "compare-stop", "stop", visible=False)
         self.notice = raw_html(elem_id="compare-notice")
-        self.names, self.panels = [], []
+        self.panels = []
         with gr.Row(elem_classes="pair"):
             for place, value in (("left", names[0]), ("right", names[1])):
                 with gr.Column(min_width=280):
                     label = place.capitalize()
-                    self.names.append(gr.Dropdown(names, value=value, label=label, elem_id=f"compare-{place}"))
+                    self.pickers.append(gr.Dropdown(names, value=value, label=label, elem_id=f"compare-{place}"))
                     empty = panel_html(None, live=False, note="The answer appears here")
                     self.panels.append(raw_html(empty, elem_id=f"compare-{place}-answer"))
 
@@ -51,7 +54,7 @@ class CompareTab:
         gr.on(
             [self.box.submit, self.send.click],
             self._on_send,
-            [self.box, *self.names, *chat_settings],
+            [self.box, *self.pickers, *chat_settings],
             [*self.panels, self.notice, self.send, self.stop],
             **ANSWERING,
         )
@@ -68,18 +71,17 @@ class CompareTab:
             return
         settings = Settings.checked(*chat_settings, most=1)
         messages = Conversation().ask(text.strip()).messages(settings.system)
-        systems = [self._desk.system(name) for name in (left, right)]
+        draws = [Draw(self._desk.system(name), messages, settings) for name in (left, right)]
         try:
-            with self._desk.work("compare", asker_of(self._desk, request)) as stop:
+            with self._desk.work("compare", asker_of(self._desk, request)) as stop, self._desk.place() as place:
                 thinking = panel_html(None, live=False, note="Thinking")
                 yield dict.fromkeys(self.panels, thinking) | self._buttons(busy=True) | {self.notice: ""}
                 steps: list[Step | None] = [None, None]
-                async with self._desk.turn(stop):
-                    async for steps in draw_both(systems, messages, settings, stop):
-                        panels = [
-                            panel_html(step.reply if step else None, live=not (step and step.done)) for step in steps
-                        ]
-                        yield dict(zip(self.panels, panels, strict=True))
+                async for sentence in place.sentences(stop):
+                    yield {self.notice: notice_html(sentence, "hint")}
+                async for steps in draw_together(draws, stop):
+                    panels = [panel_html(step.reply if step else None, live=not (step and step.done)) for step in steps]
+                    yield dict(zip(self.panels, panels, strict=True))
         except NotNow as refusal:
             yield {self.notice: notice_html(str(refusal), refusal.kind)}
             return

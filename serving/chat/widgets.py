@@ -1,17 +1,14 @@
-"""Pieces of the page that several tabs have: text boxes, raw HTML, how events run, and two answers at once."""
+"""Pieces of the page that several tabs have: text boxes, raw HTML, how events run."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping
 from typing import Any
 
 import gradio as gr
 from gradio.blocks import Block
 
-from serving.chat.conversation import Settings
-from serving.chat.session import ChatSystem, Desk, Step, draw
+from serving.chat.session import Desk
 from serving.chat.visitors import Asker
 
 Update = Mapping[Block, object]
@@ -44,9 +41,10 @@ def raw_html(html: str = "", **options: Any) -> gr.HTML:
     return gr.HTML(html, apply_default_css=False, padding=False, **options)
 
 
-def question_box(label: str, placeholder: str, elem_id: str, *, autofocus: bool = False) -> gr.Textbox:
+def question_box(label: str, placeholder: str, elem_id: str, *, value: str = "", autofocus: bool = False) -> gr.Textbox:
     """Where a question is typed; grows with it."""
     return gr.Textbox(
+        value,
         show_label=False,
         label=label,
         placeholder=placeholder,
@@ -62,36 +60,3 @@ def question_box(label: str, placeholder: str, elem_id: str, *, autofocus: bool 
 def button(label: str, elem_id: str, variant: Any = "secondary", *, width: int = 96, visible: bool = True) -> gr.Button:
     """A button beside a question box."""
     return gr.Button(label, variant=variant, scale=1, min_width=width, visible=visible, elem_id=elem_id)
-
-
-async def draw_both(
-    systems: Sequence[ChatSystem], messages: Sequence[Mapping[str, str]], settings: Settings, stop: asyncio.Event
-) -> AsyncIterator[list[Step | None]]:
-    """How far each system's answer is, whenever one of them has grown; ends when all are done."""
-    latest: list[Step | None] = [None] * len(systems)
-    news: asyncio.Queue[tuple[int, Step | Exception]] = asyncio.Queue()
-
-    async def follow(place: int, system: ChatSystem) -> None:
-        try:
-            async for step in draw(system, messages, settings, stop):
-                news.put_nowait((place, step))
-        except Exception as error:  # raised again below, where somebody waits for it
-            news.put_nowait((place, error))
-
-    tasks = [asyncio.create_task(follow(place, system)) for place, system in enumerate(systems)]
-    try:
-        while not all(step and step.done for step in latest):
-            arrived = [await news.get()]
-            while not news.empty():
-                arrived.append(news.get_nowait())
-            for place, step in arrived:
-                if isinstance(step, Exception):
-                    raise step
-                latest[place] = step
-            yield list(latest)
-    finally:
-        for task in tasks:
-            task.cancel()
-        for task in tasks:
-            with suppress(asyncio.CancelledError):
-                await task

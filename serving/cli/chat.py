@@ -13,7 +13,7 @@ from almost_eval import __version__
 from almost_eval.cli.command_line import Command, run_command_line
 from almost_eval.cli.options import ENGINE_FIELDS, engine_flag
 from almost_eval.errors import InputError, MissingDependencyError
-from serving.chat.options import ChatOptions
+from serving.chat.options import ChatOptions, lines_of
 from serving.cli.gateway import ALLOWED_HOST
 
 STARTED = time.perf_counter()
@@ -32,7 +32,13 @@ def _option(flag: str, text: str, kind: click.ParamType | None = None) -> Comman
 @click.option(
     "--base-url", "urls", multiple=True, metavar="[NAME=]URL[#MODEL]", help="An OpenAI-compatible endpoint, with /v1."
 )
-@click.option("--model", "models", multiple=True, metavar="CKPT", help="A checkpoint to load here; several to compare.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="CKPT",
+    help="A checkpoint to load here, or smollm2; several to compare.",
+)
 @click.option("--reward", metavar="CKPT", help="Reward model for --model; built-in models have nano/reward.")
 @_option("--engine", "What runs --model.", click.Choice(["hf", "vllm"]))
 @engine_flag(ENGINE_FIELDS["dtype"])
@@ -47,8 +53,9 @@ def _option(flag: str, text: str, kind: click.ParamType | None = None) -> Comman
     metavar="ADDRESS",
     help="A proxy whose X-Forwarded-For says who asks; may be repeated.",
 )
-@click.option("--auth", is_flag=True, help=f"Insist on a login: user:password in {LOGIN}.")
+@click.option("--auth", is_flag=True, help=f"Insist on a login: user:password in {LOGIN}, a line each.")
 @_option("--votes", "File of the arena's votes.", PATH)
+@_option("--conversations", "Where a page with a login keeps its users' conversations.", PATH)
 @click.option("--questions", type=PATH, help="JSONL with the arena's questions: text, prompt, question or turns.")
 @_option("--reports", "Folder whose reports are shown.", PATH)
 @_option("--rate", "Questions a minute per visitor.", click.IntRange(1))
@@ -63,11 +70,12 @@ def chat(*, auth: bool, **values: Any) -> None:
     \b
     Example:
       almost-chat                                           built-in models, nothing to download
+      almost-chat --model smollm2                           a real small chat model, Apache-2.0
       almost-chat --model ./my-checkpoint --reward ./my-reward-model
       almost-chat --base-url http://127.0.0.1:8000/v1 --base-url other=http://127.0.0.1:8001/v1
 
     A key for --base-url comes from ALMOST_API_KEY or OPENAI_API_KEY. Where ALMOST_CHAT_AUTH holds user:password, the
-    page asks for it.
+    page asks for it, and keeps each user's conversations on this machine; else every browser keeps its own.
     """
     from importlib.util import find_spec
 
@@ -83,8 +91,11 @@ def _login(insist: bool) -> str | None:
     login = os.environ.get(LOGIN) or None
     if insist and not login:
         raise InputError(f"--auth needs user:password in the environment variable {LOGIN}")
-    if login is not None and not all(login.partition(":")[::2]):
-        raise InputError(f"{LOGIN} must hold user:password, both of them")
+    if login is not None and not all(all(line.partition(":")[::2]) for line in lines_of(login) or [""]):
+        raise InputError(f"{LOGIN} must hold user:password, both of them; for several users, on a line each")
+    users = [line.partition(":")[0] for line in lines_of(login)]
+    if len(set(users)) < len(users):
+        raise InputError(f"{LOGIN} names a user twice")
     return login
 
 

@@ -68,13 +68,20 @@ def refuse(traffic: Traffic, dialog: Any) -> None:
 
 @pytest.fixture
 def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
-    """`open_page(url, viewport=..., dark=...)`: a page of a new visitor, with `page.traffic`.
+    """`open_page(url, viewport=..., dark=..., tab=...)`: a page of a new visitor, with `page.traffic`.
 
     At the end of the test every page must have asked no other host for anything and have no error in its console.
     """
     opened: list[Any] = []
 
-    def open_(url: str, viewport: dict[str, int] | None = None, *, dark: bool = False, context: Any = None) -> Any:
+    def open_(
+        url: str,
+        viewport: dict[str, int] | None = None,
+        *,
+        dark: bool = False,
+        context: Any = None,
+        tab: str | None = "chat",
+    ) -> Any:
         scheme = "dark" if dark else "light"
         context = context or browser.new_context(viewport=viewport or DESKTOP, color_scheme=scheme)
         page = context.new_page()
@@ -86,8 +93,10 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
         page.on("console", lambda message: listen(traffic, message.type, message.text))
         page.on("dialog", lambda dialog: refuse(traffic, dialog))
         page.origin = url
-        page.goto(url)
-        page.wait_for_selector("#message textarea")
+        page.goto(f"{url}/#{tab}" if tab else url)
+        page.wait_for_selector(
+            {None: "#first-send, #first-stop", "arena": "#arena-message"}.get(tab, "#message textarea")
+        )
         opened.append(page)
         return page
 

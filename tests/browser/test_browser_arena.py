@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from browser_fixtures import Server, Wire
+from browser_fixtures import Server, Wire, leave
 
 from almost_eval.arena.votes import VoteStore
 from serving.chat.scripted import Script, ScriptedEndpoint
@@ -111,8 +111,7 @@ def test_a_browser_keeps_its_session_and_another_has_its_own(nano: Server, open_
         open_tab(one, "Arena")
     vote(page, "How big is the squid?", "#vote-tie")
     page.reload()
-    page.wait_for_selector("#message textarea")
-    open_tab(page, "Arena")
+    page.wait_for_selector("#arena-message textarea")  # the address says which tab was open
     vote(page, "How big is the squid?", "#vote-b")
     vote(other, "How big is the donkey?", "#vote-both_bad")
     *_, first, second, third = VoteStore(nano.votes).votes()
@@ -154,6 +153,7 @@ def test_a_killed_server_loses_no_vote(
             page.wait_for_selector("#vote-a:enabled")
             page.click("#vote-a")
             page.wait_for_selector("#arena-notice .good")
+            leave(page)
         assert len(VoteStore(votes).votes()) == 3
 
 

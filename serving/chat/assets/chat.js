@@ -47,26 +47,32 @@
       setDark(dark);
     } else if (button.dataset.copy !== undefined) {
       copy(button.dataset.copy, button);
+    } else if (button.dataset.copyCode !== undefined) {
+      copy(button.closest('.code').querySelector('code').textContent, button);
     }
   });
 
   document.addEventListener('keydown', (event) => {
     if (event.key !== 'Escape') return;
-    for (const id of ['stop', 'compare-stop']) {
+    for (const id of ['cancel-edit', 'stop', 'compare-stop', 'arena-stop']) {
       const button = document.getElementById(id);
-      if (button && button.offsetParent) button.click();
+      if (button && button.offsetParent) { button.click(); return; }
     }
   });
 
   // gradio renders after this runs: wait for what is needed.
   let transcript = null;
   let pinned = true;
+  let themed = false;
   new MutationObserver(() => {
+    if (!themed && document.getElementById('theme')) {
+      const chosen = localStorage.getItem(KEY);
+      setDark(chosen ? chosen === 'dark' : document.body.classList.contains('dark'));
+      themed = true;
+    }
     if (!transcript) {
       transcript = document.getElementById('transcript');
       if (transcript) {
-        const chosen = localStorage.getItem(KEY);
-        setDark(chosen ? chosen === 'dark' : document.body.classList.contains('dark'));
         transcript.tabIndex = 0;  // scrolled with the arrow keys
         transcript.setAttribute('role', 'log');
         transcript.setAttribute('aria-label', 'Conversation');

@@ -246,6 +246,31 @@ def test_agreement_with_the_reward_model_and_a_judge() -> None:
     assert (judge.source, judge.n, judge.rate.value, judge.kappa) == ("gpt", 2, 1.0, 1.0)
 
 
+def test_a_round_in_which_a_system_named_itself_is_in_no_figure(tmp_path: Path) -> None:
+    blind = [vote(str(i), verdict, session=f"s{i}") for i, verdict in enumerate("aab")]
+    named = [vote(f"n{i}", "b", session="s9", settings={"named": "b"}) for i in range(4)]
+    results = report([*blind, *named])
+    assert (results.votes, results.named, results.sessions, results.counts["b"]) == (3, 4, 3, 1)
+    assert results.systems["X"].value == pytest.approx(2 / 3)
+    assert results.to_dict()["named"] == 4
+    with pytest.raises(InputError, match="no vote was blind"):
+        report(named)
+    store = VoteStore(tmp_path / "votes.db")
+    assert store.count() == 0
+    for one in [*blind, *named]:
+        store.append(one)
+    assert store.count() == 7
+
+
+def test_several_turns_are_exported_whole(tmp_path: Path) -> None:
+    earlier = {"a": ["first of a"], "b": ["first of b"]}
+    cast = vote("1", "a", settings={"earlier": earlier})
+    assert cast.answers("b") == ("first of b", "Y says")
+    export([cast, vote("2", "b")], tmp_path)
+    texts = [json.loads(line)["text"] for line in (tmp_path / "answers-b.jsonl").read_text().splitlines()]
+    assert texts == ["first of b\n\nY says", "Y says"]
+
+
 def test_no_votes_no_report() -> None:
     with pytest.raises(InputError, match="no votes yet"):
         report([])

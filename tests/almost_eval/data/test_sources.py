@@ -23,7 +23,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(assets, "_reachable", lambda url: False)
+    monkeypatch.setattr(assets, "reachable", lambda url: False)
 
 
 def one_line(error: BaseException) -> str:
@@ -122,7 +122,7 @@ class TestRead:
 
     def test_a_hub_without_that_split(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(datasets, "load_dataset", lambda *_: {"train": [], "dev": [{"a": 1}]})
-        monkeypatch.setattr(assets, "_reachable", lambda url: True)
+        monkeypatch.setattr(assets, "reachable", lambda url: True)
         assert DataSource("hub", None).read("org/name", "c", "dev") == [{"a": 1}]
         with pytest.raises(DataError, match="has no split 'test'; it has dev, train"):
             DataSource("hub", None).read("org/name", "c", "test")
@@ -208,14 +208,14 @@ class TestOffline:
 
     def test_reachable(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(assets.urllib.request, "getproxies", dict)
-        assert not assets._reachable("http://127.0.0.1:9")
+        assert not assets.reachable("http://127.0.0.1:9")
         server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
-        assert assets._reachable(f"http://127.0.0.1:{server.server_port}")
+        assert assets.reachable(f"http://127.0.0.1:{server.server_port}")
         server.server_close()
 
     def test_a_proxy_is_taken_at_its_word(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(assets.urllib.request, "getproxies", lambda: {"https": "http://proxy:3128"})
-        assert assets._reachable("https://127.0.0.1:9")
+        assert assets.reachable("https://127.0.0.1:9")
 
 
 def test_data_errors_are_input_errors() -> None:

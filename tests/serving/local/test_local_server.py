@@ -33,7 +33,7 @@ def engine() -> HFEngine:
 
 @pytest.fixture(scope="module")
 def models() -> Iterator[Models]:
-    with with_transformers(["nano/almost", "nano/seeded"], "nano/reward") as running:
+    with with_transformers({name: name for name in ("nano/almost", "nano/seeded")}, "nano/reward") as running:
         running.wait_ready(timeout_s=120)
         yield running
 
@@ -159,7 +159,7 @@ def test_a_stop_string_never_shows(client: httpx.Client) -> None:
 
 
 def test_the_models_process_ends_with_its_parent() -> None:
-    running = with_transformers(["nano/almost"], None)
+    running = with_transformers({"nano/almost": "nano/almost"}, None)
     running.start()
     running.wait_ready(timeout_s=120)
     assert running._process is not None
