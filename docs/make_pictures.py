@@ -48,6 +48,7 @@ def chat(browser: Any, folder: Path) -> None:
     """Best of six with its candidates open, beside another conversation that is kept."""
     with chat_page(browser, folder, 860) as page:
         page.get_by_role("tab", name="Chat", exact=True).click()
+        page.wait_for_function("document.querySelector('.shelf ul[data-note]')")
         ask(page, "Where does the squid live?")
         page.get_by_role("button", name="New conversation").click()
         page.wait_for_selector(".welcome")
@@ -115,7 +116,7 @@ def chat_page(browser: Any, folder: Path, height: int) -> Iterator[Any]:
         page = browser.new_page(viewport={"width": 1280, "height": height}, color_scheme="light")
         page.set_default_timeout(PATIENCE_MS)
         page.goto(url)
-        page.wait_for_function("document.querySelector('.shelf ul[data-note]')")
+        page.wait_for_selector("[role=tab]")
         yield page
     finally:
         process.send_signal(signal.SIGINT)
