@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,7 @@ from almost_train.common.interrupts import ended_at, ended_before_any_step, save
 from almost_train.common.lora import adapter_off, adapter_to_zero, add_lora, base_dtype
 from almost_train.rlsf import checkpoint as checkpoints
 from almost_train.rlsf import ppo
+from almost_train.rlsf.certificate import Certificate, certificate_summary, certify
 from almost_train.rlsf.job import Algorithm, Job, RLSFSettings, save_policy
 from almost_train.rlsf.log import (
     SAMPLES,
@@ -52,10 +53,9 @@ from almost_train.rlsf.rollouts import (
     completion_logits,
     completion_logprobs,
     conversation,
-    sample,
     shorten_for_reward,
-    uniforms,
 )
+from almost_train.rlsf.samplers import make_sampler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,6 +87,8 @@ class StepBatch:
     """Lines of `samples.jsonl`."""
     state: State
     """With the moments of these rewards."""
+    certificate: Certificate | None
+    """Of the sampler, where it is another engine; its weights go into the update."""
 
 
 def update_size(settings: RLSFSettings) -> int:
@@ -110,6 +112,7 @@ def train(job: Job) -> JSONObject:
     state = loop.resume() or State(0, settings.kl_coefficient, Moments())
     stopped, policy_step = None, settings.steps
     with (
+        closing(loop.sampler),
         StepLog(job.output, state.step, active=job.is_first) as log,
         save_requests(settings.save_minutes) as saving,
         job.progress.track("RLSF (PPO)", settings.steps, state.step) as advance,
@@ -119,6 +122,13 @@ def train(job: Job) -> JSONObject:
             # 1. Sample, score and measure the policy as it is now.
             batch = loop.collect(state)
             row = _measured(step, batch.rollout, state)
+            if batch.certificate:
+                row |= batch.certificate.row()
+                if refusal := batch.certificate.refusal(step, settings.parity_limit, settings.on_parity):
+                    log.step(row)
+                    if step:
+                        loop.save(state)
+                    raise refusal
             if step % settings.samples_every == 0 or step == settings.steps:
                 log.samples(batch.samples)
             # 2. Go on only within bounds; the batch after the last update is there to be measured.
@@ -137,7 +147,7 @@ def train(job: Job) -> JSONObject:
             if job.is_first and job.keeps(step):
                 save_policy(job, copy.deepcopy(loop.plain_policy) if settings.bf16 else loop.plain_policy, step)
             # 3. Update.
-            row |= loop.update(batch.state, batch.rollout)
+            row |= loop.update(batch)
             state = _next(settings, batch.state, row)
             seconds = time.monotonic() - began
             tokens = row["length"] * settings.batch_size
@@ -145,7 +155,7 @@ def train(job: Job) -> JSONObject:
             advance(1)
         done = len(log.rows) - 1
         metrics = {"steps": done, "policy_step": policy_step, "stopped": stopped, "value_model": loop.value_origin}
-        metrics |= summary(log.rows)
+        metrics |= summary(log.rows) | certificate_summary(log.rows, settings.parity_limit)
     if job.is_first:
         save_policy(job, loop.plain_policy)
     loop.accelerator.wait_for_everyone()
@@ -222,6 +232,7 @@ class _Loop:
         self.rates, self.plain_policy, self.plain_value = rates, policy, value
         self.policy, self.value, *self.optimizers = self.accelerator.prepare(policy, value, *optimizers)
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
+        self.sampler = make_sampler(job)
 
     # --- sampling ---
 
@@ -235,15 +246,10 @@ class _Loop:
         everyone = batch_prompts(self.job.prompts, settings.seed, step, settings.batch_size)
         prompts = [everyone[row] for row in rows]
         # 1. Completions and their rewards.
+        self.sampler.sync(self.plain_policy)
         with self.accelerator.autocast():
-            completions = sample(
-                self.plain_policy,
-                self.job.tokenizer,
-                [prompt.token_ids for prompt in prompts],
-                uniforms(settings.seed, step, rows, settings.max_new_tokens),
-                temperature=settings.temperature,
-                stop=settings.stop,
-                max_rows=settings.sampling_batch_size,
+            completions = self.sampler.sample(
+                self.plain_policy, [prompt.token_ids for prompt in prompts], step, rows
             )
         dialogues = [prompt.messages for prompt in prompts]
         completions = shorten_for_reward(completions, dialogues, self.job.reward, self.job.tokenizer)
@@ -268,6 +274,9 @@ class _Loop:
             "shortened": torch.tensor([c.shortened for c in completions]),
             "rewards": torch.tensor(rewards, dtype=torch.float32),
         }
+        if all(c.logprobs is not None for c in completions):
+            rows_of_logprobs = [[*(c.logprobs or ()), *[0.0] * (width - len(c.token_ids))] for c in completions]
+            tensors["sampler_logprobs"] = torch.tensor(rows_of_logprobs)
         tensors = {name: tensor.to(self.accelerator.device) for name, tensor in tensors.items()}
         gathered = self.accelerator.gather(tensors["rewards"])
         # 3. Moments; a value model that was the reward model begins in the units of the normalised reward.
@@ -278,7 +287,17 @@ class _Loop:
         # 4. Log-probabilities, entropy and values of the tokens.
         tensors |= self._token_numbers(tensors, width)
         rollout = Rollout(**{name: self.accelerator.gather(tensor) for name, tensor in tensors.items()})
-        return StepBatch(rollout, samples, state)
+        # 5. Is the model that sampled the one that is trained?
+        certificate = None
+        if rollout.sampler_logprobs is not None:
+            certificate = certify(
+                rollout.sampler_logprobs,
+                rollout.logprobs,
+                rollout.completion_mask,
+                limit=settings.parity_limit,
+                cap=settings.importance_cap,
+            )
+        return StepBatch(rollout, samples, state, certificate)
 
     @torch.no_grad()
     def _token_numbers(self, tensors: dict[str, Tensor], width: int) -> dict[str, Tensor]:
@@ -310,9 +329,11 @@ class _Loop:
 
     # --- updating ---
 
-    def update(self, state: State, rollout: Rollout) -> Row:
+    def update(self, batch: StepBatch) -> Row:
         """All epochs over a batch; what they did."""
+        state, rollout = batch.state, batch.rollout
         settings, mask = self.settings, rollout.completion_mask
+        weights = batch.certificate.weights if batch.certificate else None
         scores = rollout.rewards
         if settings.normalise_rewards != "none":
             scores = (scores - state.moments.mean) / state.moments.std
@@ -330,7 +351,7 @@ class _Loop:
             order = np.random.default_rng((settings.seed, state.step, settings.batch_size + epoch))
             for rows in np.split(order.permutation(settings.batch_size), minis):
                 rate = self._set_rates(state.step * settings.ppo_epochs * minis + updates)
-                sums, error = self._mini_batch(state.step, rollout, advantages, target.returns, rows)
+                sums, error = self._mini_batch(state.step, rollout, advantages, target.returns, rows, weights)
                 totals += sums
                 first_error = error if updates == 0 else first_error
                 updates += 1
@@ -347,7 +368,13 @@ class _Loop:
         }
 
     def _mini_batch(
-        self, step: int, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: NDArray[np.int64]
+        self,
+        step: int,
+        rollout: Rollout,
+        advantages: Tensor,
+        returns: Tensor,
+        rows: NDArray[np.int64],
+        weights: Tensor | None,
     ) -> tuple[Tensor, float]:
         """One update of both models. Returns sums over all processes, and the largest ratio error."""
         settings = self.settings
@@ -365,7 +392,13 @@ class _Loop:
                 with self.accelerator.autocast():
                     logprobs = completion_logprobs(self.policy, ids, attention, width, settings.temperature)
                 policy = ppo.policy_loss(
-                    logprobs, rollout.logprobs[some], advantages[some], mask, settings.clip, tokens
+                    logprobs,
+                    rollout.logprobs[some],
+                    advantages[some],
+                    mask,
+                    settings.clip,
+                    tokens,
+                    None if weights is None else weights[some],
                 )
                 # Data parallelism takes the mean over processes; the loss is a share of the whole already.
                 self.accelerator.backward(policy.loss * self.processes)

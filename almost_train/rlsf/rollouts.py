@@ -72,6 +72,8 @@ class Sampled:
     """Whether it ends in EOS."""
     shortened: bool = False
     """Whether it ends where the reward model's context is full."""
+    logprobs: tuple[float, ...] | None = None
+    """Log p of each token by another engine that drew it, nats; None where the model in training drew."""
 
 
 def read_prompts(
@@ -253,7 +255,9 @@ def _shortened(
             fits = middle
         else:
             too_many = middle
-    return Sampled(completion.token_ids[: max(fits, 1)], text(fits), ended=False, shortened=True)
+    kept = max(fits, 1)
+    logprobs = None if completion.logprobs is None else completion.logprobs[:kept]
+    return Sampled(completion.token_ids[:kept], text(fits), ended=False, shortened=True, logprobs=logprobs)
 
 
 # --- tensors ---
