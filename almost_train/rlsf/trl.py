@@ -5,7 +5,8 @@ What differs from PPO, because TRL's trainers work so:
 
 - There is one update a step, over all completions at once.
 - Only EOS ends a completion. One that opens the next turn, or does not fit the reward model's context, is sampled to
-  EOS or the token limit. It is judged as if it ended there, and takes the EOS penalty.
+  EOS or the token limit. It is judged as if it ended there, and takes the EOS penalty. (vLLM ends it at a stop string,
+  as in PPO.)
 - KL is in TRL's estimator (RLOO: k1 in the reward, GRPO: k3 in the loss).
 - Rewards are not normalised: they are compared within a prompt.
 - Resuming uses the Trainer's own checkpoints, which include a pickle of generator states.
@@ -16,15 +17,13 @@ from __future__ import annotations
 import copy
 import json
 import math
-import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object
 from transformers import PrinterCallback, TrainerCallback
@@ -36,6 +35,8 @@ from almost_eval.models.checkpoint import find_checkpoint
 from almost_eval.models.loading import attention_arguments
 from almost_eval.types import JSONObject
 from almost_train.common.interrupts import SaveRequests, ended_at, save_requests
+from almost_train.common.seeding import own_random_state
+from almost_train.rlsf.certificate import certificate_summary
 from almost_train.rlsf.job import Algorithm, Job, RLSFSettings, save_policy
 from almost_train.rlsf.log import (
     SAMPLES,
@@ -49,6 +50,7 @@ from almost_train.rlsf.log import (
 )
 from almost_train.rlsf.models import load_policy
 from almost_train.rlsf.rollouts import as_sampled, batch_prompts, conversation, end_ids, shorten_for_reward
+from almost_train.rlsf.trl_sampling import SamplerHook
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -80,12 +82,16 @@ def train(job: Job) -> JSONObject:
     settings, work = job.settings, job.work
     begin = max(_checkpoints(work), default=0)
     with (
-        _own_random_state(),
+        own_random_state(),
         StepLog(job.output, begin, active=job.is_first) as log,
         save_requests(settings.save_minutes) as saving,
+        closing(SamplerHook(job)) as hook,
         job.progress.track(f"RLSF ({settings.algorithm.upper()})", settings.steps, begin) as advance,
     ):
         trainer, watch = _trainer(job, log, advance, saving)
+        if settings.sampler != "transformers":
+            watch.hook = hook
+            hook.attach(trainer)
         # 1. Train, unless an earlier process came to the end, or to where a guard stops, and no further.
         watch.stopped = verdict(log.rows, settings.kl_limit, settings.guard_window)
         if watch.stopped is None and begin < settings.steps:
@@ -106,7 +112,7 @@ def train(job: Job) -> JSONObject:
         trainer.accelerator.wait_for_everyone()
         if job.is_first:
             save_policy(job, _saved(final))
-        return metrics | summary(log.rows)
+        return metrics | summary(log.rows) | certificate_summary(log.rows, settings.parity_limit)
 
 
 class _Watch(TrainerCallback):
@@ -117,6 +123,8 @@ class _Watch(TrainerCallback):
     ) -> None:
         self.stopped: str | None = None
         """The guard that ended training."""
+        self.hook: SamplerHook | None = None
+        """Where vLLM draws the completions."""
         self.trainer: Trainer
         """What it watches; set once the trainer is made."""
         self._job, self._log, self._advance, self._ends = job, log, advance, ends
@@ -173,6 +181,7 @@ class _Watch(TrainerCallback):
         row |= {"kl": logs["kl"] * row["length"], "entropy": logs.get("entropy")}
         row |= {"kl_coefficient": settings.kl_coefficient, "policy_loss": logs["loss"]}
         row |= {"cut_for_reward": sum(sample["shortened"] for sample in batch)}
+        row |= self.hook.certificate.row() if self.hook and self.hook.certificate else {}
         row |= {"clip_share": logs.get("clip_ratio/region_mean"), "learning_rate": logs.get("learning_rate")}
         refuse_non_finite(step, "loss, KL and gradient", [logs["loss"], row["kl"], logs.get("grad_norm", 0.0)])
         seconds = time.monotonic() - self._began
@@ -305,18 +314,6 @@ def _saved(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, **attention_arguments(find_checkpoint(str(folder)))
     )
-
-
-@contextmanager
-def _own_random_state() -> Iterator[None]:
-    """The Trainer seeds every global generator; afterwards they are as they were."""
-    python, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy_state)
 
 
 RLOO = Algorithm(train, frozenset(("num_generations", "whiten_advantages")), update_size)

@@ -25,6 +25,7 @@ from almost_eval.models.checkpoint import refuse_stray_weights
 from almost_eval.models.endpoints import EndpointAddress, read_key, server_words
 from almost_eval.models.loading import first_line
 from almost_train.common.processes import is_main, wait_for_all
+from almost_train.common.seeding import own_random_state
 from almost_train.rlsf.job import Job
 from almost_train.rlsf.rollouts import Sampled, TokenIds, as_sampled, end_ids
 
@@ -63,16 +64,17 @@ class VLLMSampler:
         dtype = "bfloat16" if settings.bf16 else "float32"
         self._job = job
         self._sleeps = settings.sampler_sleep
-        self.llm = load(
-            job.policy.path,
-            {
-                **options.for_loading(dtype, longest + 1, trust_remote_code=False),
-                # Log p of the distribution that is drawn from: after the temperature.
-                "logprobs_mode": "processed_logprobs",
-                "weight_transfer_config": {"backend": RECEIVER},
-                "enable_sleep_mode": self._sleeps or None,
-            },
-        )
+        with own_random_state():
+            self.llm = load(
+                job.policy.path,
+                {
+                    **options.for_loading(dtype, longest + 1, trust_remote_code=False),
+                    # Log p of the distribution that is drawn from: after the temperature.
+                    "logprobs_mode": "processed_logprobs",
+                    "weight_transfer_config": {"backend": RECEIVER},
+                    "enable_sleep_mode": self._sleeps or None,
+                },
+            )
         self._sender: Any = None
         if self._sleeps:
             self.llm.sleep(level=2)
