@@ -4,7 +4,7 @@ vLLM's own backends (`nccl`, `ipc`) move weights between GPUs. This one takes th
 is in the same process, or the path of a safetensors file, where it is not. vLLM knows it once
 `vllm_process.register_receiver` was called, under the name `almost`:
 
-    almost-serve policy MODEL --weight-transfer-config '{"backend": "almost"}'
+    VLLM_SERVER_DEV_MODE=1 almost-serve policy --model MODEL --weight-transfer-config '{"backend": "almost"}'
 
 On a CPU vLLM packs the weights of every linear layer for its kernels. Its reload (0.31) packs them anew where a layer
 has weights in the checkpoint. An output head that is tied to the embedding has none of its own there, and goes on with

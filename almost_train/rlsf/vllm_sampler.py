@@ -4,7 +4,7 @@ Weights go through vLLM's weight-transfer API before every step, and the prefix 
 values are those of the old weights. Each completion has a seed made of (seed, step, row), and all of a step are handed
 in together in the same order, so a resumed run draws what an uninterrupted one does, as far as vLLM's kernels do.
 
-A server: `VLLM_SERVER_DEV_MODE=1 almost-serve policy MODEL --logprobs-mode processed_logprobs --weight-transfer-config
+A server: `VLLM_SERVER_DEV_MODE=1 almost-serve policy --model MODEL --logprobs-mode processed_logprobs --weight-transfer-config
 '{"backend": "almost"}'` (or `"nccl"`). Its routes for weights have no key of their own: keep it on 127.0.0.1.
 """
 
