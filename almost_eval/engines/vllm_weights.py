@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from vllm.distributed.weight_transfer.base import (
@@ -78,7 +79,7 @@ class WeightReceiver(WeightTransferEngine[NothingToAgreeOn, WeightPart]):
 
     def receive_weights(self, update_info: WeightPart) -> None:
         """Load one part."""
-        loaded = self.model.load_weights(update_info.pairs())
+        loaded = cast(Any, self.model).load_weights(update_info.pairs())
         self._missing -= set(loaded or ())
 
     def finish_weight_update(self) -> None:

@@ -53,7 +53,7 @@ class Certificate:
     def refusal(self, step: int, limit: float, on_parity: str) -> RunError | None:
         """Why the run must end here: it was to stop beyond the limit, or nothing can be corrected. None to go on."""
         if self.largest == math.inf:
-            return RunError(f"step {step}: sampler and trainer differ without bound on a token; nothing can correct that")
+            return RunError(f"step {step}: sampler and trainer differ without bound on a token, beyond any correction")
         if self.largest > limit and on_parity == "stop":
             return RunError(
                 f"step {step}: sampler and trainer differ by {self.largest:.3g} nats on a token, beyond --parity-limit "

@@ -40,10 +40,13 @@ ALGORITHMS = {
 COMMON_SETTINGS = frozenset(
     "algorithm steps batch_size micro_batch_size learning_rate schedule warmup_ratio weight_decay max_grad_norm "
     "max_new_tokens temperature stop eos_penalty clip kl_coefficient kl_limit guard_window seed device bf16 "
-    "gradient_checkpointing save_every save_minutes samples_every keep_every sampler sampler_url weight_transfer "
-    "sampler_memory sampler_sleep parity_limit on_parity importance_cap".split()
+    "gradient_checkpointing save_every save_minutes samples_every keep_every".split()
 )
 """Settings that every algorithm takes."""
+SAMPLER_SETTINGS = frozenset(
+    "sampler sampler_url weight_transfer sampler_memory sampler_sleep parity_limit on_parity importance_cap".split()
+)
+"""Settings of an algorithm that samples by `samplers.make_sampler`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +226,9 @@ def _check_sampler(settings: RLSFSettings) -> None:
         raise InputError("--sampler vllm is for one process: vLLM would take its group over; use --sampler vllm-server")
     if where == "vllm-server":
         if not settings.sampler_url:
-            raise InputError("--sampler vllm-server needs --sampler-url, the server's address, as http://127.0.0.1:8000")
+            raise InputError(
+                "--sampler vllm-server needs --sampler-url, the server's address, as http://127.0.0.1:8000"
+            )
         EndpointAddress.parse(settings.sampler_url, "--sampler-url", "http://127.0.0.1:8000")
     if (settings.sampler_sleep or settings.weight_transfer == "nccl") and pick_device("auto") == "cpu":
         raise InputError("--sampler-sleep and --weight-transfer nccl need a GPU, and there is none; leave them out")

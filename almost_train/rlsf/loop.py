@@ -34,7 +34,7 @@ from almost_train.common.lora import adapter_off, adapter_to_zero, add_lora, bas
 from almost_train.rlsf import checkpoint as checkpoints
 from almost_train.rlsf import ppo
 from almost_train.rlsf.certificate import Certificate, certificate_summary, certify
-from almost_train.rlsf.job import Algorithm, Job, RLSFSettings, save_policy
+from almost_train.rlsf.job import SAMPLER_SETTINGS, Algorithm, Job, RLSFSettings, save_policy
 from almost_train.rlsf.log import (
     SAMPLES,
     StepLog,
@@ -60,7 +60,7 @@ from almost_train.rlsf.samplers import make_sampler
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-OWN_SETTINGS = frozenset(
+OWN_SETTINGS = SAMPLER_SETTINGS | frozenset(
     "mini_batch_size sampling_batch_size ppo_epochs value_learning_rate value_clip gamma gae_lambda whiten_advantages "
     "normalise_rewards kl_controller kl_target kl_horizon lora_rank lora_alpha lora_targets merge".split()
 )
@@ -248,9 +248,7 @@ class _Loop:
         # 1. Completions and their rewards.
         self.sampler.sync(self.plain_policy)
         with self.accelerator.autocast():
-            completions = self.sampler.sample(
-                self.plain_policy, [prompt.token_ids for prompt in prompts], step, rows
-            )
+            completions = self.sampler.sample(self.plain_policy, [prompt.token_ids for prompt in prompts], step, rows)
         dialogues = [prompt.messages for prompt in prompts]
         completions = shorten_for_reward(completions, dialogues, self.job.reward, self.job.tokenizer)
         rewards = self.job.reward.score(

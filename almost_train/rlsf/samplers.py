@@ -69,7 +69,6 @@ class TransformersSampler:
         """Nothing is held."""
 
 
-
 def make_sampler(job: Job) -> RolloutSampler:
     """The sampler that the settings name. vLLM's model is loaded, or its server asked, here.
 

@@ -37,7 +37,7 @@ from almost_eval.types import JSONObject
 from almost_train.common.interrupts import SaveRequests, ended_at, save_requests
 from almost_train.common.seeding import own_random_state
 from almost_train.rlsf.certificate import certificate_summary
-from almost_train.rlsf.job import Algorithm, Job, RLSFSettings, save_policy
+from almost_train.rlsf.job import SAMPLER_SETTINGS, Algorithm, Job, RLSFSettings, save_policy
 from almost_train.rlsf.log import (
     SAMPLES,
     StepLog,
@@ -316,5 +316,5 @@ def _saved(folder: Path) -> PreTrainedModel:
     )
 
 
-RLOO = Algorithm(train, frozenset(("num_generations", "whiten_advantages")), update_size)
-GRPO = Algorithm(train, frozenset(("num_generations",)), update_size)
+RLOO = Algorithm(train, SAMPLER_SETTINGS | {"num_generations", "whiten_advantages"}, update_size)
+GRPO = Algorithm(train, SAMPLER_SETTINGS | {"num_generations"}, update_size)

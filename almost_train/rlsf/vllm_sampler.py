@@ -4,8 +4,9 @@ Weights go through vLLM's weight-transfer API before every step, and the prefix 
 values are those of the old weights. Each completion has a seed made of (seed, step, row), and all of a step are handed
 in together in the same order, so a resumed run draws what an uninterrupted one does, as far as vLLM's kernels do.
 
-A server: `VLLM_SERVER_DEV_MODE=1 almost-serve policy --model MODEL --logprobs-mode processed_logprobs --weight-transfer-config
-'{"backend": "almost"}'` (or `"nccl"`). Its routes for weights have no key of their own: keep it on 127.0.0.1.
+A server is started with `VLLM_SERVER_DEV_MODE=1 almost-serve policy --model MODEL --logprobs-mode processed_logprobs
+--weight-transfer-config '{"backend": "almost"}'` (or `"nccl"`). Its routes for weights have no key of their own: keep it
+on 127.0.0.1.
 """
 
 from __future__ import annotations
@@ -167,7 +168,9 @@ class ServerSampler:
 
         rank, client = (0 if is_main() else 1), _ServerClient(self)
         if self._job.settings.weight_transfer == "file":
-            return FileSender.trainer_init(FileInit(self._job.work / "transfer", rank=rank), client=client, source=source)
+            return FileSender.trainer_init(
+                FileInit(self._job.work / "transfer", rank=rank), client=client, source=source
+            )
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
