@@ -4,9 +4,8 @@ Weights go through vLLM's weight-transfer API before every step, and the prefix 
 values are those of the old weights. Each completion has a seed made of (seed, step, row), and all of a step are handed
 in together in the same order, so a resumed run draws what an uninterrupted one does, as far as vLLM's kernels do.
 
-A server is started with `VLLM_SERVER_DEV_MODE=1 almost-serve policy --model MODEL --logprobs-mode processed_logprobs
---weight-transfer-config '{"backend": "almost"}'` (or `"nccl"`). Its routes for weights have no key of their own: keep it
-on 127.0.0.1.
+A server: `VLLM_SERVER_DEV_MODE=1 almost-serve policy --model MODEL --logprobs-mode processed_logprobs
+--weight-transfer-config '{"backend": "almost"}'` (or `"nccl"`). Its routes change weights: keep it on 127.0.0.1.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from almost_eval.errors import InputError, RunError
 from almost_eval.models.checkpoint import refuse_stray_weights
 from almost_eval.models.endpoints import EndpointAddress, read_key, server_words
 from almost_eval.models.loading import first_line
+from almost_eval.types import JSONObject
 from almost_train.common.processes import is_main, wait_for_all
 from almost_train.common.seeding import own_random_state
 from almost_train.rlsf.job import Job
@@ -136,6 +136,31 @@ class VLLMSampler:
         release(self.llm)
 
 
+_NO_WEIGHTS = "takes no weights; start it with VLLM_SERVER_DEV_MODE=1 and the options in docs/train.md"
+
+
+def server_problem(config: JSONObject | None, transfer: str) -> str | None:
+    """Why a server cannot be sampled from in training, or None.
+
+    Args:
+        config: vLLM's whole configuration, as its `/server_info` gives it; None where it gives none.
+        transfer: `file` or `nccl`.
+    """
+    if config is None:
+        return _NO_WEIGHTS
+    mode = config["model_config"]["logprobs_mode"]
+    if mode != "processed_logprobs":
+        # Raw ones are before the temperature: the certificate would compare two distributions.
+        return f"gives {mode}; start it with --logprobs-mode processed_logprobs"
+    backend = (config.get("weight_transfer_config") or {}).get("backend")
+    needed = {"file": RECEIVER, "nccl": "nccl"}[transfer]
+    if backend != needed:
+        has = f"takes weights by {backend!r}" if backend else "takes no weights"
+        option = f"""--weight-transfer-config '{{"backend": "{needed}"}}'"""
+        return f"{has}; start it with {option}, or give another --weight-transfer"
+    return None
+
+
 class ServerSampler:
     """A vLLM server that takes weights.
 
@@ -151,6 +176,9 @@ class ServerSampler:
         self._sender: Any = None
         models = self._ask("GET", "/v1/models", refused=InputError)["data"]
         self._model = str(models[0]["id"])
+        server = self._ask("GET", "/server_info", query={"config_format": "json"}, refused=InputError)
+        if problem := server_problem(server.get("vllm_config"), job.settings.weight_transfer):
+            raise InputError(f"the vLLM server {self._address.shown} {problem}")
 
     def sync(self, model: PreTrainedModel) -> None:
         """Send the weights; every process waits until the server has them."""
@@ -229,6 +257,7 @@ class ServerSampler:
         method: str,
         path: str,
         body: Mapping[str, Any] | None = None,
+        query: Mapping[str, str] | None = None,
         refused: type[InputError] | type[RunError] = RunError,
     ) -> dict[str, Any]:
         import httpx
@@ -236,14 +265,11 @@ class ServerSampler:
         url, where = self._address.beside(path), self._address.shown
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         try:
-            answer = httpx.request(method, url, json=body, headers=headers, timeout=_TIMEOUT)
+            answer = httpx.request(method, url, params=query, json=body, headers=headers, timeout=_TIMEOUT)
         except httpx.HTTPError as error:
             raise refused(f"the vLLM server {where} does not answer ({type(error).__name__}); is it running?") from None
         if answer.status_code == 404:
-            raise InputError(
-                f"the vLLM server {where} has no {path}; start it with VLLM_SERVER_DEV_MODE=1 and "
-                """--weight-transfer-config '{"backend": "almost"}' (docs/training.md)"""
-            )
+            raise InputError(f"the vLLM server {where} has no {path}: it {_NO_WEIGHTS}")
         if answer.is_error:
             raise refused(f"the vLLM server {where}, {path}: {server_words(answer.text, self._key)}")
         result: dict[str, Any] = answer.json() if answer.content else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -228,6 +229,25 @@ def test_grpo_on_a_server(server_url: str, world: dict[str, Any], tmp_path: Path
     assert rows[-1]["kl"] != 0
 
 
+@pytest.mark.parametrize(
+    ("mode", "backend", "transfer", "problem"),
+    [
+        ("processed_logprobs", "almost", "file", None),
+        ("processed_logprobs", "nccl", "nccl", None),
+        ("raw_logprobs", "almost", "file", "gives raw_logprobs; start it with --logprobs-mode processed_logprobs"),
+        ("processed_logprobs", None, "file", """takes no weights; start it with .*'{"backend": "almost"}'"""),
+        ("processed_logprobs", "nccl", "file", "takes weights by 'nccl'; .* or give another --weight-transfer"),
+    ],
+)
+def test_a_server_of_other_options(mode: str, backend: str | None, transfer: str, problem: str | None) -> None:
+    from almost_train.rlsf.vllm_sampler import server_problem
+
+    config: dict[str, Any] = {"model_config": {"logprobs_mode": mode}}
+    config["weight_transfer_config"] = {"backend": backend} if backend else None
+    message = server_problem(config, transfer)
+    assert message is None if problem is None else re.match(problem, message or "")
+
+
 @needs_vllm
 @pytest.mark.slow
 def test_a_server_that_is_not_there(world: dict[str, Any], tmp_path: Path) -> None:
@@ -240,5 +260,5 @@ def test_a_server_that_is_not_there(world: dict[str, Any], tmp_path: Path) -> No
 @pytest.mark.slow
 def test_a_server_that_takes_no_weights(world: dict[str, Any], tmp_path: Path, endpoint: Any) -> None:
     chosen = settings(sampler="vllm-server", sampler_url=endpoint.url)
-    with pytest.raises((InputError, RunError), match="the vLLM server"):
+    with pytest.raises(InputError, match="takes no weights; start it with VLLM_SERVER_DEV_MODE=1"):
         rlsf(chosen, **world, output=tmp_path)
