@@ -1,9 +1,9 @@
 """TRL's RLOO and GRPO on our samplers, with the certificate of each step.
 
-TRL 1.16 has a vLLM path of its own (`use_vllm`). It is not taken: on a CPU it cannot load a second set of weights ("
-Parameter has no attribute weight_loader": vLLM has packed them), its RLOO reads no log-probabilities of vLLM's, and its
-completions have no seeds of their own, so a resumed run would be another one. Here the one method of TRL's trainers
-that draws completions is replaced, and what it returns is compared with the trainer's own log-probabilities.
+TRL 1.16 has a vLLM path of its own (`use_vllm`). It is not taken. It hands weights to vLLM's `load_weights`, which on a
+CPU fails (the layers hold packed weights, and no loader). RLOO's drops the log-probabilities of vLLM's. And its
+completions have no seeds of their own, so a resumed run would be another one. Here the one method of TRL's trainers that
+draws completions is replaced, and what it returns is compared with the trainer's own log-probabilities.
 
 A step beyond the limit is corrected in the advantages, by which both losses are multiplied: RLOO's of a completion by
 its truncated weight, GRPO's of a token by the token's.
