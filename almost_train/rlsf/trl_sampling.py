@@ -2,8 +2,8 @@
 
 TRL 1.16 has a vLLM path of its own (`use_vllm`). It is not taken. It hands weights to vLLM's `load_weights`, which on a
 CPU fails (the layers hold packed weights, and no loader). RLOO's drops the log-probabilities of vLLM's. And its
-completions have no seeds of their own, so a resumed run would be another one. Here the one method of TRL's trainers that
-draws completions is replaced, and what it returns is compared with the trainer's own log-probabilities.
+completions have no seeds of their own, so a resumed run would be another one. Here the one method of TRL's trainers
+that draws completions is replaced, and what it returns is compared with the trainer's own log-probabilities.
 
 A step beyond the limit is corrected in the advantages, by which both losses are multiplied: RLOO's of a completion by
 its truncated weight, GRPO's of a token by the token's.
