@@ -35,7 +35,7 @@ from almost_train.common.trainers import keep_template
 from almost_train.nano.data import write_prompts
 from almost_train.pipeline.evaluation import EvaluationSettings, evaluate_policies
 from almost_train.pipeline.recipe import load_recipe
-from almost_train.rlsf.certificate import Certificate, certify
+from almost_train.rlsf.certificate import SamplerCertificate, certify
 from almost_train.rlsf.job import Job, RLSFSettings
 from almost_train.rlsf.models import load_policy
 from almost_train.rlsf.rollouts import Sampled, collate, completion_logprobs, read_prompts
@@ -147,7 +147,7 @@ def certificates(job: Job, policy: Any, vllm: RolloutSampler) -> None:
 
 
 @torch.no_grad()
-def compare(job: Job, policy: Any, ids: Sequence[tuple[int, ...]], drawn: Sequence[Sampled]) -> Certificate:
+def compare(job: Job, policy: Any, ids: Sequence[tuple[int, ...]], drawn: Sequence[Sampled]) -> SamplerCertificate:
     """Compare vLLM's log-probabilities with the policy's own."""
     batch = collate(ids, [sampled.token_ids for sampled in drawn], job.tokenizer)
     width = batch.completion_mask.shape[1]

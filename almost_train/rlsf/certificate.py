@@ -24,7 +24,7 @@ from almost_eval.types import JSONObject
 
 
 @dataclass(frozen=True, slots=True)
-class Certificate:
+class SamplerCertificate:
     """How far apart sampler and trainer are on the tokens of one step."""
 
     largest: float
@@ -64,7 +64,7 @@ class Certificate:
 
 def certify(
     sampler_logprobs: Tensor, logprobs: Tensor, completion_mask: Tensor, *, limit: float, cap: float
-) -> Certificate:
+) -> SamplerCertificate:
     """Compare both on the tokens of the completions; beyond the limit, with the weights that correct the step.
 
     Args:
@@ -78,11 +78,13 @@ def certify(
     gaps = torch.where(gaps.isfinite(), gaps, torch.full_like(gaps, math.inf))
     largest = float(gaps.max())
     if largest <= limit:
-        return Certificate(largest, float(gaps.mean()), len(gaps), None, 1.0, 0.0)
+        return SamplerCertificate(largest, float(gaps.mean()), len(gaps), None, 1.0, 0.0)
     weights = truncated_weights(logprobs, sampler_logprobs, completion_mask, cap)
     of_tokens = weights[completion_mask]
     truncated = (of_tokens >= cap).double().mean()
-    return Certificate(largest, float(gaps.mean()), len(gaps), weights, float(of_tokens.mean()), float(truncated))
+    return SamplerCertificate(
+        largest, float(gaps.mean()), len(gaps), weights, float(of_tokens.mean()), float(truncated)
+    )
 
 
 def truncated_weights(logprobs: Tensor, sampler_logprobs: Tensor, completion_mask: Tensor, cap: float) -> Tensor:

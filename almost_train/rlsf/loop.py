@@ -33,7 +33,7 @@ from almost_train.common.interrupts import ended_at, ended_before_any_step, save
 from almost_train.common.lora import adapter_off, adapter_to_zero, add_lora, base_dtype
 from almost_train.rlsf import checkpoint as checkpoints
 from almost_train.rlsf import ppo
-from almost_train.rlsf.certificate import Certificate, certificate_summary, certify
+from almost_train.rlsf.certificate import SamplerCertificate, certificate_summary, certify
 from almost_train.rlsf.job import SAMPLER_SETTINGS, Algorithm, Job, RLSFSettings, save_policy
 from almost_train.rlsf.log import (
     SAMPLES,
@@ -87,7 +87,7 @@ class StepBatch:
     """Lines of `samples.jsonl`."""
     state: State
     """With the moments of these rewards."""
-    certificate: Certificate | None
+    certificate: SamplerCertificate | None
     """Of the sampler, where it is another engine; its weights go into the update."""
 
 

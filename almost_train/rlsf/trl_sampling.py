@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from almost_train.rlsf.certificate import Certificate, certify, truncated_weights
+from almost_train.rlsf.certificate import SamplerCertificate, certify, truncated_weights
 from almost_train.rlsf.job import Job
 from almost_train.rlsf.samplers import RolloutSampler, make_sampler
 
@@ -34,7 +34,7 @@ class SamplerHook:
         self._job = job
         self._sampler: RolloutSampler | None = None
         self._drawn: list[Sampled] = []
-        self.certificate: Certificate | None = None
+        self.certificate: SamplerCertificate | None = None
         """Of the newest step, over all processes."""
 
     def attach(self, trainer: Trainer) -> None:
