@@ -1,11 +1,12 @@
 """New tokens a second in reinforcement learning, transformers against vLLM in turn, and the certificate over 20 syncs.
 
-    OMP_NUM_THREADS=2 python benchmarks/rl_sampling.py runs/models/smollm2-135m-instruct [--rounds 3] [--new-tokens 64]
+    OMP_NUM_THREADS=2 python benchmarks/rl_sampling.py runs/models/smollm2-135m-instruct [--rounds 2] [--new-tokens 128]
     OMP_NUM_THREADS=1 python benchmarks/rl_sampling.py --nano [--seeds 0,1,2]
 
 The first: both sides draw from the same float32 weights, in one process, with the stop strings and seeds of
-`almost-train rlsf`; 64 prompts are one batch. A round times each side once. Then the weights are changed 20 times, as
-an update would, and sent to vLLM; each time the largest |log p(vLLM) - log p(trainer)| over the sampled tokens is
+`almost-train rlsf`; 64 prompts are one batch. transformers draws with the prompts' common
+header read once, as `rlsf` does, and with it read by each row. A round times each side once. Then the weights
+are updated 20 times and sent to vLLM; each time the largest |log p(vLLM) - log p(trainer)| over the sampled tokens is
 printed.
 
 The second: PPO on the nano world with the recipe's settings, from the shipped SFT policy by the shipped reward model,
@@ -22,8 +23,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import torch
+from transformers import PreTrainedModel
 
 from almost_eval.cli.command_line import import_transformers
 from almost_eval.compare.tax.tasks import nano_oracle
@@ -35,10 +38,11 @@ from almost_train.common.trainers import keep_template
 from almost_train.nano.data import write_prompts
 from almost_train.pipeline.evaluation import EvaluationSettings, evaluate_policies
 from almost_train.pipeline.recipe import load_recipe
+from almost_train.rlsf import rollouts
 from almost_train.rlsf.certificate import SamplerCertificate, certify
 from almost_train.rlsf.job import Job, RLSFSettings
 from almost_train.rlsf.models import load_policy
-from almost_train.rlsf.rollouts import Sampled, collate, completion_logprobs, read_prompts
+from almost_train.rlsf.rollouts import Sampled, TokenIds, collate, completion_logprobs, read_prompts
 from almost_train.rlsf.run import rlsf
 from almost_train.rlsf.samplers import RolloutSampler, TransformersSampler, make_sampler
 
@@ -55,8 +59,8 @@ THINGS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="runs/models/smollm2-135m-instruct")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--nano", action="store_true", help="PPO on the nano world instead")
     parser.add_argument("--seeds", default="0,1,2")
     arguments = parser.parse_args()
@@ -101,62 +105,83 @@ def make_job(model: str, new_tokens: int) -> Job:
 
 # --- speed ---
 
+APART = "transformers without shared headers"
+
+
+class ReadsApart(TransformersSampler):
+    """As it was before shared headers: transformers' `generate` for every prompt."""
+
+    def sample(
+        self, model: PreTrainedModel, prompts: Sequence[TokenIds], step: int, rows: Sequence[int]
+    ) -> list[Sampled]:
+        """See `RolloutSampler`."""
+        with mock.patch.object(rollouts, "sample_behind_headers", lambda *_, **__: {}):
+            return super().sample(model, prompts, step, rows)
+
 
 def speed(job: Job, policy: Any, vllm: RolloutSampler, rounds: int) -> None:
     """New tokens a second of both sides in turn, and the ratio of each round."""
-    sides = {"transformers": TransformersSampler(job), "vLLM": vllm}
+    sides = {"transformers": TransformersSampler(job), APART: ReadsApart(job), "vLLM": vllm}
     ids = [prompt.token_ids for prompt in job.prompts]
     rates: dict[str, list[float]] = {name: [] for name in sides}
+    cpu_rates: dict[str, list[float]] = {name: [] for name in sides}
     for sampler in sides.values():  # what is made on first use is not timed
         sampler.sample(policy, ids[:4], 0, range(4))
     for number in range(rounds):
         for name, sampler in sides.items():
             sampler.sync(policy)  # also empties vLLM's cache of prompts
-            began = time.perf_counter()
+            began, began_cpu = time.perf_counter(), time.process_time()
             drawn = sampler.sample(policy, ids, number, range(len(ids)))
-            seconds = time.perf_counter() - began
+            seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - began_cpu
             tokens = sum(len(sampled.token_ids) for sampled in drawn)
             rates[name].append(tokens / seconds)
-            print(f"round {number}: {name}, {len(ids)} prompts, {tokens} new tokens, {tokens / seconds:.1f} tokens/s")
-    ratios = [fast / slow for fast, slow in zip(rates["vLLM"], rates["transformers"], strict=True)]
-    print(f"vLLM / transformers: median {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+            cpu_rates[name].append(tokens / cpu_seconds)
+            print(
+                f"round {number}: {name}, {len(ids)} prompts, {tokens} new tokens, {tokens / seconds:.1f} tokens/s, "
+                f"{tokens / cpu_seconds:.1f} by CPU time",
+                flush=True,
+            )
+    for what, both in (("", rates), (", by CPU time", cpu_rates)):
+        for other in ("transformers", APART):
+            ratios = [fast / slow for fast, slow in zip(both["vLLM"], both[other], strict=True)]
+            spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+            print(f"vLLM / {other}{what}: median {statistics.median(ratios):.2f} ({spread})", flush=True)
 
 
 # --- the certificate ---
 
 
 def certificates(job: Job, policy: Any, vllm: RolloutSampler) -> None:
-    """The largest difference after each of `SYNCS` changes of the weights."""
-    generator, ids = torch.Generator().manual_seed(0), [prompt.token_ids for prompt in job.prompts[:16]]
+    """The largest difference after each of `SYNCS` updates: AdamW on completions, half of them praised."""
+    ids, optimizer = [prompt.token_ids for prompt in job.prompts[:16]], torch.optim.AdamW(policy.parameters(), lr=1e-5)
     gaps, seconds = [], []
-    for number in range(SYNCS):
-        with torch.no_grad():
-            for parameter in policy.parameters():  # a hundredth of each weight's usual size
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.add_(noise, alpha=0.01 * float(parameter.std()) if parameter.numel() > 1 else 0.0)
+    for number in range(SYNCS + 1):
         began = time.perf_counter()
         vllm.sync(policy)
         seconds.append(time.perf_counter() - began)
         drawn = vllm.sample(policy, ids, number, range(len(ids)))
-        certificate = compare(job, policy, ids, drawn)
+        batch = collate(ids, [sampled.token_ids for sampled in drawn], job.tokenizer)
+        mask, width = batch.completion_mask, batch.completion_mask.shape[1]
+        logprobs = completion_logprobs(policy, batch.input_ids, batch.attention_mask, width, job.settings.temperature)
+        certificate = compare(drawn, logprobs.detach(), mask)
+        print(f"update {number}: {certificate.largest:.2e} nats over {certificate.tokens} tokens", flush=True)
         gaps.append(certificate.largest)
-        print(f"sync {number + 1}: {certificate.largest:.2e} nats over {certificate.tokens} tokens")
+        praise = torch.tensor([1.0, -1.0]).repeat(len(ids) // 2)  # (B,)
+        (-(praise[:, None] * logprobs)[mask].mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
     verdict = "within" if max(gaps) <= LIMIT else "BEYOND"
     typical = statistics.median(seconds)
-    print(f"largest of {SYNCS} syncs: {max(gaps):.2e} nats, {verdict} {LIMIT:g}; a sync {typical:.2f} s")
+    print(f"largest of {SYNCS} updates: {max(gaps):.2e} nats, {verdict} {LIMIT:g}; a sync {typical:.2f} s")
 
 
-@torch.no_grad()
-def compare(job: Job, policy: Any, ids: Sequence[tuple[int, ...]], drawn: Sequence[Sampled]) -> SamplerCertificate:
-    """Compare vLLM's log-probabilities with the policy's own."""
-    batch = collate(ids, [sampled.token_ids for sampled in drawn], job.tokenizer)
-    width = batch.completion_mask.shape[1]
-    trainer = completion_logprobs(policy, batch.input_ids, batch.attention_mask, width, job.settings.temperature)
-    by_vllm = torch.zeros_like(trainer)
+def compare(drawn: Sequence[Sampled], logprobs: torch.Tensor, mask: torch.Tensor) -> SamplerCertificate:
+    """Compare vLLM's log-probabilities with the policy's own (B, T)."""
+    by_vllm = torch.zeros_like(logprobs)
     for row, sampled in enumerate(drawn):
         assert sampled.logprobs is not None
         by_vllm[row, : len(sampled.logprobs)] = torch.tensor(sampled.logprobs)
-    return certify(by_vllm, trainer, batch.completion_mask, limit=LIMIT, cap=2.0)
+    return certify(by_vllm, logprobs, mask, limit=LIMIT, cap=2.0)
 
 
 # --- the nano world ---
