@@ -115,7 +115,7 @@ class ReadsApart(TransformersSampler):
         self, model: PreTrainedModel, prompts: Sequence[TokenIds], step: int, rows: Sequence[int]
     ) -> list[Sampled]:
         """See `RolloutSampler`."""
-        with mock.patch.object(rollouts, "sample_behind_headers", lambda *_, **__: {}):
+        with mock.patch.object(rollouts, "sample_behind_headers", return_value={}):
             return super().sample(model, prompts, step, rows)
 
 

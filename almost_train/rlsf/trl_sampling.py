@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from almost_train.common.lora import set_lora_dropout
 from almost_train.rlsf.certificate import SamplerCertificate, certify, truncated_weights
 from almost_train.rlsf.job import Job
 from almost_train.rlsf.samplers import RolloutSampler, make_sampler
@@ -105,5 +106,7 @@ class SamplerHook:
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
         attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
         width, rows = batch["completion_ids"].shape[1], self._job.settings.micro_batch_size
+        set_lora_dropout(trainer.model, active=False)
         logprobs: Tensor = trainer._get_per_token_logps_and_entropies(trainer.model, ids, attention, width, rows)[0]
+        set_lora_dropout(trainer.model, active=True)
         return logprobs.float()

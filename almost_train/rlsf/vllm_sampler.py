@@ -4,8 +4,9 @@ Weights go through vLLM's weight-transfer API before every step, and the prefix 
 values are those of the old weights. Each completion has a seed made of (seed, step, row), and all of a step are handed
 in together in the same order, so a resumed run draws what an uninterrupted one does, as far as vLLM's kernels do.
 
-A server: `VLLM_SERVER_DEV_MODE=1 almost-serve policy --model MODEL --logprobs-mode processed_logprobs
---weight-transfer-config '{"backend": "almost"}'` (or `"nccl"`). Its routes change weights: keep it on 127.0.0.1.
+A server: `VLLM_SERVER_DEV_MODE=1 almost-serve policy --model MODEL --weight-transfer-config '{"backend": "almost"}'`
+(or `"nccl"`), at a temperature other than 1 with `--logprobs-mode processed_logprobs`. Its routes change weights: keep
+it on 127.0.0.1.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from almost_eval.models.loading import first_line
 from almost_eval.types import JSONObject
 from almost_train.common.processes import is_main, wait_for_all
 from almost_train.common.seeding import own_random_state
-from almost_train.rlsf.job import Job
+from almost_train.rlsf.job import Job, RLSFSettings
 from almost_train.rlsf.rollouts import Sampled, TokenIds, as_sampled, end_ids
 
 if TYPE_CHECKING:
@@ -70,8 +71,7 @@ class VLLMSampler:
                 job.policy.path,
                 {
                     **options.for_loading(dtype, longest + 1, trust_remote_code=False),
-                    # Log p of the distribution that is drawn from: after the temperature.
-                    "logprobs_mode": "processed_logprobs",
+                    "logprobs_mode": logprobs_modes(settings.temperature)[0],
                     "weight_transfer_config": {"backend": RECEIVER},
                     "enable_sleep_mode": self._sleeps or None,
                 },
@@ -139,21 +139,31 @@ class VLLMSampler:
 _NO_WEIGHTS = "takes no weights; start it with VLLM_SERVER_DEV_MODE=1 and the options in docs/train.md"
 
 
-def server_problem(config: JSONObject | None, transfer: str) -> str | None:
+def logprobs_modes(temperature: float) -> tuple[str, ...]:
+    """Modes of vLLM's in which it says log p of the distribution that it draws from, the fastest first.
+
+    Raw ones are before the temperature, so at 1 they are the same. On a CPU, our sampler of vLLM's
+    (`almost_eval.engines.vllm_sampling`) stays out where others are wanted.
+    """
+    return ("raw_logprobs", "processed_logprobs") if temperature == 1 else ("processed_logprobs",)
+
+
+def server_problem(config: JSONObject | None, settings: RLSFSettings) -> str | None:
     """Why a server cannot be sampled from in training, or None.
 
     Args:
         config: vLLM's whole configuration, as its `/server_info` gives it; None where it gives none.
-        transfer: `file` or `nccl`.
+        settings: of the run.
     """
     if config is None:
         return _NO_WEIGHTS
     mode = config["model_config"]["logprobs_mode"]
-    if mode != "processed_logprobs":
-        # Raw ones are before the temperature: the certificate would compare two distributions.
-        return f"gives {mode}; start it with --logprobs-mode processed_logprobs"
+    if mode not in (modes := logprobs_modes(settings.temperature)):
+        return (
+            f"gives {mode}, not fit for temperature {settings.temperature:g}; start it with --logprobs-mode {modes[0]}"
+        )
     backend = (config.get("weight_transfer_config") or {}).get("backend")
-    needed = {"file": RECEIVER, "nccl": "nccl"}[transfer]
+    needed = {"file": RECEIVER, "nccl": "nccl"}[settings.weight_transfer]
     if backend != needed:
         has = f"takes weights by {backend!r}" if backend else "takes no weights"
         option = f"""--weight-transfer-config '{{"backend": "{needed}"}}'"""
@@ -177,7 +187,7 @@ class ServerSampler:
         models = self._ask("GET", "/v1/models", refused=InputError)["data"]
         self._model = str(models[0]["id"])
         server = self._ask("GET", "/server_info", query={"config_format": "json"}, refused=InputError)
-        if problem := server_problem(server.get("vllm_config"), job.settings.weight_transfer):
+        if problem := server_problem(server.get("vllm_config"), job.settings):
             raise InputError(f"the vLLM server {self._address.shown} {problem}")
 
     def sync(self, model: PreTrainedModel) -> None:
