@@ -97,7 +97,7 @@ class StepBatch:
     state: State
     """With the moments of these rewards."""
     certificate: SamplerCertificate | None
-    """Of the sampler, where it is another engine; its weights go into the update."""
+    """Of the sampler, where it is another engine."""
 
 
 def update_size(settings: RLSFSettings) -> int:
@@ -156,7 +156,7 @@ def train(job: Job) -> JSONObject:
             if job.is_first and job.keeps(step):
                 save_policy(job, copy.deepcopy(loop.plain_policy) if settings.bf16 else loop.plain_policy, step)
             # 3. Update.
-            row |= loop.update(batch)
+            row |= loop.update(batch.state, batch.rollout)
             state = _next(settings, batch.state, row)
             seconds = time.monotonic() - began
             tokens = row["length"] * settings.batch_size
@@ -305,6 +305,7 @@ class _Loop:
                 limit=settings.parity_limit,
                 cap=settings.importance_cap,
             )
+            rollout = replace(rollout, importance_weights=certificate.weights)
         return StepBatch(rollout, samples, state, certificate)
 
     @torch.no_grad()
@@ -337,11 +338,9 @@ class _Loop:
 
     # --- updating ---
 
-    def update(self, batch: StepBatch) -> Row:
+    def update(self, state: State, rollout: Rollout) -> Row:
         """All epochs over a batch; what they did."""
-        state, rollout = batch.state, batch.rollout
         settings, mask = self.settings, rollout.completion_mask
-        weights = batch.certificate.weights if batch.certificate else None
         scores = rollout.rewards
         if settings.normalise_rewards != "none":
             scores = (scores - state.moments.mean) / state.moments.std
@@ -360,7 +359,7 @@ class _Loop:
             for rows in np.split(order.permutation(settings.batch_size), minis):
                 rate = self._set_rates(state.step * settings.ppo_epochs * minis + updates)
                 with self._lora_dropout(state.step, updates):
-                    sums, error = self._mini_batch(state.step, rollout, advantages, target.returns, rows, weights)
+                    sums, error = self._mini_batch(state.step, rollout, advantages, target.returns, rows)
                 totals += sums
                 first_error = error if updates == 0 else first_error
                 updates += 1
@@ -377,16 +376,10 @@ class _Loop:
         }
 
     def _mini_batch(
-        self,
-        step: int,
-        rollout: Rollout,
-        advantages: Tensor,
-        returns: Tensor,
-        rows: NDArray[np.int64],
-        weights: Tensor | None,
+        self, step: int, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: NDArray[np.int64]
     ) -> tuple[Tensor, float]:
         """One update of both models. Returns sums over all processes, and the largest ratio error."""
-        settings = self.settings
+        settings, weights = self.settings, rollout.importance_weights
         tokens = float(rollout.completion_mask[rows].sum())
         mine = rows[self.rank :: self.processes]
         sums, error = torch.zeros(5, device=advantages.device), 0.0

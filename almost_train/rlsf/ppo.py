@@ -44,6 +44,8 @@ class Rollout:
     """(B,) raw logits of the reward model."""
     sampler_logprobs: Tensor | None = None
     """(B, T) log p(a|s) by another engine that sampled, nats; None where the policy in training did."""
+    importance_weights: Tensor | None = None
+    """(B, T) what each token counts in the policy's loss, of `certificate.truncated_weights`; None is 1."""
 
 
 @dataclass(frozen=True, slots=True)
