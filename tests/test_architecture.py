@@ -36,6 +36,11 @@ HEAVY = {
         "almost_train/rlsf/loop.py",
         "almost_train/rlsf/trl.py",
         "almost_train/rlsf/rollouts.py",
+        "almost_train/rlsf/certificate.py",
+        "almost_train/rlsf/header_sampling.py",
+        "almost_train/rlsf/trl_sampling.py",
+        "almost_train/rlsf/weight_transfer.py",
+        "almost_eval/engines/vllm_weights.py",
     },
     "transformers": {
         "almost_eval/engines/hf_generation.py",
@@ -45,7 +50,11 @@ HEAVY = {
         "almost_train/rlsf/trl.py",
         "almost_train/rlsf/rollouts.py",
     },
-    "vllm": {"almost_eval/engines/vllm_worker.py"},
+    "vllm": {
+        "almost_eval/engines/vllm_weights.py",
+        "almost_eval/engines/vllm_worker.py",
+        "almost_train/rlsf/weight_transfer.py",
+    },
     "lm_eval": set(),
     "datasets": set(),
     "gradio": {

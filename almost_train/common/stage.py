@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 FREE_SETTINGS = frozenset(
     "device micro_batch_size sampling_batch_size gradient_checkpointing save_every save_minutes samples_every "
-    "keep_every patience max_rounds accept_fewer".split()
+    "keep_every sampler_url sampler_memory sampler_sleep on_parity patience max_rounds accept_fewer".split()
 )
 """Settings that may differ when a stage goes on: where it runs and in how much memory, how often and what it saves,
 when it gives up. A pass over fewer items at once changes the rounding of a sum and nothing else."""
