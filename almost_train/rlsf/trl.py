@@ -85,6 +85,10 @@ def train(job: Job) -> JSONObject:
         save_requests(settings.save_minutes) as saving,
         job.progress.track(f"RLSF ({settings.algorithm.upper()})", settings.steps, begin) as advance,
     ):
+        if (
+            begin and job.is_first and job.keeps(begin) and not job.kept(begin).exists()
+        ):  # the last step of a shorter run
+            save_policy(job, _saved(work / f"checkpoint-{begin}"), begin)
         trainer, watch = _trainer(job, log, advance, saving)
         # 1. Train, unless an earlier process came to the end, or to where a guard stops, and no further.
         watch.stopped = verdict(log.rows, settings.kl_limit, settings.guard_window)
