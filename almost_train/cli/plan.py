@@ -94,11 +94,12 @@ def plan(
 
 def _table(rows: list[Budget], title: str) -> Table:
     """Sizes in GB of 10**9 bytes, as GPUs are sold."""
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=f"{title} (GB)", title_justify="left")
-    for name in ("stage", "model"):
-        table.add_column(name, overflow="fold")
+    table = Table(title=f"{title} (GB)", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("stage", no_wrap=True)
+    table.add_column("model", overflow="fold")
     for name in ("size", "trained", "weights", "grads", "optim", "activ", "KV", "runtime", "sum", "time"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("fits")

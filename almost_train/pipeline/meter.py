@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -60,7 +59,7 @@ class Meter(TorchDispatchMode):
 def measured() -> Iterator[Meter]:
     """Inside, tensors have no content and are counted; a model that is built here costs no memory."""
     meter = Meter()
-    with FakeTensorMode(allow_non_fake_inputs=True), meter, _FusedAttention(), _new_parameters():
+    with FakeTensorMode(allow_non_fake_inputs=True), meter, _fused_attention(), _new_parameters():
         yield meter
 
 
@@ -88,17 +87,29 @@ def _new_parameters() -> Iterator[None]:
         nn.Module._apply = own  # type: ignore[method-assign]
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Attention as a fused kernel keeps it: without content torch would take the path that keeps all weights (T, T)."""
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Inside, attention keeps what a fused kernel keeps: without content torch would take the path that keeps all
+    weights (T, T). No function mode: the backward pass, which recomputes under checkpointing, would not see it.
+    """
+    own = nn.functional.scaled_dot_product_attention
 
-    def __torch_function__(
-        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is nn.functional.scaled_dot_product_attention:
-            query, key, value = args[:3]
-            return _Attention.apply(query, key, value, kwargs.get("attn_mask"))
-        return func(*args, **kwargs)
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: object, **__: object
+    ) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = attn_mask.to(query.dtype)  # the kernels add it
+        output: Tensor = _Attention.apply(query, key, value, attn_mask)
+        return output
+
+    nn.functional.scaled_dot_product_attention = attend  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        nn.functional.scaled_dot_product_attention = own
 
 
 class _Attention(torch.autograd.Function):
