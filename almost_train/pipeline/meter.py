@@ -8,6 +8,7 @@ needs no entry. What a kernel allocates inside itself is not seen.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,6 +60,7 @@ class Meter(TorchDispatchMode):
 def measured() -> Iterator[Meter]:
     """Inside, tensors have no content and are counted; a model that is built here costs no memory."""
     meter = Meter()
+    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # torch's own autograd does
     with FakeTensorMode(allow_non_fake_inputs=True), meter, _fused_attention(), _new_parameters():
         yield meter
 
@@ -151,7 +153,7 @@ def count(model: nn.Module, *, trained: bool = False) -> int:
 def step_peak(
     meter: Meter, models: list[nn.Module], update: Callable[[], None], *, micro_batches: int, on_gpu: bool
 ) -> int:
-    """The most bytes that two updates need, all models included; the second one has the moments from its start.
+    """The most bytes that an update needs, all models included.
 
     AdamW keeps two moments of a trained number. On a CPU its update goes parameter by parameter. On a GPU it goes over
     all at once ("foreach"), with a copy of their size (torch.optim.AdamW: "~ sizeof(params) more peak memory").
@@ -163,18 +165,24 @@ def step_peak(
         micro_batches: of an update; from the second on, gradients are added to those there are.
         on_gpu: which AdamW.
     """
-    trained = [[p for p in model.parameters() if p.requires_grad] for model in models]
-    optimizers = [torch.optim.AdamW(parameters, lr=1e-5) for parameters in trained]
+    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-5) for m in models]
+    # 1. The moments are there from the second update on: made here without a pass.
+    for model in models:
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    # 2. That update.
     meter.peak = meter.live
-    for _ in range(2):
-        for _ in range(min(2, micro_batches)):
-            update()
-        peak = meter.peak
-        for optimizer, model in zip(optimizers, models, strict=True):
+    for _ in range(min(2, micro_batches)):
+        update()
+    peak = meter.peak
+    for optimizer, model in zip(optimizers, models, strict=True):
+        if on_gpu:
+            peak = max(peak, meter.live + size_of(model, trained=True))
+        else:
+            meter.peak = meter.live
             optimizer.step()
-            if on_gpu:
-                peak = max(peak, meter.live + size_of(model, trained=True))
-        meter.peak = max(peak, meter.live) if on_gpu else meter.peak
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-    return meter.peak
+            peak = max(peak, meter.peak)
+    return peak

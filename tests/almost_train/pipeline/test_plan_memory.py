@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,9 @@ def environment() -> dict[str, str]:
 
 def peak(*arguments: str) -> int:
     """Bytes of the largest resident set of a command, which must end well."""
-    process = subprocess.Popen(command(*arguments), env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(*arguments), env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
     assert process.stderr is not None
     said = process.stderr.read().decode()
     _, status, usage = os.wait4(process.pid, 0)
@@ -63,7 +67,9 @@ def flags(settings: dict[str, Any]) -> list[str]:
     return words
 
 
-def planned(model: str, folder: Path, stage: str) -> dict[str, Any]:
+@cache
+def plans(model: str, lora_rank: int) -> list[dict[str, Any]]:
+    """The rows of a plan for all stages of one model."""
     recipe = {
         "prompt_set": "builtin",
         "engine": {"dtype": "float32"},
@@ -77,15 +83,21 @@ def planned(model: str, folder: Path, stage: str) -> dict[str, Any]:
         "comparisons": {"ranking": ["one", "two"]},
         "reward": {"model": model, **TRAINING},
         "sft": {"model": model, **TRAINING},
-        "rlsf": {**RLSF, **({"lora_rank": 8} if stage == "rlsf-lora" else {})},
+        "rlsf": {**RLSF, "lora_rank": lora_rank},
     }
-    file = folder / "recipe.yaml"
-    file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-    done = subprocess.run(
-        command("plan", str(file), "--json"), env=environment(), capture_output=True, text=True, check=False
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "recipe.yaml"
+        file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+        done = subprocess.run(
+            command("plan", str(file), "--json"), env=environment(), capture_output=True, text=True, check=False
+        )
     assert done.returncode == 0, done.stderr[-2000:]
-    rows = json.loads(done.stdout)["stages"]
+    stages: list[dict[str, Any]] = json.loads(done.stdout)["stages"]
+    return stages
+
+
+def planned(model: str, stage: str) -> dict[str, Any]:
+    rows = plans(model, 8 if stage == "rlsf-lora" else 0)
     return next(row for row in rows if row["stage"] == stage.removesuffix("-lora"))
 
 
@@ -152,7 +164,7 @@ def _judge(model: str, folder: Path) -> None:
 
 
 def compare(model: str, folder: Path, stage: str) -> None:
-    plan, truth = planned(model, folder, stage), measured(model, folder, stage)
+    plan, truth = planned(model, stage), measured(model, folder, stage)
     print(f"{stage} {model}: planned {plan['total'] / 1e6:.0f} MB, measured {truth / 1e6:.0f} MB")
     assert abs(plan["total"] - truth) <= TOLERANCE * truth, (plan, truth)
 
