@@ -239,8 +239,8 @@ def _engine(recipe: Recipe) -> dict[str, Any]:
 # --- what to change ---
 
 TRAINING_CHANGES: tuple[Mapping[str, object], ...] = (
-    {"gradient_checkpointing": True},
     {"micro_batch_size": 1},
+    {"gradient_checkpointing": True},
     {"bf16": True},
     {"lora_rank": 16},
     {"quantize": "4bit"},
