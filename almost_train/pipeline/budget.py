@@ -268,8 +268,6 @@ def _advice(section: str, need: Need, recipe: Recipe, sizes: _Sizes, estimator: 
             continue
         if all(own.get(key) == value for key, value in change.items()):
             continue
-        if "quantize" in change and not _knows_quantize():
-            continue
         changes = {**changes, **change}
         changed = {**own, **changes}
         if engine:
@@ -285,7 +283,3 @@ def _advice(section: str, need: Need, recipe: Recipe, sizes: _Sizes, estimator: 
             return f"{'engine' if engine else section}: {words}"
     more = "; or engine: vllm with tensor_parallel_size" if engine and not is_vllm else ""
     return f"a smaller model than {need.model}, or devices with more memory{more}"
-
-
-def _knows_quantize() -> bool:
-    return any(field.name == "quantize" for field in fields(RLSFSettings))

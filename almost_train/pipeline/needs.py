@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from almost_eval.errors import InputError
 from almost_eval.models.loading import LARGE, cpu_has_bfloat16
-from almost_train.common.lora import LoraSettings
+from almost_train.common.lora import LoraSettings, lora_config
 from almost_train.common.trainers import TrainSettings
 from almost_train.pipeline.hardware import Devices
 from almost_train.pipeline.shapes import cache_bytes, load_config, local_folder
@@ -305,15 +305,14 @@ class Estimator:
 
         config = self.config(model).__class__.from_dict({**self.config(model).to_dict(), **changes})
         bf16 = getattr(settings, "bf16", False)
-        held = torch.bfloat16 if settings.lora_rank and (bf16 or _is_quantized(settings)) else torch.float32
+        held = torch.bfloat16 if settings.lora_rank and (bf16 or settings.is_quantized) else torch.float32
         whole = _from_config(kind, config, held)
         if prepare:
             prepare(whole)
         if settings.lora_rank:
-            from peft import LoraConfig, get_peft_model
+            from peft import get_peft_model
 
-            targets: Any = settings.lora_targets[0] if len(settings.lora_targets) == 1 else list(settings.lora_targets)
-            whole = get_peft_model(whole, LoraConfig(task_type=task, r=settings.lora_rank, target_modules=targets))
+            whole = get_peft_model(whole, lora_config(settings, task))
         if getattr(settings, "gradient_checkpointing", False):
             base = whole.get_base_model() if settings.lora_rank else whole
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -338,7 +337,7 @@ class Estimator:
             base, trained = count(models[0]), sum(count(one, trained=True) for one in models)
             weights = meter.live
             gradients = size_of(*models, trained=True)
-            saved, spare = _quantized(models) if _is_quantized(settings) else (0, 0)
+            saved, spare = _quantized(models) if settings.is_quantized else (0, 0)
             peak = step_peak(meter, models, update, micro_batches=accumulation, on_gpu=self.devices.on_gpu)
             layer = max((_largest_layer(one) for one in models), default=0)
             del models, update
@@ -366,10 +365,6 @@ class Estimator:
             runtime=self.devices.runtime(model),
             passes=(2 if settings.lora_rank else 3) + recompute,
         )
-
-
-def _is_quantized(settings: object) -> bool:
-    return getattr(settings, "quantize", "none") != "none"
 
 
 def _from_config(kind: Any, config: PretrainedConfig, dtype: Any = "float32") -> Any:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from almost_train.common.schedule import learning_rate_factor
 from almost_train.rlsf.job import RLSFSettings
-from almost_train.rlsf.ppo import learning_rate_factor
 
 GROWS = ("steps",)
 """The settings of RLSF that may grow."""

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import copy
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,15 @@ from almost_eval.errors import InputError
 from almost_eval.files import Row
 from almost_eval.types import JSONObject
 from almost_train.common.interrupts import ended_at, ended_before_any_step, save_requests
-from almost_train.common.lora import adapter_off, adapter_to_zero, add_lora, base_dtype
+from almost_train.common.lora import (
+    adapter_off,
+    adapter_to_zero,
+    add_lora,
+    base_dtype,
+    quantization,
+    set_lora_dropout,
+)
+from almost_train.common.schedule import learning_rate_factor
 from almost_train.rlsf import checkpoint as checkpoints
 from almost_train.rlsf import ppo
 from almost_train.rlsf.job import Algorithm, Job, RLSFSettings, save_policy
@@ -62,7 +71,7 @@ if TYPE_CHECKING:
 
 OWN_SETTINGS = frozenset(
     "mini_batch_size sampling_batch_size ppo_epochs value_learning_rate value_clip gamma gae_lambda whiten_advantages "
-    "normalise_rewards kl_controller kl_target kl_horizon lora_rank lora_alpha lora_targets merge".split()
+    "normalise_rewards kl_controller kl_target kl_horizon".split()
 )
 """Settings of PPO besides those that every algorithm takes."""
 
@@ -195,15 +204,16 @@ class _Loop:
             )
         device = str(self.accelerator.device)
         held = base_dtype(settings, bf16=settings.bf16)
-        policy: PreTrainedModel = load_policy(job.policy, device, held)
-        value, self.value_origin = load_value_model(job.reward, job.policy, job.tokenizer, device)
+        bits = quantization(settings)
+        policy: PreTrainedModel = load_policy(job.policy, device, held, bits)
+        value, self.value_origin = load_value_model(job.reward, job.policy, job.tokenizer, device, bits)
         # The policy that training begins with: the base of an adapter, or a copy.
         self.reference: nn.Module | None = None
         if settings.lora_rank:
             base = job.policy.path
             policy = add_lora(policy, settings, base, kind="CAUSAL_LM", seed=settings.seed)
             value.trunk = add_lora(
-                nn.Module.to(value.trunk, held),
+                value.trunk if bits else nn.Module.to(value.trunk, held),
                 settings,
                 base,
                 kind="FEATURE_EXTRACTION",
@@ -332,7 +342,8 @@ class _Loop:
             order = np.random.default_rng((settings.seed, state.step, settings.batch_size + epoch))
             for rows in np.split(order.permutation(settings.batch_size), minis):
                 rate = self._set_rates(state.step * settings.ppo_epochs * minis + updates)
-                sums, error = self._mini_batch(state.step, rollout, advantages, target.returns, rows)
+                with self._lora_dropout(state.step, updates):
+                    sums, error = self._mini_batch(state.step, rollout, advantages, target.returns, rows)
                 totals += sums
                 first_error = error if updates == 0 else first_error
                 updates += 1
@@ -388,10 +399,25 @@ class _Loop:
             optimizer.zero_grad()
         return sums, error
 
+    @contextmanager
+    def _lora_dropout(self, step: int, update: int) -> Iterator[None]:
+        """Inside, the adapters drop their inputs, by numbers that depend on seed, step, update and process alone."""
+        if not self.settings.lora_dropout:
+            yield
+            return
+        draw = np.random.default_rng((self.settings.seed, step, update, self.rank)).integers(2**62)
+        with torch.random.fork_rng():
+            torch.manual_seed(int(draw))
+            for model in (self.plain_policy, self.plain_value):
+                set_lora_dropout(model, active=True)
+            yield
+        for model in (self.plain_policy, self.plain_value):
+            set_lora_dropout(model, active=False)
+
     def _set_rates(self, update: int) -> float:
         s = self.settings
         total = s.steps * s.ppo_epochs * (s.batch_size // s.mini_batch_size)
-        factor = ppo.learning_rate_factor(update, total, s.warmup_ratio, s.schedule)
+        factor = learning_rate_factor(update, total, s.warmup_ratio, s.schedule)
         for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * factor
@@ -436,4 +462,4 @@ class _Loop:
         ]
 
 
-PPO = Algorithm(train, OWN_SETTINGS, update_size)
+PPO = Algorithm(train, OWN_SETTINGS, update_size, checkpoints.folders)
