@@ -122,7 +122,7 @@ def rows(file: Path, values: list[dict[str, Any]]) -> str:
 def measured(model: str, folder: Path, stage: str) -> int:
     """The peak of a small run, whose texts are nearly as long as the plan takes them to be."""
     output = ["--output", str(folder / stage)]
-    long = text_of(model, LENGTH - 32)
+    long = text_of(model, LENGTH - 56)  # beside it the template, with a system message of its own
     if stage == "sft":
         talks = [
             {"messages": [{"role": "user", "content": "Tell me."}, {"role": "assistant", "content": f"{long} {i}"}]}
