@@ -98,8 +98,7 @@ def _table(rows: list[Budget], title: str) -> Table:
     from rich.table import Table
 
     table = Table(title=f"{title} (GB)", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    table.add_column("stage", no_wrap=True)
-    table.add_column("model", overflow="fold")
+    table.add_column("stage, model", overflow="fold")
     for name in ("size", "trained", "weights", "grads", "optim", "activ", "KV", "runtime", "sum", "time"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("fits")
@@ -107,8 +106,7 @@ def _table(rows: list[Budget], title: str) -> Table:
         need: Need = row.need
         sizes = (need.weights, need.gradients, need.optimiser, need.activations, need.cache, need.runtime, need.total)
         table.add_row(
-            need.stage,
-            Path(need.model).name,
+            f"{need.stage}\n{Path(need.model).name}",
             _count(need.parameters),
             _count(need.trained),
             *(f"{size / 1e9:.2f}" if size else "-" for size in sizes),
