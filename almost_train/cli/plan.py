@@ -14,7 +14,7 @@ from almost_train.cli.options import scale_options
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from almost_train.pipeline.budget import Budget
+    from almost_train.pipeline.budget import StageBudget
     from almost_train.pipeline.needs import Need
 
 DOES_NOT_FIT = 3
@@ -92,7 +92,7 @@ def plan(
     return 0 if all(row.fits for row in rows) else DOES_NOT_FIT
 
 
-def _table(rows: list[Budget], title: str) -> Table:
+def _table(rows: list[StageBudget], title: str) -> Table:
     """Sizes in GB of 10**9 bytes, as GPUs are sold."""
     from rich import box
     from rich.table import Table

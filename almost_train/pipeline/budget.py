@@ -40,7 +40,7 @@ RateOf = Callable[[Need], float | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Budget:
+class StageBudget:
     """A stage's need, and whether it fits."""
 
     need: Need
@@ -56,7 +56,7 @@ class Budget:
 
 def budgets(
     recipe: Recipe, estimator: Estimator, data_root: str | None, rate_of: RateOf | None = None
-) -> Iterator[Budget]:
+) -> Iterator[StageBudget]:
     """The budget of each stage that has a model in memory, in the recipe's order.
 
     Args:
@@ -73,7 +73,7 @@ def budgets(
         for need in sizes.needs(section, recipe):
             fits = need.total <= estimator.devices.room and "no room" not in need.note
             advice = "" if fits else _advice(section, need, recipe, sizes, estimator)
-            yield Budget(replace(need, seconds=seconds(need, estimator, rate_of)), fits, advice)
+            yield StageBudget(replace(need, seconds=seconds(need, estimator, rate_of)), fits, advice)
 
 
 def seconds(need: Need, estimator: Estimator, rate_of: RateOf | None) -> float | None:

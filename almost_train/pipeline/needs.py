@@ -225,6 +225,9 @@ class Estimator:
         number = _BYTES.get(dtype, 4)
         split = engine.get("tensor_parallel_size", 1) * engine.get("pipeline_parallel_size", 1)
         beside = self._count(reward) * 4 if reward else 0
+        # A text that does not fit the model's context is refused by its stage.
+        context = engine.get("max_length") or getattr(text, "max_position_embeddings", None)
+        read = min(read, context - new) if context and context > new else read
         one = cache_bytes(config, read + new, number)
         note = ""
         if engine.get("engine", "hf") == "vllm":
