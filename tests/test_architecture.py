@@ -30,6 +30,7 @@ HEAVY = {
         "almost_eval/engines/hf_rounding.py",
         "almost_eval/engines/hf_probe.py",
         "almost_eval/engines/vllm_sampling.py",
+        "almost_train/pipeline/meter.py",
         "almost_train/rlsf/ppo.py",
         "almost_train/rlsf/checkpoint.py",
         "almost_train/rlsf/models.py",

@@ -36,6 +36,22 @@ PUSH_TO_HUB = click.option(
 DATA_ROOT = click.option("--data-root", help="Folder with the official prompt files. [env: ALMOST_DATA_ROOT]")
 
 
+def scale_options(command: FC) -> FC:
+    """`--scale` and `--scale-model` of the commands that take a recipe."""
+    model = click.option(
+        "--scale-model",
+        help="tiny: stands for every model.  [smollm2-135m-instruct in the folder of env ALMOST_REAL_MODELS]",
+    )
+    scale = click.option(
+        "--scale",
+        type=click.Choice(["full", "tiny"]),
+        default="full",
+        show_default=True,
+        help="tiny: the recipe's stages and code paths with small numbers and one small model, in minutes.",
+    )
+    return scale(model(command))
+
+
 def data_for(prompt_set: str, data_root: str | None) -> DataSource:
     """Where the files of a prompt set are looked for."""
     from almost_eval.data.sources import find_data

@@ -41,8 +41,8 @@ ALGORITHMS = {
 COMMON_SETTINGS = frozenset(
     "algorithm steps batch_size micro_batch_size learning_rate schedule warmup_ratio weight_decay max_grad_norm "
     "max_new_tokens temperature stop eos_penalty clip kl_coefficient kl_limit guard_window seed device bf16 "
-    "gradient_checkpointing save_every save_minutes samples_every keep_every lora_rank lora_alpha lora_targets "
-    "lora_dropout quantize merge".split()
+    "gradient_checkpointing save_every save_minutes samples_every keep_every keep_state lora_rank lora_alpha "
+    "lora_targets lora_dropout quantize merge".split()
 )
 """Settings that every algorithm takes."""
 SAMPLER_SETTINGS = frozenset(
@@ -109,6 +109,7 @@ class RLSFSettings(LoraSettings):
     device: str = option("auto", "auto, cpu, cuda, cuda:1.")
     save_every: int = option(20, "Steps between checkpoints.", least=1)
     save_minutes: float = option(10.0, "Minutes after which one is saved anyway; 0 for none.", least=0)
+    keep_state: bool = option(True, "Keep the last checkpoint in state/: the same command with more --steps goes on.")
     samples_every: int = option(10, "Steps between entries of samples.jsonl.", least=1)
     keep_every: int = option(
         0, "Steps between policies kept in policies/, each a whole model, for almost-eval tax; 0: none.", least=0
@@ -164,6 +165,10 @@ class Job:
         """Whether `keep_every` keeps the policy after `step` steps; the last one is kept anyway."""
         every = self.settings.keep_every
         return bool(every and 0 < step < self.settings.steps and step % every == 0)
+
+    def kept(self, step: int) -> Path:
+        """The folder of the policy that is kept after `step` steps."""
+        return self.output / "policies" / f"step-{step:06d}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +265,7 @@ def save_policy(job: Job, model: PreTrainedModel | Path, step: int | None = None
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    folder = job.output / "policy" if step is None else job.output / "policies" / f"step-{step:06d}"
+    folder = job.output / "policy" if step is None else job.kept(step)
     merged = folder if step is None and job.settings.merge else None
     folder = job.output / ADAPTER if merged else folder
     with replaced_folder(folder, job.work / "policy") as scratch:

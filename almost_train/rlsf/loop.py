@@ -146,6 +146,8 @@ def train(job: Job) -> JSONObject:
                 policy_step = loop.go_back(last_good_step([*log.rows, row], stopped, settings.guard_window))
             if stopped or step == settings.steps:
                 log.step(row)
+                if settings.keep_state and not stopped:  # before the update of a step that a longer run would make
+                    loop.save(state)
                 break
             save, end = saving.now()
             if step and (save or step % settings.save_every == 0):

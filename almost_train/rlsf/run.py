@@ -28,6 +28,7 @@ from almost_train.common.processes import WORK, is_main, shared_stage, world_siz
 from almost_train.common.stage import model_input
 from almost_train.common.tables import read_any
 from almost_train.common.trainers import keep_template
+from almost_train.rlsf.growth import GROWS, as_never_stopped, growth_note, last_checkpoint
 from almost_train.rlsf.job import Job, RLSFSettings, check_settings
 from almost_train.rlsf.log import NotFinite
 
@@ -60,7 +61,8 @@ def rlsf(
 
     Returns:
         The stage's result. `metrics["stopped"]` is None, or the guard that ended training: `kl`, `reward_hacking`;
-        the policy is then the newest checkpoint before it broke out, `metrics["policy_step"]`.
+        the policy is then the newest checkpoint before it broke out, `metrics["policy_step"]`. Else `state/` holds
+        the last checkpoint (`keep_state`), and the same call with more steps goes on from it.
 
     Raises:
         InputError: settings that do not go together, prompts or models that cannot be used.
@@ -76,9 +78,12 @@ def rlsf(
         "policy": model_input(policy),
         "reward_model": model_input(reward_model),
     }
-    with shared_stage(output, "rlsf", settings, inputs) as stage:
+    with shared_stage(output, "rlsf", settings, inputs, grows=GROWS) as stage:
         if stage.result is not None:
             return stage.result
+        earlier = stage.grown.get("steps", [])
+        if earlier and progress and is_main():
+            progress.notice(growth_note(settings, earlier))
         job = _prepare(settings, source.records, policy, reward_model, output, progress or Progress())
         try:
             metrics = algorithm.train(job)
@@ -96,7 +101,10 @@ def rlsf(
             "prompts_too_long_ids": job.prompts_too_long[:20],
             "processes": job.processes,
         }
-        return stage.finish(metrics, {"policy": output / "policy", "samples": output / "samples.jsonl"})
+        if earlier:
+            metrics |= {"steps_before": earlier, "as_never_stopped": as_never_stopped(settings, earlier)}
+        state = last_checkpoint(job.work, settings.steps) if settings.keep_state and not metrics["stopped"] else None
+        return stage.finish(metrics, {"policy": output / "policy", "samples": output / "samples.jsonl"}, state)
 
 
 # --- before any weight is loaded ---

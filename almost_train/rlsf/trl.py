@@ -104,6 +104,10 @@ def train(job: Job) -> JSONObject:
             f"RLSF ({settings.algorithm.upper()})", settings.steps, min(begin, settings.steps)
         ) as advance,
     ):
+        if (
+            begin and job.is_first and job.keeps(begin) and not job.kept(begin).exists()
+        ):  # the last step of a shorter run
+            save_policy(job, _saved(work / f"checkpoint-{begin}"), begin)
         trainer, watch = _trainer(job, log, advance, saving)
         if settings.sampler != "transformers":
             watch.hook = hook
