@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
-from almost_eval.errors import InputError
+from almost_eval.errors import AlmostError, InputError, RunError
 from almost_eval.models.loading import pick_device
 from almost_eval.types import JSONObject
 from almost_train.common.stage import Stage
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+    from torch.distributed import ProcessGroup
 
     class TrainedSettings(DataclassInstance, Protocol):
         """Settings of a stage that trains."""
@@ -29,9 +30,18 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+_group: tuple[object, ProcessGroup] | None = None
+"""The connection that `join_processes` made, and the group over it in which processes wait."""
 
 WORK = ".work"
 """The hidden folder with the checkpoints to resume from; removed when the stage is done."""
+
+WAIT = timedelta(days=365)
+"""How long a process waits for the others: generation by the main one may take days. One that has died is no reason to
+wait for: the launcher ends all processes when one of them ends."""
+
+_LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What the launcher tells a process of the others."""
 
 
 def world_size() -> int:
@@ -42,6 +52,77 @@ def world_size() -> int:
 def is_main() -> bool:
     """Whether this process is the one that writes."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def sharding() -> str | None:
+    """How the launcher's configuration spreads the weights: `fsdp`, `deepspeed`, or None: each process holds all."""
+    names = {"ACCELERATE_USE_FSDP": "fsdp", "ACCELERATE_USE_DEEPSPEED": "deepspeed"}
+    return next((name for key, name in names.items() if os.environ.get(key, "false").lower() == "true"), None)
+
+
+def check_processes(device: str) -> str:
+    """The kind of device that this process trains on: `cpu`, `cuda` or `mps`.
+
+    Raises:
+        InputError: the device cannot be used, or the processes could not train together on it.
+    """
+    chosen, processes = pick_device(device), world_size()
+    kind = chosen.partition(":")[0]
+    if processes > 1 and kind not in ("cpu", "cuda"):
+        raise InputError(f"{processes} processes cannot train together on {kind}; launch one, or use --device cpu")
+    if processes > 1 and ":" in chosen:
+        raise InputError(
+            f"--device {chosen} would put all {processes} processes on one GPU; leave it out: each takes its own"
+        )
+    if kind == "cuda":
+        import torch
+
+        here, seen = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if here > seen:
+            raise InputError(f"{here} processes were launched on a machine of {seen} GPUs; set num_processes to {seen}")
+    if sharding() == "fsdp" and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise InputError("the launcher's configuration asks for FSDP version 1; set fsdp_version: 2")
+    if sharding() and processes == 1:
+        raise InputError(
+            f"{sharding()} spreads weights over processes, and one was launched; set num_processes to the number of "
+            "GPUs, or start the command without accelerate launch"
+        )
+    return kind
+
+
+def join_processes(device: str) -> None:
+    """Set accelerate up anew for what is trained next: all processes together, on one kind of device.
+
+    Accelerate keeps one state for the whole program. What an earlier stage left in it (a number format, the layers
+    that FSDP wraps) must not reach the next one. The processes' connection stays.
+    """
+    from accelerate import PartialState
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    kind = check_processes(device)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if world_size() == 1:
+        PartialState(cpu=kind == "cpu")
+        return
+    state = PartialState(cpu=kind == "cpu", timeout=WAIT)
+    if kind == "cpu" and sharding():
+        # Accelerate shards where it sees several accelerators, and on CPUs would train whole copies without a word.
+        # What it does then works over gloo too, and is so tested.
+        state.distributed_type = DistributedType.MULTI_GPU
+    if state.num_processes != world_size():
+        raise RunError(f"{world_size()} processes were launched, and {state.num_processes} of them train together")
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process knows of no other: neither our code nor vLLM's takes part in what the launcher started."""
+    names = [name for name in os.environ if name in _LAUNCHED or name.startswith(("TORCHELASTIC_", "ACCELERATE_USE_"))]
+    kept = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
 
 
 class SharedStage:
@@ -72,41 +153,71 @@ def shared_stage(
     Raises:
         InputError: the device cannot be used, or `Stage` refuses the folder; in all processes.
     """
-    device = pick_device(settings.device)
     if world_size() > 1:
-        from accelerate import PartialState
-
-        # The others wait while the main process evaluates, which may take longer than the usual 10 to 30 minutes.
-        PartialState(cpu=device == "cpu", timeout=timedelta(hours=24))
+        join_processes(settings.device)
+    else:
+        check_processes(settings.device)
     with ExitStack() as stack:
         stack.enter_context(redirect_stdout(sys.stderr))
-        stage, refusal = None, None
-        if is_main():
-            try:
-                stage = stack.enter_context(Stage(folder, name, settings, inputs))
-            except InputError as error:
-                refusal = error
-        refusal, result = from_main((refusal, stage.result if stage else None))
-        if refusal is not None:  # raised in every process: otherwise they would wait for one that has ended
-            raise refusal
+        stages: list[Stage] = []
+
+        def open_stage() -> JSONObject | None:
+            stages.append(stack.enter_context(Stage(folder, name, settings, inputs)))
+            return stages[0].result
+
+        result = main_alone(open_stage)
         if result is not None and is_main():  # a process that was killed just before its end left it
             shutil.rmtree(folder / WORK, ignore_errors=True)
-        yield SharedStage(folder, stage, result)
+        yield SharedStage(folder, stages[0] if stages else None, result)
 
 
 def from_main(value: T) -> T:
-    """The main process's value, in every process."""
+    """The main process's value, in every process; they wait for it as long as it takes, and use no GPU to wait."""
     if world_size() == 1:
         return value
-    from accelerate.utils import broadcast_object_list
+    import torch
 
-    values: list[T] = broadcast_object_list([value], from_process=0)
+    values: list[T] = [value]
+    torch.distributed.broadcast_object_list(values, src=0, group=_waiting_group())
     return values[0]
+
+
+def main_alone(work: Callable[[], T]) -> T:
+    """What `work` returns in the main process, which alone does it, in every process.
+
+    Raises:
+        AlmostError: what it raised, in every process: otherwise they would wait for one that has ended.
+    """
+    if world_size() == 1:
+        return work()
+    value: T | None = None
+    error: AlmostError | None = None
+    if is_main():
+        try:
+            value = work()
+        except AlmostError as raised:
+            error = raised
+    error, value = from_main((error, value))
+    if error is not None:
+        raise error
+    return cast(T, value)
 
 
 def wait_for_all() -> None:
     """Wait until every process has called this."""
     if world_size() > 1:
-        from accelerate import PartialState
+        import torch
 
-        PartialState().wait_for_everyone()
+        torch.distributed.barrier(group=_waiting_group())
+
+
+def _waiting_group() -> ProcessGroup:
+    """All processes over gloo. With NCCL a wait would keep the GPU busy, and end after a time."""
+    import torch
+
+    global _group
+    if _group is None or _group[0] is not torch.distributed.group.WORLD:
+        world = torch.distributed.group.WORLD
+        assert world is not None  # `join_processes` has been called
+        _group = (world, torch.distributed.new_group(backend="gloo", timeout=WAIT))
+    return _group[1]

@@ -34,7 +34,16 @@ from almost_train.common.config import option
 from almost_train.common.interrupts import SaveRequests, ended_at, save_requests
 from almost_train.common.lora import ADAPTER, LoraSettings
 from almost_train.common.merge import merge
-from almost_train.common.processes import WORK, SharedStage, from_main, is_main, wait_for_all, world_size
+from almost_train.common.processes import (
+    WORK,
+    SharedStage,
+    check_processes,
+    from_main,
+    is_main,
+    join_processes,
+    wait_for_all,
+    world_size,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
@@ -124,6 +133,15 @@ def check_batches(settings: TrainSettings) -> int:
     return micro
 
 
+def joined(device: str) -> JSONObject:
+    """Arguments with which transformers' Trainer trains on the device, together with all processes.
+
+    By itself it sets up the processes anew: where it sees no GPU and is not told of the CPU, each one on its own.
+    """
+    join_processes(device)
+    return {"use_cpu": check_processes(device) == "cpu", "accelerator_config": {"use_configured_state": True}}
+
+
 def trainer_arguments(settings: TrainSettings, folder: Path, steps: int) -> JSONObject:
     """What `RewardConfig` and `SFTConfig` have in common."""
     micro = check_batches(settings)
@@ -146,7 +164,7 @@ def trainer_arguments(settings: TrainSettings, folder: Path, steps: int) -> JSON
         "bf16": settings.bf16,
         "gradient_checkpointing": settings.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},  # the other way needs inputs with gradients
-        "use_cpu": pick_device(settings.device) == "cpu",
+        **joined(settings.device),
         "ddp_find_unused_parameters": False,
         "logging_steps": 1,  # a mean over several steps would depend on where a run was resumed
         "logging_nan_inf_filter": False,

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -31,6 +30,7 @@ from almost_eval.files import Row
 from almost_eval.types import JSONObject
 from almost_train.common.interrupts import ended_at, ended_before_any_step, save_requests
 from almost_train.common.lora import adapter_off, adapter_to_zero, add_lora, base_dtype
+from almost_train.common.processes import join_processes
 from almost_train.rlsf import checkpoint as checkpoints
 from almost_train.rlsf import ppo
 from almost_train.rlsf.job import Algorithm, Job, RLSFSettings, save_policy
@@ -179,12 +179,10 @@ class _Loop:
     def __init__(self, job: Job) -> None:
         settings = job.settings
         self.job, self.settings = job, settings
-        if job.processes == 1:
-            AcceleratorState._reset_state(reset_partial_state=True)  # what an earlier stage of this process left behind
-            if settings.device.startswith("cuda:"):
-                torch.cuda.set_device(settings.device)
-        precision = "bf16" if settings.bf16 else "no"
-        self.accelerator = Accelerator(mixed_precision=precision, cpu=settings.device == "cpu")
+        join_processes(settings.device)
+        if settings.device.startswith("cuda:"):
+            torch.cuda.set_device(settings.device)
+        self.accelerator = Accelerator(mixed_precision="bf16" if settings.bf16 else "no")
         kind = self.accelerator.distributed_type
         if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
             raise InputError(

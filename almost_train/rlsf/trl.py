@@ -4,8 +4,8 @@ of our PPO.
 What differs from PPO, because TRL's trainers work so:
 
 - There is one update a step, over all completions at once.
-- Only EOS ends a completion. One that opens the next turn, or does not fit the reward model's context, is sampled to
-  EOS or the token limit. It is judged as if it ended there, and takes the EOS penalty.
+- A completion that does not fit the reward model's context is learnt from to its end. It is judged as if it ended
+  there, and takes the EOS penalty.
 - KL is in TRL's estimator (RLOO: k1 in the reward, GRPO: k3 in the loss).
 - Rewards are not normalised: they are compared within a prompt.
 - Resuming uses the Trainer's own checkpoints, which include a pickle of generator states.
@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from almost_eval.models.checkpoint import find_checkpoint
 from almost_eval.models.loading import attention_arguments
 from almost_eval.types import JSONObject
 from almost_train.common.interrupts import SaveRequests, ended_at, save_requests
+from almost_train.common.trainers import joined
 from almost_train.rlsf.job import Algorithm, Job, RLSFSettings, save_policy
 from almost_train.rlsf.log import (
     SAMPLES,
@@ -48,7 +49,15 @@ from almost_train.rlsf.log import (
     verdict,
 )
 from almost_train.rlsf.models import load_policy
-from almost_train.rlsf.rollouts import as_sampled, batch_prompts, conversation, end_ids, shorten_for_reward
+from almost_train.rlsf.rollouts import (
+    as_sampled,
+    batch_prompts,
+    conversation,
+    end_ids,
+    sample,
+    shorten_for_reward,
+    uniforms,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -232,7 +241,7 @@ def _trainer(job: Job, log: StepLog, advance: Callable[[int], None], saving: Sav
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "disable_dropout": True,
         "ddp_find_unused_parameters": False,
-        "use_cpu": settings.device == "cpu",
+        **joined(settings.device),
         "dataloader_pin_memory": torch.cuda.is_available(),  # without an accelerator torch warns of it
         "seed": settings.seed,
         "logging_steps": 1,
@@ -247,8 +256,9 @@ def _trainer(job: Job, log: StepLog, advance: Callable[[int], None], saving: Sav
     config, trainer_class = {"rloo": (RLOOConfig, RLOOTrainer), "grpo": (GRPOConfig, GRPOTrainer)}[settings.algorithm]
     # 2. Models and data. TRL pads, and so changes the tokenizer: it gets a copy.
     policy = load_policy(job.policy, "cpu")
-    watch = _Watch(job, log, advance, saving, frozenset(end_ids(policy, job.tokenizer)))
-    trainer = trainer_class(
+    ends = frozenset(end_ids(policy, job.tokenizer))
+    watch = _Watch(job, log, advance, saving, ends)
+    trainer = _with_own_sampling(trainer_class, job)(
         model=policy,
         reward_funcs=watch.reward,
         args=config(**arguments),
@@ -259,6 +269,44 @@ def _trainer(job: Job, log: StepLog, advance: Callable[[int], None], saving: Sav
     watch.trainer = trainer
     trainer.remove_callback(PrinterCallback)  # stdout is for results
     return trainer, watch
+
+
+def _with_own_sampling(trainer_class: Any, job: Job) -> Any:
+    """TRL's trainer, its completions sampled as PPO's are.
+
+    Its own sampling draws from a generator of each process, so what is sampled would depend on their number.
+    """
+    from trl.models.utils import unwrap_model_for_generation
+
+    own, settings = trainer_class._generate_single_turn, job.settings
+
+    class Sampling(trainer_class):  # type: ignore[misc]
+        """One method of TRL's trainer in another way."""
+
+        def _generate_single_turn(self, prompt_ids: list[list[int]], *rest: Any, **options: Any) -> Any:
+            if not self.model.training or self.use_vllm:
+                return own(self, prompt_ids, *rest, **options)
+            first = self.accelerator.process_index * len(prompt_ids)
+            rows = range(first, first + len(prompt_ids))  # of the step's batch, over all processes
+            with unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as policy:
+                completions = sample(
+                    policy,
+                    job.tokenizer,
+                    [tuple(ids) for ids in prompt_ids],
+                    uniforms(settings.seed, self.state.global_step, rows, settings.max_new_tokens),
+                    temperature=settings.temperature,
+                    stop=settings.stop,
+                    max_rows=len(prompt_ids),
+                )
+            ids = [list(completion.token_ids) for completion in completions]
+            return ids if settings.algorithm == "rloo" else (ids, None)  # GRPO's has vLLM's log-probabilities too
+
+    return Sampling
 
 
 def _dataset(job: Job) -> Dataset:
