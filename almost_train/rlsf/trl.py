@@ -280,7 +280,7 @@ def _with_own_sampling(trainer_class: Any, job: Job) -> Any:
 
     own, settings = trainer_class._generate_single_turn, job.settings
 
-    class Sampling(trainer_class):  # type: ignore[misc]
+    class Sampling(trainer_class):
         """One method of TRL's trainer in another way."""
 
         def _generate_single_turn(self, prompt_ids: list[list[int]], *rest: Any, **options: Any) -> Any:
