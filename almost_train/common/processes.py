@@ -18,6 +18,7 @@ from almost_train.common.stage import Stage
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+    from accelerate import Accelerator
     from torch.distributed import ProcessGroup
 
     class TrainedSettings(DataclassInstance, Protocol):
@@ -39,6 +40,20 @@ WORK = ".work"
 WAIT = timedelta(days=365)
 """How long a process waits for the others: generation by the main one may take days. One that has died is no reason to
 wait for: the launcher ends all processes when one of them ends."""
+
+_SHARDING_NEEDS = {
+    "fsdp": (
+        ("FSDP_VERSION", "1", "2"),
+        ("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT", "FULL_STATE_DICT"),  # saved models are whole
+        ("FSDP_CPU_RAM_EFFICIENT_LOADING", "false", "false"),  # new weights are drawn from the seed in every process
+    ),
+    "deepspeed": (
+        ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2", "3"),
+        ("ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL", "false", "true"),
+        ("ACCELERATE_DEEPSPEED_ZERO3_INIT", "false", "false"),
+    ),
+}
+"""What the launcher's configuration must say: (its environment variable, what an absent one means, what is needed)."""
 
 _LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What the launcher tells a process of the others."""
@@ -80,8 +95,10 @@ def check_processes(device: str) -> str:
         here, seen = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
         if here > seen:
             raise InputError(f"{here} processes were launched on a machine of {seen} GPUs; set num_processes to {seen}")
-    if sharding() == "fsdp" and os.environ.get("FSDP_VERSION", "1") != "2":
-        raise InputError("the launcher's configuration asks for FSDP version 1; set fsdp_version: 2")
+    for name, value, needed in _SHARDING_NEEDS.get(sharding() or "", ()):
+        if (own := os.environ.get(name, value).lower()) != needed.lower():
+            line = name.removeprefix("ACCELERATE_DEEPSPEED_").lower()
+            raise InputError(f"the launcher's configuration has {line}: {own}; set {line}: {needed}")
     if sharding() and processes == 1:
         raise InputError(
             f"{sharding()} spreads weights over processes, and one was launched; set num_processes to the number of "
@@ -114,11 +131,28 @@ def join_processes(device: str) -> None:
         raise RunError(f"{world_size()} processes were launched, and {state.num_processes} of them train together")
 
 
+def check_together(accelerator: Accelerator) -> None:
+    """Refuse to train where accelerate set itself up otherwise than the launcher said.
+
+    Raises:
+        RunError: the processes would train apart, or would not spread the weights.
+    """
+    kind = {"FSDP": "fsdp", "DEEPSPEED": "deepspeed"}.get(accelerator.distributed_type.value)
+    if accelerator.num_processes != world_size() or (world_size() > 1 and kind != sharding()):
+        raise RunError(
+            f"{world_size()} processes were launched with sharding {sharding()}, and accelerate would train "
+            f"{accelerator.num_processes} together with sharding {kind}"
+        )
+
+
 @contextmanager
 def alone() -> Iterator[None]:
-    """Inside, this process knows of no other: neither our code nor vLLM's takes part in what the launcher started."""
+    """Inside, the process knows of no other: no library takes part in what the launcher started."""
     names = [name for name in os.environ if name in _LAUNCHED or name.startswith(("TORCHELASTIC_", "ACCELERATE_USE_"))]
     kept = {name: os.environ.pop(name) for name in names}
+    integration = sys.modules.get("transformers.integrations.deepspeed")
+    if integration is not None:
+        integration.unset_hf_deepspeed_config()  # else generation waits for the others at every token
     try:
         yield
     finally:
@@ -135,9 +169,13 @@ class SharedStage:
         self._stage = stage
 
     def finish(self, metrics: Mapping[str, object], outputs: Mapping[str, Path]) -> JSONObject:
-        """`Stage.finish` in the main process; every process gets its result. `metrics` of the others are not read."""
-        self.result = from_main(self._stage.finish(metrics, outputs) if self._stage else None)
-        assert self.result is not None
+        """`Stage.finish` in the main process; every process gets its result. `metrics` of the others are not read.
+
+        How many processes trained, and how the weights were spread over them (`check_together`), is added.
+        """
+        metrics = {**metrics, "processes": world_size(), "sharding": sharding()}
+        stage = self._stage
+        self.result = main_alone(lambda: stage.finish(metrics, outputs) if stage else {})
         shutil.rmtree(self.folder / WORK, ignore_errors=True)
         return self.result
 

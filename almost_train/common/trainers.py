@@ -38,6 +38,7 @@ from almost_train.common.processes import (
     WORK,
     SharedStage,
     check_processes,
+    check_together,
     from_main,
     is_main,
     join_processes,
@@ -105,6 +106,13 @@ class QuietTrainer:
 
     def _send_telemetry(self) -> None:
         """Nothing is sent."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """transformers', with tied weights there once also where they were gathered from several processes."""
+        tied = getattr(vars(self).get("model"), "all_tied_weights_keys", None) or {}
+        if state_dict is not None:
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
 
     def create_model_card(self, *_: object, **__: object) -> None:
         """Writes no card: `stage.json` has the settings and the inputs."""
@@ -215,6 +223,7 @@ def fit(
     ):
         # 2. The trainer, with our log in place of its own.
         trainer = make_trainer()
+        check_together(trainer.accelerator)
         trainer.remove_callback(PrinterCallback)  # it prints on stdout
         watch = _callback(log, advance, saving, work)
         trainer.add_callback(watch)

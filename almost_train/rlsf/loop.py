@@ -28,7 +28,7 @@ from almost_eval.files import Row
 from almost_eval.types import JSONObject
 from almost_train.common.interrupts import ended_at, ended_before_any_step, save_requests
 from almost_train.common.lora import adapter_off, add_lora, base_dtype
-from almost_train.common.processes import from_main, join_processes, wait_for_all
+from almost_train.common.processes import check_together, from_main, join_processes, wait_for_all
 from almost_train.rlsf import checkpoint as checkpoints
 from almost_train.rlsf import ppo
 from almost_train.rlsf.job import Algorithm, Job, RLSFSettings, save_policy
@@ -180,6 +180,7 @@ class _Loop:
         if settings.device.startswith("cuda:"):
             torch.cuda.set_device(settings.device)
         self.accelerator = Accelerator(mixed_precision="bf16" if settings.bf16 else "no")
+        check_together(self.accelerator)
         self.spread = spread(self.accelerator, settings.weight_decay, settings.max_grad_norm)
         device = str(self.accelerator.device)
         held = base_dtype(settings, bf16=settings.bf16)

@@ -72,7 +72,7 @@ class ValueModel(nn.Module):
         options = known_options(self.trunk, position_ids=positions(attention_mask), use_cache=False)
         states = self.trunk(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state
         with torch.autocast(states.device.type, enabled=False):  # bfloat16 would round values to 1 in 256
-            return self.head(states).squeeze(-1)
+            return self.head(states).squeeze(-1).clone()  # FSDP warns of a view
 
 
 def rescaled(value_model: Mapping[str, Mapping[str, Tensor]], mean: float, std: float) -> dict[str, dict[str, Tensor]]:

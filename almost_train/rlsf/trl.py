@@ -36,6 +36,7 @@ from almost_eval.models.checkpoint import find_checkpoint
 from almost_eval.models.loading import attention_arguments
 from almost_eval.types import JSONObject
 from almost_train.common.interrupts import SaveRequests, ended_at, save_requests
+from almost_train.common.processes import check_together
 from almost_train.common.trainers import joined
 from almost_train.rlsf.job import Algorithm, Job, RLSFSettings, save_policy
 from almost_train.rlsf.log import (
@@ -266,6 +267,7 @@ def _trainer(job: Job, log: StepLog, advance: Callable[[int], None], saving: Sav
         processing_class=copy.deepcopy(job.tokenizer),
         callbacks=[watch],
     )
+    check_together(trainer.accelerator)
     watch.trainer = trainer
     trainer.remove_callback(PrinterCallback)  # stdout is for results
     return trainer, watch
