@@ -127,6 +127,7 @@ def join_processes(device: str) -> None:
         # Accelerate shards where it sees several accelerators, and on CPUs would train whole copies without a word.
         # What it does then works over gloo too, and is so tested.
         state.distributed_type = DistributedType.MULTI_GPU
+        os.environ.pop("ACCELERATE_USE_CPU", None)  # it forbids DeepSpeed; the device is settled already
     if state.num_processes != world_size():
         raise RunError(f"{world_size()} processes were launched, and {state.num_processes} of them train together")
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -179,7 +180,10 @@ class _Loop:
         join_processes(settings.device)
         if settings.device.startswith("cuda:"):
             torch.cuda.set_device(settings.device)
-        self.accelerator = Accelerator(mixed_precision="bf16" if settings.bf16 else "no")
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if settings.bf16 else "no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the loop's own business
+        )
         check_together(self.accelerator)
         self.spread = spread(self.accelerator, settings.weight_decay, settings.max_grad_norm)
         device = str(self.accelerator.device)

@@ -227,6 +227,10 @@ class Zero3(Replicas):
 
     def __init__(self, accelerator: Accelerator, weight_decay: float, max_grad_norm: float) -> None:
         super().__init__(accelerator, weight_decay, max_grad_norm)
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        # transformers would load each model as shares already; what the value model is made of is read whole here.
+        unset_hf_deepspeed_config()
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         # The loop accumulates and counts by itself; DeepSpeed divides by these two.
         config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
@@ -280,7 +284,7 @@ class Zero3(Replicas):
                 state = {WEIGHTS: safe_get_full_fp32_param(parameter)}
                 if steps:
                     state |= {key: safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq")}
-                    state["step"] = steps[0]
+                    state["step"] = steps[0].clone()  # safetensors takes a tensor once
                 if self.accelerator.is_main_process:
                     tensors[name] = {key: tensor.cpu().contiguous() for key, tensor in state.items()}
         return tensors
