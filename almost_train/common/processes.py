@@ -8,10 +8,11 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
-from almost_eval.errors import AlmostError, InputError, RunError
+from almost_eval.errors import AlmostError, InputError, MissingDependencyError, RunError
 from almost_eval.models.loading import pick_device
 from almost_eval.types import JSONObject
 from almost_train.common.stage import Stage
@@ -80,6 +81,7 @@ def check_processes(device: str) -> str:
 
     Raises:
         InputError: the device cannot be used, or the processes could not train together on it.
+        MissingDependencyError: DeepSpeed is not installed.
     """
     chosen, processes = pick_device(device), world_size()
     kind = chosen.partition(":")[0]
@@ -99,6 +101,8 @@ def check_processes(device: str) -> str:
         if (own := os.environ.get(name, value).lower()) != needed.lower():
             line = name.removeprefix("ACCELERATE_DEEPSPEED_").lower()
             raise InputError(f"the launcher's configuration has {line}: {own}; set {line}: {needed}")
+    if sharding() == "deepspeed" and find_spec("deepspeed") is None:
+        raise MissingDependencyError("ZeRO-3 needs the package 'deepspeed'; install it with: pip install deepspeed")
     if sharding() and processes == 1:
         raise InputError(
             f"{sharding()} spreads weights over processes, and one was launched; set num_processes to the number of "
@@ -118,6 +122,7 @@ def join_processes(device: str) -> None:
     from accelerate.utils import DistributedType
 
     kind = check_processes(device)
+    _forget_deepspeed()
     AcceleratorState._reset_state(reset_partial_state=True)
     if world_size() == 1:
         PartialState(cpu=kind == "cpu")
@@ -128,6 +133,10 @@ def join_processes(device: str) -> None:
         # What it does then works over gloo too, and is so tested.
         state.distributed_type = DistributedType.MULTI_GPU
         os.environ.pop("ACCELERATE_USE_CPU", None)  # it forbids DeepSpeed; the device is settled already
+        if sharding() == "deepspeed":
+            from deepspeed import comm
+
+            comm.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     if state.num_processes != world_size():
         raise RunError(f"{world_size()} processes were launched, and {state.num_processes} of them train together")
 
@@ -146,18 +155,30 @@ def check_together(accelerator: Accelerator) -> None:
         )
 
 
+def _forget_deepspeed() -> Callable[[], None]:
+    """Make transformers forget DeepSpeed's configuration, by which it loads models in shares, and waits for the other
+    processes at every token. Returns what reminds it.
+    """
+    integration = sys.modules.get("transformers.integrations.deepspeed")
+    reference = getattr(integration, "_hf_deepspeed_config_weak_ref", None)
+    config = reference() if reference else None
+    if integration is None or config is None:
+        return lambda: None
+    integration.unset_hf_deepspeed_config()
+    return lambda: integration.set_hf_deepspeed_config(config)
+
+
 @contextmanager
 def alone() -> Iterator[None]:
     """Inside, the process knows of no other: no library takes part in what the launcher started."""
     names = [name for name in os.environ if name in _LAUNCHED or name.startswith(("TORCHELASTIC_", "ACCELERATE_USE_"))]
     kept = {name: os.environ.pop(name) for name in names}
-    integration = sys.modules.get("transformers.integrations.deepspeed")
-    if integration is not None:
-        integration.unset_hf_deepspeed_config()  # else generation waits for the others at every token
+    remind = _forget_deepspeed()
     try:
         yield
     finally:
         os.environ.update(kept)
+        remind()
 
 
 class SharedStage:

@@ -20,7 +20,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from almost_eval.errors import MissingDependencyError
 from almost_train.common.processes import sharding
 
 WEIGHTS = "weights"
@@ -315,16 +314,6 @@ class Zero3(Replicas):
 
 
 def spread(accelerator: Accelerator, weight_decay: float, max_grad_norm: float) -> Replicas:
-    """What the launcher's configuration asks for.
-
-    Raises:
-        MissingDependencyError: DeepSpeed is not installed.
-    """
-    kind = sharding()
-    if kind == "deepspeed":
-        try:
-            import deepspeed  # noqa: F401
-        except ImportError:
-            raise MissingDependencyError("DeepSpeed is not installed; pip install deepspeed") from None
+    """What the launcher's configuration asks for."""
     kinds = {None: Replicas, "fsdp": FSDP, "deepspeed": Zero3}
-    return kinds[kind](accelerator, weight_decay, max_grad_norm)
+    return kinds[sharding()](accelerator, weight_decay, max_grad_norm)

@@ -36,7 +36,7 @@ from almost_eval.models.checkpoint import find_checkpoint
 from almost_eval.models.loading import attention_arguments
 from almost_eval.types import JSONObject
 from almost_train.common.interrupts import SaveRequests, ended_at, save_requests
-from almost_train.common.processes import check_together
+from almost_train.common.processes import alone, check_together
 from almost_train.common.trainers import joined
 from almost_train.rlsf.job import Algorithm, Job, RLSFSettings, save_policy
 from almost_train.rlsf.log import (
@@ -256,6 +256,7 @@ def _trainer(job: Job, log: StepLog, advance: Callable[[int], None], saving: Sav
         arguments["normalize_advantages"] = settings.whiten_advantages
     config, trainer_class = {"rloo": (RLOOConfig, RLOOTrainer), "grpo": (GRPOConfig, GRPOTrainer)}[settings.algorithm]
     # 2. Models and data. TRL pads, and so changes the tokenizer: it gets a copy.
+    _ = job.reward.model  # loaded before TRL's set-up, under which DeepSpeed would spread it over the processes
     policy = load_policy(job.policy, "cpu")
     ends = frozenset(end_ids(policy, job.tokenizer))
     watch = _Watch(job, log, advance, saving, ends)
@@ -352,9 +353,10 @@ def _checkpoints(work: Path) -> list[int]:
 def _saved(folder: Path) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, **attention_arguments(find_checkpoint(str(folder)))
-    )
+    with alone():
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, **attention_arguments(find_checkpoint(str(folder)))
+        )
 
 
 @contextmanager
