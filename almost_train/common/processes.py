@@ -122,7 +122,7 @@ def join_processes(device: str) -> None:
     from accelerate.utils import DistributedType
 
     kind = check_processes(device)
-    _forget_deepspeed()
+    forget_deepspeed()
     AcceleratorState._reset_state(reset_partial_state=True)
     if world_size() == 1:
         PartialState(cpu=kind == "cpu")
@@ -155,7 +155,7 @@ def check_together(accelerator: Accelerator) -> None:
         )
 
 
-def _forget_deepspeed() -> Callable[[], None]:
+def forget_deepspeed() -> Callable[[], None]:
     """Make transformers forget DeepSpeed's configuration, by which it loads models in shares, and waits for the other
     processes at every token. Returns what reminds it.
     """
@@ -173,7 +173,7 @@ def alone() -> Iterator[None]:
     """Inside, the process knows of no other: no library takes part in what the launcher started."""
     names = [name for name in os.environ if name in _LAUNCHED or name.startswith(("TORCHELASTIC_", "ACCELERATE_USE_"))]
     kept = {name: os.environ.pop(name) for name in names}
-    remind = _forget_deepspeed()
+    remind = forget_deepspeed()
     try:
         yield
     finally:

@@ -39,6 +39,7 @@ from almost_train.common.processes import (
     SharedStage,
     check_processes,
     check_together,
+    forget_deepspeed,
     from_main,
     is_main,
     join_processes,
@@ -240,6 +241,7 @@ def fit(
                 config.use_cache = True  # the Trainer turned it off, for good
         trainer.save_model(str(work / MODEL))
         trainer.accelerator.free_memory()
+        forget_deepspeed()  # what the stage loads next is whole
     # 4. In one move to its place.
     wait_for_all()
     if is_main():
