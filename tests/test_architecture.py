@@ -29,6 +29,7 @@ HEAVY = {
         "almost_eval/engines/hf_loglikelihood.py",
         "almost_eval/engines/hf_rounding.py",
         "almost_eval/engines/hf_probe.py",
+        "almost_eval/engines/vllm_sampling.py",
         "almost_train/rlsf/ppo.py",
         "almost_train/rlsf/checkpoint.py",
         "almost_train/rlsf/models.py",
@@ -45,7 +46,7 @@ HEAVY = {
         "almost_train/rlsf/trl.py",
         "almost_train/rlsf/rollouts.py",
     },
-    "vllm": set(),
+    "vllm": {"almost_eval/engines/vllm_worker.py"},
     "lm_eval": set(),
     "datasets": set(),
     "gradio": {

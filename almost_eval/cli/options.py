@@ -29,9 +29,15 @@ def engine_flag(
     make = partial(click.option, help=flag.help, show_default=flag.is_shown)
     if flag.kind is bool:
         return make(f"{name}/--no-{name[2:]}", default=True) if option.default else make(name, is_flag=True)
+    if flag.is_repeatable:
+        return make(name, multiple=True, callback=_joined)
     if flag.is_auto:
         return make(name, default="auto", callback=_count_or_auto)
     return make(name, default=default or (option.default if flag.is_shown else None), type=_type(flag))
+
+
+def _joined(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> str | None:
+    return ",".join(values) or None
 
 
 def _type(flag: Flag) -> click.ParamType | None:

@@ -55,6 +55,8 @@ class Flag:
     """The help states the default. A flag that does not is None where it is left out: the engine's own choice."""
     is_auto: bool = False
     """None is spelled `auto`."""
+    is_repeatable: bool = False
+    """Given several times, the values are one string with commas."""
 
 
 def _option(
@@ -84,7 +86,10 @@ class EngineOptions:
     engine: str = _option("hf", "What runs the model: hf, vllm, or openai (a served model).  [hf]", engines=())
     """A name in `ENGINES`."""
     base_url: str | None = _option(
-        None, "openai: the endpoint, up to and with /v1. [env: OPENAI_BASE_URL]", engines=["openai"]
+        None,
+        "openai: the endpoint, up to and with /v1; repeat it for several that serve the model. [env: OPENAI_BASE_URL]",
+        engines=["openai"],
+        is_repeatable=True,
     )
     tokenizer: str | None = _option(
         None,

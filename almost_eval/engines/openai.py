@@ -27,6 +27,11 @@ class OpenAIEngine(OpenAIClient):
     `Completion.token_ids` is empty: the protocol does not tell. A completion is as reproducible as the server's seeds.
     """
 
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader of the results must know of the endpoints."""
+        return self.lost
+
     def settings(self) -> JSONObject:
         """What belongs in a run's spec."""
         return {"name": self.name, "base_url": self.endpoint, "model": self.model}
@@ -56,6 +61,14 @@ class OpenAIEngine(OpenAIClient):
         """A rendered prompt as it is sent: the text, which the server encodes with its own special tokens in front."""
         return prompt
 
+    def more_fields(self, params: SamplingParams) -> JSONObject:
+        """What a request holds beside the SDK's own arguments."""
+        return {"stop": list(params.stop[:MAX_STOPS])} if params.stop else {}
+
+    def text_of(self, choice: Any) -> str:
+        """The text of a choice of the answer, as the server decoded it."""
+        return choice.text or ""
+
     def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[list[Completion]]:
         """`params.n` completions for each rendered prompt, in order; raises as `stream_completions` does."""
         done = dict(self.stream_completions(prompts, params))
@@ -72,10 +85,10 @@ class OpenAIEngine(OpenAIClient):
                 temperature=params.temperature,
                 top_p=params.top_p,
                 seed=request_seed(params.seed, prompt, number),
-                extra_body={"stop": list(params.stop[:MAX_STOPS])} if params.stop else None,
+                extra_body=self.more_fields(params) or None,
             )
             choice = answer.choices[0]
-            completion = _cut(choice.text or "", choice.finish_reason, params.stop)
+            completion = _cut(self.text_of(choice), choice.finish_reason, params.stop)
             return replace(completion, reasoning=own_reasoning(choice))
         except openai.OpenAIError as error:
             self.fail(error)

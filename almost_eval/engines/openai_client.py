@@ -1,6 +1,8 @@
-"""One model behind an OpenAI-compatible endpoint: retries, threads, and failures as one line.
+"""One model behind one OpenAI-compatible endpoint or several: retries, threads, and failures as one line.
 
-The base of the engines and of the reward model over HTTP. Addresses and keys are in `models.endpoints`.
+The base of the engines and of the reward model over HTTP. Addresses and keys are in `models.endpoints`; how requests
+are spread over several endpoints is in `models.endpoint_pool`. Several must give the same log-probabilities for a short
+text, or whose numbers these are would depend on who answered first.
 
 Retries are the SDK's: with jitter, on 408, 409, 429, 5xx, timeouts and lost connections, after as long as the server's
 Retry-After says (up to two minutes; beyond, the request fails).
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +21,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
+from almost_eval.engines.openai_parity import compare_endpoints
 from almost_eval.errors import AlmostError, InputError, ModelError, RunError, did_you_mean
 from almost_eval.models.checkpoint import Checkpoint, find_checkpoint
 from almost_eval.models.endpoints import BASE_URL, KEYS, EndpointAddress, read_key, sdk_client, server_words
@@ -26,6 +30,8 @@ from almost_eval.types import JSONMapping, JSONObject
 
 if TYPE_CHECKING:
     import openai
+
+    from almost_eval.models.endpoint_pool import EndpointPool
 
 _Job = TypeVar("_Job")
 _Answer = TypeVar("_Answer")
@@ -55,12 +61,12 @@ class EndpointModel:
 
 
 class OpenAIClient:
-    """One model behind one endpoint.
+    """One model behind one endpoint, or behind several that serve the same.
 
     Args:
         model: the name it is served under, or None for whatever is served.
-        base_url: the endpoint, up to and including `/v1`; None is `OPENAI_BASE_URL`.
-        concurrency: requests on their way at a time.
+        base_url: the endpoint, up to and including `/v1`, several by commas; None is `OPENAI_BASE_URL`.
+        concurrency: requests on their way at a time, to all endpoints together.
         timeout: seconds that one answer may take.
         retries: of one request.
 
@@ -83,7 +89,13 @@ class OpenAIClient:
         if not url:
             # Not the SDK's default: prompts go to a company only where somebody says so.
             raise InputError("the engine 'openai' needs an endpoint: give base_url, as in http://localhost:8000/v1")
-        self.address = EndpointAddress.parse(url, "base_url")
+        self.addresses = EndpointAddress.parse_all(url, "base_url")
+        self.address = self.addresses[0]
+        if len(self.addresses) > 1 and any(address.has_user for address in self.addresses):
+            raise InputError(
+                "base_url: of several endpoints none may hold a user or a password; put the key in the "
+                f"environment ({KEYS[0]})"
+            )
         if concurrency < 1 or timeout <= 0 or retries < 0:
             raise InputError("concurrency must be 1 or more, timeout above 0 seconds, retries 0 or more")
         self.model: str = model or ""
@@ -92,9 +104,12 @@ class OpenAIClient:
         self.retries = retries
         self.card: JSONObject = {}
         """What `/v1/models` says of the model; known after `check`."""
-        self._local = self.address.is_local
-        self.endpoint: str = self.address.shown
+        self._local = all(address.is_local for address in self.addresses)
+        self.endpoint: str = ",".join(address.shown for address in self.addresses)
         """`base_url` without a password that may be in it: for errors and specs."""
+        self._reachable = self.addresses
+        """Where requests go; of several endpoints, those that answered `check`."""
+        self._pool: EndpointPool | None = None
         self._key = read_key(self.address)
         self._checked = False
 
@@ -106,35 +121,65 @@ class OpenAIClient:
         """
         if self._checked:
             return
-        served = self._served()
-        if served and self.model not in served:
-            raise InputError(
-                f"the endpoint {self.endpoint} serves no model {self.model!r}; {did_you_mean(self.model, served)}"
-            )
-        self.card = served.get(self.model, {})
+        cards = []
+        for address, served in self._served():
+            if served and self.model not in served:
+                raise InputError(
+                    f"the endpoint {address.shown} serves no model {self.model!r}; {did_you_mean(self.model, served)}"
+                )
+            cards.append(served.get(self.model, {}))
+        self.card = cards[0]
+        limits = [card["max_model_len"] for card in cards if isinstance(card.get("max_model_len"), int)]
+        if limits:
+            self.card = self.card | {"max_model_len": min(limits)}
+        if len(self._reachable) > 1:
+            compare_endpoints(self.model, [(address.shown, self._client(address)) for address in self._reachable])
         self._checked = True
 
-    def _served(self) -> dict[str, JSONObject]:
-        """Served name -> what the endpoint says of it; empty where it lists nothing that the SDK can read."""
+    def _served(self) -> list[tuple[EndpointAddress, dict[str, JSONObject]]]:
+        """Each endpoint that answers -> served name -> what it says of it; empty where it lists nothing readable.
+
+        Raises:
+            InputError: none answers, or one refuses the key. Of several, one that does not answer is left out.
+        """
         import openai
 
-        try:
-            # Few retries: an endpoint that is down at the start is a mistake far more often than a hiccup.
-            client = self.client.with_options(max_retries=1, timeout=min(self.timeout, 30.0))
-            return {str(entry.id): entry.model_dump() for entry in client.models.list().data or []}
-        except (openai.NotFoundError, AttributeError, TypeError, ValueError):
-            return {}  # the first request will tell
-        except openai.OpenAIError as error:
-            if isinstance(error, openai.APIConnectionError | openai.InternalServerError):
-                problem = "did not answer in time" if isinstance(error, openai.APITimeoutError) else "is not reachable"
-                if isinstance(error, openai.InternalServerError):
-                    problem = f"answers {error.status_code}"
-                raise InputError(f"the endpoint {self.endpoint} {problem}; start it, or check base_url") from None
-            self.fail(error)
+        answers: list[tuple[EndpointAddress, dict[str, JSONObject]]] = []
+        problems: list[tuple[EndpointAddress, str]] = []
+        for address in self.addresses:
+            try:
+                entries = self._client(address).models.list().data or []
+                answers.append((address, {str(entry.id): entry.model_dump() for entry in entries}))
+            except (openai.NotFoundError, AttributeError, TypeError, ValueError):
+                answers.append((address, {}))  # the first request will tell
+            except openai.InternalServerError as error:
+                problems.append((address, f"answers {error.status_code}"))
+            except openai.APITimeoutError:
+                problems.append((address, "did not answer in time"))
+            except openai.APIConnectionError:
+                problems.append((address, "is not reachable"))
+            except openai.OpenAIError as error:
+                self.fail(error)
+        if not answers:
+            address, problem = problems[0]
+            raise InputError(f"the endpoint {address.shown} {problem}; start it, or check base_url")
+        self._reachable = tuple(address for address, _ in answers)
+        self.address = self._reachable[0]
+        for address, problem in problems:
+            _notice(f"the endpoint {address.shown} {problem}; the run goes on with the other {len(answers)}")
+        return answers
+
+    def _client(self, address: EndpointAddress) -> openai.OpenAI:
+        """The SDK's client of one endpoint, for questions before the start.
+
+        Few retries: an endpoint that is down then is a mistake far more often than a hiccup.
+        """
+        return sdk_client(address, read_key(address), retries=1, timeout=min(self.timeout, 30.0))
 
     def served_names(self) -> list[str]:
-        """The names of the models that the endpoint serves; raises as `check` does."""
-        return list(self._served())
+        """The names of the models that all endpoints serve; raises as `check` does."""
+        first, *others = (served for _, served in self._served())
+        return [name for name in first if all(name in served for served in others)]
 
     @property
     def context_limit(self) -> int | None:
@@ -229,7 +274,20 @@ class OpenAIClient:
     @cached_property
     def client(self) -> openai.OpenAI:
         """The SDK's client. Its key is the environment's."""
-        return sdk_client(self.address, self._key, retries=self.retries, timeout=self.timeout)
+        if len(self._reachable) > 1:
+            from almost_eval.models.endpoint_pool import EndpointPool
+
+            self._pool = EndpointPool(self._reachable, _notice)
+        return sdk_client(
+            self._reachable[0], self._key, retries=self.retries, timeout=self.timeout, transport=self._pool
+        )
+
+    @property
+    def lost(self) -> list[str]:
+        """What a reader of the results must know of the endpoints."""
+        lost = [address.shown for address in self.addresses if address not in self._reachable]
+        lost += self._pool.lost if self._pool else []
+        return [f"lost on the way: {shown}" for shown in lost]
 
     # --- failures ---
 
@@ -269,3 +327,8 @@ class OpenAIClient:
         """What the server said of a failure, on one line and without the key."""
         body = error.body if isinstance(error.body, dict) else {}
         return server_words(str(body.get("message") or type(error).__name__), self._key)
+
+
+def _notice(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()

@@ -13,11 +13,13 @@ the other engines score. One tiny request before the start shows what the server
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from almost_eval.engines.base import EngineReport, RequestScores
+from almost_eval.engines.base import EngineReport, RequestScores, SamplingParams
+from almost_eval.engines.decoding import decode, marks
 from almost_eval.engines.openai import OpenAIEngine
 from almost_eval.engines.openai_client import EndpointModel
 from almost_eval.engines.openai_routes import Whole, plan_wholes, read_echo, read_ids, token_name
@@ -110,6 +112,26 @@ class OpenAIScorer(OpenAIEngine):
             return self.encoder.encode_texts([prompt])[0].tolist()
         return super().sent_prompt(prompt)
 
+    @cached_property
+    def _thought_ids(self) -> frozenset[int]:
+        """Special tokens that mark a thought, of a vLLM server whose tokenizer is known; else empty."""
+        if self.server["kind"] != "vllm" or not (self._tokenizer or self._own_folder()):
+            return frozenset()
+        return frozenset(marks(self.tokenizer))
+
+    def more_fields(self, params: SamplingParams) -> JSONObject:
+        """With the ids of what was written, where the text may lack the marks of a thought."""
+        return super().more_fields(params) | ({"return_token_ids": True} if self._thought_ids else {})
+
+    def text_of(self, choice: Any) -> str:
+        """The text with the special tokens that mark a thought: vLLM's server leaves out all special tokens."""
+        ids = getattr(choice, "token_ids", None) or []
+        if self._thought_ids.isdisjoint(ids):
+            return super().text_of(choice)
+        # The token that ended it is among the ids, and not in the text; a stop string is in both.
+        ended = choice.finish_reason == "stop" and not isinstance(getattr(choice, "stop_reason", None), str)
+        return decode(self.tokenizer, ids[:-1] if ended else ids)
+
     def _own_folder(self) -> str | None:
         try:
             here = self.model in BUILT_IN or Path(self.model).is_dir()
@@ -141,7 +163,7 @@ class OpenAIScorer(OpenAIEngine):
     @property
     def report(self) -> EngineReport:
         """What the last `stream` did; `tokens_computed` are those sent, less those the server says it had cached."""
-        return self._report
+        return replace(self._report, warnings=[*self._report.warnings, *self.lost])
 
     def settings(self) -> JSONObject:
         """What belongs in a run's spec: what decides the numbers, as far as the server tells."""

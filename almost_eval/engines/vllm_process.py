@@ -33,6 +33,8 @@ _ENVIRONMENT = {
 }
 _CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # `auto` leaves a core idle, and two engines share them
 """What vLLM reads from the environment; whatever is set there already stays."""
+CPU_WORKER = "almost_eval.engines.vllm_worker.Worker"
+"""vLLM's worker for a CPU with a faster last step of the sampler; vLLM imports it by this name."""
 
 LLM = Any
 """`vllm.LLM`. vLLM is an optional package, and its types change from version to version."""
@@ -243,6 +245,7 @@ def _cpu_options(options: JSONObject) -> JSONObject:
         os.environ.setdefault(name, value)
     chosen: JSONObject = {
         "enforce_eager": True,  # 2.5-3x faster on small models, and ready sooner
+        "worker_cls": CPU_WORKER,  # the same tokens; top-p with a seed costs a tenth
         "block_size": 32,  # prefixes are reused in whole blocks; the default on a CPU is 128
         # No prompt may be read in parts: vLLM samples after each part, throws the token away and sets the request's
         # generator back, which torch's CPU generators cannot (0.31: "CPU Generator does not use offset").

@@ -114,9 +114,14 @@ def merge_command(adapter: Adapter) -> str:
     return f"`almost-train merge {shlex.quote(str(adapter.path))} --output DIR`"
 
 
-def refuse_for_vllm(adapter: Adapter) -> None:
-    """Raise ModelError where vLLM would leave out a part of the adapter, or cannot run it."""
+def refuse_for_vllm(adapter: Adapter, *, scores: bool = False) -> None:
+    """Raise ModelError where vLLM would leave out a part of the adapter, or cannot run it.
+
+    With `scores` it may bring a score head of one layer without bias, which vLLM puts in the base's place.
+    """
     config = adapter.config
+    heads = {"score", "classifier"} if scores else set()  # PEFT states both, whichever the model has
+    whole = {"base_model.model.score.weight"} if scores else set()
     part = None
     if config.get("peft_type") != "LORA":
         part = f"of the kind {config.get('peft_type')}"
@@ -124,13 +129,17 @@ def refuse_for_vllm(adapter: Adapter) -> None:
         part = "with DoRA"
     elif config.get("bias") not in (None, "none"):
         part = "with biases"
-    elif config.get("modules_to_save") or config.get("trainable_token_indices") or adapter.is_classifier:
+    elif (
+        not heads.issuperset(config.get("modules_to_save") or ())
+        or config.get("trainable_token_indices")
+        or (adapter.is_classifier and not scores)
+    ):
         part = "with whole modules or tokens of its own"
     elif _HEADS.intersection(adapter.target_modules):
         part = "of the output head or the embedding"
     elif not adapter.target_modules:
         part = "whose layers cannot be told from its files"
-    elif extra := [name for name in adapter.shapes if ".lora_A." not in name and ".lora_B." not in name]:
+    elif extra := [name for name in adapter.shapes if not (".lora_A." in name or ".lora_B." in name or name in whole)]:
         part = f"with {extra[0]}"
     elif adapter.rank > _RANKS[-1]:
         part = f"of rank {adapter.rank}"

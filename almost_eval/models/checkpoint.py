@@ -77,6 +77,11 @@ class Checkpoint:
         """The class that `config.json` names first, or an empty string."""
         return str((self.config.get("architectures") or [""])[0])
 
+    @property
+    def brings_head(self) -> bool:
+        """Whether its adapter brings a score head, which its base need not have."""
+        return self.adapter is not None and self.adapter.is_classifier
+
     def weight_digest(self) -> str:
         """sha256 over the weight files, in the order of their names; read once by a process that leaves them alone.
 

@@ -17,6 +17,7 @@ from urllib.parse import SplitResult, urlsplit, urlunsplit
 from almost_eval.errors import InputError
 
 if TYPE_CHECKING:
+    import httpx
     import openai
 
 KEYS = ("ALMOST_API_KEY", "OPENAI_API_KEY")
@@ -63,6 +64,21 @@ class EndpointAddress:
         if not well_formed:
             raise InputError(f"{option} is not an http(s) address; it must look like {example}")
         return cls(url)
+
+    @classmethod
+    def parse_all(cls, urls: str, option: str) -> tuple[EndpointAddress, ...]:
+        """Check one address, or several by commas.
+
+        Raises:
+            InputError: see `parse`; or two are the same.
+        """
+        addresses = tuple(cls.parse(url.strip(), option) for url in urls.split(",") if url.strip())
+        if not addresses:
+            raise InputError(f"{option} is empty; it must look like http://localhost:8000/v1")
+        for at, address in enumerate(addresses):
+            if address.url.rstrip("/") in {one.url.rstrip("/") for one in addresses[:at]}:
+                raise InputError(f"{option} names {address.shown} twice; give each endpoint once")
+        return addresses
 
     @property
     def parts(self) -> SplitResult:
@@ -136,6 +152,7 @@ def sdk_client(
     timeout: float,
     query: Mapping[str, object] | None = None,
     headers: Mapping[str, str] | None = None,
+    transport: httpx.BaseTransport | None = None,
 ) -> openai.OpenAI:
     """The SDK's client.
 
@@ -146,10 +163,17 @@ def sdk_client(
         timeout: seconds that one answer may take.
         query: see `async_sdk_client`, as for `headers`.
         headers: see there.
+        transport: what sends the requests, in the place of the SDK's own.
     """
     import openai
 
+    client = None
+    if transport is not None:
+        import httpx
+
+        client = httpx.Client(transport=transport, timeout=timeout, follow_redirects=True)
     return openai.OpenAI(
+        http_client=client,  # type: ignore[arg-type]  # the SDK's own is of httpx2 from 3.5 on; it takes both
         base_url=address.url,
         api_key=key or _NO_KEY,
         max_retries=retries,

@@ -172,8 +172,11 @@ def load_weights(
     attention: str,
     trust_remote_code: bool,
     allow_unused: bool = False,
+    quantization: Any = None,
 ) -> Any:
     """A transformers model in eval mode with every weight from the checkpoint.
+
+    `quantization`, a config of transformers', holds the weights in fewer bits. They are put on the GPU at once then.
 
     Raises:
         ModelError: weights are missing (transformers would initialise them at random), or cannot be read.
@@ -184,9 +187,10 @@ def load_weights(
     attention = settled_attention(attention, checkpoint, trust_remote_code=trust_remote_code)
     extra: dict[str, object] = {} if attention == "auto" else {"attn_implementation": attention}
     adapter = checkpoint.adapter
-    brings_head = adapter is not None and adapter.is_classifier
-    if brings_head:
+    if checkpoint.brings_head:
         extra["num_labels"] = 1
+    if quantization is not None:
+        extra["quantization_config"] = quantization
     try:
         with quiet_transformers():
             model, info = auto_class.from_pretrained(
@@ -203,14 +207,14 @@ def load_weights(
         refuse_own_code(checkpoint, str(error))
         raise ModelError(f"transformers cannot load {checkpoint.path}: {first_line(error)}") from None
     lost = sorted({*info.get("missing_keys", ()), *(key for key, *_ in info.get("mismatched_keys", ()))})
-    if brings_head:  # transformers fills it at random, and the adapter then replaces it
+    if checkpoint.brings_head:  # transformers fills it at random, and the adapter then replaces it
         lost = [name for name in lost if not name.startswith(("score.", "classifier."))]
     if lost:
         raise ModelError(
             f"{checkpoint.path} lacks {len(lost)} weights of its own architecture, first {lost[0]!r}; transformers "
             "would set them at random, so nothing it says would mean anything"
         )
-    if (unused := sorted(info.get("unexpected_keys", ()))) and not (allow_unused or brings_head):
+    if (unused := sorted(info.get("unexpected_keys", ()))) and not (allow_unused or checkpoint.brings_head):
         raise ModelError(
             f"{checkpoint.path} holds {len(unused)} tensors that its model would not use, first {unused[0]!r}; mend "
             "the checkpoint or its config.json"
@@ -221,7 +225,7 @@ def load_weights(
         merged: Any = merge_adapter(model, adapter)
         model = merged.to(dtype)
     try:
-        return model.to(device).eval()
+        return model.eval() if quantization is not None else model.to(device).eval()
     except torch.OutOfMemoryError:
         raise RunError(f"not enough memory on {device} for {checkpoint.name}; use a smaller dtype or device") from None
 

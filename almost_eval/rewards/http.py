@@ -66,6 +66,8 @@ class HTTPRewardModel(OpenAIClient):
         self._max_length = max_length
         self.kind = ""
         """`rewards` or `classify`; known after `check`."""
+        if len(self.addresses) > 1:
+            raise InputError("a reward model takes one base_url; give the gateway that stands before its servers")
         self.warnings: list[str] = []
         """What the last `stream` did that its caller should show."""
 
@@ -81,7 +83,7 @@ class HTTPRewardModel(OpenAIClient):
 
         if self.kind:
             return
-        served = self._served()
+        [(_, served)] = self._served()
         # A gateway lists its policy; the reward model behind it shows in the answer alone.
         self.card = served.get(self.model) or (next(iter(served.values())) if len(served) == 1 else {})
         try:

@@ -10,10 +10,11 @@ from functools import cached_property
 
 import numpy as np
 
-from almost_eval.engines.vllm_process import LLM, HoldsLLM, Params, VLLMOptions, load, run
+from almost_eval.engines.vllm_process import LLM, HoldsLLM, Params, VLLMOptions, load, run, with_adapter
 from almost_eval.errors import ModelError
 from almost_eval.models.chat import ChatTemplate
-from almost_eval.models.checkpoint import Checkpoint, refuse_adapter, refuse_stray_weights
+from almost_eval.models.adapters import refuse_for_vllm
+from almost_eval.models.checkpoint import Checkpoint, refuse_stray_weights
 from almost_eval.rewards.base import CheckpointRewardModel
 from almost_eval.types import Conversation, JSONObject
 
@@ -59,7 +60,8 @@ class VLLMRewardModel(HoldsLLM, CheckpointRewardModel):
             trust_remote_code=trust_remote_code,
             allow_unused_weights=allow_unused_weights,
         )
-        refuse_adapter(self.checkpoint, "the engine vllm")
+        if self.checkpoint.adapter:
+            refuse_for_vllm(self.checkpoint.adapter, scores=True)
         refuse_stray_weights(self.checkpoint)
 
     def settings(self) -> JSONObject:
@@ -79,7 +81,11 @@ class VLLMRewardModel(HoldsLLM, CheckpointRewardModel):
             "runner": "pooling",
             "enable_prefix_caching": None if self.framed else True,  # an encoder reads both ways: vLLM decides
         }
-        return self._hold(load(self.checkpoint.path, options))
+        if self.checkpoint.adapter:
+            # The base is a language model: vLLM makes room for the head that the adapter brings.
+            labels = {"num_labels": 1, "problem_type": "regression"}
+            options |= {"convert": "classify", "hf_overrides": labels}
+        return self._hold(load(self.checkpoint.path, with_adapter(options, self.checkpoint.adapter)))
 
     def stream(
         self, conversations: Sequence[Conversation], wanted: Collection[int] | None = None
@@ -100,7 +106,7 @@ class VLLMRewardModel(HoldsLLM, CheckpointRewardModel):
             return
         names = {str(number): ids for number, ids in enumerate(texts)}
         requests = {name: (np.array(ids, dtype=np.int32), self._params()) for name, ids in names.items()}
-        for name, output in run(self.llm, requests, self.checkpoint.path):
+        for name, output in run(self.llm, requests, self.checkpoint.path, self.checkpoint.adapter):
             values = output.outputs.data.float().flatten().tolist()
             if len(values) != 1:
                 raise ModelError(

@@ -6,8 +6,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from almost_eval.errors import RunError
@@ -57,6 +58,15 @@ def ended_at(step: int) -> RunError:
 def ended_before_any_step() -> RunError:
     """The same where there is nothing to save yet."""
     return RunError("ended by a signal before the first step; there is nothing to save yet")
+
+
+def what_is_kept(checkpoints: Sequence[Path]) -> str:
+    """What is left of a training that broke, for its error.
+
+    Args:
+        checkpoints: whole ones, oldest first.
+    """
+    return f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint was saved before it"
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """LoRA (arXiv 2106.09685, through PEFT): small matrices beside frozen weights are trained, and saved as an adapter.
 
 The base is frozen, so it needs no gradients and no optimiser state, and with `bf16` it is held in bfloat16: a 7B model
-is 14 GB then. The adapter is trained in float32. Its folder names the base it belongs to, and every command that takes
-a model takes it.
+is 14 GB then. With `quantize` it is held in 4 bits (QLoRA, arXiv 2305.14314, through bitsandbytes): some 4 GB. The
+adapter is trained in float32. Its folder names the base it belongs to, and every command that takes a model takes it.
 """
 
 from __future__ import annotations
@@ -10,23 +10,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from almost_eval.errors import InputError
-from almost_eval.models.checkpoint import Checkpoint, refuse_adapter
+from almost_eval.errors import InputError, MissingDependencyError
 from almost_train.common.config import option
 from almost_train.common.seeding import seeded
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
+    from peft import LoraConfig
     from torch import nn
+    from transformers import BitsAndBytesConfig, PreTrainedModel
 
 ALL = "all-linear"
 """PEFT's word for every linear layer but the output's."""
 ADAPTER = "adapter"
 """The folder, inside the stage's, that holds the adapter where `merge` puts whole weights into the usual one."""
+BASE = "base"
+"""The folder, inside the stage's, for the whole weights of a base that was an adapter itself; see `whole_base`."""
+_HEADS = ("lm_head", "embed_out", "score", "classifier")
+"""Output layers, which are never held in 4 bits: a score head is trained whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,68 +41,147 @@ class LoraSettings:
     lora_rank: int = option(0, "Train a LoRA of this rank, the weights frozen; 0 trains the weights.", least=0)
     lora_alpha: float | None = option(None, "The LoRA counts alpha / rank times; twice the rank if not given.", above=0)
     lora_targets: tuple[str, ...] = option((ALL,), "Linear layers it stands beside: all-linear, or q_proj, v_proj, ...")
+    lora_dropout: float = option(0.0, "Of what goes into the LoRA, in updates alone.", least=0, most=0.9)
+    quantize: str = option(
+        "none", "Hold the frozen weights in 4 bits (NF4, bitsandbytes; NVIDIA GPUs).", choices=("none", "4bit")
+    )
     merge: bool = option(False, "Beside the adapter, save whole weights with it merged in.")
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the frozen weights are held in 4 bits."""
+        return self.quantize != "none"
 
-def check_lora(settings: LoraSettings, checkpoint: Checkpoint, what: str) -> None:
-    """Refuse what does not go together.
+
+def check_lora(settings: LoraSettings, device: str) -> None:
+    """Refuse what does not go together, and 4 bits where they cannot be had.
+
+    Args:
+        settings: see there.
+        device: where to train; `auto` is a GPU where there is one.
 
     Raises:
-        InputError: settings of a LoRA without a rank.
-        ModelError: an adapter as the base: the new adapter would belong to weights that are nowhere on disk.
+        InputError: settings of a LoRA without a rank; 4 bits without a GPU.
+        MissingDependencyError: bitsandbytes is not installed.
     """
-    if settings.lora_rank:
-        refuse_adapter(checkpoint, f"a LoRA of {what}")
-        return
     default = LoraSettings()
-    names = ("lora_alpha", "lora_targets", "merge")
-    if set_anyway := [name for name in names if getattr(settings, name) != getattr(default, name)]:
+    names = ("lora_alpha", "lora_targets", "lora_dropout", "quantize", "merge")
+    set_anyway = [name for name in names if getattr(settings, name) != getattr(default, name)]
+    if set_anyway and not settings.lora_rank:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in set_anyway)
         raise InputError(f"{flags} without a rank; give --lora-rank, or leave it out")
+    if not settings.is_quantized:
+        return
+    import torch
+
+    if not torch.cuda.is_available() or not device.startswith(("auto", "cuda")):
+        raise InputError(
+            f"--quantize {settings.quantize} needs an NVIDIA GPU, and this would train on {_trains_on(device)}; leave "
+            "it out, or train where there is one"
+        )
+    if find_spec("bitsandbytes") is None:
+        raise MissingDependencyError(
+            f"--quantize {settings.quantize} needs the package 'bitsandbytes'; install it with: "
+            "pip install 'almost-toolkit[quantize]'"
+        )
+
+
+def _trains_on(device: str) -> str:
+    return "the CPU" if device in ("auto", "cpu") else device
 
 
 def base_dtype(settings: LoraSettings, *, bf16: bool) -> torch.dtype:
     """What the weights are held in: float32 where they are trained, or what is computed in where they are frozen."""
     import torch
 
-    return torch.bfloat16 if settings.lora_rank and bf16 else torch.float32
+    return torch.bfloat16 if settings.lora_rank and (bf16 or settings.is_quantized) else torch.float32
 
 
-def add_lora(
-    model: nn.Module, settings: LoraSettings, base: Path, *, kind: str, seed: int, dropout: float = 0.0
-) -> Any:
+def quantization(settings: LoraSettings) -> BitsAndBytesConfig | None:
+    """What `from_pretrained` is told of 4 bits, or None: normal floats, their scales in 8 bits, bfloat16 products."""
+    if not settings.is_quantized:
+        return None
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=list(_HEADS),  # of 4 bits too, whatever its name says
+    )
+
+
+def lora_config(settings: LoraSettings, kind: str) -> LoraConfig:
+    """PEFT's form of the settings.
+
+    Args:
+        settings: see there.
+        kind: PEFT's task: `CAUSAL_LM`, `SEQ_CLS` (a score head is trained too, and saved whole), `FEATURE_EXTRACTION`.
+    """
+    from peft import LoraConfig
+
+    targets: Any = ALL if settings.lora_targets == (ALL,) else list(settings.lora_targets)
+    return LoraConfig(
+        task_type=kind,
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha or 2 * settings.lora_rank,  # type: ignore[arg-type]  # PEFT takes numbers too
+        lora_dropout=settings.lora_dropout,
+        target_modules=targets,
+    )
+
+
+def add_lora(model: nn.Module, settings: LoraSettings, base: Path, *, kind: str, seed: int) -> Any:
     """The model with a new adapter, everything else frozen. At first it changes nothing: half of it is zeros.
 
     Args:
-        model: the base.
+        model: the base, as `ready_for_lora` leaves it.
         settings: see there.
         base: its folder, which the adapter's config names.
-        kind: PEFT's task: `CAUSAL_LM`, `SEQ_CLS` (a score head is trained too, and saved whole), `FEATURE_EXTRACTION`.
+        kind: see `lora_config`.
         seed: of the half that is not zeros.
-        dropout: share of what goes into the adapter that is set to 0 in training.
 
     Raises:
         InputError: the model has no such layers.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    targets: Any = ALL if settings.lora_targets == (ALL,) else list(settings.lora_targets)
-    config = LoraConfig(
-        task_type=kind,
-        r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha or 2 * settings.lora_rank,  # type: ignore[arg-type]  # PEFT takes numbers too
-        lora_dropout=dropout,
-        target_modules=targets,
-    )
+    with layers_named(settings), seeded(seed):
+        whole = get_peft_model(ready_for_lora(model, settings), lora_config(settings, kind))
+    whole.peft_config["default"].base_model_name_or_path = str(base)
+    return whole
+
+
+def ready_for_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
+    """The base as an adapter is put on it: of 4 bits, what is not held in them (norms, embeddings) is in float32."""
+    if not settings.is_quantized:
+        return model
+    from peft import prepare_model_for_kbit_training
+
+    # Checkpointing is the trainer's to turn on.
+    prepared: nn.Module = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return prepared
+
+
+@contextmanager
+def layers_named(settings: LoraSettings) -> Iterator[None]:
+    """Inside, layers that the model does not have are an InputError."""
     try:
-        with seeded(seed):
-            whole: PeftModel = get_peft_model(model, config)
+        yield
     except ValueError as error:
+        if "target" not in str(error).lower():
+            raise
         raise InputError(
             f"--lora-targets {', '.join(settings.lora_targets)}: {str(error).splitlines()[0]:.200}"
         ) from None
-    whole.peft_config["default"].base_model_name_or_path = str(base)
-    return whole
+
+
+def train_in_float32(model: nn.Module) -> None:
+    """The trained weights back to float32: TRL rounds those beside 4 bits to bfloat16, which loses small steps."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 @contextmanager
@@ -115,3 +199,23 @@ def adapter_to_zero(model: nn.Module) -> None:
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:
                 parameter.zero_()
+
+
+def set_lora_dropout(model: nn.Module, *, active: bool) -> None:
+    """Turn the adapter's dropout on or off, whatever mode the rest of the model is in."""
+    for name, module in model.named_modules():
+        if "lora_dropout" in name.split("."):
+            module.train(active)
+
+
+def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, every dropout of it at 0, so that training mode computes what evaluation does."""
+    from torch import nn
+
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or "drop_prob" in name):
+                setattr(module, name, 0.0)  # applied by functions: attention_dropout
+    return model

@@ -5,11 +5,16 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from almost_eval.errors import InputError
 from almost_eval.models.checkpoint import CAUSAL, Checkpoint, find_checkpoint
 from almost_eval.models.loading import load_tokenizer, load_weights
 from almost_eval.models.tensors import check_weights
+from almost_train.common.processes import is_main, wait_for_all
+
+if TYPE_CHECKING:
+    import torch
 
 _HEAD = "SequenceClassification"
 _WEIGHTS_AND_SETTINGS = ("config.json", "generation_config.json", "adapter_config.json")
@@ -38,7 +43,7 @@ def merge(adapter: str, output: Path, dtype: str = "float32") -> Path:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} holds something already; give --output a new folder")
     load_tokenizer(checkpoint)
-    scores = checkpoint.adapter.is_classifier or _HEAD in checkpoint.architecture
+    scores = checkpoint.brings_head or _HEAD in checkpoint.architecture
     kind = "AutoModelForSequenceClassification" if scores else "AutoModelForCausalLM"
     check_weights(checkpoint, kind)
 
@@ -60,6 +65,25 @@ def merge(adapter: str, output: Path, dtype: str = "float32") -> Path:
             output.rmdir()
         folder.rename(output)
     return output
+
+
+def whole_base(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype) -> Checkpoint:
+    """A checkpoint to put a new adapter on: where it is an adapter itself, it is merged into its base first.
+
+    Args:
+        checkpoint: what training starts from.
+        folder: gets the merged weights, if they are needed and not there; the main process writes.
+        dtype: of these.
+
+    Raises:
+        ModelError: see `merge`.
+    """
+    if checkpoint.adapter is None:
+        return checkpoint
+    if is_main() and not folder.exists():
+        merge(str(checkpoint.adapter.path), folder, str(dtype).removeprefix("torch."))
+    wait_for_all()
+    return find_checkpoint(str(folder), architectures=(*CAUSAL, _HEAD))
 
 
 def _copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:

@@ -213,6 +213,10 @@ def shared_stage(
     Raises:
         InputError: the device cannot be used, or `Stage` refuses the folder; in all processes.
     """
+    if sharding() and getattr(settings, "is_quantized", False):
+        raise InputError(
+            f"{sharding()} cannot spread a quantised base; leave --quantize out, or launch without sharding"
+        )
     if world_size() > 1:
         join_processes(settings.device)
     else:

@@ -31,8 +31,8 @@ from almost_eval.rewards.base import is_framed
 from almost_eval.run.trackers import Trackers
 from almost_eval.types import JSONObject
 from almost_train.common.config import option
-from almost_train.common.interrupts import SaveRequests, ended_at, save_requests
-from almost_train.common.lora import ADAPTER, LoraSettings
+from almost_train.common.interrupts import SaveRequests, ended_at, save_requests, what_is_kept
+from almost_train.common.lora import ADAPTER, LoraSettings, train_in_float32
 from almost_train.common.merge import merge
 from almost_train.common.processes import (
     WORK,
@@ -46,6 +46,7 @@ from almost_train.common.processes import (
     wait_for_all,
     world_size,
 )
+from almost_train.common.schedule import OwnSchedule, learning_rate_factor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
@@ -63,7 +64,7 @@ class TrainSettings(LoraSettings):
     learning_rate: float = option(2e-5, "peak learning rate of AdamW", above=0)
     weight_decay: float = option(0.0, "AdamW's weight decay", least=0)
     warmup_share: float = option(
-        0.03, "share of the steps in which the rate rises; then it falls as a cosine", least=0, most=1
+        0.03, "share of the steps, rounded up, in which the rate rises; then it falls as a cosine", least=0, most=1
     )
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
     epochs: int = option(1, "passes over the data", least=1)
@@ -74,7 +75,6 @@ class TrainSettings(LoraSettings):
     bf16: bool = option(False, "compute in bfloat16; the weights stay float32")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
     device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda", "mps"))
-    lora_dropout: float = option(0.0, "of what goes into the LoRA", least=0, most=0.9)
     save_every: int = option(200, "optimiser steps between two checkpoints to resume from; 0 for none", least=0)
     save_minutes: float = option(10.0, "minutes after which one is saved anyway; 0 for none", least=0)
 
@@ -102,8 +102,11 @@ def keep_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
 # --- training ---
 
 
-class QuietTrainer:
-    """Mixed into TRL's trainers: they send usage figures to the hub and write a model card into every checkpoint."""
+class QuietTrainer(OwnSchedule):
+    """Mixed into TRL's trainers: they send usage figures to the hub, and write a model card into every checkpoint.
+
+    And the learning rate is ours.
+    """
 
     def _send_telemetry(self) -> None:
         """Nothing is sent."""
@@ -151,7 +154,7 @@ def joined(device: str) -> JSONObject:
     return {"use_cpu": check_processes(device) == "cpu", "accelerator_config": {"use_configured_state": True}}
 
 
-def trainer_arguments(settings: TrainSettings, folder: Path, steps: int) -> JSONObject:
+def trainer_arguments(settings: TrainSettings, folder: Path) -> JSONObject:
     """What `RewardConfig` and `SFTConfig` have in common."""
     micro = check_batches(settings)
     return {
@@ -159,9 +162,6 @@ def trainer_arguments(settings: TrainSettings, folder: Path, steps: int) -> JSON
         "learning_rate": settings.learning_rate,
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
-        "lr_scheduler_type": "cosine",
-        # Rounded down: the rate of the first of them is 0, which a run of few steps need not spend.
-        "warmup_steps": int(settings.warmup_share * steps),
         "optim": "adamw_torch",
         "num_train_epochs": 1,  # the plan holds all epochs
         "train_sampling_strategy": "sequential",
@@ -223,7 +223,10 @@ def fit(
         progress.track("training", steps, done) as advance,
     ):
         # 2. The trainer, with our log in place of its own.
-        trainer = make_trainer()
+        trainer: Any = make_trainer()
+        trainer.rate_factor = lambda step: learning_rate_factor(step, steps, settings.warmup_share, "cosine")
+        if settings.is_quantized:
+            train_in_float32(trainer.model)
         check_together(trainer.accelerator)
         trainer.remove_callback(PrinterCallback)  # it prints on stdout
         watch = _callback(log, advance, saving, work)
@@ -261,14 +264,17 @@ def _merge(adapter: Path, output: Path) -> None:
 
 def _last_checkpoint(work: Path) -> str | None:
     """The last whole checkpoint; what a killed process left half-written is removed."""
-    whole = []
-    for folder in work.glob("checkpoint-*"):
-        if (folder / WHOLE).exists():
-            whole.append(folder)
-        else:
-            shutil.rmtree(folder)
+    whole = _whole_checkpoints(work)
+    for folder in set(work.glob("checkpoint-*")).difference(whole):
+        shutil.rmtree(folder)
     shutil.rmtree(work / MODEL, ignore_errors=True)
-    return str(max(whole, key=lambda folder: int(folder.name.rsplit("-", 1)[1]))) if whole else None
+    return str(whole[-1]) if whole else None
+
+
+def _whole_checkpoints(work: Path) -> list[Path]:
+    """Those that were written to their end, oldest first."""
+    folders = (file.parent for file in work.glob(f"checkpoint-*/{WHOLE}"))
+    return sorted(folders, key=lambda folder: int(folder.name.rsplit("-", 1)[1]))
 
 
 @contextmanager
@@ -311,8 +317,8 @@ def _callback(
             for name, value in (("loss", logs["loss"]), ("gradient", logs.get("grad_norm", 0.0))):
                 if not math.isfinite(value):  # raised before this step is saved
                     raise RunError(
-                        f"the {name} is {value} at step {state.global_step}; {_what_is_kept(work)}; use a lower "
-                        "learning rate, in another --output"
+                        f"the {name} is {value} at step {state.global_step}; {what_is_kept(_whole_checkpoints(work))}; "
+                        "use a lower learning rate, in another --output"
                     )
             now, tokens = time.monotonic(), logs["num_tokens"]
             speed = (tokens - self.tokens) / (now - self.time)
@@ -336,11 +342,6 @@ def _callback(
             saving.saved()
 
     return Watch()
-
-
-def _what_is_kept(work: Path) -> str:
-    folders = sorted(work.glob(f"checkpoint-*/{WHOLE}"), key=lambda file: int(file.parent.name.rsplit("-", 1)[1]))
-    return f"the last good checkpoint is {folders[-1].parent}" if folders else "no checkpoint was saved before it"
 
 
 @contextmanager

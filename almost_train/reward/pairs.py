@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from almost_eval.errors import DataError
+from almost_eval.errors import DataError, TemplateError
 from almost_eval.files import Row
 from almost_eval.models.chat import ChatTemplate, encode_text, special_tokens
 from almost_eval.rewards.base import is_framed
@@ -40,6 +40,8 @@ class RewardPair:
     rejected_ids: tuple[int, ...] = ()
     margin: float | None = None
     """By how much the chosen answer's reward should be higher; None where the file does not say."""
+    where: str = "a pair"
+    """The file and its row, for an error."""
 
     def chars(self, conversation: Conversation) -> int:
         """Characters of the answer: what `conversation`, chosen or rejected, has beyond the prompt."""
@@ -68,9 +70,14 @@ def read_pairs(source: Path | str) -> PairFile:
     preferences = read_preferences(table)
     pairs = [
         RewardPair(
-            pair.prompt_id, pair.prompt, pair.prompt + pair.chosen, pair.prompt + pair.rejected, margin=pair.margin
+            pair.prompt_id,
+            pair.prompt,
+            pair.prompt + pair.chosen,
+            pair.prompt + pair.rejected,
+            margin=pair.margin,
+            where=table.where(number),
         )
-        for pair in preferences.records
+        for number, pair in enumerate(preferences.records, 1)
     ]
     return PairFile(pairs, preferences.format, table.input)
 
@@ -116,11 +123,18 @@ def _key(pair: RewardPair) -> str:
 def encode_pairs(
     pairs: Sequence[RewardPair], encode: Callable[[Conversation], list[int]], limit: int, pad: int
 ) -> tuple[list[RewardPair], Counter[str]]:
-    """The pairs with their token ids, and how many could not be used, by reason."""
+    """The pairs with their token ids, and how many could not be used, by reason.
+
+    Raises:
+        TemplateError: a dialogue that the template refuses; with its file and row.
+    """
     dropped: Counter[str] = Counter()
     usable = []
     for pair in pairs:
-        chosen, rejected = tuple(encode(pair.chosen)), tuple(encode(pair.rejected))
+        try:
+            chosen, rejected = tuple(encode(pair.chosen)), tuple(encode(pair.rejected))
+        except TemplateError as error:
+            raise TemplateError(f"{pair.where}: {error}") from None
         if chosen == rejected:
             dropped["same_text"] += 1
         elif max(len(chosen), len(rejected)) > limit:

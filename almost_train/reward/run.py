@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 from almost_eval.errors import DataError, ModelError
 from almost_eval.files import Row, read_rows, write_rows
-from almost_eval.models.checkpoint import CAUSAL, Checkpoint, context_length, find_checkpoint, refuse_adapter
+from almost_eval.models.checkpoint import CAUSAL, Checkpoint, context_length, find_checkpoint
 from almost_eval.models.loading import attention_arguments, load_tokenizer
 from almost_eval.models.tensors import check_weights
 from almost_eval.progress import Progress
 from almost_eval.types import JSONObject
 from almost_train.common.batches import BatchPlan, batch_plan, planned_dataset
 from almost_train.common.config import option
-from almost_train.common.lora import add_lora, base_dtype, check_lora
-from almost_train.common.processes import is_main, shared_stage
+from almost_train.common.lora import BASE, add_lora, base_dtype, check_lora, quantization, without_dropout
+from almost_train.common.merge import whole_base
+from almost_train.common.processes import WORK, is_main, shared_stage
 from almost_train.common.seeding import seeded
 from almost_train.common.stage import model_input
 from almost_train.common.trainers import (
@@ -99,10 +100,9 @@ def train_reward(
 
     # 1. What is refused without weights.
     checkpoint = find_checkpoint(model, architectures=KINDS)
-    refuse_adapter(checkpoint, "a reward model's training")
     _refuse_other_labels(checkpoint)
     check_batches(settings)
-    check_lora(settings, checkpoint, "a reward model")
+    check_lora(settings, settings.device)
     source = read_pairs(comparisons)
     pairs = source.pairs
     check_margins(comparisons, pairs, used=settings.margin)
@@ -117,10 +117,10 @@ def train_reward(
 
         # 2. Pairs as token ids.
         tokenizer = load_tokenizer(checkpoint)
-        if any(part in checkpoint.architecture for part in CAUSAL):  # its output head gives way to a score head
-            check_weights(checkpoint, "AutoModelForCausalLM")
-        elif "SequenceClassification" in checkpoint.architecture:
+        if "SequenceClassification" in checkpoint.architecture or checkpoint.brings_head:
             check_weights(checkpoint, "AutoModelForSequenceClassification")
+        elif any(part in checkpoint.architecture for part in CAUSAL):  # its output head gives way to a score head
+            check_weights(checkpoint, "AutoModelForCausalLM")
         encode = reward_encoder(tokenizer, keep_template(tokenizer))
         set_pad_token(tokenizer)
         limit = _length_limit(settings, checkpoint, tokenizer)
@@ -134,6 +134,8 @@ def train_reward(
         plan = batch_plan(lengths, batch_size=settings.batch_size, epochs=settings.epochs, seed=settings.seed)
 
         # 3. Training.
+        kept = output / BASE if settings.lora_rank else output / WORK / BASE
+        checkpoint = whole_base(checkpoint, kept, base_dtype(settings, bf16=settings.bf16))
         progress.note(f"reward: {len(train)} pairs ({source.format}), {plan.steps} steps of {settings.batch_size}")
         fit(
             lambda: _trainer(settings, checkpoint, tokenizer, train, plan, output),
@@ -205,24 +207,24 @@ def _refuse_other_labels(checkpoint: Checkpoint) -> None:
         )
 
 
-def load_classifier(checkpoint: Checkpoint, seed: int, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model in `dtype` (float32), its score head from the checkpoint or, where there is none, drawn from `seed`.
+def load_classifier(checkpoint: Checkpoint, settings: RewardSettings) -> PreTrainedModel:
+    """The model, its score head from the checkpoint or, where there is none, drawn from the seed.
 
     Raises:
         ModelError: transformers has no classifier of this architecture, or other weights than the head's are missing.
     """
-    import torch
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # it warns of the new head
     try:
-        with seeded(seed):
+        with seeded(settings.seed):
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 str(checkpoint.path),
                 num_labels=1,
-                dtype=dtype or torch.float32,
+                dtype=base_dtype(settings, bf16=settings.bf16),
+                quantization_config=quantization(settings),
                 use_safetensors=True,
                 output_loading_info=True,
                 **attention_arguments(checkpoint),
@@ -280,7 +282,7 @@ def _trainer(
         columns = {name: torch.tensor([row[name] for row in rows]) for name in ("weight", "margin")}
         return {**pad([{k: v for k, v in row.items() if k not in columns} for row in rows]), **columns}
 
-    model = load_classifier(checkpoint, settings.seed, base_dtype(settings, bf16=settings.bf16))
+    model = without_dropout(load_classifier(checkpoint, settings))
     if len(tokenizer) > cast("torch.nn.Embedding", model.get_input_embeddings()).num_embeddings:
         if settings.lora_rank:
             raise ModelError(
@@ -291,9 +293,7 @@ def _trainer(
     model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     trained: Any = model
     if settings.lora_rank:
-        trained = add_lora(
-            model, settings, checkpoint.path, kind="SEQ_CLS", seed=settings.seed, dropout=settings.lora_dropout
-        )
+        trained = add_lora(model, settings, checkpoint.path, kind="SEQ_CLS", seed=settings.seed)
     filler = pairs[0].chosen_ids[-1:]
     rows = [
         {"chosen_ids": list(pair.chosen_ids), "rejected_ids": list(pair.rejected_ids), "margin": pair.margin or 0.0}
@@ -301,7 +301,8 @@ def _trainer(
     ]
     return PairTrainer(
         model=trained,
-        args=RewardConfig(**trainer_arguments(settings, output, plan.steps), disable_dropout=True),
+        # The model has none left; TRL's switch would turn off the adapter's too.
+        args=RewardConfig(**trainer_arguments(settings, output), disable_dropout=False),
         data_collator=collate,
         train_dataset=planned_dataset(rows, {"chosen_ids": filler, "rejected_ids": filler, "margin": 0.0}, plan),
         processing_class=tokenizer,

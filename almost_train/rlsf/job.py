@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 from almost_eval.errors import InputError
 from almost_eval.files import replaced_folder
+from almost_eval.models.adapters import CONFIG, WEIGHTS
 from almost_eval.models.chat import ChatTemplate
 from almost_eval.models.checkpoint import Checkpoint
 from almost_eval.progress import Progress
@@ -36,7 +37,8 @@ ALGORITHMS = {
 COMMON_SETTINGS = frozenset(
     "algorithm steps batch_size micro_batch_size learning_rate schedule warmup_ratio weight_decay max_grad_norm "
     "max_new_tokens temperature stop eos_penalty clip kl_coefficient kl_limit guard_window seed device bf16 "
-    "gradient_checkpointing save_every save_minutes samples_every keep_every".split()
+    "gradient_checkpointing save_every save_minutes samples_every keep_every lora_rank lora_alpha lora_targets "
+    "lora_dropout quantize merge".split()
 )
 """Settings that every algorithm takes."""
 
@@ -52,11 +54,19 @@ class RLSFSettings(LoraSettings):
     micro_batch_size: int = option(4, "Completions in one forward and backward pass of a process.", least=1)
     sampling_batch_size: int = option(32, "Completions sampled at once by a process (PPO).", least=1)
     num_generations: int = option(4, "Completions of one prompt that are compared (RLOO, GRPO).", least=2)
+    loss_type: str = option(
+        "dapo",
+        "How the loss of a token counts (GRPO): all tokens of the batch alike (dapo), all completions alike (grpo), or "
+        "over max_new_tokens, rewards not divided by the group's deviation (dr_grpo).",
+        choices=("dapo", "grpo", "dr_grpo"),
+    )
     ppo_epochs: int = option(4, "Passes over a batch (PPO).", least=1)
     learning_rate: float = option(1e-6, "Peak, AdamW, of the policy.", above=0)
     value_learning_rate: float | None = option(None, "Of the value model; as the policy's where not given.", above=0)
     schedule: str = option("constant", "Learning rate after warm-up.", choices=("constant", "linear", "cosine"))
-    warmup_ratio: float = option(0.03, "Share of the updates over which the learning rate rises.", least=0, most=1)
+    warmup_ratio: float = option(
+        0.03, "Share of the updates, rounded up, over which the learning rate rises.", least=0, most=1
+    )
     weight_decay: float = option(0.0, "AdamW's.", least=0)
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.", above=0)
     max_new_tokens: int = option(256, "Longest completion, tokens.", least=1)
@@ -136,6 +146,8 @@ class Algorithm:
     """Settings that it takes besides `COMMON_SETTINGS`. All others are refused where they are not at their default."""
     update_size: Callable[[RLSFSettings], int]
     """Completions of one update. Raises InputError for settings that do not go together."""
+    checkpoints: Callable[[Path], list[Path]]
+    """Whole checkpoints in a folder `.work`, oldest first."""
 
     def takes(self, setting: str) -> bool:
         """Whether a setting changes what it does."""
@@ -172,10 +184,14 @@ def check_settings(settings: RLSFSettings) -> Algorithm:
     return algorithm
 
 
-def save_policy(job: Job, model: PreTrainedModel, step: int | None = None) -> None:
+def save_policy(job: Job, model: PreTrainedModel | Path, step: int | None = None) -> None:
     """Write `policy/`, or that of a step, whole or not at all: weights, configuration, tokenizer and chat template.
 
-    With `bf16` the model itself is converted: pass a copy of one that goes on training.
+    Args:
+        job: of the run.
+        model: the policy; or a folder with its adapter, which is copied. With `bf16` a model whose weights are trained
+            is converted itself: pass a copy of one that goes on training.
+        step: of a policy on the way; None for the last.
     """
     from transformers.utils import logging as transformers_logging
 
@@ -184,9 +200,13 @@ def save_policy(job: Job, model: PreTrainedModel, step: int | None = None) -> No
     merged = folder if step is None and job.settings.merge else None
     folder = job.output / ADAPTER if merged else folder
     with replaced_folder(folder, job.work / "policy") as scratch:
-        if job.settings.bf16 and not job.settings.lora_rank:
-            model.bfloat16()
-        model.save_pretrained(scratch)
+        if isinstance(model, Path):
+            for file in (CONFIG, WEIGHTS):
+                shutil.copyfile(model / file, scratch / file)
+        else:
+            if job.settings.bf16 and not job.settings.lora_rank:
+                model.bfloat16()
+            model.save_pretrained(scratch)
         (scratch / "README.md").unlink(missing_ok=True)  # PEFT's, of empty headings
         job.tokenizer.save_pretrained(scratch)
     if merged:

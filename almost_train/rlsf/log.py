@@ -21,6 +21,10 @@ SAMPLES = 4
 """Completions of a step that go to samples.jsonl."""
 
 
+class NotFinite(RunError):
+    """A loss, a gradient, a reward or a KL is NaN or infinite."""
+
+
 def batch_row(step: int, rewards: Sequence[float], lengths: Sequence[int], ended: Sequence[bool]) -> Row:
     """The part of a row that every algorithm has.
 
@@ -31,7 +35,7 @@ def batch_row(step: int, rewards: Sequence[float], lengths: Sequence[int], ended
         ended: whether it ends in EOS.
 
     Raises:
-        RunError: a reward is not finite.
+        NotFinite: a reward.
     """
     refuse_non_finite(step, "reward", rewards)
     n = len(rewards)
@@ -48,13 +52,10 @@ def batch_row(step: int, rewards: Sequence[float], lengths: Sequence[int], ended
 
 
 def refuse_non_finite(step: int, what: str, values: Sequence[float]) -> None:
-    """Raise RunError where a value is NaN or infinite."""
+    """Raise NotFinite where a value is NaN or infinite."""
     bad = sum(not math.isfinite(value) for value in values)
     if bad:
-        raise RunError(
-            f"step {step}: {bad} of {len(values)} values of {what} are not finite; what was done is kept, and going on "
-            "would end here again: choose another --output with a lower learning rate, or without bf16"
-        )
+        raise NotFinite(f"step {step}: {bad} of {len(values)} values of {what} are not finite")
 
 
 # --- length ---

@@ -12,8 +12,10 @@ Departures from TRL's PPO trainer, which TRL has removed:
 
 from __future__ import annotations
 
+import copy
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, cast
 
@@ -28,8 +30,15 @@ from almost_eval.errors import InputError
 from almost_eval.files import Row
 from almost_eval.types import JSONObject
 from almost_train.common.interrupts import ended_at, ended_before_any_step, save_requests
-from almost_train.common.lora import adapter_off, add_lora, base_dtype
+from almost_train.common.lora import (
+    adapter_off,
+    add_lora,
+    base_dtype,
+    quantization,
+    set_lora_dropout,
+)
 from almost_train.common.processes import check_together, from_main, join_processes, wait_for_all
+from almost_train.common.schedule import learning_rate_factor
 from almost_train.rlsf import checkpoint as checkpoints
 from almost_train.rlsf import ppo
 from almost_train.rlsf.job import Algorithm, Job, RLSFSettings, save_policy
@@ -58,11 +67,11 @@ from almost_train.rlsf.rollouts import (
 from almost_train.rlsf.sharding import WEIGHTS, spread
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import BitsAndBytesConfig, PreTrainedModel
 
 OWN_SETTINGS = frozenset(
     "mini_batch_size sampling_batch_size ppo_epochs value_learning_rate value_clip gamma gae_lambda whiten_advantages "
-    "normalise_rewards kl_controller kl_target kl_horizon lora_rank lora_alpha lora_targets merge".split()
+    "normalise_rewards kl_controller kl_target kl_horizon".split()
 )
 """Settings of PPO besides those that every algorithm takes."""
 
@@ -188,15 +197,16 @@ class _Loop:
         self.spread = spread(self.accelerator, settings.weight_decay, settings.max_grad_norm)
         device = str(self.accelerator.device)
         held = base_dtype(settings, bf16=settings.bf16)
+        bits = quantization(settings)
         self._first = False
         """Whether the policy to be saved is the one that training began with."""
-        policy = self._first_policy(device)
-        value, self.value_origin = load_value_model(job.reward, job.policy, job.tokenizer, device)
+        policy = self._first_policy(device, bits)
+        value, self.value_origin = load_value_model(job.reward, job.policy, job.tokenizer, device, bits)
         # The policy that training begins with: the base of an adapter, or a copy.
         self.reference: nn.Module | None = None
         if settings.lora_rank:
             value.trunk = add_lora(
-                nn.Module.to(value.trunk, held),
+                value.trunk if bits else nn.Module.to(value.trunk, held),
                 settings,
                 job.policy.path,
                 kind="FEATURE_EXTRACTION",
@@ -322,7 +332,8 @@ class _Loop:
             order = np.random.default_rng((settings.seed, state.step, settings.batch_size + epoch))
             for rows in np.split(order.permutation(settings.batch_size), minis):
                 rate = self._set_rates(state.step * settings.ppo_epochs * minis + updates)
-                sums, error = self._mini_batch(state.step, rollout, advantages, target.returns, rows)
+                with self._lora_dropout(state.step, updates):
+                    sums, error = self._mini_batch(state.step, rollout, advantages, target.returns, rows)
                 totals += sums
                 first_error = error if updates == 0 else first_error
                 updates += 1
@@ -372,10 +383,25 @@ class _Loop:
             self.spread.update(trained, lambda norm: refuse_non_finite(step, "gradient", [norm]))
         return sums, error
 
+    @contextmanager
+    def _lora_dropout(self, step: int, update: int) -> Iterator[None]:
+        """Inside, the adapters drop their inputs, by numbers that depend on seed, step, update and process alone."""
+        if not self.settings.lora_dropout:
+            yield
+            return
+        draw = np.random.default_rng((self.settings.seed, step, update, self.rank)).integers(2**62)
+        with torch.random.fork_rng():
+            torch.manual_seed(int(draw))
+            for trained in self.models:
+                set_lora_dropout(trained.plain, active=True)
+            yield
+        for trained in self.models:
+            set_lora_dropout(trained.plain, active=False)
+
     def _set_rates(self, update: int) -> float:
         s = self.settings
         total = s.steps * s.ppo_epochs * (s.batch_size // s.mini_batch_size)
-        factor = ppo.learning_rate_factor(update, total, s.warmup_ratio, s.schedule)
+        factor = learning_rate_factor(update, total, s.warmup_ratio, s.schedule)
         for trained in self.models:
             self.spread.set_rate(trained, factor)
         return self.trained_policy.rate * factor
@@ -411,23 +437,38 @@ class _Loop:
 
     def save_policy(self, step: int | None = None) -> None:
         """Write the policy, whole: see `job.save_policy`."""
-        tensors = {} if self._first else self.spread.tensors(self.trained_policy)
+        if self._first:
+            policy = self._first_policy("cpu") if self.job.is_first else None
+        elif self.spread.sharded:
+            policy = self._gathered_policy()
+        else:
+            policy = self.trained_policy.plain
+            if step is not None and self.settings.bf16:  # saving converts it
+                policy = copy.deepcopy(policy)
         if self.job.is_first:
-            with torch.no_grad():
-                policy = self._first_policy("cpu")
-                for name, parameter in policy.named_parameters():
-                    if name in tensors:
-                        parameter.copy_(tensors[name][WEIGHTS])
+            assert policy is not None
             save_policy(self.job, policy, step)
         wait_for_all()
 
-    def _first_policy(self, device: str) -> PreTrainedModel:
+    @torch.no_grad()
+    def _gathered_policy(self) -> PreTrainedModel | None:
+        """The policy whole on the CPU of the main process; None in the others."""
+        tensors = self.spread.tensors(self.trained_policy)
+        if not self.job.is_first:
+            return None
+        policy = self._first_policy("cpu")
+        for name, parameter in policy.named_parameters():
+            if name in tensors:
+                parameter.copy_(tensors[name][WEIGHTS])
+        return policy
+
+    def _first_policy(self, device: str, bits: BitsAndBytesConfig | None = None) -> PreTrainedModel:
         """The policy that training begins with, with its adapter where it has one."""
         settings, base = self.settings, self.job.policy
-        policy = load_policy(base, device, base_dtype(settings, bf16=settings.bf16))
+        policy = load_policy(base, device, base_dtype(settings, bf16=settings.bf16), bits)
         if settings.lora_rank:
             return cast("PreTrainedModel", add_lora(policy, settings, base.path, kind="CAUSAL_LM", seed=settings.seed))
         return policy
 
 
-PPO = Algorithm(train, OWN_SETTINGS, update_size)
+PPO = Algorithm(train, OWN_SETTINGS, update_size, checkpoints.folders)

@@ -9,19 +9,25 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from almost_eval.models.checkpoint import Checkpoint
 from almost_eval.models.loading import load_weights
 from almost_eval.rewards.hf import HFRewardModel
+from almost_train.common.lora import without_dropout
 from almost_train.common.seeding import seeded
 from almost_train.rlsf.rollouts import known_options, positions
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load_policy(checkpoint: Checkpoint, device: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_policy(
+    checkpoint: Checkpoint,
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    quantization: BitsAndBytesConfig | None = None,
+) -> PreTrainedModel:
     """A causal LM without dropout: old and new log-probabilities must differ by the update alone."""
     model = load_weights(
         AutoModelForCausalLM,
@@ -30,19 +36,9 @@ def load_policy(checkpoint: Checkpoint, device: str, dtype: torch.dtype = torch.
         device=device,
         attention="auto",
         trust_remote_code=False,
+        quantization=quantization,
     )
     return without_dropout(model)
-
-
-def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
-    """The model, every dropout of it at 0, so that training mode computes what evaluation does."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if isinstance(value, float) and ("dropout" in name or "drop_prob" in name):
-                setattr(module, name, 0.0)  # applied by functions: attention_dropout
-    return model
 
 
 class ValueHead(nn.Linear):
@@ -91,23 +87,45 @@ def completion_values(model: nn.Module, input_ids: Tensor, attention_mask: Tenso
 
 
 def load_value_model(
-    reward: HFRewardModel, policy: Checkpoint, tokenizer: PreTrainedTokenizerBase, device: str
+    reward: HFRewardModel,
+    policy: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    device: str,
+    quantization: BitsAndBytesConfig | None = None,
 ) -> tuple[ValueModel, str]:
     """A value model on a trunk of its own, and where it comes from.
 
     It is the reward model with its score head read at every position, if the reward model reads the policy's tokens
     and reads them from left to right. Else it is the policy's trunk with a head of zeros. Tokens that were added to
     one of the two tokenizers alone (a pad token) do not matter; those without a row in the reward model get zeros.
+    With `quantization` the trunk is read anew from the checkpoint, in so few bits.
     """
     reason = _why_not_reward_model(reward, tokenizer)
     if reason is None:
-        model = without_dropout(copy.deepcopy(reward.model).float().to(device))
+        if quantization is None:
+            model = without_dropout(copy.deepcopy(reward.model).float().to(device))
+        else:
+            model = without_dropout(_quantized(reward.checkpoint, device, quantization))
         _add_rows(model, len(tokenizer))
         head = _head(model)
         assert head is not None  # or there were a reason
         return ValueModel(model.base_model, head.weight, head.bias), "reward model"
-    trunk = load_policy(policy, device).base_model
+    held = torch.float32 if quantization is None else torch.bfloat16
+    trunk = load_policy(policy, device, held, quantization).base_model
     return ValueModel(trunk), f"policy, head at zero: {reason}"
+
+
+def _quantized(reward: Checkpoint, device: str, quantization: BitsAndBytesConfig) -> PreTrainedModel:
+    model: PreTrainedModel = load_weights(
+        AutoModelForSequenceClassification,
+        reward,
+        dtype=torch.bfloat16,
+        device=device,
+        attention="auto",
+        trust_remote_code=False,
+        quantization=quantization,
+    )
+    return model
 
 
 def _head(model: PreTrainedModel) -> nn.Linear | None:

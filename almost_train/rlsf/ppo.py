@@ -241,15 +241,6 @@ def adapted_kl_coefficient(coefficient: float, kl: float, target: float, horizon
     return coefficient * (1 + error * completions / horizon)
 
 
-def learning_rate_factor(update: int, total: int, warmup_ratio: float, schedule: str) -> float:
-    """What the peak rate is multiplied by at an update, counted from 0: a linear rise, then the schedule."""
-    warmup = math.ceil(total * warmup_ratio)
-    if update < warmup:
-        return (update + 1) / warmup
-    part = (update - warmup) / max(total - warmup, 1)  # of what follows the warm-up
-    return {"constant": 1.0, "linear": 1 - part, "cosine": (1 + math.cos(math.pi * part)) / 2}[schedule]
-
-
 @dataclass(frozen=True, slots=True)
 class Moments:
     """Count, mean and sum of squared deviations of all numbers seen."""

@@ -15,17 +15,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from almost_eval.errors import DataError, InputError
-from almost_eval.models.checkpoint import context_length, find_checkpoint
+from almost_eval.errors import DataError, InputError, RunError
+from almost_eval.models.checkpoint import context_length, find_checkpoint, refuse_adapter
 from almost_eval.progress import Progress
 from almost_eval.types import Conversation, JSONObject
 from almost_train.common.formats import read_prompt_rows
-from almost_train.common.lora import check_lora
-from almost_train.common.processes import is_main, shared_stage, world_size
+from almost_train.common.interrupts import what_is_kept
+from almost_train.common.lora import BASE, base_dtype, check_lora
+from almost_train.common.merge import whole_base
+from almost_train.common.processes import WORK, is_main, shared_stage, world_size
 from almost_train.common.stage import model_input
 from almost_train.common.tables import read_any
 from almost_train.common.trainers import keep_template
 from almost_train.rlsf.job import Job, RLSFSettings, check_settings
+from almost_train.rlsf.log import NotFinite
 
 
 def rlsf(
@@ -57,6 +60,7 @@ def rlsf(
         RunError: a loss or a reward that is not finite.
     """
     algorithm = check_settings(settings)
+    check_lora(settings, settings.device)
     settings = replace(settings, micro_batch_size=check_shares(settings, algorithm.update_size(settings)))
     table = read_any(prompts)
     source = read_prompt_rows(table)
@@ -69,7 +73,13 @@ def rlsf(
         if stage.result is not None:
             return stage.result
         job = _prepare(settings, source.records, policy, reward_model, output, progress or Progress())
-        metrics = algorithm.train(job)
+        try:
+            metrics = algorithm.train(job)
+        except NotFinite as error:
+            raise RunError(
+                f"{error}; {what_is_kept(algorithm.checkpoints(job.work))}; going on would end here again: choose "
+                "another --output with a lower learning rate, or without bf16"
+            ) from None
         metrics = {
             "algorithm": settings.algorithm,
             **metrics,
@@ -113,8 +123,9 @@ def _prepare(
     progress: Progress,
 ) -> Job:
     checkpoint = find_checkpoint(policy)
-    check_lora(settings, checkpoint, "RLSF")
     reward_checkpoint = find_checkpoint(reward_model, architectures=("SequenceClassification", "RewardModel"))
+    if settings.is_quantized and settings.algorithm == "ppo":
+        refuse_adapter(reward_checkpoint, f"the value model of --quantize {settings.quantize}")
     from almost_eval.models.loading import load_tokenizer
     from almost_eval.models.tensors import check_weights
     from almost_eval.rewards.hf import HFRewardModel
@@ -142,6 +153,12 @@ def _prepare(
             f"none of {len(every)} prompts leaves room for max_new_tokens {settings.max_new_tokens} in the context of "
             f"{room + settings.max_new_tokens} (policy) or {reward.context_length} (reward model)"
         )
+    # A new adapter must name weights that are on disk, and TRL reads its reference from the policy's folder.
+    held = base_dtype(settings, bf16=settings.bf16)
+    if settings.lora_rank:
+        checkpoint = whole_base(checkpoint, output / BASE, held)
+    elif settings.algorithm != "ppo":
+        checkpoint = whole_base(checkpoint, output / WORK / BASE, held)
     return Job(
         settings=settings,
         prompts=kept,

@@ -8,6 +8,7 @@ What differs from PPO, because TRL's trainers work so:
   there, and takes the EOS penalty.
 - KL is in TRL's estimator (RLOO: k1 in the reward, GRPO: k3 in the loss).
 - Rewards are not normalised: they are compared within a prompt.
+- The batch after the last update, which is there to be measured, is a step of TRL's too. Its gradients are dropped.
 - Resuming uses the Trainer's own checkpoints, which include a pickle of generator states.
 """
 
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import random
 import shutil
 import time
@@ -36,8 +36,19 @@ from almost_eval.models.checkpoint import find_checkpoint
 from almost_eval.models.loading import attention_arguments
 from almost_eval.types import JSONObject
 from almost_train.common.interrupts import SaveRequests, ended_at, save_requests
+from almost_train.common.lora import (
+    adapter_to_zero,
+    base_dtype,
+    layers_named,
+    lora_config,
+    quantization,
+    ready_for_lora,
+    set_lora_dropout,
+    train_in_float32,
+)
 from almost_train.common.processes import alone, check_together
-from almost_train.common.trainers import joined
+from almost_train.common.schedule import learning_rate_factor
+from almost_train.common.trainers import QuietTrainer, joined
 from almost_train.rlsf.job import Algorithm, Job, RLSFSettings, save_policy
 from almost_train.rlsf.log import (
     SAMPLES,
@@ -88,34 +99,38 @@ def update_size(settings: RLSFSettings) -> int:
 def train(job: Job) -> JSONObject:
     """Run TRL's trainer to its end and save the policy; returns metrics."""
     settings, work = job.settings, job.work
+    last = settings.steps + 1  # as TRL counts: the last of them measures the trained policy, and changes nothing
     begin = max(_checkpoints(work), default=0)
     with (
         _own_random_state(),
         StepLog(job.output, begin, active=job.is_first) as log,
         save_requests(settings.save_minutes) as saving,
-        job.progress.track(f"RLSF ({settings.algorithm.upper()})", settings.steps, begin) as advance,
+        job.progress.track(
+            f"RLSF ({settings.algorithm.upper()})", settings.steps, min(begin, settings.steps)
+        ) as advance,
     ):
         trainer, watch = _trainer(job, log, advance, saving)
         # 1. Train, unless an earlier process came to the end, or to where a guard stops, and no further.
         watch.stopped = verdict(log.rows, settings.kl_limit, settings.guard_window)
-        if watch.stopped is None and begin < settings.steps:
+        if watch.stopped is None and begin < last:
             trainer.train(resume_from_checkpoint=str(work / f"checkpoint-{begin}") if begin else None)
-            if watch.stopped is None and trainer.state.global_step < settings.steps:
+            if watch.stopped is None and trainer.state.global_step < last:
                 raise ended_at(trainer.state.global_step)
         # 2. The last policy, or after a guard's stop the last good one.
-        policy_step, final = settings.steps, work / f"checkpoint-{settings.steps}"
+        policy_step, final = settings.steps, work / f"checkpoint-{last}"
         if watch.stopped is not None:
             # A row describes the policy before its update, and checkpoint n is the policy before row n.
             good = last_good_step(log.rows, watch.stopped, settings.guard_window)
             policy_step = max((at for at in _checkpoints(work) if at <= good), default=0)
-            final = work / f"checkpoint-{policy_step}" if policy_step else job.policy.path
-        elif begin < settings.steps:
+            final = work / f"checkpoint-{policy_step}" if policy_step else _first(job, trainer)
+        elif begin < last:
             final = work / "final"
             trainer.save_model(str(final))  # gathers what FSDP or DeepSpeed has spread out
-        metrics = {"steps": len(log.rows), "policy_step": policy_step, "stopped": watch.stopped}
+        done = min(len(log.rows), settings.steps)  # a guard stops after an update, but at the end
+        metrics = {"steps": done, "policy_step": policy_step, "stopped": watch.stopped}
         trainer.accelerator.wait_for_everyone()
         if job.is_first:
-            save_policy(job, _saved(final))
+            save_policy(job, final if settings.lora_rank else _saved(final))
         return metrics | summary(log.rows)
 
 
@@ -181,32 +196,48 @@ class _Watch(TrainerCallback):
         row = batch_row(step, *([sample[key] for sample in batch] for key in ("reward", "tokens", "ended")))
         # TRL's KL is the mean over tokens, ours is of a completion.
         row |= {"kl": logs["kl"] * row["length"], "entropy": logs.get("entropy")}
-        row |= {"kl_coefficient": settings.kl_coefficient, "policy_loss": logs["loss"]}
+        row |= {"kl_coefficient": settings.kl_coefficient}
         row |= {"cut_for_reward": sum(sample["shortened"] for sample in batch)}
-        row |= {"clip_share": logs.get("clip_ratio/region_mean"), "learning_rate": logs.get("learning_rate")}
-        refuse_non_finite(step, "loss, KL and gradient", [logs["loss"], row["kl"], logs.get("grad_norm", 0.0)])
+        refuse_non_finite(step, "KL", [row["kl"]])
+        if updated := step < settings.steps:
+            refuse_non_finite(step, "loss and gradient", [logs["loss"], logs.get("grad_norm", 0.0)])
+            row |= {"policy_loss": logs["loss"], "clip_share": logs.get("clip_ratio/region_mean")}
+            row |= {"learning_rate": logs.get("learning_rate")}
         seconds = time.monotonic() - self._began
         row |= {"seconds": round(seconds, 3), "tokens_per_second": round(row["length"] * len(batch) / seconds, 1)}
         self._began = time.monotonic()
         self._log.step(row)
-        if step % settings.samples_every == 0 or step == settings.steps - 1:
+        if step % settings.samples_every == 0 or not updated:
             inner = ("tokens", "shortened")
             self._log.samples([{k: v for k, v in sample.items() if k not in inner} for sample in batch[:SAMPLES]])
         self.stopped = verdict(self._log.rows, settings.kl_limit, settings.guard_window)
         control.should_training_stop = control.should_training_stop or self.stopped is not None
-        self._advance(1)
+        if self._job.keeps(state.global_step):
+            self._keep(state.global_step)
+        if updated:
+            self._advance(1)
+
+    def _keep(self, step: int) -> None:
+        """The policy after this step's update goes to `policies/`."""
+        scratch = self._job.work / "kept"
+        self.trainer.save_model(str(scratch))  # gathers what FSDP or DeepSpeed has spread out
+        if self._job.is_first:
+            save_policy(self._job, scratch if self._job.settings.lora_rank else _saved(scratch), step)
+            shutil.rmtree(scratch)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """The step that measures the trained policy has no update."""
+        if state.global_step == self._job.settings.steps:
+            assert self.trainer.model is not None
+            self.trainer.model.zero_grad()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Keep the policy after this step's update, if `keep_every` falls on it; save as the clock or a signal says."""
+        """Save as the clock or a signal says."""
         save, end = self._saving.now()
         control.should_save = control.should_save or (save and state.global_step < state.max_steps)
         control.should_training_stop = control.should_training_stop or end
-        if self._job.keeps(state.global_step):
-            scratch = self._job.work / "kept"
-            self.trainer.save_model(str(scratch))  # gathers what FSDP or DeepSpeed has spread out
-            if self._job.is_first:
-                save_policy(self._job, _saved(scratch), state.global_step)
-                shutil.rmtree(scratch)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """The clock starts anew."""
@@ -218,10 +249,9 @@ def _trainer(job: Job, log: StepLog, advance: Callable[[int], None], saving: Sav
 
     settings = job.settings
     # 1. Settings under TRL's names. Those whose default in TRL differs from ours are set too.
-    warmup = math.ceil(settings.steps * settings.warmup_ratio)
     arguments: JSONObject = {
         "output_dir": str(job.work),
-        "max_steps": settings.steps,
+        "max_steps": settings.steps + 1,
         "per_device_train_batch_size": settings.micro_batch_size,
         "gradient_accumulation_steps": settings.batch_size // (settings.micro_batch_size * job.processes),
         "num_generations": settings.num_generations,
@@ -232,15 +262,13 @@ def _trainer(job: Job, log: StepLog, advance: Callable[[int], None], saving: Sav
         "beta": settings.kl_coefficient,
         "epsilon": settings.clip,
         "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": {"constant": "constant_with_warmup"}.get(settings.schedule, settings.schedule),
-        "warmup_steps": warmup,
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
         "optim": "adamw_torch",
         "bf16": settings.bf16,
         "gradient_checkpointing": settings.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
-        "disable_dropout": True,
+        "disable_dropout": not settings.lora_dropout,  # the policy has none of its own
         "ddp_find_unused_parameters": False,
         **joined(settings.device),
         "dataloader_pin_memory": torch.cuda.is_available(),  # without an accelerator torch warns of it
@@ -254,20 +282,45 @@ def _trainer(job: Job, log: StepLog, advance: Callable[[int], None], saving: Sav
     }
     if settings.algorithm == "rloo":
         arguments["normalize_advantages"] = settings.whiten_advantages
+    else:
+        arguments["loss_type"] = settings.loss_type
+        # Dr. GRPO's second half: a prompt whose completions are rewarded alike counts no more than another.
+        arguments["scale_rewards"] = "none" if settings.loss_type == "dr_grpo" else "group"
     config, trainer_class = {"rloo": (RLOOConfig, RLOOTrainer), "grpo": (GRPOConfig, GRPOTrainer)}[settings.algorithm]
     # 2. Models and data. TRL pads, and so changes the tokenizer: it gets a copy.
     _ = job.reward.model  # loaded before TRL's set-up, under which DeepSpeed would spread it over the processes
-    policy = load_policy(job.policy, "cpu")
-    ends = frozenset(end_ids(policy, job.tokenizer))
-    watch = _Watch(job, log, advance, saving, ends)
-    trainer = _with_own_sampling(trainer_class, job)(
-        model=policy,
-        reward_funcs=watch.reward,
-        args=config(**arguments),
-        train_dataset=_dataset(job),
-        processing_class=copy.deepcopy(job.tokenizer),
-        callbacks=[watch],
+    policy = load_policy(job.policy, "cpu", base_dtype(settings, bf16=settings.bf16), quantization(settings))
+    watch = _Watch(job, log, advance, saving, frozenset(end_ids(policy, job.tokenizer)))
+
+    class PolicyTrainer(QuietTrainer, _with_own_sampling(trainer_class, job)):  # type: ignore[misc, valid-type]
+        """TRL's, with our learning rate. The adapter's dropout is for updates alone, not for samples."""
+
+        def _generate_and_score_completions(self, inputs: list[Row]) -> JSONObject:
+            set_lora_dropout(self.model, active=False)
+            batch: JSONObject = super()._generate_and_score_completions(inputs)
+            set_lora_dropout(self.model, active=True)
+            return batch
+
+    with layers_named(settings):
+        trainer = PolicyTrainer(
+            model=ready_for_lora(policy, settings),
+            reward_funcs=watch.reward,
+            args=config(**arguments),
+            train_dataset=_dataset(job),
+            processing_class=copy.deepcopy(job.tokenizer),
+            callbacks=[watch],
+            # TRL puts it on: with an adapter of its own making, its reference is the base with the adapter off.
+            peft_config=lora_config(settings, "CAUSAL_LM") if settings.lora_rank else None,
+        )
+    trainer.rate_factor = lambda step: (
+        learning_rate_factor(step, settings.steps, settings.warmup_ratio, settings.schedule)
+        if step < settings.steps
+        else 0.0
     )
+    if settings.lora_rank:
+        trainer.model.peft_config["default"].base_model_name_or_path = str(job.policy.path)
+    if settings.is_quantized:
+        train_in_float32(trainer.model)
     check_together(trainer.accelerator)
     watch.trainer = trainer
     trainer.remove_callback(PrinterCallback)  # stdout is for results
@@ -331,7 +384,7 @@ def _dataset(job: Job) -> Dataset:
     return Dataset.from_list(
         [
             {"prompt": texts[prompt.token_ids], "id": prompt.id}
-            for step in range(job.settings.steps)
+            for step in range(job.settings.steps + 1)
             for prompt in batch_prompts(job.prompts, job.settings.seed, step, size)
         ]
     )
@@ -348,6 +401,20 @@ def _checkpoints(work: Path) -> list[int]:
             json.loads(state.read_text(encoding="utf-8"))
             steps.append(int(state.parent.name.split("-")[1]))
     return sorted(steps)
+
+
+def _folders(work: Path) -> list[Path]:
+    return [work / f"checkpoint-{step}" for step in _checkpoints(work)]
+
+
+def _first(job: Job, trainer: Trainer) -> Path:
+    """A folder with the policy that training began with."""
+    if not job.settings.lora_rank:
+        return job.policy.path
+    assert trainer.model is not None
+    adapter_to_zero(trainer.model)
+    trainer.save_model(str(job.work / "first"))
+    return job.work / "first"
 
 
 def _saved(folder: Path) -> PreTrainedModel:
@@ -371,5 +438,5 @@ def _own_random_state() -> Iterator[None]:
             np.random.set_state(numpy_state)
 
 
-RLOO = Algorithm(train, frozenset(("num_generations", "whiten_advantages")), update_size)
-GRPO = Algorithm(train, frozenset(("num_generations",)), update_size)
+RLOO = Algorithm(train, frozenset(("num_generations", "whiten_advantages")), update_size, _folders)
+GRPO = Algorithm(train, frozenset(("num_generations", "loss_type")), update_size, _folders)

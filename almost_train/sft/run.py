@@ -28,7 +28,8 @@ from almost_eval.types import Conversation, JSONObject
 from almost_train.common.batches import NO_LOSS, BatchPlan, batch_plan, planned_dataset
 from almost_train.common.config import option
 from almost_train.common.formats import read_dialogues
-from almost_train.common.lora import add_lora, base_dtype, check_lora
+from almost_train.common.lora import BASE, add_lora, base_dtype, check_lora, quantization
+from almost_train.common.merge import whole_base
 from almost_train.common.processes import is_main, shared_stage
 from almost_train.common.stage import model_input
 from almost_train.common.tables import read_any
@@ -80,7 +81,7 @@ def train_sft(
     # 1. What is refused without weights.
     checkpoint = find_checkpoint(model)
     check_batches(settings)
-    check_lora(settings, checkpoint, "SFT")
+    check_lora(settings, settings.device)
     table = read_any(demonstrations)
     source = read_dialogues(table)
     dialogues = source.records
@@ -106,6 +107,8 @@ def train_sft(
         plan = batch_plan(lengths, batch_size=settings.batch_size, epochs=settings.epochs, seed=settings.seed)
 
         # 3. Training.
+        if settings.lora_rank:
+            checkpoint = whole_base(checkpoint, output / BASE, base_dtype(settings, bf16=settings.bf16))
         progress.note(f"sft: {len(rows)} answers ({source.format}), {plan.steps} steps of {settings.batch_size}")
         fit(
             lambda: _trainer(settings, checkpoint, tokenizer, rows, plan, output), stage, plan.steps, progress, settings
@@ -218,20 +221,17 @@ def _trainer(
         device="cpu",
         attention="auto",
         trust_remote_code=False,
+        quantization=quantization(settings),
     )
     stop_at_eos(model, tokenizer)
     if settings.lora_rank:
-        model = add_lora(
-            model, settings, checkpoint.path, kind="CAUSAL_LM", seed=settings.seed, dropout=settings.lora_dropout
-        )
+        model = add_lora(model, settings, checkpoint.path, kind="CAUSAL_LM", seed=settings.seed)
     filler = rows[0].input_ids[:2]  # two tokens: one alone has no next token to predict
     table = [{"input_ids": row.input_ids, "labels": row.labels} for row in rows]
     dataset = planned_dataset(table, {"input_ids": filler, "labels": [NO_LOSS] * len(filler)}, plan)
     trainer = AnswerTrainer(
         model=model,
-        args=SFTConfig(
-            **trainer_arguments(settings, output, plan.steps), dataset_kwargs={"skip_prepare_dataset": True}
-        ),
+        args=SFTConfig(**trainer_arguments(settings, output), dataset_kwargs={"skip_prepare_dataset": True}),
         train_dataset=dataset.remove_columns("weight"),
         processing_class=tokenizer,
     )

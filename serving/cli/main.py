@@ -63,7 +63,11 @@ def cli() -> None:
 @_model(DEFAULT_MODEL, "Checkpoint directory, hub id or built-in name.")
 @options(_SERVER, [_STOP], DOOR, _RUN, [_REST])
 def policy(**values: Any) -> None:
-    """Serve a causal language model: vLLM's OpenAI-compatible server."""
+    """Serve a causal language model: vLLM's OpenAI-compatible server.
+
+    On a CPU, top-p and seeds cost little here: the sampler's last step is ours, with vLLM's own tokens.
+    With --worker-cls auto it is vLLM's own, and top-p with a seed takes twice the time of greedy or more.
+    """
     _serve_one("policy", **values)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from almost_eval.engines.vllm_process import CPU_WORKER
 from almost_eval.errors import InputError
 from almost_eval.models.adapters import Adapter
 from almost_eval.models.loading import pick_dtype
@@ -167,7 +168,9 @@ def _cpu_options(
     if model.kind == "policy":
         # A prompt with a seed must not be read in parts: vLLM sets the request's generator back after each part,
         # which torch's CPU generators cannot (0.31: "CPU Generator does not use offset").
-        chosen |= {"no-enable-chunked-prefill": ""}
+        # The worker is vLLM's own but for the last step of its sampler, which gives the same tokens without a sort of
+        # the vocabulary: 13 times as fast for top-p with a seed.
+        chosen |= {"no-enable-chunked-prefill": "", "worker-cls": CPU_WORKER}
     chosen["max-num-batched-tokens"] = str(max(4096, context))
     sized = "kv-cache-memory-bytes" in user_set or "VLLM_CPU_KVCACHE_SPACE" in environment
     cache = float(GIB)

@@ -19,6 +19,7 @@ from almost_eval.engines.hf_attention import BLOCK, ChunkPlan, LastLayer, attend
 from almost_eval.engines.hf_loglikelihood import AttentionWindow, Limits, SharedPrefixScorer
 from almost_eval.engines.hf_probe import probe
 from almost_eval.engines.prefix import EncodedContinuation, EncodedRequest, build_trie
+from almost_eval.models.loading import cpu_has_bfloat16
 from almost_eval.types import LoglikelihoodRequest
 
 SHARING = ("llama-gqa", "llama-tied", "gpt2", "mistral-window", "gemma3", "qwen2", "gpt-neox", "opt", "phi3", "mixtral")
@@ -290,3 +291,36 @@ def test_a_model_outside_the_registry_keeps_its_attention(models: Callable[[str]
     with attending(model, plan):
         assert model.config._attn_implementation == "sdpa"
         assert hf_attention._plan.get() is None
+
+
+@pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU does not compute in bfloat16")
+@pytest.mark.parametrize(("kv_heads", "groups", "size"), [(3, 3, 64), (1, 4, 256), (8, 1, 80)])
+@pytest.mark.parametrize("scaling", [None, 0.11])
+def test_products_in_bfloat16_lose_less_than_attention_that_rounds_its_scores(
+    kv_heads: int, groups: int, size: int, scaling: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores of one to some dozens, a first key that draws most of the weight, parts masked off."""
+    monkeypatch.setattr(hf_attention, "SCORES", 40_000)  # several rounds over the heads
+    generator = torch.Generator().manual_seed(0)
+    q, keys = 24, 200
+    query = 3 * torch.randn((1, kv_heads * groups, q, size), generator=generator)
+    key, value = (torch.randn((1, kv_heads, keys, size), generator=generator) for _ in range(2))
+    key[:, :, 0] *= 3
+    allowed = torch.rand((q, keys), generator=generator) < 0.8
+    allowed[:, 7] = True
+    mask = torch.zeros((1, 1, q, keys)).masked_fill(~allowed, torch.finfo(torch.bfloat16).min)
+    half = [tensor.bfloat16() for tensor in (query, key, value, mask)]
+    wide = [tensor.double() for tensor in half]
+    keys_of_all, values_of_all = (tensor.repeat_interleave(groups, 1) for tensor in wide[1:3])
+    exact = nn.functional.scaled_dot_product_attention(
+        wide[0], keys_of_all, values_of_all, attn_mask=wide[3], scale=scaling
+    )
+    ours = hf_attention._attend(half[0], half[1], half[2], half[3], scaling)
+    monkeypatch.setattr(hf_attention, "cpu_has_bfloat16", lambda: False)
+    torchs = hf_attention._attend(half[0], half[1], half[2], half[3], scaling)
+    scores = half[0] @ half[1].repeat_interleave(groups, 1).mT * (scaling or size**-0.5) + half[3]
+    eager = scores.float().softmax(-1).bfloat16() @ half[2].repeat_interleave(groups, 1)  # as in transformers
+    off, off_in_torch, off_eager = ((part.double() - exact).abs().mean() for part in (ours, torchs, eager))
+    assert ours.dtype is torch.bfloat16
+    assert off < 2.5 * off_in_torch  # its scores stay in float32
+    assert off < 0.5 * off_eager

@@ -16,10 +16,13 @@ import pytest
 from almost_eval.engines.base import GenerationEngine, LoglikelihoodEngine, SamplingParams
 from almost_eval.engines.decoding import decode
 from almost_eval.engines.hf import HFEngine
+from almost_eval.engines.openai import OpenAIEngine
+from almost_eval.engines.openai_loglikelihood import OpenAIScorer
 from almost_eval.engines.vllm import VLLMEngine
 from almost_eval.errors import InputError, RunError
 from almost_eval.nano.seeded import build_checkpoint
 from almost_eval.types import Completion, LoglikelihoodRequest
+from serving.vllm.launch import VLLMServer
 
 CONTEXT = 128  # tokens
 TEXT = ["The cat sat on the mat, and the dog sat by the door. Hello world, hello there; numbers 1 2 3 and 42."] * 4
@@ -280,3 +283,21 @@ def test_the_marks_of_a_thought_stay_in_what_vllm_wrote(thinking: Path) -> None:
         assert all("a" not in c.text for c in stopped)
     finally:
         engine.close()
+
+
+@pytest.mark.slow
+def test_the_marks_of_a_thought_come_through_vllms_server_too(thinking: Path) -> None:
+    with VLLMServer("policy", str(thinking), options=["--dtype", "float32"]) as server:
+        server.wait_ready(timeout_s=300)
+        engine = OpenAIScorer(server.model, base_url=f"{server.url}/v1", tokenizer=str(thinking))
+        params = SamplingParams(max_new_tokens=60, temperature=2.0, n=12, seed=1)
+        completions = engine.generate(["The dog"], params)[0]
+        marked = [c for c in completions if "[THINK]" in c.text or "[/THINK]" in c.text]
+        assert marked
+        stopped = engine.generate(["The dog"], replace(params, stop=("a",)))[0]
+        assert all("a" not in c.text for c in stopped)
+        assert any("THINK]" in c.text for c in stopped)
+        # Without a tokenizer nobody here knows the marks: the text is the server's.
+        plain = OpenAIEngine(server.model, base_url=f"{server.url}/v1")
+        unmarked = plain.generate(["The dog"], params)[0]
+    assert [c.text for c in unmarked] == [c.text.replace("[THINK]", "").replace("[/THINK]", "") for c in completions]

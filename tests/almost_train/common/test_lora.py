@@ -12,12 +12,12 @@ import torch
 from stopping import StopAfter, Stopped
 
 from almost_eval.engines.hf import HFEngine
-from almost_eval.errors import InputError, ModelError
+from almost_eval.errors import InputError
 from almost_eval.files import digest_path, read_rows, write_rows
 from almost_eval.models.checkpoint import find_checkpoint
 from almost_eval.rewards.hf import HFRewardModel
 from almost_eval.types import LoglikelihoodRequest, Message
-from almost_train.common.lora import LoraSettings, adapter_off, add_lora
+from almost_train.common.lora import LoraSettings, adapter_off, add_lora, quantization
 from almost_train.reward.run import RewardSettings, train_reward
 from almost_train.rlsf.job import RLSFSettings
 from almost_train.rlsf.models import load_policy
@@ -202,8 +202,76 @@ def test_what_does_not_go_together_is_one_line(
         train_sft(SFTSettings(**{**LORA, "lora_rank": 0}, merge=True), demonstrations, base, tmp_path / "a")
     with pytest.raises(InputError, match="--lora-targets foo: "):
         train_sft(SFTSettings(**LORA, lora_targets=("foo",)), demonstrations, base, tmp_path / "b")
-    with pytest.raises(InputError, match="algorithm rloo takes no lora_rank"):
-        play(prompts, tmp_path / "c", algorithm="rloo", mini_batch_size=16)
-    train_sft(SFTSettings(**LORA), demonstrations, base, tmp_path / "d")
-    with pytest.raises(ModelError, match="is an adapter, and a LoRA of SFT takes whole checkpoints: merge it first"):
-        train_sft(SFTSettings(**LORA), demonstrations, str(tmp_path / "d" / "model"), tmp_path / "e")
+    with pytest.raises(InputError, match="--lora-dropout, --quantize without a rank; give --lora-rank"):
+        play(prompts, tmp_path / "c", lora_rank=0, lora_dropout=0.1, quantize="4bit")
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which holds weights in 4 bits")
+def test_4_bits_without_a_gpu_are_one_line_before_anything_is_looked_for(
+    demonstrations: Path, comparisons: Path, prompts: Path, tmp_path: Path
+) -> None:
+    bits: dict[str, Any] = {"lora_rank": 4, "quantize": "4bit", "device": "auto"}
+    line = "^--quantize 4bit needs an NVIDIA GPU, and this would train on the CPU; leave it out, or train where there"
+    for algorithm in ("ppo", "rloo", "grpo"):
+        with pytest.raises(InputError, match=line):
+            rlsf(RLSFSettings(**bits, algorithm=algorithm), prompts, "no policy", "no reward", tmp_path / algorithm)
+    with pytest.raises(InputError, match=line):
+        train_sft(SFTSettings(**bits), demonstrations, "nano/sft", tmp_path / "sft")
+    with pytest.raises(InputError, match=line):
+        train_reward(RewardSettings(**bits), comparisons, "nano/sft", tmp_path / "reward")
+    assert not list(tmp_path.glob("*/stage.json"))
+
+
+def test_4_bits_are_nf4_with_whole_output_layers() -> None:
+    assert quantization(LoraSettings(lora_rank=4)) is None
+    bits = quantization(LoraSettings(lora_rank=4, quantize="4bit"))
+    assert bits is not None
+    assert (bits.load_in_4bit, bits.bnb_4bit_quant_type, bits.bnb_4bit_use_double_quant) == (True, "nf4", True)
+    assert bits.bnb_4bit_compute_dtype == torch.bfloat16
+    assert {"lm_head", "score"} <= set(bits.llm_int8_skip_modules)
+
+
+@pytest.mark.slow
+def test_a_lora_on_an_adapter_belongs_to_a_base_on_disk(
+    tiny_checkpoint: Tiny, demonstrations: Path, comparisons: Path, tmp_path: Path
+) -> None:
+    first = tmp_path / "first" / "model"
+    train_sft(SFTSettings(**LORA), demonstrations, str(tiny_checkpoint("llama-gqa")), tmp_path / "first")
+    still = {**LORA, "learning_rate": 1e-9}  # next to nothing: it is the start that shows
+    train_sft(SFTSettings(**still), demonstrations, str(first), tmp_path / "second")
+    second = tmp_path / "second" / "model"
+    base = find_checkpoint(str(second))
+    assert (base.adapter is not None, base.path) == (True, tmp_path / "second" / "base")
+    mine, theirs = (HFEngine(str(one)).loglikelihood([REQUEST])[0] for one in (first, second))
+    assert [s.logprob for s in mine] == pytest.approx([s.logprob for s in theirs], abs=1e-4)
+    # And a reward model, whose base is whole weights while it is trained.
+    for name, rank in (("whole", 0), ("lora", 4)):
+        train_reward(RewardSettings(**{**LORA, "lora_rank": rank}), comparisons, str(first), tmp_path / name)
+        assert HFRewardModel(str(tmp_path / name / "model")).score([(Message("user", "x"), Message("assistant", "y"))])
+    assert not (tmp_path / "whole" / "base").exists()
+
+
+def test_dropout_of_a_reward_models_lora_acts(tiny_checkpoint: Tiny, comparisons: Path, tmp_path: Path) -> None:
+    logs = {}
+    for dropout in (0.0, 0.5):
+        settings = RewardSettings(**LORA, lora_dropout=dropout, warmup_share=0.0)
+        train_reward(settings, comparisons, str(tiny_checkpoint("llama-gqa")), tmp_path / str(dropout))
+        logs[dropout] = [row["loss"] for row in read_rows(tmp_path / str(dropout) / "log.jsonl")]
+    assert logs[0.0][0] == logs[0.5][0]  # the adapter is nothing yet
+    assert logs[0.0][-1] != pytest.approx(logs[0.5][-1], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_ppos_dropout_is_in_its_updates_alone_and_goes_on_to_the_same_bytes(prompts: Path, tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        play(prompts, tmp_path / "stopped", StopAfter(3), lora_dropout=0.3)
+    play(prompts, tmp_path / "stopped", lora_dropout=0.3)
+    play(prompts, tmp_path / "dropout", lora_dropout=0.3)
+    play(prompts, tmp_path / "plain")
+    policies = [digest_path(tmp_path / name / "policy") for name in ("stopped", "dropout", "plain")]
+    assert policies[0] == policies[1] != policies[2]
+    rows = {name: read_rows(tmp_path / name / "log.jsonl") for name in ("dropout", "plain")}
+    assert rows["dropout"][0]["reward"] == rows["plain"][0]["reward"]
+    # The first update meets the policy that sampled, but for what is dropped. At first that is nothing.
+    assert rows["dropout"][0]["first_ratio_error"] < 1e-5 < rows["dropout"][1]["first_ratio_error"]

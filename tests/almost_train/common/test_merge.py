@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 
 from almost_eval.engines.hf import HFEngine
-from almost_eval.errors import InputError, ModelError
+from almost_eval.errors import InputError
 from almost_eval.files import write_rows
 from almost_eval.models.checkpoint import find_checkpoint
 from almost_eval.nano import shipped
 from almost_eval.rewards.hf import HFRewardModel
 from almost_eval.types import LoglikelihoodRequest, Message
 from almost_train.common.merge import merge
-from almost_train.reward.run import RewardSettings, train_reward
 from almost_train.sft.run import SFTSettings, train_sft
 
 REQUESTS = [LoglikelihoodRequest("The panther is", (" big.", " small."))]
@@ -79,7 +78,7 @@ def test_what_is_no_adapter_or_no_new_folder_is_refused(tmp_path: Path) -> None:
         merge(str(adapter), tmp_path / "base")
 
 
-def test_sft_starts_from_an_adapter_and_reward_training_names_the_command(tmp_path: Path) -> None:
+def test_sft_starts_from_an_adapter(tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "adapter")
     rows = tmp_path / "demonstrations.jsonl"
     write_rows(rows, [{"messages": [message.to_dict() for message in TALK]}] * 2)
@@ -90,5 +89,3 @@ def test_sft_starts_from_an_adapter_and_reward_training_names_the_command(tmp_pa
         for folder in (adapter, tmp_path / "sft" / "model")
     )
     assert trained == pytest.approx(started, abs=1e-4)  # the rate is next to nothing: it is the start that shows
-    with pytest.raises(ModelError, match="`almost-train merge"):
-        train_reward(RewardSettings(), rows, str(adapter), tmp_path / "reward")

@@ -196,7 +196,7 @@ def test_the_loss_is_bradley_terry_over_the_real_pairs(
     held_out = {r["prompt_id"] for r in read_rows(tmp_path / "reward" / "eval.jsonl")}
     pairs = [pair for pair in read_pairs(comparisons).pairs if pair.prompt_id not in held_out]
     assert metrics["train_pairs"] == len(pairs) == 16
-    model = load_classifier(find_checkpoint(str(folder)), seed=0)
+    model = load_classifier(find_checkpoint(str(folder)), RewardSettings(seed=0))
     from almost_eval.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(find_checkpoint(str(folder)))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from almost_eval.engines.vllm_process import CPU_WORKER
 from almost_eval.errors import InputError, ModelError, TemplateError
 from almost_eval.models import loading
 from almost_eval.models.chat import encode_text, load_template, special_tokens
@@ -46,6 +47,8 @@ def test_a_policy_on_a_cpu() -> None:
               "kv-cache-memory-bytes": str(GIB), "max-num-batched-tokens": "4096"}  # fmt: skip
     assert {name: value(made, name) for name in wanted} == wanted
     assert {"--enforce-eager", "--no-enable-chunked-prefill"} <= set(made.arguments)
+    assert value(made, "worker-cls") == CPU_WORKER  # tests/almost_eval/engines/test_vllm_sampling.py
+    assert value(command("reward"), "worker-cls") is None  # nothing is sampled
     assert made.environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
     assert made.environment["OMP_NUM_THREADS"] == "1"  # it is a very small model
     assert all(word in made.note for word in ("float32", "eager", "1 GiB", "blocks of 32", "one thread"))
@@ -95,6 +98,7 @@ def test_a_reward_model_gives_raw_logits() -> None:
         (("--enable-chunked-prefill",), "--no-enable-chunked-prefill"),
         (("--no-enforce-eager",), "--enforce-eager"),
         (("--kv-cache-memory-bytes", "1G"), f"--kv-cache-memory-bytes {GIB}"),
+        (("--worker-cls", "auto"), f"--worker-cls {CPU_WORKER}"),
         (("--load-format", "dummy"), "--load-format safetensors"),
         (("--generation-config", "auto"), "--generation-config vllm"),
     ],

@@ -1,0 +1,103 @@
+"""Weights in 4 bits, where bitsandbytes is installed: on its CPU backend, with our check for a GPU passed by."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from almost_eval.files import read_rows, write_rows
+from almost_train.reward import run as reward
+from almost_train.rlsf import loop, trl
+from almost_train.rlsf import run as stage
+from almost_train.rlsf.job import RLSFSettings
+from almost_train.sft import run as sft
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+
+ANIMALS = "otter panther owl fox bear wolf hare lynx".split()
+BITS: dict[str, Any] = {"lora_rank": 4, "quantize": "4bit", "device": "cpu", "learning_rate": 1e-3, "merge": True}
+LINEAR = 14
+"""Linear layers of nano's medium models: 2 blocks of 7."""
+
+
+def held(model: torch.nn.Module) -> dict[str, Any]:
+    """How many layers are in 4 bits, and the dtypes of what is trained and of the output layer."""
+    import bitsandbytes
+
+    layers = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    assert all(layer.weight.quant_state.quant_type == "nf4" for layer in layers)
+    assert all(layer.weight.dtype == torch.uint8 for layer in layers)
+    heads = [m for name, m in model.named_modules() if name.endswith(("lm_head", "score.modules_to_save.default"))]
+    assert not any(isinstance(head, bitsandbytes.nn.Linear4bit) for head in heads)
+    return {"layers": len(layers), "trained": {p.dtype for p in model.parameters() if p.requires_grad}}
+
+
+@pytest.mark.parametrize("trainer", ["reward", "sft", "ppo", "rloo", "grpo"])
+def test_every_trainer(trainer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes", reason="pip install 'almost-toolkit[quantize]'")
+
+    def turn(role: str, content: str) -> dict[str, str]:
+        return {"role": role, "content": content}
+
+    asked = [f"How big is the {animal}?" for animal in ANIMALS]
+    good, bad = turn("assistant", "It is big."), turn("assistant", "no idea")
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": text} for text in asked])
+    write_rows(tmp_path / "dialogues.jsonl", [{"messages": [turn("user", text), good]} for text in asked])
+    pairs = [{"prompt": [turn("user", text)], "chosen": [good], "rejected": [bad]} for text in asked]
+    write_rows(tmp_path / "pairs.jsonl", pairs)
+    models: list[dict[str, Any]] = []
+    for module in (reward, sft, stage):
+        monkeypatch.setattr(module, "check_lora", lambda *_: None)
+
+    def spy(module: Any) -> None:
+        made = module._trainer
+
+        def watched(*arguments: Any) -> Any:
+            result = made(*arguments)
+            trainer = result[0] if isinstance(result, tuple) else result
+            step = trainer.training_step
+
+            def training_step(*inputs: Any, **rest: Any) -> Any:
+                models.append(held(trainer.model))
+                return step(*inputs, **rest)
+
+            trainer.training_step = training_step
+            return result
+
+        monkeypatch.setattr(module, "_trainer", watched)
+
+    out = tmp_path / "out"
+    if trainer == "sft":
+        spy(sft)
+        settings = sft.SFTSettings(**BITS, batch_size=4, micro_batch_size=4)
+        sft.train_sft(settings, tmp_path / "dialogues.jsonl", "nano/vanilla-medium", out)
+    elif trainer == "reward":
+        spy(reward)
+        chosen = reward.RewardSettings(**BITS, batch_size=4, micro_batch_size=4, epochs=3)
+        reward.train_reward(chosen, tmp_path / "pairs.jsonl", "nano/vanilla-medium", out)
+    else:
+        spy(trl)
+        update = loop._Loop.update
+
+        def updated(self: Any, *arguments: Any) -> Any:
+            models.extend(held(model) for model in (self.plain_policy, self.plain_value.trunk))
+            return update(self, *arguments)
+
+        monkeypatch.setattr(loop._Loop, "update", updated)
+        own = {"mini_batch_size": 8} if trainer == "ppo" else {}
+        steps = RLSFSettings(**BITS, **own, algorithm=trainer, steps=2, batch_size=8, max_new_tokens=8)
+        result = stage.rlsf(steps, tmp_path / "prompts.jsonl", "nano/sft", "nano/reward", out)
+        assert result["metrics"].get("value_model") in (None, "reward model")
+        assert read_rows(out / "log.jsonl")[0]["kl"] == 0.0
+    assert models
+    assert all(model == {"layers": LINEAR, "trained": {torch.float32}} for model in models)
+    if trainer in ("sft", "reward"):
+        losses = [row["loss"] for row in read_rows(out / "log.jsonl")]
+        assert losses[-1] < losses[0]
+    # The adapter belongs to the base as it is on disk, and the merged weights are whole ones.
+    merged = json.loads((out / ("model" if trainer in ("sft", "reward") else "policy") / "config.json").read_text())
+    assert "quantization_config" not in merged
