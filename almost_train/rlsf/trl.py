@@ -292,7 +292,7 @@ def _trainer(job: Job, log: StepLog, advance: Callable[[int], None], saving: Sav
     policy = load_policy(job.policy, "cpu", base_dtype(settings, bf16=settings.bf16), quantization(settings))
     watch = _Watch(job, log, advance, saving, frozenset(end_ids(policy, job.tokenizer)))
 
-    class PolicyTrainer(QuietTrainer, _with_own_sampling(trainer_class, job)):  # type: ignore[misc, valid-type]
+    class PolicyTrainer(QuietTrainer, _with_own_sampling(trainer_class, job)):  # type: ignore[misc]
         """TRL's, with our learning rate. The adapter's dropout is for updates alone, not for samples."""
 
         def _generate_and_score_completions(self, inputs: list[Row]) -> JSONObject:

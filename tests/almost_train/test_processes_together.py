@@ -25,7 +25,13 @@ from almost_train.rlsf.run import rlsf
 from almost_train.sft.run import SFTSettings, train_sft
 
 CONFIGS = Path(__file__).parents[2] / "almost_train" / "accelerate"
-SUPERVISED: dict[str, Any] = {"learning_rate": 1e-3, "batch_size": 8, "micro_batch_size": 4, "max_length": 64, "epochs": 2}
+SUPERVISED: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "batch_size": 8,
+    "micro_batch_size": 4,
+    "max_length": 64,
+    "epochs": 2,
+}
 RL: dict[str, Any] = {
     "batch_size": 8,
     "mini_batch_size": 4,
