@@ -35,6 +35,7 @@ HEAVY = {
         "almost_train/rlsf/checkpoint.py",
         "almost_train/rlsf/models.py",
         "almost_train/rlsf/loop.py",
+        "almost_train/rlsf/sharding.py",
         "almost_train/rlsf/trl.py",
         "almost_train/rlsf/rollouts.py",
         "almost_train/rlsf/certificate.py",

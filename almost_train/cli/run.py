@@ -41,7 +41,8 @@ def run(
     Example:
       almost-train run nano --output runs/nano
     """
-    from almost_eval.progress import progress_for
+    from almost_eval.progress import Progress, progress_for
+    from almost_train.common.processes import is_main
     from almost_train.pipeline.recipe import load_recipe
     from almost_train.pipeline.run import Pipeline
     from almost_train.pipeline.scale import scaled
@@ -49,14 +50,16 @@ def run(
     loaded = scaled(load_recipe(recipe, seed=seed), scale, scale_model)
     import_transformers()
     folder = output or Path("runs") / (loaded.name if scale == "full" else f"{loaded.name}-{scale}")
-    pipeline = Pipeline(loaded, folder, data_root, progress_for())
+    pipeline = Pipeline(loaded, folder, data_root, progress_for() if is_main() else Progress())
     console = open_console()
     if dry_run:
-        for name, state in pipeline.states().items():
+        for name, state in pipeline.states().items() if is_main() else ():
             console.print(f"{name:14} {state}")
         return 0
     with logging_to(log_to):
         reports = pipeline.run(until)
+    if not is_main():  # under `accelerate launch` the results are printed once
+        return 0
     if as_json:
         click.echo(json.dumps({report.name: report.result for report in reports}, indent=1, ensure_ascii=False))
         return 0

@@ -58,7 +58,11 @@ class StageChanged(StoreError):
 
     def __init__(self, folder: Path, change: str) -> None:
         super().__init__(f"{folder} was made with other {change}; choose another --output")
-        self.change = change
+        self.folder, self.change = folder, change
+
+    def __reduce__(self) -> tuple[type[StageChanged], tuple[Path, str]]:
+        # To the other processes of a training it travels as a pickle, which by itself would keep the message alone.
+        return StageChanged, (self.folder, self.change)
 
 
 class Stage:

@@ -36,7 +36,18 @@ from almost_train.common.held_out_loss import BestModel, Evaluation, HeldOutRows
 from almost_train.common.interrupts import SaveRequests, ended_at, save_requests, what_is_kept
 from almost_train.common.lora import ADAPTER, LoraSettings, train_in_float32
 from almost_train.common.merge import merge
-from almost_train.common.processes import WORK, SharedStage, from_main, is_main, wait_for_all, world_size
+from almost_train.common.processes import (
+    WORK,
+    SharedStage,
+    check_processes,
+    check_together,
+    forget_deepspeed,
+    from_main,
+    is_main,
+    join_processes,
+    wait_for_all,
+    world_size,
+)
 from almost_train.common.schedule import OwnSchedule, learning_rate_factor
 
 if TYPE_CHECKING:
@@ -121,6 +132,13 @@ class QuietTrainer(OwnSchedule):
     def _send_telemetry(self) -> None:
         """Nothing is sent."""
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """transformers', with tied weights there once also where they were gathered from several processes."""
+        tied = getattr(vars(self).get("model"), "all_tied_weights_keys", None) or {}
+        if state_dict is not None:
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
+
     def create_model_card(self, *_: object, **__: object) -> None:
         """Writes no card: `stage.json` has the settings and the inputs."""
 
@@ -150,6 +168,15 @@ def check_batches(settings: TrainSettings) -> int:
     return micro
 
 
+def joined(device: str) -> JSONObject:
+    """Arguments with which transformers' Trainer trains on the device, together with all processes.
+
+    By itself it sets up the processes anew: where it sees no GPU and is not told of the CPU, each one on its own.
+    """
+    join_processes(device)
+    return {"use_cpu": check_processes(device) == "cpu", "accelerator_config": {"use_configured_state": True}}
+
+
 def trainer_arguments(settings: TrainSettings, folder: Path) -> JSONObject:
     """What `RewardConfig` and `SFTConfig` have in common."""
     micro = check_batches(settings)
@@ -169,7 +196,7 @@ def trainer_arguments(settings: TrainSettings, folder: Path) -> JSONObject:
         "bf16": settings.bf16,
         "gradient_checkpointing": settings.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},  # the other way needs inputs with gradients
-        "use_cpu": pick_device(settings.device) == "cpu",
+        **joined(settings.device),
         "ddp_find_unused_parameters": False,
         "logging_steps": 1,  # a mean over several steps would depend on where a run was resumed
         "logging_nan_inf_filter": False,
@@ -229,6 +256,7 @@ def fit(
         trainer.rate_factor = lambda step: learning_rate_factor(step, steps, settings.warmup_share, "cosine")
         if settings.is_quantized:
             train_in_float32(trainer.model)
+        check_together(trainer.accelerator)
         trainer.remove_callback(PrinterCallback)  # it prints on stdout
         best = None
         if held_out and held_out.every:
@@ -247,6 +275,7 @@ def fit(
         if not best:
             _save(trainer, trained)
         trainer.accelerator.free_memory()
+        forget_deepspeed()  # what the stage loads next is whole
     # 4. In one move to its place.
     wait_for_all()
     if is_main():

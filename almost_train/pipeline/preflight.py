@@ -26,7 +26,7 @@ from almost_train.dpo.trainer import PreferenceSettings, check_loss
 from almost_train.pipeline.recipe import Recipe
 from almost_train.reward.run import KINDS, RewardSettings
 from almost_train.rlsf.job import RLSFSettings, check_settings
-from almost_train.rlsf.run import refuse_shares
+from almost_train.rlsf.run import check_shares
 from almost_train.self_play.settings import SelfPlaySettings
 from almost_train.sft.run import SFTSettings
 from almost_train.synthetic.prompt_sets import DemonstrationSet, SeedSet
@@ -124,7 +124,7 @@ class _Checks:
 
     def rlsf(self) -> None:
         settings = self.recipe.settings("rlsf", RLSFSettings)
-        refuse_shares(settings, check_settings(settings).update_size(settings))
+        check_shares(settings, check_settings(settings).update_size(settings))
 
     def dpo(self) -> None:
         settings = self.recipe.settings("dpo", DPOSettings)

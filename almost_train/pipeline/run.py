@@ -4,6 +4,9 @@ All sections are checked before the first stage begins. A stage that is done, wi
 content), is skipped. One whose settings or inputs have changed is made anew, and what it had made is moved to `old/`,
 never deleted; with more steps RLSF goes on from what it had. The order is the paper's (arXiv 2305.13735, section 2):
 prompts, responses, comparisons, reward model, self-play, SFT, RLSF; then an evaluation.
+
+Under `accelerate launch` all processes run a recipe: they train together, and what is not training the main one does
+alone, as if it were the only one, while the others wait for it as long as it takes.
 """
 
 from __future__ import annotations
@@ -17,9 +20,13 @@ from pathlib import Path
 from almost_eval.errors import InputError, did_you_mean
 from almost_eval.progress import Progress
 from almost_eval.types import JSONObject
+from almost_train.common.processes import alone, from_main, join_processes, main_alone, world_size
 from almost_train.common.stage import StageChanged
 from almost_train.pipeline.plan import plan
 from almost_train.pipeline.recipe import Recipe
+
+ALONE = ("prompts", "responses", "votes", "comparisons", "self_play", "evaluation")
+"""Stages that the main process does alone: they sample and score."""
 
 
 @dataclass(slots=True)
@@ -53,6 +60,8 @@ class Pipeline:
             InputError: a recipe that cannot work; before any stage begins.
             RunError: a stage failed; what was done is kept.
         """
+        if world_size() > 1:
+            join_processes(self._device())
         steps = plan(self.recipe, self.folder, self.data_root, self.progress)
         if until is not None and until not in steps:
             raise InputError(f"recipe {self.recipe.name} has no stage {until!r}; {did_you_mean(until, steps)}")
@@ -71,22 +80,49 @@ class Pipeline:
             states[name] = "done" if (self.folder / name / "result.json").exists() else begun
         return states
 
+    def _device(self) -> str:
+        """Where the recipe trains: one connection between the processes serves all its stages.
+
+        Raises:
+            InputError: its stages name several devices.
+        """
+        trained = {name: section for name, section in self.recipe.sections.items() if name not in ALONE}
+        devices = {str(section.get("device", "auto")): name for name, section in trained.items()}
+        if len(devices) > 1:
+            named = ", ".join(f"{name}: {device}" for device, name in devices.items())
+            raise InputError(
+                f"recipe {self.recipe.name}: its stages train on several devices ({named}), which {world_size()} "
+                "processes cannot; name the same in all of them"
+            )
+        return next(iter(devices), "auto")
+
     def _run(self, name: str, step: Callable[[], JSONObject]) -> StageReport:
         self.progress.note(f"{name} ...")
         result_file = self.folder / name / "result.json"
-        before = result_file.read_bytes() if result_file.exists() else None
+        before = from_main(result_file.read_bytes() if result_file.exists() else None)
         began = time.monotonic()
         try:
-            result, note = step(), ""
+            result, note = self._done(name, step), ""
         except StageChanged as change:
-            self._set_aside(name)
+            main_alone(lambda: self._set_aside(name))
             note, before = change.change, None
-            result = step()
+            result = self._done(name, step)
         if before is None:
             state = "made anew" if note else "made"
         else:
-            state = "kept" if result_file.read_bytes() == before else "gone on"
+            state = "kept" if from_main(result_file.read_bytes()) == before else "gone on"
         return StageReport(name, state, time.monotonic() - began, result, note)
+
+    def _done(self, name: str, step: Callable[[], JSONObject]) -> JSONObject:
+        """The stage's result, in every process."""
+        if name not in ALONE or world_size() == 1:
+            return step()
+
+        def work() -> JSONObject:
+            with alone():
+                return step()
+
+        return main_alone(work)
 
     def _set_aside(self, name: str) -> None:
         old = self.folder / "old"

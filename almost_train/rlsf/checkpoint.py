@@ -1,32 +1,25 @@
 """Checkpoints of the PPO loop: weights and Adam's moments as safetensors, numbers as JSON, no pickle.
 
-A folder `step-000020` is written under another name and then renamed, so a folder of that name is whole.
+A folder `step-000020` is written under another name and then renamed, so a folder of that name is whole. Its tensors
+are whole too, however many processes trained, and are named after the parameters.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from almost_eval.files import replaced_folder
 from almost_eval.types import JSONObject
 
-
-@dataclass(frozen=True, slots=True)
-class TrainedModel:
-    """A model in training."""
-
-    name: str
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    """Whose state is a tensor for each name of each parameter, as AdamW's."""
+Tensors = Mapping[str, Mapping[str, Tensor]]
+"""Parameter -> `weights`, and each of its optimizer's tensors."""
+_WEIGHTS = "weights"
 
 
 def stored(work: Path) -> list[tuple[int, Path]]:
@@ -40,47 +33,36 @@ def folders(work: Path) -> list[Path]:
 
 
 def save(
-    work: Path, step: int, models: Sequence[TrainedModel], numbers: Mapping[str, object], oldest_wanted: int
+    work: Path, step: int, models: Mapping[str, Tensors], numbers: Mapping[str, object], oldest_wanted: int
 ) -> None:
     """Write a checkpoint, then remove older ones. Those after `oldest_wanted` stay, and the last one before it."""
     with replaced_folder(work / f"step-{step:06d}", work / ".scratch") as scratch:
-        for trained in models:
-            # Parameters, not the state dict: tied weights come once. Frozen ones (of a LoRA's base) are not changed.
-            weights = {
-                name: parameter.detach().contiguous()
-                for name, parameter in trained.model.named_parameters()
-                if parameter.requires_grad
-            }
-            save_file(weights, scratch / f"{trained.name}.safetensors")
+        for name, tensors in models.items():
+            save_file({key: state[_WEIGHTS] for key, state in tensors.items()}, scratch / f"{name}.safetensors")
             moments = {
-                f"{index}.{name}": tensor.contiguous()
-                for index, entry in trained.optimizer.state_dict()["state"].items()
-                for name, tensor in entry.items()
+                f"{parameter}/{key}": tensor
+                for parameter, state in tensors.items()
+                for key, tensor in state.items()
+                if key != _WEIGHTS
             }
-            save_file(moments, scratch / f"{trained.name}-optimizer.safetensors")
+            save_file(moments, scratch / f"{name}-optimizer.safetensors")
         (scratch / "numbers.json").write_text(json.dumps(numbers), encoding="utf-8")
     for _, old in [checkpoint for checkpoint in stored(work) if checkpoint[0] <= oldest_wanted][:-1]:
         shutil.rmtree(old)
 
 
-def load(folder: Path, models: Sequence[TrainedModel]) -> JSONObject:
-    """Put a checkpoint into the models and optimizers; returns its numbers."""
-    for trained in models:
-        load_weights(trained.model, folder / f"{trained.name}.safetensors")
-        entries: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in load_file(folder / f"{trained.name}-optimizer.safetensors").items():
-            index, _, name = key.partition(".")
-            entries.setdefault(int(index), {})[name] = tensor
-        groups = trained.optimizer.state_dict()["param_groups"]
-        trained.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+def load(folder: Path, name: str, *, weights_alone: bool = False) -> Tensors:
+    """A model's tensors of a checkpoint."""
+    weights = load_file(folder / f"{name}.safetensors")
+    tensors = {parameter: {_WEIGHTS: tensor} for parameter, tensor in weights.items()}
+    if not weights_alone:
+        for place, tensor in load_file(folder / f"{name}-optimizer.safetensors").items():
+            parameter, _, key = place.rpartition("/")
+            tensors[parameter][key] = tensor
+    return tensors
+
+
+def load_numbers(folder: Path) -> JSONObject:
+    """The numbers of a checkpoint."""
     numbers: JSONObject = json.loads((folder / "numbers.json").read_text(encoding="utf-8"))
     return numbers
-
-
-@torch.no_grad()
-def load_weights(model: nn.Module, file: Path) -> None:
-    """Put the stored parameters into a model: all that are trained."""
-    weights = load_file(file)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parameter.copy_(weights[name])

@@ -2,7 +2,7 @@
 
 Departures from TRL's PPO trainer, which TRL has removed:
 
-- The policy and the value model are two models with an optimizer each.
+- The policy and the value model are two models with an optimizer each, spread over the processes as `sharding` says.
 - Losses are divided by the tokens of the whole mini-batch, so micro-batches and processes change only the rounding.
 - There is no dropout.
 - A checkpoint is taken after a step's batch was measured and before its update, so the policy of every checkpoint is
@@ -17,13 +17,12 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import GradientAccumulationPlugin
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -33,12 +32,12 @@ from almost_eval.types import JSONObject
 from almost_train.common.interrupts import ended_at, ended_before_any_step, save_requests
 from almost_train.common.lora import (
     adapter_off,
-    adapter_to_zero,
     add_lora,
     base_dtype,
     quantization,
     set_lora_dropout,
 )
+from almost_train.common.processes import check_together, from_main, join_processes, wait_for_all
 from almost_train.common.schedule import learning_rate_factor
 from almost_train.rlsf import checkpoint as checkpoints
 from almost_train.rlsf import ppo
@@ -54,7 +53,7 @@ from almost_train.rlsf.log import (
     summary,
     verdict,
 )
-from almost_train.rlsf.models import completion_values, load_policy, load_value_model
+from almost_train.rlsf.models import completion_values, load_policy, load_value_model, rescaled
 from almost_train.rlsf.ppo import Moments, Rollout
 from almost_train.rlsf.rollouts import (
     batch_prompts,
@@ -65,9 +64,10 @@ from almost_train.rlsf.rollouts import (
     shorten_for_reward,
 )
 from almost_train.rlsf.samplers import make_sampler
+from almost_train.rlsf.sharding import WEIGHTS, spread
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import BitsAndBytesConfig, PreTrainedModel
 
 OWN_SETTINGS = SAMPLER_SETTINGS | frozenset(
     "mini_batch_size sampling_batch_size ppo_epochs value_learning_rate value_clip gamma gae_lambda whiten_advantages "
@@ -155,8 +155,8 @@ def train(job: Job) -> JSONObject:
                 saving.saved()
             if end:
                 raise ended_at(step) if step else ended_before_any_step()
-            if job.is_first and job.keeps(step):
-                save_policy(job, copy.deepcopy(loop.plain_policy) if settings.bf16 else loop.plain_policy, step)
+            if job.keeps(step):
+                loop.save_policy(step)
             # 3. Update.
             row |= loop.update(batch.state, batch.rollout)
             state = _next(settings, batch.state, row)
@@ -167,9 +167,7 @@ def train(job: Job) -> JSONObject:
         done = len(log.rows) - 1
         metrics = {"steps": done, "policy_step": policy_step, "stopped": stopped, "value_model": loop.value_origin}
         metrics |= summary(log.rows) | certificate_summary(log.rows, settings.parity_limit)
-    if job.is_first:
-        save_policy(job, loop.plain_policy)
-    loop.accelerator.wait_for_everyone()
+    loop.save_policy()
     return metrics
 
 
@@ -200,49 +198,42 @@ class _Loop:
     def __init__(self, job: Job) -> None:
         settings = job.settings
         self.job, self.settings = job, settings
-        if job.processes == 1:
-            AcceleratorState._reset_state(reset_partial_state=True)  # what an earlier stage of this process left behind
-            if settings.device.startswith("cuda:"):
-                torch.cuda.set_device(settings.device)
-        precision = "bf16" if settings.bf16 else "no"
-        self.accelerator = Accelerator(mixed_precision=precision, cpu=settings.device == "cpu")
-        kind = self.accelerator.distributed_type
-        if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-            raise InputError(
-                f"PPO trains two models at once, which {kind.value} is not set up for here; launch it with plain data "
-                "parallelism, or use --algorithm rloo or grpo"
-            )
+        join_processes(settings.device)
+        if settings.device.startswith("cuda:"):
+            torch.cuda.set_device(settings.device)
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if settings.bf16 else "no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the loop's own business
+        )
+        check_together(self.accelerator)
+        self.spread = spread(self.accelerator, settings.weight_decay, settings.max_grad_norm)
         device = str(self.accelerator.device)
         held = base_dtype(settings, bf16=settings.bf16)
         bits = quantization(settings)
-        policy: PreTrainedModel = load_policy(job.policy, device, held, bits)
+        self._first = False
+        """Whether the policy to be saved is the one that training began with."""
+        policy = self._first_policy(device, bits)
         value, self.value_origin = load_value_model(job.reward, job.policy, job.tokenizer, device, bits)
         # The policy that training begins with: the base of an adapter, or a copy.
         self.reference: nn.Module | None = None
         if settings.lora_rank:
-            base = job.policy.path
-            policy = add_lora(policy, settings, base, kind="CAUSAL_LM", seed=settings.seed)
             value.trunk = add_lora(
                 value.trunk if bits else nn.Module.to(value.trunk, held),
                 settings,
-                base,
+                job.policy.path,
                 kind="FEATURE_EXTRACTION",
                 seed=settings.seed + 1,
             )
         else:
-            self.reference = load_policy(job.policy, device).requires_grad_(False)
+            self.reference = self.spread.freeze(load_policy(job.policy, device))
         if settings.gradient_checkpointing:
             for model in (policy, value.trunk):
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        rates = (settings.learning_rate, settings.value_learning_rate or settings.learning_rate)
-        optimizers = [
-            torch.optim.AdamW(
-                [p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=settings.weight_decay
-            )
-            for model, rate in zip((policy, value), rates, strict=True)
-        ]
-        self.rates, self.plain_policy, self.plain_value = rates, policy, value
-        self.policy, self.value, *self.optimizers = self.accelerator.prepare(policy, value, *optimizers)
+        self.trained_policy = self.spread.train("policy", policy, settings.learning_rate)
+        rate = settings.value_learning_rate or settings.learning_rate
+        self.trained_value = self.spread.train("value", value, rate)
+        self.models = (self.trained_policy, self.trained_value)
+        self.policy, self.value = self.trained_policy.model, self.trained_value.model
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         self.sampler = make_sampler(job)
 
@@ -258,9 +249,10 @@ class _Loop:
         everyone = batch_prompts(self.job.prompts, settings.seed, step, settings.batch_size)
         prompts = [everyone[row] for row in rows]
         # 1. Completions and their rewards.
-        self.sampler.sync(self.plain_policy)
-        with self.accelerator.autocast():
-            completions = self.sampler.sample(self.plain_policy, [prompt.token_ids for prompt in prompts], step, rows)
+        with self.spread.whole(self.trained_policy) as policy:
+            self.sampler.sync(policy)
+            with self.accelerator.autocast():
+                completions = self.sampler.sample(policy, [prompt.token_ids for prompt in prompts], step, rows)
         dialogues = [prompt.messages for prompt in prompts]
         completions = shorten_for_reward(completions, dialogues, self.job.reward, self.job.tokenizer)
         rewards = self.job.reward.score(
@@ -293,7 +285,8 @@ class _Loop:
         if settings.normalise_rewards == "running" or (settings.normalise_rewards == "sft" and step == 0):
             state = replace(state, moments=state.moments.with_batch(gathered))
         if step == 0 and self.value_origin == "reward model" and settings.normalise_rewards != "none":
-            self.plain_value.rescale(state.moments.mean, state.moments.std)
+            head = rescaled(self.spread.tensors(self.trained_value, "head."), state.moments.mean, state.moments.std)
+            self.spread.put(self.trained_value, from_main(head))
         # 4. Log-probabilities, entropy and values of the tokens.
         tensors |= self._token_numbers(tensors, width)
         rollout = Rollout(**{name: self.accelerator.gather(tensor) for name, tensor in tensors.items()})
@@ -332,8 +325,8 @@ class _Loop:
         temperature = self.settings.temperature
         if self.reference is not None:
             return completion_logprobs(self.reference, ids, attention, width, temperature)
-        with adapter_off(self.plain_policy):
-            return completion_logprobs(self.plain_policy, ids, attention, width, temperature)
+        with adapter_off(self.trained_policy.plain):
+            return completion_logprobs(self.policy, ids, attention, width, temperature)
 
     def _most(self, number: int) -> int:
         return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
@@ -390,9 +383,8 @@ class _Loop:
             mask, width = rollout.completion_mask[some], rollout.completion_mask.shape[1]
             ids, attention = rollout.input_ids[some], rollout.attention_mask[some]
             with ExitStack() as stack:
-                if not last:  # gradients are summed over processes once, with the last micro-batch
-                    stack.enter_context(self.accelerator.no_sync(self.policy))
-                    stack.enter_context(self.accelerator.no_sync(self.value))
+                for trained in self.models:
+                    stack.enter_context(self.spread.accumulating(trained, last=last))
                 with self.accelerator.autocast():
                     logprobs = completion_logprobs(self.policy, ids, attention, width, settings.temperature)
                 policy = ppo.policy_loss(
@@ -405,22 +397,17 @@ class _Loop:
                     None if weights is None else weights[some],
                 )
                 # Data parallelism takes the mean over processes; the loss is a share of the whole already.
-                self.accelerator.backward(policy.loss * self.processes)
+                self.spread.backward(self.trained_policy, policy.loss * self.processes, last=last)
                 with self.accelerator.autocast():
                     values = completion_values(self.value, ids, attention, width)
                 value = ppo.value_loss(values, rollout.values[some], returns[some], mask, settings.value_clip, tokens)
-                self.accelerator.backward(value.loss * self.processes)
+                self.spread.backward(self.trained_value, value.loss * self.processes, last=last)
             sums += torch.stack([policy.clipped, value.clipped, mask.sum(), policy.loss.detach(), value.loss.detach()])
             error = max(error, float(policy.largest_ratio_error))
         sums = self.accelerator.reduce(sums, "sum")
-        norms = [
-            float(self.accelerator.clip_grad_norm_(m.parameters(), settings.max_grad_norm))
-            for m in (self.policy, self.value)
-        ]
-        refuse_non_finite(step, "loss and gradient", [*sums.tolist(), *norms])
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        refuse_non_finite(step, "loss", sums.tolist())
+        for trained in self.models:
+            self.spread.update(trained, lambda norm: refuse_non_finite(step, "gradient", [norm]))
         return sums, error
 
     @contextmanager
@@ -432,58 +419,83 @@ class _Loop:
         draw = np.random.default_rng((self.settings.seed, step, update, self.rank)).integers(2**62)
         with torch.random.fork_rng():
             torch.manual_seed(int(draw))
-            for model in (self.plain_policy, self.plain_value):
-                set_lora_dropout(model, active=True)
+            for trained in self.models:
+                set_lora_dropout(trained.plain, active=True)
             yield
-        for model in (self.plain_policy, self.plain_value):
-            set_lora_dropout(model, active=False)
+        for trained in self.models:
+            set_lora_dropout(trained.plain, active=False)
 
     def _set_rates(self, update: int) -> float:
         s = self.settings
         total = s.steps * s.ppo_epochs * (s.batch_size // s.mini_batch_size)
         factor = learning_rate_factor(update, total, s.warmup_ratio, s.schedule)
-        for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * factor
-        return self.rates[0] * factor
+        for trained in self.models:
+            self.spread.set_rate(trained, factor)
+        return self.trained_policy.rate * factor
 
     # --- checkpoints ---
 
     def save(self, state: State) -> None:
         """A checkpoint of this moment; older ones that no guard would go back to are removed."""
+        tensors = {trained.name: self.spread.tensors(trained) for trained in self.models}
         if self.job.is_first:
             oldest_wanted = state.step - self.settings.guard_window
-            checkpoints.save(self.job.work, state.step, self._trained(), asdict(state), oldest_wanted)
+            checkpoints.save(self.job.work, state.step, tensors, asdict(state), oldest_wanted)
 
     def resume(self) -> State | None:
         """The newest checkpoint's state, with its weights loaded; None where there is none."""
-        earlier = checkpoints.stored(self.job.work)
+        earlier = from_main(checkpoints.stored(self.job.work))
         if not earlier:
             return None
-        numbers = checkpoints.load(earlier[-1][1], self._trained())
+        folder = earlier[-1][1]
+        for trained in self.models:
+            self.spread.put(trained, checkpoints.load(folder, trained.name))
+        numbers = checkpoints.load_numbers(folder)
         return State(numbers["step"], numbers["kl_coefficient"], Moments(**numbers["moments"]))
 
     def go_back(self, step: int) -> int:
         """Load the policy of the newest checkpoint up to `step`, else the one training began with; returns its step."""
-        self.accelerator.wait_for_everyone()
-        good = [(at, folder) for at, folder in checkpoints.stored(self.job.work) if at <= step]
+        good = [(at, folder) for at, folder in from_main(checkpoints.stored(self.job.work)) if at <= step]
+        self._first = not good
         if good:
-            checkpoints.load_weights(self.plain_policy, good[-1][1] / "policy.safetensors")
+            self.spread.put(self.trained_policy, checkpoints.load(good[-1][1], "policy", weights_alone=True))
             return good[-1][0]
-        if self.reference is None:
-            adapter_to_zero(self.plain_policy)
-            return 0
-        with torch.no_grad():
-            for mine, first in zip(self.plain_policy.parameters(), self.reference.parameters(), strict=True):
-                mine.copy_(first)
         return 0
 
-    def _trained(self) -> list[checkpoints.TrainedModel]:
-        policy, value = (optimizer.optimizer for optimizer in self.optimizers)
-        return [
-            checkpoints.TrainedModel("policy", self.plain_policy, policy),
-            checkpoints.TrainedModel("value", self.plain_value, value),
-        ]
+    def save_policy(self, step: int | None = None) -> None:
+        """Write the policy, whole: see `job.save_policy`."""
+        if self._first:
+            policy = self._first_policy("cpu") if self.job.is_first else None
+        elif self.spread.sharded:
+            policy = self._gathered_policy()
+        else:
+            policy = self.trained_policy.plain
+            if step is not None and self.settings.bf16:  # saving converts it
+                policy = copy.deepcopy(policy)
+        if self.job.is_first:
+            assert policy is not None
+            save_policy(self.job, policy, step)
+        wait_for_all()
+
+    @torch.no_grad()
+    def _gathered_policy(self) -> PreTrainedModel | None:
+        """The policy whole on the CPU of the main process; None in the others."""
+        tensors = self.spread.tensors(self.trained_policy)
+        if not self.job.is_first:
+            return None
+        policy = self._first_policy("cpu")
+        for name, parameter in policy.named_parameters():
+            if name in tensors:
+                parameter.copy_(tensors[name][WEIGHTS])
+        return policy
+
+    def _first_policy(self, device: str, bits: BitsAndBytesConfig | None = None) -> PreTrainedModel:
+        """The policy that training begins with, with its adapter where it has one."""
+        settings, base = self.settings, self.job.policy
+        policy = load_policy(base, device, base_dtype(settings, bf16=settings.bf16), bits)
+        if settings.lora_rank:
+            return cast("PreTrainedModel", add_lora(policy, settings, base.path, kind="CAUSAL_LM", seed=settings.seed))
+        return policy
 
 
 PPO = Algorithm(train, OWN_SETTINGS, update_size, checkpoints.folders)

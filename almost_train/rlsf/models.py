@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -40,6 +41,14 @@ def load_policy(
     return without_dropout(model)
 
 
+class ValueHead(nn.Linear):
+    """A linear layer that computes in float32, also where its weights are gathered in bfloat16."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(..., 1) of states (..., H)."""
+        return nn.functional.linear(states.float(), self.weight.float(), self.bias.float())
+
+
 class ValueModel(nn.Module):
     """A transformer without a language-modelling head, and a linear head that reads a value at every position."""
 
@@ -48,7 +57,7 @@ class ValueModel(nn.Module):
         self.trunk = cast("PreTrainedModel", trunk)
         size = self.trunk.config.get_text_config().hidden_size if weight is None else weight.shape[1]
         # Not initialised: that would draw from the global generator.
-        self.head = nn.utils.skip_init(nn.Linear, size, 1, dtype=torch.float32, device="cpu")
+        self.head = nn.utils.skip_init(ValueHead, size, 1, dtype=torch.float32, device="cpu")
         with torch.no_grad():
             self.head.weight.zero_() if weight is None else self.head.weight.copy_(weight)
             self.head.bias.zero_() if bias is None else self.head.bias.copy_(bias)
@@ -59,13 +68,17 @@ class ValueModel(nn.Module):
         options = known_options(self.trunk, position_ids=positions(attention_mask), use_cache=False)
         states = self.trunk(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state
         with torch.autocast(states.device.type, enabled=False):  # bfloat16 would round values to 1 in 256
-            return self.head(states.float()).squeeze(-1)
+            return self.head(states).squeeze(-1).clone()  # FSDP warns of a view
 
-    @torch.no_grad()
-    def rescale(self, mean: float, std: float) -> None:
-        """From now on say (value - mean) / std: a head of the reward model, made to predict normalised rewards."""
-        self.head.weight.div_(std)
-        self.head.bias.sub_(mean).div_(std)
+
+def rescaled(value_model: Mapping[str, Mapping[str, Tensor]], mean: float, std: float) -> dict[str, dict[str, Tensor]]:
+    """The head of a value model that says (value - mean) / std: one of the reward model's then predicts normalised
+    rewards. `value_model` are its tensors as in a checkpoint; empty, as they are in all processes but one, gives empty.
+    """
+    if not value_model:
+        return {}
+    weight, bias = (value_model[f"head.{name}"]["weights"] for name in ("weight", "bias"))
+    return {"head.weight": {"weights": weight / std}, "head.bias": {"weights": (bias - mean) / std}}
 
 
 def completion_values(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, tokens: int) -> Tensor:

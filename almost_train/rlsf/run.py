@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,7 +71,7 @@ def rlsf(
     """
     algorithm = check_settings(settings)
     check_lora(settings, settings.device)
-    refuse_shares(settings, algorithm.update_size(settings))
+    settings = replace(settings, micro_batch_size=check_shares(settings, algorithm.update_size(settings)))
     table = read_any(prompts)
     source = read_prompt_rows(table)
     inputs: dict[str, Path | str] = {
@@ -99,7 +100,6 @@ def rlsf(
             "prompts": len(job.prompts),
             "prompts_too_long": len(job.prompts_too_long),
             "prompts_too_long_ids": job.prompts_too_long[:20],
-            "processes": job.processes,
         }
         if earlier:
             metrics |= {"steps_before": earlier, "as_never_stopped": as_never_stopped(settings, earlier)}
@@ -110,22 +110,24 @@ def rlsf(
 # --- before any weight is loaded ---
 
 
-def refuse_shares(settings: RLSFSettings, update: int) -> None:
-    """Refuse an update that the processes cannot share in whole micro-batches.
+def check_shares(settings: RLSFSettings, update: int) -> int:
+    """Completions of one pass of a process: `micro_batch_size`, or less where an update has fewer for each process.
 
     Args:
         settings: of the run.
         update: completions of one update.
 
     Raises:
-        InputError: it does not divide.
+        InputError: the processes cannot share an update in whole passes.
     """
     processes = world_size()
-    if update % (settings.micro_batch_size * processes):
+    micro = min(settings.micro_batch_size, max(1, update // processes))
+    if update % (micro * processes):
         raise InputError(
             f"an update of {update} completions does not divide among {processes} processes with micro_batch_size "
-            f"{settings.micro_batch_size}; choose one that {update} is a multiple of"
+            f"{micro}; choose one that {update} is a multiple of"
         )
+    return micro
 
 
 def _prepare(

@@ -4,9 +4,8 @@ of our PPO.
 What differs from PPO, because TRL's trainers work so:
 
 - There is one update a step, over all completions at once.
-- Only EOS ends a completion. One that opens the next turn, or does not fit the reward model's context, is sampled to
-  EOS or the token limit. It is judged as if it ended there, and takes the EOS penalty. (vLLM ends it at a stop string,
-  as in PPO.)
+- A completion that does not fit the reward model's context is learnt from to its end. It is judged as if it ended
+  there, and takes the EOS penalty.
 - KL is in TRL's estimator (RLOO: k1 in the reward, GRPO: k3 in the loss).
 - Rewards are not normalised: they are compared within a prompt.
 - The batch after the last update, which is there to be measured, is a step of TRL's too. Its gradients are dropped.
@@ -22,7 +21,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
@@ -46,9 +45,10 @@ from almost_train.common.lora import (
     settle_config,
     train_in_float32,
 )
+from almost_train.common.processes import alone, check_together
 from almost_train.common.schedule import learning_rate_factor
 from almost_train.common.seeding import own_random_state
-from almost_train.common.trainers import QuietTrainer
+from almost_train.common.trainers import QuietTrainer, joined
 from almost_train.rlsf.certificate import certificate_summary
 from almost_train.rlsf.job import SAMPLER_SETTINGS, Algorithm, Job, RLSFSettings, save_policy
 from almost_train.rlsf.log import (
@@ -62,7 +62,15 @@ from almost_train.rlsf.log import (
     verdict,
 )
 from almost_train.rlsf.models import load_policy
-from almost_train.rlsf.rollouts import as_sampled, batch_prompts, conversation, end_ids, shorten_for_reward
+from almost_train.rlsf.rollouts import (
+    as_sampled,
+    batch_prompts,
+    conversation,
+    end_ids,
+    sample,
+    shorten_for_reward,
+    uniforms,
+)
 from almost_train.rlsf.trl_sampling import SamplerHook
 
 if TYPE_CHECKING:
@@ -275,7 +283,7 @@ def _trainer(job: Job, log: StepLog, advance: Callable[[int], None], saving: Sav
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "disable_dropout": not settings.lora_dropout,  # the policy has none of its own
         "ddp_find_unused_parameters": False,
-        "use_cpu": settings.device == "cpu",
+        **joined(settings.device),
         "dataloader_pin_memory": torch.cuda.is_available(),  # without an accelerator torch warns of it
         "seed": settings.seed,
         "logging_steps": 1,
@@ -293,10 +301,11 @@ def _trainer(job: Job, log: StepLog, advance: Callable[[int], None], saving: Sav
         arguments["scale_rewards"] = "none" if settings.loss_type == "dr_grpo" else "group"
     config, trainer_class = {"rloo": (RLOOConfig, RLOOTrainer), "grpo": (GRPOConfig, GRPOTrainer)}[settings.algorithm]
     # 2. Models and data. TRL pads, and so changes the tokenizer: it gets a copy.
+    _ = job.reward.model  # loaded before TRL's set-up, under which DeepSpeed would spread it over the processes
     policy = load_policy(job.policy, "cpu", base_dtype(settings, bf16=settings.bf16), quantization(settings))
     watch = _Watch(job, log, advance, saving, frozenset(end_ids(policy, job.tokenizer)))
 
-    class PolicyTrainer(QuietTrainer, trainer_class):  # type: ignore[misc, valid-type]
+    class PolicyTrainer(QuietTrainer, _with_own_sampling(trainer_class, job)):  # type: ignore[misc]
         """TRL's, with our learning rate. The adapter's dropout is for updates alone, not for samples."""
 
         def _generate_and_score_completions(self, inputs: list[Row]) -> JSONObject:
@@ -325,9 +334,48 @@ def _trainer(job: Job, log: StepLog, advance: Callable[[int], None], saving: Sav
         settle_config(trainer.model, job.policy.path)
     if settings.is_quantized:
         train_in_float32(trainer.model)
+    check_together(trainer.accelerator)
     watch.trainer = trainer
     trainer.remove_callback(PrinterCallback)  # stdout is for results
     return trainer, watch
+
+
+def _with_own_sampling(trainer_class: Any, job: Job) -> Any:
+    """TRL's trainer, its completions sampled as PPO's are.
+
+    Its own sampling draws from a generator of each process, so what is sampled would depend on their number.
+    """
+    from trl.models.utils import unwrap_model_for_generation
+
+    own, settings = trainer_class._generate_single_turn, job.settings
+
+    class Sampling(trainer_class):
+        """One method of TRL's trainer in another way."""
+
+        def _generate_single_turn(self, prompt_ids: list[list[int]], *rest: Any, **options: Any) -> Any:
+            if not self.model.training or self.use_vllm:
+                return own(self, prompt_ids, *rest, **options)
+            first = self.accelerator.process_index * len(prompt_ids)
+            rows = range(first, first + len(prompt_ids))  # of the step's batch, over all processes
+            with unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as policy:
+                completions = sample(
+                    policy,
+                    job.tokenizer,
+                    [tuple(ids) for ids in prompt_ids],
+                    uniforms(settings.seed, self.state.global_step, rows, settings.max_new_tokens),
+                    temperature=settings.temperature,
+                    stop=settings.stop,
+                    max_rows=len(prompt_ids),
+                )
+            ids = [list(completion.token_ids) for completion in completions]
+            return ids if settings.algorithm == "rloo" else (ids, None)  # GRPO's has vLLM's log-probabilities too
+
+    return Sampling
 
 
 def _dataset(job: Job) -> Dataset:
@@ -385,9 +433,10 @@ def _first(job: Job, trainer: Trainer) -> Path:
 def _saved(folder: Path) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, **attention_arguments(find_checkpoint(str(folder)))
-    )
+    with alone():
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, **attention_arguments(find_checkpoint(str(folder)))
+        )
 
 
 RLOO = Algorithm(train, SAMPLER_SETTINGS | {"num_generations", "whiten_advantages"}, update_size, _folders)

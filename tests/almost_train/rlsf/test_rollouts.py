@@ -17,7 +17,7 @@ from almost_eval.models.checkpoint import find_checkpoint
 from almost_eval.nano.seeded import build_checkpoint
 from almost_eval.rewards.hf import HFRewardModel
 from almost_eval.types import Message
-from almost_train.rlsf.models import ValueModel, completion_values, load_policy, load_value_model
+from almost_train.rlsf.models import ValueModel, completion_values, load_policy, load_value_model, rescaled
 from almost_train.rlsf.ppo import entropy
 from almost_train.rlsf.rollouts import (
     as_sampled,
@@ -205,9 +205,11 @@ def test_the_value_at_the_end_is_the_reward(
     ids = torch.tensor(reward.encode([talk]))
     with torch.no_grad():
         assert float(value(ids, torch.ones_like(ids))[0, -1]) == pytest.approx(reward.score([talk])[0], abs=1e-5)
-        value.rescale(2.0, 4.0)  # (r - 2) / 4
-        rescaled = float(value(ids, torch.ones_like(ids))[0, -1])
-    assert rescaled == pytest.approx((reward.score([talk])[0] - 2) / 4, abs=1e-5)
+        head = rescaled({name: {"weights": p} for name, p in value.named_parameters()}, 2.0, 4.0)  # (r - 2) / 4
+        for name, state in head.items():
+            value.get_parameter(name).copy_(state["weights"])
+        predicted = float(value(ids, torch.ones_like(ids))[0, -1])
+    assert predicted == pytest.approx((reward.score([talk])[0] - 2) / 4, abs=1e-5)
 
 
 def test_training_the_value_model_leaves_the_reward_model_alone(
