@@ -30,12 +30,18 @@ HEAVY = {
         "almost_eval/engines/hf_rounding.py",
         "almost_eval/engines/hf_probe.py",
         "almost_eval/engines/vllm_sampling.py",
+        "almost_train/pipeline/meter.py",
         "almost_train/rlsf/ppo.py",
         "almost_train/rlsf/checkpoint.py",
         "almost_train/rlsf/models.py",
         "almost_train/rlsf/loop.py",
         "almost_train/rlsf/trl.py",
         "almost_train/rlsf/rollouts.py",
+        "almost_train/rlsf/certificate.py",
+        "almost_train/rlsf/header_sampling.py",
+        "almost_train/rlsf/trl_sampling.py",
+        "almost_train/rlsf/weight_transfer.py",
+        "almost_eval/engines/vllm_weights.py",
     },
     "transformers": {
         "almost_eval/engines/hf_generation.py",
@@ -45,7 +51,11 @@ HEAVY = {
         "almost_train/rlsf/trl.py",
         "almost_train/rlsf/rollouts.py",
     },
-    "vllm": {"almost_eval/engines/vllm_worker.py"},
+    "vllm": {
+        "almost_eval/engines/vllm_weights.py",
+        "almost_eval/engines/vllm_worker.py",
+        "almost_train/rlsf/weight_transfer.py",
+    },
     "lm_eval": set(),
     "datasets": set(),
     "gradio": {
@@ -122,7 +132,7 @@ ROOMS = {
         *("types", "errors", "progress", "stats", "files", "nano", "models", "data", "engines", "rewards", "tasks"),
         *("run", "compare", "judge", "arena", "report", "suite", "api", "cli"),
     ),
-    "almost_train": ("common", "synthetic", "reward", "self_play", "sft", "rlsf", "nano", "pipeline", "cli"),
+    "almost_train": ("common", "synthetic", "reward", "self_play", "sft", "rlsf", "dpo", "nano", "pipeline", "cli"),
     "serving": ("door", "launch", "models", "vllm", "gateway", "local", "chat", "all", "cli"),
 }
 """Rooms and files of a package, from the ground up: a file may use what stands before its own room, never after."""

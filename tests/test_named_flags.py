@@ -49,6 +49,9 @@ OF_OTHERS: dict[str, dict[str, str]] = {
     "almost_eval/run/provenance.py": dict.fromkeys(
         ("--no-optional-locks", "--porcelain", "--untracked-files"), "git's"
     ),
+    "almost_train/rlsf/vllm_sampler.py": dict.fromkeys(
+        ("--logprobs-mode", "--weight-transfer-config"), "vLLM's, of the server that the message is about"
+    ),
     "serving/all.py": {"--gpu-memory-utilization": "vLLM's, which is passed to it"},
     "serving/chat/small_model.py": {"--no-deps": "pip's"},
     "serving/chat/tab_report.py": {"--output": "of almost-eval, which the message names"},

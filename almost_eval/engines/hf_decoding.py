@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from almost_eval.engines.hf_loglikelihood import AttentionWindow
 from almost_eval.engines.hf_rows import HeaderLayers, RowCache, Sight, attending
-from almost_eval.engines.hf_sampling import Sampler
+from almost_eval.engines.hf_sampling import TokenDraw
 
 if TYPE_CHECKING:
     from almost_eval.models.loading import CausalLM
@@ -127,7 +127,7 @@ def continue_rows(
     model: CausalLM,
     header: Header,
     prompts: Sequence[NDArray[np.int32]],
-    sampler: Sampler,
+    sampler: TokenDraw,
     has_ended: Callable[[list[int]], bool],
     max_new_tokens: int,
     window: AttentionWindow,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,6 +20,14 @@ WIDTHS = (64, 512, 4096)
 """How many of the largest logits are looked at, in turn."""
 _LOGARITHMS = 16
 """Noise for a token alone costs about as much as numpy takes for this many."""
+
+
+class TokenDraw(Protocol):
+    """Draws the next tokens of rows."""
+
+    def draw(self, logits: torch.Tensor, rows: Sequence[int]) -> list[int]:
+        """A token after each of the logits (B, V), which belong to these rows; rows that have ended are left out."""
+        ...
 
 
 class Sampler:

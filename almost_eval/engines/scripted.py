@@ -98,11 +98,7 @@ class ScriptedEngine:
     def stream_completions(
         self, prompts: Sequence[str], params: SamplingParams
     ) -> Iterator[tuple[int, list[Completion]]]:
-        """Yield what `generate` gives, prompt by prompt."""
-        yield from enumerate(self.generate(prompts, params))
-
-    def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[list[Completion]]:
-        """`params.n` times what `complete` says to each prompt, cut at stop strings and at `max_new_tokens` words.
+        """Yield `params.n` times what `complete` says to a prompt, cut at stop strings and at `max_new_tokens` words.
 
         Raises:
             InputError: the engine was made without `complete`, or a prompt leaves no room for `max_new_tokens`.
@@ -111,7 +107,12 @@ class ScriptedEngine:
             raise InputError("this ScriptedEngine only scores; give it complete=... to generate")
         longest = max((len(_word_ids(prompt)) for prompt in prompts), default=0)
         self._refuse_long(longest + params.max_new_tokens)
-        return [[_cut(self._complete(prompt), params)] * params.n for prompt in prompts]
+        for index, prompt in enumerate(prompts):
+            yield index, [_cut(self._complete(prompt), params)] * params.n
+
+    def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[list[Completion]]:
+        """What `stream_completions` yields, in a list."""
+        return [completions for _, completions in self.stream_completions(prompts, params)]
 
     def _scores(self, encoded: EncodedRequest) -> RequestScores:
         request = encoded.request

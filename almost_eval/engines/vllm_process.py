@@ -14,6 +14,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -44,6 +45,9 @@ Output = Any
 """`vllm.RequestOutput` or `vllm.PoolingRequestOutput`."""
 Requests = Mapping[str, tuple[Ids, Params]]
 """Name of a request -> token ids (T,), and what to do with them."""
+
+RECEIVER = "almost"
+"""The backend of vLLM's weight-transfer API that is ours (`vllm_weights.py`)."""
 
 _loaded: list[LLM] = []
 """The `vllm.LLM`s of this process that hold memory."""
@@ -164,6 +168,14 @@ def load(path: Path, options: JSONObject) -> LLM:
         raise ModelError(f"vLLM cannot run {path}: {first_line(error)}") from None
     _loaded.append(llm)
     return llm
+
+
+def register_receiver() -> None:
+    """Let vLLM know our backend of its weight-transfer API, in this process; again does nothing."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    with suppress(ValueError):  # it is known
+        WeightTransferEngineFactory.register_engine(RECEIVER, "almost_eval.engines.vllm_weights", "WeightReceiver")
 
 
 def with_adapter(options: JSONObject, adapter: Adapter | None) -> JSONObject:

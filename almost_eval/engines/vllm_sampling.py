@@ -40,7 +40,7 @@ Mask = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.
 """vLLM's own `apply_top_k_top_p`: logits (B, V), which it may overwrite, k (B,), p (B,) -> -inf outside the nucleus."""
 
 
-class Verdict(Enum):
+class Membership(Enum):
     """Whether a token is in a nucleus."""
 
     INSIDE = auto()
@@ -140,28 +140,28 @@ def _one(values: torch.Tensor | None, row: int) -> torch.Tensor | None:
     return None if values is None else values[row : row + 1].clone()
 
 
-def verdict(
+def membership(
     scores: NDArray[np.float32], weights: NDArray[np.float32], total: float, token: int, top_p: float
-) -> Verdict:
+) -> Membership:
     """Whether top-p keeps a token of a row of scores (V,), whose weights (V,) are exp(scores - the largest).
 
     vLLM adds probabilities up from the least, in float32, and drops tokens while the sum is at most 1 - p. So a token
     stays where those that are likelier have less than p together.
     """
     if top_p >= 1:
-        return Verdict.INSIDE  # what vLLM drops then has probability 0
+        return Membership.INSIDE  # what vLLM drops then has probability 0
     ids = np.flatnonzero(scores >= scores[token])
     likelier_ids = ids[scores[ids] > scores[token]]
     alike = len(ids) - len(likelier_ids) - 1
     likelier = float(weights[likelier_ids].sum(dtype=np.float64)) / total
     slack = _SLACK + _PER_TOKEN * len(scores)
     if likelier >= top_p + slack:
-        return Verdict.OUTSIDE
+        return Membership.OUTSIDE
     if len(ids) == 1:
-        return Verdict.INSIDE  # the likeliest always stays
+        return Membership.INSIDE  # the likeliest always stays
     # Of equal logits vLLM's sort, which is not stable, puts any first.
     last = likelier + alike * float(weights[token]) / total
-    return Verdict.INSIDE if last < top_p - slack else Verdict.OPEN
+    return Membership.INSIDE if last < top_p - slack else Membership.OPEN
 
 
 def _kept(rows: _Rows, row: int) -> torch.Tensor:
@@ -182,10 +182,10 @@ def _race(rows: _Rows, row: int, generator: torch.Generator, uniform: torch.Tens
     ahead = np.argsort(-race)
     points = [*race[ahead].tolist(), 0.0]
     for place, token in enumerate(ids[ahead[:_TRIES]].tolist()):
-        outcome = verdict(scores, weights, rows.totals[row], token, rows.top_p[row])
-        if outcome is Verdict.INSIDE and points[place] > points[place + 1] * _MARGIN:
+        outcome = membership(scores, weights, rows.totals[row], token, rows.top_p[row])
+        if outcome is Membership.INSIDE and points[place] > points[place + 1] * _MARGIN:
             return int(token)
-        if outcome is not Verdict.OUTSIDE:
+        if outcome is not Membership.OUTSIDE:
             break
     kept = _kept(rows, row).numpy()
     ids = np.flatnonzero(kept)
@@ -200,9 +200,9 @@ def _draw(rows: _Rows, which: list[int], tokens: torch.Tensor) -> None:
     for _ in range(_TRIES):
         still = []
         for row, token in by_weight.draw(left):
-            outcome = verdict(scores[row], weights[row], rows.totals[row], token, rows.top_p[row])
+            outcome = membership(scores[row], weights[row], rows.totals[row], token, rows.top_p[row])
             # The same token is kept or drawn again by what vLLM's sort says: another draw would favour others.
-            if outcome is Verdict.INSIDE or (outcome is Verdict.OPEN and float(_kept(rows, row)[token]) > 0):
+            if outcome is Membership.INSIDE or (outcome is Membership.OPEN and float(_kept(rows, row)[token]) > 0):
                 tokens[row] = token
             else:
                 still.append(row)

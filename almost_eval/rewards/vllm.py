@@ -12,8 +12,8 @@ import numpy as np
 
 from almost_eval.engines.vllm_process import LLM, HoldsLLM, Params, VLLMOptions, load, run, with_adapter
 from almost_eval.errors import ModelError
-from almost_eval.models.chat import ChatTemplate
 from almost_eval.models.adapters import refuse_for_vllm
+from almost_eval.models.chat import ChatTemplate
 from almost_eval.models.checkpoint import Checkpoint, refuse_stray_weights
 from almost_eval.rewards.base import CheckpointRewardModel
 from almost_eval.types import Conversation, JSONObject

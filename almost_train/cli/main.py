@@ -11,8 +11,9 @@ from almost_eval.cli.command_line import Commands, run_command_line
 from almost_train.cli.merge import merge
 from almost_train.cli.nano import nano
 from almost_train.cli.options import CONTEXT
+from almost_train.cli.plan import plan
 from almost_train.cli.run import run
-from almost_train.cli.stages import reward, rlsf, self_play, sft
+from almost_train.cli.stages import dpo, online_dpo, reward, rlsf, self_play, sft
 from almost_train.cli.synthesize import synthesize
 
 
@@ -31,7 +32,8 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (synthesize, reward, self_play, sft, rlsf, run, merge, nano):  # the order of `--help`
+# The order of `--help`.
+for command in (synthesize, reward, self_play, sft, rlsf, dpo, online_dpo, run, plan, merge, nano):
     cli.add_command(command)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from almost_eval.cli.command_line import Commands, import_transformers, open_console
-from almost_eval.errors import InputError, did_you_mean
+from almost_eval.errors import InputError, RunError, did_you_mean
 from almost_train.cli.options import CONTEXT, path_option
 
 
@@ -38,7 +38,11 @@ def pretrain(output: Path, seed: int, sizes: str, workers: int) -> int:
             raise InputError(f"unknown size {name!r}; {did_you_mean(name, SIZES)}")
     import_transformers()
     table = Table("model", "parameters", "tokens", "seconds", "loss, nats", "facts known")
-    for result in pretrain_family(output, seed=seed, sizes=names, workers=workers):
+    try:
+        results = pretrain_family(output, seed=seed, sizes=names, workers=workers)
+    except KeyboardInterrupt:  # the usual line says that the same command goes on: here a model is made in one go
+        raise RunError("interrupted; models that were not finished are lost: begin again in another --output") from None
+    for result in results:
         table.add_row(
             f"vanilla-{result.size}",
             f"{result.parameters:,}",

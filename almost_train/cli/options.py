@@ -30,7 +30,26 @@ OUTPUT = path_option("--output", "The stage's folder; made if absent, and gone o
 HELD_OUT = click.option(
     "--held-out", type=click.Path(path_type=Path), help="prompts.jsonl of an evaluation: kept out, word for word."
 )
+PUSH_TO_HUB = click.option(
+    "--push-to-hub", metavar="ORG/NAME", help="Upload the checkpoint to this repository of the hub. [env: HF_TOKEN]"
+)
 DATA_ROOT = click.option("--data-root", help="Folder with the official prompt files. [env: ALMOST_DATA_ROOT]")
+
+
+def scale_options(command: FC) -> FC:
+    """`--scale` and `--scale-model` of the commands that take a recipe."""
+    model = click.option(
+        "--scale-model",
+        help="tiny: stands for every model.  [smollm2-135m-instruct in the folder of env ALMOST_REAL_MODELS]",
+    )
+    scale = click.option(
+        "--scale",
+        type=click.Choice(["full", "tiny"]),
+        default="full",
+        show_default=True,
+        help="tiny: the recipe's stages and code paths with small numbers and one small model, in minutes.",
+    )
+    return scale(model(command))
 
 
 def data_for(prompt_set: str, data_root: str | None) -> DataSource:

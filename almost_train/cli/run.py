@@ -10,6 +10,7 @@ import click
 from almost_eval.cli.command_line import import_transformers, open_console
 from almost_eval.cli.options import LOG_TO
 from almost_eval.run.trackers import logging_to
+from almost_train.cli.options import scale_options
 
 
 @click.command()
@@ -19,6 +20,7 @@ from almost_eval.run.trackers import logging_to
 @click.option("--until", help="Stop after this stage.")
 @click.option("--data-root", help="Folder laid out like the hub, looked in first. [env: ALMOST_DATA_ROOT]")
 @click.option("--dry-run", is_flag=True, help="Check the recipe and list its stages; run nothing.")
+@scale_options
 @LOG_TO
 @click.option("--json", "as_json", is_flag=True, help="Print the results of all stages instead of the tables.")
 def run(
@@ -28,10 +30,12 @@ def run(
     until: str | None,
     data_root: str | None,
     dry_run: bool,
+    scale: str,
+    scale_model: str | None,
     log_to: tuple[str, ...],
     as_json: bool,
 ) -> int:
-    """Run a recipe, whole: nano, smollm, llama-7b or a YAML file. Goes on where it was killed.
+    """Run a recipe, whole: nano, smollm, 7b-lora, llama-7b or a YAML file. Goes on where it was killed.
 
     \b
     Example:
@@ -40,10 +44,11 @@ def run(
     from almost_eval.progress import progress_for
     from almost_train.pipeline.recipe import load_recipe
     from almost_train.pipeline.run import Pipeline
+    from almost_train.pipeline.scale import scaled
 
-    loaded = load_recipe(recipe, seed=seed)
+    loaded = scaled(load_recipe(recipe, seed=seed), scale, scale_model)
     import_transformers()
-    folder = output or Path("runs") / loaded.name
+    folder = output or Path("runs") / (loaded.name if scale == "full" else f"{loaded.name}-{scale}")
     pipeline = Pipeline(loaded, folder, data_root, progress_for())
     console = open_console()
     if dry_run:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from almost_eval.cli.command_line import import_transformers, options_of
+from almost_eval.cli.config_file import CONFIG
 from almost_eval.cli.options import GENERATION_FIELDS, engine_flag, engine_options
 from almost_eval.run.trackers import logging_to
 from almost_eval.types import JSONObject
@@ -26,6 +27,8 @@ GENERATION_OPTIONS = [engine_flag(option) for option in GENERATION_FIELDS.values
 
 class SettingsCommand(click.Command):
     """A command with a flag for each field of a settings dataclass, made on first use: the class is slow to import.
+
+    `--config` reads flags from a file.
 
     The command's function gets `settings` and `progress`, and with `engine` also `engine_for`. It returns the stage's
     result, which is shown as a table, or with `--json` as it is.
@@ -50,7 +53,7 @@ class SettingsCommand(click.Command):
         self._engine = engine
         self._check = check
         json = click.Option(["--json", "as_json"], is_flag=True, help="Print result.json instead of the table.")
-        self._own = [*self.params, json]
+        self._own = [*self.params, json, CONFIG]
         self._made = False
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
@@ -80,6 +83,8 @@ class SettingsCommand(click.Command):
         """click's, with the flags gathered into `settings` and `engine_for`; shows the result."""
         from almost_eval.progress import progress_for
         from almost_train.common.config import settings_from, settings_of
+        from almost_train.common.hub import open_repository, push
+        from almost_train.common.processes import is_main
 
         cls = self.settings_class()
         values = {name: ctx.params.pop(name) for name in settings_of(cls) if name in ctx.params}
@@ -92,11 +97,18 @@ class SettingsCommand(click.Command):
         ctx.params["progress"] = progress_for()
         import_transformers()
         as_json = ctx.params.pop("as_json")
+        repository = ctx.params.pop("push_to_hub", None)
+        if repository and is_main():
+            open_repository(repository)
         with logging_to(ctx.params.pop("log_to", ())):
             result: JSONObject = super().invoke(ctx)
         show(result, as_json)
         if self._check:
             self._check(result)
+        if repository and is_main():
+            outputs = result["outputs"]
+            folder: Path = ctx.params["output"] / outputs.get("policy", outputs.get("model"))["path"]
+            click.echo(f"pushed: {push(folder, repository, f'almost-train {self.name}')}", err=True)
         return 0
 
 

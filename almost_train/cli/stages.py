@@ -1,4 +1,4 @@
-"""The stages that train or make demonstrations, each a command: reward, self-play, sft, rlsf."""
+"""The stages that train or make demonstrations, each a command: reward, self-play, sft, dpo, rlsf."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 
 from almost_eval.cli.options import LOG_TO
 from almost_eval.errors import RunError
-from almost_train.cli.options import DATA_ROOT, HELD_OUT, OUTPUT, data_for, path_option
+from almost_train.cli.options import DATA_ROOT, HELD_OUT, OUTPUT, PUSH_TO_HUB, data_for, path_option
 from almost_train.cli.settings import settings_command
 
 TABLES = "JSON Lines, JSON, CSV, Parquet, or a data set of the hub (org/name[:config][@split])"
@@ -17,6 +17,8 @@ TABLES = "JSON Lines, JSON, CSV, Parquet, or a data set of the hub (org/name[:co
 if TYPE_CHECKING:
     from almost_eval.progress import Progress
     from almost_eval.types import JSONObject
+    from almost_train.dpo.online import OnlineDPOSettings
+    from almost_train.dpo.run import DPOSettings
     from almost_train.reward.run import RewardSettings
     from almost_train.rlsf.job import RLSFSettings
     from almost_train.self_play.settings import SelfPlaySettings
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 @click.option("--model", required=True, help="What to start from: a language model, encoder or classifier.")
 @OUTPUT
 @LOG_TO
+@PUSH_TO_HUB
 def reward(
     settings: RewardSettings,
     comparisons: Path,
@@ -93,10 +96,19 @@ def self_play(
 
 @settings_command("almost_train.sft.run:SFTSettings")
 @path_option("--demonstrations", f"Dialogues: {TABLES}.")
+@click.option("--eval-demonstrations", type=click.Path(path_type=Path), help="Held-out dialogues, in place of a share.")
 @click.option("--model", required=True, help="The language model to fine-tune.")
 @OUTPUT
 @LOG_TO
-def sft(settings: SFTSettings, demonstrations: Path, model: str, output: Path, progress: Progress) -> JSONObject:
+@PUSH_TO_HUB
+def sft(
+    settings: SFTSettings,
+    demonstrations: Path,
+    eval_demonstrations: Path | None,
+    model: str,
+    output: Path,
+    progress: Progress,
+) -> JSONObject:
     """Fine-tune on demonstrations, loss on the answers alone.
 
     \b
@@ -105,7 +117,57 @@ def sft(settings: SFTSettings, demonstrations: Path, model: str, output: Path, p
     """
     from almost_train.sft.run import train_sft
 
-    return train_sft(settings, demonstrations, model, output, progress=progress)
+    return train_sft(
+        settings, demonstrations, model, output, eval_demonstrations=eval_demonstrations, progress=progress
+    )
+
+
+@settings_command("almost_train.dpo.run:DPOSettings")
+@path_option("--comparisons", f"Preference pairs: {TABLES}.")
+@click.option("--eval-comparisons", type=click.Path(path_type=Path), help="Held-out pairs, in place of a share.")
+@click.option("--policy", required=True, help="The SFT checkpoint: the start, and the reference.")
+@OUTPUT
+@LOG_TO
+@PUSH_TO_HUB
+def dpo(
+    settings: DPOSettings,
+    comparisons: Path,
+    eval_comparisons: Path | None,
+    policy: str,
+    output: Path,
+    progress: Progress,
+) -> JSONObject:
+    """Direct preference optimisation of a policy on preference pairs (DPO, IPO).
+
+    \b
+    Example:
+      almost-train dpo --comparisons runs/comparisons/comparisons.jsonl --policy runs/sft/model --output runs/dpo
+    """
+    from almost_train.dpo.run import train_dpo
+
+    return train_dpo(settings, comparisons, policy, output, eval_comparisons=eval_comparisons, progress=progress)
+
+
+@settings_command("almost_train.dpo.online:OnlineDPOSettings", name="online-dpo")
+@path_option("--prompts", f"What to answer: {TABLES}.")
+@click.option("--policy", required=True, help="The SFT checkpoint: the start, and the reference.")
+@click.option("--reward-model", required=True, help="The reward model's checkpoint: the judge.")
+@OUTPUT
+@LOG_TO
+@PUSH_TO_HUB
+def online_dpo(
+    settings: OnlineDPOSettings, prompts: Path, policy: str, reward_model: str, output: Path, progress: Progress
+) -> JSONObject:
+    """DPO on the policy's own answers, two to a prompt, of which the reward model chooses one.
+
+    \b
+    Example:
+      almost-train online-dpo --prompts runs/prompts/prompts.jsonl --policy runs/sft/model \\
+        --reward-model runs/reward/model --output runs/online-dpo
+    """
+    from almost_train.dpo.online import train_online_dpo
+
+    return train_online_dpo(settings, prompts, policy, reward_model, output, progress=progress)
 
 
 def _refuse_stopped(result: JSONObject) -> None:
@@ -123,6 +185,7 @@ def _refuse_stopped(result: JSONObject) -> None:
 @click.option("--reward-model", required=True, help="The reward model's checkpoint.")
 @OUTPUT
 @LOG_TO
+@PUSH_TO_HUB
 def rlsf(
     settings: RLSFSettings, prompts: Path, policy: str, reward_model: str, output: Path, progress: Progress
 ) -> JSONObject:

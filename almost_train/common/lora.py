@@ -149,8 +149,20 @@ def add_lora(model: nn.Module, settings: LoraSettings, base: Path, *, kind: str,
 
     with layers_named(settings), seeded(seed):
         whole = get_peft_model(ready_for_lora(model, settings), lora_config(settings, kind))
-    whole.peft_config["default"].base_model_name_or_path = str(base)
+    settle_config(whole, base)
     return whole
+
+
+def settle_config(model: Any, base: Path) -> None:
+    """Make what is saved of a new adapter's settings the same in every process.
+
+    Args:
+        model: PEFT's, with the adapter.
+        base: the folder of its base, which the settings are to name.
+    """
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = str(base)
+    config.target_modules = sorted(config.target_modules)  # a set, whose order is another in each process
 
 
 def ready_for_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:

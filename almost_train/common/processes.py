@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from almost_eval.errors import InputError
 from almost_eval.models.loading import pick_device
 from almost_eval.types import JSONObject
-from almost_train.common.stage import Stage
+from almost_train.common.card import write_cards
+from almost_train.common.lora import ADAPTER
+from almost_train.common.stage import WORK, Stage
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -29,9 +31,6 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
-
-WORK = ".work"
-"""The hidden folder with the checkpoints to resume from; removed when the stage is done."""
 
 
 def world_size() -> int:
@@ -51,11 +50,22 @@ class SharedStage:
         self.folder = folder
         self.result = result
         """What `finish` wrote, the same in every process; None while the stage is not done."""
+        self.grown: dict[str, list[int]] = from_main(stage.grown if stage else {})
+        """Of the main process: see `Stage`."""
         self._stage = stage
 
-    def finish(self, metrics: Mapping[str, object], outputs: Mapping[str, Path]) -> JSONObject:
-        """`Stage.finish` in the main process; every process gets its result. `metrics` of the others are not read."""
-        self.result = from_main(self._stage.finish(metrics, outputs) if self._stage else None)
+    def finish(
+        self, metrics: Mapping[str, object], outputs: Mapping[str, Path], state: Path | None = None
+    ) -> JSONObject:
+        """`Stage.finish` in the main process; every process gets its result. `metrics` of the others are not read.
+
+        Every checkpoint of the stage gets its model card.
+        """
+        if self._stage:
+            folders = dict.fromkeys([*outputs.values(), self.folder / ADAPTER], True)
+            folders |= dict.fromkeys(sorted(self.folder.glob("policies/step-*")), False)
+            write_cards(folders, self._stage.spec, self._stage.inputs, metrics)
+        self.result = from_main(self._stage.finish(metrics, outputs, state) if self._stage else None)
         assert self.result is not None
         shutil.rmtree(self.folder / WORK, ignore_errors=True)
         return self.result
@@ -63,7 +73,12 @@ class SharedStage:
 
 @contextmanager
 def shared_stage(
-    folder: Path, name: str, settings: TrainedSettings, inputs: Mapping[str, Path | str]
+    folder: Path,
+    name: str,
+    settings: TrainedSettings,
+    inputs: Mapping[str, Path | str],
+    *,
+    grows: Collection[str] = (),
 ) -> Iterator[SharedStage]:
     """Open a stage in all processes: the main one locks and writes it, the others wait for its result.
 
@@ -83,7 +98,7 @@ def shared_stage(
         stage, refusal = None, None
         if is_main():
             try:
-                stage = stack.enter_context(Stage(folder, name, settings, inputs))
+                stage = stack.enter_context(Stage(folder, name, settings, inputs, grows=grows))
             except InputError as error:
                 refusal = error
         refusal, result = from_main((refusal, stage.result if stage else None))

@@ -1,7 +1,8 @@
-"""Torch's generator for a while: what draws from it depends on a seed that is handed in, and nothing after it does."""
+"""Global generators for a while: what draws from them inside leaves no trace after it."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,3 +15,18 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
+
+
+@contextmanager
+def own_random_state() -> Iterator[None]:
+    """Inside, whoever likes seeds every global generator, as the Trainer and vLLM do; after it they are as before."""
+    import numpy as np
+    import torch
+
+    python, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy_state)

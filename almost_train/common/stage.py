@@ -2,12 +2,16 @@
 
 The same command on the same folder goes on where it was killed, and does nothing where the stage is done. Other
 settings or other inputs are refused. A pipeline reads these files to see which stages it can skip.
+
+Some settings of a stage may grow: the steps of RLSF. The stage then goes on from its last checkpoint, also where it had
+ended: it keeps that checkpoint in `state/`. `stage.json` lists the earlier values.
 """
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -24,10 +28,15 @@ if TYPE_CHECKING:
 
 FREE_SETTINGS = frozenset(
     "device micro_batch_size sampling_batch_size gradient_checkpointing save_every save_minutes samples_every "
-    "keep_every patience max_rounds accept_fewer".split()
+    "keep_every keep_state sampler_url sampler_memory sampler_sleep on_parity patience max_rounds accept_fewer".split()
 )
 """Settings that may differ when a stage goes on: where it runs and in how much memory, how often and what it saves,
 when it gives up. A pass over fewer items at once changes the rounding of a sum and nothing else."""
+
+WORK = ".work"
+"""The hidden folder with the checkpoints to resume from; removed when the stage is done."""
+STATE = "state"
+"""What becomes of it where a stage that is done may go on with more steps: it holds the last checkpoint alone."""
 
 
 def model_input(model: str) -> Path | str:
@@ -60,6 +69,7 @@ class Stage:
         name: of the stage: `reward`.
         settings: its settings dataclass (see `config.option`); seeds are among them.
         inputs: name -> file or folder it reads, or a built-in or hub name of a model, which stands for itself.
+        grows: settings, whole numbers, that may be larger when the stage goes on.
 
     Raises:
         StageChanged: the folder holds this stage with other settings or inputs.
@@ -68,7 +78,13 @@ class Stage:
     """
 
     def __init__(
-        self, folder: Path, name: str, settings: DataclassInstance, inputs: Mapping[str, Path | str] = {}
+        self,
+        folder: Path,
+        name: str,
+        settings: DataclassInstance,
+        inputs: Mapping[str, Path | str] = {},
+        *,
+        grows: Collection[str] = (),
     ) -> None:
         self.folder = folder
         self.name = name
@@ -76,8 +92,12 @@ class Stage:
         # Inputs by content, not by place: a moved or copied pipeline is the same pipeline.
         digests = {k: digest_path(v) if isinstance(v, Path) else str(v) for k, v in sorted(inputs.items())}
         self.spec: JSONObject = {"stage": name, "settings": pinned, "inputs": digests}
+        self.inputs = dict(inputs)
         self.result: JSONObject | None = None
         """What `finish` wrote, here or in an earlier process; None while the stage is not done."""
+        self.grown: dict[str, list[int]] = {}
+        """Setting -> its earlier, smaller values, oldest first."""
+        self._grows = frozenset(grows)
 
     def __enter__(self) -> Stage:
         with ExitStack() as stack:  # a folder that is refused is released
@@ -111,8 +131,21 @@ class Stage:
         if name not in pinned:
             write_json(self.folder / "stage.json", {**stored, "pinned": {**pinned, name: value}})
 
-    def finish(self, metrics: Mapping[str, object], outputs: Mapping[str, Path] = {}) -> JSONObject:
-        """Write `result.json` and return it: metrics (JSON), the digests of the outputs, seconds of this process."""
+    def finish(
+        self, metrics: Mapping[str, object], outputs: Mapping[str, Path] = {}, state: Path | None = None
+    ) -> JSONObject:
+        """Write `result.json` and return it: metrics (JSON), the digests of the outputs, seconds of this process.
+
+        Args:
+            metrics: JSON.
+            outputs: name -> file or folder.
+            state: a checkpoint in `WORK` from which the stage could go on with more steps; it is kept in `STATE`.
+        """
+        if state is not None:
+            for other in (self.folder / WORK).iterdir():
+                if other != state:
+                    shutil.rmtree(other) if other.is_dir() else other.unlink()
+            (self.folder / WORK).rename(self.folder / STATE)  # before the result: a kill in between undoes it
         self.result = {
             "stage": self.name,
             "metrics": dict(metrics),
@@ -136,18 +169,52 @@ class Stage:
         stored = read_json(file, "stage", "settings", "inputs")
         if stored["stage"] != self.name:
             raise StoreError(f"{self.folder} holds the stage {stored['stage']!r}, not {self.name!r}; choose another")
+        self.grown = {name: list(values) for name, values in stored.get("grown", {}).items()}
+        with suppress(StoreError):  # absent: not finished
+            self.result = read_json(self.folder / "result.json", "metrics", "outputs")
+        larger = self._larger(stored["settings"])
+        if {**stored["settings"], **larger} != self.spec["settings"] or stored["inputs"] != self.spec["inputs"]:
+            raise StageChanged(self.folder, self._change(stored))
+        if larger:
+            self._grow(stored, larger)
+        elif self.result is None and (self.folder / STATE).exists():  # killed while it finished or began to grow
+            (self.folder / STATE).rename(self.folder / WORK)
+
+    def _change(self, stored: JSONObject) -> str:
+        """What differs first, for a reader: of an input only the name, its digest would say nothing."""
         for part in ("settings", "inputs"):
             was, now = stored[part], self.spec[part]
             differ = [key for key in {**now, **was} if was.get(key) != now.get(key)]
             if differ:
                 key = differ[0]
                 more = f", and {len(differ) - 1} more" if len(differ) > 1 else ""
-                # Of an input only the name is shown: its digest says nothing to a reader.
                 what = f"{key} was {_short(was.get(key))}, is {_short(now.get(key))}" if part == "settings" else key
-                what += more
-                raise StageChanged(self.folder, f"{part} ({what})")
-        with suppress(StoreError):  # absent: not finished
-            self.result = read_json(self.folder / "result.json", "metrics", "outputs")
+                return f"{part} ({what}{more})"
+        raise AssertionError("nothing differs")
+
+    # --- more steps ---
+
+    def _larger(self, was: JSONObject) -> JSONObject:
+        """The settings that may grow and have, with their new values."""
+        now = self.spec["settings"]
+        return {name: now[name] for name in sorted(self._grows & was.keys()) if now[name] > was[name]}
+
+    def _grow(self, stored: JSONObject, larger: JSONObject) -> None:
+        """Make the stage one that is not done yet, with its last checkpoint where a killed one has it."""
+        change = self._change(stored)
+        if self.result is not None:
+            if self.result["metrics"].get("stopped"):
+                raise StageChanged(self.folder, f"{change}: a guard stopped it ({self.result['metrics']['stopped']})")
+            if not (self.folder / STATE).is_dir():
+                raise StageChanged(self.folder, f"{change}: it is done, and kept no {STATE}/ to go on from")
+            # In this order: a kill between any two leaves a stage that goes on, with the old number or the new one.
+            (self.folder / "result.json").unlink()
+            self.result = None
+        if (self.folder / STATE).exists():
+            (self.folder / STATE).rename(self.folder / WORK)
+        for name in larger:
+            self.grown.setdefault(name, []).append(stored["settings"][name])
+        write_json(self.folder / "stage.json", {**stored, "settings": self.spec["settings"], "grown": self.grown})
 
 
 def _short(value: object) -> str:

@@ -22,15 +22,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from almost_eval.errors import InputError, RunError
-from almost_eval.files import Row, RowLog
+from almost_eval.files import Row, RowLog, read_rows
 from almost_eval.models.chat import ChatTemplate, load_template
-from almost_eval.models.loading import pick_device
+from almost_eval.models.loading import ATTENTION, pick_device
 from almost_eval.models.openings import Opening
 from almost_eval.progress import Progress
 from almost_eval.rewards.base import is_framed
 from almost_eval.run.trackers import Trackers
 from almost_eval.types import JSONObject
 from almost_train.common.config import option
+from almost_train.common.hardware import OPTIMIZERS, check_hardware
+from almost_train.common.held_out_loss import BestModel, Evaluation, HeldOutRows
 from almost_train.common.interrupts import SaveRequests, ended_at, save_requests, what_is_kept
 from almost_train.common.lora import ADAPTER, LoraSettings, train_in_float32
 from almost_train.common.merge import merge
@@ -42,6 +44,11 @@ if TYPE_CHECKING:
 
 MODEL = "model"
 """The folder, inside the stage's, that holds the trained checkpoint."""
+LOGGED = (
+    *("grad_norm", "accuracy", "margin", "chosen_logratio", "rejected_logratio"),
+    *("reward", "reward_margin", "kl", "length", "ended", "pairs", "ties"),
+)
+"""What a row of the log has besides loss, rate and speed, where the trainer measures it."""
 WHOLE = "whole"
 """An empty file in a checkpoint's folder: the checkpoint was written to its end."""
 
@@ -64,8 +71,22 @@ class TrainSettings(LoraSettings):
     bf16: bool = option(False, "compute in bfloat16; the weights stay float32")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
     device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda", "mps"))
+    optim: str = option("adamw_torch", "the optimiser; those in 8 bits need a GPU", choices=OPTIMIZERS)
+    attention: str = option("auto", "how attention is computed; see almost-eval", choices=ATTENTION)
     save_every: int = option(200, "optimiser steps between two checkpoints to resume from; 0 for none", least=0)
     save_minutes: float = option(10.0, "minutes after which one is saved anyway; 0 for none", least=0)
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutSettings(TrainSettings):
+    """What a trainer takes that can measure held-out rows as it goes."""
+
+    eval_every: int = option(
+        0, "optimiser steps between two measurements on held-out rows; the best checkpoint is kept; 0: none", least=0
+    )
+    eval_share: float = option(
+        0.1, "share of the prompts held out, where no file of held-out rows is", least=0, most=0.5
+    )
 
 
 # --- the chat template ---
@@ -108,10 +129,12 @@ def check_batches(settings: TrainSettings) -> int:
     """Items of one forward pass on one device: `micro_batch_size`, or less where the batch has fewer for each.
 
     Raises:
-        InputError: `batch_size` cannot be shared by the processes, or several GPUs are seen by one process.
+        InputError: `batch_size` cannot be shared by the processes, several GPUs are seen by one process, or the machine
+            cannot follow the settings (`check_hardware`).
     """
     import torch
 
+    check_hardware(settings.device, settings.optim, settings.attention)
     processes = world_size()
     micro = min(settings.micro_batch_size, max(1, settings.batch_size // processes))
     if settings.batch_size % (micro * processes):
@@ -135,7 +158,7 @@ def trainer_arguments(settings: TrainSettings, folder: Path) -> JSONObject:
         "learning_rate": settings.learning_rate,
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
-        "optim": "adamw_torch",
+        "optim": settings.optim,
         "num_train_epochs": 1,  # the plan holds all epochs
         "train_sampling_strategy": "sequential",
         "per_device_train_batch_size": micro,
@@ -159,7 +182,12 @@ def trainer_arguments(settings: TrainSettings, folder: Path) -> JSONObject:
 
 
 def fit(
-    make_trainer: Callable[[], Trainer], stage: SharedStage, steps: int, progress: Progress, settings: TrainSettings
+    make_trainer: Callable[[], Trainer],
+    stage: SharedStage,
+    steps: int,
+    progress: Progress,
+    settings: TrainSettings,
+    held_out: HeldOutRows | None = None,
 ) -> None:
     """Train to the end, from the last whole checkpoint if there is one, and leave the result in `model/`.
 
@@ -169,10 +197,11 @@ def fit(
     Args:
         make_trainer: builds the TRL trainer on the plan's data set; called with torch's random state seeded apart.
         stage: its folder gets `log.jsonl`, one line a step: step, loss, lr, grad_norm (before clipping) and
-            tokens_per_second (over all processes); for pairs accuracy and margin too.
+            tokens_per_second (over all processes); what else the trainer measures (`LOGGED`); held-out figures.
         steps: optimiser steps.
         progress: the main process's; the others are silent.
         settings: of the stage: `save_minutes` and `merge` are read here.
+        held_out: what is measured after some steps; with `every`, `model/` is the one with the lowest loss.
 
     Raises:
         RunError: the loss or the gradient is not finite, or a signal ended it after a checkpoint.
@@ -201,7 +230,11 @@ def fit(
         if settings.is_quantized:
             train_in_float32(trainer.model)
         trainer.remove_callback(PrinterCallback)  # it prints on stdout
-        watch = _callback(log, advance, saving, work)
+        best = None
+        if held_out and held_out.every:
+            best = BestModel(work, from_main(read_rows(stage.folder / "log.jsonl") if is_main() else []))
+        evaluation = Evaluation(trainer, steps, held_out, best, lambda folder: _save(trainer, folder))
+        watch = _callback(log, advance, saving, work, evaluation)
         trainer.add_callback(watch)
         if trainer.args.device.type == "cpu":
             # Of several processes on CPUs each is told "cpu:0", where torch.load refuses to put an optimiser's state.
@@ -210,18 +243,16 @@ def fit(
         trainer.train(resume_from_checkpoint=resume)
         if trainer.state.global_step < steps:
             raise ended_at(trainer.state.global_step)
-        model: Any = trainer.model
-        for config in (model.config, model.config.get_text_config()):
-            if hasattr(config, "use_cache"):
-                config.use_cache = True  # the Trainer turned it off, for good
-        trainer.save_model(str(work / MODEL))
+        trained = best.folder if best else work / MODEL
+        if not best:
+            _save(trainer, trained)
         trainer.accelerator.free_memory()
     # 4. In one move to its place.
     wait_for_all()
     if is_main():
-        (work / MODEL / "training_args.bin").unlink(missing_ok=True)  # a pickle
-        (work / MODEL / "README.md").unlink(missing_ok=True)  # PEFT's, of empty headings
-        (work / MODEL).rename(result)
+        (trained / "training_args.bin").unlink(missing_ok=True)  # a pickle
+        (trained / "README.md").unlink(missing_ok=True)  # PEFT's, of empty headings
+        trained.rename(result)
     wait_for_all()
     _merge(result, stage.folder / MODEL)
 
@@ -231,6 +262,18 @@ def _merge(adapter: Path, output: Path) -> None:
     if adapter != output and is_main() and not output.exists():
         merge(str(adapter), output)
     wait_for_all()
+
+
+def _save(trainer: Trainer, folder: Path) -> None:
+    """The model as a checkpoint; every process calls this."""
+    model: Any = trainer.model
+    configs = [c for c in (model.config, model.config.get_text_config()) if hasattr(c, "use_cache")]
+    own = [config.use_cache for config in configs]
+    for config in configs:
+        config.use_cache = True  # the Trainer turned it off
+    trainer.save_model(str(folder))
+    for config, value in zip(configs, own, strict=True):
+        config.use_cache = value
 
 
 def _last_checkpoint(work: Path) -> str | None:
@@ -270,7 +313,11 @@ def _step_log(file: Path, done: int) -> Iterator[Callable[[Row], None]]:
 
 
 def _callback(
-    log: Callable[[Row], None], advance: Callable[[int], None], saving: SaveRequests, work: Path
+    log: Callable[[Row], None],
+    advance: Callable[[int], None],
+    saving: SaveRequests,
+    work: Path,
+    evaluation: Evaluation,
 ) -> TrainerCallback:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -295,8 +342,9 @@ def _callback(
             speed = (tokens - self.tokens) / (now - self.time)
             self.time, self.tokens = now, tokens
             row = {"step": state.global_step, "loss": logs["loss"], "lr": logs["learning_rate"]}
-            row |= {key: logs[key] for key in ("grad_norm", "accuracy", "margin") if key in logs}
-            log({**row, "tokens_per_second": round(speed, 1)})
+            row |= {key: logs[key] for key in LOGGED if key in logs}
+            log({**row, "tokens_per_second": round(speed, 1), **evaluation.after(state.global_step)})
+            self.time = time.monotonic()
 
         def on_step_end(
             self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
@@ -310,6 +358,8 @@ def _callback(
             wait_for_all()  # every process has written its share
             if is_main():
                 (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / WHOLE).touch()
+            if evaluation.best:
+                evaluation.best.checkpoint_saved(state.global_step)
             saving.saved()
 
     return Watch()

@@ -18,6 +18,8 @@ from almost_eval.engines.build import EngineOptions, generation_engine
 from almost_eval.errors import InputError, did_you_mean
 from almost_eval.progress import Progress
 from almost_eval.types import JSONObject
+from almost_train.dpo.online import OnlineDPOSettings, train_online_dpo
+from almost_train.dpo.run import DPOSettings, train_dpo
 from almost_train.pipeline.evaluation import EvaluationSettings, evaluate_policies
 from almost_train.pipeline.preflight import check_recipe
 from almost_train.pipeline.recipe import Recipe
@@ -68,6 +70,8 @@ class _Plan:
             "self_play": self.self_play,
             "sft": self.sft,
             "rlsf": self.rlsf,
+            "dpo": self.dpo,
+            "online_dpo": self.online_dpo,
             "evaluation": self.evaluation,
         }
         steps = {name: make() for name, make in makers.items() if name in self.recipe.sections}
@@ -179,6 +183,23 @@ class _Plan:
             progress=self.progress,
         )
 
+    def dpo(self) -> Step:
+        settings = self._settings("dpo", DPOSettings)
+        comparisons, policy = self._made("comparisons", "comparisons.jsonl"), str(self._made("sft", "model"))
+        return partial(train_dpo, settings, comparisons, policy, self.folder / "dpo", progress=self.progress)
+
+    def online_dpo(self) -> Step:
+        settings = self._settings("online_dpo", OnlineDPOSettings)
+        return partial(
+            train_online_dpo,
+            settings,
+            self._made("prompts", "prompts.jsonl"),
+            str(self._made("sft", "model")),
+            str(self._made("reward", "model")),
+            self.folder / "online_dpo",
+            progress=self.progress,
+        )
+
     # --- evaluation ---
 
     def evaluation(self) -> Step:
@@ -192,6 +213,9 @@ class _Plan:
         policies["sft"] = self._made("sft", "model")
         if "rlsf" in self.recipe.sections:
             policies["rlsf"] = self.folder / "rlsf" / "policy"
+        for stage in ("dpo", "online_dpo"):
+            if stage in self.recipe.sections:
+                policies[stage] = self.folder / stage / "model"
         nano = section.get("nano_prompts")
         file = section.get("prompts")
         if (nano is None) == (file is None):

@@ -7,6 +7,7 @@ stage that downloads them.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -16,8 +17,12 @@ from almost_eval.models.checkpoint import CAUSAL, Checkpoint, context_length, fi
 from almost_eval.models.loading import load_tokenizer
 from almost_eval.nano import BUILT_IN
 from almost_train.common.formats import read_preferences, read_prompt_rows
+from almost_train.common.held_out_loss import refuse_without_rows
 from almost_train.common.tables import read_any
 from almost_train.common.trainers import check_batches
+from almost_train.dpo.online import OnlineDPOSettings
+from almost_train.dpo.run import DPOSettings
+from almost_train.dpo.trainer import PreferenceSettings, check_loss
 from almost_train.pipeline.recipe import Recipe
 from almost_train.reward.run import KINDS, RewardSettings
 from almost_train.rlsf.job import RLSFSettings, check_settings
@@ -29,7 +34,7 @@ from almost_train.synthetic.ranking import as_ranking
 from almost_train.synthetic.responses import Configuration, ResponseSettings, read_configurations
 
 REWARD_KINDS = ("SequenceClassification", "RewardModel")
-COPIES = {"reward": 4, "sft": 4, "rlsf": 7, "as_is_reward": 4}
+COPIES = {"reward": 4, "sft": 4, "rlsf": 7, "dpo": 4, "online_dpo": 4, "as_is_reward": 4}
 """Stage -> how many times the weights of its model, in float32, it writes at most at one time: the result, and a
 checkpoint with AdamW's two moments; PPO's checkpoints hold the value model too."""
 
@@ -114,11 +119,20 @@ class _Checks:
     def sft(self) -> None:
         settings = self.recipe.settings("sft", SFTSettings, "model")
         self._checkpoint(str(self.recipe.value("sft", "model")), CAUSAL)
+        self._held_out(settings.eval_every, settings.eval_share)
         check_batches(settings)
 
     def rlsf(self) -> None:
         settings = self.recipe.settings("rlsf", RLSFSettings)
         refuse_shares(settings, check_settings(settings).update_size(settings))
+
+    def dpo(self) -> None:
+        settings = self.recipe.settings("dpo", DPOSettings)
+        self._held_out(settings.eval_every, settings.eval_share)
+        self._dpo(settings)
+
+    def online_dpo(self) -> None:
+        self._dpo(self.recipe.settings("online_dpo", OnlineDPOSettings))
 
     def evaluation(self) -> None:
         section = self.recipe.sections["evaluation"]
@@ -134,7 +148,16 @@ class _Checks:
     def _reward(self, section: str) -> None:
         settings = self.recipe.settings(section, RewardSettings, "model", "comparisons")
         self._checkpoint(str(self.recipe.value(section, "model")), KINDS)
+        self._held_out(settings.eval_every, settings.eval_share)
         check_batches(settings)
+
+    @staticmethod
+    def _held_out(every: int, share: float) -> None:
+        refuse_without_rows(every, math.ceil(share), "set eval_share")
+
+    def _dpo(self, settings: PreferenceSettings) -> None:
+        check_batches(settings)
+        check_loss(settings)
 
     def _sampler(self, model: str) -> None:
         if self.samples_here:
@@ -200,8 +223,11 @@ def _check_disk(recipe: Recipe, folder: Path) -> None:
     for section, copies in COPIES.items():
         if section not in recipe.sections or (folder / section / "result.json").exists():
             continue
-        # RLSF trains what SFT has made.
-        model = recipe.sections.get("sft" if section == "rlsf" else section, {}).get("model")
+        # RLSF and DPO train what SFT has made.
+        starts_at_sft = section in ("rlsf", "dpo", "online_dpo")
+        model = recipe.sections.get("sft" if starts_at_sft else section, {}).get("model")
+        if recipe.sections[section].get("eval_every"):  # the best so far, and one that may become it
+            copies += 2
         checkpoint = local_checkpoint(str(model), KINDS) if model else None
         if checkpoint is None:
             continue

@@ -29,6 +29,8 @@ SECTIONS = (
     "self_play",
     "sft",
     "rlsf",
+    "dpo",
+    "online_dpo",
     "evaluation",
 )
 

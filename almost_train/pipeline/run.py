@@ -2,8 +2,8 @@
 
 All sections are checked before the first stage begins. A stage that is done, with the same settings and inputs (by
 content), is skipped. One whose settings or inputs have changed is made anew, and what it had made is moved to `old/`,
-never deleted. The order is the paper's (arXiv 2305.13735, section 2): prompts, responses, comparisons, reward model,
-self-play, SFT, RLSF; then an evaluation.
+never deleted; with more steps RLSF goes on from what it had. The order is the paper's (arXiv 2305.13735, section 2):
+prompts, responses, comparisons, reward model, self-play, SFT, RLSF; then an evaluation.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class StageReport:
 
     name: str
     state: str
-    """`made`, `kept` (it was done) or `made anew` (with what had changed)."""
+    """`made`, `kept` (it was done), `gone on` (with more steps) or `made anew` (with what had changed)."""
     seconds: float
     """Of this run."""
     result: JSONObject
@@ -73,15 +73,19 @@ class Pipeline:
 
     def _run(self, name: str, step: Callable[[], JSONObject]) -> StageReport:
         self.progress.note(f"{name} ...")
-        was_done = (self.folder / name / "result.json").exists()
+        result_file = self.folder / name / "result.json"
+        before = result_file.read_bytes() if result_file.exists() else None
         began = time.monotonic()
         try:
             result, note = step(), ""
         except StageChanged as change:
             self._set_aside(name)
-            note, was_done = change.change, False
+            note, before = change.change, None
             result = step()
-        state = "kept" if was_done else ("made anew" if note else "made")
+        if before is None:
+            state = "made anew" if note else "made"
+        else:
+            state = "kept" if result_file.read_bytes() == before else "gone on"
         return StageReport(name, state, time.monotonic() - began, result, note)
 
     def _set_aside(self, name: str) -> None:

@@ -107,6 +107,11 @@ def _held_out(metrics: JSONObject) -> str:
     )
 
 
+def _held_out_pairs(metrics: JSONObject) -> str:
+    held_out = metrics.get("held_out")
+    return f"; held-out accuracy {held_out['accuracy']:.3f}" if held_out else ""
+
+
 def _cut(texts: str, *counts: int) -> str:
     return f", {sum(counts)} {texts} cut at the limit of new tokens" if sum(counts) else ""
 
@@ -129,6 +134,10 @@ _OUTCOMES: dict[str, Callable[[JSONObject], str]] = {
     ),
     "sft": lambda m: f"{m['answers']} answers, {m['steps']} steps",
     "rlsf": lambda m: f"{m['algorithm']}" + (f", stopped: {m['stopped']}" if m["stopped"] else ""),
+    "dpo": lambda m: f"{m['train_pairs']} pairs, {m['steps']} steps" + _held_out_pairs(m),
+    "online_dpo": lambda m: (
+        f"{m['prompts']} prompts, {m['steps']} steps, KL {m['kl_last']:.2f} nats, mean reward {m['reward_last']:.2f}"
+    ),
     "evaluation": lambda m: "see below",
 }
 

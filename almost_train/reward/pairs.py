@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +16,7 @@ from almost_eval.rewards.base import is_framed
 from almost_eval.stats import mean_metric
 from almost_eval.types import Conversation, JSONObject
 from almost_train.common.formats import read_preferences
+from almost_train.common.split import conversation_key, split_by_prompt
 from almost_train.common.tables import read_any
 
 if TYPE_CHECKING:
@@ -102,22 +101,8 @@ def split_pairs(
     pairs: Sequence[RewardPair], held_out: Sequence[RewardPair] | None, eval_share: float, seed: int
 ) -> tuple[list[RewardPair], list[RewardPair], Counter[str]]:
     """(for training, held out, dropped by reason): no prompt is on both sides, whatever its id."""
-    dropped: Counter[str] = Counter()
-    if held_out is None:
-        prompts = sorted({_key(pair) for pair in pairs})
-        random.Random(seed).shuffle(prompts)
-        count = round(eval_share * len(prompts))
-        out = set(prompts[: max(count, 1 if eval_share and len(prompts) > 1 else 0)])
-        return [p for p in pairs if _key(p) not in out], [p for p in pairs if _key(p) in out], dropped
-    out = {_key(pair) for pair in held_out}
-    train = [pair for pair in pairs if _key(pair) not in out]
-    if len(train) < len(pairs):
-        dropped["prompt_in_eval"] = len(pairs) - len(train)
-    return train, list(held_out), dropped
-
-
-def _key(pair: RewardPair) -> str:
-    return json.dumps([message.to_dict() for message in pair.prompt])
+    split = split_by_prompt(pairs, held_out, lambda pair: conversation_key(pair.prompt), eval_share, seed)
+    return split.training, split.held_out, Counter({"prompt_in_eval": split.dropped} if split.dropped else {})
 
 
 def encode_pairs(

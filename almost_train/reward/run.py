@@ -11,7 +11,7 @@ beside what "the longer answer wins" gets on the same pairs.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any, cast
 from almost_eval.errors import DataError, ModelError
 from almost_eval.files import Row, read_rows, write_rows
 from almost_eval.models.checkpoint import CAUSAL, Checkpoint, context_length, find_checkpoint
-from almost_eval.models.loading import attention_arguments, load_tokenizer
+from almost_eval.models.loading import load_tokenizer, settled_attention
 from almost_eval.models.tensors import check_weights
 from almost_eval.progress import Progress
 from almost_eval.types import JSONObject
 from almost_train.common.batches import BatchPlan, batch_plan, planned_dataset
 from almost_train.common.config import option
+from almost_train.common.held_out_loss import ITEMS, HeldOutRows, held_out_figures, refuse_without_rows
 from almost_train.common.lora import BASE, add_lora, base_dtype, check_lora, quantization, without_dropout
 from almost_train.common.merge import whole_base
 from almost_train.common.processes import WORK, is_main, shared_stage
@@ -32,8 +33,8 @@ from almost_train.common.seeding import seeded
 from almost_train.common.stage import model_input
 from almost_train.common.trainers import (
     MODEL,
+    HeldOutSettings,
     QuietTrainer,
-    TrainSettings,
     check_batches,
     fit,
     keep_template,
@@ -61,12 +62,11 @@ _NEW_WEIGHTS = re.compile(r"(?:^|\.)(?:score|classifier|pre_classifier|classific
 
 
 @dataclass(frozen=True, slots=True)
-class RewardSettings(TrainSettings):
+class RewardSettings(HeldOutSettings):
     """Settings of `train_reward`."""
 
     weight_decay: float = option(0.1, "AdamW's weight decay", least=0)
     margin: bool = option(False, "-log sigmoid(difference - the pair's margin); the rows must have a margin each")
-    eval_share: float = option(0.1, "share of the prompts held out, where no file of comparisons is", least=0, most=0.5)
 
 
 def train_reward(
@@ -130,8 +130,13 @@ def train_reward(
         dropped += unusable
         if not train:
             raise DataError(f"{comparisons} leaves no pair to train on (dropped: {dict(dropped)}); see --max-length")
+        refuse_without_rows(settings.eval_every, len(held_out), "give --eval-share or --eval-comparisons")
         lengths = [max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in train]
         plan = batch_plan(lengths, batch_size=settings.batch_size, epochs=settings.epochs, seed=settings.seed)
+        measured = None
+        if settings.eval_every:
+            rows = [{**_row(pair), "weight": 1.0} for pair in held_out]
+            measured = HeldOutRows(rows, _held_out_sums, settings.eval_every, settings.micro_batch_size)
 
         # 3. Training.
         kept = output / BASE if settings.lora_rank else output / WORK / BASE
@@ -143,6 +148,7 @@ def train_reward(
             plan.steps,
             progress,
             settings,
+            measured,
         )
 
         # 4. How good it is, through the checkpoint as others will load it.
@@ -150,6 +156,7 @@ def train_reward(
         if is_main():
             rows = _score(output / MODEL, held_out, settings.device, progress)
             write_rows(output / "eval.jsonl", rows)
+            log = read_rows(output / "log.jsonl")
             metrics = {
                 "format": source.format,
                 "train_pairs": len(train),
@@ -157,7 +164,8 @@ def train_reward(
                 "max_length": limit,
                 "dropped": dict(sorted(dropped.items())),
                 "eval_dropped": dict(sorted(eval_unusable.items())),
-                "loss_last_step": read_rows(output / "log.jsonl")[-1]["loss"],
+                "loss_last_step": log[-1]["loss"],
+                **held_out_figures(log, measured),
                 "eval": pair_metrics(rows),
             }
         return stage.finish(metrics, {MODEL: output / MODEL, "eval": output / "eval.jsonl"})
@@ -218,6 +226,7 @@ def load_classifier(checkpoint: Checkpoint, settings: RewardSettings) -> PreTrai
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # it warns of the new head
+    attention = settled_attention(settings.attention, checkpoint)
     try:
         with seeded(settings.seed):
             model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -227,7 +236,7 @@ def load_classifier(checkpoint: Checkpoint, settings: RewardSettings) -> PreTrai
                 quantization_config=quantization(settings),
                 use_safetensors=True,
                 output_loading_info=True,
-                **attention_arguments(checkpoint),
+                **({} if attention == "auto" else {"attn_implementation": attention}),
             )
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -263,11 +272,9 @@ def _trainer(
             return_outputs: bool = False,
             num_items_in_batch: torch.Tensor | int | None = None,
         ) -> torch.Tensor | tuple[torch.Tensor, object]:
-            weight, least = inputs.pop("weight"), inputs.pop("margin")  # (B,) each
-            outputs = model(**inputs, use_cache=False)
-            chosen, rejected = outputs.logits.squeeze(-1).float().chunk(2)  # (B,) each
-            margin = chosen - rejected
-            loss = -(weight * torch.nn.functional.logsigmoid(margin - least)).mean()
+            weight = inputs["weight"]  # (B,)
+            outputs, margin, losses = _pair_losses(model, inputs)
+            loss = (weight * losses).mean()
             with torch.no_grad():
                 seen = {"accuracy": (weight * (margin > 0)).mean(), "margin": (weight * margin).mean()}
                 for name, value in seen.items():
@@ -295,18 +302,52 @@ def _trainer(
     if settings.lora_rank:
         trained = add_lora(model, settings, checkpoint.path, kind="SEQ_CLS", seed=settings.seed)
     filler = pairs[0].chosen_ids[-1:]
-    rows = [
-        {"chosen_ids": list(pair.chosen_ids), "rejected_ids": list(pair.rejected_ids), "margin": pair.margin or 0.0}
-        for pair in pairs
-    ]
     return PairTrainer(
         model=trained,
         # The model has none left; TRL's switch would turn off the adapter's too.
         args=RewardConfig(**trainer_arguments(settings, output), disable_dropout=False),
         data_collator=collate,
-        train_dataset=planned_dataset(rows, {"chosen_ids": filler, "rejected_ids": filler, "margin": 0.0}, plan),
+        train_dataset=planned_dataset(
+            list(map(_row, pairs)), {"chosen_ids": filler, "rejected_ids": filler, "margin": 0.0}, plan
+        ),
         processing_class=tokenizer,
     )
+
+
+def _row(pair: RewardPair) -> Row:
+    """As the trainer's collator takes it; its `weight` is the plan's."""
+    return {
+        "chosen_ids": list(pair.chosen_ids),
+        "rejected_ids": list(pair.rejected_ids),
+        "margin": pair.margin or 0.0,
+    }
+
+
+def _pair_losses(
+    model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]
+) -> tuple[object, torch.Tensor, torch.Tensor]:
+    """(what the model gives, r_chosen - r_rejected (B,), loss of each pair (B,))."""
+    from torch.nn.functional import logsigmoid
+
+    texts = {name: value for name, value in inputs.items() if name not in ("weight", "margin")}
+    outputs = model(**texts, use_cache=False)
+    chosen, rejected = outputs.logits.squeeze(-1).float().chunk(2)  # (B,) each
+    margin = chosen - rejected
+    return outputs, margin, -logsigmoid(margin - inputs["margin"])
+
+
+def _held_out_sums(
+    trainer: Trainer, model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Over the pairs of a batch; see `HeldOutRows`."""
+    _, margin, losses = _pair_losses(model, inputs)
+    weight = inputs["weight"]
+    return {
+        ITEMS: weight.sum(),
+        "loss": losses.sum(),
+        "accuracy": (margin > 0).sum(),
+        "margin": margin.sum(),
+    }
 
 
 # --- how good it is ---

@@ -6,20 +6,24 @@ import importlib
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from almost_eval.errors import InputError
+from almost_eval.engines.build import PACKAGES
+from almost_eval.errors import InputError, MissingDependencyError
 from almost_eval.files import replaced_folder
 from almost_eval.models.adapters import CONFIG, WEIGHTS
 from almost_eval.models.chat import ChatTemplate
 from almost_eval.models.checkpoint import Checkpoint
+from almost_eval.models.endpoints import EndpointAddress
+from almost_eval.models.loading import pick_device
 from almost_eval.progress import Progress
 from almost_eval.types import JSONObject
 from almost_train.common.config import option
 from almost_train.common.lora import ADAPTER, LoraSettings
 from almost_train.common.merge import merge
-from almost_train.common.processes import WORK
+from almost_train.common.processes import WORK, world_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,10 +41,14 @@ ALGORITHMS = {
 COMMON_SETTINGS = frozenset(
     "algorithm steps batch_size micro_batch_size learning_rate schedule warmup_ratio weight_decay max_grad_norm "
     "max_new_tokens temperature stop eos_penalty clip kl_coefficient kl_limit guard_window seed device bf16 "
-    "gradient_checkpointing save_every save_minutes samples_every keep_every lora_rank lora_alpha lora_targets "
-    "lora_dropout quantize merge".split()
+    "gradient_checkpointing save_every save_minutes samples_every keep_every keep_state lora_rank lora_alpha "
+    "lora_targets lora_dropout quantize merge".split()
 )
 """Settings that every algorithm takes."""
+SAMPLER_SETTINGS = frozenset(
+    "sampler sampler_url weight_transfer sampler_memory sampler_sleep parity_limit on_parity importance_cap".split()
+)
+"""Settings of an algorithm that samples by `samplers.make_sampler`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +109,33 @@ class RLSFSettings(LoraSettings):
     device: str = option("auto", "auto, cpu, cuda, cuda:1.")
     save_every: int = option(20, "Steps between checkpoints.", least=1)
     save_minutes: float = option(10.0, "Minutes after which one is saved anyway; 0 for none.", least=0)
+    keep_state: bool = option(True, "Keep the last checkpoint in state/: the same command with more --steps goes on.")
     samples_every: int = option(10, "Steps between entries of samples.jsonl.", least=1)
     keep_every: int = option(
         0, "Steps between policies kept in policies/, each a whole model, for almost-eval tax; 0: none.", least=0
     )
+    sampler: str = option(
+        "transformers",
+        "What draws completions: the model itself, vLLM in this process, or a vLLM server.",
+        choices=("transformers", "vllm", "vllm-server"),
+    )
+    sampler_url: str | None = option(None, "Address of the vLLM server: http://127.0.0.1:8000.")
+    weight_transfer: str = option(
+        "file",
+        "How weights reach the server: as a safetensors file that it can read, or by NCCL between GPUs.",
+        choices=("file", "nccl"),
+    )
+    sampler_memory: float | None = option(
+        None, "Share of the GPU that vLLM takes in this process; its own choice if not given.", above=0, most=1
+    )
+    sampler_sleep: bool = option(False, "vLLM gives its GPU memory back while the policy learns.")
+    parity_limit: float = option(
+        0.01, "Nats by which log p of a sampled token may differ between vLLM and the model in training.", least=0
+    )
+    on_parity: str = option(
+        "correct", "Beyond the limit: weight by truncated importance, or stop.", choices=("correct", "stop")
+    )
+    importance_cap: float = option(2.0, "The largest importance weight of a token (RLOO: of a completion).", least=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +166,10 @@ class Job:
         every = self.settings.keep_every
         return bool(every and 0 < step < self.settings.steps and step % every == 0)
 
+    def kept(self, step: int) -> Path:
+        """The folder of the policy that is kept after `step` steps."""
+        return self.output / "policies" / f"step-{step:06d}"
+
 
 @dataclass(frozen=True, slots=True)
 class Algorithm:
@@ -146,8 +181,8 @@ class Algorithm:
     """Settings that it takes besides `COMMON_SETTINGS`. All others are refused where they are not at their default."""
     update_size: Callable[[RLSFSettings], int]
     """Completions of one update. Raises InputError for settings that do not go together."""
-    checkpoints: Callable[[Path], list[Path]]
-    """Whole checkpoints in a folder `.work`, oldest first."""
+    checkpoints: Callable[[Path], list[Path]] = lambda _: []
+    """Whole checkpoints in a folder `.work`, oldest first; by default it keeps none."""
 
     def takes(self, setting: str) -> bool:
         """Whether a setting changes what it does."""
@@ -181,7 +216,41 @@ def check_settings(settings: RLSFSettings) -> Algorithm:
     if "" in settings.stop:
         raise InputError("an empty stop string would end every completion at once; leave it out")
     algorithm.update_size(settings)
+    _check_sampler(settings)
     return algorithm
+
+
+def _check_sampler(settings: RLSFSettings) -> None:
+    default, where = RLSFSettings(), settings.sampler
+    of_vllm = ("parity_limit", "on_parity", "importance_cap")
+    in_process, on_server = ("sampler_memory", "sampler_sleep"), ("sampler_url", "weight_transfer")
+    foreign = {
+        "transformers": (*of_vllm, *in_process, *on_server),
+        "vllm": on_server,
+        "vllm-server": in_process,
+    }[where]
+    if names := [name for name in foreign if getattr(settings, name) != getattr(default, name)]:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+        raise InputError(f"--sampler {where} takes no {flags}; leave it out, or choose another --sampler")
+    if where == "transformers":
+        return
+    package, line = PACKAGES["vllm"]
+    if find_spec(package) is None:
+        raise MissingDependencyError(f"--sampler {where} needs the package {package!r}; install it with: {line}")
+    if settings.is_quantized:
+        raise InputError(f"--sampler {where} takes no --quantize: vLLM is sent whole weights, not packed ones")
+    if settings.temperature > 2:
+        raise InputError(f"vLLM takes no temperature above 2, not {settings.temperature:g}; use --sampler transformers")
+    if where == "vllm" and world_size() > 1:
+        raise InputError("--sampler vllm is for one process: vLLM would take its group over; use --sampler vllm-server")
+    if where == "vllm-server":
+        if not settings.sampler_url:
+            raise InputError(
+                "--sampler vllm-server needs --sampler-url, the server's address, as http://127.0.0.1:8000"
+            )
+        EndpointAddress.parse(settings.sampler_url, "--sampler-url", "http://127.0.0.1:8000")
+    if (settings.sampler_sleep or settings.weight_transfer == "nccl") and pick_device("auto") == "cpu":
+        raise InputError("--sampler-sleep and --weight-transfer nccl need a GPU, and there is none; leave them out")
 
 
 def save_policy(job: Job, model: PreTrainedModel | Path, step: int | None = None) -> None:
@@ -196,7 +265,7 @@ def save_policy(job: Job, model: PreTrainedModel | Path, step: int | None = None
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    folder = job.output / "policy" if step is None else job.output / "policies" / f"step-{step:06d}"
+    folder = job.output / "policy" if step is None else job.kept(step)
     merged = folder if step is None and job.settings.merge else None
     folder = job.output / ADAPTER if merged else folder
     with replaced_folder(folder, job.work / "policy") as scratch:

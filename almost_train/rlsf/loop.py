@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -42,7 +42,8 @@ from almost_train.common.lora import (
 from almost_train.common.schedule import learning_rate_factor
 from almost_train.rlsf import checkpoint as checkpoints
 from almost_train.rlsf import ppo
-from almost_train.rlsf.job import Algorithm, Job, RLSFSettings, save_policy
+from almost_train.rlsf.certificate import SamplerCertificate, certificate_summary, certify
+from almost_train.rlsf.job import SAMPLER_SETTINGS, Algorithm, Job, RLSFSettings, save_policy
 from almost_train.rlsf.log import (
     SAMPLES,
     StepLog,
@@ -61,15 +62,14 @@ from almost_train.rlsf.rollouts import (
     completion_logits,
     completion_logprobs,
     conversation,
-    sample,
     shorten_for_reward,
-    uniforms,
 )
+from almost_train.rlsf.samplers import make_sampler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-OWN_SETTINGS = frozenset(
+OWN_SETTINGS = SAMPLER_SETTINGS | frozenset(
     "mini_batch_size sampling_batch_size ppo_epochs value_learning_rate value_clip gamma gae_lambda whiten_advantages "
     "normalise_rewards kl_controller kl_target kl_horizon".split()
 )
@@ -96,6 +96,8 @@ class StepBatch:
     """Lines of `samples.jsonl`."""
     state: State
     """With the moments of these rewards."""
+    certificate: SamplerCertificate | None
+    """Of the sampler, where it is another engine."""
 
 
 def update_size(settings: RLSFSettings) -> int:
@@ -119,6 +121,7 @@ def train(job: Job) -> JSONObject:
     state = loop.resume() or State(0, settings.kl_coefficient, Moments())
     stopped, policy_step = None, settings.steps
     with (
+        closing(loop.sampler),
         StepLog(job.output, state.step, active=job.is_first) as log,
         save_requests(settings.save_minutes) as saving,
         job.progress.track("RLSF (PPO)", settings.steps, state.step) as advance,
@@ -128,6 +131,13 @@ def train(job: Job) -> JSONObject:
             # 1. Sample, score and measure the policy as it is now.
             batch = loop.collect(state)
             row = _measured(step, batch.rollout, state)
+            if batch.certificate:
+                row |= batch.certificate.row()
+                if refusal := batch.certificate.refusal(step, settings.parity_limit, settings.on_parity):
+                    log.step(row)
+                    if step:
+                        loop.save(state)
+                    raise refusal
             if step % settings.samples_every == 0 or step == settings.steps:
                 log.samples(batch.samples)
             # 2. Go on only within bounds; the batch after the last update is there to be measured.
@@ -136,6 +146,8 @@ def train(job: Job) -> JSONObject:
                 policy_step = loop.go_back(last_good_step([*log.rows, row], stopped, settings.guard_window))
             if stopped or step == settings.steps:
                 log.step(row)
+                if settings.keep_state and not stopped:  # before the update of a step that a longer run would make
+                    loop.save(state)
                 break
             save, end = saving.now()
             if step and (save or step % settings.save_every == 0):
@@ -154,7 +166,7 @@ def train(job: Job) -> JSONObject:
             advance(1)
         done = len(log.rows) - 1
         metrics = {"steps": done, "policy_step": policy_step, "stopped": stopped, "value_model": loop.value_origin}
-        metrics |= summary(log.rows)
+        metrics |= summary(log.rows) | certificate_summary(log.rows, settings.parity_limit)
     if job.is_first:
         save_policy(job, loop.plain_policy)
     loop.accelerator.wait_for_everyone()
@@ -232,6 +244,7 @@ class _Loop:
         self.rates, self.plain_policy, self.plain_value = rates, policy, value
         self.policy, self.value, *self.optimizers = self.accelerator.prepare(policy, value, *optimizers)
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
+        self.sampler = make_sampler(job)
 
     # --- sampling ---
 
@@ -245,16 +258,9 @@ class _Loop:
         everyone = batch_prompts(self.job.prompts, settings.seed, step, settings.batch_size)
         prompts = [everyone[row] for row in rows]
         # 1. Completions and their rewards.
+        self.sampler.sync(self.plain_policy)
         with self.accelerator.autocast():
-            completions = sample(
-                self.plain_policy,
-                self.job.tokenizer,
-                [prompt.token_ids for prompt in prompts],
-                uniforms(settings.seed, step, rows, settings.max_new_tokens),
-                temperature=settings.temperature,
-                stop=settings.stop,
-                max_rows=settings.sampling_batch_size,
-            )
+            completions = self.sampler.sample(self.plain_policy, [prompt.token_ids for prompt in prompts], step, rows)
         dialogues = [prompt.messages for prompt in prompts]
         completions = shorten_for_reward(completions, dialogues, self.job.reward, self.job.tokenizer)
         rewards = self.job.reward.score(
@@ -278,6 +284,9 @@ class _Loop:
             "shortened": torch.tensor([c.shortened for c in completions]),
             "rewards": torch.tensor(rewards, dtype=torch.float32),
         }
+        if all(c.logprobs is not None for c in completions):
+            rows_of_logprobs = [[*(c.logprobs or ()), *[0.0] * (width - len(c.token_ids))] for c in completions]
+            tensors["sampler_logprobs"] = torch.tensor(rows_of_logprobs)
         tensors = {name: tensor.to(self.accelerator.device) for name, tensor in tensors.items()}
         gathered = self.accelerator.gather(tensors["rewards"])
         # 3. Moments; a value model that was the reward model begins in the units of the normalised reward.
@@ -288,7 +297,18 @@ class _Loop:
         # 4. Log-probabilities, entropy and values of the tokens.
         tensors |= self._token_numbers(tensors, width)
         rollout = Rollout(**{name: self.accelerator.gather(tensor) for name, tensor in tensors.items()})
-        return StepBatch(rollout, samples, state)
+        # 5. Is the model that sampled the one that is trained?
+        certificate = None
+        if rollout.sampler_logprobs is not None:
+            certificate = certify(
+                rollout.sampler_logprobs,
+                rollout.logprobs,
+                rollout.completion_mask,
+                limit=settings.parity_limit,
+                cap=settings.importance_cap,
+            )
+            rollout = replace(rollout, importance_weights=certificate.weights)
+        return StepBatch(rollout, samples, state, certificate)
 
     @torch.no_grad()
     def _token_numbers(self, tensors: dict[str, Tensor], width: int) -> dict[str, Tensor]:
@@ -361,7 +381,7 @@ class _Loop:
         self, step: int, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: NDArray[np.int64]
     ) -> tuple[Tensor, float]:
         """One update of both models. Returns sums over all processes, and the largest ratio error."""
-        settings = self.settings
+        settings, weights = self.settings, rollout.importance_weights
         tokens = float(rollout.completion_mask[rows].sum())
         mine = rows[self.rank :: self.processes]
         sums, error = torch.zeros(5, device=advantages.device), 0.0
@@ -376,7 +396,13 @@ class _Loop:
                 with self.accelerator.autocast():
                     logprobs = completion_logprobs(self.policy, ids, attention, width, settings.temperature)
                 policy = ppo.policy_loss(
-                    logprobs, rollout.logprobs[some], advantages[some], mask, settings.clip, tokens
+                    logprobs,
+                    rollout.logprobs[some],
+                    advantages[some],
+                    mask,
+                    settings.clip,
+                    tokens,
+                    None if weights is None else weights[some],
                 )
                 # Data parallelism takes the mean over processes; the loss is a share of the whole already.
                 self.accelerator.backward(policy.loss * self.processes)

@@ -42,6 +42,10 @@ class Rollout:
     """(B, T) V(s) before each token, in units of the normalised reward."""
     rewards: Tensor
     """(B,) raw logits of the reward model."""
+    sampler_logprobs: Tensor | None = None
+    """(B, T) log p(a|s) by another engine that sampled, nats; None where the policy in training did."""
+    importance_weights: Tensor | None = None
+    """(B, T) what each token counts in the policy's loss, of `certificate.truncated_weights`; None is 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,9 +174,15 @@ def gae(rewards: Tensor, values: Tensor, completion_mask: Tensor, gamma: float, 
 
 
 def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, completion_mask: Tensor, clip: float, tokens: float
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    completion_mask: Tensor,
+    clip: float,
+    tokens: float,
+    weights: Tensor | None = None,
 ) -> PolicyLoss:
-    """Sum over tokens of max(-A r, -A clip(r, 1 - c, 1 + c)) / `tokens`, with r = p / p_old.
+    """Sum over tokens of w max(-A r, -A clip(r, 1 - c, 1 + c)) / `tokens`, with r = p / p_old.
 
     Args:
         logprobs: (B, T) of the policy in training, nats.
@@ -181,14 +191,16 @@ def policy_loss(
         completion_mask: (B, T)
         clip: c
         tokens: what the sum is divided by: the tokens of the whole mini-batch, of which this may be a part.
+        weights: (B, T) w, constants, of `certificate.truncated_weights`; None is 1.
     """
     # 0 outside the mask before `exp`: an infinity there would be NaN in the gradient even where it is not counted.
     log_ratio = torch.where(completion_mask, logprobs - old_logprobs, torch.zeros_like(logprobs))
     ratio = log_ratio.exp()
     plain = -advantages * ratio
     bounded = -advantages * ratio.clamp(1 - clip, 1 + clip)
+    terms = torch.maximum(plain, bounded)
     return PolicyLoss(
-        loss=masked_sum(torch.maximum(plain, bounded), completion_mask) / tokens,
+        loss=masked_sum(terms if weights is None else weights * terms, completion_mask) / tokens,
         clipped=masked_sum((bounded > plain).to(ratio.dtype), completion_mask).detach(),
         largest_ratio_error=(ratio - 1).abs().max().detach(),
     )

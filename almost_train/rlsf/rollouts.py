@@ -33,6 +33,7 @@ from almost_eval.errors import TemplateError
 from almost_eval.models import stops
 from almost_eval.models.chat import ChatTemplate, dialogue_text, encode_text, special_tokens
 from almost_eval.types import Conversation, Message
+from almost_train.rlsf.header_sampling import inverted, sample_behind_headers
 from almost_train.rlsf.ppo import token_logprobs
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ class Sampled:
     """Whether it ends in EOS."""
     shortened: bool = False
     """Whether it ends where the reward model's context is full."""
+    logprobs: tuple[float, ...] | None = None
+    """Log p of each token by another engine that drew it, nats; None where the model in training drew."""
 
 
 def read_prompts(
@@ -140,11 +143,7 @@ class _Draw(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         at = input_ids.shape[1] - self._prompt_length
-        # Summed in float64 where there is one: over a large vocabulary, float32 loses the unlikely tokens.
-        exact = torch.float32 if scores.device.type == "mps" else torch.float64
-        below = torch.softmax(scores.to(exact) / self._temperature, dim=-1).cumsum(-1)  # (B, V)
-        point = self._numbers[:, at : at + 1].to(exact).to(scores.device) * below[:, -1:]
-        token = torch.searchsorted(below, point, right=True).clamp(max=scores.shape[-1] - 1)  # (B, 1)
+        token = inverted(scores, self._numbers[:, at : at + 1], self._temperature)
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)  # type: ignore[return-value]
 
 
@@ -159,7 +158,7 @@ def sample(
     stop: Sequence[str] = (),
     max_rows: int = 64,
 ) -> list[Sampled]:
-    """One completion of each prompt, in order.
+    """One completion of each prompt, in order. Prompts that begin alike are read once, the rest as they come.
 
     Args:
         model: a transformers causal LM; its generation settings are not looked at, but for EOS.
@@ -173,12 +172,25 @@ def sample(
     ends = end_ids(model, tokenizer)
     pad = _pad_id(tokenizer)
     generate = cast(Any, model).generate  # transformers types it for a protocol of its own
-    completions = []
     own = model.generation_config
+    drawn = dict(
+        sample_behind_headers(
+            model,
+            tokenizer,
+            prompts,
+            numbers,
+            frozenset(ends),
+            temperature=temperature,
+            stop=stop,
+            max_rows=max_rows,
+        )
+    )
+    left = [number for number in range(len(prompts)) if number not in drawn]
     model.generation_config = GenerationConfig(eos_token_id=ends)  # no repetition penalty, no top-k of the checkpoint's
     try:
-        for begin in range(0, len(prompts), max_rows):
-            batch = prompts[begin : begin + max_rows]
+        for begin in range(0, len(left), max_rows):
+            chosen = left[begin : begin + max_rows]
+            batch = [prompts[number] for number in chosen]
             width = max(len(ids) for ids in batch)
             input_ids, mask = _left_padded(batch, width, pad)
             output: Tensor = generate(  # (B, P + T)
@@ -187,13 +199,13 @@ def sample(
                 max_new_tokens=numbers.shape[1],
                 do_sample=False,
                 pad_token_id=pad,
-                logits_processor=LogitsProcessorList([_Draw(numbers[begin : begin + max_rows], width, temperature)]),
+                logits_processor=LogitsProcessorList([_Draw(numbers[chosen], width, temperature)]),
                 stopping_criteria=StoppingCriteriaList([StopStrings(tokenizer, stop, width)] if stop else []),
             )
-            completions += [as_sampled(tokenizer, ids[width:], frozenset(ends), stop) for ids in output.tolist()]
+            drawn |= dict(zip(chosen, (ids[width:] for ids in output.tolist()), strict=True))
     finally:
         model.generation_config = own
-    return completions
+    return [as_sampled(tokenizer, drawn[number], frozenset(ends), stop) for number in range(len(prompts))]
 
 
 def as_sampled(
@@ -253,7 +265,9 @@ def _shortened(
             fits = middle
         else:
             too_many = middle
-    return Sampled(completion.token_ids[: max(fits, 1)], text(fits), ended=False, shortened=True)
+    kept = max(fits, 1)
+    logprobs = None if completion.logprobs is None else completion.logprobs[:kept]
+    return Sampled(completion.token_ids[:kept], text(fits), ended=False, shortened=True, logprobs=logprobs)
 
 
 # --- tensors ---

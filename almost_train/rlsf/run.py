@@ -13,9 +13,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from almost_eval.errors import DataError, InputError, RunError
-from almost_eval.models.checkpoint import context_length, find_checkpoint, refuse_adapter
+from almost_eval.models.chat import ChatTemplate
+from almost_eval.models.checkpoint import Checkpoint, context_length, find_checkpoint, refuse_adapter
 from almost_eval.progress import Progress
 from almost_eval.types import Conversation, JSONObject
 from almost_train.common.formats import read_prompt_rows
@@ -26,8 +28,15 @@ from almost_train.common.processes import WORK, is_main, shared_stage, world_siz
 from almost_train.common.stage import model_input
 from almost_train.common.tables import read_any
 from almost_train.common.trainers import keep_template
+from almost_train.rlsf.growth import GROWS, as_never_stopped, growth_note, last_checkpoint
 from almost_train.rlsf.job import Job, RLSFSettings, check_settings
 from almost_train.rlsf.log import NotFinite
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from almost_eval.rewards.hf import HFRewardModel
+    from almost_train.rlsf.rollouts import RolloutPrompt
 
 
 def rlsf(
@@ -52,7 +61,8 @@ def rlsf(
 
     Returns:
         The stage's result. `metrics["stopped"]` is None, or the guard that ended training: `kl`, `reward_hacking`;
-        the policy is then the newest checkpoint before it broke out, `metrics["policy_step"]`.
+        the policy is then the newest checkpoint before it broke out, `metrics["policy_step"]`. Else `state/` holds
+        the last checkpoint (`keep_state`), and the same call with more steps goes on from it.
 
     Raises:
         InputError: settings that do not go together, prompts or models that cannot be used.
@@ -68,9 +78,12 @@ def rlsf(
         "policy": model_input(policy),
         "reward_model": model_input(reward_model),
     }
-    with shared_stage(output, "rlsf", settings, inputs) as stage:
+    with shared_stage(output, "rlsf", settings, inputs, grows=GROWS) as stage:
         if stage.result is not None:
             return stage.result
+        earlier = stage.grown.get("steps", [])
+        if earlier and progress and is_main():
+            progress.notice(growth_note(settings, earlier))
         job = _prepare(settings, source.records, policy, reward_model, output, progress or Progress())
         try:
             metrics = algorithm.train(job)
@@ -88,7 +101,10 @@ def rlsf(
             "prompts_too_long_ids": job.prompts_too_long[:20],
             "processes": job.processes,
         }
-        return stage.finish(metrics, {"policy": output / "policy", "samples": output / "samples.jsonl"})
+        if earlier:
+            metrics |= {"steps_before": earlier, "as_never_stopped": as_never_stopped(settings, earlier)}
+        state = last_checkpoint(job.work, settings.steps) if settings.keep_state and not metrics["stopped"] else None
+        return stage.finish(metrics, {"policy": output / "policy", "samples": output / "samples.jsonl"}, state)
 
 
 # --- before any weight is loaded ---
@@ -127,30 +143,14 @@ def _prepare(
     from almost_eval.models.loading import load_tokenizer
     from almost_eval.models.tensors import check_weights
     from almost_eval.rewards.hf import HFRewardModel
-    from almost_train.rlsf.rollouts import RolloutPrompt, conversation, read_prompts
 
     tokenizer = load_tokenizer(checkpoint)
     check_weights(checkpoint, "AutoModelForCausalLM")
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {policy} has no EOS token, so no completion could end; set eos_token")
     template = keep_template(tokenizer)
-    reward = HFRewardModel(reward_checkpoint, device=_own_device(settings.device))
-    # A prompt with no room for an answer is left out and counted, by the measure of either model. An answer of
-    # max_new_tokens may be longer in the reward model's tokens: `shorten_for_reward` ends it where they are used up.
-    room = context_length(checkpoint.config, tokenizer) - settings.max_new_tokens
-    reward_room = reward.context_length - settings.max_new_tokens
-    every = read_prompts(prompts, tokenizer, template)
-    judged = reward.lengths([conversation(prompt.messages, "") for prompt in every])
-    kept: list[RolloutPrompt] = []
-    dropped: list[RolloutPrompt] = []
-    for prompt, length in zip(every, judged, strict=True):
-        fits = len(prompt.token_ids) <= room and length <= reward_room
-        (kept if fits else dropped).append(prompt)
-    if not kept:
-        raise DataError(
-            f"none of {len(every)} prompts leaves room for max_new_tokens {settings.max_new_tokens} in the context of "
-            f"{room + settings.max_new_tokens} (policy) or {reward.context_length} (reward model)"
-        )
+    reward = HFRewardModel(reward_checkpoint, device=own_device(settings.device))
+    kept, dropped = fitting_prompts(prompts, checkpoint, tokenizer, template, reward, settings.max_new_tokens)
     # A new adapter must name weights that are on disk, and TRL reads its reference from the policy's folder.
     held = base_dtype(settings, bf16=settings.bf16)
     if settings.lora_rank:
@@ -160,7 +160,7 @@ def _prepare(
     return Job(
         settings=settings,
         prompts=kept,
-        prompts_too_long=[prompt.id for prompt in dropped],
+        prompts_too_long=dropped,
         policy=checkpoint,
         tokenizer=tokenizer,
         template=template,
@@ -172,7 +172,44 @@ def _prepare(
     )
 
 
-def _own_device(device: str) -> str:
+def fitting_prompts(
+    prompts: Sequence[tuple[str, Conversation]],
+    policy: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    reward: HFRewardModel,
+    max_new_tokens: int,
+) -> tuple[list[RolloutPrompt], list[str]]:
+    """Prompts with room for an answer by the measure of either model, and the ids of the others.
+
+    An answer of `max_new_tokens` may be longer in the reward model's tokens: `shorten_for_reward` ends it where they
+    are used up.
+
+    Raises:
+        DataError: none has room.
+    """
+    from almost_train.rlsf.rollouts import conversation, read_prompts
+
+    room = context_length(policy.config, tokenizer) - max_new_tokens
+    reward_room = reward.context_length - max_new_tokens
+    every = read_prompts(prompts, tokenizer, template)
+    judged = reward.lengths([conversation(prompt.messages, "") for prompt in every])
+    kept: list[RolloutPrompt] = []
+    dropped: list[str] = []
+    for prompt, length in zip(every, judged, strict=True):
+        if len(prompt.token_ids) <= room and length <= reward_room:
+            kept.append(prompt)
+        else:
+            dropped.append(prompt.id)
+    if not kept:
+        raise DataError(
+            f"none of {len(every)} prompts leaves room for max_new_tokens {max_new_tokens} in the context of "
+            f"{room + max_new_tokens} (policy) or {reward.context_length} (reward model)"
+        )
+    return kept, dropped
+
+
+def own_device(device: str) -> str:
     """The reward model's device: beside the policy that this process trains."""
     import torch
 

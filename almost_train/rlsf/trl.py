@@ -5,7 +5,8 @@ What differs from PPO, because TRL's trainers work so:
 
 - There is one update a step, over all completions at once.
 - Only EOS ends a completion. One that opens the next turn, or does not fit the reward model's context, is sampled to
-  EOS or the token limit. It is judged as if it ended there, and takes the EOS penalty.
+  EOS or the token limit. It is judged as if it ended there, and takes the EOS penalty. (vLLM ends it at a stop string,
+  as in PPO.)
 - KL is in TRL's estimator (RLOO: k1 in the reward, GRPO: k3 in the loss).
 - Rewards are not normalised: they are compared within a prompt.
 - The batch after the last update, which is there to be measured, is a step of TRL's too. Its gradients are dropped.
@@ -16,15 +17,13 @@ from __future__ import annotations
 
 import copy
 import json
-import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object
 from transformers import PrinterCallback, TrainerCallback
@@ -44,11 +43,14 @@ from almost_train.common.lora import (
     quantization,
     ready_for_lora,
     set_lora_dropout,
+    settle_config,
     train_in_float32,
 )
 from almost_train.common.schedule import learning_rate_factor
+from almost_train.common.seeding import own_random_state
 from almost_train.common.trainers import QuietTrainer
-from almost_train.rlsf.job import Algorithm, Job, RLSFSettings, save_policy
+from almost_train.rlsf.certificate import certificate_summary
+from almost_train.rlsf.job import SAMPLER_SETTINGS, Algorithm, Job, RLSFSettings, save_policy
 from almost_train.rlsf.log import (
     SAMPLES,
     StepLog,
@@ -61,6 +63,7 @@ from almost_train.rlsf.log import (
 )
 from almost_train.rlsf.models import load_policy
 from almost_train.rlsf.rollouts import as_sampled, batch_prompts, conversation, end_ids, shorten_for_reward
+from almost_train.rlsf.trl_sampling import SamplerHook
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -93,14 +96,22 @@ def train(job: Job) -> JSONObject:
     last = settings.steps + 1  # as TRL counts: the last of them measures the trained policy, and changes nothing
     begin = max(_checkpoints(work), default=0)
     with (
-        _own_random_state(),
+        own_random_state(),
         StepLog(job.output, begin, active=job.is_first) as log,
         save_requests(settings.save_minutes) as saving,
+        closing(SamplerHook(job)) as hook,
         job.progress.track(
             f"RLSF ({settings.algorithm.upper()})", settings.steps, min(begin, settings.steps)
         ) as advance,
     ):
+        if (
+            begin and job.is_first and job.keeps(begin) and not job.kept(begin).exists()
+        ):  # the last step of a shorter run
+            save_policy(job, _saved(work / f"checkpoint-{begin}"), begin)
         trainer, watch = _trainer(job, log, advance, saving)
+        if settings.sampler != "transformers":
+            watch.hook = hook
+            hook.attach(trainer)
         # 1. Train, unless an earlier process came to the end, or to where a guard stops, and no further.
         watch.stopped = verdict(log.rows, settings.kl_limit, settings.guard_window)
         if watch.stopped is None and begin < last:
@@ -122,7 +133,7 @@ def train(job: Job) -> JSONObject:
         trainer.accelerator.wait_for_everyone()
         if job.is_first:
             save_policy(job, final if settings.lora_rank else _saved(final))
-        return metrics | summary(log.rows)
+        return metrics | summary(log.rows) | certificate_summary(log.rows, settings.parity_limit)
 
 
 class _Watch(TrainerCallback):
@@ -133,6 +144,8 @@ class _Watch(TrainerCallback):
     ) -> None:
         self.stopped: str | None = None
         """The guard that ended training."""
+        self.hook: SamplerHook | None = None
+        """Where vLLM draws the completions."""
         self.trainer: Trainer
         """What it watches; set once the trainer is made."""
         self._job, self._log, self._advance, self._ends = job, log, advance, ends
@@ -189,6 +202,7 @@ class _Watch(TrainerCallback):
         row |= {"kl": logs["kl"] * row["length"], "entropy": logs.get("entropy")}
         row |= {"kl_coefficient": settings.kl_coefficient}
         row |= {"cut_for_reward": sum(sample["shortened"] for sample in batch)}
+        row |= self.hook.certificate.row() if self.hook and self.hook.certificate else {}
         refuse_non_finite(step, "KL", [row["kl"]])
         if updated := step < settings.steps:
             refuse_non_finite(step, "loss and gradient", [logs["loss"], logs.get("grad_norm", 0.0)])
@@ -308,7 +322,7 @@ def _trainer(job: Job, log: StepLog, advance: Callable[[int], None], saving: Sav
         else 0.0
     )
     if settings.lora_rank:
-        trainer.model.peft_config["default"].base_model_name_or_path = str(job.policy.path)
+        settle_config(trainer.model, job.policy.path)
     if settings.is_quantized:
         train_in_float32(trainer.model)
     watch.trainer = trainer
@@ -376,17 +390,5 @@ def _saved(folder: Path) -> PreTrainedModel:
     )
 
 
-@contextmanager
-def _own_random_state() -> Iterator[None]:
-    """The Trainer seeds every global generator; afterwards they are as they were."""
-    python, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy_state)
-
-
-RLOO = Algorithm(train, frozenset(("num_generations", "whiten_advantages")), update_size, _folders)
-GRPO = Algorithm(train, frozenset(("num_generations", "loss_type")), update_size, _folders)
+RLOO = Algorithm(train, SAMPLER_SETTINGS | {"num_generations", "whiten_advantages"}, update_size, _folders)
+GRPO = Algorithm(train, SAMPLER_SETTINGS | {"num_generations", "loss_type"}, update_size, _folders)

@@ -12,13 +12,13 @@ ALMoST's own does. A template may render earlier turns as it likes. The price: a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from almost_eval.errors import DataError, ModelError, TemplateError
-from almost_eval.files import read_rows
+from almost_eval.files import Row, read_rows
 from almost_eval.models.chat import ChatTemplate, encode_with_completion_mask
 from almost_eval.models.checkpoint import Checkpoint, context_length, find_checkpoint
 from almost_eval.models.loading import load_tokenizer, load_weights
@@ -28,15 +28,17 @@ from almost_eval.types import Conversation, JSONObject
 from almost_train.common.batches import NO_LOSS, BatchPlan, batch_plan, planned_dataset
 from almost_train.common.config import option
 from almost_train.common.formats import read_dialogues
+from almost_train.common.held_out_loss import ITEMS, HeldOutRows, held_out_figures, refuse_without_rows
 from almost_train.common.lora import BASE, add_lora, base_dtype, check_lora, quantization
 from almost_train.common.merge import whole_base
 from almost_train.common.processes import is_main, shared_stage
+from almost_train.common.split import opening, split_by_prompt
 from almost_train.common.stage import model_input
-from almost_train.common.tables import read_any
+from almost_train.common.tables import Table, read_any
 from almost_train.common.trainers import (
     MODEL,
+    HeldOutSettings,
     QuietTrainer,
-    TrainSettings,
     check_batches,
     fit,
     keep_template,
@@ -44,21 +46,32 @@ from almost_train.common.trainers import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
     from trl import SFTTrainer
 
 
 @dataclass(frozen=True, slots=True)
-class SFTSettings(TrainSettings):
+class SFTSettings(HeldOutSettings):
     """Settings of `train_sft`."""
 
     epochs: int = option(3, "passes over the data", least=1)
     max_length: int = option(512, "longest row, tokens; answers beyond it are dropped and counted, never cut", least=8)
     batch_size: int = option(64, "answers of one optimiser step, over all devices", least=1)
+    eval_share: float = option(
+        0.0, "share of the first prompts held out, where no file of dialogues is", least=0, most=0.5
+    )
+    packing: bool = option(False, "several answers share a row of max_length tokens, of which batch_size are a step")
 
 
 def train_sft(
-    settings: SFTSettings, demonstrations: Path | str, model: str, output: Path, *, progress: Progress | None = None
+    settings: SFTSettings,
+    demonstrations: Path | str,
+    model: str,
+    output: Path,
+    *,
+    eval_demonstrations: Path | str | None = None,
+    progress: Progress | None = None,
 ) -> JSONObject:
     """Fine-tune a causal LM on demonstrations.
 
@@ -67,6 +80,8 @@ def train_sft(
         demonstrations: a file or a data set of the hub, in any format of `almost_train.common.formats`.
         model: the language model: a directory, a built-in name or a hub id.
         output: the stage's folder: `model/` (the checkpoint, with its chat template) and `log.jsonl`.
+        eval_demonstrations: held-out dialogues, in place of a share; dialogues for training that begin as one of them
+            does are dropped.
         progress: where to show the steps.
 
     Returns:
@@ -84,8 +99,20 @@ def train_sft(
     check_lora(settings, settings.device)
     table = read_any(demonstrations)
     source = read_dialogues(table)
-    dialogues = source.records
     inputs: dict[str, Path | str] = {"demonstrations": table.input, "model": model_input(model)}
+    eval_table = read_any(eval_demonstrations) if eval_demonstrations else None
+    if eval_table:
+        inputs["eval_demonstrations"] = eval_table.input
+    numbered = list(enumerate(source.records, 1))
+    held_out_dialogues = read_dialogues(eval_table).records if eval_table else None
+    split = split_by_prompt(
+        numbered,
+        None if held_out_dialogues is None else list(enumerate(held_out_dialogues, 1)),
+        lambda one: opening(one[1]),
+        settings.eval_share,
+        settings.seed,
+    )
+    refuse_without_rows(settings.eval_every, len(split.held_out), "give --eval-share or --eval-demonstrations")
     with shared_stage(output, "sft", settings, inputs) as stage:
         if stage.result is not None:
             return stage.result
@@ -100,10 +127,24 @@ def train_sft(
         if tokenizer.special_tokens_map.get("pad_token") is None:
             tokenizer.pad_token = tokenizer.eos_token  # labels and mask mark the padding, so EOS itself is still learnt
         limit = min(settings.max_length, context_length(checkpoint.config, tokenizer))
-        rows, dropped = training_rows(tokenizer, keep_template(tokenizer), dialogues, limit, table.where)
+        template = keep_template(tokenizer)
+
+        def answers(part: list[tuple[int, Conversation]], of: Table) -> tuple[list[TrainingRow], Counter[str]]:
+            dialogues = [dialogue for _, dialogue in part]
+            return training_rows(tokenizer, template, dialogues, limit, lambda at: of.where(part[at - 1][0]))
+
+        rows, dropped = answers(split.training, table)
+        dropped += Counter({"prompt_in_eval": split.dropped} if split.dropped else {})
         if not rows:
             raise DataError(f"{demonstrations} leaves no answer to train on (dropped: {dict(dropped)})")
-        lengths = [len(row.input_ids) for row in rows]
+        eval_rows, eval_dropped = answers(split.held_out, eval_table or table)
+        refuse_without_rows(settings.eval_every, len(eval_rows), "none of the held-out answers fits --max-length")
+        measured = None
+        if eval_rows:
+            some = [_columns(row) for row in eval_rows]
+            measured = HeldOutRows(some, _held_out_sums, settings.eval_every, settings.micro_batch_size)
+        units = packed(rows, limit) if settings.packing else [_columns(row) for row in rows]
+        lengths = [len(unit["input_ids"]) for unit in units]
         plan = batch_plan(lengths, batch_size=settings.batch_size, epochs=settings.epochs, seed=settings.seed)
 
         # 3. Training.
@@ -111,7 +152,12 @@ def train_sft(
             checkpoint = whole_base(checkpoint, output / BASE, base_dtype(settings, bf16=settings.bf16))
         progress.note(f"sft: {len(rows)} answers ({source.format}), {plan.steps} steps of {settings.batch_size}")
         fit(
-            lambda: _trainer(settings, checkpoint, tokenizer, rows, plan, output), stage, plan.steps, progress, settings
+            lambda: _trainer(settings, checkpoint, tokenizer, units, plan, output),
+            stage,
+            plan.steps,
+            progress,
+            settings,
+            measured,
         )
 
         # 4. Figures of the log.
@@ -120,8 +166,9 @@ def train_sft(
             log = read_rows(output / "log.jsonl")
             metrics = {
                 "format": source.format,
-                "dialogues": len(dialogues),
+                "dialogues": len(split.training),
                 "answers": len(rows),
+                **({"packed_rows": len(units)} if settings.packing else {}),
                 "tokens": sum(lengths),
                 "tokens_with_loss": sum(label != NO_LOSS for row in rows for label in row.labels),
                 "steps": plan.steps,
@@ -129,6 +176,8 @@ def train_sft(
                 "dropped": dict(sorted(dropped.items())),
                 "loss_first_step": log[0]["loss"],
                 "loss_last_step": log[-1]["loss"],
+                **held_out_figures(log, measured),
+                **({"eval_dropped": dict(sorted(eval_dropped.items()))} if split.held_out else {}),
             }
         return stage.finish(metrics, {MODEL: output / MODEL})
 
@@ -169,7 +218,7 @@ def training_rows(
         kept: list[TrainingRow] = []
         for end in written:
             try:
-                row = _row(tokenizer, template, dialogue[:end])
+                row = answer_row(tokenizer, template, dialogue[:end])
             except TemplateError as error:
                 raise TemplateError(f"{where(number)}: {error}") from None
             if len(row.input_ids) > limit:
@@ -186,7 +235,8 @@ def training_rows(
     return rows, dropped
 
 
-def _row(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, conversation: Conversation) -> TrainingRow:
+def answer_row(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, conversation: Conversation) -> TrainingRow:
+    """The row of a dialogue's last answer, which ends in EOS."""
     masked = encode_with_completion_mask(tokenizer, template, conversation)
     ids = list(masked.input_ids)
     labels = [token if wanted else NO_LOSS for token, wanted in zip(ids, masked.completion_mask, strict=True)]
@@ -197,6 +247,23 @@ def _row(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, conversatio
     return TrainingRow(ids, labels)
 
 
+def _columns(row: TrainingRow) -> Row:
+    return {"input_ids": row.input_ids, "labels": row.labels}
+
+
+def packed(rows: Sequence[TrainingRow], limit: int) -> list[Row]:
+    """The answers in as few rows of at most `limit` tokens as TRL's best-fit-decreasing makes; `seq_lengths` of each.
+
+    No answer reads another one: each has positions of its own from 0, by which attention tells them apart.
+    """
+    import datasets
+    from trl import pack_dataset
+
+    datasets.disable_progress_bars()
+    table = datasets.Dataset.from_list([_columns(row) for row in rows])
+    return list(pack_dataset(table, limit, "bfd", {"batch_size": len(rows), "keep_in_memory": True}))
+
+
 # --- the model ---
 
 
@@ -204,7 +271,7 @@ def _trainer(
     settings: SFTSettings,
     checkpoint: Checkpoint,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[TrainingRow],
+    rows: Sequence[Row],
     plan: BatchPlan,
     output: Path,
 ) -> SFTTrainer:
@@ -219,19 +286,26 @@ def _trainer(
         checkpoint,
         dtype=base_dtype(settings, bf16=settings.bf16),
         device="cpu",
-        attention="auto",
+        attention=settings.attention,
         trust_remote_code=False,
         quantization=quantization(settings),
     )
+    if settings.packing:
+        check_packing(model, rows, checkpoint)
     stop_at_eos(model, tokenizer)
     if settings.lora_rank:
         model = add_lora(model, settings, checkpoint.path, kind="CAUSAL_LM", seed=settings.seed)
-    filler = rows[0].input_ids[:2]  # two tokens: one alone has no next token to predict
-    table = [{"input_ids": row.input_ids, "labels": row.labels} for row in rows]
-    dataset = planned_dataset(table, {"input_ids": filler, "labels": [NO_LOSS] * len(filler)}, plan)
+    filler: Row = {"input_ids": rows[0]["input_ids"][:2], "labels": [NO_LOSS] * 2}  # one token predicts none
+    if settings.packing:
+        filler["seq_lengths"] = [2]
+    dataset = planned_dataset(rows, filler, plan)
     trainer = AnswerTrainer(
         model=model,
-        args=SFTConfig(**trainer_arguments(settings, output), dataset_kwargs={"skip_prepare_dataset": True}),
+        args=SFTConfig(
+            **trainer_arguments(settings, output),
+            packing=settings.packing,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        ),
         train_dataset=dataset.remove_columns("weight"),
         processing_class=tokenizer,
     )
@@ -239,6 +313,57 @@ def _trainer(
     # models whose `forward` takes no such number too: TRL computes the loss itself.
     trainer.model_accepts_loss_kwargs = True
     return trainer
+
+
+def _held_out_sums(
+    trainer: Trainer, model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Loss, in nats, over the answers' tokens of a batch; see `HeldOutRows`."""
+    logits = model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False).logits
+    loss, tokens = token_loss(logits, inputs["labels"])
+    return {"loss": loss, ITEMS: tokens}
+
+
+def token_loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sum of -log p, nats; tokens) over the labels (B, T) that are not `NO_LOSS`, by the logits (B, T, V) before."""
+    from torch.nn.functional import cross_entropy
+
+    targets = labels[:, 1:].flatten()
+    total = cross_entropy(logits[:, :-1].float().flatten(0, 1), targets, ignore_index=NO_LOSS, reduction="sum")
+    return total, (targets != NO_LOSS).sum()
+
+
+def check_packing(model: PreTrainedModel, rows: Sequence[Row], checkpoint: Checkpoint) -> None:
+    """Refuse packing where an answer would read another one, measured on the model itself.
+
+    With sdpa and eager, attention is kept apart by transformers' masks, which some models do not use.
+
+    Raises:
+        ModelError: the first tokens of two answers have another loss in one row than each has alone.
+    """
+    import torch
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    if model.config._attn_implementation == "flash_attention_2":  # it is told where each answer begins
+        return
+    tokens = rows[0]["input_ids"][:16]
+    one = [tokens, tokens[::-1]]  # the second would read the first
+    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+
+    def loss(texts: list[list[int]]) -> float:
+        ids = [token for text in texts for token in text]
+        inputs = collate([{"input_ids": ids, "labels": ids, "seq_lengths": [len(text) for text in texts]}])
+        labels = inputs.pop("labels")
+        with torch.no_grad():
+            return float(token_loss(model(**inputs, use_cache=False).logits, labels)[0])
+
+    model.eval()
+    apart, together = loss(one[:1]) + loss(one[1:]), loss(one)
+    if not abs(apart - together) <= 1e-3 * (1 + abs(apart)):
+        raise ModelError(
+            f"{checkpoint.path}: in a packed row an answer would read the one before it ({together:.4f} nats for "
+            f"{apart:.4f}); leave --packing out, or use --attention flash_attention_2 on a GPU"
+        )
 
 
 def stop_at_eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -10,8 +10,8 @@ Departures from the official code:
   next line that begins with one. Here the completion itself is read, and generation stops at its end. This needs half
   the tokens, and never takes a query that the token budget cut. `reading: official` is the official way.
 - The official rule for prompts above 250 characters accepts those that do not end in punctuation; here all are dropped.
-- Shots are drawn by (seed, round), and a round does not use its own prompts as shots, as in an official batch. A killed
-  run repeats at most one round.
+- Shots are drawn by (seed, round), and a round does not use its own prompts as shots, as in an official batch. Every
+  completion is on disk as soon as it is finished, so a killed run loses those that the model was writing.
 - ROUGE-L: see `overlap`.
 """
 
@@ -106,9 +106,9 @@ def synthesize_prompts(
     with Stage(output, "synthesize-prompts", settings, inputs) as stage:
         if stage.result is not None:
             return stage.result
-        journal = output / ".rounds.jsonl"
-        with RowLog(journal) as log:
-            mine = _Mine(settings, seeds, kept_out, log)
+        journal, answers = output / ".rounds.jsonl", output / ".answers.jsonl"
+        with RowLog(journal) as log, RowLog(answers) as answered:
+            mine = _Mine(settings, seeds, kept_out, log, answered)
             engine: GenerationEngine | None = None
             with (progress or Progress()).track("prompts", settings.count, len(mine.prompts)) as advance:
                 while len(mine.prompts) < settings.count and not mine.stopped:
@@ -120,6 +120,7 @@ def synthesize_prompts(
             raise RunError(mine.why_stopped())
         result = mine.finish(stage)
         journal.unlink(missing_ok=True)
+        answers.unlink(missing_ok=True)
         return result
 
 
@@ -132,6 +133,8 @@ class _Mine:
     held_out: HeldOut
     log: RowLog
     """One row for each finished round: its candidates, in order, each with its reason or None."""
+    answered: RowLog
+    """One row for each finished completion of the round that is not finished."""
     prompts: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -165,12 +168,27 @@ class _Mine:
             stop=("\n",) if s.reading == "completion" else (),
             seed=derived_seed(s.seed, f"sampling/{number}"),
         )
-        completions = dict(engine.stream_completions(requests, params))
+        completions = self._complete(number, requests, params, engine)
         # 3. Judge in the order of the requests: the engine may finish them in another order.
         before = len(self.prompts)
-        candidates = [self._judge(completions[i][0]) for i in range(len(requests))]
+        candidates = [self._judge(completion) for completion in completions]
         self.log.append({"round": number, "new": len(self.prompts) - before, "candidates": candidates})
+        self.answered.rewrite([])
+        self.answered.rows.clear()
         return len(self.prompts) - before
+
+    def _complete(
+        self, number: int, requests: list[str], params: SamplingParams, engine: GenerationEngine
+    ) -> list[Completion]:
+        """The completion of each request of a round, written down as soon as it is finished."""
+        done = {row["request"]: row for row in self.answered.rows if row["round"] == number}
+        missing = [i for i in range(len(requests)) if i not in done]
+        for index, completions in engine.stream_completions([requests[i] for i in missing], params):
+            said = completions[0]
+            row = {"round": number, "request": missing[index], "text": said.text, "finish_reason": said.finish_reason}
+            self.answered.append(row)
+            done[missing[index]] = row
+        return [Completion(done[i]["text"], (), done[i]["finish_reason"]) for i in range(len(requests))]
 
     def why_stopped(self) -> str:
         """One line for the user."""

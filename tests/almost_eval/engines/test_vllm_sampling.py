@@ -14,7 +14,7 @@ import torch
 from almost_eval.engines import vllm_process, vllm_sampling
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.vllm import VLLMEngine
-from almost_eval.engines.vllm_sampling import ExactSampler, Verdict, draws_are_torchs_own, verdict
+from almost_eval.engines.vllm_sampling import ExactSampler, Membership, draws_are_torchs_own, membership
 
 VOCABULARY = 5000
 ROWS = 12
@@ -141,8 +141,10 @@ def test_the_verdict_on_a_token() -> None:
     weights = scores - scores.max()
     weights = np.exp(weights)
     total = float(weights.sum())
-    verdicts = [[verdict(scores, weights, total, token, p) for token in range(4)] for p in (0.4, 0.7, 0.85, 0.95, 1.0)]
-    inside, outside, undecided = Verdict.INSIDE, Verdict.OUTSIDE, Verdict.OPEN
+    verdicts = [
+        [membership(scores, weights, total, token, p) for token in range(4)] for p in (0.4, 0.7, 0.85, 0.95, 1.0)
+    ]
+    inside, outside, undecided = Membership.INSIDE, Membership.OUTSIDE, Membership.OPEN
     assert verdicts == [
         [inside, outside, outside, outside],  # the likeliest alone, which always stays
         [inside, inside, outside, outside],  # 0.5 before the second, 0.8 before the others
@@ -151,7 +153,7 @@ def test_the_verdict_on_a_token() -> None:
         [inside, inside, inside, inside],
     ]
     # The end of the nucleus is where rounding may put it on either side.
-    assert verdict(scores, weights, total, 1, 0.5) is Verdict.OPEN
+    assert membership(scores, weights, total, 1, 0.5) is Membership.OPEN
 
 
 def fits(tokens: torch.Tensor, probabilities: torch.Tensor) -> None:

@@ -27,6 +27,8 @@ COMMANDS = (
     "self-play",
     "sft",
     "rlsf",
+    "dpo",
+    "online-dpo",
     "run",
     "nano pretrain",
 )

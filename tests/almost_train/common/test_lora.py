@@ -96,6 +96,7 @@ def test_sft_saves_an_adapter_and_whole_weights_that_agree(
     train_sft(settings, demonstrations, base, tmp_path / "sft")
     adapter, merged = tmp_path / "sft" / "adapter", tmp_path / "sft" / "model"
     assert sorted(file.name for file in adapter.iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "chat_template.jinja",

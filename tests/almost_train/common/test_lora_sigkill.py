@@ -17,9 +17,9 @@ pytestmark = pytest.mark.slow
 
 ANIMALS = "otter panther owl fox bear wolf hare lynx cat dog fish hen".split()
 LORA = "--lora-rank 4 --lora-dropout 0.1 --merge --save-every 2 --device cpu --learning-rate 1e-3"
-TRAIN = f"{LORA} --batch-size 4 --micro-batch-size 4 --epochs 8"
+TRAIN = f"{LORA} --batch-size 4 --micro-batch-size 4 --epochs 4"
 RLSF = (
-    "rlsf --prompts {data}/prompts.jsonl --policy nano/sft --reward-model nano/reward --steps 24 --batch-size 8 "
+    "rlsf --prompts {data}/prompts.jsonl --policy nano/sft --reward-model nano/reward --steps 12 --batch-size 8 "
     f"--max-new-tokens 12 --kl-limit 1e9 --guard-window 0 {LORA} --algorithm"
 )
 COMMANDS = {

@@ -68,7 +68,7 @@ def test_reward_and_sft(
         return reward.train_reward(chosen, data / "pairs.jsonl", "nano/vanilla-small", tmp_path / "out")
 
     module = reward if stage == "reward" else sft
-    made = module._trainer  # type: ignore[attr-defined]
+    made = module._trainer
 
     def spoilt(*arguments: Any) -> Any:
         trainer = made(*arguments)

@@ -88,7 +88,7 @@ def test_every_trainer(trainer: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
             return update(self, *arguments)
 
         monkeypatch.setattr(loop._Loop, "update", updated)
-        own = {"mini_batch_size": 8} if trainer == "ppo" else {}
+        own: dict[str, Any] = {"mini_batch_size": 8} if trainer == "ppo" else {}
         steps = RLSFSettings(**BITS, **own, algorithm=trainer, steps=2, batch_size=8, max_new_tokens=8)
         result = stage.rlsf(steps, tmp_path / "prompts.jsonl", "nano/sft", "nano/reward", out)
         assert result["metrics"].get("value_model") in (None, "reward model")

@@ -6,6 +6,7 @@ RLOO's and GRPO's log is in `rlsf/test_trl.py`.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,7 +45,7 @@ def test_sfts_log_has_the_rates_by_hand(tmp_path: Path) -> None:
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_all_algorithms_have_the_same_rates(algorithm: str, schedule: str, tmp_path: Path) -> None:
     write_rows(tmp_path / "prompts.jsonl", [{"prompt": "How big is the cat?"}])
-    sizes = {"mini_batch_size": 4, "ppo_epochs": 1} if algorithm == "ppo" else {}
+    sizes: dict[str, Any] = {"mini_batch_size": 4, "ppo_epochs": 1} if algorithm == "ppo" else {}
     settings = RLSFSettings(
         algorithm=algorithm,
         schedule=schedule,

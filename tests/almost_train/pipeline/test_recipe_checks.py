@@ -46,6 +46,13 @@ CONFIGURATIONS = NANO["responses"]["configurations"]
         ({"reward__model": "/nowhere/model"}, "recipe mine, reward: no model at '/nowhere/model'"),
         ({"reward__model": "nano/vanilla-tiny"}, "recipe mine, reward: no built-in model 'nano/vanilla-tiny'"),
         ({"reward__model": "model"}, "recipe mine, reward: no model at 'model'"),
+        (
+            {"sft__eval_every": 5},
+            "recipe mine, sft: --eval-every measures held-out rows, and there are none; set eval_",
+        ),
+        ({"dpo": {"batch_size": 9}}, "recipe mine, dpo: batch_size 9 is not a multiple of 8"),
+        ({"dpo": {"bta": 1}}, "recipe mine, dpo: unknown setting 'bta'; did you mean 'beta'"),
+        ({"online_dpo": {"loss": "ipo", "label_smoothing": 0.1}}, "recipe mine, online_dpo: --label-smoothing belongs"),
         ({"sft__model": "nano/reward"}, "recipe mine, sft: .* holds a LlamaForSequenceClassification"),
         ({"prompts__model": "nano/reward"}, "recipe mine, prompts: .* holds a LlamaForSequenceClassification"),
         ({"evaluation__vanilla": "/nowhere/third"}, "recipe mine, evaluation: no model at"),
@@ -94,3 +101,13 @@ def test_the_run_itself_is_refused_before_its_first_stage(tmp_path: Path) -> Non
 
 def test_the_shipped_recipe_of_the_built_in_world_passes(tmp_path: Path) -> None:
     assert set(Pipeline(load_recipe("nano"), tmp_path / "out").states().values()) == {"to do"}
+
+
+def test_a_recipe_may_name_both_kinds_of_dpo(tmp_path: Path) -> None:
+    content = copy.deepcopy(NANO) | {
+        "dpo": {"beta": 0.2, "batch_size": 32, "eval_every": 5},
+        "online_dpo": {"max_steps": 4, "max_new_tokens": 44},
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    states = Pipeline(load_recipe(str(tmp_path / "mine.yaml")), tmp_path / "out").states()
+    assert list(states)[-5:] == ["sft", "rlsf", "dpo", "online_dpo", "evaluation"]

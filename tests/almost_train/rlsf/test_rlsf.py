@@ -525,8 +525,8 @@ def test_a_done_stage_does_nothing_and_another_is_refused(world: dict[str, Any],
     stamp = (tmp_path / "policy" / "model.safetensors").stat().st_mtime_ns
     assert rlsf(settings(steps=1), **world, output=tmp_path) == first
     assert (tmp_path / "policy" / "model.safetensors").stat().st_mtime_ns == stamp
-    with pytest.raises(StoreError, match="steps was 1, is 2"):
-        rlsf(settings(steps=2), **world, output=tmp_path)
+    with pytest.raises(StoreError, match="seed was 1, is 2"):
+        rlsf(settings(steps=1, seed=2), **world, output=tmp_path)
 
 
 def test_the_policy_is_no_reward_model(world: dict[str, Any], tmp_path: Path) -> None:

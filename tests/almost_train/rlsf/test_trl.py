@@ -165,7 +165,7 @@ def test_an_adapters_reference_is_its_base(
     algorithm: str, play: Play, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = {}
-    made = trl._trainer
+    made: Callable[..., Any] = trl._trainer
 
     def spy(*arguments: Any) -> Any:
         trainer, watch = made(*arguments)
@@ -241,7 +241,7 @@ def test_a_policy_that_is_an_adapter_is_its_own_reference(
 def test_a_gradient_that_is_not_finite_keeps_the_last_good_checkpoint(
     rank: int, algorithm: str, play: Play, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = trl._trainer
+    made: Callable[..., Any] = trl._trainer
 
     def spoilt(*arguments: Any) -> Any:
         trainer, watch = made(*arguments)

@@ -151,6 +151,7 @@ def test_the_model_answers_and_stops(
     assert result["metrics"]["loss_last_step"] < 0.2 * result["metrics"]["loss_first_step"]
     folder = tmp_path / "sft" / "model"
     assert {p.name for p in folder.iterdir()} == {
+        "README.md",
         "chat_template.jinja",
         "config.json",
         "generation_config.json",

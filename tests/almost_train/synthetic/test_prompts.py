@@ -206,9 +206,14 @@ def test_killed_and_run_again(tmp_path: Path, number: int) -> None:
     assert ended.returncode == -signal.SIGKILL
     journal = tmp_path / "out/.rounds.jsonl"
     assert len(rows(journal)) == number - 1
+    answers = rows(tmp_path / "out/.answers.jsonl")  # four were finished before the one in which it was killed
+    assert [(row["round"], row["request"]) for row in answers] == [(number, i) for i in range(4)]
     with journal.open("a") as stream:  # a line cut short, as a full disk leaves it
         stream.write('{"round": 9, "new"')
-    mine(tmp_path / "out")
+    calls: list[str] = []
+    mine(tmp_path / "out", complete=lambda prompt: calls.append(prompt) or write(prompt))  # type: ignore[func-returns-value]
+    assert len(calls) % 8 == 4  # whole rounds, and what was missing of the one that was killed
+    assert not list((tmp_path / "out").glob(".answers*"))
     for name in ("prompts.jsonl", "prompts.rejected.jsonl"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     before = (tmp_path / "out/result.json").read_bytes()

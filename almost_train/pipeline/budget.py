@@ -1,0 +1,285 @@
+"""`almost-train plan`: what each stage of a recipe needs on some devices, how long it takes, and what to change.
+
+Sizes that a stage only finds out when it runs are taken at their most: every prompt is mined, every pair is kept, every
+text has the longest length. So times are upper bounds, by the rates of `hardware` or those measured here; a forward
+pass of a token costs 2 operations a parameter (arXiv 2001.08361, section 2.1), a sampled token one reading of the
+weights and of half of the keys and values, divided by the rows that are sampled together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from almost_eval.data.sources import DataSource, find_data
+from almost_eval.errors import AlmostError, InputError
+from almost_eval.files import read_rows
+from almost_eval.models.chat import dialogue_text
+from almost_eval.types import JSONObject
+from almost_train.pipeline.evaluation import EvaluationSettings
+from almost_train.pipeline.hardware import GPUS, SAMPLING_SHARE, TRAINING_SHARE
+from almost_train.pipeline.needs import PROMPT_TOKENS, Estimator, Need
+from almost_train.pipeline.recipe import Recipe
+from almost_train.reward.run import RewardSettings
+from almost_train.rlsf.job import RLSFSettings
+from almost_train.self_play.settings import SelfPlaySettings
+from almost_train.sft.run import SFTSettings
+from almost_train.synthetic.prompt_sets import SeedSet, load_seed_set
+from almost_train.synthetic.prompts import PromptSettings
+from almost_train.synthetic.ranking import as_ranking
+from almost_train.synthetic.responses import ResponseSettings, read_configurations
+
+CHARACTERS = 3
+"""Characters of a token of few-shot text: fewer than in English (about 4), so that lengths are not too small."""
+MINED_TOKENS = 64
+"""Tokens of a prompt among the shots of mining: it has at most 250 characters."""
+RateOf = Callable[[Need], float | None]
+"""Tokens a second of a stage, measured on this machine; None where it cannot be."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageBudget:
+    """A stage's need, and whether it fits."""
+
+    need: Need
+    fits: bool
+    advice: str = ""
+    """What to change in the recipe where it does not."""
+
+    def to_dict(self) -> JSONObject:
+        """As JSON; bytes and seconds."""
+        values = {field.name: getattr(self.need, field.name) for field in fields(self.need)}
+        return {**values, "total": self.need.total, "fits": self.fits, "advice": self.advice}
+
+
+def budgets(
+    recipe: Recipe, estimator: Estimator, data_root: str | None, rate_of: RateOf | None = None
+) -> Iterator[StageBudget]:
+    """The budget of each stage that has a model in memory, in the recipe's order.
+
+    Args:
+        recipe: checked as far as `load_recipe` does.
+        estimator: with the devices.
+        data_root: for official prompt sets.
+        rate_of: measures, where times are not to be those of a datasheet.
+
+    Raises:
+        InputError: a setting that cannot be, or a model without a configuration.
+    """
+    sizes = _Sizes(recipe, estimator, data_root)
+    for section in recipe.sections:
+        for need in sizes.needs(section, recipe):
+            fits = need.total <= estimator.devices.room and "no room" not in need.note
+            advice = "" if fits else _advice(section, need, recipe, sizes, estimator)
+            yield StageBudget(replace(need, seconds=seconds(need, estimator, rate_of)), fits, advice)
+
+
+def seconds(need: Need, estimator: Estimator, rate_of: RateOf | None) -> float | None:
+    """How long a stage takes at most; None where no rate is known."""
+    if rate_of is not None:
+        rate = rate_of(need)
+        tokens = need.trained_tokens or need.generated_tokens
+        return tokens / rate if rate else None
+    gpu = GPUS.get(estimator.devices.gpu or "")
+    if gpu is None:
+        return None
+    operations = 2 * need.parameters * need.passes * need.trained_tokens
+    training = operations / (gpu.flops * TRAINING_SHARE * estimator.devices.count)
+    steps = need.generated_tokens / need.rows / (estimator.devices.count if need.trained else 1)
+    sampling = steps * (need.parameters * 2 if need.trained else need.weights + need.cache / 2)
+    return training + sampling / (gpu.bandwidth * SAMPLING_SHARE)
+
+
+class _Sizes:
+    """How much each section of a recipe computes: a method of its name yields its needs."""
+
+    def __init__(self, recipe: Recipe, estimator: Estimator, data_root: str | None) -> None:
+        self._estimator = estimator
+        nano = recipe.prompt_set == "nano"
+        self._data: DataSource = find_data("nano" if nano else None, None if nano else data_root)
+        self._seeds: SeedSet = load_seed_set(recipe.prompt_set, self._data)
+        self._base = recipe
+
+    def needs(self, section: str, recipe: Recipe) -> list[Need]:
+        """Of one section; several where it holds one model after the other."""
+        method: Callable[[Recipe], list[Need]] | None = getattr(self, section, None)
+        try:
+            return method(recipe) if method else []
+        except AlmostError as error:
+            if str(error).startswith(f"recipe {recipe.name}"):
+                raise
+            raise InputError(f"recipe {recipe.name}, {section}: {error}") from None
+
+    @property
+    def _prompts(self) -> int:
+        return self._base.settings("prompts", PromptSettings, "model").count if "prompts" in self._base.sections else 0
+
+    @property
+    def _pairs(self) -> int:
+        """Each two configurations of different rank, for each prompt."""
+        groups = as_ranking(self._base.value("comparisons", "ranking"), f"recipe {self._base.name}, comparisons")
+        sizes = [len(group) for group in groups]
+        return self._prompts * (sum(sizes) ** 2 - sum(size**2 for size in sizes)) // 2
+
+    def prompts(self, recipe: Recipe) -> list[Need]:
+        s = recipe.settings("prompts", PromptSettings, "model")
+        model = str(recipe.value("prompts", "model"))
+        read = s.shots * MINED_TOKENS
+        return [
+            self._estimator.generation(
+                "prompts", model, read=read, new=s.max_new_tokens, requests=s.count, engine=_engine(recipe)
+            )
+        ]
+
+    def responses(self, recipe: Recipe) -> list[Need]:
+        s = recipe.settings("responses", ResponseSettings, "configurations")
+        where = f"recipe {recipe.name}, responses"
+        by_model: dict[str, list[tuple[int, int]]] = {}
+        for c in read_configurations(recipe.value("responses", "configurations"), where):
+            new = c.max_new_tokens or s.max_new_tokens or self._seeds.demonstration_set(c.demonstrations).max_new_tokens
+            by_model.setdefault(c.model, []).append((self._shots(c.demonstrations, c.shots), new))
+        return [
+            self._estimator.generation(
+                "responses",
+                model,
+                read=max(read for read, _ in sizes) + PROMPT_TOKENS,
+                new=max(new for _, new in sizes),
+                requests=len(sizes) * self._prompts,
+                engine=_engine(recipe),
+            )
+            for model, sizes in by_model.items()
+        ]
+
+    def as_is_reward(self, recipe: Recipe) -> list[Need]:
+        s = recipe.settings("as_is_reward", RewardSettings, "model", "comparisons")
+        file = recipe.sections["as_is_reward"].get("comparisons")
+        votes = int(recipe.sections.get("votes", {}).get("count", 0))
+        pairs = len(read_rows(Path(str(file)))) if file else votes
+        return [self._estimator.reward("as_is_reward", str(recipe.value("as_is_reward", "model")), s, pairs)]
+
+    def reward(self, recipe: Recipe) -> list[Need]:
+        s = recipe.settings("reward", RewardSettings, "model")
+        return [self._estimator.reward("reward", str(recipe.value("reward", "model")), s, self._pairs)]
+
+    def self_play(self, recipe: Recipe) -> list[Need]:
+        s = recipe.settings("self_play", SelfPlaySettings)
+        longest = s.max_turns * (s.max_new_tokens + s.user_max_new_tokens) + PROMPT_TOKENS
+        roles = {
+            s.assistant_model: (s.assistant_demonstrations, s.max_new_tokens, s.candidates * s.max_turns),
+            s.user_model: (s.user_demonstrations, s.user_max_new_tokens, s.max_turns - 1),
+        }
+        if s.assistant_model == s.user_model:
+            roles[s.user_model] = (s.assistant_demonstrations, s.max_new_tokens, s.candidates * s.max_turns)
+        # Engines load on first use and stay: the reward model, and the other speaker where it is another model.
+        needs = [
+            self._estimator.generation(
+                "self_play",
+                model,
+                read=self._shots(demonstrations, s.shots) + longest,
+                new=new,
+                requests=self._prompts * answers,
+                engine=_engine(recipe),
+                reward=str(recipe.value("reward", "model")),
+            )
+            for model, (demonstrations, new, answers) in roles.items()
+        ]
+        if len(needs) == 2 and _engine(recipe).get("engine", "hf") == "hf":
+            needs = [
+                replace(need, weights=need.weights + other.weights)
+                for need, other in zip(needs, needs[::-1], strict=True)
+            ]
+        return needs
+
+    def sft(self, recipe: Recipe) -> list[Need]:
+        s = recipe.settings("sft", SFTSettings, "model")
+        turns = 1
+        if "self_play" in recipe.sections:
+            turns = recipe.settings("self_play", SelfPlaySettings).max_turns
+        return [self._estimator.sft("sft", str(recipe.value("sft", "model")), s, self._prompts * turns)]
+
+    def rlsf(self, recipe: Recipe) -> list[Need]:
+        s = recipe.settings("rlsf", RLSFSettings)
+        policy, reward = str(recipe.value("sft", "model")), str(recipe.value("reward", "model"))
+        return [self._estimator.rlsf("rlsf", policy, reward, s)]
+
+    def evaluation(self, recipe: Recipe) -> list[Need]:
+        s = recipe.settings("evaluation", EvaluationSettings, "prompts", "vanilla", "nano_prompts")
+        section = recipe.sections["evaluation"]
+        file = section.get("prompts")
+        count = int(section.get("nano_prompts") or 0)
+        if file and Path(str(file)).is_file():
+            count = len(read_rows(Path(str(file))))
+        count = min(count, s.limit or count)
+        policies = 1 + ("vanilla" in section) + ("rlsf" in recipe.sections)
+        return [
+            self._estimator.generation(
+                "evaluation",
+                str(recipe.value("sft", "model")),
+                read=PROMPT_TOKENS,
+                new=s.max_new_tokens,
+                requests=count * policies,
+                engine={},
+                reward=str(recipe.value("reward", "model")),
+            )
+        ]
+
+    def _shots(self, demonstrations: str, shots: int) -> int:
+        """Tokens of the longest shots with their header."""
+        own = self._seeds.demonstration_set(demonstrations)
+        lengths = sorted((len(dialogue_text(conversation)) for conversation in own.conversations), reverse=True)
+        return (len(own.header) + sum(lengths[:shots])) // CHARACTERS
+
+
+def _engine(recipe: Recipe) -> dict[str, Any]:
+    return {key.replace("-", "_"): value for key, value in recipe.engine.items()}
+
+
+# --- what to change ---
+
+TRAINING_CHANGES: tuple[Mapping[str, object], ...] = (
+    {"micro_batch_size": 1},
+    {"gradient_checkpointing": True},
+    {"bf16": True},
+    {"lora_rank": 16},
+    {"quantize": "4bit"},
+)
+"""Tried one after the other, each beside those before it; what costs least stands first."""
+ENGINE_CHANGES: tuple[Mapping[str, object], ...] = (
+    {"dtype": "bfloat16"},
+    {"gpu_memory": 0.7},
+    {"gpu_memory": 0.5},
+    {"gpu_memory": 0.3},
+    {"tensor_parallel_size": 2},
+    {"tensor_parallel_size": 4, "gpu_memory": 0.7},
+    {"tensor_parallel_size": 8, "gpu_memory": 0.5},
+)
+
+
+def _advice(section: str, need: Need, recipe: Recipe, sizes: _Sizes, estimator: Estimator) -> str:
+    """The smallest of the changes that makes it fit."""
+    engine = section in ("prompts", "responses", "self_play")
+    changes: dict[str, object] = {}
+    own = recipe.engine if engine else recipe.sections[section]
+    is_vllm = recipe.engine.get("engine") == "vllm"
+    for change in ENGINE_CHANGES if engine else TRAINING_CHANGES if need.trained else ():
+        if not is_vllm and engine and "dtype" not in change:
+            continue
+        if all(own.get(key) == value for key, value in change.items()):
+            continue
+        changes = {**changes, **change}
+        changed = {**own, **changes}
+        if engine:
+            other = replace(recipe, engine=changed)
+        else:
+            other = replace(recipe, sections={**recipe.sections, section: changed})
+        try:
+            tried = [one for one in sizes.needs(section, other) if one.model == need.model]
+        except InputError:  # more devices than there are
+            continue
+        if all(one.total <= estimator.devices.room and "no room" not in one.note for one in tried):
+            words = ", ".join(f"{key}: {str(value).lower()}" for key, value in changes.items())
+            return f"{'engine' if engine else section}: {words}"
+    more = "; or engine: vllm with tensor_parallel_size" if engine and not is_vllm else ""
+    return f"a smaller model than {need.model}, or devices with more memory{more}"

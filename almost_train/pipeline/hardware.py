@@ -1,0 +1,142 @@
+"""The devices that a plan is made for: this machine's, or what the flags say; and how fast GPUs are.
+
+Rates of a GPU are its datasheet's: dense bfloat16 tensor operations and memory bandwidth. A training is taken to reach
+40 % of the first (the 8B to 405B models of arXiv 2407.21783, table 4, reached 38 to 43 %), sampling half of the second
+(an assumption: every step reads all weights once). `--measure` replaces both by a measurement on this machine.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from almost_eval.errors import InputError, did_you_mean
+
+TRAINING_SHARE = 0.40
+SAMPLING_SHARE = 0.5
+GB = 10**9
+CONTEXT = int(1.0 * GB)
+"""Bytes of a GPU that a process needs beside tensors: CUDA's context, cuBLAS's workspace."""
+RESERVE = 0.05
+"""Share of a GPU's memory that stays free: the allocator's blocks have gaps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A kind of GPU."""
+
+    memory: int
+    """Bytes."""
+    flops: float
+    """Dense bfloat16 operations a second."""
+    bandwidth: float
+    """Bytes a second."""
+    source: str
+
+
+GPUS = {
+    "a100-80gb": Gpu(80 * GB, 312e12, 2039e9, "NVIDIA A100 80GB SXM datasheet"),
+    "h100-80gb": Gpu(80 * GB, 989e12, 3350e9, "NVIDIA H100 SXM datasheet"),
+    "l40s-48gb": Gpu(48 * GB, 362e12, 864e9, "NVIDIA L40S datasheet"),
+    "rtx4090-24gb": Gpu(24 * GB, 165e12, 1008e9, "NVIDIA Ada GPU architecture whitepaper"),
+}
+"""Names for `--gpu`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Devices:
+    """What a stage runs on."""
+
+    count: int
+    memory: int
+    """Bytes of each."""
+    on_gpu: bool
+    sharding: str = "full"
+    """`full` or `none`; see `needs`."""
+    gpu: str | None = None
+    _runtimes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def room(self) -> int:
+        """Bytes that may be used of each."""
+        return int(self.memory * (1 - RESERVE)) if self.on_gpu else self.memory
+
+    def runtime(self, model: str) -> int:
+        """Bytes of a process before it holds a tensor: on a CPU what this one has, with the model's tokenizer."""
+        if self.on_gpu:
+            return CONTEXT
+        if model not in self._runtimes:
+            self._runtimes[model] = _runtime_here(model)
+        return self._runtimes[model]
+
+    def describe(self) -> str:
+        """`8 GPUs of 80 GB each, weights divided`."""
+        kind = (self.gpu or "GPU") if self.on_gpu else "CPU"
+        name = f"{self.count} x {kind}" if self.count > 1 else f"one {kind}"
+        divided = f", {'weights divided' if self.sharding == 'full' else 'weights whole on each'}"
+        return f"{name} of {self.memory / GB:.4g} GB{divided if self.count > 1 else ''}"
+
+
+def devices(memory: str | None, count: int | None, gpu: str | None, sharding: str) -> Devices:
+    """What the flags say, the rest as this machine has it.
+
+    Raises:
+        InputError: no size of memory, or no such GPU.
+    """
+    import torch
+
+    if gpu is not None and gpu not in GPUS:
+        raise InputError(f"no rates of a GPU {gpu!r}; {did_you_mean(gpu, GPUS, 20)}")
+    if memory is not None or gpu is not None:
+        size = parse_memory(memory) if memory is not None else GPUS[str(gpu)].memory
+        return Devices(count or 1, size, True, sharding, gpu)
+    if torch.cuda.is_available():
+        size = int(torch.cuda.get_device_properties(0).total_memory)
+        return Devices(count or torch.cuda.device_count(), size, True, sharding)
+    return Devices(count or 1, _machine_memory(), False, sharding)
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of `24GB` (10**9) or `24GiB` (2**30).
+
+    >>> parse_memory("24GB"), parse_memory("1.5 GiB")
+    (24000000000, 1610612736)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GB|GiB)\s*", text, re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise InputError(f"--device-memory is {text!r}; it must be a size such as 24GB or 80GiB")
+    return int(float(match[1]) * (2**30 if "i" in match[2].lower() else GB))
+
+
+def _machine_memory() -> int:
+    import os
+
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _runtime_here(model: str) -> int:
+    """Measured on this process, once it has what a training process has: the libraries and the tokenizer."""
+    import resource
+    import sys
+    from pathlib import Path
+
+    import accelerate  # noqa: F401
+    import datasets  # noqa: F401
+    import trl.trainer.reward_trainer
+    import trl.trainer.sft_trainer  # noqa: F401
+
+    from almost_eval.models.checkpoint import find_checkpoint
+    from almost_eval.models.loading import load_tokenizer
+    from almost_train.pipeline.shapes import ANY, local_folder
+
+    kept = load_tokenizer(find_checkpoint(model, architectures=ANY)) if local_folder(model) else None
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        import os
+
+        pages = int(statm.read_text().split()[1])
+        size = pages * os.sysconf("SC_PAGE_SIZE")
+    else:
+        size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    del kept
+    return size

@@ -1,0 +1,83 @@
+"""Rates of this machine for a plan: one training pass and one short generation of each model, timed."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from almost_eval.engines.base import SamplingParams
+from almost_eval.engines.build import EngineOptions, generation_engine
+from almost_eval.progress import Progress
+from almost_train.pipeline.needs import Need
+from almost_train.pipeline.shapes import ANY, local_folder
+
+TOKENS = 512
+"""Read in the pass that is timed."""
+NEW_TOKENS = 24
+ROWS = 8
+TEXT = "The river runs past the old mill, and the children who live there know where it is shallow enough to cross. "
+
+
+class Rates:
+    """Tokens a second of a stage on this machine, each model and kind measured once.
+
+    Args:
+        engine: the recipe's options.
+        progress: says what is measured.
+    """
+
+    def __init__(self, engine: EngineOptions, progress: Progress) -> None:
+        self._engine = engine
+        self._progress = progress
+        self._known: dict[tuple[str, bool], float | None] = {}
+
+    def __call__(self, need: Need) -> float | None:
+        """Trained tokens a second, or generated ones; None for a model whose weights are not on this machine."""
+        trains = bool(need.trained)
+        key = (need.model, trains)
+        if key not in self._known:
+            self._progress.notice(f"measures {'training' if trains else 'sampling'} with {need.model}")
+            if local_folder(need.model) is None:
+                self._known[key] = None
+            else:
+                self._known[key] = _trained(need.model) if trains else self._generated(need.model)
+        rate = self._known[key]
+        # What is timed is a forward and a backward pass: three forward passes' work.
+        return rate * 3 / need.passes if rate and trains else rate
+
+    def _generated(self, model: str) -> float:
+        engine = generation_engine(model, self._engine)
+        params = SamplingParams(NEW_TOKENS, 1.0, 1.0)
+        prompts = [f"{number}. {TEXT * 3}" for number in range(ROWS)]
+        engine.generate(prompts[:1], params)  # loads the weights
+        began = time.perf_counter()
+        completions = engine.generate(prompts, params)
+        tokens = sum(len(completion.token_ids) for some in completions for completion in some)
+        return max(1, tokens) / (time.perf_counter() - began)
+
+
+def _trained(model: str) -> float:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from almost_eval.models.checkpoint import find_checkpoint
+    from almost_eval.models.loading import load_weights, pick_device
+
+    whole: Any = load_weights(
+        AutoModelForCausalLM,
+        find_checkpoint(model, architectures=ANY),
+        dtype=torch.float32,
+        device=pick_device("auto"),
+        attention="auto",
+        trust_remote_code=False,
+    ).train()
+    width = min(256, int(getattr(whole.config.get_text_config(), "max_position_embeddings", 256)))
+    ids = torch.randint(0, whole.config.get_text_config().vocab_size, (TOKENS // width, width), device=whole.device)
+    rate = 0.0
+    for _ in range(2):  # the first one prepares kernels
+        began = time.perf_counter()
+        whole(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        if whole.device.type == "cuda":
+            torch.cuda.synchronize()
+        rate = ids.numel() / (time.perf_counter() - began)
+    return rate

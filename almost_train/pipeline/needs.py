@@ -1,0 +1,417 @@
+"""What each stage of a recipe needs: parameters, memory of one device at its fullest moment, tokens that it computes.
+
+A stage that trains runs one update on tensors without content (`meter`), with the longest rows that its settings
+allow. A stage that generates is arithmetic: weights, keys and values (`shapes.cache_bytes`), logits. Several devices:
+
+- `full` sharding (ZeRO stage 3, arXiv 1910.02054, section 5.3; PyTorch's FSDP): weights, gradients and moments of what
+  is trained, and PPO's reference, are divided by the devices. Two layers and the largest embedding are whole at a time.
+- `none`: every device holds all, and a bucket of gradients to sum (at most the gradients' size).
+
+4-bit weights: 4.127 bits for a number of a linear layer (QLoRA, arXiv 2305.14314, section 3: double quantisation), and
+one layer of them at a time in bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from almost_eval.errors import InputError
+from almost_eval.models.loading import LARGE, cpu_has_bfloat16
+from almost_train.common.lora import LoraSettings, lora_config
+from almost_train.common.trainers import TrainSettings
+from almost_train.pipeline.hardware import Devices
+from almost_train.pipeline.shapes import cache_bytes, load_config, local_folder
+from almost_train.rlsf.job import RLSFSettings
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from almost_train.pipeline.meter import Meter
+
+NF4_BYTES = 4.127 / 8
+"""Of a weight in 4 bits."""
+PROMPT_TOKENS = 128
+"""Tokens of a mined prompt with its template: it has at most 250 characters."""
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a stage needs. Bytes are those of one device."""
+
+    stage: str
+    model: str
+    """The largest, where there are several."""
+    parameters: int = 0
+    """Of that model."""
+    trained: int = 0
+    weights: int = 0
+    gradients: int = 0
+    optimiser: int = 0
+    activations: int = 0
+    """At the fullest moment: activations, logits and what an operation holds while it runs."""
+    cache: int = 0
+    """Keys and values."""
+    runtime: int = 0
+    """Of the process itself: libraries and tokenizer on a CPU, the CUDA context on a GPU."""
+    trained_tokens: int = 0
+    """Read in forward and backward passes, at most."""
+    generated_tokens: int = 0
+    """At most."""
+    rows: int = 1
+    """Sequences that are generated together."""
+    passes: float = 3.0
+    """Forward passes that a trained token costs: the backward pass is two, recomputing one."""
+    seconds: float | None = None
+    note: str = ""
+
+    @property
+    def total(self) -> int:
+        """Bytes at the fullest moment of one device."""
+        parts = self.weights + self.gradients + self.optimiser + self.activations + self.cache
+        return parts + self.runtime
+
+
+@dataclass(slots=True)
+class Estimator:
+    """Needs of stages on some devices."""
+
+    devices: Devices
+    configs: dict[str, PretrainedConfig] = field(default_factory=dict)
+
+    def config(self, model: str) -> PretrainedConfig:
+        """Of a model, read once."""
+        if model not in self.configs:
+            self.configs[model] = load_config(model)
+        return self.configs[model]
+
+    # --- stages that train ---
+
+    def reward(self, stage: str, model: str, settings: TrainSettings, pairs: int) -> Need:
+        """The reward model: chosen and rejected of a pair in one batch."""
+        from transformers import AutoModelForSequenceClassification
+
+        micro = self._micro(settings)
+        length = self._length(model, settings)
+
+        def step(meter: Meter) -> tuple[list[Any], Callable[[], None]]:
+            import torch
+
+            whole = self._built(AutoModelForSequenceClassification, model, settings, "SEQ_CLS", id2label={0: "reward"})
+            whole.config.pad_token_id = whole.config.get_text_config().pad_token_id = 0
+
+            def update() -> None:
+                with _autocast(settings.bf16):
+                    logits = whole(**_inputs(2 * micro, length), use_cache=False).logits.float()
+                torch.nn.functional.logsigmoid(logits[:micro] - logits[micro:]).mean().backward()
+
+            return [whole], update
+
+        need = self._trained(stage, model, settings, step, accumulation=settings.batch_size // micro)
+        return replace(need, trained_tokens=2 * pairs * length * settings.epochs)
+
+    def sft(self, stage: str, model: str, settings: TrainSettings, answers: int) -> Need:
+        """SFT with TRL's head, which makes the logits of some tokens at a time."""
+        from transformers import AutoModelForCausalLM
+        from trl.trainer.utils import add_fused_lm_head
+
+        micro = self._micro(settings)
+        length = self._length(model, settings)
+
+        def step(meter: Meter) -> tuple[list[Any], Callable[[], None]]:
+            def with_head(base: Any) -> None:
+                add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+
+            whole = self._built(AutoModelForCausalLM, model, settings, "CAUSAL_LM", prepare=with_head)
+
+            def update() -> None:
+                inputs = _inputs(micro, length)
+                with _autocast(settings.bf16):
+                    output = whole(**inputs, labels=inputs["input_ids"], fused_lm_head=True, use_cache=False)
+                (-output.log_probs.sum()).backward()
+
+            return [whole], update
+
+        need = self._trained(stage, model, settings, step, accumulation=settings.batch_size // micro)
+        return replace(need, trained_tokens=answers * length * settings.epochs)
+
+    def rlsf(self, stage: str, policy: str, reward: str, settings: RLSFSettings) -> Need:
+        """PPO trains a policy and a value model of the reward model's size; RLOO and GRPO the policy alone."""
+        from transformers import AutoModel, AutoModelForCausalLM
+
+        from almost_train.rlsf.rollouts import completion_logprobs
+
+        is_ppo = settings.algorithm == "ppo"
+        width, micro = settings.max_new_tokens, settings.micro_batch_size
+        update_size = settings.mini_batch_size if is_ppo else settings.batch_size
+        held = 0
+        """Bytes of what is not trained: the reference, and the reward model."""
+
+        def step(meter: Meter) -> tuple[list[Any], Callable[[], None]]:
+            nonlocal held
+            before = meter.live
+            judge = self._built(AutoModel, reward, LoraSettings(), "")
+            reference = None if settings.lora_rank else self._built(AutoModelForCausalLM, policy, LoraSettings(), "")
+            held = meter.live - before
+            kept = [judge, reference]  # in memory as long as `update` is
+            model = self._built(AutoModelForCausalLM, policy, settings, "CAUSAL_LM")
+            value = self._built(AutoModel, reward, settings, "FEATURE_EXTRACTION") if is_ppo else None
+
+            def update() -> None:
+                assert kept
+                ids, mask = _inputs(micro, PROMPT_TOKENS + width).values()
+                with _autocast(settings.bf16):
+                    logprobs = completion_logprobs(model, ids, mask, width, settings.temperature)
+                logprobs.sum().backward()
+                if value is not None:
+                    with _autocast(settings.bf16):
+                        states = value(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+                    states.float().sum().backward()
+
+            return [model, value] if value is not None else [model], update
+
+        accumulation = max(1, update_size // (micro * self.devices.count))
+        need = self._trained(stage, policy, settings, step, accumulation=accumulation, held=lambda: held)
+        # Sampling comes before the first gradient and between updates: it needs keys and values in their place.
+        here = settings.batch_size // self.devices.count
+        rows = min(settings.sampling_batch_size, here) if is_ppo else here
+        number = 2 if settings.bf16 else 4
+        config = self.config(policy)
+        # transformers makes the keys of a layer anew with each token; the draw is from a cumulative sum in float64.
+        layers = config.get_text_config().num_hidden_layers
+        cache = cache_bytes(config, rows * (PROMPT_TOKENS + width), number) * (layers + 1) // layers
+        draws = rows * config.get_text_config().vocab_size * 36
+        updating = need.gradients + need.activations
+        if cache + draws > updating:
+            need = replace(need, gradients=0, activations=draws, cache=cache)
+        tokens = settings.batch_size * settings.steps
+        epochs = settings.ppo_epochs if is_ppo else 1
+        # The update, twice the models in PPO; and what measures: policy, reference, reward model, value.
+        return replace(
+            need,
+            trained_tokens=tokens * (PROMPT_TOKENS + width) * (epochs * (2 if is_ppo else 1) + 1),
+            generated_tokens=tokens * width,
+            rows=rows,
+        )
+
+    # --- stages that generate ---
+
+    def generation(
+        self, stage: str, model: str, *, read: int, new: int, requests: int, engine: dict[str, Any], reward: str = ""
+    ) -> Need:
+        """A stage that continues texts.
+
+        Args:
+            stage: its name.
+            model: that continues.
+            read: tokens of the longest text before an answer.
+            new: tokens of an answer.
+            requests: how many answers.
+            engine: the recipe's options.
+            reward: a reward model that is in memory beside it.
+        """
+        config = self.config(model)
+        count = self._count(model)
+        text = config.get_text_config()
+        own = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+        dtype = engine.get("dtype", "auto")
+        if dtype == "auto" and self.devices.on_gpu:
+            dtype = own if local_folder(model) else "bfloat16"
+        elif dtype == "auto":
+            dtype = "bfloat16" if count >= LARGE and cpu_has_bfloat16() else "float32"
+        number = _BYTES.get(dtype, 4)
+        split = engine.get("tensor_parallel_size", 1) * engine.get("pipeline_parallel_size", 1)
+        beside = self._count(reward) * 4 if reward else 0
+        # A text that does not fit the model's context is refused by its stage.
+        context = engine.get("max_length") or getattr(text, "max_position_embeddings", None)
+        read = min(read, context - new) if context and context > new else read
+        one = cache_bytes(config, read + new, number)
+        note = ""
+        if engine.get("engine", "hf") == "vllm":
+            if split > self.devices.count:
+                raise InputError(
+                    f"{stage}: vLLM would divide {model} among {split} devices, and there are {self.devices.count}; "
+                    "lower tensor_parallel_size, or plan for more --devices"
+                )
+            share = engine.get("gpu_memory") or 0.9  # vLLM's default
+            weights = count * number // split
+            taken = int(share * self.devices.memory) if self.devices.on_gpu else weights + (1 << 30)
+            cache = taken - weights - (1 << 30)
+            rows = max(0, min(256, cache * split // one))
+            if rows == 0:
+                cache, note = one // split, f"vLLM's share of {share:g} has no room for one answer"
+            activations = 1 << 30  # of a pass over 2,048 tokens and its logits, as vLLM profiles it
+            weights += beside
+        else:
+            budget = engine.get("batch_tokens") or (
+                65536 if self.devices.on_gpu else max(4096, min(65536, (1 << 30) // cache_bytes(config, 1, 4)))
+            )
+            rows = max(1, min(budget // (read + new), requests, (1 << 26) // (4 * text.vocab_size) or 1))
+            if engine.get("batch_size"):
+                rows = min(rows, engine["batch_size"])
+            cache = cache_bytes(config, rows * (read + new), number)
+            weights = count * number + beside
+            activations = min(2048, rows * read) * (8 * text.hidden_size + 3 * text.intermediate_size) * number
+            activations += 4 * rows * text.vocab_size * 4
+            if self.devices.on_gpu and rows > 1:
+                # Out of memory, the engine halves its batches, down to one row.
+                room = self.devices.room - weights - activations - self.devices.runtime(model)
+                if cache > room >= one:
+                    rows = max(1, room // one)
+                    cache, note = rows * one, "the engine halves its batches until they fit"
+        return Need(
+            stage,
+            model,
+            parameters=count,
+            weights=weights,
+            activations=activations,
+            cache=cache,
+            runtime=self.devices.runtime(model),
+            generated_tokens=requests * new,
+            rows=max(1, rows),
+            note=note,
+        )
+
+    # --- parts ---
+
+    def _micro(self, settings: TrainSettings) -> int:
+        return min(settings.micro_batch_size, max(1, settings.batch_size // self.devices.count))
+
+    def _length(self, model: str, settings: TrainSettings) -> int:
+        most = getattr(self.config(model).get_text_config(), "max_position_embeddings", None)
+        return min(settings.max_length, most or settings.max_length)
+
+    def _count(self, model: str) -> int:
+        """Parameters of a language model."""
+        from transformers import AutoModelForCausalLM
+
+        from almost_train.pipeline.meter import count, measured
+
+        with measured():
+            return count(_from_config(AutoModelForCausalLM, self.config(model)))
+
+    def _built(
+        self,
+        kind: Any,
+        model: str,
+        settings: LoraSettings,
+        task: str,
+        *,
+        prepare: Callable[[Any], None] | None = None,
+        **changes: object,
+    ) -> Any:
+        """A model without content, with an adapter where the settings ask for one; in training mode."""
+        import torch
+
+        config = self.config(model).__class__.from_dict({**self.config(model).to_dict(), **changes})
+        bf16 = getattr(settings, "bf16", False)
+        held = torch.bfloat16 if settings.lora_rank and (bf16 or settings.is_quantized) else torch.float32
+        whole = _from_config(kind, config, held)
+        if prepare:
+            prepare(whole)
+        if settings.lora_rank:
+            from peft import get_peft_model
+
+            whole = get_peft_model(whole, lora_config(settings, task))
+        if getattr(settings, "gradient_checkpointing", False):
+            base = whole.get_base_model() if settings.lora_rank else whole
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            if settings.lora_rank:
+                base.enable_input_require_grads()
+        return whole.train()
+
+    def _trained(
+        self,
+        stage: str,
+        model: str,
+        settings: Any,
+        step: Callable[[Meter], tuple[list[Any], Callable[[], None]]],
+        *,
+        accumulation: int,
+        held: Callable[[], int] = lambda: 0,
+    ) -> Need:
+        from almost_train.pipeline.meter import count, measured, size_of, step_peak
+
+        with measured() as meter:
+            models, update = step(meter)
+            base, trained = count(models[0]), sum(count(one, trained=True) for one in models)
+            weights = meter.live
+            gradients = size_of(*models, trained=True)
+            saved, spare = _quantized(models) if settings.is_quantized else (0, 0)
+            peak = step_peak(meter, models, update, micro_batches=accumulation, on_gpu=self.devices.on_gpu)
+            layer = max((_largest_layer(one) for one in models), default=0)
+            del models, update
+        optimiser = 2 * gradients
+        activations = max(0, peak - weights - gradients - optimiser)
+        if peak < weights + gradients + optimiser:  # gradients and moments are small beside the activations
+            gradients = max(0, peak - weights - optimiser)
+        shares = self.devices.count if self.devices.sharding == "full" else 1
+        divided = weights - held() // 2 if shares > 1 else weights  # the reward model is whole everywhere
+        whole = weights - divided
+        if shares > 1:
+            activations += 2 * layer
+        elif self.devices.count > 1:
+            activations += gradients  # the buckets
+        recompute = 1 if settings.gradient_checkpointing else 0
+        return Need(
+            stage,
+            model,
+            parameters=base,
+            trained=trained,
+            weights=divided // shares + whole - saved,
+            gradients=gradients // shares,
+            optimiser=optimiser // shares,
+            activations=activations + spare,
+            runtime=self.devices.runtime(model),
+            passes=(2 if settings.lora_rank else 3) + recompute,
+        )
+
+
+def _from_config(kind: Any, config: PretrainedConfig, dtype: Any = "float32") -> Any:
+    settings = config.get_text_config().to_dict()
+    caps = any(value for name, value in settings.items() if "att" in name and "softcap" in name)
+    return kind.from_config(config, dtype=dtype, attn_implementation="eager" if caps else "sdpa")
+
+
+def _autocast(bf16: bool) -> Any:
+    import torch
+
+    return torch.autocast("cpu", dtype=torch.bfloat16) if bf16 else nullcontext()
+
+
+def _inputs(rows: int, length: int) -> dict[str, Any]:
+    """(rows, length) token ids and their mask."""
+    import torch
+
+    ids = torch.zeros((rows, length), dtype=torch.long)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _quantized(models: list[Any]) -> tuple[int, int]:
+    """(bytes that 4 bits save, bytes of the largest layer of them in bfloat16)."""
+    from torch import nn
+
+    saved, largest = 0, 0
+    for model in models:
+        for name, module in model.named_modules():
+            frozen = isinstance(module, nn.Linear) and not module.weight.requires_grad and "lora_" not in name
+            if frozen and not name.endswith(("lm_head", "score")):
+                saved += int(module.weight.numel() * (module.weight.element_size() - NF4_BYTES))
+                largest = max(largest, 2 * module.weight.numel())
+    return saved, largest
+
+
+def _largest_layer(model: Any) -> int:
+    """Bytes of what FSDP gathers at once: a layer, or the embedding."""
+    from torch import nn
+
+    sizes = [0]
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) > 1:
+            sizes += [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in module]
+        elif isinstance(module, nn.Embedding):
+            sizes.append(module.weight.numel() * module.weight.element_size())
+    return max(sizes)

@@ -1,0 +1,181 @@
+"""A plan against the truth: a training of each stage in a process of its own, whose peak memory the system counts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from almost_eval.models.checkpoint import find_checkpoint
+from almost_eval.models.loading import load_tokenizer
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")]
+
+TOLERANCE = 0.15
+LENGTH = 128
+STAGES = ("sft", "reward", "rlsf", "rlsf-lora", "responses")
+TRAINING: dict[str, Any] = {"batch_size": 4, "micro_batch_size": 2, "max_length": LENGTH, "device": "cpu"}
+RLSF: dict[str, Any] = {
+    "steps": 2,
+    "batch_size": 4,
+    "mini_batch_size": 4,
+    "micro_batch_size": 2,
+    "sampling_batch_size": 4,
+    "ppo_epochs": 1,
+    "max_new_tokens": 16,
+    "keep_state": False,
+    "device": "cpu",
+}
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "almost_train.cli", *arguments]
+
+
+def environment() -> dict[str, str]:
+    root = str(Path(__file__).parents[3])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "HF_HUB_OFFLINE": "1"}
+
+
+def peak(*arguments: str) -> int:
+    """Bytes of the largest resident set of a command, which must end well."""
+    process = subprocess.Popen(
+        command(*arguments), env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+    assert process.stderr is not None
+    said = process.stderr.read().decode()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0, said[-2000:]
+    return usage.ru_maxrss * 1024
+
+
+def flags(settings: dict[str, Any]) -> list[str]:
+    """Settings as flags."""
+    words = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return words
+
+
+@cache
+def plans(model: str, lora_rank: int) -> list[dict[str, Any]]:
+    """The rows of a plan for all stages of one model."""
+    recipe = {
+        "prompt_set": "builtin",
+        "engine": {"dtype": "float32"},
+        "prompts": {"model": model, "count": 8},
+        "responses": {
+            "max_new_tokens": 24,
+            "configurations": [
+                {"name": name, "model": model, "demonstrations": "HHH", "shots": 1} for name in ("one", "two")
+            ],
+        },
+        "comparisons": {"ranking": ["one", "two"]},
+        "reward": {"model": model, **TRAINING},
+        "sft": {"model": model, **TRAINING},
+        "rlsf": {**RLSF, "lora_rank": lora_rank},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "recipe.yaml"
+        file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+        done = subprocess.run(
+            command("plan", str(file), "--json"), env=environment(), capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 0, done.stderr[-2000:]
+    stages: list[dict[str, Any]] = json.loads(done.stdout)["stages"]
+    return stages
+
+
+def planned(model: str, stage: str) -> dict[str, Any]:
+    rows = plans(model, 8 if stage == "rlsf-lora" else 0)
+    return next(row for row in rows if row["stage"] == stage.removesuffix("-lora"))
+
+
+def text_of(model: str, tokens: int) -> str:
+    """Plain text of about so many tokens of the model."""
+    tokenizer = load_tokenizer(find_checkpoint(model, architectures=("",)))
+    words = "the otter lives by the river and eats fish in the morning while it rains on the old stone bridge".split()
+    text = ""
+    for number in range(tokens):
+        longer = f"{text} {words[number % len(words)]}"
+        if len(tokenizer.encode(longer, add_special_tokens=False)) > tokens:
+            return text.strip()
+        text = longer
+    return text.strip()
+
+
+def rows(file: Path, values: list[dict[str, Any]]) -> str:
+    file.write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
+    return str(file)
+
+
+def measured(model: str, folder: Path, stage: str) -> int:
+    """The peak of a small run, whose texts are nearly as long as the plan takes them to be."""
+    output = ["--output", str(folder / stage)]
+    long = text_of(model, LENGTH - 56)  # beside it the template, with a system message of its own
+    if stage == "sft":
+        talks = [
+            {"messages": [{"role": "user", "content": "Tell me."}, {"role": "assistant", "content": f"{long} {i}"}]}
+            for i in range(8)
+        ]
+        file = rows(folder / "demonstrations.jsonl", talks)
+        return peak("sft", "--demonstrations", file, "--model", model, *flags(TRAINING), *output)
+    if stage == "reward":
+        pairs = [{"prompt": f"Tell me {i}.", "chosen": f"{long} {i}", "rejected": f"{long} {i + 1}"} for i in range(10)]
+        file = rows(folder / "comparisons.jsonl", pairs)
+        return peak("reward", "--comparisons", file, "--model", model, *flags(TRAINING), *output)
+    prompts = [{"id": f"p{i}", "prompt": f"{i} {text_of(model, 100)}"} for i in range(4)]
+    file = rows(folder / "prompts.jsonl", prompts)
+    if stage == "responses":
+        configurations = folder / "configurations.yaml"
+        one = {"name": "one", "model": model, "demonstrations": "HHH", "shots": 1}
+        configurations.write_text(yaml.safe_dump([one]), encoding="utf-8")
+        return peak(
+            *("synthesize", "responses", "--prompts", file, "--configurations", str(configurations)),
+            *("--prompt-set", "builtin", "--max-new-tokens", "24", "--dtype", "float32", "--device", "cpu", *output),
+        )
+    judge = folder / "judge"
+    _judge(model, judge)
+    own = {**RLSF, **({"lora_rank": 8} if stage == "rlsf-lora" else {})}
+    return peak("rlsf", "--policy", model, "--reward-model", str(judge), "--prompts", file, *flags(own), *output)
+
+
+def _judge(model: str, folder: Path) -> None:
+    """A reward model of the model's size, with a head at random."""
+    from almost_train.reward.run import load_classifier, set_pad_token
+
+    checkpoint = find_checkpoint(model, architectures=("",))
+    tokenizer = load_tokenizer(checkpoint)
+    set_pad_token(tokenizer)
+    whole = load_classifier(checkpoint, 0)
+    whole.config.pad_token_id = whole.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    whole.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def compare(model: str, folder: Path, stage: str) -> None:
+    plan, truth = planned(model, stage), measured(model, folder, stage)
+    print(f"{stage} {model}: planned {plan['total'] / 1e6:.0f} MB, measured {truth / 1e6:.0f} MB")
+    assert abs(plan["total"] - truth) <= TOLERANCE * truth, (plan, truth)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_nano(stage: str, tmp_path: Path) -> None:
+    compare("nano/sft" if stage.startswith("rlsf") else "nano/vanilla-medium", tmp_path, stage)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", ["smollm2", "gemma"])
+def test_real_models(name: str, stage: str, real_models: Any, tmp_path: Path) -> None:
+    compare(str(getattr(real_models, name)), tmp_path, stage)
