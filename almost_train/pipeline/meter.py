@@ -107,7 +107,7 @@ def _fused_attention() -> Iterator[None]:
         output: Tensor = _Attention.apply(query, key, value, attn_mask)
         return output
 
-    nn.functional.scaled_dot_product_attention = attend  # type: ignore[assignment]
+    nn.functional.scaled_dot_product_attention = attend
     try:
         yield
     finally:
@@ -139,7 +139,7 @@ def size_of(*models: nn.Module, trained: bool = False) -> int:
     """Bytes of the parameters and buffers, tied ones once; with `trained` of the trained parameters alone."""
     sizes: dict[int, int] = {}
     for model in models:
-        tensors = [p for p in model.parameters() if p.requires_grad or not trained]
+        tensors: list[Tensor] = [p for p in model.parameters() if p.requires_grad or not trained]
         tensors += [] if trained else list(model.buffers())
         sizes |= {id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}
     return sum(sizes.values())

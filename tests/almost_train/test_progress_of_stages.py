@@ -6,6 +6,7 @@ import io
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def rlsf(folder: Path, progress: Progress, algorithm: str = "ppo") -> None:
     from almost_train.rlsf.run import rlsf
 
     sizes: dict[str, Any] = {"batch_size": 4, "micro_batch_size": 4, "max_new_tokens": 6, "device": "cpu"}
-    own = {"mini_batch_size": 4} if algorithm == "ppo" else {"num_generations": 2}
+    own: dict[str, Any] = {"mini_batch_size": 4} if algorithm == "ppo" else {"num_generations": 2}
     settings = RLSFSettings(algorithm=algorithm, steps=2, **sizes, **own)
     rlsf(settings, prompts(folder), "nano/sft", "nano/reward", folder / "rlsf", progress=progress)
 
@@ -104,8 +105,8 @@ STAGES: dict[str, tuple[Callable[..., None], set[str]]] = {
     "sft": (sft, {"training"}),
     "reward": (reward, {"training", "held-out answers"}),
     "ppo": (rlsf, {"RLSF (PPO)"}),
-    "rloo": (lambda *a: rlsf(*a, algorithm="rloo"), {"RLSF (RLOO)"}),
-    "grpo": (lambda *a: rlsf(*a, algorithm="grpo"), {"RLSF (GRPO)"}),
+    "rloo": (partial(rlsf, algorithm="rloo"), {"RLSF (RLOO)"}),
+    "grpo": (partial(rlsf, algorithm="grpo"), {"RLSF (GRPO)"}),
     "responses": (responses, {"one"}),
     "mining": (mining, {"prompts"}),
     "self-play": (self_play, {"turn 1: assistant", "turn 1: rewards", "turn 1: user"}),

@@ -152,12 +152,12 @@ def measured(model: str, folder: Path, stage: str) -> int:
 
 def _judge(model: str, folder: Path) -> None:
     """A reward model of the model's size, with a head at random."""
-    from almost_train.reward.run import load_classifier, set_pad_token
+    from almost_train.reward.run import RewardSettings, load_classifier, set_pad_token
 
     checkpoint = find_checkpoint(model, architectures=("",))
     tokenizer = load_tokenizer(checkpoint)
     set_pad_token(tokenizer)
-    whole = load_classifier(checkpoint, 0)
+    whole = load_classifier(checkpoint, RewardSettings())
     whole.config.pad_token_id = whole.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     whole.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

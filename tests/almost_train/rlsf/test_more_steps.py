@@ -68,7 +68,11 @@ def test_a_run_that_ended_goes_on_to_the_bits_of_a_longer_one(
     chosen = PPO
     if algorithm != "ppo":
         default = RLSFSettings()
-        own = {"mini_batch_size": default.mini_batch_size, "ppo_epochs": default.ppo_epochs, "num_generations": 2}
+        own: dict[str, Any] = {
+            "mini_batch_size": default.mini_batch_size,
+            "ppo_epochs": default.ppo_epochs,
+            "num_generations": 2,
+        }
         chosen = replace(PPO, algorithm=algorithm, keep_every=2, **own)
     longer = replace(chosen, steps=7)
     rlsf(longer, **world, output=tmp_path / "whole")
