@@ -35,7 +35,7 @@ BLOCK = 64
 SCORES = 1 << 18
 """Attention scores that are computed at a time: half a MiB, which stays in a core's cache."""
 
-EVERY = 8
+EVERY = 4
 """One key in so many is looked at for a large score of each query."""
 
 GAP = 0.1
@@ -181,10 +181,11 @@ def _attend(
 def _attend_bfloat16(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """Attention as products and a softmax in float32: half the time of torch's kernel on blocks of this size.
+    """Attention as two products with exponentials between them: half the time of torch's kernel on blocks of this size.
 
     A product in bfloat16 is summed in float32 and rounded once. Scores are rounded after a large one of their row is
-    taken away, which changes no softmax: so those that have weight are small, and lose little.
+    taken away, which changes no softmax: so those that have weight are small, and lose little. The weights of a row
+    are divided by their sum at the end, in float32.
 
     Args:
         query: (1, key heads, groups * q, size)
@@ -207,8 +208,9 @@ def _attend_bfloat16(
         large = torch.bmm(queries, columns[..., ::EVERY]).amax(-1).mul_(-scaling)  # (n, rows)
         torch.add(mask[0], large.view(-1, q, 1), out=scores.view(-1, q, keys))
         scores.baddbmm_(queries, columns, alpha=scaling)
-        torch.softmax(scores, -1, out=scores)  # in float32 inside
-        torch.bmm(scores, value[0, part], out=out[part])
+        weights = scores.exp_()
+        sums = weights.sum(-1, keepdim=True, dtype=torch.float32)  # (n, rows, 1)
+        out[part] = torch.bmm(weights, value[0, part]) / sums
     return out[None]
 
 
@@ -220,7 +222,8 @@ def _scratch(shape: tuple[int, ...]) -> torch.Tensor:
     size = math.prod(shape)
     kept: torch.Tensor | None = getattr(_buffers, "scores", None)
     if kept is None or len(kept) < size:
-        kept = _buffers.scores = torch.empty(size, dtype=torch.bfloat16)
+        with torch.inference_mode(mode=False):  # a tensor that is made inside can be written to only inside
+            kept = _buffers.scores = torch.empty(size, dtype=torch.bfloat16)
     return kept[:size].view(shape)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import copy
 import functools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -225,13 +227,17 @@ def test_text_goes_in_and_scores_come_out_in_order(engines: Engines) -> None:
 
 
 def test_bfloat16(engines: Engines) -> None:
+    """Held against the same weights in float32, as two roundings tell nothing of each other."""
+    means = {}
     for share in (True, False):
         engine = engines("llama-gqa", dtype="bfloat16", share_prefixes=share)
-        found = run(engine)
+        scores = run(engine)
         assert engine.report.path == ("shared-prefix" if share else "plain")
-        plain = one_row_at_a_time(engine.model, REQUESTS)
-        off = [abs(a.logprob - b) / a.n_tokens for i in found for a, (b, _) in zip(found[i], plain[i], strict=True)]
-        assert max(off) < 0.1
+        exact = one_row_at_a_time(copy.deepcopy(engine.model).float(), REQUESTS)
+        off = [abs(a.logprob - b) / a.n_tokens for i in scores for a, (b, _) in zip(scores[i], exact[i], strict=True)]
+        assert max(off) < 0.15
+        means[share] = fmean(off)
+    assert means[True] <= 1.5 * means[False]  # weights at random are harsh: real models have 1.0 to 1.1
 
 
 def test_a_request_that_does_not_fit_is_refused_before_weights(tiny_checkpoint: Callable[[str], Path]) -> None:

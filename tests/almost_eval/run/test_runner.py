@@ -322,11 +322,11 @@ def test_the_seed_reaches_what_is_drawn(tmp_path: Path) -> None:
     engine = Scripted(red, complete=lambda _: "red")
     seeds = []
 
-    def generate(prompts: Sequence[str], params: SamplingParams) -> list[Any]:
+    def stream_completions(prompts: Sequence[str], params: SamplingParams) -> Any:
         seeds.append(params.seed)
-        return ScriptedEngine.generate(engine, prompts, params)
+        return ScriptedEngine.stream_completions(engine, prompts, params)
 
-    engine.generate = generate  # type: ignore[method-assign]
+    engine.stream_completions = stream_completions  # type: ignore[method-assign]
     Run(Colours(2, requires="generation"), engine, seed=7).execute(tmp_path / "run")
     assert seeds == [7]  # both prompts in one call
 

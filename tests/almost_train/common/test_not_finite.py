@@ -96,7 +96,7 @@ def test_ppo(rank: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def spoilt(self: Any, state: Any, rollout: Any) -> Any:
         nonlocal now
         if state.step == 0:
-            spoil(self.plain_policy, lambda: now, math.nan)
+            spoil(self.trained_policy.plain, lambda: now, math.nan)
         now = state.step == 2
         return update(self, state, rollout)
 

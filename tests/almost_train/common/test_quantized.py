@@ -84,7 +84,7 @@ def test_every_trainer(trainer: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
         update = loop._Loop.update
 
         def updated(self: Any, *arguments: Any) -> Any:
-            models.extend(held(model) for model in (self.plain_policy, self.plain_value.trunk))
+            models.extend(held(model) for model in (self.trained_policy.plain, self.trained_value.plain.trunk))
             return update(self, *arguments)
 
         monkeypatch.setattr(loop._Loop, "update", updated)

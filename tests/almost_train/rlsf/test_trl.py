@@ -190,7 +190,7 @@ def test_an_adapters_reference_is_its_base(
     assert logprobs(adapter) != pytest.approx(logprobs("nano/sft"), abs=1e-2)
     assert logprobs(way) != pytest.approx(logprobs(adapter), abs=1e-3)
     names = ("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "tokenizer.json")
-    assert {file.name for file in way.iterdir()} == {*names, "tokenizer_config.json"}
+    assert {file.name for file in way.iterdir()} == {*names, "tokenizer_config.json", "README.md"}
 
 
 @pytest.mark.slow
