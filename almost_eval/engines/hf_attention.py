@@ -32,11 +32,14 @@ NAME = "almost_visible_sdpa"
 BLOCK = 64
 """Queries in a block. Small blocks see few keys in vain, large ones copy few keys."""
 
-SCORES = 1 << 18
-"""Attention scores that are computed at a time: half a MiB, which stays in a core's cache."""
+SCORES = 1 << 20
+"""Attention scores that are computed at a time: 2 MiB, which stays in the cache."""
 
 EVERY = 4
 """One key in so many is looked at for a large score of each query."""
+
+WIDTH = 64
+"""In bfloat16 a block has a multiple of so many keys: oneDNN makes, and keeps, a kernel for each number of them."""
 
 GAP = 0.1
 """Part of a block's columns that may be masked off before it is cheaper to copy the others out."""
@@ -78,6 +81,8 @@ class ChunkPlan:
         self._rows = rows
         self._last = last
         self._block = block
+        half = any(mask.dtype is torch.bfloat16 for mask in masks.values())
+        self._width = WIDTH if half and cpu_has_bfloat16() else 1
         self._blocks: dict[tuple[str, bool], list[Block]] = {}
 
     def blocks(self, mask: torch.Tensor | None, module: nn.Module) -> list[Block] | None:
@@ -97,11 +102,25 @@ class ChunkPlan:
             queries = span if rows is None else rows[span]
             columns = allowed[queries].any(0).nonzero()[:, 0]
             first, last = int(columns[0]), int(columns[-1])
-            # A view where the mask leaves little out (it goes on hiding that); else a copy of what is seen.
-            whole = len(columns) >= (1 - GAP) * (last - first + 1)
-            keys = slice(first, last + 1) if whole else columns
             part = mask[:, :, queries]
-            yield Block(queries, keys, part[..., keys] if whole else part.index_select(-1, columns))
+            # A view where the mask leaves little out (it goes on hiding that); else a copy of what is seen.
+            if len(columns) >= (1 - GAP) * (last - first + 1):
+                keys = self._widened(first, last + 1, allowed.shape[1])
+                yield Block(queries, keys, part[..., keys])
+            else:
+                more = -len(columns) % self._width
+                hidden = part.new_full((*part.shape[:3], more), torch.finfo(part.dtype).min)
+                yield Block(
+                    queries,
+                    torch.cat([columns, columns.new_zeros(more)]),
+                    torch.cat([part.index_select(-1, columns), hidden], -1),
+                )
+
+    def _widened(self, begin: int, end: int, total: int) -> slice:
+        """The columns with as many more, which the mask hides, as make their number one of few."""
+        size = min(total, end - begin + -(end - begin) % self._width)
+        end = min(total, begin + size)
+        return slice(end - size, end)
 
 
 def _identity(mask: torch.Tensor) -> tuple[int, tuple[int, ...], torch.dtype]:
@@ -205,7 +224,10 @@ def _attend_bfloat16(
         part = slice(begin, min(begin + heads, kv_heads))
         queries, columns = query[0, part], key[0, part].transpose(1, 2)  # (n, rows, size), (n, size, keys)
         scores = scratch[: part.stop - begin]  # (n, rows, keys)
-        large = torch.bmm(queries, columns[..., ::EVERY]).amax(-1).mul_(-scaling)  # (n, rows)
+        some = torch.bmm(queries, columns[..., ::EVERY])
+        large = (
+            some.float().amax(-1).mul_(-scaling).bfloat16()
+        )  # (n, rows); in bfloat16 the maximum takes four times as long
         torch.add(mask[0], large.view(-1, q, 1), out=scores.view(-1, q, keys))
         scores.baddbmm_(queries, columns, alpha=scaling)
         weights = scores.exp_()
