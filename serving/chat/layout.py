@@ -57,7 +57,7 @@ class ChatLayout:
                 with gr.Row(elem_classes="composer"):
                     self.box = question_box("Message", PLACEHOLDER, "message", autofocus=True)
                     self.send = button("Send", "send", "primary", width=84)
-                    self.stop = button("Stop", "stop", "stop", width=84, visible=False)
+                    self.stop = button("Stop", "stop", "stop", width=84)
                 with gr.Row(elem_classes="tools"):
                     self.undo = gr.Button("Undo", size="sm", min_width=60, elem_id="undo")
                     self.clear = gr.Button("Clear", size="sm", min_width=60, elem_id="clear")
@@ -131,8 +131,6 @@ class ChatLayout:
             self.drop: gr.Button(visible=can_drop),
             self.restore: gr.Button(back, visible=before is not None),
             self.cancel: gr.Button(visible=False),
-            self.send: gr.Button(visible=True),
-            self.stop: gr.Button(visible=False),
             self.kept: kept_text(conversation, settings),
         }
 

@@ -35,7 +35,7 @@ class ChatTab(ChatLayout):
         """Attach the events."""
         state = [self.conversation, self.editing, self.system, *self.settings]
         shown = [self.conversation, self.editing, self.before, self.past, self.live, self.notice, self.drop, self.kept]
-        shown += [self.restore, self.cancel, self.send, self.stop, self.box, self.best_of]
+        shown += [self.restore, self.cancel, self.box, self.best_of]
         work = {"outputs": [*shown, self.draft], **ANSWERING}
         gr.on([self.box.submit, self.send.click], self._on_send, [self.box, *state], **work)
         self.past.act(self._on_act, [self.box, *state], **work)
@@ -266,12 +266,10 @@ class ChatTab(ChatLayout):
                     self.past: past_html(conversation, live=True),
                     self.live: live_html(system.name, "", waiting=place.sentence() or waiting),
                     self.notice: "",
-                    **{one: gr.Button(visible=False) for one in (self.drop, self.restore, self.cancel, self.send)},
-                    self.stop: gr.Button(visible=True),
+                    **{one: gr.Button(visible=False) for one in (self.drop, self.restore, self.cancel)},
                     self.kept: kept_text(conversation, settings),
                 }
-                # 2. The visitor waits, and is told for how long. Two updates at once would be too fast for gradio's
-                # page, which then shows neither button or both.
+                # 2. The visitor waits, and is told for how long.
                 async for sentence in place.sentences(stop):
                     yield {self.live: live_html(system.name, "", waiting=sentence or waiting)}
                 # 3. The answer grows.
