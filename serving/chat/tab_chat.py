@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import astuple, replace
@@ -22,6 +23,9 @@ DIFFERING = 1.3
 """Temperature from which the aligned built-in model's candidates differ: of six, two do at 0.7 and four at 1.3."""
 TOO_LONG = f"That is more than {MAX_CHARACTERS:,} characters, the most of one message here: shorten it."
 TOO_MANY = f"This conversation has {MAX_TURNS} questions, the most there can be: start a new one."
+
+SETTLE_S = 0.1
+"""Between the update that takes a question and the next one."""
 
 
 class ChatTab(ChatLayout):
@@ -63,8 +67,8 @@ class ChatTab(ChatLayout):
         )
         self.best_of.input(self._on_best_of, [self.best_of, self.temperature, self.system], self.temperature, **QUICK)
         self.system.change(self._on_system, self.system, [self.best_of, self.notice], **QUICK)
-        page.load(self._on_load, [self.record, self.conversation], [*shown, *self.settings], js=LOAD, **QUICK)
-        page.load(self._on_system, self.system, [self.best_of, self.notice], **QUICK)
+        loading = page.load(self._on_load, [self.record, self.conversation], [*shown, *self.settings], js=LOAD, **QUICK)
+        loading.then(self._on_system, self.system, [self.best_of, self.notice], **QUICK)
 
     # --- events: the visitor's settings come last, in the order of `self.settings` ---
 
@@ -269,7 +273,9 @@ class ChatTab(ChatLayout):
                     **{one: gr.Button(visible=False) for one in (self.drop, self.restore, self.cancel)},
                     self.kept: kept_text(conversation, settings),
                 }
-                # 2. The visitor waits, and is told for how long.
+                # 2. The visitor waits, and is told for how long. Gradio's page may lose some of an update that the next
+                # one follows at once: what is kept in the browser, for one.
+                await asyncio.sleep(SETTLE_S)
                 async for sentence in place.sentences(stop):
                     yield {self.live: live_html(system.name, "", waiting=sentence or waiting)}
                 # 3. The answer grows.

@@ -43,6 +43,7 @@ def test_vicuna(almost_eval: Command) -> None:
         assert said in page
 
 
+@pytest.mark.slow
 def test_a_task_of_the_harness_that_generates(almost_eval: Command) -> None:
     task = Harness(["truthfulqa_gen"], DataSource("nano", data_root()), limit=6)
     task.tasks["truthfulqa_gen"].set_config("generation_kwargs", {"until": ["?"], "max_gen_toks": 4}, update=True)

@@ -111,6 +111,7 @@ def test_a_command_that_is_killed_at_every_step_in_turn_pays_each_request_once(s
     assert known - 1e-12 <= server.invoice <= known + unsure
 
 
+@pytest.mark.slow
 def test_a_command_that_is_killed_at_random_pays_each_request_once(server: BatchServer) -> None:
     chance = random.Random(7)
     server.polls = 3

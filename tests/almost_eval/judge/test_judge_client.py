@@ -110,6 +110,7 @@ def test_a_request_for_another_judge_is_refused(journal: Journal, archive: list[
 # --- how fast ---
 
 
+@pytest.mark.slow
 def test_a_server_that_allows_twenty_at_a_time_is_used_to_the_full(
     serve: Callable[..., ReplayServer], journal: Journal, archive: list[Archived]
 ) -> None:
@@ -144,6 +145,7 @@ def test_one_at_a_time_is_found_too(
     assert client.stats.retried["rate_limited"] == server.outcomes()["busy"]
 
 
+@pytest.mark.slow
 def test_a_limit_that_is_lifted_is_used(
     serve: Callable[..., ReplayServer], journal: Journal, archive: list[Archived]
 ) -> None:

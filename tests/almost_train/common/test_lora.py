@@ -115,6 +115,7 @@ def test_sft_saves_an_adapter_and_whole_weights_that_agree(
     assert logs[0][-1]["loss"] < logs[0][0]["loss"]
 
 
+@pytest.mark.slow
 def test_an_sft_with_an_adapter_goes_on_to_the_same_bytes(
     tiny_checkpoint: Tiny, demonstrations: Path, tmp_path: Path
 ) -> None:
@@ -253,6 +254,7 @@ def test_a_lora_on_an_adapter_belongs_to_a_base_on_disk(
     assert not (tmp_path / "whole" / "base").exists()
 
 
+@pytest.mark.slow
 def test_dropout_of_a_reward_models_lora_acts(tiny_checkpoint: Tiny, comparisons: Path, tmp_path: Path) -> None:
     logs = {}
     for dropout in (0.0, 0.5):

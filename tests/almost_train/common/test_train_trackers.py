@@ -43,6 +43,7 @@ def demonstrations(tmp_path: Path) -> Path:
     return tmp_path / "demonstrations.jsonl"
 
 
+@pytest.mark.slow
 def test_a_killed_sft_logs_each_step_once(
     demonstrations: Path, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:

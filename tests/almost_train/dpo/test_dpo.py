@@ -214,6 +214,7 @@ def test_the_policy_learns_what_is_chosen(base: str, comparisons: Path, tmp_path
         )
 
 
+@pytest.mark.slow
 def test_stopped_and_run_again_ends_in_the_same_bits(base: str, comparisons: Path, tmp_path: Path) -> None:
     settings = DPOSettings(**SETTINGS | {"epochs": 3, "save_every": 3, "eval_share": 0.2, "eval_every": 2})
     with pytest.raises(Stopped):

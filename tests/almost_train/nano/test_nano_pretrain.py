@@ -73,6 +73,7 @@ def test_what_it_came_to(tiny: tuple[Path, Pretrained]) -> None:
     assert f"{result.parameters:,} parameters" in card
 
 
+@pytest.mark.slow
 def test_a_family_is_the_same_models_side_by_side(tiny: tuple[Path, Pretrained], tmp_path: Path) -> None:
     results = pretrain_family(tmp_path / "family", sizes=("small", "medium"), curriculum=TINY, workers=2)
     assert [result.size for result in results] == ["small", "medium"]

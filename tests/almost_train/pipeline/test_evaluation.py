@@ -236,6 +236,7 @@ def test_what_was_answered_before_a_kill_is_kept(
     assert sorted(file.read_text(encoding="utf-8").splitlines(keepends=True)) == sorted(lines)
 
 
+@pytest.mark.slow
 def test_there_is_no_kl_between_two_tokenizers(prompts: Path, policies: dict[str, Path | str], tmp_path: Path) -> None:
     metrics = evaluate(prompts, {**policies, "vanilla": shipped("nano/vanilla-small")}, tmp_path)
     assert (metrics["vanilla"]["kl"]["value"], metrics["vanilla"]["kl"]["unscored"]) == (None, 4)
@@ -263,6 +264,7 @@ def test_how_answers_were_sampled_is_recorded(prompts: Path, policies: dict[str,
     assert spec["seed"] == 3
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_was_begun_elsewhere_is_made_anew_by_a_pipeline(
     prompts: Path, policies: dict[str, Path | str], tmp_path: Path
 ) -> None:

@@ -230,7 +230,7 @@ def _killed_after(answers: int, folder: Path) -> None:
     respond(folder, LARGE, SMALL, engine_for=lambda _: Dying())
 
 
-@pytest.mark.parametrize("answers", [7, 31])
+@pytest.mark.parametrize("answers", [7, pytest.param(31, marks=pytest.mark.slow)])
 def test_killed_and_run_again(tmp_path: Path, answers: int) -> None:
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
