@@ -22,7 +22,7 @@ window.almostShelf.mount(element, (detail) => trigger('act', detail));
 """The list is the script's own; it tells what was chosen by `act`: `open` with a record, or `new`."""
 
 LOAD = """async (record, conversation) => {
-  await new Promise((resolve) => setTimeout(resolve, 400));
+  await new Promise((resolve) => setTimeout(resolve, 100));
   return [await window.almostShelf.load(), conversation];
 }"""
 """What the tab had open before it was loaded again, as `record_of` reads it. Not at once: gradio's page may lose some
