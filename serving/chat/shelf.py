@@ -21,12 +21,8 @@ window.almostShelf.mount(element, (detail) => trigger('act', detail));
 """
 """The list is the script's own; it tells what was chosen by `act`: `open` with a record, or `new`."""
 
-LOAD = """async (record, conversation) => {
-  await new Promise((resolve) => setTimeout(resolve, 100));
-  return [await window.almostShelf.load(), conversation];
-}"""
-"""What the tab had open before it was loaded again, as `record_of` reads it. Not at once: gradio's page may lose some
-of an update that arrives with the others of a page that is being loaded."""
+LOAD = "async (record, conversation) => [await window.almostShelf.load(), conversation]"
+"""What the tab had open before it was loaded again, as `record_of` reads it."""
 
 KEEP = "(text) => { window.almostShelf.keep(text); }"
 """Called whenever there is something new to keep."""

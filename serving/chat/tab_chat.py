@@ -278,12 +278,13 @@ class ChatTab(ChatLayout):
                 await asyncio.sleep(SETTLE_S)
                 async for sentence in place.sentences(stop):
                     yield {self.live: live_html(system.name, "", waiting=sentence or waiting)}
-                # 3. The answer grows.
+                # 3. The answer grows. What is kept goes with it once more, in case the page lost it.
+                kept = kept_text(conversation, settings)
                 most, _ = await self._best_of(system_name)
                 settings = Settings.checked(*astuple(settings), most=max(most, 1))
                 async for step in draw(system, conversation.messages(settings.system), settings, stop):
                     if not step.done:
-                        yield {self.live: live_html(system.name, step.reply.text)}
+                        yield {self.live: live_html(system.name, step.reply.text), self.kept: kept}
             # 4. It joins the transcript.
             assert step is not None
             answered = conversation.answer(step.reply) if step.reply.text or step.error is None else conversation

@@ -104,9 +104,6 @@ def test_conversations_are_kept_in_the_browser(
     assert names(stranger) == []
 
 
-@pytest.mark.xfail(
-    strict=False, reason="a race in the page, open: gradio may lose part of an update that follows another at once"
-)
 def test_two_tabs_do_not_overwrite_each_other(scripted: Server, open_page: Callable[..., Any]) -> None:
     one = open_page(scripted.url)
     ask(one, "shared beginning")
@@ -257,9 +254,6 @@ def test_who_waits_sees_the_question_the_place_and_the_time(
             thread.join(20)
 
 
-@pytest.mark.xfail(
-    strict=False, reason="a race in the page, open: gradio may lose part of an update that follows another at once"
-)
 def test_a_page_that_lost_its_server_can_be_used_again(
     chat_server: Callable[..., Any], open_page: Callable[..., Any]
 ) -> None:
