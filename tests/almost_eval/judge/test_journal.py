@@ -168,6 +168,8 @@ def test_a_new_journal_may_be_opened_by_several_at_the_same_moment(tmp_path: Pat
             barrier = threading.Barrier(4)
             for future in [pool.submit(open_at_once, tmp_path / str(i) / "j", barrier) for _ in range(4)]:
                 future.result()
+            with Journal(tmp_path / str(i) / "j") as journal:
+                assert len(journal) == 0
 
 
 def test_what_was_put_outlives_a_kill(tmp_path: Path) -> None:

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from almost_eval.files import digest_path, write_rows
+from almost_eval.files import digest_path
 
 pytestmark = pytest.mark.slow
 
-ANIMALS = "otter panther owl fox bear wolf hare lynx cat dog fish hen".split()
 LORA = "--lora-rank 4 --lora-dropout 0.1 --merge --save-every 2 --device cpu --learning-rate 1e-3"
 TRAIN = f"{LORA} --batch-size 4 --micro-batch-size 4 --epochs 4"
 RLSF = (
@@ -30,20 +29,6 @@ COMMANDS = {
     "grpo": f"{RLSF} grpo",
 }
 OUTPUTS = {"reward": ("adapter", "model"), "sft": ("adapter", "model")}
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    def turn(role: str, content: str) -> dict[str, str]:
-        return {"role": role, "content": content}
-
-    asked = [f"How big is the {animal}?" for animal in ANIMALS]
-    good, bad = turn("assistant", "It is big."), turn("assistant", "no idea")
-    write_rows(tmp_path / "prompts.jsonl", [{"prompt": text} for text in asked])
-    write_rows(tmp_path / "dialogues.jsonl", [{"messages": [turn("user", text), good]} for text in asked])
-    pairs = [{"prompt": [turn("user", text)], "chosen": [good], "rejected": [bad]} for text in asked]
-    write_rows(tmp_path / "pairs.jsonl", pairs)
-    return tmp_path
 
 
 def start(trainer: str, data: Path, output: Path) -> subprocess.Popen[bytes]:

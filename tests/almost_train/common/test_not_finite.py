@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from almost_eval.errors import RunError
-from almost_eval.files import read_rows, write_rows
+from almost_eval.files import read_rows
 from almost_train.reward import run as reward
 from almost_train.rlsf import loop
 from almost_train.rlsf.job import RLSFSettings
@@ -26,22 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 TRAIN: dict[str, Any] = {"learning_rate": 1e-3, "device": "cpu", "batch_size": 4, "micro_batch_size": 4}
 PPO = TRAIN | {"mini_batch_size": 4, "ppo_epochs": 1, "steps": 4, "max_new_tokens": 8, "guard_window": 0}
-ANIMALS = "otter panther owl fox bear wolf hare lynx cat dog fish hen".split()
 RANKS = [0, pytest.param(4, marks=pytest.mark.slow)]
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    def turn(role: str, content: str) -> dict[str, str]:
-        return {"role": role, "content": content}
-
-    asked = [f"How big is the {animal}?" for animal in ANIMALS]
-    good, bad = turn("assistant", "It is big."), turn("assistant", "no idea")
-    write_rows(tmp_path / "prompts.jsonl", [{"prompt": text} for text in asked])
-    write_rows(tmp_path / "dialogues.jsonl", [{"messages": [turn("user", text), good]} for text in asked])
-    pairs = [{"prompt": [turn("user", text)], "chosen": [good], "rejected": [bad]} for text in asked]
-    write_rows(tmp_path / "pairs.jsonl", pairs)
-    return tmp_path
 
 
 def spoil(model: torch.nn.Module, is_time: Callable[[], bool], value: float) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from almost_eval.files import read_rows, write_rows
+from almost_eval.files import read_rows
 from almost_train.reward import run as reward
 from almost_train.rlsf import loop, trl
 from almost_train.rlsf import run as stage
@@ -18,7 +18,6 @@ from almost_train.sft import run as sft
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
-ANIMALS = "otter panther owl fox bear wolf hare lynx".split()
 BITS: dict[str, Any] = {"lora_rank": 4, "quantize": "4bit", "device": "cpu", "learning_rate": 1e-3, "merge": True}
 LINEAR = 14
 """Linear layers of nano's medium models: 2 blocks of 7."""
@@ -37,18 +36,9 @@ def held(model: torch.nn.Module) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("trainer", ["reward", "sft", "ppo", "rloo", "grpo"])
-def test_every_trainer(trainer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_trainer(trainer: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("bitsandbytes", reason="pip install 'almost-toolkit[quantize]'")
 
-    def turn(role: str, content: str) -> dict[str, str]:
-        return {"role": role, "content": content}
-
-    asked = [f"How big is the {animal}?" for animal in ANIMALS]
-    good, bad = turn("assistant", "It is big."), turn("assistant", "no idea")
-    write_rows(tmp_path / "prompts.jsonl", [{"prompt": text} for text in asked])
-    write_rows(tmp_path / "dialogues.jsonl", [{"messages": [turn("user", text), good]} for text in asked])
-    pairs = [{"prompt": [turn("user", text)], "chosen": [good], "rejected": [bad]} for text in asked]
-    write_rows(tmp_path / "pairs.jsonl", pairs)
     models: list[dict[str, Any]] = []
     for module in (reward, sft, stage):
         monkeypatch.setattr(module, "check_lora", lambda *_: None)
