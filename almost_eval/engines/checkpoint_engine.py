@@ -6,13 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 
-from almost_eval.engines.base import EngineReport, RequestScores, SamplingParams
+from almost_eval.engines.base import RequestScores, SamplingParams
 from almost_eval.engines.prefix import EncodedRequest, Ids, TokenEncoder
+from almost_eval.engines.rolling import encode_rolling
 from almost_eval.errors import InputError
 from almost_eval.models.checkpoint import Checkpoint, context_length
 from almost_eval.models.held import HeldCheckpoint, shorter_context
 from almost_eval.models.loading import Purpose
-from almost_eval.types import Completion, LoglikelihoodRequest
+from almost_eval.types import Completion, EngineReport, LoglikelihoodRequest
 
 
 class CheckpointEngine(HeldCheckpoint, ABC):
@@ -79,7 +80,7 @@ class CheckpointEngine(HeldCheckpoint, ABC):
         """Token ids of every request. Loads no weights."""
         whole = iter(self.encoder.encode([request for request in requests if not request.rolling]))
         return [
-            self.encoder.encode_rolling(request, self.context_length) if request.rolling else next(whole)
+            encode_rolling(self.encoder, request, self.context_length) if request.rolling else next(whole)
             for request in requests
         ]
 

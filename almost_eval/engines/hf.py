@@ -10,13 +10,13 @@ from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from almost_eval.engines.base import EngineReport, RequestScores, SamplingParams
+from almost_eval.engines.base import RequestScores, SamplingParams
 from almost_eval.engines.checkpoint_engine import CheckpointEngine
 from almost_eval.engines.prefix import EncodedRequest, build_trie, scores_of_nothing
 from almost_eval.errors import InputError, did_you_mean
 from almost_eval.models.checkpoint import Checkpoint
 from almost_eval.models.loading import ATTENTION, Purpose, load_weights, settled_attention
-from almost_eval.types import Completion, JSONObject
+from almost_eval.types import Completion, EngineReport, JSONObject
 
 if TYPE_CHECKING:
     from almost_eval.engines.hf_header import SharedHeader

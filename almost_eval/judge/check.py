@@ -15,8 +15,9 @@ from almost_eval.judge.api.journal import Journal
 from almost_eval.judge.archive import Archive
 from almost_eval.judge.cases import Case, HumanVote, archived_cases, drawn, reversed_pair, voted_cases
 from almost_eval.judge.certificate import Checked, check_metrics, moves_from_archive, sentence
-from almost_eval.judge.judges import LASTING, Judge, ModelJudge
+from almost_eval.judge.judges import LASTING, Judge
 from almost_eval.judge.lines import ORDERS, check_reviews, record_of, review_of, stored_verdict
+from almost_eval.judge.model_judge import ModelJudge
 from almost_eval.judge.names import CHECK_TASK
 from almost_eval.judge.prompts import JudgePrompts
 from almost_eval.judge.records import Pair

@@ -23,9 +23,10 @@ from almost_eval.judge.answers import (
     distinct,
     question_line,
 )
-from almost_eval.judge.judges import LASTING, Judge, ModelJudge, shown, without_answer
+from almost_eval.judge.judges import LASTING, Judge, shown, without_answer
 from almost_eval.judge.lines import ORDERS, cases_of, check_reviews, paired_choices, record_of
 from almost_eval.judge.local import RewardJudge
+from almost_eval.judge.model_judge import ModelJudge
 from almost_eval.judge.model_system import ModelSystem
 from almost_eval.judge.panel import Families, Panel, Spread, members_of, spread
 from almost_eval.judge.prompts import JudgePrompts

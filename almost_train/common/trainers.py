@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from almost_eval.errors import InputError, RunError
-from almost_eval.files import Row, RowLog, read_rows
+from almost_eval.files import Row, read_rows
 from almost_eval.models.chat import ChatTemplate, load_template
 from almost_eval.models.loading import ATTENTION, pick_device
 from almost_eval.models.openings import Opening
@@ -48,6 +48,7 @@ from almost_train.common.processes import (
     wait_for_all,
     world_size,
 )
+from almost_train.common.resume import RowLog
 from almost_train.common.schedule import OwnSchedule, learning_rate_factor
 
 if TYPE_CHECKING:

@@ -21,12 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from almost_eval.errors import DataError, RunError
-from almost_eval.files import Row, RowLog, write_rows
+from almost_eval.files import Row, write_rows
 from almost_eval.models.checkpoint import Checkpoint, find_checkpoint
 from almost_eval.progress import Progress
 from almost_eval.types import JSONObject, Message
 from almost_train.common.config import option
 from almost_train.common.records import Preference
+from almost_train.common.resume import RowLog
 from almost_train.common.stage import Stage, model_input
 from almost_train.synthetic.ranking import RankedAnswer, RankedPair, Ranking, ranked_pairs, read_ranking
 from almost_train.synthetic.responses import read_prompts

@@ -6,15 +6,8 @@ import numpy as np
 import pytest
 
 from almost_eval import stats
-from almost_eval.stats import (
-    bradley_terry,
-    holm,
-    mcnemar_exact,
-    mean_metric,
-    mean_of_means,
-    paired_bootstrap,
-    wilson,
-)
+from almost_eval.compare.paired import holm, mcnemar_exact, paired_bootstrap
+from almost_eval.stats import bradley_terry, mean_metric, mean_of_means, wilson
 
 
 def rng(seed: int = 0) -> np.random.Generator:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from almost_eval.judge.letters import parse_letters
 from almost_eval.judge.records import Unparsed, Verdict
-from almost_eval.judge.verdicts import parse_letters, parse_scores
+from almost_eval.judge.verdicts import parse_scores
 
 SAID = "\nAssistant 1 gave 3 examples. Assistant 2 made 2 errors: 2 + 3 = 5. Both need 4 or 5 lines."
 
