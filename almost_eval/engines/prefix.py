@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from almost_eval.errors import TemplateError
-from almost_eval.models.openings import Opening
+from almost_eval.models.tokenizers import Opening
 from almost_eval.types import ContinuationScore, LoglikelihoodRequest
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from almost_eval.errors import InputError, ModelError
 from almost_eval.models.chat import ChatTemplate, encode_text, load_template, special_tokens
 from almost_eval.models.checkpoint import Checkpoint, context_length
 from almost_eval.models.held import HeldCheckpoint, HeldOptions, shorter_context
-from almost_eval.models.openings import Opening
+from almost_eval.models.tokenizers import Opening
 from almost_eval.types import Conversation, JSONObject
 
 if TYPE_CHECKING:

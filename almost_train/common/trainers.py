@@ -25,7 +25,7 @@ from almost_eval.errors import InputError, RunError
 from almost_eval.files import Row, read_rows
 from almost_eval.models.chat import ChatTemplate, load_template
 from almost_eval.models.loading import ATTENTION, pick_device
-from almost_eval.models.openings import Opening
+from almost_eval.models.tokenizers import Opening
 from almost_eval.progress import Progress
 from almost_eval.rewards.base import is_framed
 from almost_eval.run.trackers import Trackers
