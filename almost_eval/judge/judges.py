@@ -99,6 +99,12 @@ class Judge(Protocol):
         ...
 
 
+def is_open(record: SampleRecord, judge: Judge) -> bool:
+    """Whether the review of a stored line is to be requested anew."""
+    reason = record.score.reason
+    return reason is not None and (reason not in LASTING or judge.asks_again(record))
+
+
 def shown(messages: Sequence[Message]) -> str:
     """A conversation for people to read."""
     return "\n\n".join(f"[{message.role}]\n{message.content}" for message in messages)
