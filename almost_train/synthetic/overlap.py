@@ -70,6 +70,7 @@ class OverlapIndex:
         self.threshold = threshold
         self._codes: dict[str, str] = {}
         self._bands: dict[int, _Band] = {}
+        self._least: dict[int, int] = {}
         # Among prompts of one length the LCS alone decides. A length's place says when it was first seen.
         self._places: dict[int, int] = {}
 
@@ -104,11 +105,17 @@ class OverlapIndex:
         by_length: dict[int, tuple[_Band, list[int]]] = {}
         for band in self._bands.values():
             # Lengths too different are skipped: wanted > min(m, n).
-            wanted = {n: self._least_common(n + len(query), 0.0) for n in band.present}
+            wanted = {n: self._least_of(n + len(query)) for n in band.present}
             wanted = {n: least for n, least in wanted.items() if least <= min(known, n)}
             for place in band.sharing(elements, wanted) if wanted else ():
                 by_length.setdefault(len(band.codes[place]), (band, []))[1].append(place)
         return by_length
+
+    def _least_of(self, total: int) -> int:
+        """The shortest LCS that reaches the threshold; computed once for each total."""
+        if total not in self._least:
+            self._least[total] = self._least_common(total, 0.0)
+        return self._least[total]
 
     def _least_common(self, total: int, beaten: float) -> int:
         """The shortest LCS with F1 >= threshold and F1 > `beaten`, for m + n = `total` tokens; at least 1."""
@@ -158,14 +165,20 @@ class _Band:
         """Places, ascending, of the prompts that may share as many elements as are wanted of their length."""
         # 1. Count, over the shorter lists. A prompt must be in one of them, so the rest is fewer than the least wanted.
         lists = sorted((self._lists[one] for one in elements if one in self._lists), key=len)
-        skipped = min(min(wanted.values()) - 1, len(lists))
+        arrays = [np.frombuffer(places, np.intc) for places in lists]
+        walked = len(arrays) - min(min(wanted.values()) - 1, len(arrays))
         counts = np.zeros(len(self.codes), np.int32)
-        for places in lists[: len(lists) - skipped]:
-            counts[np.frombuffer(places, np.intc)] += 1  # no place twice in one list
-        # 2. Those with enough, if they are in all lists that were skipped.
+        for places in arrays[:walked]:
+            counts[places] += 1  # no place twice in one list
+        # 2. Those that have enough if they are in all other lists.
         least = np.full(max(self.present) + 1, np.iinfo(np.int32).max)  # by length
         for length, count in wanted.items():
-            least[length] = count - skipped
-        seen = np.flatnonzero(counts)
-        enough = counts[seen] >= least[np.frombuffer(self._lengths, np.intc)[seen]]
-        return [int(place) for place in seen[enough]]
+            least[length] = count
+        places = np.flatnonzero(counts)
+        missing = least[np.frombuffer(self._lengths, np.intc)[places]] - counts[places]
+        for number, longer in enumerate(arrays[walked:]):
+            may = missing <= len(arrays) - walked - number
+            places, missing = places[may], missing[may]
+            # 3. Whether they are, by bisection.
+            missing -= longer[np.minimum(np.searchsorted(longer, places), len(longer) - 1)] == places
+        return [int(place) for place in places[missing <= 0]]
