@@ -3,8 +3,8 @@
 With lm-eval's prompts (the default on real data) each subject is lm-eval's own `mmlu_<subject>` task. The built-in
 prompt set has our own wording of the same protocol and takes any subject that the data holds.
 
-With `words` the choices' own words are scored, and not their letters: lm-eval's `mmlu_<subject>_continuation`. Models of
-a few hundred million weights or fewer do not bind letters to choices and stay at chance with them, whatever they know.
+With `words` the choices' own words are scored, and not their letters: lm-eval's `mmlu_<subject>_continuation`. Small
+models do not bind letters to choices and stay at chance with them, whatever they know.
 """
 
 from __future__ import annotations
