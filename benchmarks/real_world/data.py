@@ -1,12 +1,12 @@
-"""The data of `real_world.py` beside the benchmarks: preferences of other sources, human pairs, held-out prompts.
+"""The data of the study beside the benchmarks: preferences of other sources, human pairs, held-out prompts.
 
-    as-is.jsonl     archived answers to AlpacaEval's prompts, ranked: for the as-is filter (arXiv 2305.13735, section 2.1)
+    as-is.jsonl     archived answers to AlpacaEval's prompts, ranked: for the as-is filter (arXiv 2305.13735, 2.1)
     second.jsonl    one half of hh-rlhf's harmless pairs, by people: for a second reward model, which no stage sees
-    held-out.jsonl  prompts that no stage trains on: 100 of AlpacaEval's that are not in as-is.jsonl, and the first turns
-                    of 100 hh-rlhf dialogues that are not in second.jsonl, which ask for something harmful
+    held-out.jsonl  prompts that no stage trains on: 100 of AlpacaEval's that are not in as-is.jsonl, and the first
+                    turns of 100 hh-rlhf dialogues that are not in second.jsonl, which ask for something harmful
 
-Rows are dealt by a digest of their prompt and the seed, so a file does not depend on another's size, and no prompt is on
-both sides. Nothing of it is ours to hand on, so it is written into the run's folder and not kept in the project.
+Rows are dealt by a digest of their prompt and the seed, so a file does not depend on another's size, and no prompt is
+on both sides. Nothing of it is ours to hand on, so it is written into the run's folder and not kept in the project.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def archived_answers(root: Path) -> dict[str, dict[str, str]]:
 
 
 def write_as_is(answers: dict[str, dict[str, str]], prompts: Sequence[str], folder: Path, seed: int, most: int) -> None:
-    """Pairs by rank, as many with the shorter answer chosen as with the longer: length is not to be learnt from them."""
+    """Pairs by rank, as many with the shorter answer chosen as with the longer: they do not teach length."""
     responses = folder / "archived"
     responses.mkdir(exist_ok=True)
     for name in RANKED:

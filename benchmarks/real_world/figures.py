@@ -167,7 +167,7 @@ def _refusals(study: Study, label: str, kind: str) -> list[float]:
 
 
 def best_of_tables(study: Study) -> Iterator[Table]:
-    """The second model's reward of the candidate that the first one likes best, of N: the mean over all subsets of N."""
+    """The second model's reward of the candidate that the first one likes best, of N: the mean over all subsets."""
     file = study.folder / "best-of.jsonl"
     rows = [row for row in (read_rows(file) if file.exists() else []) if len(row["first"]) >= 2]
     if not rows:

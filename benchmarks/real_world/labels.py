@@ -1,9 +1,9 @@
-"""Is "larger and better prompted" better here? The method's rule of thumb, against two judges that it knows nothing of.
+"""Is "larger and better prompted" better here? The method's rule of thumb, against two judges of another kind.
 
-1. Hand-written rules on a drawn sample of 100 ranked pairs: how many of the faults below an answer has. Fewer is better,
-   equally many is a tie and counts one half.
-2. Nearness to a strong model: the same configurations answer held-out prompts of AlpacaEval, of which GPT-4's answers are
-   archived; the answer with the larger ROUGE-L F1 to GPT-4's is better.
+1. Hand-written rules on a drawn sample of 100 ranked pairs: how many of the faults below an answer has. Fewer is
+   better, equally many is a tie and counts one half.
+2. Nearness to a strong model: the same configurations answer held-out prompts of AlpacaEval, of which GPT-4's answers
+   are archived; the answer with the larger ROUGE-L F1 to GPT-4's is better.
 
 Both are weak judges. Each is shown beside "the longer is better" on the same pairs.
 """

@@ -1,4 +1,4 @@
-"""The paper's ablations (arXiv 2305.13735, section 4): filters of the comparisons, and self-play without the reward model.
+"""The paper's ablations (arXiv 2305.13735, section 4): filters of the comparisons, self-play with no reward model.
 
 A variant is the recipe with other settings, in a folder of its own. Stages that its settings leave as they are are
 linked from the recipe's run and not made again. One seed each: three would take three times as long.
