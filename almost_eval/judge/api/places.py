@@ -27,7 +27,7 @@ _LOST = ("connection", "cut", "timeout")
 
 
 @dataclass(slots=True, eq=False)
-class Place:
+class JudgePlace:
     """What is known of one endpoint in this session."""
 
     endpoint: JudgeEndpoint
@@ -38,7 +38,7 @@ class Place:
     """No request goes there any more."""
 
 
-class Places:
+class JudgePlaces:
     """The places of one event loop.
 
     Args:
@@ -63,7 +63,7 @@ class Places:
         self._notice = notice
         self._lost = lost
         self._changed = asyncio.Event()
-        self._places: list[Place] = []
+        self._places: list[JudgePlace] = []
 
     @asynccontextmanager
     async def connected(self) -> AsyncIterator[None]:
@@ -72,10 +72,10 @@ class Places:
             for endpoint in self._endpoints:
                 connection = await stack.enter_async_context(endpoint.connect())
                 limit = AdaptiveLimit(self._ceiling, self._random, self._changed)
-                self._places.append(Place(endpoint, connection, limit, EndpointLoad(endpoint.base_url)))
+                self._places.append(JudgePlace(endpoint, connection, limit, EndpointLoad(endpoint.base_url)))
             yield
 
-    async def take(self) -> Place:
+    async def take(self) -> JudgePlace:
         """Wait for a place, and take it."""
         loop = asyncio.get_running_loop()
         while True:
@@ -94,7 +94,7 @@ class Places:
                 async with asyncio.timeout(min((wait for wait in waits if wait > 0), default=None)):
                     await self._changed.wait()
 
-    def give_back(self, place: Place, outcome: Reply | Trouble | None, seconds: float) -> None:
+    def give_back(self, place: JudgePlace, outcome: Reply | Trouble | None, seconds: float) -> None:
         """Give a place back, with what came of it: None where the request was cancelled; after how many seconds."""
         place.load.running -= 1
         if isinstance(outcome, Reply):
@@ -106,7 +106,7 @@ class Places:
         if len(self._places) > 1:
             self._note(place, outcome, seconds)
 
-    def _note(self, place: Place, outcome: Reply | Trouble | None, seconds: float) -> None:
+    def _note(self, place: JudgePlace, outcome: Reply | Trouble | None, seconds: float) -> None:
         """What an outcome says of one endpoint of several."""
         line = ""
         if isinstance(outcome, Reply):
@@ -119,7 +119,7 @@ class Places:
         if line:
             self._notice(line)
 
-    def leave(self, place: Place, why: str) -> bool:
+    def leave(self, place: JudgePlace, why: str) -> bool:
         """Send nothing there any more; False where there is no other endpoint."""
         if all(other is place or other.is_out for other in self._places):
             return False
@@ -129,12 +129,12 @@ class Places:
             self._notice(f"{place.load.shown} is left out from now on ({why}); the others go on")
         return True
 
-    def others_are_ready(self, place: Place) -> bool:
+    def others_are_ready(self, place: JudgePlace) -> bool:
         """Whether a request that failed at one endpoint need not wait for it."""
         now = asyncio.get_running_loop().time()
         others = (other for other in self._places if other is not place and not other.is_out)
         return any(not other.load.rests(now) and other.limit.pause(now) <= 0 for other in others)
 
-    def _add_lost(self, place: Place) -> None:
+    def _add_lost(self, place: JudgePlace) -> None:
         if place.load.shown not in self._lost:
             self._lost.append(place.load.shown)

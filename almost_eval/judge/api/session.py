@@ -21,7 +21,7 @@ from almost_eval.judge.api.bills import Bill, ClientStats
 from almost_eval.judge.api.cost import Budget
 from almost_eval.judge.api.endpoint import EXCHANGED, KEPT, THOUGHT_ONLY, JudgeEndpoint, Trouble, duration
 from almost_eval.judge.api.journal import Journal
-from almost_eval.judge.api.places import Place, Places
+from almost_eval.judge.api.places import JudgePlace, JudgePlaces
 from almost_eval.judge.records import Failure, JudgeRequest, Reply, Usage
 
 BREAKER = 20
@@ -144,7 +144,7 @@ class JudgeSession:
             started.set()
 
     async def _run(self) -> None:
-        self.places = Places(self.endpoints, self.concurrency, self.random, self.notice, self.stats.lost)
+        self.places = JudgePlaces(self.endpoints, self.concurrency, self.random, self.notice, self.stats.lost)
         todo = iter(self.groups)
         async with self.places.connected():
             count = min(self.concurrency, len(self.groups))
@@ -290,7 +290,7 @@ class JudgeSession:
             at = time.strftime("%H:%M:%S", time.localtime(time.time() + pause))
             self.notice(f"waiting {duration(pause)}, until {at}, as the endpoint asks to ({trouble.message})")
 
-    async def _send(self, request: JudgeRequest, worst: float, place: Place) -> Reply | Trouble:
+    async def _send(self, request: JudgeRequest, worst: float, place: JudgePlace) -> Reply | Trouble:
         """Send once, and commit the reply."""
         task: asyncio.Task[None] = asyncio.current_task()  # type: ignore[assignment]
         self.sending.add(task)

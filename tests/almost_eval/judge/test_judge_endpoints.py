@@ -163,7 +163,7 @@ def test_one_that_is_down_at_the_start_is_left_out_and_said(
     assert judge.stats.lost == [servers[0].url]
     for server in servers[1:]:
         server.close()
-    with pytest.raises(InputError, match="none of the 3 endpoints answers, the first: .* is not reachable; start it"):
+    with pytest.raises(InputError, match=r"none of the 3 endpoints answers, the first: .* is not reachable; start it"):
         list(client(servers, journal).stream(requests_for(archive[20:30])))
 
 
