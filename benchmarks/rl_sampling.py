@@ -34,7 +34,7 @@ from almost_eval.models.checkpoint import find_checkpoint
 from almost_eval.models.loading import load_tokenizer
 from almost_eval.progress import Progress
 from almost_eval.types import Message
-from almost_train.common.trainers import keep_template
+from almost_train.common.templates import keep_template
 from almost_train.nano.data import write_prompts
 from almost_train.pipeline.evaluation import EvaluationSettings, evaluate_policies
 from almost_train.pipeline.recipe import load_recipe
