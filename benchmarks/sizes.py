@@ -95,7 +95,7 @@ def overlap(_: Path, count: int, *, plain: bool = False) -> Figures:
 
 
 def make_run(folder: Path, count: int) -> None:
-    """A finished run of `count` samples: those of a small real one again and again, each with its own id and numbers."""
+    """A finished run of `count` samples: those of a small real one repeated, each with its own id and numbers."""
     from almost_eval.data.sources import DataSource
     from almost_eval.files import read_rows, write_json, write_rows
     from almost_eval.run.runner import summarise
