@@ -26,6 +26,9 @@ Row = JSONObject
 
 Record = TypeVar("Record")
 
+_TAIL = 1 << 16
+"""Bytes read at once where the end of a file is looked for."""
+
 
 # --- JSON lines ---
 
@@ -50,6 +53,13 @@ def iterate_lines(file: Path, *, torn_end: bool = False, absent: str = "") -> It
     Raises:
         DataError: the file is absent or no UTF-8, or a line is no JSON; with file and row.
     """
+    for number, _, value in _placed_lines(file, torn_end, absent):
+        yield number, value
+
+
+def _placed_lines(file: Path, torn_end: bool, absent: str) -> Iterator[tuple[int, int, Any]]:
+    """`iterate_lines`, with the byte at which each line begins between its number and its value."""
+    place = 0
     try:
         with file.open("rb") as stream:  # bytes: half a line may end inside a character
             for number, line in enumerate(stream, 1):
@@ -57,7 +67,8 @@ def iterate_lines(file: Path, *, torn_end: bool = False, absent: str = "") -> It
                     return
                 text = _decoded(file, number, line)
                 if text.strip():
-                    yield number, parse_line(file, number, text)
+                    yield number, place, parse_line(file, number, text)
+                place += len(line)
     except FileNotFoundError:
         raise DataError(f"{file} is not there" + (f"; {absent}" if absent else "")) from None
     except OSError as error:
@@ -114,16 +125,38 @@ def read_rows(
     Raises:
         DataError: no such file, or a row that is not an object with those keys; with file and row.
     """
-    rows: list[Row] = []
-    for number, row in iterate_lines(file, torn_end=torn_end, absent=absent):
+    return [row for _, row in iterate_rows(file, required, torn_end=torn_end, absent=absent)]
+
+
+def iterate_rows(
+    file: Path,
+    required: Mapping[str, type] = {},
+    *,
+    torn_end: bool = False,
+    absent: str = "run the stage that writes it first",
+) -> Iterator[tuple[int, Row]]:
+    """`read_rows` as a stream: the byte at which each row begins (see `row_at`), and the row."""
+    for number, place, row in _placed_lines(file, torn_end, absent):
         if not isinstance(row, dict):
             raise DataError(f"malformed data: {file}, row {number}: not a JSON object")
         for key, kind in required.items():
             if not isinstance(row.get(key), kind):
                 has = type(row[key]).__name__ if key in row else "nothing"
                 raise DataError(f"malformed data: {file}, row {number}: {key!r} must be {kind.__name__}, and is {has}")
-        rows.append(row)
-    return rows
+        yield place, row
+
+
+def row_at(stream: IO[bytes], place: int) -> Row:
+    """The row that `iterate_rows` named this place of, in the same file, open.
+
+    Raises:
+        DataError: the file was changed since.
+    """
+    stream.seek(place)
+    try:
+        return dict(json.loads(stream.readline().decode("utf-8" if place else "utf-8-sig")))
+    except (ValueError, TypeError):
+        raise DataError(f"{stream.name} was changed while it was read; run the command again") from None
 
 
 def read_records(
@@ -164,10 +197,20 @@ def _damage(content: bytes, error: Exception) -> str:
 
 def repair_end(file: Path) -> None:
     """Cut off a last line without its end: the process was killed while it wrote it."""
-    with suppress(FileNotFoundError), file.open("rb+") as stream:
-        content = stream.read()
-        if content and not content.endswith(b"\n"):
-            stream.truncate(content.rfind(b"\n") + 1)
+    if not file.exists():
+        return
+    with file.open("rb+") as stream:
+        end = place = stream.seek(0, os.SEEK_END)
+        while place:  # backwards: the file may be long, and its last line is not
+            before = max(0, place - _TAIL)
+            stream.seek(before)
+            line_end = stream.read(place - before).rfind(b"\n")
+            if line_end >= 0:
+                place = before + line_end + 1
+                break
+            place = before
+        if place < end:
+            stream.truncate(place)
 
 
 class LineWriter:

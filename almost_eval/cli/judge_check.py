@@ -136,12 +136,17 @@ def _human_votes(file: Path | None) -> tuple[list[HumanVote], dict[str, int]]:
 
 
 def _addresses(judges: Sequence[str], addresses: Sequence[str]) -> list[str | None]:
-    """The endpoint of each judge: one is for all behind an API, two are in the judges' order."""
+    """The endpoints of each judge: of one behind an API all; of two one is for both, two are in the judges' order."""
     behind = [name for name in judges if not JudgeOptions(judge=name).is_local]
     if not behind and addresses:
         behind = [*judges[:1]]  # `open_judge` refuses it, with the judge's name
+    if len(behind) == 1:
+        addresses = [",".join(addresses)] if addresses else []
     if len(addresses) > max(1, len(behind)):
-        raise InputError(f"--judge-base-url is there {len(addresses)} times for {len(behind)} judges behind an API")
+        raise InputError(
+            f"--judge-base-url is there {len(addresses)} times for {len(behind)} judges behind an API; give one for "
+            "both, or one for each, several endpoints of one by commas"
+        )
     shared = list(addresses) * (len(behind) if len(addresses) == 1 else 1)
     each = dict(zip(behind, shared, strict=False))
     return [each.get(name) for name in judges]

@@ -38,6 +38,11 @@ if TYPE_CHECKING:
     "--tasks", default="hhh,truthfulqa,mmlu", show_default=True, callback=comma_list, help="Benchmarks, by commas."
 )
 @click.option("--shots", default=5, show_default=True, type=click.IntRange(0, 5), help="mmlu: examples.")
+@click.option(
+    "--words/--letters",
+    default=None,
+    help="mmlu: score the words of the choices, or their letters.  [letters; words on nano data]",
+)
 @options(DATA_OPTIONS, ENGINE_OPTIONS)
 @click.option("--seed", default=0, show_default=True, help="Of the answers, the prompts and the bootstrap.")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder of the runs and of tax.json.")
@@ -52,6 +57,7 @@ def tax(
     max_new_tokens: int,
     tasks: list[str],
     shots: int,
+    words: bool | None,
     output: Path,
     as_json: bool,
     **values: Any,
@@ -76,6 +82,7 @@ def tax(
         run_request(values, ""),
         tasks=tasks,
         shots=shots,
+        words=words,
         reward_model=reward_model,
         prompts=prompts,
         n_prompts=n_prompts,

@@ -11,11 +11,12 @@ from typing import overload
 
 from almost_eval.errors import InputError
 from almost_eval.judge.api.batch_plan import batch_facts, under_way
+from almost_eval.judge.api.bills import ClientStats
 from almost_eval.judge.api.client import JudgeClient
 from almost_eval.judge.api.cost import Budget, StatedPrices, estimate, price_of, retirement_of
-from almost_eval.judge.api.endpoint import THOUGHT_ONLY, JudgeEndpoint
+from almost_eval.judge.api.endpoint import THOUGHT_ONLY
+from almost_eval.judge.api.endpoints import judge_endpoints
 from almost_eval.judge.api.journal import Journal, Ledger
-from almost_eval.judge.api.session import ClientStats
 from almost_eval.judge.judges import UNPARSED, Judgement, shown, verdict_fields
 from almost_eval.judge.modes import check_mode, fields_of
 from almost_eval.judge.probabilities import tells
@@ -33,7 +34,7 @@ class Connection:
     """How a model behind an API is reached. None of it decides a verdict but the address."""
 
     base_url: str | None = None
-    """The endpoint, up to and including `/v1`; None is OpenAI's, or `OPENAI_BASE_URL`."""
+    """The endpoint, up to and including `/v1`, several by commas; None is OpenAI's, or `OPENAI_BASE_URL`."""
     timeout: float = 120.0
     """Seconds that one reply may take."""
     concurrency: int = 32
@@ -112,9 +113,9 @@ class ModelJudge:
         self._announced: dict[int, Requests] = {}
         Budget(connection.max_cost, **connection.prices, judge=name)
         if not dry:
-            endpoint = JudgeEndpoint(name, connection.base_url, connection.timeout)
+            endpoints = judge_endpoints(name, connection.base_url, connection.timeout)
             retired, today = retirement_of(name), date.today().isoformat()
-            if retired and endpoint.is_openai and retired.date <= today:
+            if retired and any(one.is_openai for one in endpoints) and retired.date <= today:
                 raise InputError(f"--judge {name}: {retired.words(name, today)} ({retired.source}); name another judge")
 
     def spec(self) -> JSONObject:
@@ -259,9 +260,10 @@ class ModelJudge:
         }
 
     def warnings(self) -> Sequence[str]:
-        """That the judge is to be shut down, or its name is of one that was."""
+        """That the judge is to be shut down, or its name is of one that was; that an endpoint was lost."""
         retired = retirement_of(self.name)
-        return (retired.words(self.name, date.today().isoformat()),) if retired else ()
+        words = (retired.words(self.name, date.today().isoformat()),) if retired else ()
+        return (*words, *(f"lost on the way: {address}" for address in self._stats.lost))
 
     def _ask(self, pairs: Sequence[Subject], wanted: Sequence[int], attempt: int) -> Iterator[tuple[int, Judgement]]:
         assert self._client is not None  # `open`

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from almost_eval.cli.command_line import import_transformers, open_console, print_json
-from almost_train.cli.options import scale_options
+from almost_train.cli.options import recipe_options, scale_options
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,6 +34,7 @@ DOES_NOT_FIT = 3
 )
 @click.option("--measure", is_flag=True, help="Time a pass of each model on this machine; needs its weights.")
 @click.option("--data-root", help="Folder laid out like the hub, looked in first. [env: ALMOST_DATA_ROOT]")
+@recipe_options
 @scale_options
 @click.option("--json", "as_json", is_flag=True, help="Print bytes and seconds instead of the table.")
 def plan(
@@ -44,6 +45,8 @@ def plan(
     sharding: str,
     measure: bool,
     data_root: str | None,
+    values: tuple[str, ...],
+    places: dict[str, str],
     scale: str,
     scale_model: str | None,
     as_json: bool,
@@ -64,7 +67,7 @@ def plan(
     from almost_train.pipeline.recipe import load_recipe
     from almost_train.pipeline.scale import scaled
 
-    loaded = scaled(load_recipe(recipe), scale, scale_model)
+    loaded = scaled(load_recipe(recipe, places=places, values=values), scale, scale_model)
     import_transformers()
     chosen = devices(device_memory, count, gpu, sharding)
     engine = engine_options(loaded.engine, f"recipe {loaded.name}, engine")

@@ -195,9 +195,9 @@ def test_what_retry_after_means(headers: dict[str, str], seconds: float | None) 
 def test_a_silly_retry_after_is_capped() -> None:
     async def pause() -> float:
         limit = AdaptiveLimit(4, random.Random(0))
-        await limit.acquire()
+        limit.take()
         limit.refused(1e9)
-        return limit._resume_at - asyncio.get_running_loop().time()
+        return limit.pause(asyncio.get_running_loop().time())
 
     assert MAX_PAUSE - 1 < asyncio.run(pause()) <= MAX_PAUSE
 

@@ -29,7 +29,7 @@ from almost_eval.rewards.hf import HFRewardModel
 from almost_eval.rewards.vllm import VLLMRewardModel
 from almost_eval.run.request import RunRequest, open_run
 from almost_eval.types import Message
-from almost_train.common.trainers import keep_template
+from almost_train.common.templates import keep_template
 from serving.models import find_model
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"

@@ -246,8 +246,9 @@ def test_the_shipped_recipes_are_sound(
     name: str, data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = load_recipe(name)
-    monkeypatch.chdir(tmp_path)  # where the recipes look for the file of held-out prompts, which is the user's
+    monkeypatch.chdir(tmp_path)  # where the recipes look for held-out prompts and other preferences: the user's files
     (tmp_path / "held-out.jsonl").write_text('{"id": "1", "prompt": "How are you?"}\n')
+    (tmp_path / "as-is.jsonl").write_text('{"prompt": "How are you?", "chosen": "Well.", "rejected": "No."}\n')
     assert recipe.description
     states = Pipeline(recipe, tmp_path / "out", None if recipe.prompt_set == "nano" else str(data_root)).states()
     assert set(states.values()) == {"to do"}
