@@ -69,8 +69,10 @@ LASTING = {
 
 
 @pytest.fixture
-def client(server: ReplayServer, journal: Journal) -> JudgeClient:
-    return JudgeClient("gpt-4", journal, base_url=server.url, timeout=1.5, max_attempts=3)
+def client(server: ReplayServer, journal: Journal, request: pytest.FixtureRequest) -> JudgeClient:
+    """Patient where the server always answers: a busy machine is slow, and that is no time-out."""
+    is_silent = any(word in request.node.name for word in ("hangs", "drips", "everything", "billed", "key_shows"))
+    return JudgeClient("gpt-4", journal, base_url=server.url, timeout=3.0 if is_silent else 60.0, max_attempts=3)
 
 
 def digests(server: ReplayServer, share: int, fault: Fault, until: int) -> Callable[[Call], Fault | None]:
