@@ -133,7 +133,9 @@ def test_texts_of_one_length_stay_together() -> None:
     assert partition.extra == 0
 
 
-@pytest.mark.parametrize(("task", "protocol"), [pytest.param("hhh", "choice", marks=pytest.mark.slow), ("truthfulqa", "")])
+@pytest.mark.parametrize(
+    ("task", "protocol"), [pytest.param("hhh", "choice", marks=pytest.mark.slow), ("truthfulqa", "")]
+)
 def test_shards_of_real_data_compute_little_more(task: str, protocol: str, data_root: Path) -> None:
     """At most 5 % more tokens than one process, for 2, 4 and 8 shards, and none has much more than its share."""
     from almost_eval.run.request import RunRequest, open_run
