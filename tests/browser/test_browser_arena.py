@@ -79,6 +79,43 @@ def test_the_buttons_are_right_in_every_one_of_many_quick_rounds(
         leave(page)
 
 
+WHOLE = """([tab, sides, text]) => {
+    const there = (id) => document.getElementById(`${tab}-${id}`)?.offsetParent;
+    const whole = (side) => side.innerText.includes(text) && !side.querySelector('.caret, .pulse');
+    return there('send') && !there('stop') && sides.every((one) => whole(document.querySelector(one)));
+}"""
+"""Both answers are there to their ends, and the tab can be asked again."""
+
+
+def test_no_part_of_a_quick_answer_is_lost(chat_server: Callable[..., Any], open_page: Callable[..., Any]) -> None:
+    """Answers that are whole at once: their updates follow each other as fast as they can."""
+    from playwright.sync_api import TimeoutError
+
+    def echo(body: dict[str, Any]) -> Script:
+        return Script((f"You said {body['messages'][-1]['content']}",))
+
+    with ExitStack() as stack:
+        one, two = (stack.enter_context(ScriptedEndpoint(echo)) for _ in range(2))
+        server = stack.enter_context(chat_server("--base-url", f"one={one.url}", "--base-url", f"two={two.url}"))
+        page = open_page(server.url)
+        lost = []
+        for tab, name, panels in (("compare", "Side by side", "#compare-{}-answer"), ("arena", "Arena", "#arena-{}")):
+            open_tab(page, name)
+            sides = [panels.format(side) for side in (("left", "right") if tab == "compare" else "ab")]
+            for number in range(20):
+                page.fill(f"#{tab}-message textarea", f"number-{number}.")
+                page.click(f"#{tab}-send")
+                try:
+                    page.wait_for_function(WHOLE, arg=[tab, sides, f"You said number-{number}."], timeout=8_000)
+                except TimeoutError:
+                    lost.append((tab, number, [page.inner_html(side) for side in sides]))
+                if tab == "arena":
+                    page.click("#vote-tie")
+                    page.wait_for_selector("#arena-notice .good")
+        assert lost == []
+        leave(page)
+
+
 def test_a_blind_round(nano: Server, open_page: Callable[..., Any], shot: Callable[..., Path]) -> None:
     with Wire(nano.url) as wire:
         page = open_page(wire.url)
