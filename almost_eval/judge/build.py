@@ -247,7 +247,7 @@ def open_judge(options: JudgeOptions, data: DataSource, *, shared: bool = False,
             allow_unused_weights=options.allow_unused_weights,
         )
         return RewardJudge(model, name)
-    from almost_eval.judge.judges import Connection, ModelJudge
+    from almost_eval.judge.model_judge import Connection, ModelJudge
     from almost_eval.judge.probabilities import MAX_TOKENS
     from almost_eval.judge.prompts import load_judge_prompts
 

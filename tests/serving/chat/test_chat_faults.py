@@ -158,7 +158,7 @@ def test_the_page_ends_with_its_models_and_says_why(tmp_path: Path) -> None:
     children = Path(f"/proc/{page.pid}/task/{page.pid}/children").read_text().split()
     (model,) = [pid for pid in children if b"serving.cli.local" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     os.kill(int(model), signal.SIGKILL)
-    _, err = page.communicate(timeout=30)
+    _, err = page.communicate(timeout=120)
     assert page.returncode == 1
     assert "--- the last lines of nano/sft" in err
     assert err.splitlines()[-1] == "error: nano/sft was killed by signal 9; its last lines say why"
