@@ -1,12 +1,13 @@
 # Everything runs in .venv, made from the pinned lock on first use.
 #   make demo      the main job on the built-in models: no GPU, no download of models or data
-#   make test      the tests           make test-all   and the slow ones
+#   make test      the tests, on two cores (JOBS=2)     make test-all   and the slow ones
 #   make test-real     the tests on two real models (MODELS=DIR, default runs/models), made when absent
 #   make real      ALMoST on the two real models in a quarter of an hour, and a page (docs/real-models.md)
 #   make test-browser  the demo in a real chromium (Debian's, installed with apt where that can be done)
 #   make check     ruff and mypy       make clean      forget the environment
 
 PYTHON ?= python3
+JOBS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/pip install -qq --disable-pip-version-check --no-deps
 # The lock asks for torch's CPU build: from the configured indexes where they have it, else from PyTorch's own.
@@ -42,7 +43,7 @@ demo: $(STAMP)
 	$(BIN)/almost-eval all --output runs/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python tests/side_by_side.py $(JOBS)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m ""

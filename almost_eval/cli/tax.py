@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from almost_eval.cli.command_line import comma_list, import_transformers, open_console, options
+from almost_eval.cli.command_line import comma_list, import_transformers, open_console, options, print_json
 from almost_eval.cli.options import DATA_OPTIONS, ENGINE_OPTIONS, run_request
 
 if TYPE_CHECKING:
@@ -92,7 +91,7 @@ def tax(
     measured = measure(plan, progress_for())
     files = write_page(measured, output)
     if as_json:
-        click.echo(json.dumps(measured.to_dict(), indent=1, ensure_ascii=False))
+        print_json(measured.to_dict())
     else:
         render(measured, open_console(), [output / "tax.json", *files])
     return 0 if measured.valid else 3

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from almost_eval.cli.command_line import open_console
+from almost_eval.cli.command_line import open_console, print_json
 from almost_eval.types import JSONObject
 
 if TYPE_CHECKING:
@@ -93,7 +92,7 @@ def show(result: JSONObject, as_json: bool) -> None:
     if not is_main():  # under `accelerate launch` the result is printed once
         return
     if as_json:
-        click.echo(json.dumps(result, indent=1, ensure_ascii=False))
+        print_json(result)
         return
     from rich.table import Table
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from almost_eval.cli.command_line import import_transformers, open_console
+from almost_eval.cli.command_line import import_transformers, open_console, print_json
 from almost_train.cli.options import recipe_options, scale_options
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ def plan(
             "rates": _rates(gpu, measure),
             "stages": [row.to_dict() for row in rows],
         }
-        click.echo(json.dumps(content, indent=1, ensure_ascii=False))
+        print_json(content)
     else:
         console = open_console()
         console.print(_table(rows, f"{loaded.name} on {chosen.describe()}"))

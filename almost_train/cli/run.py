@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
-from almost_eval.cli.command_line import import_transformers, open_console
+from almost_eval.cli.command_line import import_transformers, open_console, print_json
 from almost_eval.cli.options import LOG_TO
 from almost_eval.run.trackers import logging_to
 from almost_train.cli.options import recipe_options, scale_options
@@ -64,7 +63,7 @@ def run(
     if not is_main():  # under `accelerate launch` the results are printed once
         return 0
     if as_json:
-        click.echo(json.dumps({report.name: report.result for report in reports}, indent=1, ensure_ascii=False))
+        print_json({report.name: report.result for report in reports})
         return 0
     from almost_train.pipeline.summary import draw, policy_table, stage_table
 

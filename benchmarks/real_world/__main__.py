@@ -9,8 +9,8 @@ from pathlib import Path
 
 import benchmarks.real_world
 from almost_eval.cli.command_line import import_transformers
-from almost_eval.files import RowLog
 from almost_eval.progress import progress_for
+from almost_train.common.resume import RowLog
 from benchmarks.real_world.figures import write_figures
 from benchmarks.real_world.forms import FORMS
 from benchmarks.real_world.study import FOLDERS, PARTS, RECIPES, Study

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from almost_eval.compare.comparison import compare_runs
+from almost_eval.compare.paired import paired_bootstrap
 from almost_eval.files import Row, read_json, read_rows, write_json
 from almost_eval.run.store import read_samples
-from almost_eval.stats import mean_metric, paired_bootstrap
+from almost_eval.stats import mean_metric
 from benchmarks.real_world.refusals import is_refusal
 from benchmarks.real_world.study import Study
 from benchmarks.real_world.variants import VARIANTS, folder_of

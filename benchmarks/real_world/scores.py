@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from almost_eval.files import Row, RowLog
+from almost_eval.files import Row
 from almost_eval.progress import Progress
 from almost_eval.rewards.hf import HFRewardModel
 from almost_eval.types import Conversation, Message
+from almost_train.common.resume import RowLog
 from benchmarks.real_world.data import Pair
 
 CHUNK = 64
