@@ -8,6 +8,7 @@ ZeRO-3 is skipped where DeepSpeed is not installed, which is not among the proje
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -90,7 +91,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from stages import run_stage, without_shared_memory_operator
 
-if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
     without_shared_memory_operator()
 
 order = json.loads(sys.argv[1])
@@ -161,8 +162,7 @@ def run_stage(name: str, world: dict[str, str], output: str, steps: int) -> None
 
 def without_shared_memory_operator() -> None:
     """DeepSpeed's way between processes on one machine, in C++: a minute to compile, and gloo does the same."""
-    from deepspeed.comm import torch as backend
-
+    backend: Any = importlib.import_module("deepspeed.comm.torch")  # as an attribute that name is torch itself
     backend.build_shm_op = lambda: None
 
 
