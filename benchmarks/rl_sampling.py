@@ -130,7 +130,8 @@ def products(policy: PreTrainedModel, rows: int, repeats: int = 20) -> None:
     work = 2 * sum(layer.weight.numel() for layer in layers) * tokens / 1e9  # GFLOP
     for what, spent in (("", seconds), (" by CPU time", cpu_seconds)):
         print(
-            f"matrix products alone, {rows} rows, float32{what}: {tokens / spent:.1f} tokens/s, {work / spent:.0f} GFLOP/s",
+            f"matrix products alone, {rows} rows, float32{what}: {tokens / spent:.1f} tokens/s, "
+            f"{work / spent:.0f} GFLOP/s",
             flush=True,
         )
 

@@ -191,7 +191,10 @@ def same(one: Path, two: Path, processes: int, sharding: str | None) -> None:
         for key in row.keys() & {"step", "loss", "policy_loss", "value_loss", "reward", "length", "ended"}:
             assert other[key] == pytest.approx(row[key], abs=1e-5), (key, row["step"])
     if (one / "samples.jsonl").exists():
-        texts = [[row["completion"] for row in read_rows(folder / "samples.jsonl")] for folder in (one, two)]
+        columns = ("completion", "chosen", "rejected")
+        samples = [read_rows(folder / "samples.jsonl") for folder in (one, two)]
+        texts = [[row.get(column) for row in rows for column in columns] for rows in samples]
+        assert any(texts[0])
         assert texts[0] == texts[1]
     metrics = json.loads((two / "result.json").read_text(encoding="utf-8"))["metrics"]
     assert (metrics["processes"], metrics["sharding"]) == (processes, sharding)
