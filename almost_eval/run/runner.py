@@ -262,6 +262,8 @@ class Run:
                         store.append(SampleRecord(self.samples[index], outputs, score, self.truncated.get(index, 0)))
                         advance(1)
                 self._refuse_changed(folder)
+                if getattr(self.model, "completes_in_any_order", False):
+                    store.put_in_order([sample.id for sample in self.samples])
                 engine = self._engine_report()
                 texts = [r for r in store.done.values() if r.outputs.get("finish_reasons")]
                 if cut := sum("length" in r.outputs["finish_reasons"] for r in texts):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,17 @@ class RunStore:
         for id in ids:
             del self.done[id]
         self._lines.rewrite(map(record_to_dict, self.done.values()))
+
+    def put_in_order(self, ids: Sequence[str]) -> None:
+        """Put the lines in the order of the samples, where they stand in another.
+
+        Raises:
+            RunError: see `append`.
+        """
+        ordered = {id: self.done[id] for id in ids if id in self.done}
+        if list(ordered) != [id for id in self.done if id in ordered]:
+            self.done = ordered | self.done
+            self._lines.rewrite(map(record_to_dict, self.done.values()))
 
     def results(self, *keys: str) -> dict[str, Any] | None:
         """What an earlier process wrote into `results.json`, or None.
