@@ -134,7 +134,11 @@ class EngineOptions:
         1, "vllm: devices that share the layers out.  [1]", engines=["vllm"], kind=int, least=1
     )
     data_parallel_size: int = _option(
-        1, "vllm: refused above 1: --workers copies the model, or a server does.  [1]", engines=["vllm"], kind=int, least=1
+        1,
+        "vllm: refused above 1: --workers copies the model, or a server does.  [1]",
+        engines=["vllm"],
+        kind=int,
+        least=1,
     )
     """vLLM's own copies of a model are processes behind its server; the error says what to do instead."""
     quantization: str | None = _option(

@@ -104,6 +104,11 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
             model = find_checkpoint(model, allow_pickle=allow_pickle)
         refuse_stray_weights(model)
         self.options.check_split(model)
+        if speculative_config and pipeline_parallel_size > 1:
+            raise InputError(  # 0.31: the first process looks for the guesses, and the last one has them
+                "vLLM guesses no tokens where the layers are divided: leave out speculative_config, or divide by "
+                "tensor_parallel_size"
+            )
         self.speculative = read_speculative(speculative_config, model) if speculative_config else None
         if model.adapter:
             refuse_for_vllm(model.adapter)

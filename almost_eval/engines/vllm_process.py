@@ -151,11 +151,12 @@ class VLLMOptions:
 
 
 def refuse_data_parallel(size: int) -> None:
-    """Raise InputError above 1: `vllm.LLM` has no copies of a model (0.31: "not supported for single-process usage")."""
+    """Raise InputError above 1: `vllm.LLM` copies no model (0.31: "not supported for single-process usage")."""
     if size != 1:
         raise InputError(
             f"data parallel size {size}: vLLM copies a model behind its server alone; use --workers {size} for an "
-            f"engine on each GPU, or `almost-serve policy --model MODEL --data-parallel-size {size}` and --engine openai"
+            f"engine on each GPU, or `almost-serve policy --model MODEL --data-parallel-size {size}` and "
+            "--engine openai"
         )
 
 
@@ -214,9 +215,18 @@ def load(path: Path, options: JSONObject) -> LLM:
                 **{name: value for name, value in chosen.items() if value is not None},
             )
     except Exception as error:  # vLLM raises whatever its parts do
-        raise ModelError(f"vLLM cannot run {path}: {first_line(error)}") from None
+        raise ModelError(f"vLLM cannot run {path}: {_reason(error)}") from None
     _loaded.append(llm)
     return llm
+
+
+def _reason(error: Exception) -> str:
+    """The first line; of pydantic's errors, which begin with their number, what they say."""
+    import pydantic
+
+    if isinstance(error, pydantic.ValidationError):
+        return "; ".join(str(one["msg"]).removeprefix("Value error, ") for one in error.errors())
+    return first_line(error)
 
 
 def register_receiver() -> None:
@@ -271,7 +281,8 @@ def run(llm: LLM, requests: Requests, path: Path, adapter: Adapter | None = None
         raise RunError(f"vLLM stopped while it ran {path}: {first_line(error)}") from None
     finally:
         if running:  # an error, or the caller left early
-            core.abort_request(sorted(running))
+            with suppress(KeyError):  # a step that failed may have forgotten them; the failure itself is what to say
+                core.abort_request(sorted(running))
 
 
 def version() -> str | None:

@@ -1,4 +1,7 @@
-"""vLLM's worker for a CPU with `ExactSampler` in its sampler and room for a pipeline; vLLM loads it by name (its option `--worker-cls`)."""
+"""vLLM's worker for a CPU with `ExactSampler` in its sampler and room for a pipeline.
+
+vLLM loads it by name (its option `--worker-cls`).
+"""
 
 from __future__ import annotations
 

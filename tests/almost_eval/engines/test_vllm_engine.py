@@ -72,7 +72,10 @@ def engine(checkpoint: Path) -> Iterator[VLLMEngine]:
         ({"speculative_config": "ngram"}, r"speculative_config is not JSON .*; write \{"),
         ({"speculative_config": "[4]"}, "speculative_config is not an object"),
         ({"speculative_config": {"num_speculative_tokens": 4}}, "has no method: ngram, or draft_model with a model"),
-        ({"speculative_config": {"method": "ngram"}}, "num_speculative_tokens is None; it must be a number of at least 1"),
+        (
+            {"speculative_config": {"method": "ngram"}},
+            "num_speculative_tokens is None; it must be a number of at least 1",
+        ),
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 0}}, "num_speculative_tokens is 0"),
         ({"speculative_config": {"method": "draft_model", "num_speculative_tokens": 4}}, "draft_model needs a model"),
         (
