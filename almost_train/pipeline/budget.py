@@ -170,7 +170,6 @@ class _Sizes:
         return [
             generation_need(
                 self._estimator,
-                self._estimator,
                 "prompts",
                 model,
                 read=read,
@@ -189,7 +188,6 @@ class _Sizes:
             by_model.setdefault(c.model, []).append((self._shots(c.demonstrations, c.shots), new))
         return [
             generation_need(
-                self._estimator,
                 self._estimator,
                 "responses",
                 model,
@@ -227,7 +225,6 @@ class _Sizes:
         # Engines load on first use and stay: the reward model, and the other speaker where it is another model.
         needs = [
             generation_need(
-                self._estimator,
                 self._estimator,
                 "self_play",
                 model,
@@ -270,7 +267,6 @@ class _Sizes:
         policies = 1 + ("vanilla" in section) + ("rlsf" in recipe.sections)
         return [
             generation_need(
-                self._estimator,
                 self._estimator,
                 "evaluation",
                 str(recipe.value("sft", "model")),

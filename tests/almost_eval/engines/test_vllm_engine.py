@@ -77,6 +77,10 @@ def engine(checkpoint: Path) -> Iterator[VLLMEngine]:
             "num_speculative_tokens is None; it must be a number of at least 1",
         ),
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 0}}, "num_speculative_tokens is 0"),
+        (
+            {"speculative_config": '{"method": "ngram", "num_speculative_tokens": 4}', "pipeline_parallel_size": 2},
+            "guesses no tokens where the layers are divided",
+        ),
         ({"speculative_config": {"method": "draft_model", "num_speculative_tokens": 4}}, "draft_model needs a model"),
         (
             {"speculative_config": {"method": "ngram", "model": "nano/almost", "num_speculative_tokens": 4}},
