@@ -30,13 +30,14 @@ def engine_flag(
     if flag.kind is bool:
         return make(f"{name}/--no-{name[2:]}", default=True) if option.default else make(name, is_flag=True)
     if flag.is_repeatable:
-        return make(name, multiple=True, callback=_joined)
+        return make(name, multiple=True, callback=joined)
     if flag.is_auto:
         return make(name, default="auto", callback=_count_or_auto)
     return make(name, default=default or (option.default if flag.is_shown else None), type=_type(flag))
 
 
-def _joined(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> str | None:
+def joined(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> str | None:
+    """A flag that may be repeated, as one string with commas; None where it is absent."""
     return ",".join(values) or None
 
 

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from almost_eval.compare.differences import other_measure, setting_differences, shown
+from almost_eval.compare.paired import mcnemar_exact, paired_bootstrap
 from almost_eval.errors import DataError, InputError
 from almost_eval.files import read_json
 from almost_eval.run.store import NEW_RESULTS, NEW_RUN
-from almost_eval.stats import is_binary, majority, mcnemar_exact, paired_bootstrap
+from almost_eval.stats import is_binary, majority
 
 if TYPE_CHECKING:
     from rich.console import Console

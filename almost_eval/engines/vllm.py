@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from almost_eval.engines.base import EngineReport, RequestScores, SamplingParams
+from almost_eval.engines.base import RequestScores, SamplingParams
 from almost_eval.engines.checkpoint_engine import CheckpointEngine
 from almost_eval.engines.decoding import decode, marks
 from almost_eval.engines.prefix import EncodedRequest, scores_of_nothing
@@ -36,7 +36,7 @@ from almost_eval.models.adapters import refuse_for_vllm
 from almost_eval.models.checkpoint import Checkpoint, find_checkpoint, refuse_stray_weights
 from almost_eval.models.loading import Purpose, first_line
 from almost_eval.models.stops import end_ids, first_stop
-from almost_eval.types import Completion, JSONObject
+from almost_eval.types import Completion, EngineReport, JSONObject
 
 
 class VLLMEngine(HoldsLLM, CheckpointEngine):

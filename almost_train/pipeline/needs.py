@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from almost_train.common.lora import LoraSettings, lora_config
-from almost_train.common.trainers import TrainSettings
+from almost_train.common.train_settings import TrainSettings
 from almost_train.pipeline.hardware import Devices
 from almost_train.pipeline.shapes import cache_bytes, load_config
 from almost_train.rlsf.job import RLSFSettings

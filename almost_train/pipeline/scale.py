@@ -92,15 +92,6 @@ def scaled(recipe: Recipe, scale: str, model: Path | str | None) -> Recipe:
     return replace(recipe, engine={"engine": "hf", "dtype": "float32"}, sections=sections)
 
 
-def with_trained_model(recipe: Recipe, model: str) -> Recipe:
-    """The recipe with another model in the place of those that it trains: reward model, SFT and what follows."""
-    sections = {
-        name: {**own, "model": model} if name in ("reward", "sft", "as_is_reward") and "model" in own else own
-        for name, own in recipe.sections.items()
-    }
-    return replace(recipe, sections=sections)
-
-
 def _small_model() -> str:
     folder = os.environ.get(MODELS_VARIABLE)
     path = Path(folder) / SMALL_MODEL if folder else None

@@ -19,13 +19,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from almost_eval.errors import DataError, InputError, did_you_mean
-from almost_eval.files import Row, RowLog, write_rows
+from almost_eval.files import Row, write_rows
 from almost_eval.models.chat import dialogue_text
 from almost_eval.progress import Progress
 from almost_eval.rewards.base import RewardModel
 from almost_eval.types import JSONObject, Message
 from almost_train.common.formats import read_prompt_rows
 from almost_train.common.held_out import HeldOut, is_held_out, read_held_out
+from almost_train.common.resume import RowLog
 from almost_train.common.stage import Stage, model_input
 from almost_train.common.tables import Table, read_any
 from almost_train.self_play.settings import SelfPlaySettings

@@ -24,10 +24,11 @@ from pathlib import Path
 from almost_eval.data.sources import DataSource
 from almost_eval.engines.base import GenerationEngine, SamplingParams
 from almost_eval.errors import DataError, InputError
-from almost_eval.files import Row, RowLog, read_rows, write_rows
+from almost_eval.files import Row, read_rows, write_rows
 from almost_eval.progress import Progress
 from almost_eval.types import Completion, JSONObject, Message
 from almost_train.common.config import option, settings_from
+from almost_train.common.resume import RowLog
 from almost_train.common.stage import Stage, model_input
 from almost_train.synthetic.filters import RULES, STOPS, broken_rule, read_response
 from almost_train.synthetic.prompt_sets import PROMPT_SETS, DemonstrationSet, SeedSet, load_seed_set
