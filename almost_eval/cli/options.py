@@ -31,6 +31,8 @@ def engine_flag(
         return make(f"{name}/--no-{name[2:]}", default=True) if option.default else make(name, is_flag=True)
     if flag.is_repeatable:
         return make(name, multiple=True, callback=_joined)
+    if flag.bare is not None:
+        return make(name, is_flag=False, flag_value=flag.bare, metavar="[ADDRESS]")
     if flag.is_auto:
         return make(name, default="auto", callback=_count_or_auto)
     return make(name, default=default or (option.default if flag.is_shown else None), type=_type(flag))

@@ -273,6 +273,8 @@ class Run:
                     "seconds_to_first_sample": round(first, 3) if first else None,
                     "samples_computed_now": len(missing),
                 }
+                if (pool := getattr(self.model, "pool", None)) is not None:
+                    timing["workers"] = pool.describe()
             records = [store.done[sample.id] for sample in self.samples if sample.id in store.done]
             validity = check(records, len(self.samples), self.allowed or ALLOWED)
             results = summarise(self.task, records, validity, store.spec, engine) | {"timing": timing}
