@@ -145,8 +145,9 @@ class Pool:
             self._starting.add(place)
             self._transport.start(place)
         if waiting and not (self._busy or self._starting):
+            who = "the only worker has" if self.size == 1 else f"all {self.size} workers have"
             raise RunError(
-                f"all {self.size} workers have ended ({self.lost[-1]}); what was done is kept, and the same command "
+                f"{who} ended ({self.lost[-1]}); what was done is kept, and the same command "
                 "goes on from there"
             )
 

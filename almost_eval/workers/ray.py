@@ -185,6 +185,9 @@ def _connect(address: str) -> Any:
     import ray
 
     if ray.is_initialized():
+        connected = ray.get_runtime_context().gcs_address
+        if address not in (LOCAL, "auto", connected):
+            raise InputError(f"--ray {address}: this process is connected to the cluster at {connected} already")
         return ray
     options: JSONObject = {"address": address, "log_to_driver": False, "logging_level": "error"}
     if address == LOCAL:
@@ -192,6 +195,9 @@ def _connect(address: str) -> Any:
         options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
         options["num_cpus"] = len(os.sched_getaffinity(0))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no report to anybody
+    # What Ray hears of a lost node it prints on stdout, which carries the result; no setting of it says otherwise. The
+    # pool says what was lost.
+    ray._private.worker.print_to_stdstream = lambda *args, **kwargs: None
     try:
         ray.init(**options)
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
