@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from almost_eval.engines.base import EngineReport, RequestScores, SamplingParams
 from almost_eval.engines.checkpoint_engine import CheckpointEngine
+from almost_eval.engines.cuts import cut_trie
 from almost_eval.engines.prefix import EncodedRequest, build_trie, scores_of_nothing
 from almost_eval.errors import InputError, did_you_mean
 from almost_eval.models.checkpoint import Checkpoint
@@ -160,6 +161,7 @@ class HFEngine(CheckpointEngine):
         limits = self._limits()
         scorer: scoring.SharedPrefixScorer | scoring.PlainScorer
         if self.share_prefixes and not reason:
+            trie = cut_trie(trie, max_tokens=limits.tokens, max_rows=limits.rows, max_sequences=limits.sequences)
             report.path, report.tokens_computed = "shared-prefix", len(trie)
             scorer = scoring.SharedPrefixScorer(model, window)
             if self.dtype in ("bfloat16", "float16") and not self.part:
