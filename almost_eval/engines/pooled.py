@@ -1,9 +1,9 @@
 """An engine whose work is done by workers: the same protocol, no weights in this process, and the same numbers.
 
-This process encodes, plans and records; the engine itself is opened in each worker. A worker is handed all requests of a
-stream and computes the parts it is given. As an engine's plan is of all requests and never of what is wanted, a part has
-the same batches as in one process: in float32 on transformers the scores are equal in every bit, where the processes
-have the same number of threads. Texts are equal as those of a resumed run are (see `GenerationEngine`).
+This process encodes, plans and records; the engine itself is opened in each worker. A worker is handed all requests of
+a stream and computes the parts that it gets. An engine's plan is of all requests and never of what is wanted, so a part
+has the batches of one process: in float32 on transformers the scores are equal in every bit, where each process has the
+same number of threads. Texts are equal as those of a resumed run are (see `GenerationEngine`).
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from almost_eval.engines.base import EngineReport, RequestScores, SamplingParams
 from almost_eval.engines.checkpoint_engine import CheckpointEngine
+from almost_eval.engines.partition import partition_prompts, partition_requests
 from almost_eval.engines.prefix import EncodedRequest
 from almost_eval.errors import InputError
 from almost_eval.models.held import HeldCheckpoint
@@ -27,7 +28,11 @@ from almost_eval.workers.local import LocalTransport
 from almost_eval.workers.pool import Pool
 from almost_eval.workers.ray import RayTransport
 from almost_eval.workers.size import local_share, requested
-from almost_eval.workers.work import Recipe, Transport, Unit, cut
+from almost_eval.workers.work import Recipe, Transport, Unit
+
+if TYPE_CHECKING:
+    from almost_eval.engines.hf import HFEngine
+    from almost_eval.engines.vllm import VLLMEngine
 
 SCORING_UNITS = 4
 """Parts of the requests for each worker: a fast one takes more of them, and a lost one costs a quarter of its share."""
@@ -77,7 +82,7 @@ class EngineServant:
         return identity_of(self._engine)
 
     def close(self) -> None:
-        """vLLM's engine holds a process."""
+        """End what the engine itself has started: a process, on vLLM."""
         if hasattr(self._engine, "close"):
             self._engine.close()
 
@@ -103,7 +108,7 @@ class PooledEngine:
         pool: workers that hold an `EngineServant`.
     """
 
-    def __init__(self, engine: CheckpointEngine, pool: Pool) -> None:
+    def __init__(self, engine: HFEngine | VLLMEngine, pool: Pool) -> None:
         self.engine = engine
         self.pool = pool
         self._report = EngineReport()
@@ -132,13 +137,18 @@ class PooledEngine:
         """Yield (index, scores) of each wanted request as soon as a worker knows it; see `LoglikelihoodEngine.stream`.
 
         Raises:
+            InputError: a request longer than the context; nothing is cut.
             RunError: see `Pool.run`; or whatever the engine refuses in a worker.
         """
-        indices = range(len(requests)) if wanted is None else wanted
-        order = sorted(indices, key=lambda index: (_key(requests[index]), index))
+        if any(request.continuations for request in requests):
+            self.engine._refuse_long(requests)  # before a worker starts
+        tokens = getattr(self.engine, "batch_tokens", None) or (
+            1024 if self.engine.device == "cpu" else 4096
+        )  # as `HFEngine` has it
+        units = SCORING_UNITS * self.pool.size
+        parts = partition_requests(requests, range(len(requests)), units, max_tokens=tokens).parts
         # An empty part where nothing is wanted: the report of the whole plan belongs in the results all the same.
-        parts = cut(order, SCORING_UNITS * self.pool.size) or [()]
-        yield from self._run(Scoring(list(requests)), parts)
+        yield from self._run(Scoring(list(requests)), wanted_of(parts, wanted) or [()])
 
     def loglikelihood(self, requests: Sequence[LoglikelihoodRequest]) -> list[RequestScores]:
         """Scores of all requests, in order; raises as `stream` does."""
@@ -151,12 +161,16 @@ class PooledEngine:
         """Yield (index, `params.n` completions) of each prompt; see `GenerationEngine.stream_completions`.
 
         Raises:
+            InputError: a prompt that leaves no room for `max_new_tokens`.
             RunError: see `Pool.run`; or whatever the engine refuses in a worker.
         """
         if not prompts:
             return
-        order = sorted(range(len(prompts)), key=lambda index: prompts[index])
-        yield from self._run(Writing(list(prompts), params), cut(order, WRITING_UNITS * self.pool.size))
+        ids = self.engine._prompt_ids(prompts, params)
+        parts = partition_prompts(
+            ids, WRITING_UNITS * self.pool.size, new_tokens=params.n * params.max_new_tokens
+        ).parts
+        yield from self._run(Writing(list(prompts), params), wanted_of(parts, None))
 
     def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[list[Completion]]:
         """`params.n` completions for each rendered prompt, in order; raises as `stream_completions` does."""
@@ -174,10 +188,11 @@ class PooledEngine:
             self._report = merged(self.pool.reports, self.pool.warnings)
 
 
-def _key(request: EncodedRequest) -> bytes:
-    """Sorts requests as the trie does: those that begin alike stand together."""
-    first = request.continuations[0].prefix if request.continuations else None
-    return b"" if first is None else first.astype(">u4").tobytes()
+def wanted_of(parts: Sequence[tuple[int, ...]], wanted: Collection[int] | None) -> list[tuple[int, ...]]:
+    """What of each part is wanted (None: all), without the parts of which nothing is."""
+    kept = None if wanted is None else frozenset(wanted)
+    wanted_parts = [tuple(i for i in part if kept is None or i in kept) for part in parts]
+    return [part for part in wanted_parts if part]
 
 
 def merged(reports: Sequence[EngineReport], warnings: Sequence[str]) -> EngineReport:

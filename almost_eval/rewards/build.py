@@ -49,4 +49,4 @@ def reward_model(
         arguments = recipe_arguments(reward, arguments, takes_device=options.engine == "hf")
         recipe = RewardRecipe(cls, model_for_workers(model), arguments)
         reward = PooledRewardModel(reward, pool_of(reward, recipe, options))
-    return reward  # type: ignore[no-any-return]  # of one of three classes with the same methods
+    return reward

@@ -6,12 +6,13 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from almost_eval.engines.pooled import SCORING_UNITS, identity_of
+from almost_eval.engines.partition import partition_lengths
+from almost_eval.engines.pooled import SCORING_UNITS, identity_of, wanted_of
 from almost_eval.models.chat import ChatTemplate
 from almost_eval.rewards.base import CheckpointRewardModel
 from almost_eval.types import Conversation
 from almost_eval.workers.pool import Pool
-from almost_eval.workers.work import Unit, cut
+from almost_eval.workers.work import Unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class RewardServant:
         return identity_of(self._model)
 
     def close(self) -> None:
-        """vLLM's holds a process."""
+        """End what the model itself has started: a process, on vLLM."""
         if hasattr(self._model, "close"):
             self._model.close()
 
@@ -86,13 +87,10 @@ class PooledRewardModel:
         Raises:
             RunError: see `Pool.run`; or whatever the reward model refuses in a worker.
         """
-        indices = range(len(conversations)) if wanted is None else wanted
-        lengths = self.reader.lengths(conversations) if indices else []
-        # Texts of one length share a batch, and a batch of two parts is computed twice.
-        order = sorted(indices, key=lambda index: (-lengths[index], index))
+        parts = partition_lengths(self.reader.lengths(conversations), SCORING_UNITS * self.pool.size).parts
+        task = Rewarding(list(conversations), self.reader.template)
         try:
-            parts = cut(order, SCORING_UNITS * self.pool.size)
-            yield from self.pool.run(Rewarding(list(conversations), self.reader.template), parts)
+            yield from self.pool.run(task, wanted_of(parts, wanted))
         finally:
             warnings = [warning for report in self.pool.reports for warning in report] or self.reader.notes
             self.warnings = list(dict.fromkeys([*warnings, *self.pool.warnings]))

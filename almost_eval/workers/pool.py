@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 from almost_eval.errors import InputError, RunError
@@ -70,7 +70,7 @@ class Pool:
             f"{len(self.lost)} {workers} of {self.size} ended early, and the others took over ({'; '.join(self.lost)})"
         ]
 
-    def run(self, task: Any, parts: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, Answer]]:
+    def run(self, task: Any, parts: Sequence[tuple[int, ...]]) -> Generator[tuple[int, Answer], None, None]:
         """Yield (item, answer) of all items of all parts as they arrive.
 
         Args:
@@ -147,8 +147,7 @@ class Pool:
         if waiting and not (self._busy or self._starting):
             who = "the only worker has" if self.size == 1 else f"all {self.size} workers have"
             raise RunError(
-                f"{who} ended ({self.lost[-1]}); what was done is kept, and the same command "
-                "goes on from there"
+                f"{who} ended ({self.lost[-1]}); what was done is kept, and the same command goes on from there"
             )
 
     def _refuse_other(self, place: int, message: Ready) -> None:

@@ -1,13 +1,14 @@
 """Workers as actors of a Ray cluster. Ray is imported when the first is built.
 
-Each actor holds a servant for as long as the pool lives, so a model is loaded once for each. A task lies in Ray's object
-store, from where an actor takes it once; its answers come back one by one. Ray itself restarts and retries nothing
-here: the pool does, which knows what is missing.
+Each actor holds a servant for as long as the pool lives, so a model is loaded once for each. A task lies in Ray's
+object store, from where an actor takes it once; its answers come back one by one. Ray itself restarts and retries
+nothing here: the pool does, which knows what is missing.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -55,7 +56,9 @@ class RayTransport:
         else:
             room = len(nodes)
         if gpus and size is not None and size > room:
-            raise InputError(f"--workers {size}: the cluster's GPUs are enough for {room}; leave it out for all of them")
+            raise InputError(
+                f"--workers {size}: the cluster's GPUs are enough for {room}; leave it out for all of them"
+            )
         self.size = size or room
         self._gpus = gpus
         cores = sum(float(node.get("CPU", 0)) for node in nodes) or 1.0
@@ -194,6 +197,8 @@ def _connect(address: str) -> Any:
         # Reachable from this machine alone.
         options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
         options["num_cpus"] = len(os.sched_getaffinity(0))
+    else:
+        _refuse_silent(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no report to anybody
     # What Ray hears of a lost node it prints on stdout, which carries the result; no setting of it says otherwise. The
     # pool says what was lost.
@@ -201,9 +206,25 @@ def _connect(address: str) -> Any:
     try:
         ray.init(**options)
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-        first = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"--ray {address}: no cluster answers ({first}); start one with `ray start --head`, or leave the address "
-            "out for this machine alone"
-        ) from None
+        raise InputError(_no_cluster(address, " ".join(str(error).split())[:200])) from None
     return ray
+
+
+def _refuse_silent(address: str) -> None:
+    """Raise InputError where nobody listens at HOST:PORT: Ray would try for five minutes, loudly."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        raise InputError(f"--ray {address}: give HOST:PORT of the head node, or auto for the cluster of this machine")
+    try:
+        socket.create_connection((host, int(port)), timeout=_QUICK_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(_no_cluster(address, str(error))) from None
+
+
+def _no_cluster(address: str, problem: str) -> str:
+    return (
+        f"--ray {address}: no cluster answers ({problem}); start one with `ray start --head`, or leave the address out "
+        "for this machine alone"
+    )

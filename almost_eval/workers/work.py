@@ -6,7 +6,7 @@ travels to each worker once; units, which are parts of it, one at a time. The se
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -135,14 +135,3 @@ def serve(servant: Servant, task: Any, unit: Unit) -> Iterator[Message]:
         yield Refused(error)
         return
     yield Finished(servant.report())
-
-
-def cut(items: Sequence[int], parts: int) -> list[tuple[int, ...]]:
-    """Consecutive parts of nearly equal size, none of them empty.
-
-    >>> cut(range(5), 2)
-    [(0, 1, 2), (3, 4)]
-    """
-    parts = min(parts, len(items))
-    bounds = [len(items) * part // parts + (len(items) * part % parts > 0) for part in range(parts + 1)] if parts else []
-    return [tuple(items[begin:end]) for begin, end in zip(bounds, bounds[1:], strict=False)]

@@ -18,7 +18,7 @@ from almost_eval.errors import InputError, RunError
 from almost_eval.workers.local import LocalTransport
 from almost_eval.workers.pool import Pool
 from almost_eval.workers.size import local_share, threads_each
-from almost_eval.workers.work import Unit, cut
+from almost_eval.workers.work import Unit
 
 
 @dataclass
@@ -66,6 +66,10 @@ def pool_of(recipe: Squares, size: int) -> Pool:
     return Pool(LocalTransport(recipe, size, threads=1))
 
 
+def cut(items: range, parts: int) -> list[tuple[int, ...]]:
+    return [tuple(items[part * len(items) // parts : (part + 1) * len(items) // parts]) for part in range(parts)]
+
+
 def squares(pool: Pool, items: int = 40, parts: int = 8) -> dict[int, int]:
     answers = list(pool.run(1, cut(range(items), parts)))
     assert len(answers) == items  # none twice
@@ -111,7 +115,9 @@ def test_items_that_end_every_worker_do_not_end_them_all() -> None:
 
 def test_when_all_have_ended_one_line_says_so() -> None:
     pool = pool_of(Squares(fatal=tuple(range(40))), 1)
-    with pytest.raises(RunError, match=r"^the only worker has ended \(worker 1: ended by SIGKILL.*the same command goes"):
+    with pytest.raises(
+        RunError, match=r"^the only worker has ended \(worker 1: ended by SIGKILL.*the same command goes"
+    ):
         squares(pool)
     assert (len(pool.lost), pool.restarted) == (2, 1)
 
@@ -122,7 +128,7 @@ def test_an_error_of_ours_is_everybodys_and_another_is_the_workers_own() -> None
         squares(refusing)
     assert refusing.lost == []
     broken = pool_of(Squares(broken=7), 2)
-    with pytest.raises(RunError, match="ended with exit code 1 .ValueError: item 7 is odd"):
+    with pytest.raises(RunError, match=r"ended with exit code 1 \(ValueError: item 7 is odd\)"):
         squares(broken)
 
 
@@ -169,14 +175,6 @@ def test_two_streams_at_a_time_are_refused() -> None:
     with pytest.raises(RunError, match="in the middle of another stream"):
         next(pool.run(1, [(3,)]))
     first.close()
-
-
-@pytest.mark.parametrize(("items", "parts"), [(0, 3), (1, 3), (7, 3), (9, 3), (5, 5), (100, 16)])
-def test_parts_are_whole_and_even(items: int, parts: int) -> None:
-    pieces = cut(range(items), parts)
-    assert [item for piece in pieces for item in piece] == list(range(items))
-    assert len(pieces) == min(items, parts)
-    assert not pieces or max(map(len, pieces)) - min(map(len, pieces)) <= 1
 
 
 def test_shares_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

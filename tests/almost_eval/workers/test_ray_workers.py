@@ -17,20 +17,24 @@ from almost_eval.progress import Progress
 from almost_eval.run.request import RunRequest, open_run
 from almost_eval.workers import ray as transport
 
+NOTHING: Any = None
+"""A recipe that nobody opens."""
 NO_RAY = "Ray is not installed: pip install 'almost-toolkit[ray]'"
 
 
 def test_without_ray_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "find_spec", lambda name: None)
-    with pytest.raises(MissingDependencyError, match=r"^--ray needs the package 'ray'; install it with: pip install 'a"):
-        transport.RayTransport(Any, None, address="local", gpus=0)
+    with pytest.raises(
+        MissingDependencyError, match=r"^--ray needs the package 'ray'; install it with: pip install 'a"
+    ):
+        transport.RayTransport(NOTHING, None, address="local", gpus=0)
 
 
 @pytest.mark.slow
 def test_no_cluster_at_an_address_is_one_line() -> None:
     pytest.importorskip("ray", reason=NO_RAY)
     with pytest.raises(InputError, match=r"^--ray 127\.0\.0\.1:1: no cluster answers"):
-        transport.RayTransport(Any, None, address="127.0.0.1:1", gpus=0)
+        transport.RayTransport(NOTHING, None, address="127.0.0.1:1", gpus=0)
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +105,8 @@ def test_a_node_is_killed_and_the_results_are_those_of_one_process(two_nodes: An
 
 @pytest.mark.slow
 def test_a_cluster_is_not_left_for_another(two_nodes: Any) -> None:
-    transport.RayTransport(Any, None, address=two_nodes.address, gpus=0)
+    transport.RayTransport(NOTHING, None, address=two_nodes.address, gpus=0)
     with pytest.raises(InputError, match="is connected to the cluster at"):
-        transport.RayTransport(Any, None, address="127.0.0.1:1", gpus=0)
+        transport.RayTransport(NOTHING, None, address="127.0.0.1:1", gpus=0)
     with pytest.raises(InputError, match="no node of the cluster has the 2 GPUs that a worker takes"):
-        transport.RayTransport(Any, None, address="auto", gpus=2)
+        transport.RayTransport(NOTHING, None, address="auto", gpus=2)
