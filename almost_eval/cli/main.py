@@ -14,6 +14,7 @@ from almost_eval.cli.compare import compare
 from almost_eval.cli.config_file import add_config
 from almost_eval.cli.judge import judge, vicuna
 from almost_eval.cli.list import completion, list_all
+from almost_eval.cli.merge import merge
 from almost_eval.cli.parity import parity
 from almost_eval.cli.report import report
 from almost_eval.cli.tasks import TaskCommand
@@ -46,6 +47,7 @@ for command in (
     *(TaskCommand(name, path) for name, path in TASKS.items()),
     vicuna,
     judge,
+    merge,
     compare,
     parity,
     verify,

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from almost_eval.cli.slurm import SLURM
 from almost_eval.engines.build import EngineOptions, Flag
 
 if TYPE_CHECKING:
     from almost_eval.run.request import RunRequest
+    from almost_eval.run.shards import Shard
 
 Values = dict[str, Any]
 """Values of a command's flags by name, as click checked them."""
@@ -110,6 +112,29 @@ DATA_OPTIONS = [
     ),
     LIMIT,
 ]
+
+
+def _shard(context: click.Context, param: click.Parameter, value: str | None) -> Shard | None:
+    if value is None:
+        return None
+    from almost_eval.run.shards import Shard
+
+    return Shard.parse(value)
+
+
+_SHARD = click.option(
+    "--shard",
+    metavar="K/N",
+    callback=_shard,
+    help="Compute part K of N alone, in a folder inside --output; almost-eval merge joins the parts.",
+)
+
+
+def SHARD(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of every command whose samples can be divided among processes that know nothing of each other."""
+    return _SHARD(SLURM(command))
+
+
 RUN_OPTIONS = [
     click.option("--output", type=click.Path(path_type=Path), help="Run folder; the default is named by the run."),
     click.option("--seed", default=0, show_default=True, help="Of whatever is drawn."),

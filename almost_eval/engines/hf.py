@@ -223,10 +223,25 @@ class HFEngine(CheckpointEngine):
     def _limits(self) -> Limits:
         from almost_eval.engines.hf_loglikelihood import Limits
 
+        limits = self.pass_limits(self._vocabulary)
+        return Limits(limits["max_tokens"], limits["max_rows"], limits["max_sequences"])
+
+    def pass_limits(self, vocabulary: int | None = None) -> dict[str, Any]:
+        """What a forward pass may hold, as `plan_chunks` takes it; without a size of the vocabulary, the config's.
+
+        Loads no weights.
+        """
+        if vocabulary is None:
+            config = self.checkpoint.config
+            vocabulary = int({**config, **config.get("text_config", {})}.get("vocab_size") or len(self.tokenizer))
         on_cpu = self.device == "cpu"
         tokens = self.batch_tokens or (1024 if on_cpu else 4096)
         logits = (1 << 28) if on_cpu else (1 << 30)  # bytes of float32 logits in one pass
-        return Limits(tokens, max(8, logits // (4 * self._vocabulary)), self.batch_size)
+        return {
+            "max_tokens": tokens,
+            "max_rows": max(8, logits // (4 * vocabulary)),
+            "max_sequences": self.batch_size,
+        }
 
     def stream_completions(
         self, prompts: Sequence[str], params: SamplingParams

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from almost_eval.engines.base import EngineReport, RequestScores, SamplingParams
 from almost_eval.engines.checkpoint_engine import CheckpointEngine
-from almost_eval.engines.partition import partition_prompts, partition_requests
+from almost_eval.engines.partition import partition_lengths, partition_prompts, partition_requests
 from almost_eval.engines.prefix import EncodedRequest
 from almost_eval.errors import InputError
 from almost_eval.models.held import HeldCheckpoint
@@ -142,13 +142,18 @@ class PooledEngine:
         """
         if any(request.continuations for request in requests):
             self.engine._refuse_long(requests)  # before a worker starts
-        tokens = getattr(self.engine, "batch_tokens", None) or (
-            1024 if self.engine.device == "cpu" else 4096
-        )  # as `HFEngine` has it
-        units = SCORING_UNITS * self.pool.size
-        parts = partition_requests(requests, range(len(requests)), units, max_tokens=tokens).parts
+        parts = self._parts(requests, SCORING_UNITS * self.pool.size)
         # An empty part where nothing is wanted: the report of the whole plan belongs in the results all the same.
         yield from self._run(Scoring(list(requests)), wanted_of(parts, wanted) or [()])
+
+    def _parts(self, requests: Sequence[EncodedRequest], parts: int) -> Sequence[tuple[int, ...]]:
+        """Requests that begin alike together, unless the engine shares no prefix."""
+        engine: Any = self.engine
+        if not getattr(engine, "share_prefixes", True):
+            tokens = [sum(c.n_positions for c in request.continuations) for request in requests]
+            return partition_lengths(tokens, parts).parts
+        limits = engine.pass_limits() if hasattr(engine, "pass_limits") else {}
+        return partition_requests(requests, range(len(requests)), parts, **limits).parts
 
     def loglikelihood(self, requests: Sequence[LoglikelihoodRequest]) -> list[RequestScores]:
         """Scores of all requests, in order; raises as `stream` does."""

@@ -108,7 +108,9 @@ def test_all_killed_is_one_line_and_the_same_run_goes_on(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_texts_are_those_of_one_process() -> None:
-    prompts = [f"Human: What is {word}?\n\nAssistant:" for word in "a panther|Mars|tea|a violin|rain|the sea".split("|")]
+    prompts = [
+        f"Human: What is {word}?\n\nAssistant:" for word in "a panther|Mars|tea|a violin|rain|the sea".split("|")
+    ]
     params = SamplingParams(max_new_tokens=12, temperature=0.8, top_p=0.9, n=2, seed=3)
     alone = generation_engine("nano/almost", CPU).generate(prompts, params)
     engine: Any = generation_engine("nano/almost", FOUR)

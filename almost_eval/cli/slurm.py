@@ -1,0 +1,129 @@
+"""`--slurm N`: the command that was typed as a script for Slurm, on stdout. Nothing is submitted, and nothing runs.
+
+The script submits two jobs: an array with a shard of the run for each of its tasks, and, once all of these have ended,
+the merge. That one waits for their end, not for their success: where a shard is missing, `merge` names it.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from almost_eval.errors import InputError
+
+_SCRIPT = """\
+#!/bin/bash
+# {summary}
+# Submit with: bash THIS_FILE [options of sbatch, as --partition=gpu --gres=gpu:1 --time=2:00:00]
+set -euo pipefail
+mkdir -p {logs}
+
+shards=$(sbatch --parsable "$@" <<'SHARDS'
+#!/bin/bash
+#SBATCH --job-name={name}
+#SBATCH --array=1-{shards}
+#SBATCH --output={logs}/shard-%a.log
+set -euo pipefail
+cd {folder}
+{command} --shard "$SLURM_ARRAY_TASK_ID/{shards}"
+SHARDS
+)
+
+sbatch --dependency="afterany:${{shards%%;*}}" "$@" <<'MERGE'
+#!/bin/bash
+#SBATCH --job-name={name}-merge
+#SBATCH --output={logs}/merge.log
+set -euo pipefail
+cd {folder}
+{last}
+MERGE
+"""
+
+
+def script(command: Sequence[str], merge: Sequence[str], output: Path, shards: int, *, then: bool = False) -> str:
+    """The script.
+
+    Args:
+        command: the program and its arguments, without a shard.
+        merge: the program and its command that joins shards.
+        output: folder of the whole run.
+        shards: tasks of the array.
+        then: the command itself follows the merge: answers were divided, their judge is one.
+    """
+    folder = Path.cwd()
+    last = [shlex.join([*merge, str(output)])] + ([shlex.join(command)] if then else [])
+    return _SCRIPT.format(
+        summary=f"{Path(command[0]).name} in {shards} shards, then their merge",
+        name=f"almost-{output.name}",
+        # A comment of sbatch takes no quotes: spaces are escaped.
+        logs=str(folder / output / "slurm").replace(" ", "\\ "),
+        shards=shards,
+        folder=shlex.quote(str(folder)),
+        command=shlex.join(command),
+        last="\n".join(last),
+    )
+
+
+def _print_script(context: click.Context, param: click.Parameter, value: int | None) -> None:
+    """Print the script of the command line, all of which is checked before, and exit."""
+    if value is None or context.resilient_parsing:
+        return
+    from almost_eval.run.provenance import command
+
+    path = context.command_path.split()[1:]
+    if sys.argv[1 : 1 + len(path)] != path:
+        raise InputError(f"--{param.name} is for the command line alone")
+    arguments = _without(param.name, sys.argv)[1 + len(path) :]
+    with context.command.make_context(context.info_name, arguments, parent=context.parent) as whole:
+        words = _without(param.name, [sys.argv[0], *command()[1:]])  # with the options that a file stands for
+        values = whole.params
+    if values.get("shard"):
+        raise InputError("--slurm makes the shards itself; leave out --shard")
+    if values.get("output") is None:
+        raise InputError("--slurm: name the folder of the run with --output; the shards are written inside it")
+    for name in ("dry_run", "log_to"):
+        if values.get(name):
+            raise InputError(f"--slurm takes no --{name.replace('_', '-')}, as it would be each shard's; leave it out")
+    program = _program(words[0])
+    root = context.find_root().command
+    assert isinstance(root, click.Group)
+    own = "merge" in root.commands
+    merge = [*program, "merge"] if own else [str(Path(program[0]).with_name("almost-eval")), "merge"]
+    click.echo(script([*program, *words[1:]], merge, values["output"], value, then="judge" in values), nl=False)
+    context.exit(0)
+
+
+def _without(name: str | None, words: Sequence[str]) -> list[str]:
+    """Words of a command line without an option and its value."""
+    flag, kept, skip = f"--{name}", [], False
+    for word in words:
+        if skip or word.startswith(f"{flag}="):
+            skip = False
+        elif word == flag:
+            skip = True
+        else:
+            kept.append(word)
+    return kept
+
+
+def _program(name: str) -> list[str]:
+    """How a job starts the program: by its path, as the search path of a job may be another."""
+    file = Path(name)
+    if file.name == "__main__.py":
+        return [sys.executable, "-m", ".".join(file.parent.parts[-2:])]
+    return [str(file.absolute()) if file.exists() else name]
+
+
+SLURM = click.option(
+    "--slurm",
+    type=click.IntRange(min=1),
+    metavar="N",
+    expose_value=False,
+    callback=_print_script,
+    help="Print a script for Slurm: an array job of N shards of this command, then the merge.",
+)
+"""The option of every command that has shards."""
