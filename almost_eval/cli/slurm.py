@@ -6,6 +6,7 @@ the merge. That one waits for their end, not for their success: where a shard is
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -17,26 +18,27 @@ from almost_eval.errors import InputError
 
 _SCRIPT = """\
 #!/bin/bash
-# {summary}
+# {name}: {shards} shards, and their merge.
 # Submit with: bash THIS_FILE [options of sbatch, as --partition=gpu --gres=gpu:1 --time=2:00:00]
 set -euo pipefail
 mkdir -p {logs}
 
-shards=$(sbatch --parsable "$@" <<'SHARDS'
+submit_shards() {{ sbatch --parsable "$@" <<'SHARDS'
 #!/bin/bash
 #SBATCH --job-name={name}
 #SBATCH --array=1-{shards}
-#SBATCH --output={logs}/shard-%a.log
+#SBATCH --output="{quoted}/shard-%a.log"
 set -euo pipefail
 cd {folder}
 {command} --shard "$SLURM_ARRAY_TASK_ID/{shards}"
 SHARDS
-)
+}}
+shards=$(submit_shards "$@")
 
 sbatch --dependency="afterany:${{shards%%;*}}" "$@" <<'MERGE'
 #!/bin/bash
 #SBATCH --job-name={name}-merge
-#SBATCH --output={logs}/merge.log
+#SBATCH --output="{quoted}/merge.log"
 set -euo pipefail
 cd {folder}
 {last}
@@ -55,10 +57,10 @@ def script(command: Sequence[str], merge: Sequence[str], output: Path, shards: i
         then: the command itself follows the merge: answers were divided, their judge is one.
     """
     folder = Path.cwd()
+    logs = str(folder / output / "slurm")
     last = [shlex.join([*merge, str(output)])] + ([shlex.join(command)] if then else [])
     return _SCRIPT.format(
-        summary=f"{Path(command[0]).name} in {shards} shards, then their merge",
-        name=f"almost-{output.name}",
+        name="almost-" + re.sub(r"[^\w.-]", "-", output.absolute().name),
         # A comment of sbatch takes no quotes: spaces are escaped.
         logs=str(folder / output / "slurm").replace(" ", "\\ "),
         shards=shards,
