@@ -61,8 +61,9 @@ def script(command: Sequence[str], merge: Sequence[str], output: Path, shards: i
     last = [shlex.join([*merge, str(output)])] + ([shlex.join(command)] if then else [])
     return _SCRIPT.format(
         name="almost-" + re.sub(r"[^\w.-]", "-", output.absolute().name),
-        # A comment of sbatch takes no quotes: spaces are escaped.
-        logs=str(folder / output / "slurm").replace(" ", "\\ "),
+        logs=shlex.quote(logs),
+        # As sbatch reads it, not a shell: a quoted text, in which % begins a number of the job's.
+        quoted=logs.replace("\\", r"\\").replace('"', r"\"").replace("%", "%%"),
         shards=shards,
         folder=shlex.quote(str(folder)),
         command=shlex.join(command),
@@ -93,8 +94,7 @@ def _print_script(context: click.Context, param: click.Parameter, value: int | N
     program = _program(words[0])
     root = context.find_root().command
     assert isinstance(root, click.Group)
-    own = "merge" in root.commands
-    merge = [*program, "merge"] if own else [str(Path(program[0]).with_name("almost-eval")), "merge"]
+    merge = [*program, next(name for name in ("merge-shards", "merge") if name in root.commands)]
     click.echo(script([*program, *words[1:]], merge, values["output"], value, then="judge" in values), nl=False)
     context.exit(0)
 
