@@ -7,6 +7,7 @@ may. What workers and libraries print goes to a file each; the last line of it i
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import pickle
@@ -16,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from multiprocessing import connection
@@ -55,7 +57,6 @@ class LocalTransport:
         self._threads = threads
         self._devices = devices
         self._modules = list(modules)
-        self._parent: _Parent | None = None
         self._workers: dict[int, _Worker] = {}
         self._task: tuple[int, bytes] = (0, b"")
         self._folder: Path | None = None
@@ -66,14 +67,10 @@ class LocalTransport:
 
     def start(self, place: int) -> None:
         """Fork a worker."""
-        if self._parent is None or not self._parent.is_alive():
-            if self._parent is not None:
-                self._parent.close()
-            self._parent = _Parent(self._threads, self._modules)
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="almost-workers-"))
         environment = {"CUDA_VISIBLE_DEVICES": self._devices[place]} if self._devices else {}
-        worker = _Worker(self._parent, self._folder / f"worker-{place + 1}.log", environment)
+        worker = _Worker(parent_of(self._threads, self._modules), self._folder / f"worker-{place + 1}.log", environment)
         worker.send(pickle.dumps(self._recipe))
         self._workers[place] = worker
 
@@ -109,15 +106,30 @@ class LocalTransport:
         self._workers = {}
         for worker in workers:
             worker.connection.close()
-        if self._parent is not None:
-            end = time.monotonic() + PATIENCE
-            for worker in workers:
-                worker.end(end)
-            self._parent.close()
-            self._parent = None
+        end = time.monotonic() + PATIENCE
+        for worker in workers:
+            worker.end(end)
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
+
+
+_parents: dict[tuple[int, int, tuple[str, ...]], _Parent] = {}
+
+
+def parent_of(threads: int, modules: Sequence[str]) -> _Parent:
+    """The process that forks workers with so many threads: one for all pools of this process, as imports take seconds.
+
+    It ends with this process.
+    """
+    key = (os.getpid(), threads, tuple(modules))  # a process that was forked from this one has its own
+    parent = _parents.get(key)
+    if parent is None or not parent.is_alive():
+        if parent is not None:
+            parent.close()
+        parent = _parents[key] = _Parent(threads, modules)
+        atexit.register(parent.close)
+    return parent
 
 
 class _Parent:
@@ -136,28 +148,32 @@ class _Parent:
                 start_new_session=True,  # a Ctrl-C reaches this process alone, which then ends the workers
             )
         self._lines = self._socket.makefile("r")
+        self._lock = threading.Lock()
+        self._owner = os.getpid()
 
     def is_alive(self) -> bool:
         return self._process.poll() is None
 
     def fork(self, theirs: connection.Connection, log: Path, environment: dict[str, str]) -> int | None:
         """Pid of a worker that has the connection; None where this process has ended."""
-        order = json.dumps({"log": str(log), "environment": environment}).encode()
-        try:
-            socket.send_fds(self._socket, [order], [theirs.fileno()])
-            return int(self._lines.readline())
-        except (OSError, ValueError):
-            return None
+        return self._order({"log": str(log), "environment": environment}, [theirs.fileno()])
 
     def wait(self, pid: int, seconds: float) -> int | None:
         """Exit code of a worker, minus the signal that ended it; None where it runs on, or is not known."""
-        try:
-            socket.send_fds(self._socket, [json.dumps({"wait": pid, "seconds": seconds}).encode()], [])
-            return int(self._lines.readline())
-        except (OSError, ValueError):
-            return None
+        return self._order({"wait": pid, "seconds": seconds}, [])
+
+    def _order(self, order: JSONObject, descriptors: list[int]) -> int | None:
+        with self._lock:
+            try:
+                socket.send_fds(self._socket, [json.dumps(order).encode()], descriptors)
+                return int(self._lines.readline())
+            except (OSError, ValueError):
+                return None
 
     def close(self) -> None:
+        """End it; its workers end by themselves."""
+        if os.getpid() != self._owner:
+            return
         self._lines.close()
         self._socket.close()
         self._process.wait()
