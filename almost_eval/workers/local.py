@@ -60,6 +60,7 @@ class LocalTransport:
         self._workers: dict[int, _Worker] = {}
         self._task: tuple[int, bytes] = (0, b"")
         self._folder: Path | None = None
+        parent_of(threads, modules)  # imports, while this process prepares the work
 
     def describe(self) -> JSONObject:
         """What a result records."""
@@ -171,11 +172,12 @@ class _Parent:
                 return None
 
     def close(self) -> None:
-        """End it; its workers end by themselves."""
+        """End it, which may be in the middle of an import; its workers end by themselves."""
         if os.getpid() != self._owner:
             return
         self._lines.close()
         self._socket.close()
+        self._process.kill()
         self._process.wait()
 
 

@@ -6,6 +6,7 @@ missing is given out again. Restarts are bounded, and so are the workers that on
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import deque
 from collections.abc import Generator, Sequence
@@ -160,6 +161,8 @@ class Pool:
 
     def _lose(self, place: int, reason: str, waiting: deque[Unit], left: dict[int, set[int]]) -> None:
         self.lost.append(f"worker {place + 1}: {reason}")
+        sys.stderr.write(f"{self.lost[-1]}; its samples go to the others\n")
+        sys.stderr.flush()
         self._idle.discard(place)
         self._starting.discard(place)
         if self._restarts_left:
