@@ -2,9 +2,9 @@
 
 Usage: python benchmarks/workers.py [--model nano/almost] [--task mmlu] [--limit 8] [--repeats 3] [--workers 0 1 2 4]
 
-Each run is a process of its own, in turn (0, 1, 2, 4, then again), and the best of the repeats counts. It prints seconds
-to the first sample, seconds in all, and whether the scores are those of the run without workers in every bit; every run
-has one thread, as the number of threads reaches the last bits.
+Each run is a process of its own, in turn (0, 1, 2, 4, then again), and the best of the repeats counts. It prints
+seconds to the first sample, seconds in all, and whether the scores are those of the run without workers in every bit;
+every run has one thread, as the number of threads reaches the last bits.
 """
 
 from __future__ import annotations

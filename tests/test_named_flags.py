@@ -43,6 +43,9 @@ PROGRAMS = {
     "serving": ("almost-serve", "almost-chat"),
 }
 OF_OTHERS: dict[str, dict[str, str]] = {
+    "almost_eval/cli/slurm.py": dict.fromkeys(
+        ("--array", "--dependency", "--gres", "--job-name", "--parsable", "--partition", "--time"), "sbatch's"
+    ),
     "almost_eval/compare/tax/training.py": {"--save-every": "of almost-train, whose folder is looked at"},
     "almost_eval/engines/vllm.py": {"--data-parallel-size": "of `vllm serve`, which the message names"},
     "almost_eval/report/plots.py": dict.fromkeys(("--rule", "--sans"), "variables of CSS"),

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from almost_eval.cli.slurm import SLURM
 from almost_eval.engines.build import EngineOptions, Flag
 
 if TYPE_CHECKING:
@@ -130,9 +129,26 @@ _SHARD = click.option(
 )
 
 
+def _slurm(context: click.Context, param: click.Parameter, value: int | None) -> None:
+    if value is not None and not context.resilient_parsing:
+        from almost_eval.cli.slurm import print_script
+
+        print_script(context, str(param.name), value)
+
+
+_SLURM = click.option(
+    "--slurm",
+    type=click.IntRange(min=1),
+    metavar="N",
+    expose_value=False,
+    callback=_slurm,
+    help="Print a script for Slurm: an array job of N shards of this command, then the merge.",
+)
+
+
 def SHARD(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of every command whose samples can be divided among processes that know nothing of each other."""
-    return _SHARD(SLURM(command))
+    return _SHARD(_SLURM(command))
 
 
 RUN_OPTIONS = [

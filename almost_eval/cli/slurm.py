@@ -15,6 +15,7 @@ from pathlib import Path
 import click
 
 from almost_eval.errors import InputError
+from almost_eval.run.provenance import command
 
 _SCRIPT = """\
 #!/bin/bash
@@ -71,18 +72,23 @@ def script(command: Sequence[str], merge: Sequence[str], output: Path, shards: i
     )
 
 
-def _print_script(context: click.Context, param: click.Parameter, value: int | None) -> None:
-    """Print the script of the command line, all of which is checked before, and exit."""
-    if value is None or context.resilient_parsing:
-        return
-    from almost_eval.run.provenance import command
+def print_script(context: click.Context, option: str, shards: int) -> None:
+    """Print the script of the command line, all of which is checked before, and exit.
 
+    Args:
+        context: of the command.
+        option: the name under which `shards` stands on the command line.
+        shards: tasks of the array.
+
+    Raises:
+        InputError: it names no folder, or something that is each shard's own.
+    """
     path = context.command_path.split()[1:]
     if sys.argv[1 : 1 + len(path)] != path:
-        raise InputError(f"--{param.name} is for the command line alone")
-    arguments = _without(param.name, sys.argv)[1 + len(path) :]
+        raise InputError(f"--{option} is for the command line alone")
+    arguments = _without(option, sys.argv)[1 + len(path) :]
     with context.command.make_context(context.info_name, arguments, parent=context.parent) as whole:
-        words = _without(param.name, [sys.argv[0], *command()[1:]])  # with the options that a file stands for
+        words = _without(option, [sys.argv[0], *command()[1:]])  # with the options that a file stands for
         values = whole.params
     if values.get("shard"):
         raise InputError("--slurm makes the shards itself; leave out --shard")
@@ -95,11 +101,11 @@ def _print_script(context: click.Context, param: click.Parameter, value: int | N
     root = context.find_root().command
     assert isinstance(root, click.Group)
     merge = [*program, next(name for name in ("merge-shards", "merge") if name in root.commands)]
-    click.echo(script([*program, *words[1:]], merge, values["output"], value, then="judge" in values), nl=False)
+    click.echo(script([*program, *words[1:]], merge, values["output"], shards, then="judge" in values), nl=False)
     context.exit(0)
 
 
-def _without(name: str | None, words: Sequence[str]) -> list[str]:
+def _without(name: str, words: Sequence[str]) -> list[str]:
     """Words of a command line without an option and its value."""
     flag, kept, skip = f"--{name}", [], False
     for word in words:
@@ -118,14 +124,3 @@ def _program(name: str) -> list[str]:
     if file.name == "__main__.py":
         return [sys.executable, "-m", ".".join(file.parent.parts[-2:])]
     return [str(file.absolute()) if file.exists() else name]
-
-
-SLURM = click.option(
-    "--slurm",
-    type=click.IntRange(min=1),
-    metavar="N",
-    expose_value=False,
-    callback=_print_script,
-    help="Print a script for Slurm: an array job of N shards of this command, then the merge.",
-)
-"""The option of every command that has shards."""

@@ -21,7 +21,7 @@ from almost_eval.types import JSONObject
 if TYPE_CHECKING:  # the command line imports this file
     from almost_eval.models.held import HeldCheckpoint
     from almost_eval.workers.pool import Pool
-    from almost_eval.workers.work import Recipe
+    from almost_eval.workers.work import ServantRecipe
 
 ENGINES: dict[str, str] = {
     "hf": "almost_eval.engines.hf:HFEngine",
@@ -294,7 +294,7 @@ def one_process(options: EngineOptions) -> EngineOptions:
     return alone
 
 
-def pool_of(model: HeldCheckpoint, recipe: Recipe, options: EngineOptions) -> Pool:
+def pool_of(model: HeldCheckpoint, recipe: ServantRecipe, options: EngineOptions) -> Pool:
     """The workers that the options describe; see `pooled.open_pool`."""
     from almost_eval.engines import pooled
 

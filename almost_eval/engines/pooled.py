@@ -28,7 +28,7 @@ from almost_eval.workers.local import LocalTransport
 from almost_eval.workers.pool import Pool
 from almost_eval.workers.ray import RayTransport
 from almost_eval.workers.size import local_share, requested
-from almost_eval.workers.work import Recipe, Transport, Unit
+from almost_eval.workers.work import ServantRecipe, Transport, Unit
 
 if TYPE_CHECKING:
     from almost_eval.engines.hf import HFEngine
@@ -234,7 +234,13 @@ def model_for_workers(name: str) -> str:
 
 
 def open_pool(
-    model: HeldCheckpoint, recipe: Recipe, workers: int | str | None, ray: str | None, *, gpus_each: int, is_auto: bool
+    model: HeldCheckpoint,
+    recipe: ServantRecipe,
+    workers: int | str | None,
+    ray: str | None,
+    *,
+    gpus_each: int,
+    is_auto: bool,
 ) -> Pool:
     """The workers that `--workers` and `--ray` describe; they start with the first stream.
 

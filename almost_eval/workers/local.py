@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from almost_eval.types import JSONObject
-from almost_eval.workers.work import Lost, Message, Recipe, Unit
+from almost_eval.workers.work import Lost, Message, ServantRecipe, Unit
 
 _CODE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from almost_eval.workers.process import main; main()"
 PATIENCE = 10.0
@@ -45,7 +45,7 @@ class LocalTransport:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: ServantRecipe,
         size: int,
         *,
         threads: int,

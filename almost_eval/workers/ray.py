@@ -16,7 +16,7 @@ from typing import Any
 
 from almost_eval.errors import AlmostError, InputError, MissingDependencyError
 from almost_eval.types import JSONObject
-from almost_eval.workers.work import Item, Lost, Message, Ready, Recipe, Refused, Servant, Unit, serve
+from almost_eval.workers.work import Item, Lost, Message, Ready, Refused, Servant, ServantRecipe, Unit, serve
 
 LOCAL = "local"
 """The value of `--ray` that stands for a cluster of this machine alone, made for this command."""
@@ -39,7 +39,7 @@ class RayTransport:
         InputError: no cluster at that address, or one without room for a worker.
     """
 
-    def __init__(self, recipe: Recipe, size: int | None, *, address: str, gpus: int) -> None:
+    def __init__(self, recipe: ServantRecipe, size: int | None, *, address: str, gpus: int) -> None:
         if find_spec("ray") is None:
             raise MissingDependencyError(
                 "--ray needs the package 'ray'; install it with: pip install 'almost-toolkit[ray]'"
@@ -165,7 +165,7 @@ class ActorServant:
         self._servant: Servant | None = None
         self._task: tuple[int, Any] = (0, None)
 
-    def open(self, recipe: Recipe, threads: int) -> Message:
+    def open(self, recipe: ServantRecipe, threads: int) -> Message:
         """Make the servant; its libraries are not imported before."""
         os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
         try:

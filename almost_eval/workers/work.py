@@ -48,7 +48,7 @@ class Servant(Protocol):
         ...
 
 
-class Recipe(Protocol):
+class ServantRecipe(Protocol):
     """Makes a servant, in the process of a worker."""
 
     def open(self) -> Servant:
