@@ -55,6 +55,7 @@ OF_OTHERS: dict[str, dict[str, str]] = {
     "almost_train/rlsf/vllm_sampler.py": dict.fromkeys(
         ("--logprobs-mode", "--weight-transfer-config"), "vLLM's, of the server that the message is about"
     ),
+    "almost_eval/workers/ray.py": {"--head": "of `ray start`, which the message names"},
     "serving/all.py": {"--gpu-memory-utilization": "vLLM's, which is passed to it"},
     "serving/chat/small_model.py": {"--no-deps": "pip's"},
     "serving/chat/tab_report.py": {"--output": "of almost-eval, which the message names"},
