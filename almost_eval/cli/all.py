@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from almost_eval.cli.command_line import comma_list, import_transformers, open_console, options, options_of
+from almost_eval.cli.command_line import comma_list, import_transformers, open_console, options, options_of, print_json
 from almost_eval.cli.judge_options import JUDGE_OPTIONS, JUDGES_OWN, REASK
 from almost_eval.cli.options import DATA_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, Values, run_request
 from almost_eval.progress import Progress
@@ -78,7 +77,7 @@ def all_tasks(reward_model: str | None, baseline: str | None, tasks: list[str], 
             progress.end(outcome.name)
     whole, code = summary(model, folder, outcomes)
     if values["as_json"]:
-        click.echo(json.dumps(whole, indent=1, ensure_ascii=False))
+        print_json(whole)
     else:
         print_outcomes(outcomes, whole, open_console())
     return code
@@ -102,7 +101,7 @@ def _show_plan(planned: Sequence[Planned], model: str, *, as_json: bool) -> int:
     if as_json:
         tasks = {one.name: one.to_dict() for one in planned}
         totals = {key: sum(getattr(one, key) for one in planned) for key in ("read", "write")}
-        click.echo(json.dumps({"model": model, "tasks": tasks, **totals}, indent=1, ensure_ascii=False))
+        print_json({"model": model, "tasks": tasks, **totals})
     else:
         print_plan(planned, model, open_console())
     return 1 if any(one.refused for one in planned) else 0

@@ -31,7 +31,7 @@ def engine_flag(
     if flag.kind is bool:
         return make(f"{name}/--no-{name[2:]}", default=True) if option.default else make(name, is_flag=True)
     if flag.is_repeatable:
-        return make(name, multiple=True, callback=_joined)
+        return make(name, multiple=True, callback=joined)
     if flag.bare is not None:
         return make(name, is_flag=False, flag_value=flag.bare, metavar="[ADDRESS]")
     if flag.is_auto:
@@ -39,7 +39,8 @@ def engine_flag(
     return make(name, default=default or (option.default if flag.is_shown else None), type=_type(flag))
 
 
-def _joined(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> str | None:
+def joined(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> str | None:
+    """A flag that may be repeated, as one string with commas; None where it is absent."""
     return ",".join(values) or None
 
 

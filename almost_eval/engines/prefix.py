@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from almost_eval.errors import TemplateError
-from almost_eval.models.openings import Opening
+from almost_eval.models.tokenizers import Opening
 from almost_eval.types import ContinuationScore, LoglikelihoodRequest
 
 if TYPE_CHECKING:
@@ -136,12 +136,6 @@ class TokenEncoder:
             encoded.append(EncodedRequest(request, tuple(continuations)))
         return encoded
 
-    def encode_rolling(self, request: LoglikelihoodRequest, context_length: int) -> EncodedRequest:
-        """The one text of a rolling request, each token scored once, in lm-eval's windows."""
-        (ids,) = self.encode_texts(request.continuations)
-        windows = rolling_windows(ids, self.stand_in(), context_length)
-        return EncodedRequest(request, tuple(EncodedContinuation(*window) for window in windows))
-
     def stand_in(self) -> Ids:
         """(1,) the BOS, or else the EOS: what a model reads where there is no text to start from.
 
@@ -157,21 +151,6 @@ class TokenEncoder:
 def _shift_trailing_space(context: str, continuation: str) -> tuple[str, str]:
     stripped = context.rstrip()
     return stripped, context[len(stripped) :] + continuation
-
-
-def rolling_windows(ids: Ids, first: Ids, size: int) -> list[tuple[Ids, Ids]]:
-    """Cut a text into (context, scored) pieces of at most `size` input positions, as lm-eval does.
-
-    The first piece is conditioned on `first` (BOS), each other on one token of the text, the last on as many as fit.
-    A text without tokens has no piece.
-    """
-    if not len(ids):
-        return []
-    windows = [(first, ids[:size])]
-    for begin in range(size, len(ids), size):
-        end = min(begin + size, len(ids))
-        windows.append((ids[end - size - 1 : begin], ids[begin:end]))
-    return windows
 
 
 def scores_of_nothing(

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 
-from almost_eval.engines.base import EngineReport, RequestScores, SamplingParams
+from almost_eval.engines.base import RequestScores, SamplingParams
 from almost_eval.engines.checkpoint_engine import CheckpointEngine
 from almost_eval.engines.decoding import decode, marks
 from almost_eval.engines.prefix import EncodedRequest, scores_of_nothing
@@ -33,7 +33,7 @@ from almost_eval.models.adapters import refuse_for_vllm
 from almost_eval.models.checkpoint import Checkpoint, find_checkpoint, refuse_stray_weights
 from almost_eval.models.loading import Purpose, first_line
 from almost_eval.models.stops import end_ids, first_stop
-from almost_eval.types import Completion, JSONObject
+from almost_eval.types import Completion, EngineReport, JSONObject
 
 
 class VLLMEngine(HoldsLLM, CheckpointEngine):

@@ -55,10 +55,10 @@ class Shard:
         """Its own of the parts.
 
         Raises:
-            InputError: there is nothing in it, as there are fewer samples than shards.
+            InputError: there are fewer samples than shards, so that one or another would have none.
         """
-        if not parts[self.number - 1]:
-            most = sum(bool(part) for part in parts)
+        most = sum(bool(part) for part in parts)
+        if most < self.of:
             raise InputError(f"--shard {self}: there are {what} for {most} shards only; take N of {most} or fewer")
         return parts[self.number - 1]
 

@@ -11,8 +11,7 @@ from typing import Any
 
 from almost_eval.data.sources import DataSource
 from almost_eval.errors import InputError, problem_of
-from almost_eval.run.results import summarise
-from almost_eval.run.runner import Run
+from almost_eval.run.runner import Run, summarise
 from almost_eval.run.store import read_results, read_samples, read_spec
 from almost_eval.run.texts import score_texts
 from almost_eval.run.validity import check

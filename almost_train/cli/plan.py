@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from almost_eval.cli.command_line import import_transformers, open_console
-from almost_train.cli.options import scale_options
+from almost_eval.cli.command_line import import_transformers, open_console, print_json
+from almost_train.cli.options import recipe_options, scale_options
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,6 +34,7 @@ DOES_NOT_FIT = 3
 )
 @click.option("--measure", is_flag=True, help="Time a pass of each model on this machine; needs its weights.")
 @click.option("--data-root", help="Folder laid out like the hub, looked in first. [env: ALMOST_DATA_ROOT]")
+@recipe_options
 @scale_options
 @click.option("--json", "as_json", is_flag=True, help="Print bytes and seconds instead of the table.")
 def plan(
@@ -45,6 +45,8 @@ def plan(
     sharding: str,
     measure: bool,
     data_root: str | None,
+    values: tuple[str, ...],
+    places: dict[str, str],
     scale: str,
     scale_model: str | None,
     as_json: bool,
@@ -65,7 +67,7 @@ def plan(
     from almost_train.pipeline.recipe import load_recipe
     from almost_train.pipeline.scale import scaled
 
-    loaded = scaled(load_recipe(recipe), scale, scale_model)
+    loaded = scaled(load_recipe(recipe, places=places, values=values), scale, scale_model)
     import_transformers()
     chosen = devices(device_memory, count, gpu, sharding)
     engine = engine_options(loaded.engine, f"recipe {loaded.name}, engine")
@@ -78,7 +80,7 @@ def plan(
             "rates": _rates(gpu, measure),
             "stages": [row.to_dict() for row in rows],
         }
-        click.echo(json.dumps(content, indent=1, ensure_ascii=False))
+        print_json(content)
     else:
         console = open_console()
         console.print(_table(rows, f"{loaded.name} on {chosen.describe()}"))

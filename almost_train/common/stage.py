@@ -141,13 +141,17 @@ class Stage:
         Raises:
             StageChanged: an earlier process settled it otherwise.
         """
-        stored = read_json(self.folder / "stage.json", "stage", "settings", "inputs")
-        pinned = stored.get("pinned", {})
-        was = pinned.get(name, value)
+        was = self.settle(name, value)
         if was != value:
             raise StageChanged(self.folder, f"settings ({name} was {_short(was)}, is {_short(value)})")
+
+    def settle(self, name: str, value: str) -> str:
+        """What an earlier process settled under this name; else the value, to which the stage is held from now on."""
+        stored = read_json(self.folder / "stage.json", "stage", "settings", "inputs")
+        pinned = stored.get("pinned", {})
         if name not in pinned:
             write_json(self.folder / "stage.json", {**stored, "pinned": {**pinned, name: value}})
+        return str(pinned.get(name, value))
 
     def finish(
         self, metrics: Mapping[str, object], outputs: Mapping[str, Path] = {}, state: Path | None = None

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from almost_eval.errors import InputError
 from almost_eval.models.loading import LARGE, cpu_has_bfloat16
 from almost_train.common.lora import LoraSettings, lora_config
-from almost_train.common.trainers import TrainSettings
+from almost_train.common.train_settings import TrainSettings
 from almost_train.pipeline.hardware import Devices
 from almost_train.pipeline.shapes import cache_bytes, load_config, local_folder
 from almost_train.rlsf.job import RLSFSettings

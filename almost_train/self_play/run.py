@@ -20,7 +20,7 @@ from pathlib import Path
 
 from almost_eval.engines.partition import partition_lengths
 from almost_eval.errors import DataError, InputError, StoreError, did_you_mean
-from almost_eval.files import Row, RowLog, write_rows
+from almost_eval.files import Row, write_rows
 from almost_eval.models.chat import dialogue_text
 from almost_eval.progress import Progress
 from almost_eval.rewards.base import RewardModel
@@ -28,6 +28,7 @@ from almost_eval.run.shards import Mark, Shard, begin_shard
 from almost_eval.types import JSONObject, Message
 from almost_train.common.formats import read_prompt_rows
 from almost_train.common.held_out import HeldOut, is_held_out, read_held_out
+from almost_train.common.resume import RowLog
 from almost_train.common.shards import folder_of, joined_rows, shard_result, whole_stage
 from almost_train.common.stage import Stage, model_input
 from almost_train.common.tables import Table, read_any

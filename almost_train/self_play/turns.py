@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 
 from almost_eval.engines.base import GenerationEngine, LoglikelihoodEngine, SamplingParams
 from almost_eval.errors import InputError
-from almost_eval.files import Row, RowLog
+from almost_eval.files import Row
 from almost_eval.models.chat import dialogue_text
 from almost_eval.progress import Progress
 from almost_eval.rewards.base import RewardModel
 from almost_eval.types import Completion, Conversation, LoglikelihoodRequest, Message
 from almost_train.common.held_out import HeldOut, is_held_out
+from almost_train.common.resume import RowLog
 from almost_train.self_play.rules import broken_rule, end_at_user, is_empty
 from almost_train.self_play.settings import SelfPlaySettings
 from almost_train.synthetic.sampling import derived_seed

@@ -25,11 +25,12 @@ from almost_eval.data.sources import DataSource
 from almost_eval.engines.base import GenerationEngine, SamplingParams
 from almost_eval.engines.partition import partition_lengths
 from almost_eval.errors import DataError, InputError, StoreError
-from almost_eval.files import Row, RowLog, read_rows, write_rows
+from almost_eval.files import Row, read_rows, write_rows
 from almost_eval.progress import Progress
 from almost_eval.run.shards import Mark, Shard, begin_shard
 from almost_eval.types import Completion, JSONObject, Message
 from almost_train.common.config import option, settings_from
+from almost_train.common.resume import RowLog
 from almost_train.common.shards import folder_of, joined_rows, shard_result, whole_stage
 from almost_train.common.stage import Stage, model_input
 from almost_train.synthetic.filters import RULES, STOPS, broken_rule, read_response

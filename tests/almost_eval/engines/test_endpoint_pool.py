@@ -71,6 +71,7 @@ def test_equal_endpoints_share_the_work_and_the_answers_are_those_of_one(endpoin
     assert together.warnings == []
 
 
+@pytest.mark.alone("the time that 40 requests take")
 def test_a_slow_endpoint_gets_little_and_holds_nobody_up(endpoints: list[Endpoint]) -> None:
     endpoints[0].answer = serving(seconds=0.4)
     for endpoint in endpoints[1:]:
@@ -193,6 +194,7 @@ def test_each_endpoint_gets_the_key_and_its_own_host(
         assert {headers["host"] for headers in endpoint.headers} == {endpoint.url.split("/")[2]}
 
 
+@pytest.mark.alone("a ratio of two times")
 def test_two_endpoints_of_a_fixed_service_time_take_half_of_the_time(endpoints: list[Endpoint]) -> None:
     """Each answers one request after the other, as a machine of its own would."""
     for endpoint in endpoints:

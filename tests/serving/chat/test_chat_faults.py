@@ -80,13 +80,11 @@ def test_a_bug_of_ours_is_a_sentence_and_the_page_can_be_used_again(tmp_path: Pa
     page = asyncio.run(told(events))
     assert BROKEN.replace("'", "&#x27;") in page[tab.notice]
     assert "a bug" not in page[tab.notice]
-    if tab.send in page:
-        assert page[tab.send].visible is not False
-        assert page[tab.send].interactive is not False
-        if hasattr(tab, "stop"):
-            assert page[tab.stop].visible is False
-    else:  # the Chat tab's buttons are as its live answer is, by a rule of the style sheet
+    # The buttons are as the answers are, by a rule of the style sheet.
+    if isinstance(tab, ChatTab):
         assert page[tab.live] == ""
+    else:
+        assert not any("working" in page[panel] for panel in tab.panels)
     assert own._stops == {}
     assert not own._line.working
 
@@ -160,7 +158,7 @@ def test_the_page_ends_with_its_models_and_says_why(tmp_path: Path) -> None:
     children = Path(f"/proc/{page.pid}/task/{page.pid}/children").read_text().split()
     (model,) = [pid for pid in children if b"serving.cli.local" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     os.kill(int(model), signal.SIGKILL)
-    _, err = page.communicate(timeout=30)
+    _, err = page.communicate(timeout=120)
     assert page.returncode == 1
     assert "--- the last lines of nano/sft" in err
     assert err.splitlines()[-1] == "error: nano/sft was killed by signal 9; its last lines say why"

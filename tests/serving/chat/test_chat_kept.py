@@ -256,10 +256,10 @@ def test_a_formula_can_do_nothing() -> None:
 
 
 def test_hostile_delimiters_take_no_time() -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     for piece in ("$a ", "$$a\n", "\\(a ", "$\\", "\\["):
         markdown(piece * 8_000)
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_gradio_brings_what_code_and_maths_need(tmp_path: Path) -> None:

@@ -172,6 +172,7 @@ def test_the_models_process_ends_with_its_parent() -> None:
 # --- several visitors ---
 
 
+@pytest.mark.alone("a ratio of two times")
 def test_a_short_answer_does_not_wait_for_a_long_one(client: httpx.Client) -> None:
     began = time.perf_counter()
     with ThreadPoolExecutor(2) as pool:

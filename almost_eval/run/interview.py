@@ -1,6 +1,6 @@
 """What a run asks its model, sample by sample, and what the model answers: no folder, no spec, no results.
 
-Everything that can be refused is refused when an `Asking` is made: data, prompts and lengths come before weights.
+Everything that can be refused is refused when an `Interview` is made: data, prompts and lengths come before weights.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from almost_eval.types import (
 )
 
 
-class Asking:
+class Interview:
     """A task and the model it is put to, checked and ready.
 
     Args:
@@ -88,7 +88,7 @@ class Asking:
         """Let the template write the time that it wrote when the run of `spec` began.
 
         Raises:
-            InputError: see `Asking`.
+            InputError: see `Interview`.
         """
         is_reward = self.task.requires == "reward"
         template = self.model.template if is_reward else self.task.prompting.template
