@@ -67,6 +67,10 @@ class HFEngine(CheckpointEngine):
         self.share_prefixes = share_prefixes
         self.batch_size = batch_size
         self.batch_tokens = batch_tokens
+        self.part: int | None = None
+        """Number of the part that is computed next, of a run whose parts get the same list of requests: they share its
+        trie, and the first alone measures rounding. None: a stream is a whole run, or what is left of one."""
+        self._planned: tuple[Sequence[EncodedRequest], TokenTrie] | None = None
         self._headers: SharedHeader | None = None
         self._attention = settled_attention(attention, self.checkpoint, trust_remote_code=self._trust_remote_code)
 
@@ -123,7 +127,7 @@ class HFEngine(CheckpointEngine):
         model, config = self.model, self.model.config
         window = scoring.AttentionWindow.of(config, longest)
         probe = self._probe(window)
-        trie = build_trie(requests)
+        trie = self._trie(requests)
         report.tokens_plain, report.tokens_in_trie = trie.tokens_plain, len(trie)
         uneven = scoring.length_dependence(config, longest)
         if not probe.padding_is_exact:
@@ -142,7 +146,7 @@ class HFEngine(CheckpointEngine):
             trie = cut_trie(trie, max_tokens=limits.tokens, max_rows=limits.rows, max_sequences=limits.sequences)
             report.path, report.tokens_computed = "shared-prefix", len(trie)
             scorer = scoring.SharedPrefixScorer(model, window)
-            if self.dtype in ("bfloat16", "float16"):
+            if self.dtype in ("bfloat16", "float16") and not self.part:
                 results = self._stream_and_measure(scorer, trie, requests, wanted, limits, padding=not uneven)
             else:
                 results = scorer.stream(trie, requests, wanted, limits)
@@ -153,6 +157,13 @@ class HFEngine(CheckpointEngine):
         yield from results
         if scorer.limits_used != limits and scorer.limits_used is not None:
             report.warnings.append(f"out of memory: went on with {scorer.limits_used.tokens} tokens in a batch")
+
+    def _trie(self, requests: Sequence[EncodedRequest]) -> TokenTrie:
+        if self.part is None:
+            return build_trie(requests)
+        if self._planned is None or self._planned[0] is not requests:
+            self._planned = (requests, build_trie(requests))
+        return self._planned[1]
 
     def _stream_and_measure(
         self,

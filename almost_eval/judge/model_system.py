@@ -167,6 +167,8 @@ class ModelSystem:
         _put_in_order(file, list(by_id))
         drafts.unlink(missing_ok=True)  # every turn is in a whole answer now
         self._note_long(answers)
+        if (pool := getattr(self.engine, "pool", None)) is not None:
+            self.notes += [f"{self.name}: {warning}" for warning in pool.warnings]
         if (checkpoint := getattr(self.engine, "checkpoint", None)) and (
             checkpoint.file_digests() != self._spec["model_files"]
             or checkpoint.weight_digest() != self._spec["weight_digest"]

@@ -179,6 +179,8 @@ class Run(Interview):
             "seconds_to_first_sample": round(first, 3) if first else None,
             "samples_computed_now": len(missing),
         }
+        if (pool := getattr(self.model, "pool", None)) is not None:
+            timing["workers"] = pool.describe()
         return self._engine_report(), timing
 
 
