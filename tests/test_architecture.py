@@ -73,6 +73,7 @@ HEAVY = {
     "openai": set(),
     "tensorboard": set(),
     "wandb": set(),
+    "ray": set(),
 }
 """Package -> the files that import it at module level: those that cannot be used without it, each imported late."""
 
@@ -133,8 +134,8 @@ def test_heavy_packages_load_only_where_they_are_used(package: str) -> None:
 
 ROOMS = {
     "almost_eval": (
-        *("types", "errors", "progress", "stats", "files", "nano", "models", "data", "engines", "rewards", "tasks"),
-        *("run", "compare", "judge", "arena", "report", "suite", "api", "cli"),
+        *("types", "errors", "progress", "stats", "files", "nano", "models", "data", "workers", "engines", "rewards"),
+        *("tasks", "run", "compare", "judge", "arena", "report", "suite", "api", "cli"),
     ),
     "almost_train": ("common", "synthetic", "reward", "self_play", "sft", "rlsf", "dpo", "nano", "pipeline", "cli"),
     "serving": ("door", "launch", "models", "vllm", "gateway", "local", "chat", "all", "cli"),

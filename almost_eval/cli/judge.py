@@ -27,8 +27,8 @@ from almost_eval.cli.judge_options import (
     RUN_OPTIONS,
     TURN_OPTIONS,
 )
-from almost_eval.cli.options import engine_options
-from almost_eval.cli.tasks import show_plan, show_results
+from almost_eval.cli.options import SHARD, engine_options
+from almost_eval.cli.tasks import show_plan, show_results, show_shard
 from almost_eval.errors import InputError
 from almost_eval.judge.build import DEFAULT_BASELINE, NANO_JUDGE, answer_budget
 from almost_eval.judge.families import DEFAULT_FAMILY
@@ -48,7 +48,7 @@ STARTED = time.perf_counter()
 
 
 @click.command()
-@options(ANSWER_OPTIONS, PANEL_OPTIONS, DATA_OPTIONS, TURN_OPTIONS, RUN_OPTIONS, [JSON], ENGINE_OPTIONS)
+@options(ANSWER_OPTIONS, PANEL_OPTIONS, DATA_OPTIONS, TURN_OPTIONS, RUN_OPTIONS, [SHARD, JSON], ENGINE_OPTIONS)
 def vicuna(**flags: Any) -> int:
     """Two systems answer questions, and a judge says which answer is better.
 
@@ -61,13 +61,21 @@ def vicuna(**flags: Any) -> int:
       almost-eval vicuna --models ./a ./b answers-c.jsonl --judge reward:./my-reward-model
       almost-eval vicuna --questions mt-bench --judging single --model ./my-model --judge gpt-6.1-terra
       almost-eval vicuna --answers a.jsonl --baseline b.jsonl --judge gpt-6.1-terra --judge reward:./my-reward-model
+
+    With --shard K/N the models answer a part of the questions; almost-eval merge joins them, and the same command
+    without it then asks the judge.
     """
     from almost_eval.progress import progress_for
 
-    run = _prepare(flags)
+    run, shard = _prepare(flags), flags["shard"]
+    if shard:
+        from almost_eval.judge.shards import describe_shard, write_shard
     if flags["dry_run"]:
-        return show_plan(run.describe(flags["output"]), as_json=flags["as_json"])
+        more = describe_shard(run, shard) if shard else {}
+        return show_plan(run.describe(flags["output"]) | more, as_json=flags["as_json"])
     folder = flags["output"] or run.default_folder()
+    if shard:
+        return show_shard(write_shard(run, folder, shard, progress_for()), as_json=flags["as_json"])
     results, _ = run.execute(folder, progress_for(), started=STARTED)
     return show_results(results, folder, as_json=flags["as_json"])
 

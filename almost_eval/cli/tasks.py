@@ -14,10 +14,12 @@ import click
 
 from almost_eval.cli.command_line import comma_list, import_transformers, open_console, options, print_json
 from almost_eval.cli.config_file import CONFIG
-from almost_eval.cli.options import DATA_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, Values, run_request
+from almost_eval.cli.options import DATA_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, SHARD, Values, run_request
+from almost_eval.errors import InputError
 
 if TYPE_CHECKING:
     from almost_eval.run.request import RunRequest
+    from almost_eval.run.shards import Mark
     from almost_eval.tasks.facts import TaskSetting
     from almost_eval.types import JSONMapping, JSONObject
 
@@ -44,7 +46,7 @@ class TaskCommand(click.Command):
         own = [_option(setting) for setting in task_class(self.name).task_settings]
 
         @click.command()
-        @options(own, MODEL_OPTIONS, DATA_OPTIONS, RUN_OPTIONS)
+        @options(own, MODEL_OPTIONS, DATA_OPTIONS, RUN_OPTIONS, [SHARD])
         def flags() -> None: ...
 
         return [*flags.params, CONFIG]
@@ -98,17 +100,40 @@ def evaluate(request: RunRequest, values: Values) -> int:
     from almost_eval.progress import progress_for
     from almost_eval.run.request import open_run
 
+    shard = values.get("shard")
+    if shard and values["log_to"]:
+        raise InputError("--log-to logs the figures of a whole run; give it to almost-eval merge, not to a shard")
     import_transformers()
     run = open_run(request)
     if values["dry_run"]:
-        return show_plan(run.describe(), as_json=values["as_json"])
+        return show_plan(run.describe() | (run.describe_shard(shard) if shard else {}), as_json=values["as_json"])
     folder = request.output or run.default_folder()
+    if shard:
+        return show_shard(run.execute_shard(folder, shard, progress_for(), started=STARTED), as_json=values["as_json"])
     results, _ = run.execute(folder, progress_for(), started=STARTED)
     if values["log_to"]:
         from almost_eval.run.trackers import log_results
 
         log_results(folder, results, values["log_to"])
     return show_results(results, folder, as_json=values["as_json"])
+
+
+def show_shard(mark: Mark, *, as_json: bool, merge: str = "almost-eval merge") -> int:
+    """Say what a finished shard is, and what is to be done with it; returns the exit code."""
+    if as_json:
+        facts = {
+            "shard": str(mark.shard),
+            "folder": str(mark.folder),
+            "samples": len(mark.ids),
+            **(mark.finished or {}),
+        }
+        print_json(facts)
+    else:
+        click.echo(
+            f"shard {mark.shard} is done: {len(mark.ids)} of {mark.total} samples, in {mark.folder}\n"
+            f"no results yet; once all {mark.shard.of} are done: {merge} {mark.folder.parent}"
+        )
+    return 0
 
 
 def show_plan(facts: JSONMapping, *, as_json: bool) -> int:

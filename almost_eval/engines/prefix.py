@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -207,6 +207,8 @@ class TokenTrie:
     """(n_sequences,) last node of each distinct input sequence, ascending."""
     tokens_plain: int
     """Positions a run without sharing would compute."""
+    cuts: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    """Nodes at which a forward pass has to begin, ascending; see `cuts.cut_trie`."""
 
     def __len__(self) -> int:
         return len(self.token)
@@ -321,6 +323,7 @@ def plan_chunks(
             first = int(np.searchsorted(marks, begin))
             if first + limit < len(marks):
                 stop = min(stop, int(marks[first + limit]))
+        stop = min([stop, *trie.cuts[np.searchsorted(trie.cuts, begin + 1) :][:1].tolist()])
         lo, hi = np.searchsorted(trie.targets.node, [begin, stop])
         chunks.append(Chunk(begin, stop, slice(int(lo), int(hi))))
         begin = stop

@@ -198,7 +198,7 @@ class JudgeRun:
         progress = progress or Progress()
         started = time.perf_counter() if started is None else started
         if (folder / "spec.json").is_file():
-            self._adopt_dates(read_json(folder / "spec.json").get("settings", {}))
+            self.adopt_dates(read_json(folder / "spec.json").get("settings", {}))
         spec = self.spec()
         amend = self.judge.amend if isinstance(self.judge, ModelJudge) else None
         with RunStore(folder, spec, amend) as store, self.judge.open(folder, progress.notice):
@@ -258,7 +258,7 @@ class JudgeRun:
             store.finish(results)
         return results, validity
 
-    def _adopt_dates(self, stored: JSONObject) -> None:
+    def adopt_dates(self, stored: JSONObject) -> None:
         """Let all templates write the time that they wrote when the run began, of whose spec `stored` is the part."""
         for system, part in zip(self.systems, stored.get("systems", {}).values(), strict=False):
             if isinstance(system, ModelSystem):
