@@ -122,13 +122,13 @@ def test_a_command_that_is_killed_at_random_pays_each_request_once(server: Batch
     for _ in range(6):
         time.sleep(chance.uniform(0.0, 0.15))
         process.kill()
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
         before = server.calls["list"]
         process = start(server)
         while server.calls["list"] == before and process.poll() is None:
             time.sleep(0.005)
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     finish(server)
     assert server.count == 1
     assert {server.worked[digest] for digest in server.seen} == {1}
@@ -145,7 +145,7 @@ def test_ctrl_c_says_that_the_batch_goes_on(server: BatchServer) -> None:
     while server.calls["retrieve"] < 2 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode != 0
     assert "batch batch_0 goes on at the provider, and is billed; the same command takes its replies" in err
     assert "Traceback" not in err
@@ -201,7 +201,7 @@ def test_a_panel_and_other_forms_of_a_verdict_go_into_batches(
 
 def test_a_dry_run_says_what_a_batch_costs_and_what_is_under_way(server: BatchServer) -> None:
     process = start(server, "--dry-run", "--json")
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (0, "")
     plan = json.loads(out)
     assert server.calls.total() == server.count == 0
@@ -210,10 +210,10 @@ def test_a_dry_run_says_what_a_batch_costs_and_what_is_under_way(server: BatchSe
     assert plan["price_usd_at_most"] == pytest.approx(whole * (0.9 * 0.5 + 0.1), rel=0.01)  # one goes ahead
     server.polls = 10**6
     process = start(server, "--batch-wait", "0.1", size=100)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 1
     assert err.splitlines()[-1].startswith("error: batch batch_0 has not ended within --batch-wait; it goes on")
-    out, _ = start(server, "--dry-run", "--json").communicate(timeout=60)
+    out, _ = start(server, "--dry-run", "--json").communicate(timeout=300)
     plan = json.loads(out)
     assert (plan["requests"], plan["requests_in_a_batch_already"], plan["price_usd_at_most"]) == (0, 9, 0.0)
     assert plan["of_it_uncertain_usd"] > 0
