@@ -88,9 +88,8 @@ def partition_requests(
         max_sequences: see `plan_chunks`.
     """
     n_samples = max(sample_of, default=-1) + 1 if n_samples is None else n_samples
-    limits = {"max_tokens": max_tokens, "max_rows": max_rows, "max_sequences": max_sequences}
-    trie = cut_trie(build_trie(requests), **limits)
-    chunks = plan_chunks(trie, **limits)
+    trie = cut_trie(build_trie(requests), max_tokens=max_tokens, max_rows=max_rows, max_sequences=max_sequences)
+    chunks = plan_chunks(trie, max_tokens=max_tokens, max_rows=max_rows, max_sequences=max_sequences)
     begins = np.array([chunk.begin for chunk in chunks], dtype=np.int64)
 
     def chunk_of(node: int) -> int:

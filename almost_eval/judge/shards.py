@@ -12,7 +12,7 @@ from pathlib import Path
 
 from almost_eval.engines.partition import Partition, partition_lengths, partition_prompts
 from almost_eval.errors import InputError, StoreError
-from almost_eval.files import read_json, read_rows, write_rows
+from almost_eval.files import Row, read_json, read_rows, write_rows
 from almost_eval.judge.answers import answer_files
 from almost_eval.judge.model_judge import ModelJudge
 from almost_eval.judge.model_system import ModelSystem
@@ -81,7 +81,7 @@ def merge_answers(marks: Sequence[Mark], output: Path) -> None:
     check_marks(marks, lambda one, other: spec_change(read_spec(one.folder), read_spec(other.folder)))
     with RunStore(output, read_spec(marks[0].folder)):
         for name in file_names(marks[0], "answers"):
-            rows = {}
+            rows: dict[int, Row] = {}
             for mark in marks:
                 own = {str(row["question_id"]): row for row in read_rows(mark.folder / "answers" / name)}
                 if set(own) != set(mark.ids):

@@ -63,7 +63,14 @@ def test_responses(almost_train: Train) -> None:
         for size, shots in (("small", 1), ("medium", 1), ("small", 0))
     ]
     Path("configurations.yaml").write_text(json.dumps(configurations))
-    arguments = ("synthesize", "responses", "--prompts", "prompts.jsonl", "--configurations", "configurations.yaml")
+    arguments: tuple[str, ...] = (
+        "synthesize",
+        "responses",
+        "--prompts",
+        "prompts.jsonl",
+        "--configurations",
+        "configurations.yaml",
+    )
     arguments += ("--prompt-set", "nano", "--max-new-tokens", "16")
     whole = joined(almost_train, 3, *arguments)
     assert almost_train(*arguments, "--output", "stage")[0] == 0
@@ -83,7 +90,15 @@ def test_responses(almost_train: Train) -> None:
 
 def test_self_play(almost_train: Train) -> None:
     write_prompts(20)  # two chunks of dialogues whose candidates are scored together
-    arguments = ("self-play", "--prompts", "prompts.jsonl", "--reward-model", "nano/reward", "--prompt-set", "nano")
+    arguments: tuple[str, ...] = (
+        "self-play",
+        "--prompts",
+        "prompts.jsonl",
+        "--reward-model",
+        "nano/reward",
+        "--prompt-set",
+        "nano",
+    )
     arguments += ("--assistant-demonstrations", "good", "--user-demonstrations", "good", "--shots", "1")
     arguments += ("--assistant-model", "nano/vanilla-small", "--user-model", "nano/vanilla-small")
     arguments += ("--candidates", "2", "--max-turns", "2", "--max-new-tokens", "16", "--user-max-new-tokens", "16")
