@@ -55,7 +55,7 @@ def chat(browser: Any, folder: Path) -> None:
         ask(page, "Where does the squid live?")
         page.get_by_role("button", name="New conversation").click()
         page.wait_for_selector(".welcome")
-        for name, value in (("best-of", 6), ("temperature", 1.6)):
+        for name, value in (("best-of", 6), ("temperature", 1.3)):
             box = page.locator(f"#{name} input[type=number]")
             box.fill(str(value))
             box.press("Tab")
