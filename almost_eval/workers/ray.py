@@ -40,7 +40,8 @@ class RayTransport:
     """
 
     def __init__(self, recipe: ServantRecipe, size: int | None, *, address: str, gpus: int) -> None:
-        if find_spec("ray") is None:
+        spec = find_spec("ray")
+        if spec is None or spec.origin is None:  # a folder of that name, as Ray makes in /tmp, is no package
             raise MissingDependencyError(
                 "--ray needs the package 'ray'; install it with: pip install 'almost-toolkit[ray]'"
             )
