@@ -186,6 +186,9 @@ class ActorServant:
 
 
 def _connect(address: str) -> Any:
+    if address == LOCAL:
+        # Ray then listens on 127.0.0.1; an address of that kind in `init` it would turn into that of the network.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
 
     if ray.is_initialized():
@@ -195,8 +198,7 @@ def _connect(address: str) -> Any:
         return ray
     options: JSONObject = {"address": address, "log_to_driver": False, "logging_level": "error"}
     if address == LOCAL:
-        # Reachable from this machine alone.
-        options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        options["include_dashboard"] = False
         options["num_cpus"] = len(os.sched_getaffinity(0))
     else:
         _refuse_silent(address)
