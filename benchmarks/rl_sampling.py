@@ -6,9 +6,9 @@
 The first: both sides draw from the same float32 weights, in one process, with the stop strings and seeds of
 `almost-train rlsf`; 64 prompts are one batch. transformers draws with the prompts' common
 header read once, as `rlsf` does, and with it read by each row. A round times each side once. Before it, the matrix
-products of a decoding step are timed alone: no engine with these weights in float32 is faster than they are. Then the
-weights are updated 20 times and sent to vLLM; each time the largest |log p(vLLM) - log p(trainer)| over the sampled
-tokens is printed.
+products of a decoding step are timed alone, as transformers computes them: what a side takes beyond is all that another
+engine can save, but for faster products. Then the weights are updated 20 times and sent to vLLM; each time the largest
+|log p(vLLM) - log p(trainer)| over the sampled tokens is printed.
 
 The second: PPO on the nano world with the recipe's settings, from the shipped SFT policy by the shipped reward model,
 once for each sampler and seed, judged by the oracle on 600 prompts of the test half.
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="runs/models/smollm2-135m-instruct")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--products", action="store_true", help="the bound by matrix products alone, no engine")
+    parser.add_argument("--products", action="store_true", help="the matrix products alone, no engine")
     parser.add_argument("--nano", action="store_true", help="PPO on the nano world instead")
     parser.add_argument("--seeds", default="0,1,2")
     arguments = parser.parse_args()
@@ -113,7 +113,7 @@ def make_job(model: str, new_tokens: int) -> Job:
 
 @torch.no_grad()
 def products(policy: PreTrainedModel, rows: int, repeats: int = 20) -> None:
-    """The tokens a second that the linear layers alone allow, one token of `rows` texts at a time."""
+    """The tokens a second of the linear layers alone, by torch's products, one token of `rows` texts at a time."""
     layers = [module for module in policy.modules() if isinstance(module, torch.nn.Linear)]
     states = {size: torch.randn(rows, size) for size in {layer.in_features for layer in layers}}
 
@@ -126,13 +126,14 @@ def products(policy: PreTrainedModel, rows: int, repeats: int = 20) -> None:
     for _ in range(repeats):
         step()
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - began_cpu
-    numbers = 2 * sum(layer.weight.numel() for layer in layers)
     tokens = rows * repeats
-    print(
-        f"matrix products alone, {rows} rows, float32: {tokens / seconds:.1f} tokens/s, {tokens / cpu_seconds:.1f} by "
-        f"CPU time; {numbers * tokens / seconds / 1e9:.0f} GFLOP/s",
-        flush=True,
-    )
+    work = 2 * sum(layer.weight.numel() for layer in layers) * tokens / 1e9  # GFLOP
+    for what, spent in (("", seconds), (" by CPU time", cpu_seconds)):
+        print(
+            f"matrix products alone, {rows} rows, float32{what}: {tokens / spent:.1f} tokens/s, "
+            f"{work / spent:.0f} GFLOP/s",
+            flush=True,
+        )
 
 
 APART = "transformers without shared headers"

@@ -17,10 +17,10 @@ from almost_eval.progress import Progress
 
 if TYPE_CHECKING:
     from almost_eval.judge.build import JudgeOptions
-    from almost_eval.suite.plan import Planned
+    from almost_eval.suite.plan import Planned, SuiteRequest
     from almost_eval.suite.run import Outcome
 
-_JUDGE_OPTIONS = [
+JUDGE_OF_ALL = [
     *(option for option in JUDGE_OPTIONS if options_of([option])[0].name not in (*JUDGES_OWN, "prompt_set")),
     REASK,
 ]
@@ -31,8 +31,8 @@ _JUDGE_OPTIONS = [
 @click.option("--reward-model", help="Checkpoint of a reward model, for Static HHH.")
 @click.option("--baseline", help="Checkpoint or answer file that the judge compares the model with.")
 @click.option("--tasks", callback=comma_list, help="Some only: hhh, hhh-choice, truthfulqa, mmlu, vicuna, ...  [all]")
-@options(MODEL_OPTIONS, _JUDGE_OPTIONS, DATA_OPTIONS, RUN_OPTIONS)
-def all_tasks(reward_model: str | None, baseline: str | None, tasks: list[str], **values: Any) -> int:
+@options(MODEL_OPTIONS, JUDGE_OF_ALL, DATA_OPTIONS, RUN_OPTIONS)
+def all_tasks(**values: Any) -> int:
     """All benchmarks of one model, and one page that shows them.
 
     \b
@@ -48,20 +48,11 @@ def all_tasks(reward_model: str | None, baseline: str | None, tasks: list[str], 
       almost-eval all --model ./ckpt --judge gpt-6.1-terra --baseline answers.jsonl --max-cost 20 --dry-run
     """
     from almost_eval.run.trackers import log_results
-    from almost_eval.suite.plan import SuiteRequest, choose, plan, refuse_unused, with_defaults
+    from almost_eval.suite.plan import plan
     from almost_eval.suite.run import execute, summary
 
     import_transformers()
-    named = SuiteRequest(
-        base=run_request(values, ""),
-        tasks=tasks,
-        reward_model=reward_model,
-        judge=_judge(values),
-        baseline=baseline,
-    )
-    request = with_defaults(named)
-    names = choose(request)
-    refuse_unused(names, named)
+    names, request = suite_request(values)
     planned, folder = plan(names, request)
     model = str(request.base.model)
     if values["dry_run"]:
@@ -81,6 +72,27 @@ def all_tasks(reward_model: str | None, baseline: str | None, tasks: list[str], 
     else:
         print_outcomes(outcomes, whole, open_console())
     return code
+
+
+def suite_request(values: Values) -> tuple[list[str], SuiteRequest]:
+    """The tasks that the flags name, and what is asked of them, with defaults.
+
+    Raises:
+        InputError: flags that do not go together.
+    """
+    from almost_eval.suite.plan import SuiteRequest, choose, refuse_unused, with_defaults
+
+    named = SuiteRequest(
+        base=run_request(values, ""),
+        tasks=values["tasks"],
+        reward_model=values["reward_model"],
+        judge=_judge(values),
+        baseline=values["baseline"],
+    )
+    request = with_defaults(named)
+    names = choose(request)
+    refuse_unused(names, named)
+    return names, request
 
 
 def _judge(values: Values) -> JudgeOptions:

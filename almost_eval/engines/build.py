@@ -140,8 +140,24 @@ class EngineOptions:
     pipeline_parallel_size: int = _option(
         1, "vllm: devices that share the layers out.  [1]", engines=["vllm"], kind=int, least=1
     )
-    data_parallel_size: int = _option(1, "", engines=["vllm"], kind=int, least=1)
-    """Refused above 1 in this process; the error says what to do instead."""
+    data_parallel_size: int = _option(
+        1,
+        "vllm: refused above 1: --workers copies the model, or a server does.  [1]",
+        engines=["vllm"],
+        kind=int,
+        least=1,
+    )
+    """vLLM's own copies of a model are processes behind its server; the error says what to do instead."""
+    quantization: str | None = _option(
+        None, "vllm: its method, such as fp8.  [what the checkpoint says]", engines=["vllm"]
+    )
+    """Other weights, so other numbers: it is a part of the spec."""
+    speculative_config: str | Mapping[str, Any] | None = _option(
+        None,
+        'vllm: as for vLLM: {"method": "ngram", "num_speculative_tokens": 4}; text alone.  [none]',
+        engines=["vllm"],
+    )
+    """JSON, or what it stands for (`vllm_speculative.py`)."""
     gpu_memory: float | None = _option(
         None, "vllm: share of the GPU's memory it may take.", engines=["vllm"], kind=float, above=0, most=1
     )

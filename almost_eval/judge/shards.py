@@ -14,11 +14,11 @@ from almost_eval.engines.partition import Partition, partition_lengths, partitio
 from almost_eval.errors import InputError, StoreError
 from almost_eval.files import read_json, read_rows, write_rows
 from almost_eval.judge.answers import answer_files
-from almost_eval.judge.judges import ModelJudge
+from almost_eval.judge.model_judge import ModelJudge
 from almost_eval.judge.model_system import ModelSystem
 from almost_eval.judge.run import JudgeRun
 from almost_eval.progress import Progress
-from almost_eval.run.shards import Mark, Shard, begin_shard, check_marks, without_shard
+from almost_eval.run.shards import Mark, Shard, begin_shard, check_marks, file_names, without_shard
 from almost_eval.run.store import RunStore, read_spec, spec_change
 from almost_eval.types import JSONObject
 
@@ -80,7 +80,7 @@ def merge_answers(marks: Sequence[Mark], output: Path) -> None:
     """
     check_marks(marks, lambda one, other: spec_change(read_spec(one.folder), read_spec(other.folder)))
     with RunStore(output, read_spec(marks[0].folder)):
-        for name in marks[0].whole["answers"]:
+        for name in file_names(marks[0], "answers"):
             rows = {}
             for mark in marks:
                 own = {str(row["question_id"]): row for row in read_rows(mark.folder / "answers" / name)}

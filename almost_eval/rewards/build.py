@@ -33,7 +33,7 @@ def reward_model(
         InputError: an unknown engine, or an option that it does not take; whatever the reward model refuses.
         MissingDependencyError: the engine's package is not installed.
     """
-    takes = {engine: names - {"data_parallel_size"} for engine, names in SCORERS_TAKE.items()}
+    takes = {engine: names - {"data_parallel_size", "speculative_config"} for engine, names in SCORERS_TAKE.items()}
     alone = one_process(options)
     arguments = engine_arguments(alone, takes, "reward model on")
     arguments.pop("share_prefixes", None)  # hf's: rewards have no prefixes to share, so both values mean the same

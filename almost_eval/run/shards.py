@@ -159,6 +159,18 @@ def read_mark(folder: Path) -> Mark:
         ) from None
 
 
+def file_names(mark: Mark, key: str) -> list[str]:
+    """The names of files that a mark has in common with the other shards, each of a file in one folder.
+
+    Raises:
+        StoreError: there are none, or one leads elsewhere.
+    """
+    names = mark.whole.get(key)
+    if not isinstance(names, list) or not all(isinstance(n, str) and n and Path(n).name == n for n in names):
+        raise StoreError(f"{mark.folder / MARK} is damaged: its {key} are no names of files; put back a whole copy")
+    return names
+
+
 def refuse_shard(folder: Path) -> None:
     """Refuse a shard where a whole run is wanted, or a folder that holds nothing but shards.
 

@@ -13,7 +13,7 @@ from almost_train.cli.options import recipe_options, scale_options
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from almost_train.pipeline.budget import StageBudget
+    from almost_train.pipeline.budget import StageBudget, WholeCost
     from almost_train.pipeline.needs import Need
 
 DOES_NOT_FIT = 3
@@ -32,6 +32,7 @@ DOES_NOT_FIT = 3
     show_default=True,
     help="Several devices: divide weights, gradients and moments (FSDP, ZeRO-3), or hold them on each.",
 )
+@click.option("--price-per-gpu-hour", type=click.FloatRange(min=0), help="USD; without it, GPU-hours alone.")
 @click.option("--measure", is_flag=True, help="Time a pass of each model on this machine; needs its weights.")
 @click.option("--data-root", help="Folder laid out like the hub, looked in first. [env: ALMOST_DATA_ROOT]")
 @recipe_options
@@ -43,6 +44,7 @@ def plan(
     count: int | None,
     gpu: str | None,
     sharding: str,
+    price_per_gpu_hour: float | None,
     measure: bool,
     data_root: str | None,
     values: tuple[str, ...],
@@ -56,10 +58,10 @@ def plan(
     \b
     Example:
       almost-train plan 7b-lora --gpu rtx4090-24gb
-      almost-train plan llama-7b --device-memory 80GB --devices 8
+      almost-train plan llama-7b --gpu a100-80gb --devices 8 --trained-model meta-llama/Llama-2-70b-hf
     """
     from almost_eval.progress import progress_for
-    from almost_train.pipeline.budget import budgets
+    from almost_train.pipeline.budget import budgets, whole_cost
     from almost_train.pipeline.hardware import devices
     from almost_train.pipeline.measure import Rates
     from almost_train.pipeline.needs import Estimator
@@ -73,11 +75,13 @@ def plan(
     engine = engine_options(loaded.engine, f"recipe {loaded.name}, engine")
     rates = Rates(engine, progress_for()) if measure else None
     rows = list(budgets(loaded, Estimator(chosen), data_root, rates))
+    total = whole_cost(rows, chosen.count)
     if as_json:
         content = {
             "recipe": loaded.name,
             "devices": chosen.describe(),
             "rates": _rates(gpu, measure),
+            "total": total.to_dict(price_per_gpu_hour),
             "stages": [row.to_dict() for row in rows],
         }
         print_json(content)
@@ -85,6 +89,7 @@ def plan(
         console = open_console()
         console.print(_table(rows, f"{loaded.name} on {chosen.describe()}"))
         console.print(f"times are at most, and by {_rates(gpu, measure)}", soft_wrap=True)
+        console.print(_total(total, price_per_gpu_hour), soft_wrap=True, highlight=False)
         for row in rows:
             if not row.fits:
                 say = f"{row.need.stage} does not fit: {_size(row.need.total)} of {_size(chosen.room)}; {row.advice}"
@@ -118,6 +123,14 @@ def _table(rows: list[StageBudget], title: str) -> Table:
     return table
 
 
+def _total(total: WholeCost, price: float | None) -> str:
+    parts = [f"all stages: {total.read:,} tokens in training, {total.written:,} sampled, at most"]
+    if total.gpu_hours is not None:
+        parts.append(f"{_time(total.seconds)}, {total.gpu_hours:,.1f} GPU-hours")
+    usd = total.money(price)
+    return "; ".join(parts + ([f"{usd:,.2f} USD"] if usd is not None else []))
+
+
 def _size(number: int) -> str:
     return f"{number / 1e9:.2f} GB"
 
@@ -139,7 +152,7 @@ def _time(seconds: float | None) -> str:
 
 
 def _rates(gpu: str | None, measure: bool) -> str:
-    from almost_train.pipeline.hardware import GPUS, SAMPLING_SHARE, TRAINING_SHARE
+    from almost_eval.suite.hardware import GPUS, SAMPLING_SHARE, TRAINING_SHARE
 
     if measure:
         return "what was measured on this machine"

@@ -37,7 +37,7 @@ def run(
     log_to: tuple[str, ...],
     as_json: bool,
 ) -> int:
-    """Run a recipe, whole: nano, smollm, 7b-lora, llama-7b or a YAML file. Goes on where it was killed.
+    """Run a recipe, whole: nano, gemma-270m, smollm, 7b-lora, llama-7b or a YAML file. Goes on where it was killed.
 
     \b
     Example:

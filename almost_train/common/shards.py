@@ -44,7 +44,8 @@ def read_stage(folder: Path) -> JSONObject:
     Raises:
         StoreError: absent or damaged.
     """
-    return read_json(folder / "stage.json", "stage", "settings", "inputs")
+    absent = "give shards of a stage; those of an evaluation are joined by almost-eval merge"
+    return read_json(folder / "stage.json", "stage", "settings", "inputs", absent=absent)
 
 
 def check_stages(marks: Sequence[Mark]) -> None:

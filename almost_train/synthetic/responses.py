@@ -27,7 +27,7 @@ from almost_eval.engines.partition import partition_lengths
 from almost_eval.errors import DataError, InputError, StoreError
 from almost_eval.files import Row, read_rows, write_rows
 from almost_eval.progress import Progress
-from almost_eval.run.shards import Mark, Shard, begin_shard
+from almost_eval.run.shards import Mark, Shard, begin_shard, file_names
 from almost_eval.types import Completion, JSONObject, Message
 from almost_train.common.config import option, settings_from
 from almost_train.common.resume import RowLog
@@ -189,12 +189,12 @@ def merge_responses(marks: Sequence[Mark], output: Path) -> JSONObject:
     Raises:
         StoreError: shards that lack a row, or an output that holds something else.
     """
-    names = marks[0].whole["configurations"]
+    names = file_names(marks[0], "configurations")
     rows = joined_rows(marks, names, lambda _, place: place)
     if short := next((name for name in names if len(rows[name]) != marks[0].total), None):
         raise StoreError(f"the shards hold {len(rows[short])} answers of {short!r} to {marks[0].total} prompts")
     with whole_stage(marks, output, rows) as stage:
-        metrics = {name: _metrics(rows[name]) for name in marks[0].whole["answered"]}
+        metrics = {name: _metrics(rows[name]) for name in file_names(marks[0], "answered")}
         return stage.finish(
             {"prompts": marks[0].total, "configurations": metrics},
             {name: output / f"{name}.jsonl" for name in names},

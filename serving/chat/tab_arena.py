@@ -18,7 +18,7 @@ from serving.chat.arena import MAX_TURNS, SIDES, Arena, Round, void_sentence
 from serving.chat.asking import Asking
 from serving.chat.board import board_html
 from serving.chat.client import EndpointError
-from serving.chat.conversation import ChatReply
+from serving.chat.conversation import MAX_QUESTION, ChatReply, too_long
 from serving.chat.render import WORKING, badge, notice_html, reply_html
 from serving.chat.session import BROKEN, Desk, Step
 from serving.chat.together import Draw
@@ -138,9 +138,12 @@ class ArenaTab:
     ) -> AsyncIterator[Update]:
         """One question to both: the next turn of a round that waits for its vote, else a new round."""
         assert self._arena is not None
-        text = (text or "").strip()[:10_000]
+        text = (text or "").strip()
         if not text:
             yield {self.notice: gr.skip()}
+            return
+        if refusal := too_long(text, MAX_QUESTION):
+            yield {self.notice: notice_html(refusal)}
             return
         if round_ is not None and round_.votable and not round_.goes_on:
             yield {self.notice: notice_html(f"A round has at most {MAX_TURNS} turns: vote, or start the next.", "hint")}

@@ -8,7 +8,7 @@ import gradio as gr
 from gradio.blocks import Block
 
 from serving.chat.asking import Asking
-from serving.chat.conversation import Conversation, Settings
+from serving.chat.conversation import MAX_QUESTION, Conversation, Settings, too_long
 from serving.chat.render import notice_html, panel_html
 from serving.chat.session import Desk, Step
 from serving.chat.together import Draw
@@ -66,6 +66,9 @@ class CompareTab:
     ) -> AsyncIterator[Update]:
         if not (text or "").strip():
             yield {self.notice: gr.skip()}
+            return
+        if refusal := too_long(text, MAX_QUESTION):
+            yield {self.notice: notice_html(refusal)}
             return
         settings = Settings.checked(*chat_settings, most=1)
         messages = Conversation().ask(text.strip()).messages(settings.system)

@@ -13,7 +13,7 @@ from gradio.blocks import Block
 
 from almost_eval.errors import AlmostError
 from serving.chat.asking import Asking
-from serving.chat.conversation import Conversation
+from serving.chat.conversation import MAX_QUESTION, Conversation, too_long
 from serving.chat.race import race_html, side_html
 from serving.chat.render import notice_html
 from serving.chat.session import BROKEN, ChatSystem, Desk, Step
@@ -99,15 +99,18 @@ class FirstTab:
         self._desk.stop("first", request.session_hash)
 
     async def _on_pick(self, event: gr.EventData, request: gr.Request) -> AsyncIterator[Update]:
-        question = str(event._data.get("question") or "")[:10_000]
+        question = str(event._data.get("question") or "")
         async for update in self._on_send(request, question):
             yield update
 
     async def _on_send(self, request: gr.Request, text: str) -> AsyncIterator[Update]:
         """Both sides and all candidates at once."""
-        text = (text or "").strip()[:10_000]
+        text = (text or "").strip()
         if not text:
             yield {self.notice: gr.skip()}
+            return
+        if refusal := too_long(text, MAX_QUESTION):
+            yield {self.notice: notice_html(refusal)}
             return
         settings = replace(self._desk.defaults, best_of=1)
         messages = Conversation().ask(text).messages(settings.system)

@@ -8,6 +8,7 @@ ZeRO-3 is skipped where DeepSpeed is not installed, which is not among the proje
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -90,7 +91,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from stages import run_stage, without_shared_memory_operator
 
-if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
     without_shared_memory_operator()
 
 order = json.loads(sys.argv[1])
@@ -161,8 +162,7 @@ def run_stage(name: str, world: dict[str, str], output: str, steps: int) -> None
 
 def without_shared_memory_operator() -> None:
     """DeepSpeed's way between processes on one machine, in C++: a minute to compile, and gloo does the same."""
-    from deepspeed.comm import torch as backend
-
+    backend: Any = importlib.import_module("deepspeed.comm.torch")  # as an attribute that name is torch itself
     backend.build_shm_op = lambda: None
 
 
@@ -191,7 +191,10 @@ def same(one: Path, two: Path, processes: int, sharding: str | None) -> None:
         for key in row.keys() & {"step", "loss", "policy_loss", "value_loss", "reward", "length", "ended"}:
             assert other[key] == pytest.approx(row[key], abs=1e-5), (key, row["step"])
     if (one / "samples.jsonl").exists():
-        texts = [[row["completion"] for row in read_rows(folder / "samples.jsonl")] for folder in (one, two)]
+        columns = ("completion", "chosen", "rejected")
+        samples = [read_rows(folder / "samples.jsonl") for folder in (one, two)]
+        texts = [[row.get(column) for row in rows for column in columns] for rows in samples]
+        assert any(texts[0])
         assert texts[0] == texts[1]
     metrics = json.loads((two / "result.json").read_text(encoding="utf-8"))["metrics"]
     assert (metrics["processes"], metrics["sharding"]) == (processes, sharding)

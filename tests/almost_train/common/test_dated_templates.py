@@ -90,10 +90,10 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return set_day
 
 
-SLOW = [pytest.param(stage, marks=pytest.mark.slow) for stage in (dpo, online, ppo, grpo)]
+SLOW = [pytest.param(stage, marks=pytest.mark.slow) for stage in (sft, dpo, online, ppo, grpo)]
 
 
-@pytest.mark.parametrize("stage", [sft, reward, *SLOW])
+@pytest.mark.parametrize("stage", [reward, *SLOW])
 def test_goes_on_with_the_date_it_began_with(
     stage: Stage, data: Path, models: dict[str, str], on: Callable[[int], None], tmp_path: Path
 ) -> None:
