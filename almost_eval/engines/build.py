@@ -314,6 +314,6 @@ def pool_of(model: HeldCheckpoint, recipe: ServantRecipe, options: EngineOptions
     """The workers that the options describe; see `pooled.open_pool`."""
     from almost_eval.engines import pooled
 
-    copies = options.tensor_parallel_size * options.pipeline_parallel_size
+    gpus_each = options.tensor_parallel_size * options.pipeline_parallel_size * options.data_parallel_size
     is_auto = options.device == "auto"
-    return pooled.open_pool(model, recipe, options.workers, options.ray, gpus_each=copies, is_auto=is_auto)
+    return pooled.open_pool(model, recipe, options.workers, options.ray, gpus_each=gpus_each, is_auto=is_auto)

@@ -40,7 +40,8 @@ class RayTransport:
     """
 
     def __init__(self, recipe: ServantRecipe, size: int | None, *, address: str, gpus: int) -> None:
-        if find_spec("ray") is None:
+        spec = find_spec("ray")
+        if spec is None or spec.origin is None:  # a folder of that name, as Ray makes in /tmp, is no package
             raise MissingDependencyError(
                 "--ray needs the package 'ray'; install it with: pip install 'almost-toolkit[ray]'"
             )
@@ -185,6 +186,9 @@ class ActorServant:
 
 
 def _connect(address: str) -> Any:
+    if address == LOCAL:
+        # Ray then listens on 127.0.0.1; an address of that kind in `init` it would turn into that of the network.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
 
     if ray.is_initialized():
@@ -194,8 +198,7 @@ def _connect(address: str) -> Any:
         return ray
     options: JSONObject = {"address": address, "log_to_driver": False, "logging_level": "error"}
     if address == LOCAL:
-        # Reachable from this machine alone.
-        options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        options["include_dashboard"] = False
         options["num_cpus"] = len(os.sched_getaffinity(0))
     else:
         _refuse_silent(address)

@@ -16,6 +16,7 @@ from almost_eval.errors import InputError, RunError
 from almost_eval.files import read_json
 from almost_eval.progress import Progress
 from almost_eval.run.request import RunRequest, open_run
+from almost_eval.types import LoglikelihoodRequest
 
 CPU = EngineOptions(device="cpu", dtype="float32")
 FOUR = EngineOptions(device="cpu", dtype="float32", workers=4)
@@ -147,3 +148,19 @@ def test_a_wrong_number_is_refused_and_no_weights_are_loaded_here() -> None:
     assert workers() == []
     with pytest.raises(InputError, match="do not fit the context"):
         engine.generate(["Human: hello"], SamplingParams(max_new_tokens=10**6))
+
+
+@pytest.mark.real
+def test_a_real_model_in_two_workers_is_the_same_in_every_bit(real_models: Any) -> None:
+    subjects = ("bread", "rain", "a cat's purr", "the first bicycle", "tea", "the sea")
+    requests = [
+        LoglikelihoodRequest(f"Question: What is {subject} made of?\nAnswer:", (" water", " flour", " I do not know"))
+        for subject in subjects
+    ]
+    prompts = [request.context for request in requests]
+    params = SamplingParams(max_new_tokens=8, temperature=1.0, seed=1)
+    one: Any = loglikelihood_engine(str(real_models.smollm2), CPU)
+    two: Any = loglikelihood_engine(str(real_models.smollm2), EngineOptions(device="cpu", dtype="float32", workers=2))
+    assert two.loglikelihood(requests) == one.loglikelihood(requests)
+    assert two.generate(prompts, params) == one.generate(prompts, params)
+    assert two.report.warnings == []
