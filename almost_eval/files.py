@@ -11,7 +11,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,13 +18,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, TypeVar
 
-from almost_eval.errors import AlmostError, DataError, InputError, RunError, StoreError, problem_of
+from almost_eval.errors import DataError, InputError, RunError, StoreError, problem_of
 from almost_eval.types import JSONObject
 
 Row = JSONObject
 """One JSON object, a line of a file."""
 
 Record = TypeVar("Record")
+
+_TAIL = 1 << 16
+"""Bytes read at once where the end of a file is looked for."""
 
 
 # --- JSON lines ---
@@ -51,6 +53,13 @@ def iterate_lines(file: Path, *, torn_end: bool = False, absent: str = "") -> It
     Raises:
         DataError: the file is absent or no UTF-8, or a line is no JSON; with file and row.
     """
+    for number, _, value in _placed_lines(file, torn_end, absent):
+        yield number, value
+
+
+def _placed_lines(file: Path, torn_end: bool, absent: str) -> Iterator[tuple[int, int, Any]]:
+    """`iterate_lines`, with the byte at which each line begins between its number and its value."""
+    place = 0
     try:
         with file.open("rb") as stream:  # bytes: half a line may end inside a character
             for number, line in enumerate(stream, 1):
@@ -58,7 +67,8 @@ def iterate_lines(file: Path, *, torn_end: bool = False, absent: str = "") -> It
                     return
                 text = _decoded(file, number, line)
                 if text.strip():
-                    yield number, parse_line(file, number, text)
+                    yield number, place, parse_line(file, number, text)
+                place += len(line)
     except FileNotFoundError:
         raise DataError(f"{file} is not there" + (f"; {absent}" if absent else "")) from None
     except OSError as error:
@@ -115,16 +125,38 @@ def read_rows(
     Raises:
         DataError: no such file, or a row that is not an object with those keys; with file and row.
     """
-    rows: list[Row] = []
-    for number, row in iterate_lines(file, torn_end=torn_end, absent=absent):
+    return [row for _, row in iterate_rows(file, required, torn_end=torn_end, absent=absent)]
+
+
+def iterate_rows(
+    file: Path,
+    required: Mapping[str, type] = {},
+    *,
+    torn_end: bool = False,
+    absent: str = "run the stage that writes it first",
+) -> Iterator[tuple[int, Row]]:
+    """`read_rows` as a stream: the byte at which each row begins (see `row_at`), and the row."""
+    for number, place, row in _placed_lines(file, torn_end, absent):
         if not isinstance(row, dict):
             raise DataError(f"malformed data: {file}, row {number}: not a JSON object")
         for key, kind in required.items():
             if not isinstance(row.get(key), kind):
                 has = type(row[key]).__name__ if key in row else "nothing"
                 raise DataError(f"malformed data: {file}, row {number}: {key!r} must be {kind.__name__}, and is {has}")
-        rows.append(row)
-    return rows
+        yield place, row
+
+
+def row_at(stream: IO[bytes], place: int) -> Row:
+    """The row that `iterate_rows` named this place of, in the same file, open.
+
+    Raises:
+        DataError: the file was changed since.
+    """
+    stream.seek(place)
+    try:
+        return dict(json.loads(stream.readline().decode("utf-8" if place else "utf-8-sig")))
+    except (ValueError, TypeError):
+        raise DataError(f"{stream.name} was changed while it was read; run the command again") from None
 
 
 def read_records(
@@ -168,9 +200,17 @@ def repair_end(file: Path) -> None:
     if not file.exists():
         return
     with file.open("rb+") as stream:
-        content = stream.read()
-        if content and not content.endswith(b"\n"):
-            stream.truncate(content.rfind(b"\n") + 1)
+        end = place = stream.seek(0, os.SEEK_END)
+        while place:  # backwards: the file may be long, and its last line is not
+            before = max(0, place - _TAIL)
+            stream.seek(before)
+            line_end = stream.read(place - before).rfind(b"\n")
+            if line_end >= 0:
+                place = before + line_end + 1
+                break
+            place = before
+        if place < end:
+            stream.truncate(place)
 
 
 class LineWriter:
@@ -208,11 +248,9 @@ class LineWriter:
             RunError: the disk is full, or gone.
         """
         lines = "".join(json_line(value, ascii_only=self._ascii_only) for value in values)
-        try:
+        with self._writing():
             self._stream.write(lines)
             self._stream.flush()
-        except OSError as error:
-            raise self.failure(error) from None
 
     def rewrite(self, values: Iterable[Any]) -> None:
         """Put these lines in the place of all, whole or not at all.
@@ -220,13 +258,11 @@ class LineWriter:
         Raises:
             RunError: the disk is full, or gone.
         """
-        try:
+        with self._writing():
             with whole_file(self.file) as scratch:
                 scratch.writelines(json_line(value, ascii_only=self._ascii_only).encode() for value in values)
             self._stream.close()
             self._stream = self.file.open("a", encoding="utf-8")
-        except OSError as error:
-            raise self.failure(error) from None
 
     def sync(self) -> None:
         """Return when all lines are on the disk itself.
@@ -234,28 +270,19 @@ class LineWriter:
         Raises:
             RunError: the disk is full, or gone.
         """
-        try:
+        with self._writing():
             os.fsync(self._stream.fileno())
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise self.failure(error) from None
 
     def failure(self, error: OSError) -> RunError:
         """What to raise where the file's folder cannot be written."""
         return RunError(f"cannot write to {self.file.parent} ({error.strerror}); {self._advice}")
-
-
-class RowLog(LineWriter):
-    """A `LineWriter` that knows what an earlier process wrote: its `rows`, to which `append` adds."""
-
-    def __enter__(self) -> RowLog:
-        super().__enter__()
-        self.rows: list[Row] = read_rows(self.file)
-        return self
-
-    def append(self, *values: Row) -> None:
-        """Add rows; see `LineWriter.append`."""
-        super().append(*values)
-        self.rows.extend(values)
 
 
 # --- whole files and folders ---
@@ -288,9 +315,9 @@ def write_rows(
     Raises:
         RunError: the disk is full, or gone.
     """
-    ordered = sorted(rows, key=key) if key else rows
     try:
         with whole_file(file) as stream:
+            ordered = sorted(rows, key=key) if key else rows
             stream.writelines(json_line(row, ascii_only=ascii_only).encode() for row in ordered)
     except OSError as error:
         raise RunError(f"cannot write to {file} ({error.strerror}); the same command goes on") from None
@@ -365,22 +392,6 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replaced_folder(path: Path, scratch: Path) -> Iterator[Path]:
-    """An empty `scratch` that takes the place of the folder `path` when the block ends well.
-
-    Args:
-        path: the folder; what it held is removed, if it is there.
-        scratch: a folder on the same disk; what a killed process left in it is removed.
-    """
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    yield scratch
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(path, ignore_errors=True)
-    scratch.replace(path)
-
-
-@contextmanager
 def locked_folder(folder: Path, of: str) -> Iterator[None]:
     """Hold a folder of work, made if absent, until the block ends.
 
@@ -402,15 +413,11 @@ def locked_folder(folder: Path, of: str) -> Iterator[None]:
     except FileExistsError:
         raise StoreError(f"{folder} is a file; --output names the folder of a {of}") from None
     except OSError as error:
-        raise _unwritable(folder, error) from None
+        raise StoreError(f"cannot write to {folder} ({error.strerror}); choose another --output") from None
     try:
         yield
     finally:
         lock.release()
-
-
-def _unwritable(folder: Path, error: OSError) -> AlmostError:
-    return StoreError(f"cannot write to {folder} ({error.strerror}); choose another --output")
 
 
 # --- digests ---
@@ -423,17 +430,13 @@ def digest_path(path: Path) -> str:
         DataError: there is no such file or folder.
     """
     if path.is_file():
-        return _digest_file(path)
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
     if not path.is_dir():
         raise DataError(f"{path} is not there; run the stage that writes it first")
     whole = hashlib.sha256()
     for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")):
         name = file.relative_to(path).as_posix()
         if name != "README.md" and file.suffix != ".log":
-            whole.update(f"{name}\0{_digest_file(file)}\n".encode())
+            whole.update(f"{name}\0{digest_path(file)}\n".encode())
     return whole.hexdigest()
-
-
-def _digest_file(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from almost_eval.errors import RunError
-from almost_eval.files import Row, RowLog, read_rows
+from almost_eval.files import Row, read_rows
 from almost_eval.progress import Progress
 from almost_eval.run.trackers import Trackers
 from almost_train.common.held_out_loss import BestModel, Evaluation, HeldOutRows
@@ -37,6 +37,7 @@ from almost_train.common.processes import (
     is_main,
     wait_for_all,
 )
+from almost_train.common.resume import RowLog
 from almost_train.common.schedule import learning_rate_factor
 from almost_train.common.train_settings import TrainSettings
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from almost_eval.models.chat import ChatTemplate, load_template
-from almost_eval.models.openings import Opening
+from almost_eval.models.tokenizers import Opening
 from almost_eval.rewards.base import is_framed
 
 if TYPE_CHECKING:

@@ -10,30 +10,43 @@ own, with the reason:
 4. `balance`: a departure of ours, off by default. The length rule drops only pairs whose chosen answer is the shorter:
    labels get better, but longer answers win more often. `balance_length` keeps as many pairs with the longer answer
    chosen as with the shorter, so that length tells nothing about the label.
+
+Memory does not grow with the answers: they are read from their files prompt by prompt (`answers`), once to make and
+judge the pairs and once for each file that is written. What is held of a pair is three bytes, of a prompt some 200.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import combinations, islice
 from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from almost_eval.errors import DataError, RunError
-from almost_eval.files import Row, RowLog, write_rows
+from almost_eval.files import LineWriter, Row, iterate_rows, write_rows
 from almost_eval.models.checkpoint import Checkpoint, find_checkpoint
 from almost_eval.progress import Progress
 from almost_eval.types import JSONObject, Message
 from almost_train.common.config import option
 from almost_train.common.records import Preference
 from almost_train.common.stage import Stage, model_input
-from almost_train.synthetic.ranking import RankedAnswer, RankedPair, Ranking, ranked_pairs, read_ranking
-from almost_train.synthetic.responses import read_prompts
+from almost_train.synthetic.answers import AnsweredPrompt, AnswerFiles
+from almost_train.synthetic.ranking import Ranking, ranked_pairs, read_ranking
 from almost_train.synthetic.sampling import derived_rng
 
 _HEURISTIC = {"responses": "bad_response", "length": "length_rule", "one_win_a_rank": "rank_has_pair"}
 """Step of the heuristic filter -> the reason that `ranking` gives."""
+
+REWARD_BATCH = 5_000
+"""Prompts whose answers the as-is reward model reads together: it sorts them by length, and holds their tokens."""
+
+Indices = npt.NDArray[np.int64]
+"""Pairs: those of the first prompt, in the order of `ranked_pairs`, then those of the second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +100,7 @@ def synthesize_comparisons(
         checkpoint = find_checkpoint(as_is_reward_model, architectures=("SequenceClassification", "RewardModel"))
     groups = read_ranking(ranking)
     files = _files(groups, responses)
-    prompts, answers = _read_answers(files)
+    answers = AnswerFiles(files)
     inputs: dict[str, Path | str] = {"ranking": str([list(group) for group in groups])}
     inputs |= {f"responses {name}": file for name, file in files.items()}
     if as_is_reward_model:
@@ -95,29 +108,27 @@ def synthesize_comparisons(
     with Stage(output, "synthesize-comparisons", settings, inputs) as stage:
         if stage.result is not None:
             return stage.result
-        funnel = _Funnel(prompts, _ranked(settings, groups, answers))
+        funnel = _Funnel(settings, groups, answers)
         # 1. The heuristic filter.
         for name, reason in _HEURISTIC.items():
-            funnel.drop(name, {i: reason for i in funnel.kept if funnel.pairs[i].reason == reason})
+            funnel.drop(name, {reason: funnel.kept[funnel.broken(reason)]})
         if settings.drop_identical:
-            same = [i for i in funnel.kept if funnel.pairs[i].chosen.text == funnel.pairs[i].rejected.text]
-            funnel.drop("identical", dict.fromkeys(same, "identical"))
+            funnel.drop("identical", {"identical": funnel.kept[funnel.identical[funnel.kept]]})
         # 2. The as-is reward model.
+        scored = output / ".as_is.jsonl"
         if checkpoint:
-            with RowLog(output / ".as_is.jsonl") as log:
-                funnel.rewards = _rewards(checkpoint, settings.device, funnel, log, progress or Progress())
-            funnel.drop("as_is", _disagreements(funnel))
+            with LineWriter(scored) as log:
+                funnel.rewards = _Rewards(funnel, log)
+                funnel.rewards.compute(checkpoint, settings.device, progress or Progress())
+            funnel.drop("as_is", funnel.rewards.disagreements())
         # 3. Length balance.
         if settings.balance_length:
-            funnel.drop("balance", _surplus(funnel, settings.seed))
+            funnel.drop("balance", {"length_balance": _surplus(funnel, settings.seed)})
         not_ranked = sorted({file.stem for file in responses.glob("*.jsonl")} - files.keys())
         # 4. The outputs.
         result = funnel.finish(stage, {"not_ranked": not_ranked})
-        (output / ".as_is.jsonl").unlink(missing_ok=True)
+        scored.unlink(missing_ok=True)
         return result
-
-
-# --- input ---
 
 
 def _files(ranking: Ranking, responses: Path) -> dict[str, Path]:
@@ -130,114 +141,67 @@ def _files(ranking: Ranking, responses: Path) -> dict[str, Path]:
     return files
 
 
-def _read_answers(files: Mapping[str, Path]) -> tuple[dict[str, str], dict[str, dict[str, RankedAnswer]]]:
-    """Prompt id -> prompt, and prompt id -> configuration -> answer; ids in the order of the first file."""
-    prompts: dict[str, str] = {}
-    answers: dict[str, dict[str, RankedAnswer]] = {}
-    for name, file in files.items():
-        rows = {row["id"]: row for row in read_prompts(file)}
-        prompts = prompts or {id: row["prompt"] for id, row in rows.items()}
-        if {id: row["prompt"] for id, row in rows.items()} != prompts:
-            first = next(iter(files.values()))
-            raise DataError(f"{file} does not answer the same prompts as {first}; finish or redo its responses")
-        for id, row in rows.items():
-            if not isinstance(row.get("response"), str) or "rejected" not in row:
-                raise DataError(f"{file}: the row of {id!r} has no 'response' or no 'rejected'; redo its responses")
-            answers.setdefault(id, {})[name] = RankedAnswer(name, row["response"], row["rejected"])
-    return prompts, answers
-
-
 # --- the filters ---
-
-
-def _ranked(
-    settings: ComparisonSettings, ranking: Ranking, answers: Mapping[str, Mapping[str, RankedAnswer]]
-) -> list[RankedPair]:
-    rules = {"length_rule": settings.length_rule, "one_win_a_rank": settings.pairs == "official"}
-    return [pair for id, own in answers.items() for pair in ranked_pairs(id, own, ranking, **rules)]
-
-
-def _rewards(
-    checkpoint: Checkpoint, device: str, funnel: _Funnel, log: RowLog, progress: Progress
-) -> dict[tuple[str, str], float | None]:
-    """(prompt id, configuration) -> raw logit of each answer in a kept pair; None where it is not finite.
-
-    An answer that is longer than the model's context has none.
-    """
-    known = {(row["prompt_id"], row["configuration"]): row["reward"] for row in log.rows}
-    pairs = [funnel.pairs[i] for i in funnel.kept]
-    answers = {(p.prompt_id, a.configuration): a.text for p in pairs for a in (p.chosen, p.rejected)}
-    if answers.keys() <= known.keys():
-        return known
-    from almost_eval.rewards.hf import HFRewardModel
-
-    model = HFRewardModel(checkpoint, device=device)
-    whole = {
-        key: (Message("user", funnel.prompts[key[0]]), Message("assistant", text)) for key, text in answers.items()
-    }
-    lengths = model.lengths(list(whole.values()))
-    fit = [key for key, length in zip(whole, lengths, strict=True) if length <= model.context_length]
-    wanted = [i for i, key in enumerate(fit) if key not in known]
-    with progress.track("as-is reward model", len(fit), len(fit) - len(wanted)) as advance:
-        for index, reward in model.stream([whole[key] for key in fit], wanted):
-            (prompt_id, configuration), value = fit[index], reward if math.isfinite(reward) else None
-            log.append({"prompt_id": prompt_id, "configuration": configuration, "reward": value})
-            known[fit[index]] = value
-            advance(1)
-    return known
-
-
-def _disagreements(funnel: _Funnel) -> dict[int, str]:
-    """Kept pairs in which the reward model does not prefer the chosen answer, or has no reward for one of the two."""
-    reasons: dict[int, str] = {}
-    for i in funnel.kept:
-        pair = funnel.pairs[i]
-        keys = [(pair.prompt_id, answer.configuration) for answer in (pair.chosen, pair.rejected)]
-        if not all(key in funnel.rewards for key in keys):
-            reasons[i] = "as_is_too_long"
-            continue
-        chosen, rejected = (funnel.rewards[key] for key in keys)
-        if chosen is None or rejected is None:
-            reasons[i] = "as_is_not_finite"
-        elif chosen <= rejected:
-            reasons[i] = "as_is_disagrees" if chosen < rejected else "as_is_tie"
-    return reasons
-
-
-def _surplus(funnel: _Funnel, seed: int) -> dict[int, str]:
-    """Kept pairs to drop, so that the chosen answer is as often the longer as the shorter."""
-    longer = [i for i in funnel.kept if funnel.longer(i) > 0]
-    shorter = [i for i in funnel.kept if funnel.longer(i) < 0]
-    more, fewer = (longer, shorter) if len(longer) > len(shorter) else (shorter, longer)
-    drawn = derived_rng(seed, "balance-length").sample(more, len(more) - len(fewer))
-    return dict.fromkeys(drawn, "length_balance")
 
 
 class _Funnel:
     """All pairs, and which filter dropped which."""
 
-    def __init__(self, prompts: Mapping[str, str], pairs: Sequence[RankedPair]) -> None:
-        self.prompts = prompts
-        self.pairs = pairs
-        self.rewards: dict[tuple[str, str], float | None] = {}
-        self.kept = list(range(len(pairs)))
-        self._reasons: dict[int, str] = {}
+    def __init__(self, settings: ComparisonSettings, ranking: Ranking, answers: AnswerFiles) -> None:
+        self.answers = answers
+        self.names = [name for group in ranking for name in group]
+        """Configurations, best first."""
+        ranks = [rank for rank, group in enumerate(ranking) for _ in group]
+        places = [(a, b) for a, b in combinations(range(len(self.names)), 2) if ranks[a] != ranks[b]]
+        self.chosen, self.rejected = np.array(places).T
+        """Of each pair of a prompt: the places of its configurations among the names."""
+        self.n = len(answers) * len(places)
+        self.longer = np.zeros(self.n, np.int8)
+        """1 where the chosen answer is the longer (in characters), -1 where it is the shorter."""
+        self.identical = np.zeros(self.n, bool)
+        self._heuristic = np.zeros(self.n, np.uint8)
+        """What the heuristic filter says: the place of the reason in `_HEURISTIC`, from 1, or 0."""
+        self._fates = np.zeros(self.n, np.uint8)
+        """Why a pair is dropped: the place of the reason in `_reasons`, from 1, or 0."""
+        self._reasons: list[str] = []
+        self.kept: Indices = np.arange(self.n)
+        self.rewards: _Rewards | None = None
         self._table: JSONObject = {}
+        self._judge(settings, ranking)
 
-    def longer(self, index: int) -> int:
-        """Characters by which the chosen answer is the longer."""
-        pair = self.pairs[index]
-        return len(pair.chosen.text) - len(pair.rejected.text)
+    def _judge(self, settings: ComparisonSettings, ranking: Ranking) -> None:
+        codes = {None: 0} | {reason: code for code, reason in enumerate(_HEURISTIC.values(), 1)}
+        rules = {"length_rule": settings.length_rule, "one_win_a_rank": settings.pairs == "official"}
+        index = 0
+        for one in self.answers.read(range(len(self.answers))):
+            for pair in ranked_pairs(one.id, one.answers, ranking, **rules):
+                by = len(pair.chosen.text) - len(pair.rejected.text)
+                self.longer[index] = (by > 0) - (by < 0)
+                self.identical[index] = pair.chosen.text == pair.rejected.text
+                self._heuristic[index] = codes[pair.reason]
+                index += 1
 
-    def drop(self, name: str, reasons: Mapping[int, str]) -> None:
+    def broken(self, reason: str) -> npt.NDArray[np.bool_]:
+        """Of each kept pair, whether the heuristic filter drops it for this reason."""
+        code = list(_HEURISTIC.values()).index(reason) + 1
+        return self._heuristic[self.kept] == code
+
+    def prompts_of(self, indices: Indices) -> Indices:
+        """The number of the prompt of each pair."""
+        return indices // len(self.chosen)
+
+    def drop(self, name: str, reasons: Mapping[str, Indices]) -> None:
         """Take pairs out, and note in the table what the filter did."""
         before = self.kept
-        self.kept = [i for i in before if i not in reasons]
-        self._reasons |= reasons
+        some = {reason: indices for reason, indices in reasons.items() if indices.size}
+        for reason, indices in some.items():
+            self._reasons.append(reason)
+            self._fates[indices] = len(self._reasons)
+        self.kept = before[self._fates[before] == 0]
         self._table[name] = {
-            "in": len(before),
-            "out": len(self.kept),
-            "dropped": dict(sorted(Counter(reasons.values()).items())),
+            "in": before.size,
+            "out": self.kept.size,
+            "dropped": {reason: indices.size for reason, indices in sorted(some.items())},
             "chosen_longer_in": self._share(before),
             "chosen_longer_out": self._share(self.kept),
         }
@@ -249,41 +213,169 @@ class _Funnel:
             RunError: no pair is left.
         """
         files = {name: stage.folder / f"{name}.jsonl" for name in ("comparisons", "comparisons.rejected")}
-        dropped = ({**self._row(i), "reason": self._reasons[i]} for i in sorted(self._reasons))
+        dropped = self._rows(np.flatnonzero(self._fates), lambda i: {"reason": self._reasons[self._fates[i] - 1]})
         write_rows(files["comparisons.rejected"], dropped)
-        if not self.kept:
-            counts = ", ".join(f"{reason} {n}" for reason, n in Counter(self._reasons.values()).most_common())
-            raise RunError(f"no pair of {len(self.pairs)} is left ({counts}); see {files['comparisons.rejected']}")
-        write_rows(files["comparisons"], map(self._row, self.kept))
+        if not self.kept.size:
+            each = np.bincount(self._fates, minlength=len(self._reasons) + 1)[1:].tolist()
+            most = sorted(zip(self._reasons, each, strict=True), key=lambda one: -one[1])
+            counts = ", ".join(f"{reason} {n}" for reason, n in most)
+            raise RunError(f"no pair of {self.n} is left ({counts}); see {files['comparisons.rejected']}")
+        write_rows(files["comparisons"], self._rows(self.kept))
+        each = np.bincount(self.kept % len(self.chosen), minlength=len(self.chosen)).tolist()
+        sources = {self._source(at): n for at, n in enumerate(each) if n}
         metrics = {
-            "prompts": len(self.prompts),
-            "prompts_with_pairs": len({self.pairs[i].prompt_id for i in self.kept}),
-            "comparisons": len(self.kept),
+            "prompts": len(self.answers),
+            "prompts_with_pairs": np.unique(self.prompts_of(self.kept)).size,
+            "comparisons": self.kept.size,
             "chosen_longer": self._share(self.kept),
             "filters": self._table,
-            "sources": dict(sorted(Counter(map(self._source, self.kept)).items())),
+            "sources": dict(sorted(sources.items())),
             **more,
         }
         return stage.finish(metrics, files)
 
-    def _row(self, index: int) -> Row:
-        pair = self.pairs[index]
-        row = Preference(
-            prompt=(Message("user", self.prompts[pair.prompt_id]),),
-            chosen=(Message("assistant", pair.chosen.text),),
-            rejected=(Message("assistant", pair.rejected.text),),
-            chosen_source=pair.chosen.configuration,
-            rejected_source=pair.rejected.configuration,
-            prompt_id=pair.prompt_id,
-        ).to_row()
-        if self.rewards:
-            for role, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-                row[f"{role}_as_is_reward"] = self.rewards.get((pair.prompt_id, answer.configuration))
-        return row
+    def with_prompts(self, indices: Indices) -> Iterator[tuple[AnsweredPrompt, int, Indices]]:
+        """Each prompt of these pairs (ascending), its number, and its pairs among them."""
+        numbers = self.prompts_of(indices)
+        firsts = np.flatnonzero(np.diff(numbers, prepend=-1))
+        ends = np.append(firsts, indices.size)[1:]
+        numbers = numbers[firsts]
+        prompts = self.answers.read(map(int, numbers))
+        for one, number, first, end in zip(prompts, numbers, firsts, ends, strict=True):
+            yield one, int(number), indices[first:end]
 
-    def _source(self, index: int) -> str:
-        return f"{self.pairs[index].chosen.configuration} > {self.pairs[index].rejected.configuration}"
+    def _rows(self, indices: Indices, more: Callable[[int], Row] = lambda i: {}) -> Iterator[Row]:
+        """The rows of these pairs (ascending), each with what `more` says of it."""
+        for one, number, mine in self.with_prompts(indices):
+            for index in mine.tolist():
+                sides = {"chosen": self._name(self.chosen, index), "rejected": self._name(self.rejected, index)}
+                row = Preference(
+                    prompt=(Message("user", one.prompt),),
+                    chosen=(Message("assistant", one.answers[sides["chosen"]].text),),
+                    rejected=(Message("assistant", one.answers[sides["rejected"]].text),),
+                    chosen_source=sides["chosen"],
+                    rejected_source=sides["rejected"],
+                    prompt_id=one.id,
+                ).to_row()
+                if self.rewards is not None and self.rewards.any:
+                    row |= {f"{role}_as_is_reward": self.rewards.of(number, name) for role, name in sides.items()}
+                yield row | more(index)
 
-    def _share(self, indices: Sequence[int]) -> float | None:
+    def _name(self, side: Indices, index: int) -> str:
+        return self.names[side[index % len(side)]]
+
+    def _source(self, place: int) -> str:
+        return f"{self.names[self.chosen[place]]} > {self.names[self.rejected[place]]}"
+
+    def _share(self, indices: Indices) -> float | None:
         """Of these pairs, how many have the longer text chosen, 0 to 1; equal lengths count as no."""
-        return round(sum(self.longer(i) > 0 for i in indices) / len(indices), 4) if indices else None
+        return round(int((self.longer[indices] > 0).sum()) / indices.size, 4) if indices.size else None
+
+
+class _Rewards:
+    """Raw logits of the answers in kept pairs, by the as-is reward model.
+
+    Args:
+        funnel: the pairs.
+        log: the rewards that an earlier process wrote down; those of this one are added.
+    """
+
+    def __init__(self, funnel: _Funnel, log: LineWriter) -> None:
+        self._funnel = funnel
+        self._log = log
+        shape = len(funnel.answers), len(funnel.names)
+        self._values = np.full(shape, np.nan)  # (prompts, configurations); NaN where it is not finite
+        self._known = np.zeros(shape, bool)
+        """False of an answer that is in no kept pair, or is longer than the model's context."""
+        places = {name: place for place, name in enumerate(funnel.names)}
+        for rows in _batches((row for _, row in iterate_rows(log.file)), REWARD_BATCH):
+            numbers = funnel.answers.numbers([row["prompt_id"] for row in rows])
+            for row, number in zip(rows, numbers.tolist(), strict=True):
+                if number >= 0 and row["configuration"] in places:
+                    self._enter(number, places[row["configuration"]], row["reward"])
+
+    @property
+    def any(self) -> bool:
+        """Whether any answer has one."""
+        return bool(self._known.any())
+
+    def of(self, number: int, name: str) -> float | None:
+        """The reward of an answer; None where it is not finite, or there is none."""
+        value = float(self._values[number, self._funnel.names.index(name)])
+        return None if math.isnan(value) else value
+
+    def compute(self, checkpoint: Checkpoint, device: str, progress: Progress) -> None:
+        """Compute those that are not known yet."""
+        funnel = self._funnel
+        wanted = np.zeros_like(self._known)
+        numbers, pairs = funnel.prompts_of(funnel.kept), funnel.kept % len(funnel.chosen)
+        wanted[numbers, funnel.chosen[pairs]] = wanted[numbers, funnel.rejected[pairs]] = True
+        if not (wanted & ~self._known).any():
+            return
+        from almost_eval.rewards.hf import HFRewardModel
+
+        model = HFRewardModel(checkpoint, device=device)
+        with progress.track("as-is reward model", int(wanted.sum()), int((wanted & self._known).sum())) as advance:
+            for batch in _batches(funnel.with_prompts(funnel.kept), REWARD_BATCH):
+                # In the order of the pairs: which answers share a forward pass follows from it.
+                ids = {number: one.id for one, number, _ in batch}
+                texts = {
+                    (number, int(side)): (Message("user", one.prompt), Message("assistant", one.answers[name].text))
+                    for one, number, indices in batch
+                    for pair in (indices % len(funnel.chosen)).tolist()
+                    for side in (funnel.chosen[pair], funnel.rejected[pair])
+                    for name in (funnel.names[side],)
+                }
+                missing = sum(not self._known[key] for key in texts)
+                if not missing:
+                    continue
+                lengths = model.lengths(list(texts.values()))
+                fit = [key for key, length in zip(texts, lengths, strict=True) if length <= model.context_length]
+                todo = [i for i, key in enumerate(fit) if not self._known[key]]
+                advance(missing - len(todo))  # too long
+                for i, reward in model.stream([texts[key] for key in fit], todo):
+                    (number, place), value = fit[i], reward if math.isfinite(reward) else None
+                    row = {"prompt_id": ids[number], "configuration": funnel.names[place], "reward": value}
+                    self._log.append(row)
+                    self._enter(number, place, value)
+                    advance(1)
+
+    def disagreements(self) -> dict[str, Indices]:
+        """Kept pairs in which the model does not prefer the chosen answer, or has no reward for one of the two."""
+        funnel, kept = self._funnel, self._funnel.kept
+        numbers, pairs = funnel.prompts_of(kept), kept % len(funnel.chosen)
+        sides = [(numbers, side[pairs]) for side in (funnel.chosen, funnel.rejected)]
+        known = self._known[sides[0]] & self._known[sides[1]]
+        chosen, rejected = self._values[sides[0]], self._values[sides[1]]
+        finite = known & ~np.isnan(chosen) & ~np.isnan(rejected)
+        reasons = {
+            "as_is_too_long": ~known,
+            "as_is_not_finite": known & ~finite,
+            "as_is_disagrees": finite & (chosen < rejected),
+            "as_is_tie": finite & (chosen == rejected),
+        }
+        indices = {reason: kept[where] for reason, where in reasons.items() if where.any()}
+        return dict(sorted(indices.items(), key=lambda one: int(one[1][0])))
+
+    def _enter(self, number: int, place: int, reward: float | None) -> None:
+        self._known[number, place] = True
+        self._values[number, place] = math.nan if reward is None else reward
+
+
+def _surplus(funnel: _Funnel, seed: int) -> Indices:
+    """Kept pairs to drop, so that the chosen answer is as often the longer as the shorter."""
+    longer = funnel.kept[funnel.longer[funnel.kept] > 0]
+    shorter = funnel.kept[funnel.longer[funnel.kept] < 0]
+    more, fewer = (longer, shorter) if longer.size > shorter.size else (shorter, longer)
+    # A sample of places, and not of the array itself: that would be copied into a list of its values.
+    drawn = derived_rng(seed, "balance-length").sample(range(more.size), more.size - fewer.size)
+    return more[np.array(drawn, np.int64)]
+
+
+_Item = TypeVar("_Item")
+
+
+def _batches(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
+    stream = iter(items)
+    while batch := list(islice(stream, size)):
+        yield batch

@@ -23,7 +23,7 @@ from almost_eval.judge.answers import ModelSystem, Sampling
 from almost_eval.judge.build import JudgeOptions, open_judge
 from almost_eval.judge.records import Question
 from almost_eval.models.chat import encode_text, encode_with_completion_mask, load_template, special_tokens
-from almost_eval.models.openings import Opening
+from almost_eval.models.tokenizers import Opening
 from almost_eval.nano import shipped
 from almost_eval.rewards.hf import HFRewardModel
 from almost_eval.rewards.vllm import VLLMRewardModel
