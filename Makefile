@@ -1,11 +1,13 @@
 # Everything runs in .venv, made from the pinned lock on first use.
 #   make demo      the main job on the built-in models: no GPU, no download of models or data
-#   make test      the tests           make test-all   and the slow ones
+#   make test      the tests, on two cores (JOBS=2)     make test-all   and the slow ones
 #   make test-real     the tests on two real models (MODELS=DIR, default runs/models), made when absent
+#   make real      ALMoST on the two real models in a quarter of an hour, and a page (docs/real-models.md)
 #   make test-browser  the demo in a real chromium (Debian's, installed with apt where that can be done)
 #   make check     ruff and mypy       make clean      forget the environment
 
 PYTHON ?= python3
+JOBS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/pip install -qq --disable-pip-version-check --no-deps
 # The lock asks for torch's CPU build: from the configured indexes where they have it, else from PyTorch's own.
@@ -33,7 +35,7 @@ define make_models
 done
 endef
 
-.PHONY: demo test test-all test-real test-real-quick test-browser check format clean env
+.PHONY: demo real test test-all test-real test-real-quick test-browser check format clean env
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -41,7 +43,7 @@ demo: $(STAMP)
 	$(BIN)/almost-eval all --output runs/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python tests/side_by_side.py $(JOBS)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m ""
@@ -55,6 +57,18 @@ test-real: $(STAMP)
 test-real-quick: $(STAMP)
 	$(call make_models,$(SMOLLM2))
 	$(REAL_TESTS) tests/almost_eval/tasks/test_real_models.py -k smollm2
+
+# The method on real models: few prompts, adapters. DATA_ROOT holds hub/, alpaca_eval/ and hh_rlhf/.
+DATA_ROOT ?= $(wildcard ../shared/data)
+REAL_OUTPUT ?= runs/real-quick
+real: $(STAMP)
+	$(call make_models,$(SMOLLM2) $(GEMMA))
+	@[ -n "$(DATA_ROOT)" ] || { echo "error: no data; name the folder that holds hub, alpaca_eval and hh_rlhf with" \
+	  "DATA_ROOT=DIR (docs/real-models.md says what is in it)" >&2; exit 2; }
+	@echo "the method on real models in its small form: a quarter of an hour on two quiet cores; a second run goes on"
+	$(BIN)/python -m benchmarks.real_world --form quick --data-root "$(DATA_ROOT)" --models "$(MODELS)" \
+	  --output "$(REAL_OUTPUT)"
+	@echo "the page: $(REAL_OUTPUT)/page.html"
 
 # Without chromium and without the right to install it, the tests are skipped and say why.
 test-browser: $(STAMP)

@@ -11,7 +11,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, TypeVar
 
-from almost_eval.errors import AlmostError, DataError, InputError, RunError, StoreError, problem_of
+from almost_eval.errors import DataError, InputError, RunError, StoreError, problem_of
 from almost_eval.types import JSONObject
 
 Row = JSONObject
@@ -259,11 +258,9 @@ class LineWriter:
             RunError: the disk is full, or gone.
         """
         lines = "".join(json_line(value, ascii_only=self._ascii_only) for value in values)
-        try:
+        with self._writing():
             self._stream.write(lines)
             self._stream.flush()
-        except OSError as error:
-            raise self.failure(error) from None
 
     def rewrite(self, values: Iterable[Any]) -> None:
         """Put these lines in the place of all, whole or not at all.
@@ -271,13 +268,11 @@ class LineWriter:
         Raises:
             RunError: the disk is full, or gone.
         """
-        try:
+        with self._writing():
             with whole_file(self.file) as scratch:
                 scratch.writelines(json_line(value, ascii_only=self._ascii_only).encode() for value in values)
             self._stream.close()
             self._stream = self.file.open("a", encoding="utf-8")
-        except OSError as error:
-            raise self.failure(error) from None
 
     def sync(self) -> None:
         """Return when all lines are on the disk itself.
@@ -285,28 +280,19 @@ class LineWriter:
         Raises:
             RunError: the disk is full, or gone.
         """
-        try:
+        with self._writing():
             os.fsync(self._stream.fileno())
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise self.failure(error) from None
 
     def failure(self, error: OSError) -> RunError:
         """What to raise where the file's folder cannot be written."""
         return RunError(f"cannot write to {self.file.parent} ({error.strerror}); {self._advice}")
-
-
-class RowLog(LineWriter):
-    """A `LineWriter` that knows what an earlier process wrote: its `rows`, to which `append` adds."""
-
-    def __enter__(self) -> RowLog:
-        super().__enter__()
-        self.rows: list[Row] = read_rows(self.file)
-        return self
-
-    def append(self, *values: Row) -> None:
-        """Add rows; see `LineWriter.append`."""
-        super().append(*values)
-        self.rows.extend(values)
 
 
 # --- whole files and folders ---
@@ -339,9 +325,9 @@ def write_rows(
     Raises:
         RunError: the disk is full, or gone.
     """
-    ordered = sorted(rows, key=key) if key else rows
     try:
         with whole_file(file) as stream:
+            ordered = sorted(rows, key=key) if key else rows
             stream.writelines(json_line(row, ascii_only=ascii_only).encode() for row in ordered)
     except OSError as error:
         raise RunError(f"cannot write to {file} ({error.strerror}); the same command goes on") from None
@@ -416,22 +402,6 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replaced_folder(path: Path, scratch: Path) -> Iterator[Path]:
-    """An empty `scratch` that takes the place of the folder `path` when the block ends well.
-
-    Args:
-        path: the folder; what it held is removed, if it is there.
-        scratch: a folder on the same disk; what a killed process left in it is removed.
-    """
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    yield scratch
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(path, ignore_errors=True)
-    scratch.replace(path)
-
-
-@contextmanager
 def locked_folder(folder: Path, of: str) -> Iterator[None]:
     """Hold a folder of work, made if absent, until the block ends.
 
@@ -453,15 +423,11 @@ def locked_folder(folder: Path, of: str) -> Iterator[None]:
     except FileExistsError:
         raise StoreError(f"{folder} is a file; --output names the folder of a {of}") from None
     except OSError as error:
-        raise _unwritable(folder, error) from None
+        raise StoreError(f"cannot write to {folder} ({error.strerror}); choose another --output") from None
     try:
         yield
     finally:
         lock.release()
-
-
-def _unwritable(folder: Path, error: OSError) -> AlmostError:
-    return StoreError(f"cannot write to {folder} ({error.strerror}); choose another --output")
 
 
 # --- digests ---
@@ -474,17 +440,13 @@ def digest_path(path: Path) -> str:
         DataError: there is no such file or folder.
     """
     if path.is_file():
-        return _digest_file(path)
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
     if not path.is_dir():
         raise DataError(f"{path} is not there; run the stage that writes it first")
     whole = hashlib.sha256()
     for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")):
         name = file.relative_to(path).as_posix()
         if name != "README.md" and file.suffix != ".log":
-            whole.update(f"{name}\0{_digest_file(file)}\n".encode())
+            whole.update(f"{name}\0{digest_path(file)}\n".encode())
     return whole.hexdigest()
-
-
-def _digest_file(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,7 +1,7 @@
-"""The arithmetic behind every reported figure: means with their uncertainty, paired tests, rankings.
+"""The arithmetic behind every reported figure: means with their uncertainty, rankings, agreement.
 
-Sources: Miller 2024, "Adding Error Bars to Evals" (arXiv 2411.00640) for (clustered) standard errors; Wilson 1927 for
-proportions near 0 and 1; McNemar 1947 in its exact form; Holm 1979; Hunter 2004, "MM algorithms for generalized
+Paired tests are in `compare/paired.py`. Sources: Miller 2024, "Adding Error Bars to Evals" (arXiv 2411.00640) for
+(clustered) standard errors; Wilson 1927 for proportions near 0 and 1; Hunter 2004, "MM algorithms for generalized
 Bradley-Terry models" (Annals of Statistics 32); Cohen 1960 for agreement beyond chance; Liang and Zeger 1986 for the
 clustered variance of a logistic model. Pure: values in, values out; randomness is handed in as a generator.
 
@@ -26,25 +26,8 @@ Floats = NDArray[np.float64]
 Z95 = 1.96
 """Two-sided 95 % point of the standard normal."""
 
-_ROUNDING = 1e-12
+ROUNDING = 1e-12
 """Relative to the largest value: what is smaller than this is rounding and reads as zero."""
-
-_BLOCK = 1_000_000
-"""Cluster draws held at once by the bootstrap (8 MB of indices), whatever the number of resamples."""
-
-
-@dataclass(frozen=True, slots=True)
-class BootstrapResult:
-    """A paired difference with its bootstrap uncertainty."""
-
-    difference: float
-    """mean(b) - mean(a), in the unit of the scores."""
-    ci95: tuple[float, float] | None
-    """Percentile interval; None with fewer than two clusters, which show no variation to resample."""
-    p_value: float | None
-    """Two-sided, for a difference of zero; None where `ci95` is."""
-    n: int
-    """Pairs."""
 
 
 def mean_metric(values: Sequence[float | None], clusters: Sequence[str] | None = None) -> Metric:
@@ -67,20 +50,20 @@ def mean_metric(values: Sequence[float | None], clusters: Sequence[str] | None =
     if clusters is not None and len(clusters) != len(values):
         raise ValueError(f"{len(values)} values with {len(clusters)} clusters; each value needs one cluster")
     scored = [i for i, value in enumerate(values) if value is not None]
-    x = _finite([values[i] for i in scored])  # (n,)
+    x = finite_values([values[i] for i in scored])  # (n,)
     n, unscored = len(x), len(values) - len(x)
     if n == 0:
         return Metric(None, None, None, n=0, unscored=unscored)
 
     mean = float(x.mean())
-    codes = np.arange(n) if clusters is None else _codes([clusters[i] for i in scored])  # (n,) 0..G-1
+    codes = np.arange(n) if clusters is None else cluster_codes([clusters[i] for i in scored])  # (n,) 0..G-1
     n_clusters = int(codes.max()) + 1
     if n_clusters < 2:
         return Metric(mean, None, None, n, unscored)
 
     residuals = np.bincount(codes, weights=x - mean)  # (G,) summed within each cluster
     stderr = math.sqrt(n_clusters / (n_clusters - 1) * float(residuals @ residuals)) / n
-    if stderr <= _ROUNDING * float(np.abs(x).max()):
+    if stderr <= ROUNDING * float(np.abs(x).max()):
         stderr = 0.0
 
     in_unit = _in_unit(x)
@@ -149,75 +132,6 @@ def wilson(proportion: float, n: float) -> tuple[float, float]:
     half = Z95 / (1 + z2 / n) * math.sqrt(max(proportion * (1 - proportion), 0.0) / n + z2 / (4 * n**2))
     # At 0 and 1 one end is the proportion itself, which rounding may miss.
     return max(0.0, min(centre - half, proportion)), min(1.0, max(centre + half, proportion))
-
-
-def mcnemar_exact(only_a: int, only_b: int) -> float:
-    """Two-sided p that A and B are right equally often, from the pairs that only one of them has right.
-
-    Under the null each such pair is a fair coin, so p is an exact binomial test; 1.0 where there is none.
-    """
-    if only_a < 0 or only_b < 0:
-        raise ValueError(f"counts cannot be negative: only_a={only_a}, only_b={only_b}")
-    if only_a + only_b == 0:
-        return 1.0
-    from scipy.stats import binomtest
-
-    return float(binomtest(only_a, only_a + only_b, 0.5).pvalue)
-
-
-def paired_bootstrap(
-    a: Sequence[float],
-    b: Sequence[float],
-    clusters: Sequence[str],
-    *,
-    n_resamples: int = 10_000,
-    rng: np.random.Generator,
-) -> BootstrapResult:
-    """Mean of b - a over paired scores, its uncertainty from resampling whole clusters with replacement.
-
-    The interval is the percentile one. p is twice the smaller of the shares of resamples at or beyond zero on either
-    side, the observed sample counted as one more: min(1, 2 * (1 + min(#{<= 0}, #{>= 0})) / (n_resamples + 1)), so it
-    is never zero. Both are a little optimistic below some 20 clusters, as every percentile bootstrap is.
-    """
-    if not len(a) == len(b) == len(clusters):
-        raise ValueError(f"scores are not paired: {len(a)} in a, {len(b)} in b, {len(clusters)} clusters")
-    if not len(a):
-        raise ValueError("there are no pairs to compare")
-    if n_resamples < 1:
-        raise ValueError(f"n_resamples must be at least 1, not {n_resamples}")
-    x, y = _finite(a), _finite(b)
-    n, difference = len(x), float((y - x).mean())
-    codes = _codes(clusters)
-    # A resample needs no more of a cluster than these two numbers.
-    sums, sizes = np.bincount(codes, weights=y - x), np.bincount(codes)  # (G,), (G,)
-    n_clusters = len(sizes)
-    if n_clusters < 2:
-        return BootstrapResult(difference, None, None, n)
-
-    means = np.empty(n_resamples)
-    rows = max(1, _BLOCK // n_clusters)
-    for start in range(0, n_resamples, rows):
-        stop = min(start + rows, n_resamples)
-        drawn = rng.integers(n_clusters, size=(stop - start, n_clusters))  # (rows, G) clusters, with replacement
-        means[start:stop] = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
-
-    low, high = np.quantile(means, [0.025, 0.975])
-    zero = _ROUNDING * float(np.abs(sums).max())  # differences that cancel may leave rounding behind
-    beyond = min(int((means <= zero).sum()), int((means >= -zero).sum()))
-    p_value = min(1.0, 2 * (1 + beyond) / (n_resamples + 1))
-    return BootstrapResult(difference, (float(low), float(high)), p_value, n)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm-adjusted p-values, in the same order: those at most alpha hold together at family-wise level alpha."""
-    if not all(0.0 <= p <= 1.0 for p in p_values):  # NaN fails this too
-        raise ValueError(f"p-values must lie in [0, 1]: {list(p_values)}")
-    adjusted = [0.0] * len(p_values)
-    floor = 0.0  # an adjusted p is never below that of a smaller raw p
-    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        floor = max(floor, min(1.0, (len(p_values) - rank) * p_values[i]))
-        adjusted[i] = floor
-    return adjusted
 
 
 def bradley_terry(wins: NDArray[Any]) -> Floats:
@@ -319,7 +233,7 @@ def cohen_kappa(
     if not pairs:
         return Metric(None, None, None, n=0)
     labels = {label: k for k, label in enumerate(sorted({label for pair in pairs for label in pair}))}
-    codes = _codes(clusters)
+    codes = cluster_codes(clusters)
     n_clusters, n_labels = int(codes.max()) + 1, len(labels)
     tables = np.zeros((n_clusters, n_labels, n_labels))
     for code, (a, b) in zip(codes, pairs, strict=True):
@@ -343,7 +257,7 @@ def _kappa(tables: NDArray[Any]) -> Floats:
     observed = np.trace(shares, axis1=1, axis2=2)
     chance = (shares.sum(axis=1) * shares.sum(axis=2)).sum(axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(chance < 1.0 - _ROUNDING, (observed - chance) / (1.0 - chance), np.nan)
+        return np.where(chance < 1.0 - ROUNDING, (observed - chance) / (1.0 - chance), np.nan)
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,7 +285,7 @@ def fit_logistic(x: NDArray[Any], outcome: Sequence[float], clusters: Sequence[s
     depend on each other, or outcomes that the columns separate.
     """
     x, y = np.asarray(x, dtype=np.float64), np.asarray(outcome, dtype=np.float64)
-    codes = _codes(clusters)
+    codes = cluster_codes(clusters)
     if len(y) == 0 or int(codes.max()) < 1 or (y == 0.0).all() or (y == 1.0).all():
         return None
     full = np.column_stack([np.ones(len(y)), x])  # (n, k + 1)
@@ -404,7 +318,7 @@ def _in_unit(x: Floats) -> bool:
     return bool(((x >= 0.0) & (x <= 1.0)).all())
 
 
-def _finite(values: Sequence[float | None]) -> Floats:
+def finite_values(values: Sequence[float | None]) -> Floats:
     """(n,) as an array; NaN and infinity are refused here, so that they can never reach a mean."""
     x = np.asarray(values, dtype=np.float64)
     if not np.isfinite(x).all():
@@ -413,7 +327,7 @@ def _finite(values: Sequence[float | None]) -> Floats:
     return x
 
 
-def _codes(clusters: Sequence[str]) -> NDArray[np.int64]:
+def cluster_codes(clusters: Sequence[str]) -> NDArray[np.int64]:
     """(n,) cluster names as 0..G-1, in order of first appearance."""
     seen: dict[str, int] = {}
     return np.array([seen.setdefault(name, len(seen)) for name in clusters], dtype=np.int64)

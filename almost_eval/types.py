@@ -137,3 +137,33 @@ class Metric:
             "n": self.n,
             "unscored": self.unscored,
         }
+
+
+@dataclass(slots=True)
+class EngineReport:
+    """What an engine did in a run: stored in `results.json` under `engine`."""
+
+    path: str = ""
+    """`shared-prefix` or `plain`."""
+    tokens_plain: int = 0
+    """Token positions a request-by-request run would compute."""
+    tokens_in_trie: int = 0
+    """Distinct prefixes over all requests: the fewest positions that can be computed."""
+    tokens_computed: int = 0
+    """Token positions the plan computes; a resumed run reports the plan of the whole run."""
+    rounding: JSONObject | None = None
+    """In half precision with shared prefixes: see `hf_rounding.measure_rounding`."""
+    warnings: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> JSONObject:
+        """JSON, with the two ratios people ask for."""
+        return {
+            "path": self.path,
+            "tokens_plain": self.tokens_plain,
+            "tokens_in_trie": self.tokens_in_trie,
+            "tokens_computed": self.tokens_computed,
+            "computed_over_trie": self.tokens_computed / self.tokens_in_trie if self.tokens_in_trie else None,
+            "plain_over_computed": self.tokens_plain / self.tokens_computed if self.tokens_computed else None,
+            **({"rounding": self.rounding} if self.rounding else {}),
+            "warnings": list(self.warnings),
+        }

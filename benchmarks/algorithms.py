@@ -28,9 +28,10 @@ from almost_eval.models.checkpoint import find_checkpoint
 from almost_eval.nano.oracle import Reading
 from almost_eval.nano.world import World
 from almost_eval.progress import Progress, progress_for
-from almost_train.common.trainers import keep_template
+from almost_train.common.policy import policy_tokenizer
+from almost_train.common.templates import keep_template
 from almost_train.dpo.online import OnlineDPOSettings, train_online_dpo
-from almost_train.dpo.run import DPOSettings, answer_tokens, encode_rows, policy_tokenizer, train_dpo
+from almost_train.dpo.run import DPOSettings, answer_tokens, encode_rows, train_dpo
 from almost_train.nano.data import write_prompts
 from almost_train.pipeline.evaluation import EvaluationSettings, evaluate_policies
 from almost_train.pipeline.recipe import Recipe, load_recipe

@@ -3,8 +3,9 @@
     python benchmarks/nano_pipeline.py --seeds 0,1,2 --output runs/nano-benchmark
 
 Each seed runs `almost-train run nano` and the arms that the comparison needs beside it (unguided self-play and SFT on
-it, RLOO). Everything that a seed made is kept under the output folder and is not made again. Settings were chosen on
-`dev`, one half of the queries that no stage reads; what is printed is measured on `test`, the other half.
+it, three passes of SFT, RLOO). Everything that a seed made is kept under the output folder and is not made again.
+Settings were chosen on `dev`, one half of the queries that no stage reads; what is printed is measured on `test`, the
+other half.
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ PPO_SETTINGS = ("mini_batch_size", "sampling_batch_size", "ppo_epochs", "kl_cont
 
 ARMS: dict[str, Mapping[str, Mapping[str, Any]]] = {
     "unguided": {"self_play": {"unguided": True}},
+    "three-passes": {"sft": {"epochs": 3}},
     "rloo": {"rlsf": {"algorithm": "rloo", "num_generations": 4, **dict.fromkeys(PPO_SETTINGS)}},
 }
 """Arm -> what differs from the recipe (None: left out). Stages before the first difference are the recipe's own."""
@@ -111,7 +113,7 @@ def run_arm(
         if not link.exists():
             link.symlink_to((folder / "nano" / stage).resolve())
     changed = dataclasses.replace(recipe, sections=sections)
-    Pipeline(changed, target, progress=progress).run("sft" if arm == "unguided" else "rlsf")
+    Pipeline(changed, target, progress=progress).run("rlsf" if arm == "rloo" else "sft")
 
 
 # --- demand by demand ---
@@ -262,6 +264,7 @@ def policies(recipe: Recipe, folder: Path, seed: int, progress: Progress) -> Fig
         "vanilla": "nano/vanilla-medium",
         "SFT unguided": folder / "unguided" / "sft" / "model",
         "SFT": folder / "nano" / "sft" / "model",
+        "SFT, three passes": folder / "three-passes" / "sft" / "model",
         "RLSF PPO": folder / "nano" / "rlsf" / "policy",
         "RLSF RLOO": folder / "rloo" / "rlsf" / "policy",
     }
@@ -289,7 +292,7 @@ def policies(recipe: Recipe, folder: Path, seed: int, progress: Progress) -> Fig
 
 
 def alignment_tax(folder: Path) -> Figures:
-    """nano-MMLU, five shots: before and after."""
+    """nano-MMLU, five shots: before and after, by letters (chance) and by words (which the models know)."""
     from almost_eval.run.runner import Run
     from almost_eval.tasks.base import resolve_prompting
     from almost_eval.tasks.mmlu import MMLU
@@ -303,9 +306,10 @@ def alignment_tax(folder: Path) -> Figures:
     ):
         engine = HFEngine(model)
         prompting = resolve_prompting(data, None, "none", engine.tokenizer, own_prompts=True)
-        run = Run(MMLU([], 5, data, prompting), engine, seed=0)
-        results, _ = run.execute(folder / f"mmlu-{name.replace(' ', '-')}", Progress())
-        figures[f"nano-MMLU, {name}"] = results["metrics"]["accuracy"]["value"]
+        for words, suffix in ((False, ""), (True, ", words")):
+            run = Run(MMLU([], 5, data, prompting, words=words), engine, seed=0)
+            results, _ = run.execute(folder / f"mmlu-{name.replace(' ', '-')}{'-words' if words else ''}", Progress())
+            figures[f"nano-MMLU, {name}{suffix}"] = results["metrics"]["accuracy"]["value"]
     return figures
 
 

@@ -5,9 +5,10 @@
 
 The first: both sides draw from the same float32 weights, in one process, with the stop strings and seeds of
 `almost-train rlsf`; 64 prompts are one batch. transformers draws with the prompts' common
-header read once, as `rlsf` does, and with it read by each row. A round times each side once. Then the weights
-are updated 20 times and sent to vLLM; each time the largest |log p(vLLM) - log p(trainer)| over the sampled tokens is
-printed.
+header read once, as `rlsf` does, and with it read by each row. A round times each side once. Before it, the matrix
+products of a decoding step are timed alone, as transformers computes them: what a side takes beyond is all that another
+engine can save, but for faster products. Then the weights are updated 20 times and sent to vLLM; each time the largest
+|log p(vLLM) - log p(trainer)| over the sampled tokens is printed.
 
 The second: PPO on the nano world with the recipe's settings, from the shipped SFT policy by the shipped reward model,
 once for each sampler and seed, judged by the oracle on 600 prompts of the test half.
@@ -34,7 +35,7 @@ from almost_eval.models.checkpoint import find_checkpoint
 from almost_eval.models.loading import load_tokenizer
 from almost_eval.progress import Progress
 from almost_eval.types import Message
-from almost_train.common.trainers import keep_template
+from almost_train.common.templates import keep_template
 from almost_train.nano.data import write_prompts
 from almost_train.pipeline.evaluation import EvaluationSettings, evaluate_policies
 from almost_train.pipeline.recipe import load_recipe
@@ -61,6 +62,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="runs/models/smollm2-135m-instruct")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--products", action="store_true", help="the matrix products alone, no engine")
     parser.add_argument("--nano", action="store_true", help="PPO on the nano world instead")
     parser.add_argument("--seeds", default="0,1,2")
     arguments = parser.parse_args()
@@ -69,6 +71,9 @@ def main() -> None:
         return nano([int(seed) for seed in arguments.seeds.split(",")])
     job = make_job(arguments.model, arguments.new_tokens)
     policy = load_policy(job.policy, "cpu").eval()
+    products(policy, len(job.prompts))
+    if arguments.products:
+        return None
     vllm = make_sampler(job)
     try:
         vllm.sync(policy)
@@ -104,6 +109,32 @@ def make_job(model: str, new_tokens: int) -> Job:
 
 
 # --- speed ---
+
+
+@torch.no_grad()
+def products(policy: PreTrainedModel, rows: int, repeats: int = 20) -> None:
+    """The tokens a second of the linear layers alone, by torch's products, one token of `rows` texts at a time."""
+    layers = [module for module in policy.modules() if isinstance(module, torch.nn.Linear)]
+    states = {size: torch.randn(rows, size) for size in {layer.in_features for layer in layers}}
+
+    def step() -> None:
+        for layer in layers:
+            torch.nn.functional.linear(states[layer.in_features], layer.weight)
+
+    step()
+    began, began_cpu = time.perf_counter(), time.process_time()
+    for _ in range(repeats):
+        step()
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - began_cpu
+    tokens = rows * repeats
+    work = 2 * sum(layer.weight.numel() for layer in layers) * tokens / 1e9  # GFLOP
+    for what, spent in (("", seconds), (" by CPU time", cpu_seconds)):
+        print(
+            f"matrix products alone, {rows} rows, float32{what}: {tokens / spent:.1f} tokens/s, "
+            f"{work / spent:.0f} GFLOP/s",
+            flush=True,
+        )
+
 
 APART = "transformers without shared headers"
 

@@ -23,8 +23,8 @@ from almost_eval.models.checkpoint import (
     refuse_adapter,
     refuse_stray_weights,
 )
-from almost_eval.models.openings import Opening
 from almost_eval.models.stops import STOP_STRINGS, stop_strings, template_file
+from almost_eval.models.tokenizers import Opening
 from almost_eval.types import JSONObject, Message
 from serving.door.names import served_name as name_of
 

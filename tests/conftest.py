@@ -102,6 +102,11 @@ def data_root() -> Path:
     return DATA_ROOT
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """One more mark; the others are in pyproject.toml, and any change there makes `make` set up .venv anew."""
+    config.addinivalue_line("markers", "alone(reason): measures time; `make test` runs it when no other test runs")
+
+
 class RealModels:
     """Where the real checkpoints are; a test that takes one that is not there is skipped."""
 

@@ -23,8 +23,9 @@ FOREIGN = (
 PLACES = ("ALMOST_REAL_MODELS", "ALMOST_CHROMIUM", "ALMOST_SCREENSHOTS", "ALMOST_TESTS_DATA_ROOT")
 """Names that only fixtures read: where something is on this machine."""
 
-
 MADE = "ALMOST_TESTS_ENVIRONMENT"
+"""The variable that says who made the environment: a worker of pytest-xdist has caches of its own."""
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
 
 
 def clean() -> None:
@@ -37,10 +38,10 @@ def clean() -> None:
     caches = tempfile.mkdtemp(prefix="almost-tests-")
     atexit.register(shutil.rmtree, caches, ignore_errors=True)
     os.environ |= {"HF_HOME": f"{caches}/huggingface", "HF_HUB_OFFLINE": "1", "ALMOST_CACHE": f"{caches}/almost"}
-    os.environ[MADE] = "1"
+    os.environ[MADE] = WORKER
 
 
-if MADE not in os.environ:  # a worker of pytest-xdist, or a process that a test spawns, inherits what was made
+if os.environ.get(MADE) != WORKER:  # a process that a test spawns inherits what was made
     clean()
 
 DATA_ROOT = Path(

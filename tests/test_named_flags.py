@@ -43,6 +43,9 @@ PROGRAMS = {
     "serving": ("almost-serve", "almost-chat"),
 }
 OF_OTHERS: dict[str, dict[str, str]] = {
+    "almost_eval/cli/slurm.py": dict.fromkeys(
+        ("--array", "--dependency", "--gres", "--job-name", "--parsable", "--partition", "--time"), "sbatch's"
+    ),
     "almost_eval/compare/tax/training.py": {"--save-every": "of almost-train, whose folder is looked at"},
     "almost_eval/engines/vllm.py": {"--data-parallel-size": "of `vllm serve`, which the message names"},
     "almost_eval/report/plots.py": dict.fromkeys(("--rule", "--sans"), "variables of CSS"),
@@ -52,6 +55,7 @@ OF_OTHERS: dict[str, dict[str, str]] = {
     "almost_train/rlsf/vllm_sampler.py": dict.fromkeys(
         ("--logprobs-mode", "--weight-transfer-config"), "vLLM's, of the server that the message is about"
     ),
+    "almost_eval/workers/ray.py": {"--head": "of `ray start`, which the message names"},
     "serving/all.py": {"--gpu-memory-utilization": "vLLM's, which is passed to it"},
     "serving/chat/small_model.py": {"--no-deps": "pip's"},
     "serving/chat/tab_report.py": {"--output": "of almost-eval, which the message names"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from almost_eval.cli.command_line import comma_list, import_transformers, open_console, options, options_of
+from almost_eval.cli.command_line import comma_list, import_transformers, open_console, options, options_of, print_json
 from almost_eval.cli.judge_options import JUDGE_OPTIONS, JUDGES_OWN, REASK
 from almost_eval.cli.options import DATA_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, Values, run_request
 from almost_eval.progress import Progress
 
 if TYPE_CHECKING:
     from almost_eval.judge.build import JudgeOptions
-    from almost_eval.suite.plan import Planned
+    from almost_eval.suite.plan import Planned, SuiteRequest
     from almost_eval.suite.run import Outcome
 
-_JUDGE_OPTIONS = [
+JUDGE_OF_ALL = [
     *(option for option in JUDGE_OPTIONS if options_of([option])[0].name not in (*JUDGES_OWN, "prompt_set")),
     REASK,
 ]
@@ -32,8 +31,8 @@ _JUDGE_OPTIONS = [
 @click.option("--reward-model", help="Checkpoint of a reward model, for Static HHH.")
 @click.option("--baseline", help="Checkpoint or answer file that the judge compares the model with.")
 @click.option("--tasks", callback=comma_list, help="Some only: hhh, hhh-choice, truthfulqa, mmlu, vicuna, ...  [all]")
-@options(MODEL_OPTIONS, _JUDGE_OPTIONS, DATA_OPTIONS, RUN_OPTIONS)
-def all_tasks(reward_model: str | None, baseline: str | None, tasks: list[str], **values: Any) -> int:
+@options(MODEL_OPTIONS, JUDGE_OF_ALL, DATA_OPTIONS, RUN_OPTIONS)
+def all_tasks(**values: Any) -> int:
     """All benchmarks of one model, and one page that shows them.
 
     \b
@@ -49,20 +48,11 @@ def all_tasks(reward_model: str | None, baseline: str | None, tasks: list[str], 
       almost-eval all --model ./ckpt --judge gpt-6.1-terra --baseline answers.jsonl --max-cost 20 --dry-run
     """
     from almost_eval.run.trackers import log_results
-    from almost_eval.suite.plan import SuiteRequest, choose, plan, refuse_unused, with_defaults
+    from almost_eval.suite.plan import plan
     from almost_eval.suite.run import execute, summary
 
     import_transformers()
-    named = SuiteRequest(
-        base=run_request(values, ""),
-        tasks=tasks,
-        reward_model=reward_model,
-        judge=_judge(values),
-        baseline=baseline,
-    )
-    request = with_defaults(named)
-    names = choose(request)
-    refuse_unused(names, named)
+    names, request = suite_request(values)
     planned, folder = plan(names, request)
     model = str(request.base.model)
     if values["dry_run"]:
@@ -78,10 +68,31 @@ def all_tasks(reward_model: str | None, baseline: str | None, tasks: list[str], 
             progress.end(outcome.name)
     whole, code = summary(model, folder, outcomes)
     if values["as_json"]:
-        click.echo(json.dumps(whole, indent=1, ensure_ascii=False))
+        print_json(whole)
     else:
         print_outcomes(outcomes, whole, open_console())
     return code
+
+
+def suite_request(values: Values) -> tuple[list[str], SuiteRequest]:
+    """The tasks that the flags name, and what is asked of them, with defaults.
+
+    Raises:
+        InputError: flags that do not go together.
+    """
+    from almost_eval.suite.plan import SuiteRequest, choose, refuse_unused, with_defaults
+
+    named = SuiteRequest(
+        base=run_request(values, ""),
+        tasks=values["tasks"],
+        reward_model=values["reward_model"],
+        judge=_judge(values),
+        baseline=values["baseline"],
+    )
+    request = with_defaults(named)
+    names = choose(request)
+    refuse_unused(names, named)
+    return names, request
 
 
 def _judge(values: Values) -> JudgeOptions:
@@ -102,7 +113,7 @@ def _show_plan(planned: Sequence[Planned], model: str, *, as_json: bool) -> int:
     if as_json:
         tasks = {one.name: one.to_dict() for one in planned}
         totals = {key: sum(getattr(one, key) for one in planned) for key in ("read", "write")}
-        click.echo(json.dumps({"model": model, "tasks": tasks, **totals}, indent=1, ensure_ascii=False))
+        print_json({"model": model, "tasks": tasks, **totals})
     else:
         print_plan(planned, model, open_console())
     return 1 if any(one.refused for one in planned) else 0

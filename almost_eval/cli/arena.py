@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from almost_eval.cli.command_line import Commands, open_console
+from almost_eval.cli.command_line import Commands, open_console, print_json
 
 if TYPE_CHECKING:
     from almost_eval.arena.report import ArenaReport
@@ -40,7 +39,7 @@ def report(db: Path, judges: tuple[Path, ...], seed: int, as_json: bool) -> int:
 
     results = report_votes(VoteStore(db).votes(), {str(run): judge_verdicts(run) for run in judges}, seed=seed)
     if as_json:
-        click.echo(json.dumps(results.to_dict(), indent=1, ensure_ascii=False))
+        print_json(results.to_dict())
     else:
         _print(results, db)
     return 0

@@ -6,6 +6,7 @@ The first seconds go to imports without what no run needs, and a Ctrl-C is alway
 from __future__ import annotations
 
 import gc
+import json
 import os
 import signal
 import sys
@@ -74,6 +75,11 @@ def options_of(group: list[Any]) -> list[click.Option]:
 def comma_list(context: click.Context, param: click.Parameter, value: str | None) -> list[str]:
     """A click callback: the names of an option such as `mc1,mc2`."""
     return [name.strip() for name in (value or "").split(",") if name.strip()]
+
+
+def print_json(value: Any) -> None:
+    """A result on stdout, for a program to read."""
+    click.echo(json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def open_console() -> Any:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
-from almost_eval.cli.command_line import open_console
+from almost_eval.cli.command_line import open_console, print_json
 
 
 @click.command()
@@ -26,7 +25,7 @@ def compare(run_a: Path, run_b: Path, seed: int, as_json: bool) -> int:
 
     comparison = compare_runs(run_a, run_b, seed=seed)
     if as_json:
-        click.echo(json.dumps(comparison.to_dict(), indent=1, ensure_ascii=False))
+        print_json(comparison.to_dict())
     else:
         render(comparison, open_console())
     return 0

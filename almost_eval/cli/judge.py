@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import fields
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from almost_eval.cli.command_line import Commands, import_transformers, open_console, options
+from almost_eval.cli.command_line import Commands, import_transformers, open_console, options, print_json
 from almost_eval.cli.judge_options import (
     ANSWER_OPTIONS,
     BY_CATEGORY,
@@ -28,11 +27,12 @@ from almost_eval.cli.judge_options import (
     RUN_OPTIONS,
     TURN_OPTIONS,
 )
-from almost_eval.cli.options import engine_options
+from almost_eval.cli.options import SHARD, engine_options
+from almost_eval.cli.tasks import show_plan, show_results, show_shard
 from almost_eval.errors import InputError
 from almost_eval.judge.build import DEFAULT_BASELINE, NANO_JUDGE, answer_budget
 from almost_eval.judge.families import DEFAULT_FAMILY
-from almost_eval.types import JSONMapping, JSONObject
+from almost_eval.types import JSONObject
 
 if TYPE_CHECKING:
     from almost_eval.data.sources import DataSource
@@ -48,7 +48,7 @@ STARTED = time.perf_counter()
 
 
 @click.command()
-@options(ANSWER_OPTIONS, PANEL_OPTIONS, DATA_OPTIONS, TURN_OPTIONS, RUN_OPTIONS, [JSON], ENGINE_OPTIONS)
+@options(ANSWER_OPTIONS, PANEL_OPTIONS, DATA_OPTIONS, TURN_OPTIONS, RUN_OPTIONS, [SHARD, JSON], ENGINE_OPTIONS)
 def vicuna(**flags: Any) -> int:
     """Two systems answer questions, and a judge says which answer is better.
 
@@ -61,15 +61,23 @@ def vicuna(**flags: Any) -> int:
       almost-eval vicuna --models ./a ./b answers-c.jsonl --judge reward:./my-reward-model
       almost-eval vicuna --questions mt-bench --judging single --model ./my-model --judge gpt-6.1-terra
       almost-eval vicuna --answers a.jsonl --baseline b.jsonl --judge gpt-6.1-terra --judge reward:./my-reward-model
+
+    With --shard K/N the models answer a part of the questions; almost-eval merge joins them, and the same command
+    without it then asks the judge.
     """
     from almost_eval.progress import progress_for
 
-    run = _prepare(flags)
+    run, shard = _prepare(flags), flags["shard"]
+    if shard:
+        from almost_eval.judge.shards import describe_shard, write_shard
     if flags["dry_run"]:
-        return _show_plan(run.describe(flags["output"]), flags["as_json"])
+        more = describe_shard(run, shard) if shard else {}
+        return show_plan(run.describe(flags["output"]) | more, as_json=flags["as_json"])
     folder = flags["output"] or run.default_folder()
+    if shard:
+        return show_shard(write_shard(run, folder, shard, progress_for()), as_json=flags["as_json"])
     results, _ = run.execute(folder, progress_for(), started=STARTED)
-    return show(results, folder, flags["as_json"])
+    return show_results(results, folder, as_json=flags["as_json"])
 
 
 def _prepare(flags: Flags) -> JudgeRun:
@@ -224,27 +232,6 @@ def _named(flags: Flags, name: str) -> dict[str, str]:
     return named
 
 
-def _show_plan(facts: JSONMapping, as_json: bool) -> int:
-    if as_json:
-        click.echo(json.dumps(facts, indent=1, ensure_ascii=False))
-    else:
-        from almost_eval.report.console import print_preflight
-
-        print_preflight(facts, open_console())
-    return 0
-
-
-def show(results: JSONObject, folder: Path | None, as_json: bool) -> int:
-    """Print results, and say whether the headline stands."""
-    if as_json:
-        click.echo(json.dumps(results, indent=1, ensure_ascii=False))
-    else:
-        from almost_eval.report.console import print_results
-
-        print_results(results, open_console(), folder=str(folder) if folder else None)
-    return 0 if results["validity"]["passed"] else 3
-
-
 @click.group(cls=Commands)
 def judge() -> None:
     """Reviews again, without a call; and whether a judge is any good."""
@@ -280,7 +267,7 @@ def judge_report(
     if (run_folder is None) == (not archive):
         raise InputError("give the folder of a run, or --archive with a folder of archived reviews")
     if run_folder is not None:
-        return show(_redrawn(run_folder, votes, flags), run_folder, as_json)
+        return show_results(_redrawn(run_folder, votes, flags), run_folder, as_json=as_json)
     if votes is not None:
         raise InputError("--votes are votes on the pairs of a run; give the folder of a run, not --archive")
     from almost_eval.judge.archive import aggregate_archives, find_archives
@@ -295,7 +282,7 @@ def judge_report(
         find_archives(archive, questions), prompts, ties=flags["ties"] or "half", orders=flags["orders"]
     )
     if as_json:
-        click.echo(json.dumps(rows, indent=1, ensure_ascii=False))
+        print_json(rows)
     else:
         print_archives(rows, open_console())
     return 0
@@ -345,4 +332,4 @@ def judge_check(archive: tuple[Path, ...], as_json: bool, **flags: Any) -> int:
     """
     from almost_eval.cli.judge_check import check_judges
 
-    return check_judges(archive, flags, as_json, questions=_questions, open_judge=_open_judge, show_plan=_show_plan)
+    return check_judges(archive, flags, as_json, questions=_questions, open_judge=_open_judge)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from almost_eval.cli.command_line import open_console
+from almost_eval.cli.command_line import open_console, print_json
+from almost_eval.cli.tasks import show_plan
 from almost_eval.errors import InputError
 from almost_eval.judge.build import NANO_JUDGE, JudgeOptions, without_api
 from almost_eval.judge.families import DEFAULT_FAMILY
-from almost_eval.types import JSONMapping, JSONObject
+from almost_eval.types import JSONObject
 
 if TYPE_CHECKING:
     from almost_eval.data.sources import DataSource
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from almost_eval.judge.records import Question
 
     OpenJudge = Callable[[Mapping[str, Any], DataSource], Judge]
-    ShowPlan = Callable[[JSONMapping, bool], int]
 
 
 def check_judges(
@@ -33,7 +32,6 @@ def check_judges(
     *,
     questions: Callable[..., tuple[DataSource, list[Question], str]],
     open_judge: OpenJudge,
-    show_plan: ShowPlan,
 ) -> int:
     """Run the checks that the flags ask for, and show the certificate; the exit code.
 
@@ -43,7 +41,6 @@ def check_judges(
         as_json: whether JSON is printed.
         questions: opens data and questions by flags.
         open_judge: opens a judge by flags.
-        show_plan: prints what a run would take.
     """
     from almost_eval.judge.succession import OLD, certify
     from almost_eval.progress import progress_for
@@ -60,7 +57,7 @@ def check_judges(
     folder = flags["output"] or new.default_folder()
     if flags["dry_run"]:
         plan = new.describe(folder)
-        return show_plan({"new": plan, OLD: old.describe(folder / OLD)} if old else plan, as_json)
+        return show_plan({"new": plan, OLD: old.describe(folder / OLD)} if old else plan, as_json=as_json)
     from almost_eval.report.certificate_page import write_certificate
 
     certificate = certify(new, old, folder, progress_for())
@@ -139,12 +136,17 @@ def _human_votes(file: Path | None) -> tuple[list[HumanVote], dict[str, int]]:
 
 
 def _addresses(judges: Sequence[str], addresses: Sequence[str]) -> list[str | None]:
-    """The endpoint of each judge: one is for all behind an API, two are in the judges' order."""
+    """The endpoints of each judge: of one behind an API all; of two one is for both, two are in the judges' order."""
     behind = [name for name in judges if not JudgeOptions(judge=name).is_local]
     if not behind and addresses:
         behind = [*judges[:1]]  # `open_judge` refuses it, with the judge's name
+    if len(behind) == 1:
+        addresses = [",".join(addresses)] if addresses else []
     if len(addresses) > max(1, len(behind)):
-        raise InputError(f"--judge-base-url is there {len(addresses)} times for {len(behind)} judges behind an API")
+        raise InputError(
+            f"--judge-base-url is there {len(addresses)} times for {len(behind)} judges behind an API; give one for "
+            "both, or one for each, several endpoints of one by commas"
+        )
     shared = list(addresses) * (len(behind) if len(addresses) == 1 else 1)
     each = dict(zip(behind, shared, strict=False))
     return [each.get(name) for name in judges]
@@ -160,4 +162,4 @@ def _show(certificate: JSONObject, folder: Path, as_json: bool) -> None:
         return
     others = {name: results for name, results in certificate["results"].items() if name != "new"}
     rest = {**certificate, "results": others}
-    click.echo(json.dumps({**certificate["results"]["new"], "certificate": rest}, indent=1, ensure_ascii=False))
+    print_json({**certificate["results"]["new"], "certificate": rest})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from almost_eval.cli.options import ENGINE_FIELDS, GENERATION_FIELDS, engine_flag
+from almost_eval.cli.options import ENGINE_FIELDS, GENERATION_FIELDS, engine_flag, joined
 from almost_eval.errors import InputError
 from almost_eval.judge.build import MAX_NEW_TOKENS, NANO_MAX_NEW_TOKENS, JudgeOptions
 from almost_eval.judge.families import DEFAULT_FAMILY, FAMILIES, FAMILY_OF_TURNS
@@ -77,14 +77,21 @@ _ASKED = [
     click.option("--judge-options", metavar="JSON", help="More fields of each request: '{\"top_p\": 0.9}'."),
 ]
 _REACHED = [
-    click.option("--judge-base-url", help="Any OpenAI-compatible endpoint, up to and with /v1."),
+    click.option(
+        "--judge-base-url",
+        multiple=True,
+        callback=joined,
+        help="Any OpenAI-compatible endpoint, up to and with /v1; several share the reviews.",
+    ),
     *_ASKED,
 ]
 JUDGE_OPTIONS = [click.option("--judge", help=f"{_JUDGE}."), *_REACHED]
 """Of one judge."""
 PANEL_OPTIONS = [
     click.option("--judge", "judges", multiple=True, help=f"{_JUDGE}; several are a panel."),
-    click.option("--judge-at", multiple=True, metavar="JUDGE=URL", help="Endpoint of one judge of a panel."),
+    click.option(
+        "--judge-at", multiple=True, metavar="JUDGE=URL", help="Endpoint of one judge of a panel, or several by commas."
+    ),
     click.option(
         "--judge-price", multiple=True, metavar="JUDGE=IN,OUT", help="USD per million tokens of one judge of a panel."
     ),
@@ -100,7 +107,8 @@ CHECK_OPTIONS = [
     click.option(
         "--judge-base-url",
         multiple=True,
-        help="OpenAI-compatible endpoint of both, or one for each, up to and with /v1.",
+        help="OpenAI-compatible endpoint, up to and with /v1; several share the reviews. With two judges: of both, or "
+        "one for each, or several by commas.",
     ),
     *_ASKED,
 ]

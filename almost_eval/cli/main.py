@@ -14,7 +14,9 @@ from almost_eval.cli.compare import compare
 from almost_eval.cli.config_file import add_config
 from almost_eval.cli.judge import judge, vicuna
 from almost_eval.cli.list import completion, list_all
+from almost_eval.cli.merge import merge
 from almost_eval.cli.parity import parity
+from almost_eval.cli.plan import plan
 from almost_eval.cli.report import report
 from almost_eval.cli.tasks import TaskCommand
 from almost_eval.cli.tax import tax
@@ -43,9 +45,11 @@ def cli(context: click.Context) -> None:
 
 for command in (
     all_tasks,
+    plan,
     *(TaskCommand(name, path) for name, path in TASKS.items()),
     vicuna,
     judge,
+    merge,
     compare,
     parity,
     verify,

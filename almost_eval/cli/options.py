@@ -14,6 +14,7 @@ from almost_eval.engines.build import EngineOptions, Flag
 
 if TYPE_CHECKING:
     from almost_eval.run.request import RunRequest
+    from almost_eval.run.shards import Shard
 
 Values = dict[str, Any]
 """Values of a command's flags by name, as click checked them."""
@@ -30,13 +31,16 @@ def engine_flag(
     if flag.kind is bool:
         return make(f"{name}/--no-{name[2:]}", default=True) if option.default else make(name, is_flag=True)
     if flag.is_repeatable:
-        return make(name, multiple=True, callback=_joined)
+        return make(name, multiple=True, callback=joined)
+    if flag.bare is not None:
+        return make(name, is_flag=False, flag_value=flag.bare, metavar="[ADDRESS]")
     if flag.is_auto:
         return make(name, default="auto", callback=_count_or_auto)
     return make(name, default=default or (option.default if flag.is_shown else None), type=_type(flag))
 
 
-def _joined(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> str | None:
+def joined(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> str | None:
+    """A flag that may be repeated, as one string with commas; None where it is absent."""
     return ",".join(values) or None
 
 
@@ -108,6 +112,46 @@ DATA_OPTIONS = [
     ),
     LIMIT,
 ]
+
+
+def _shard(context: click.Context, param: click.Parameter, value: str | None) -> Shard | None:
+    if value is None:
+        return None
+    from almost_eval.run.shards import Shard
+
+    return Shard.parse(value)
+
+
+_SHARD = click.option(
+    "--shard",
+    metavar="K/N",
+    callback=_shard,
+    help="Compute part K of N alone, in a folder inside --output; almost-eval merge joins the parts.",
+)
+
+
+def _slurm(context: click.Context, param: click.Parameter, value: int | None) -> None:
+    if value is not None and not context.resilient_parsing:
+        from almost_eval.cli.slurm import print_script
+
+        print_script(context, str(param.name), value)
+
+
+_SLURM = click.option(
+    "--slurm",
+    type=click.IntRange(min=1),
+    metavar="N",
+    expose_value=False,
+    callback=_slurm,
+    help="Print a script for Slurm: an array job of N shards of this command, then the merge.",
+)
+
+
+def SHARD(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of every command whose samples can be divided among processes that know nothing of each other."""
+    return _SHARD(_SLURM(command))
+
+
 RUN_OPTIONS = [
     click.option("--output", type=click.Path(path_type=Path), help="Run folder; the default is named by the run."),
     click.option("--seed", default=0, show_default=True, help="Of whatever is drawn."),

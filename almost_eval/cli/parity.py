@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from almost_eval.cli.command_line import comma_list, import_transformers, open_console
+from almost_eval.cli.command_line import comma_list, import_transformers, open_console, print_json
 from almost_eval.cli.options import DATA, DATA_ROOT, ENGINE_FIELDS, LIMIT, PROMPT_SET, engine_flag, run_request
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ def parity(
     folder = output or Path("runs") / f"parity-{Path(wanted.model).name}"
     certificate = certify(wanted, folder, progress_for())
     if as_json:
-        click.echo(json.dumps(certificate.to_dict(), indent=1, ensure_ascii=False))
+        print_json(certificate.to_dict())
     else:
         render(certificate, open_console(), folder)
     return 0 if certificate.holds else 1

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from almost_eval.cli.command_line import open_console
+from almost_eval.cli.command_line import open_console, print_json
 from almost_eval.errors import InputError
 from almost_eval.files import whole_file
 from almost_eval.types import JSONObject
@@ -85,7 +84,7 @@ def report(
     for name in formats:
         click.echo(_table(name, run_set, matrix), nl=False)
     if as_json:
-        click.echo(json.dumps(_as_json(run_set, matrix), indent=1, ensure_ascii=False))
+        print_json(_as_json(run_set, matrix))
     elif not formats:
         _print(run_set, matrix)
     return 0 if all(run.withheld is None for run in run_set.runs) else 3

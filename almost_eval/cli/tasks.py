@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import time
 from functools import cached_property
 from importlib.util import find_spec
@@ -13,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from almost_eval.cli.command_line import comma_list, import_transformers, open_console, options
+from almost_eval.cli.command_line import comma_list, import_transformers, open_console, options, print_json
 from almost_eval.cli.config_file import CONFIG
-from almost_eval.cli.options import DATA_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, Values, run_request
+from almost_eval.cli.options import DATA_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, SHARD, Values, run_request
+from almost_eval.errors import InputError
 
 if TYPE_CHECKING:
     from almost_eval.run.request import RunRequest
+    from almost_eval.run.shards import Mark
     from almost_eval.tasks.facts import TaskSetting
-    from almost_eval.types import JSONObject
+    from almost_eval.types import JSONMapping, JSONObject
 
 STARTED = time.perf_counter()
 
@@ -45,7 +46,7 @@ class TaskCommand(click.Command):
         own = [_option(setting) for setting in task_class(self.name).task_settings]
 
         @click.command()
-        @options(own, MODEL_OPTIONS, DATA_OPTIONS, RUN_OPTIONS)
+        @options(own, MODEL_OPTIONS, DATA_OPTIONS, RUN_OPTIONS, [SHARD])
         def flags() -> None: ...
 
         return [*flags.params, CONFIG]
@@ -99,18 +100,16 @@ def evaluate(request: RunRequest, values: Values) -> int:
     from almost_eval.progress import progress_for
     from almost_eval.run.request import open_run
 
+    shard = values.get("shard")
+    if shard and values["log_to"]:
+        raise InputError("--log-to logs the figures of a whole run; give it to almost-eval merge, not to a shard")
     import_transformers()
     run = open_run(request)
     if values["dry_run"]:
-        facts = run.describe()
-        if values["as_json"]:
-            click.echo(json.dumps(facts, indent=1, ensure_ascii=False))
-        else:
-            from almost_eval.report.console import print_preflight
-
-            print_preflight(facts, open_console())
-        return 0
+        return show_plan(run.describe() | (run.describe_shard(shard) if shard else {}), as_json=values["as_json"])
     folder = request.output or run.default_folder()
+    if shard:
+        return show_shard(run.execute_shard(folder, shard, progress_for(), started=STARTED), as_json=values["as_json"])
     results, _ = run.execute(folder, progress_for(), started=STARTED)
     if values["log_to"]:
         from almost_eval.run.trackers import log_results
@@ -119,12 +118,41 @@ def evaluate(request: RunRequest, values: Values) -> int:
     return show_results(results, folder, as_json=values["as_json"])
 
 
-def show_results(results: JSONObject, folder: Path, *, as_json: bool) -> int:
-    """Print `results.json`, or its table; returns the exit code."""
+def show_shard(mark: Mark, *, as_json: bool, merge: str = "almost-eval merge") -> int:
+    """Say what a finished shard is, and what is to be done with it; returns the exit code."""
     if as_json:
-        click.echo(json.dumps(results, indent=1, ensure_ascii=False))
+        facts = {
+            "shard": str(mark.shard),
+            "folder": str(mark.folder),
+            "samples": len(mark.ids),
+            **(mark.finished or {}),
+        }
+        print_json(facts)
+    else:
+        click.echo(
+            f"shard {mark.shard} is done: {len(mark.ids)} of {mark.total} samples, in {mark.folder}\n"
+            f"no results yet; once all {mark.shard.of} are done: {merge} {mark.folder.parent}"
+        )
+    return 0
+
+
+def show_plan(facts: JSONMapping, *, as_json: bool) -> int:
+    """Print what `--dry-run` tells; returns the exit code."""
+    if as_json:
+        print_json(facts)
+    else:
+        from almost_eval.report.console import print_preflight
+
+        print_preflight(facts, open_console())
+    return 0
+
+
+def show_results(results: JSONObject, folder: Path | None, *, as_json: bool) -> int:
+    """Print `results.json`, or its table; returns the exit code: 3 where the headline is withheld."""
+    if as_json:
+        print_json(results)
     else:
         from almost_eval.report.console import print_results
 
-        print_results(results, open_console(), folder=str(folder))
+        print_results(results, open_console(), folder=str(folder) if folder else None)
     return 0 if results["validity"]["passed"] else 3

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from almost_eval.cli.command_line import comma_list, import_transformers, open_console, options
+from almost_eval.cli.command_line import comma_list, import_transformers, open_console, options, print_json
 from almost_eval.cli.options import DATA_OPTIONS, ENGINE_OPTIONS, run_request
 
 if TYPE_CHECKING:
@@ -39,6 +38,11 @@ if TYPE_CHECKING:
     "--tasks", default="hhh,truthfulqa,mmlu", show_default=True, callback=comma_list, help="Benchmarks, by commas."
 )
 @click.option("--shots", default=5, show_default=True, type=click.IntRange(0, 5), help="mmlu: examples.")
+@click.option(
+    "--words/--letters",
+    default=None,
+    help="mmlu: score the words of the choices, or their letters.  [letters; words on nano data]",
+)
 @options(DATA_OPTIONS, ENGINE_OPTIONS)
 @click.option("--seed", default=0, show_default=True, help="Of the answers, the prompts and the bootstrap.")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder of the runs and of tax.json.")
@@ -53,6 +57,7 @@ def tax(
     max_new_tokens: int,
     tasks: list[str],
     shots: int,
+    words: bool | None,
     output: Path,
     as_json: bool,
     **values: Any,
@@ -77,6 +82,7 @@ def tax(
         run_request(values, ""),
         tasks=tasks,
         shots=shots,
+        words=words,
         reward_model=reward_model,
         prompts=prompts,
         n_prompts=n_prompts,
@@ -85,7 +91,7 @@ def tax(
     measured = measure(plan, progress_for())
     files = write_page(measured, output)
     if as_json:
-        click.echo(json.dumps(measured.to_dict(), indent=1, ensure_ascii=False))
+        print_json(measured.to_dict())
     else:
         render(measured, open_console(), [output / "tax.json", *files])
     return 0 if measured.valid else 3

@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from almost_eval.compare.differences import other_measure, setting_differences, shown
+from almost_eval.compare.paired import mcnemar_exact, paired_bootstrap
 from almost_eval.errors import DataError, InputError
 from almost_eval.files import read_json
+from almost_eval.run.shards import refuse_shard
 from almost_eval.run.store import NEW_RESULTS, NEW_RUN
-from almost_eval.stats import is_binary, majority, mcnemar_exact, paired_bootstrap
+from almost_eval.stats import is_binary, majority
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -143,6 +145,8 @@ _Pairs = Mapping[str, tuple[_Line, _Line]]
 
 def compare_runs(a: Path, b: Path, *, seed: int = 0, n_resamples: int = 10_000) -> Comparison:
     """Pair two run folders of one task and protocol on their sample ids, and judge each metric they share."""
+    for folder in (a, b):
+        refuse_shard(Path(folder))
     run_a, run_b = _read_run(Path(a)), _read_run(Path(b))
     for key in MUST_MATCH:
         in_a, in_b = run_a.fact(key), run_b.fact(key)

@@ -7,10 +7,10 @@ that is not one token) is known after `encode`, before a single weight is read.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from almost_eval.types import Completion, ContinuationScore, JSONObject, LoglikelihoodRequest
+from almost_eval.types import Completion, ContinuationScore, EngineReport, JSONObject, LoglikelihoodRequest
 
 if TYPE_CHECKING:  # the command line imports this file; prefix.py imports numpy (0.1 s)
     from almost_eval.engines.prefix import EncodedRequest
@@ -40,36 +40,6 @@ class SamplingParams:
     alone: bool = False
     """Read a completion as lm-eval does: decoded without its prompt, so that SentencePiece drops the space it begins
     with, and cut at one stop string after the other."""
-
-
-@dataclass(slots=True)
-class EngineReport:
-    """What an engine did in a run: stored in `results.json` under `engine`."""
-
-    path: str = ""
-    """`shared-prefix` or `plain`."""
-    tokens_plain: int = 0
-    """Token positions a request-by-request run would compute."""
-    tokens_in_trie: int = 0
-    """Distinct prefixes over all requests: the fewest positions that can be computed."""
-    tokens_computed: int = 0
-    """Token positions the plan computes; a resumed run reports the plan of the whole run."""
-    rounding: JSONObject | None = None
-    """In half precision with shared prefixes: see `hf_rounding.measure_rounding`."""
-    warnings: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> JSONObject:
-        """JSON, with the two ratios people ask for."""
-        return {
-            "path": self.path,
-            "tokens_plain": self.tokens_plain,
-            "tokens_in_trie": self.tokens_in_trie,
-            "tokens_computed": self.tokens_computed,
-            "computed_over_trie": self.tokens_computed / self.tokens_in_trie if self.tokens_in_trie else None,
-            "plain_over_computed": self.tokens_plain / self.tokens_computed if self.tokens_computed else None,
-            **({"rounding": self.rounding} if self.rounding else {}),
-            "warnings": list(self.warnings),
-        }
 
 
 class ModelIdentity(Protocol):

@@ -11,12 +11,17 @@ import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from almost_eval.engines.base import GenerationEngine, LoglikelihoodEngine
 from almost_eval.errors import InputError, MissingDependencyError, did_you_mean
 from almost_eval.models.loading import Purpose
 from almost_eval.types import JSONObject
+
+if TYPE_CHECKING:  # the command line imports this file
+    from almost_eval.models.held import HeldCheckpoint
+    from almost_eval.workers.pool import Pool
+    from almost_eval.workers.work import ServantRecipe
 
 ENGINES: dict[str, str] = {
     "hf": "almost_eval.engines.hf:HFEngine",
@@ -57,6 +62,8 @@ class Flag:
     """None is spelled `auto`."""
     is_repeatable: bool = False
     """Given several times, the values are one string with commas."""
+    bare: str | None = None
+    """The value where the flag stands alone; None where it needs one."""
 
 
 def _option(
@@ -133,8 +140,24 @@ class EngineOptions:
     pipeline_parallel_size: int = _option(
         1, "vllm: devices that share the layers out.  [1]", engines=["vllm"], kind=int, least=1
     )
-    data_parallel_size: int = _option(1, "", engines=["vllm"], kind=int, least=1)
-    """Refused above 1 in this process; the error says what to do instead."""
+    data_parallel_size: int = _option(
+        1,
+        "vllm: refused above 1: --workers copies the model, or a server does.  [1]",
+        engines=["vllm"],
+        kind=int,
+        least=1,
+    )
+    """vLLM's own copies of a model are processes behind its server; the error says what to do instead."""
+    quantization: str | None = _option(
+        None, "vllm: its method, such as fp8.  [what the checkpoint says]", engines=["vllm"]
+    )
+    """Other weights, so other numbers: it is a part of the spec."""
+    speculative_config: str | Mapping[str, Any] | None = _option(
+        None,
+        'vllm: as for vLLM: {"method": "ngram", "num_speculative_tokens": 4}; text alone.  [none]',
+        engines=["vllm"],
+    )
+    """JSON, or what it stands for (`vllm_speculative.py`)."""
     gpu_memory: float | None = _option(
         None, "vllm: share of the GPU's memory it may take.", engines=["vllm"], kind=float, above=0, most=1
     )
@@ -143,6 +166,18 @@ class EngineOptions:
         None, "vllm: GiB of keys and values.  [CPU: 1]", engines=["vllm"], kind=float, above=0
     )
     """None is 1 on a CPU and what is free elsewhere."""
+    workers: int | str | None = _option(
+        None,
+        "hf, vllm: processes that share the work: a number, or GPUS for one on each GPU.  [1]",
+        engines=["hf", "vllm"],
+    )
+    """Each holds a copy of the model. The numbers are those of one process, so no spec holds it; see `pooled`."""
+    ray: str | None = _option(
+        None,
+        "hf, vllm: workers on the Ray cluster at HOST:PORT or auto; alone, on this machine.",
+        engines=["hf", "vllm"],
+        bare="local",
+    )
     allow_pickle: bool = _option(
         False, "hf, vllm: accept pickled weights, which can run code.", engines=["hf", "vllm"], kind=bool
     )
@@ -243,10 +278,42 @@ def _build(
     purpose: Purpose,
 ) -> object:
     options = options or EngineOptions()
-    arguments = engine_arguments(options, takes)
+    alone = one_process(options)
+    arguments = engine_arguments(alone, takes)
     if purpose == "generate" and options.engine in ("hf", "vllm"):
         arguments["purpose"] = purpose
-    engine = load_class(classes[options.engine])(model, **arguments)
+    cls = load_class(classes[options.engine])
+    engine = cls(model, **arguments)
     if hasattr(engine, "check"):  # an endpoint: is it there, and does it serve the model
         engine.check()
-    return engine
+    if alone == options:
+        return engine
+    from almost_eval.engines import pooled
+
+    arguments = pooled.recipe_arguments(engine, arguments, takes_device=options.engine == "hf")
+    recipe = pooled.EngineRecipe(cls, pooled.model_for_workers(model), arguments)
+    return pooled.PooledEngine(engine, pool_of(engine, recipe, options))
+
+
+def one_process(options: EngineOptions) -> EngineOptions:
+    """The same options without workers.
+
+    Raises:
+        InputError: the engine has none.
+    """
+    alone = dataclasses.replace(options, workers=None, ray=None)
+    if options.engine == "openai" and alone != options:
+        flag = "ray" if options.ray else "workers"
+        raise InputError(
+            f"the engine 'openai' takes no {flag}: the endpoint does the work; for several, repeat --base-url"
+        )
+    return alone
+
+
+def pool_of(model: HeldCheckpoint, recipe: ServantRecipe, options: EngineOptions) -> Pool:
+    """The workers that the options describe; see `pooled.open_pool`."""
+    from almost_eval.engines import pooled
+
+    copies = options.tensor_parallel_size * options.pipeline_parallel_size
+    is_auto = options.device == "auto"
+    return pooled.open_pool(model, recipe, options.workers, options.ray, gpus_each=copies, is_auto=is_auto)

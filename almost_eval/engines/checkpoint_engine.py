@@ -5,14 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
+from typing import Unpack
 
-from almost_eval.engines.base import EngineReport, RequestScores, SamplingParams
+from almost_eval.engines.base import RequestScores, SamplingParams
 from almost_eval.engines.prefix import EncodedRequest, Ids, TokenEncoder
+from almost_eval.engines.rolling import encode_rolling
 from almost_eval.errors import InputError
 from almost_eval.models.checkpoint import Checkpoint, context_length
-from almost_eval.models.held import HeldCheckpoint, shorter_context
-from almost_eval.models.loading import Purpose
-from almost_eval.types import Completion, LoglikelihoodRequest
+from almost_eval.models.held import HeldCheckpoint, HeldOptions, shorter_context
+from almost_eval.types import Completion, EngineReport, LoglikelihoodRequest
 
 
 class CheckpointEngine(HeldCheckpoint, ABC):
@@ -21,7 +22,8 @@ class CheckpointEngine(HeldCheckpoint, ABC):
     Args:
         max_length: a context length below the model's own.
         sizes: name of a flag -> its value; each must be 1 or more, or None.
-        model, dtype, device, allow_pickle, trust_remote_code, purpose: see `HeldCheckpoint`.
+        model: see `HeldCheckpoint`.
+        held: see `HeldOptions`.
 
     Raises:
         InputError: an unknown dtype, a size below 1, or a `max_length` beyond the model's own.
@@ -32,27 +34,14 @@ class CheckpointEngine(HeldCheckpoint, ABC):
         self,
         model: str | Checkpoint,
         *,
-        dtype: str,
-        device: str = "auto",
         max_length: int | None,
         sizes: dict[str, int | None],
-        allow_pickle: bool,
-        trust_remote_code: bool,
-        purpose: Purpose = "score",
-        allow_unused_weights: bool = False,
+        **held: Unpack[HeldOptions],
     ) -> None:
         for flag, size in {"max length": max_length, **sizes}.items():
             if size is not None and size < 1:
                 raise InputError(f"{flag} is {size}; it must be 1 or more")
-        super().__init__(
-            model,
-            dtype=dtype,
-            device=device,
-            allow_pickle=allow_pickle,
-            trust_remote_code=trust_remote_code,
-            purpose=purpose,
-            allow_unused_weights=allow_unused_weights,
-        )
+        super().__init__(model, **held)
         self._report = EngineReport()
         own = context_length(self.checkpoint.config, self.tokenizer)
         self._context_length = shorter_context(own, max_length)
@@ -79,7 +68,7 @@ class CheckpointEngine(HeldCheckpoint, ABC):
         """Token ids of every request. Loads no weights."""
         whole = iter(self.encoder.encode([request for request in requests if not request.rolling]))
         return [
-            self.encoder.encode_rolling(request, self.context_length) if request.rolling else next(whole)
+            encode_rolling(self.encoder, request, self.context_length) if request.rolling else next(whole)
             for request in requests
         ]
 

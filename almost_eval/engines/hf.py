@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
-from almost_eval.engines.base import EngineReport, RequestScores, SamplingParams
+from almost_eval.engines.base import RequestScores, SamplingParams
 from almost_eval.engines.checkpoint_engine import CheckpointEngine
+from almost_eval.engines.cuts import cut_trie
 from almost_eval.engines.prefix import EncodedRequest, build_trie, scores_of_nothing
 from almost_eval.errors import InputError, did_you_mean
 from almost_eval.models.checkpoint import Checkpoint
-from almost_eval.models.loading import ATTENTION, Purpose, load_weights, settled_attention
-from almost_eval.types import Completion, JSONObject
+from almost_eval.models.held import HeldOptions
+from almost_eval.models.loading import ATTENTION, load_weights, settled_attention
+from almost_eval.types import Completion, EngineReport, JSONObject
 
 if TYPE_CHECKING:
     from almost_eval.engines.hf_header import SharedHeader
@@ -30,8 +32,6 @@ class HFEngine(CheckpointEngine):
 
     Args:
         model: a checkpoint directory, hub id, built-in name, or an open `Checkpoint`.
-        dtype: `auto` is float32 on a CPU and the checkpoint's own elsewhere.
-        device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
         attention: transformers' attention implementation; `auto` is sdpa where the model has it, and eager
             where it has not, or caps its attention logits, which sdpa would leave out.
         batch_size: sequences in a forward pass, or None for as many as `batch_tokens` allows.
@@ -40,10 +40,7 @@ class HFEngine(CheckpointEngine):
             positions (at most 256 MiB on a CPU, 1 GiB elsewhere).
         share_prefixes: False computes every continuation on its own (the plain path).
         max_length: a context length below the model's own.
-        allow_pickle: accept pickled weights.
-        trust_remote_code: run Python code that the checkpoint ships.
-        purpose: `generate` where it will only continue prompts; `auto` may then be bfloat16 on a CPU (`pick_dtype`).
-        allow_unused_weights: accept tensors in the files that the model does not take.
+        held: see `HeldOptions`.
 
     Raises:
         InputError: an unknown dtype or attention, a size below 1, or a `max_length` beyond the model's own.
@@ -56,36 +53,26 @@ class HFEngine(CheckpointEngine):
         self,
         model: str | Checkpoint,
         *,
-        dtype: str = "auto",
-        device: str = "auto",
         attention: str = "auto",
         batch_size: int | None = None,
         batch_tokens: int | None = None,
         share_prefixes: bool = True,
         max_length: int | None = None,
-        allow_pickle: bool = False,
-        trust_remote_code: bool = False,
-        purpose: Purpose = "score",
-        allow_unused_weights: bool = False,
+        **held: Unpack[HeldOptions],
     ) -> None:
         if attention not in ATTENTION:
             raise InputError(f"unknown attention {attention!r}; {did_you_mean(attention, ATTENTION)}")
-        super().__init__(
-            model,
-            dtype=dtype,
-            device=device,
-            max_length=max_length,
-            sizes={"batch size": batch_size, "batch tokens": batch_tokens},
-            allow_pickle=allow_pickle,
-            trust_remote_code=trust_remote_code,
-            purpose=purpose,
-            allow_unused_weights=allow_unused_weights,
-        )
+        sizes = {"batch size": batch_size, "batch tokens": batch_tokens}
+        super().__init__(model, max_length=max_length, sizes=sizes, **held)
         self.share_prefixes = share_prefixes
         self.batch_size = batch_size
         self.batch_tokens = batch_tokens
+        self.part: int | None = None
+        """Number of the part that is computed next, of a run whose parts get the same list of requests: they share its
+        trie, and the first alone measures rounding. None: a stream is a whole run, or what is left of one."""
+        self._planned: tuple[Sequence[EncodedRequest], TokenTrie] | None = None
         self._headers: SharedHeader | None = None
-        self._attention = settled_attention(attention, self.checkpoint, trust_remote_code=trust_remote_code)
+        self._attention = settled_attention(attention, self.checkpoint, trust_remote_code=self._trust_remote_code)
 
     @cached_property
     def model(self) -> Any:
@@ -140,7 +127,7 @@ class HFEngine(CheckpointEngine):
         model, config = self.model, self.model.config
         window = scoring.AttentionWindow.of(config, longest)
         probe = self._probe(window)
-        trie = build_trie(requests)
+        trie = self._trie(requests)
         report.tokens_plain, report.tokens_in_trie = trie.tokens_plain, len(trie)
         uneven = scoring.length_dependence(config, longest)
         if not probe.padding_is_exact:
@@ -156,9 +143,10 @@ class HFEngine(CheckpointEngine):
         limits = self._limits()
         scorer: scoring.SharedPrefixScorer | scoring.PlainScorer
         if self.share_prefixes and not reason:
+            trie = cut_trie(trie, max_tokens=limits.tokens, max_rows=limits.rows, max_sequences=limits.sequences)
             report.path, report.tokens_computed = "shared-prefix", len(trie)
             scorer = scoring.SharedPrefixScorer(model, window)
-            if self.dtype in ("bfloat16", "float16"):
+            if self.dtype in ("bfloat16", "float16") and not self.part:
                 results = self._stream_and_measure(scorer, trie, requests, wanted, limits, padding=not uneven)
             else:
                 results = scorer.stream(trie, requests, wanted, limits)
@@ -169,6 +157,13 @@ class HFEngine(CheckpointEngine):
         yield from results
         if scorer.limits_used != limits and scorer.limits_used is not None:
             report.warnings.append(f"out of memory: went on with {scorer.limits_used.tokens} tokens in a batch")
+
+    def _trie(self, requests: Sequence[EncodedRequest]) -> TokenTrie:
+        if self.part is None:
+            return build_trie(requests)
+        if self._planned is None or self._planned[0] is not requests:
+            self._planned = (requests, build_trie(requests))
+        return self._planned[1]
 
     def _stream_and_measure(
         self,
@@ -210,10 +205,25 @@ class HFEngine(CheckpointEngine):
     def _limits(self) -> Limits:
         from almost_eval.engines.hf_loglikelihood import Limits
 
+        limits = self.pass_limits(self._vocabulary)
+        return Limits(limits["max_tokens"], limits["max_rows"], limits["max_sequences"])
+
+    def pass_limits(self, vocabulary: int | None = None) -> dict[str, Any]:
+        """What a forward pass may hold, as `plan_chunks` takes it; without a size of the vocabulary, the config's.
+
+        Loads no weights.
+        """
+        if vocabulary is None:
+            config = self.checkpoint.config
+            vocabulary = int({**config, **config.get("text_config", {})}.get("vocab_size") or len(self.tokenizer))
         on_cpu = self.device == "cpu"
         tokens = self.batch_tokens or (1024 if on_cpu else 4096)
         logits = (1 << 28) if on_cpu else (1 << 30)  # bytes of float32 logits in one pass
-        return Limits(tokens, max(8, logits // (4 * self._vocabulary)), self.batch_size)
+        return {
+            "max_tokens": tokens,
+            "max_rows": max(8, logits // (4 * vocabulary)),
+            "max_sequences": self.batch_size,
+        }
 
     def stream_completions(
         self, prompts: Sequence[str], params: SamplingParams

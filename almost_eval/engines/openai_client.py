@@ -191,16 +191,7 @@ class OpenAIClient:
     def server(self) -> JSONObject:
         """What decides the numbers and is told: the server's kind and version."""
         kind = self.card.get("owned_by")
-        return {"kind": kind, "version": self._version() if kind == "vllm" else None}
-
-    def _version(self) -> str | None:
-        """The version of vLLM, whose server tells it beside `/v1`."""
-        import openai
-
-        try:
-            return str(self.get_json(self.address.beside("/version"))["version"])
-        except (openai.OpenAIError, LookupError, TypeError, ValueError):
-            return None  # a gateway in between need not pass it on
+        return {"kind": kind, "version": vllm_version(self.client, self.address, self.card)}
 
     @property
     def root(self) -> str | None:
@@ -258,18 +249,7 @@ class OpenAIClient:
             OpenAIError: of the SDK, for `fail`.
             ValueError: the answer is no JSON.
         """
-        import httpx
-
-        answer: JSONObject = self.client.post(path, cast_to=httpx.Response, body=body).json()
-        return answer
-
-    def get_json(self, path: str) -> JSONObject:
-        """The JSON of the answer to a GET, tried once; raises as `post_json` does."""
-        import httpx
-
-        client = self.client.with_options(max_retries=0, timeout=min(self.timeout, 10.0))
-        answer: JSONObject = client.get(path, cast_to=httpx.Response).json()
-        return answer
+        return post_json(self.client, path, body)
 
     @cached_property
     def client(self) -> openai.OpenAI:
@@ -327,6 +307,34 @@ class OpenAIClient:
         """What the server said of a failure, on one line and without the key."""
         body = error.body if isinstance(error.body, dict) else {}
         return server_words(str(body.get("message") or type(error).__name__), self._key)
+
+
+def post_json(client: openai.OpenAI, path: str, body: JSONMapping) -> JSONObject:
+    """See `OpenAIClient.post_json`."""
+    import httpx
+
+    answer: JSONObject = client.post(path, cast_to=httpx.Response, body=body).json()
+    return answer
+
+
+def vllm_version(client: openai.OpenAI, address: EndpointAddress, card: JSONMapping) -> str | None:
+    """The version of vLLM, whose server tells it beside `/v1`; None where another one serves.
+
+    Args:
+        client: of the endpoint.
+        address: of the endpoint.
+        card: what its `/v1/models` says of the model.
+    """
+    import httpx
+    import openai
+
+    if card.get("owned_by") != "vllm":
+        return None
+    once = client.with_options(max_retries=0, timeout=10.0)
+    try:
+        return str(once.get(address.beside("/version"), cast_to=httpx.Response).json()["version"])
+    except (openai.OpenAIError, LookupError, TypeError, ValueError):
+        return None  # a gateway in between need not pass it on
 
 
 def _notice(line: str) -> None:

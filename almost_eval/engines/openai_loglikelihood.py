@@ -18,18 +18,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from almost_eval.engines.base import EngineReport, RequestScores, SamplingParams
+from almost_eval.engines.base import RequestScores, SamplingParams
 from almost_eval.engines.decoding import decode, marks
 from almost_eval.engines.openai import OpenAIEngine
 from almost_eval.engines.openai_client import EndpointModel
 from almost_eval.engines.openai_routes import Whole, plan_wholes, read_echo, read_ids, token_name
 from almost_eval.engines.prefix import EncodedRequest, TokenEncoder, build_trie, scores_of_nothing
+from almost_eval.engines.rolling import encode_rolling
 from almost_eval.engines.vllm_loglikelihood import ScoringPrompt, plan_prompts
 from almost_eval.errors import InputError
 from almost_eval.models.checkpoint import Checkpoint, find_checkpoint
 from almost_eval.models.loading import load_tokenizer
 from almost_eval.nano import BUILT_IN
-from almost_eval.types import ContinuationScore, JSONObject, LoglikelihoodRequest
+from almost_eval.types import ContinuationScore, EngineReport, JSONObject, LoglikelihoodRequest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -261,7 +262,7 @@ class OpenAIScorer(OpenAIEngine):
                 f"the endpoint {self.endpoint} does not tell its context length, and a text is scored in windows of "
                 "it: give --max-length"
             )
-        return self.encoder.encode_rolling(request, self.context_length)
+        return encode_rolling(self.encoder, request, self.context_length)
 
     def loglikelihood(self, requests: Sequence[LoglikelihoodRequest]) -> list[RequestScores]:
         """Scores of all requests, in order; raises as `stream` does."""

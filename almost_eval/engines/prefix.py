@@ -20,14 +20,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from almost_eval.errors import TemplateError
-from almost_eval.models.openings import Opening
+from almost_eval.models.tokenizers import Opening
 from almost_eval.types import ContinuationScore, LoglikelihoodRequest
 
 if TYPE_CHECKING:
@@ -136,12 +136,6 @@ class TokenEncoder:
             encoded.append(EncodedRequest(request, tuple(continuations)))
         return encoded
 
-    def encode_rolling(self, request: LoglikelihoodRequest, context_length: int) -> EncodedRequest:
-        """The one text of a rolling request, each token scored once, in lm-eval's windows."""
-        (ids,) = self.encode_texts(request.continuations)
-        windows = rolling_windows(ids, self.stand_in(), context_length)
-        return EncodedRequest(request, tuple(EncodedContinuation(*window) for window in windows))
-
     def stand_in(self) -> Ids:
         """(1,) the BOS, or else the EOS: what a model reads where there is no text to start from.
 
@@ -157,21 +151,6 @@ class TokenEncoder:
 def _shift_trailing_space(context: str, continuation: str) -> tuple[str, str]:
     stripped = context.rstrip()
     return stripped, context[len(stripped) :] + continuation
-
-
-def rolling_windows(ids: Ids, first: Ids, size: int) -> list[tuple[Ids, Ids]]:
-    """Cut a text into (context, scored) pieces of at most `size` input positions, as lm-eval does.
-
-    The first piece is conditioned on `first` (BOS), each other on one token of the text, the last on as many as fit.
-    A text without tokens has no piece.
-    """
-    if not len(ids):
-        return []
-    windows = [(first, ids[:size])]
-    for begin in range(size, len(ids), size):
-        end = min(begin + size, len(ids))
-        windows.append((ids[end - size - 1 : begin], ids[begin:end]))
-    return windows
 
 
 def scores_of_nothing(
@@ -228,6 +207,8 @@ class TokenTrie:
     """(n_sequences,) last node of each distinct input sequence, ascending."""
     tokens_plain: int
     """Positions a run without sharing would compute."""
+    cuts: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    """Nodes at which a forward pass has to begin, ascending; see `cuts.cut_trie`."""
 
     def __len__(self) -> int:
         return len(self.token)
@@ -342,6 +323,7 @@ def plan_chunks(
             first = int(np.searchsorted(marks, begin))
             if first + limit < len(marks):
                 stop = min(stop, int(marks[first + limit]))
+        stop = min([stop, *trie.cuts[np.searchsorted(trie.cuts, begin + 1) :][:1].tolist()])
         lo, hi = np.searchsorted(trie.targets.node, [begin, stop])
         chunks.append(Chunk(begin, stop, slice(int(lo), int(hi))))
         begin = stop

@@ -9,11 +9,11 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 
-from almost_eval.engines.base import EngineReport, RequestScores, SamplingParams
+from almost_eval.engines.base import RequestScores, SamplingParams
 from almost_eval.engines.prefix import EncodedContinuation, EncodedRequest, Ids, build_trie
 from almost_eval.errors import InputError, TemplateError
 from almost_eval.models.stops import first_stop
-from almost_eval.types import Completion, ContinuationScore, LoglikelihoodRequest
+from almost_eval.types import Completion, ContinuationScore, EngineReport, LoglikelihoodRequest
 
 _EMPTY_CONTEXT = np.zeros(1, dtype=np.int32)  # as a BOS token would
 

@@ -7,11 +7,12 @@ on all of them.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
-from almost_eval.engines.base import EngineReport, RequestScores, SamplingParams
+from almost_eval.engines.base import RequestScores, SamplingParams
 from almost_eval.engines.checkpoint_engine import CheckpointEngine
 from almost_eval.engines.decoding import decode, marks
 from almost_eval.engines.prefix import EncodedRequest, scores_of_nothing
@@ -25,15 +26,17 @@ from almost_eval.engines.vllm_process import (
     Requests,
     VLLMOptions,
     load,
+    refuse_data_parallel,
     run,
     with_adapter,
 )
+from almost_eval.engines.vllm_speculative import read_speculative
 from almost_eval.errors import InputError
 from almost_eval.models.adapters import refuse_for_vllm
 from almost_eval.models.checkpoint import Checkpoint, find_checkpoint, refuse_stray_weights
 from almost_eval.models.loading import Purpose, first_line
 from almost_eval.models.stops import end_ids, first_stop
-from almost_eval.types import Completion, JSONObject
+from almost_eval.types import Completion, EngineReport, JSONObject
 
 
 class VLLMEngine(HoldsLLM, CheckpointEngine):
@@ -50,6 +53,8 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
         tensor_parallel_size: devices that share each layer.
         pipeline_parallel_size: devices, or groups of them, that share the layers out.
         data_parallel_size: must be 1: vLLM replicates a model behind its server alone.
+        quantization: a method of vLLM's; None is what the checkpoint says of itself.
+        speculative_config: how later tokens are guessed, for `generate` alone; see `vllm_speculative`.
         gpu_memory: share of the GPU's memory, 0 to 1, or None for vLLM's own choice.
         kv_cache_gib: GiB of keys and values; None is 1 on a CPU and what is free elsewhere.
         allow_pickle: accept pickled weights.
@@ -74,6 +79,8 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
         tensor_parallel_size: int = 1,
         pipeline_parallel_size: int = 1,
         data_parallel_size: int = 1,
+        quantization: str | None = None,
+        speculative_config: str | Mapping[str, Any] | None = None,
         gpu_memory: float | None = None,
         kv_cache_gib: float | None = None,
         allow_pickle: bool = False,
@@ -81,17 +88,26 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
         purpose: Purpose = "score",
         allow_unused_weights: bool = False,
     ) -> None:
-        if data_parallel_size != 1:
-            raise InputError(
-                "vLLM replicates a model behind its server alone: start `vllm serve MODEL --data-parallel-size "
-                f"{data_parallel_size}` and use the engine openai with its address"
-            )
+        refuse_data_parallel(data_parallel_size)
         self.options = VLLMOptions(
-            batch_size, batch_tokens, tensor_parallel_size, pipeline_parallel_size, gpu_memory, kv_cache_gib
+            batch_size,
+            batch_tokens,
+            tensor_parallel_size,
+            pipeline_parallel_size,
+            gpu_memory,
+            kv_cache_gib,
+            quantization,
         )
         if not isinstance(model, Checkpoint):
             model = find_checkpoint(model, allow_pickle=allow_pickle)
         refuse_stray_weights(model)
+        self.options.check_split(model)
+        if speculative_config and pipeline_parallel_size > 1:
+            raise InputError(  # 0.31: the first process looks for the guesses, and the last one has them
+                "vLLM guesses no tokens where the layers are divided: leave out speculative_config, or divide by "
+                "tensor_parallel_size"
+            )
+        self.speculative = read_speculative(speculative_config, model) if speculative_config else None
         if model.adapter:
             refuse_for_vllm(model.adapter)
         super().__init__(
@@ -107,7 +123,8 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
 
     def settings(self) -> JSONObject:
         """What belongs in a run's spec; see `HFEngine.settings`."""
-        return {**self.options.settings(self.dtype, self.context_length), **self.identity()}
+        guesses = {"speculative_config": self.speculative.settings()} if self.speculative else {}
+        return {**self.options.settings(self.dtype, self.context_length), **guesses, **self.identity()}
 
     # --- the model ---
 
@@ -121,6 +138,8 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
         # One more than the context: vLLM wants room for a new token even where a full context is only scored.
         longest = self.context_length + 1
         options = self.options.for_loading(self.dtype, longest, trust_remote_code=self._trust_remote_code)
+        if self.speculative:
+            options["speculative_config"] = dict(self.speculative.config)
         return self._hold(load(self.checkpoint.path, with_adapter(options, self.checkpoint.adapter)))
 
     def results(self, requests: Requests) -> Iterator[tuple[str, Output]]:

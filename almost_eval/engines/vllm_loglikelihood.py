@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from almost_eval.engines.base import EngineReport, RequestScores
+from almost_eval.engines.base import RequestScores
 from almost_eval.engines.prefix import EncodedRequest, Ids, build_trie
 from almost_eval.engines.vllm_process import Output, Params, Requests
 from almost_eval.errors import RunError
-from almost_eval.types import ContinuationScore
+from almost_eval.types import ContinuationScore, EngineReport
 
 Results = Callable[[Requests], Iterator[tuple[str, Output]]]
 """Takes requests by name (token ids, vLLM's sampling parameters); yields name and vLLM's output as each finishes."""

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from almost_eval.engines.prefix import Ids
-from almost_eval.errors import InputError, ModelError, RunError
+from almost_eval.errors import InputError, ModelError, RunError, did_you_mean
 from almost_eval.models.adapters import Adapter
+from almost_eval.models.checkpoint import Checkpoint
 from almost_eval.models.loading import first_line, pick_device
 from almost_eval.types import JSONObject
 
@@ -73,6 +74,8 @@ class VLLMOptions:
     """Share of the GPU's memory, above 0 and at most 1."""
     kv_cache_gib: float | None = None
     """GiB of keys and values; None is 1 on a CPU and what is free elsewhere."""
+    quantization: str | None = None
+    """A method of vLLM's; None is what the checkpoint says of itself."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "batch_tokens", "tensor_parallel_size", "pipeline_parallel_size"):
@@ -82,6 +85,33 @@ class VLLMOptions:
         share, cache = self.gpu_memory, self.kv_cache_gib
         if (share is not None and not 0 < share <= 1) or (cache is not None and cache <= 0):
             raise InputError("gpu_memory is a share above 0 and at most 1, kv_cache_gib a size above 0")
+        if self.quantization is not None:
+            refuse_unknown_quantization(self.quantization)
+
+    def check_split(self, checkpoint: Checkpoint) -> None:
+        """Raise InputError where the checkpoint cannot be divided so, or there are fewer GPUs."""
+        text = checkpoint.config.get("text_config") or checkpoint.config
+        heads, layers = text.get("num_attention_heads"), text.get("num_hidden_layers")
+        if heads and heads % self.tensor_parallel_size:
+            sizes = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+            raise InputError(
+                f"tensor parallel size {self.tensor_parallel_size} does not divide the {heads} attention heads of "
+                f"{checkpoint.name}; take one of {sizes}"
+            )
+        if layers and layers < self.pipeline_parallel_size:
+            raise InputError(
+                f"pipeline parallel size {self.pipeline_parallel_size} is more than the {layers} layers of "
+                f"{checkpoint.name}"
+            )
+        needed = self.tensor_parallel_size * self.pipeline_parallel_size
+        if needed > 1 and device() == "cuda":
+            import torch
+
+            if needed > (there := torch.cuda.device_count()):
+                raise InputError(
+                    f"{checkpoint.name} would be divided among {needed} GPUs (tensor x pipeline parallel size), and "
+                    f"this machine has {there}; lower one of the two sizes"
+                )
 
     @property
     def parallel(self) -> dict[str, int]:
@@ -102,6 +132,7 @@ class VLLMOptions:
             "batch_tokens": self.batch_tokens,
             "context_length": context_length,
             **self.parallel,
+            **({"quantization": self.quantization} if self.quantization else {}),
         }
 
     def for_loading(self, dtype: str, max_model_len: int, *, trust_remote_code: bool) -> JSONObject:
@@ -114,8 +145,27 @@ class VLLMOptions:
             "gpu_memory_utilization": self.gpu_memory,
             "kv_cache_memory_bytes": int(self.kv_cache_gib * 2**30) if self.kv_cache_gib else None,
             "trust_remote_code": trust_remote_code,
+            "quantization": self.quantization,
             **self.parallel,
         }
+
+
+def refuse_data_parallel(size: int) -> None:
+    """Raise InputError above 1: `vllm.LLM` copies no model (0.31: "not supported for single-process usage")."""
+    if size != 1:
+        raise InputError(
+            f"data parallel size {size}: vLLM copies a model behind its server alone; use --workers {size} for an "
+            f"engine on each GPU, or `almost-serve policy --model MODEL --data-parallel-size {size}` and "
+            "--engine openai"
+        )
+
+
+def refuse_unknown_quantization(method: str) -> None:
+    """Raise InputError where vLLM has no such method."""
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+
+    if method not in QUANTIZATION_METHODS:
+        raise InputError(f"vLLM has no quantization {method!r}; {did_you_mean(method, QUANTIZATION_METHODS, 40)}")
 
 
 class HoldsLLM:
@@ -165,9 +215,18 @@ def load(path: Path, options: JSONObject) -> LLM:
                 **{name: value for name, value in chosen.items() if value is not None},
             )
     except Exception as error:  # vLLM raises whatever its parts do
-        raise ModelError(f"vLLM cannot run {path}: {first_line(error)}") from None
+        raise ModelError(f"vLLM cannot run {path}: {_reason(error)}") from None
     _loaded.append(llm)
     return llm
+
+
+def _reason(error: Exception) -> str:
+    """The first line; of pydantic's errors, which begin with their number, what they say."""
+    import pydantic
+
+    if isinstance(error, pydantic.ValidationError):
+        return "; ".join(str(one["msg"]).removeprefix("Value error, ") for one in error.errors())
+    return first_line(error)
 
 
 def register_receiver() -> None:
@@ -222,7 +281,8 @@ def run(llm: LLM, requests: Requests, path: Path, adapter: Adapter | None = None
         raise RunError(f"vLLM stopped while it ran {path}: {first_line(error)}") from None
     finally:
         if running:  # an error, or the caller left early
-            core.abort_request(sorted(running))
+            with suppress(KeyError):  # a step that failed may have forgotten them; the failure itself is what to say
+                core.abort_request(sorted(running))
 
 
 def version() -> str | None:

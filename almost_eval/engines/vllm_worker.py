@@ -1,9 +1,13 @@
-"""vLLM's worker for a CPU with `ExactSampler` in its sampler; vLLM loads it by name (its option `--worker-cls`)."""
+"""vLLM's worker for a CPU with `ExactSampler` in its sampler and room for a pipeline.
+
+vLLM loads it by name (its option `--worker-cls`).
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
 from vllm.v1.sample.ops import topk_topp_sampler
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -15,6 +19,19 @@ logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below it
 
 class Worker(CPUWorker):
     """All of vLLM's worker. Where its sampler is not the one that is known here, that stays, and a warning says so."""
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Make room for what the layers of another process send (pipeline parallelism).
+
+        vLLM makes it in the pass that compiles the model (0.31), and nothing is compiled here.
+        """
+        times = super().compile_or_warm_up_model()
+        runner: Any = self.model_runner
+        if not get_pp_group().is_first_rank and runner.intermediate_tensors is None:
+            runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+                batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+            )
+        return times
 
     def init_device(self) -> None:
         """Make the model runner, and change one part of its sampler."""

@@ -29,18 +29,11 @@ from typing import Literal
 
 import numpy as np
 
+from almost_eval.compare.paired import mcnemar_exact
 from almost_eval.errors import InputError
 from almost_eval.judge.calibration import Calibration, swap_calibration
 from almost_eval.judge.records import Outcome, Review
-from almost_eval.stats import (
-    Floats,
-    bradley_terry,
-    bradley_terry_bootstrap,
-    cohen_kappa,
-    fit_logistic,
-    mcnemar_exact,
-    mean_metric,
-)
+from almost_eval.stats import Floats, bradley_terry, bradley_terry_bootstrap, cohen_kappa, fit_logistic, mean_metric
 from almost_eval.types import JSONObject, Metric
 
 Ties = Literal["half", "drop"]

@@ -48,7 +48,7 @@ class JudgeOptions:
     judge: str | None = None
     """A model of an API, `nano` or `reward:CKPT`; None is `nano` on the nano world's data, else `DEFAULT_JUDGE`."""
     judge_base_url: str | None = None
-    """API: the endpoint, up to and including `/v1`; None is `OPENAI_BASE_URL`, else OpenAI's."""
+    """API: the endpoint, up to and including `/v1`, several by commas; None is `OPENAI_BASE_URL`, else OpenAI's."""
     judge_prompt: Path | None = None
     """API: a prompt file, in the place of a prompt set."""
     prompt_family: str | None = None
@@ -247,7 +247,7 @@ def open_judge(options: JudgeOptions, data: DataSource, *, shared: bool = False,
             allow_unused_weights=options.allow_unused_weights,
         )
         return RewardJudge(model, name)
-    from almost_eval.judge.judges import Connection, ModelJudge
+    from almost_eval.judge.model_judge import Connection, ModelJudge
     from almost_eval.judge.probabilities import MAX_TOKENS
     from almost_eval.judge.prompts import load_judge_prompts
 
@@ -268,6 +268,8 @@ def open_judge(options: JudgeOptions, data: DataSource, *, shared: bool = False,
         prompts = replace(prompts, max_tokens=options.max_tokens)
     if options.judge_temperature is not None:
         prompts = replace(prompts, temperature=options.judge_temperature)
+    if options.batch and "," in (options.judge_base_url or ""):
+        raise InputError("--batch goes to one endpoint, which works on it by itself; give one --judge-base-url")
     if options.batch_wait is not None and not options.batch:
         raise InputError("--batch-wait goes with --batch; add it, or leave both out")
     fields = request_options(options.judge_options, options.reasoning_effort)

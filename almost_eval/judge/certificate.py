@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
+from almost_eval.compare.paired import paired_bootstrap
 from almost_eval.judge.calibration import brier
 from almost_eval.judge.cases import Case
 from almost_eval.judge.records import Order, Review
-from almost_eval.stats import cohen_kappa, draw_counts, mean_metric, paired_bootstrap, wilson
+from almost_eval.stats import cohen_kappa, draw_counts, mean_metric, wilson
 from almost_eval.types import JSONObject, Metric
 
 RESAMPLES = 2000

@@ -15,8 +15,9 @@ from almost_eval.judge.api.journal import Journal
 from almost_eval.judge.archive import Archive
 from almost_eval.judge.cases import Case, HumanVote, archived_cases, drawn, reversed_pair, voted_cases
 from almost_eval.judge.certificate import Checked, check_metrics, moves_from_archive, sentence
-from almost_eval.judge.judges import LASTING, Judge, ModelJudge
+from almost_eval.judge.judges import Judge, is_open
 from almost_eval.judge.lines import ORDERS, check_reviews, record_of, review_of, stored_verdict
+from almost_eval.judge.model_judge import ModelJudge
 from almost_eval.judge.names import CHECK_TASK
 from almost_eval.judge.prompts import JudgePrompts
 from almost_eval.judge.records import Pair
@@ -132,7 +133,7 @@ class JudgeCheck:
         amend = self.judge.amend if isinstance(self.judge, ModelJudge) else None
         with RunStore(folder, spec, amend) as store:
             with self.judge.open(folder, progress.notice):
-                store.forget([id for id, record in store.done.items() if self._asks_again(record)])
+                store.forget([id for id, record in store.done.items() if is_open(record, self.judge)])
                 total = len(self.ids) * self.repeats
                 with progress.track(f"{CHECK_TASK} {self.judge.name}", total, len(store.done)) as advance:
                     for line in self._judged(store.done):
@@ -158,10 +159,6 @@ class JudgeCheck:
         for attempt, mine in enumerate(missing):
             for at, judgement in self.judge.stream(self.pairs, mine, attempt):
                 yield record_of(self.pairs[at], judgement, id=f"{self.ids[at]}/{attempt}")
-
-    def _asks_again(self, record: SampleRecord) -> bool:
-        reason = record.score.reason
-        return reason is not None and (reason not in LASTING or self.judge.asks_again(record))
 
     def stored(self, folder: Path) -> list[Checked]:
         """The cases with the reviews that a finished run of this check left in its folder."""

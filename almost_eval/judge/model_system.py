@@ -8,7 +8,7 @@ FastChat's answer JSONL; until its last turn is answered, its turns wait in a fi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.build import EngineOptions, generation_engine
 from almost_eval.errors import InputError, RunError, StoreError, TemplateError
-from almost_eval.files import LineWriter, read_records, repair_end
+from almost_eval.files import LineWriter, read_records, read_rows, repair_end, write_rows
 from almost_eval.judge.questions import LATER, answer_line
 from almost_eval.judge.records import TOO_LONG, Answer, Answers, AnswerTurn, Question
 from almost_eval.models.chat import ChatTemplate, load_template, special_tokens
@@ -126,21 +126,27 @@ class ModelSystem:
         """None: they are yet to be written."""
         return
 
-    def write(self, file: Path, progress: Progress) -> Answers:
+    def write(self, file: Path, progress: Progress, only: Collection[str] | None = None) -> Answers:
         """Sample what `file` lacks; a turn is on disk before the next answer is waited for.
+
+        Args:
+            file: JSONL; in the end its lines have the order of the questions.
+            progress: where to report.
+            only: ids of the questions to answer; None is all of them.
 
         Raises:
             StoreError: `file`, or the turns that wait beside it, hold lines that this run did not write.
             RunError: out of memory, or the disk is full.
         """
         repair_end(file)
-        by_id = {question.id: question for question in self._questions}
+        questions = [question for question in self._questions if only is None or question.id in only]
+        by_id = {question.id: question for question in questions}
         answers = _kept(read_records(file, _answer, "an answer"), file, by_id)
         drafts = file.with_suffix(".turns")
         turns = {id: _turns_of(answers[id]) if id in answers else [] for id in by_id}
         _take_drafts(read_records(drafts, _draft, "an answer to a turn"), drafts, by_id, answers, turns)
-        total, known = sum(len(q.turns) for q in self._questions), sum(map(len, turns.values()))
-        most = max(len(question.turns) for question in self._questions)
+        total, known = sum(len(q.turns) for q in questions), sum(map(len, turns.values()))
+        most = max(len(question.turns) for question in questions)
         if known < total:
             with (
                 LineWriter(file, ascii_only=True, advice=_ADVICE) as lines,
@@ -148,7 +154,7 @@ class ModelSystem:
                 progress.track(f"answers of {self.name}", total, known) as advance,
             ):
                 for turn in range(1, most + 1):
-                    todo = [q for q in self._questions if len(turns[q.id]) == turn - 1 and len(q.turns) >= turn]
+                    todo = [q for q in questions if len(turns[q.id]) == turn - 1 and len(q.turns) >= turn]
                     for question, answered in self._ask(todo, turns):
                         turns[question.id].append(answered)
                         if len(turns[question.id]) == len(question.turns):
@@ -158,15 +164,18 @@ class ModelSystem:
                         elif waiting is not None:
                             waiting.append(_draft_line(question, turn, answered))
                         advance(1)
+        _put_in_order(file, list(by_id))
         drafts.unlink(missing_ok=True)  # every turn is in a whole answer now
         self._note_long(answers)
+        if (pool := getattr(self.engine, "pool", None)) is not None:
+            self.notes += [f"{self.name}: {warning}" for warning in pool.warnings]
         if (checkpoint := getattr(self.engine, "checkpoint", None)) and (
             checkpoint.file_digests() != self._spec["model_files"]
             or checkpoint.weight_digest() != self._spec["weight_digest"]
         ):
             raise RunError(f"{self.name} was changed while it answered: remove {file.parent.parent}, and run it again")
         self.engine = None  # two models need not fit in memory at a time
-        return {question.id: answers[question.id] for question in self._questions}
+        return {question.id: answers[question.id] for question in questions}
 
     def _ask(
         self, questions: Sequence[Question], turns: Mapping[str, list[AnswerTurn]]
@@ -270,6 +279,13 @@ def _kept(rows: Iterable[tuple[int, Answer]], file: Path, questions: Mapping[str
             raise StoreError(f"{file}, line {number}: question {answer.question_id} is not asked, or answered twice")
         answers[answer.question_id] = answer
     return answers
+
+
+def _put_in_order(file: Path, ids: list[str]) -> None:
+    """Give the lines, one for each of these questions, their order: which was answered first tells nothing."""
+    rows = {str(row["question_id"]): row for row in read_rows(file)}
+    if list(rows) != ids:
+        write_rows(file, [rows[id] for id in ids], ascii_only=True)
 
 
 def _take_drafts(

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from almost_eval.errors import AlmostError, InputError, RunError, did_you_mean
-from almost_eval.judge.judges import Judge, Judgement, ModelJudge
+from almost_eval.judge.judges import Judge, Judgement
+from almost_eval.judge.model_judge import ModelJudge
 from almost_eval.judge.records import Question, Subject
 from almost_eval.types import JSONMapping, JSONObject, SampleRecord
 

@@ -40,13 +40,14 @@ from almost_eval.data.sources import DataSource
 from almost_eval.errors import DataError, InputError, did_you_mean
 from almost_eval.judge.families import FAMILIES
 from almost_eval.judge.frames import filled, shown_turns, texts_in
+from almost_eval.judge.letters import parse_letters
 from almost_eval.judge.modes import Mode, closing_of
 from almost_eval.judge.probabilities import parse_probabilities
 from almost_eval.judge.ratings import parse_rating
 from almost_eval.judge.records import Subject, TokenAlternatives, Unparsed, Verdict, texts_of
 from almost_eval.judge.references import wrong_turns
 from almost_eval.judge.structured import is_held, parse_embedded, parse_object
-from almost_eval.judge.verdicts import parse_letters, parse_scores
+from almost_eval.judge.verdicts import parse_scores
 from almost_eval.models.reasoning import split_reasoning
 from almost_eval.run import provenance
 from almost_eval.types import Message

@@ -150,10 +150,10 @@ def _questions(text: str, path: str) -> list[Question]:
     return list(questions.values())
 
 
-def _question(row: Row, place: _Place, where: str) -> Question:
+def _question(row: Row, place: str, where: str) -> Question:
     later: list[object] = []
     if "instruction" in row:
-        id, text, category = str(place.number), row["instruction"], row.get("dataset", "general")
+        id, text, category = place.split()[1], row["instruction"], row.get("dataset", "general")
     else:
         turns = row.get("turns")
         first, *later = turns if isinstance(turns, list) and turns else (None,)
@@ -341,17 +341,6 @@ def _cut(answer: Answer, limit: int) -> Answer:
 # --- files
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a row stands in its file, from 1."""
-
-    kind: str
-    number: int
-
-    def __str__(self) -> str:
-        return f"{self.kind} {self.number}"
-
-
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -361,16 +350,16 @@ def _read_text(path: Path) -> str:
         raise DataError(f"{path} cannot be read ({error.strerror}); give a JSONL or JSON file") from None
 
 
-def _rows(text: str, path: str) -> Iterator[tuple[_Place, Row]]:
-    """Rows of a JSON array or of JSON lines."""
+def _rows(text: str, path: str) -> Iterator[tuple[str, Row]]:
+    """Place ("row 3", "line 3") and content of each row of a JSON array or of JSON lines."""
     if text.lstrip().startswith("["):
         try:
             rows = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise DataError(f"malformed data: {path} is no JSON array ({error}); mend it") from None
-        places = [(_Place("row", number), row) for number, row in enumerate(rows, 1)]
+        places = [(f"row {number}", row) for number, row in enumerate(rows, 1)]
     else:
-        places = [(_Place("line", number), row) for number, row in parse_lines(path, text, unit="line")]
+        places = [(f"line {number}", row) for number, row in parse_lines(path, text, unit="line")]
     for place, row in places:
         if not isinstance(row, dict):
             raise DataError(f"malformed data: {path}, {place}: not a JSON object; mend it")

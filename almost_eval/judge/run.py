@@ -23,9 +23,10 @@ from almost_eval.judge.answers import (
     distinct,
     question_line,
 )
-from almost_eval.judge.judges import LASTING, Judge, ModelJudge, shown, without_answer
+from almost_eval.judge.judges import Judge, is_open, shown, without_answer
 from almost_eval.judge.lines import ORDERS, cases_of, check_reviews, paired_choices, record_of
 from almost_eval.judge.local import RewardJudge
+from almost_eval.judge.model_judge import ModelJudge
 from almost_eval.judge.model_system import ModelSystem
 from almost_eval.judge.panel import Families, Panel, Spread, members_of, spread
 from almost_eval.judge.prompts import JudgePrompts
@@ -37,7 +38,7 @@ from almost_eval.run import provenance
 from almost_eval.run.prompt_log import Prompt, SamplePrompts, write_prompts
 from almost_eval.run.store import RunStore, default_folder
 from almost_eval.run.validity import ALLOWED, Validity
-from almost_eval.types import JSONObject, SampleRecord
+from almost_eval.types import JSONObject
 
 TASK = "vicuna"
 Judging = Literal["pairwise", "single"]
@@ -197,7 +198,7 @@ class JudgeRun:
         progress = progress or Progress()
         started = time.perf_counter() if started is None else started
         if (folder / "spec.json").is_file():
-            self._adopt_dates(read_json(folder / "spec.json").get("settings", {}))
+            self.adopt_dates(read_json(folder / "spec.json").get("settings", {}))
         spec = self.spec()
         amend = self.judge.amend if isinstance(self.judge, ModelJudge) else None
         with RunStore(folder, spec, amend) as store, self.judge.open(folder, progress.notice):
@@ -215,7 +216,7 @@ class JudgeRun:
                         if judge in prompts
                     ),
                 )
-            again = [id for id, record in store.done.items() if self._asks_again(record)]
+            again = [id for id, record in store.done.items() if is_open(record, self.judge)]
             if again:
                 progress.note(f"asking again for {len(again)} reviews that failed before")
                 store.forget(again)
@@ -257,7 +258,7 @@ class JudgeRun:
             store.finish(results)
         return results, validity
 
-    def _adopt_dates(self, stored: JSONObject) -> None:
+    def adopt_dates(self, stored: JSONObject) -> None:
         """Let all templates write the time that they wrote when the run began, of whose spec `stored` is the part."""
         for system, part in zip(self.systems, stored.get("systems", {}).values(), strict=False):
             if isinstance(system, ModelSystem):
@@ -267,10 +268,6 @@ class JudgeRun:
         for member in self.judge.members if isinstance(self.judge, Panel) else [self.judge]:
             if isinstance(member, RewardJudge):
                 member.adopt_date(parts.get(member.name, {}))
-
-    def _asks_again(self, record: SampleRecord) -> bool:
-        reason = record.score.reason
-        return reason is not None and (reason not in LASTING or self.judge.asks_again(record))
 
     def describe(self, folder: Path | None = None) -> JSONObject:
         """What `--dry-run` prints; answers that are yet to be written count as long as they may become."""
@@ -283,7 +280,7 @@ class JudgeRun:
         if unwritten:
             facts["taken_as_long_as_they_may_become"] = f"answers of {', '.join(unwritten)}"
         if isinstance(self.judge, ModelJudge) and (kept := kept_lines(folder, self.spec(), self.judge.prompts)):
-            stay = {record.sample.id for record in kept if not self._asks_again(record)}
+            stay = {record.sample.id for record in kept if not is_open(record, self.judge)}
             facts |= {"reviews_that_stay": len(stay)}
             wanted = [pair for id, pair in zip(ids, pairs, strict=True) if id not in stay]
             return facts | (self.judge.plan(wanted, folder) if wanted else self.judge.plan(pairs, folder, 0))

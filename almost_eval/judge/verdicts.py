@@ -1,4 +1,4 @@
-"""What a review of two answers says: two scores, or the letter of the winner. One parser for each prompt family.
+"""What a review says that scores two answers; `letters.py` reads those that name the winner by a letter.
 
 The official parser reads the first line and nothing else; a math review ends with its scores. Here a review may state
 its scores in five ways, each a *reading*:
@@ -374,44 +374,3 @@ def _meant(side: int, text: str) -> bool:
     """Whether the review says in words that 0 is meant, or that this assistant gave no answer."""
     silent = rf"\b{_NAME} {('(?:1|a)', '(?:2|b)')[side]}\b[^.]{{0,80}}{_NO_ANSWER}"
     return bool(re.search(rf"{silent}|\b(?:scores?|rating) of (?:0|zero)\b", text, re.I))
-
-
-# --- letters
-
-_LETTER = re.compile(r"\[ ?\[ ?([abc]) ?\] ?\]", re.I)
-_OWN = re.compile(
-    r"(?:\bmy (?:final )?(?:verdict|decision|judge?ment|choice)(?: is)?[: ]{1,3})?(?P<letter>\[ ?\[ ?[abc] ?\] ?\])"
-    r"(?: is my (?:final )?(?:verdict|decision|judge?ment|choice)\b)?",
-    re.I,
-)
-"""A letter that the judge calls its own verdict, before it or behind it; without such words the letter alone."""
-_INSTRUCTION = re.compile(r"[\"']? ?(?:if|for|when|means|indicates)\b", re.I)
-_WINNERS: dict[str, Side] = {"A": "1", "B": "2", "C": "tie"}
-
-
-def parse_letters(review: str, question_text: str = "") -> Verdict | Unparsed:
-    """The winner that a review names: [[A]] is Assistant 1, [[B]] Assistant 2, [[C]] a tie.
-
-    Named several times, it must be the same each time. A letter that is followed by its explanation ("[[A]]" if
-    assistant A is better) is the prompt's own format, repeated: no verdict. Nor is one that `question_text` holds, as
-    the judge may have quoted it, unless it is the last thing the review says.
-
-    Returns:
-        A verdict without scores, or why there is none: `empty`, `no_verdict` or `ambiguous`.
-    """
-    text = plain_text(review)
-    if not text.strip():
-        return Unparsed("empty")
-    material = plain_text(question_text)
-    quoted = {match[1].upper() for match in _LETTER.finditer(material)}
-    spoken = [match for match in _OWN.finditer(text) if match[0] != match["letter"]]
-    owned = {match.start("letter") for match in spoken if match[0].casefold() not in material.casefold()}
-    named = []
-    for match in _LETTER.finditer(text):
-        last = not re.search(r"\w", text[match.end() :])
-        is_own = last or match.start() in owned or match[1].upper() not in quoted
-        if not _INSTRUCTION.match(text, match.end()) and is_own:
-            named.append(match[1].upper())
-    if not named:
-        return Unparsed("no_verdict")
-    return Verdict(_WINNERS[named[0]]) if len(set(named)) == 1 else Unparsed("ambiguous")

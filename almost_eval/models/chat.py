@@ -28,8 +28,8 @@ import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from almost_eval.errors import TemplateError, did_you_mean
-from almost_eval.models.openings import Opening
 from almost_eval.models.stops import STOP_STRINGS, template_file
+from almost_eval.models.tokenizers import Opening
 from almost_eval.types import Conversation, JSONObject, Message
 
 if TYPE_CHECKING:

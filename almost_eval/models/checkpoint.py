@@ -106,21 +106,11 @@ class Checkpoint:
 
     def n_parameters(self) -> int:
         """Numbers in all tensors, read from the safetensors headers alone; 0 for pickles."""
-        return sum(
-            math.prod(entry["shape"])
-            for file in self.weight_files
-            if file.suffix == ".safetensors"
-            for name, entry in _header(file).items()
-            if name != "__metadata__"
-        )
+        return sum(map(math.prod, self.tensor_shapes().values()))
 
     def tensor_names(self) -> set[str]:
         """Names of all tensors, read from the safetensors headers alone; empty for pickles."""
-        names: set[str] = set()
-        for file in self.weight_files:
-            if file.suffix == ".safetensors":
-                names |= _header(file).keys() - {"__metadata__"}
-        return names | set(self.adapter.shapes if self.adapter else ())
+        return {*self.tensor_shapes(), *(self.adapter.shapes if self.adapter else ())}
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of all tensors, read from the safetensors headers alone; empty for pickles."""

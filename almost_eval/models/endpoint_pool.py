@@ -2,8 +2,7 @@
 
 The pool is the transport below an SDK's client, so what stands above it (threads, retries, errors) knows of one
 address. It sends nothing twice: a failure is handed on, the endpoint rests for a while, and the client's own retry goes
-to another. What an endpoint is worth is measured: the requests that it has, times the seconds that its answers take. So
-a slow endpoint gets few requests, and none waits at it while others are idle.
+to another. Which endpoint is next is decided in `endpoint_load`.
 """
 
 from __future__ import annotations
@@ -15,31 +14,20 @@ from dataclasses import dataclass
 
 import httpx
 
+from almost_eval.models.endpoint_load import EndpointLoad, first_to_answer
 from almost_eval.models.endpoints import EndpointAddress, read_key
 
 BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
 """Status codes after which an endpoint rests."""
-LONGEST_REST = 30.0
-"""Seconds that an endpoint rests at most; the first time it is one."""
-MEMORY = 0.8
-"""Weight of the earlier answers in the mean of an endpoint's seconds."""
 
 
 @dataclass(slots=True)
 class _Member:
-    """An endpoint of the pool, and what is known of it."""
+    """An endpoint of the pool."""
 
     address: EndpointAddress
     key: str | None
-    running: int = 0
-    """Requests on their way."""
-    seconds: float | None = None
-    """Of an answer: a mean in which the last ones weigh most; None before the first."""
-    failures: int = 0
-    """In a row."""
-    rests_until: float = 0.0
-    was_lost: bool = False
-    """A connection failed, or ended before the answer did."""
+    load: EndpointLoad
 
 
 class EndpointPool(httpx.BaseTransport):
@@ -57,7 +45,7 @@ class EndpointPool(httpx.BaseTransport):
         notice: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._members = [_Member(address, read_key(address)) for address in addresses]
+        self._members = [_Member(one, read_key(one), EndpointLoad(one.shown)) for one in addresses]
         self._notice = notice
         self._clock = clock
         self._lock = threading.Lock()
@@ -66,7 +54,7 @@ class EndpointPool(httpx.BaseTransport):
     @property
     def lost(self) -> list[str]:
         """The addresses that could not be reached, or not to the end of an answer, at least once."""
-        return [member.address.shown for member in self._members if member.was_lost]
+        return [member.load.shown for member in self._members if member.load.was_lost]
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         """Send a request to the endpoint that is likely to answer first.
@@ -107,20 +95,12 @@ class EndpointPool(httpx.BaseTransport):
 
     def _has_ready(self) -> bool:
         with self._lock:
-            return any(member.rests_until <= self._clock() for member in self._members)
+            return not all(member.load.rests(self._clock()) for member in self._members)
 
     def _take(self) -> _Member:
         with self._lock:
-            now = self._clock()
-            ready = [member for member in self._members if member.rests_until <= now]
-            if not ready:
-                ready = [min(self._members, key=lambda member: member.rests_until)]
-            known = [member.seconds for member in ready if member.seconds is not None]
-            usual = sum(known) / len(known) if known else 1.0
-            chosen = min(
-                ready, key=lambda m: ((m.running + 1) * (usual if m.seconds is None else m.seconds), m.running)
-            )
-            chosen.running += 1
+            chosen = self._members[first_to_answer([member.load for member in self._members], self._clock())]
+            chosen.load.running += 1
             return chosen
 
     def _return(
@@ -131,21 +111,13 @@ class EndpointPool(httpx.BaseTransport):
         error: BaseException | None = None,
         rest: float | None = None,
     ) -> None:
+        line = ""
         with self._lock:
-            member.running -= 1
-            if error is None and rest is None:
-                is_back, member.failures = member.failures > 0 and seconds is not None, 0
-                if seconds is not None:
-                    old = seconds if member.seconds is None else member.seconds
-                    member.seconds = MEMORY * old + (1 - MEMORY) * seconds
-                line = f"{member.address.shown} answers again" if is_back and member.was_lost else ""
-            else:
-                member.failures += 1
-                pause = min(LONGEST_REST, max(rest or 0.0, 2.0 ** (member.failures - 1)))
-                member.rests_until = self._clock() + pause
-                is_first = error is not None and member.failures == 1
-                member.was_lost = member.was_lost or error is not None
-                line = f"{member.address.shown} is lost; what it had goes to the others" if is_first else ""
+            member.load.running -= 1
+            if error is not None or rest is not None:
+                line = member.load.failed(self._clock(), rest or 0.0, lost=error is not None)
+            elif seconds is not None:
+                line = member.load.answered(seconds)
         if line:
             self._notice(line)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypedDict
 
 from almost_eval.errors import InputError, did_you_mean
 from almost_eval.models.checkpoint import CAUSAL, Checkpoint, find_checkpoint
@@ -14,18 +14,31 @@ from almost_eval.models.tensors import compare_tensors, names, not_compared, ref
 from almost_eval.types import JSONObject
 
 
+class HeldOptions(TypedDict, total=False):
+    """What every engine and reward model of this process takes for its checkpoint, and hands on to `HeldCheckpoint`."""
+
+    dtype: str
+    """One of `DTYPES`; `auto` is float32 on a CPU and the checkpoint's own elsewhere, but see `pick_dtype`."""
+    device: str
+    """`auto`, `cpu`, `cuda`, `cuda:1`, ..."""
+    allow_pickle: bool
+    """Accept pickled weights."""
+    trust_remote_code: bool
+    """Run Python code that the checkpoint ships."""
+    purpose: Purpose
+    """`generate` where it will only continue prompts: `auto` may then be bfloat16 on a CPU."""
+    allow_unused_weights: bool
+    """Accept tensors in the files that the model does not take; `notes` then names them."""
+
+
 class HeldCheckpoint:
     """A checkpoint with its tokenizer. Loads no weights.
 
     Args:
         model: a checkpoint directory, hub id, built-in name, or an open `Checkpoint`.
-        dtype: one of `DTYPES`.
-        device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
-        allow_pickle: accept pickled weights.
-        trust_remote_code: run Python code that the checkpoint ships.
-        purpose: what it is held for, which `auto` minds; see `pick_dtype`.
-        allow_unused_weights: accept tensors in the files that the model does not take; `notes` then names them.
         architectures: see `find_checkpoint`.
+
+    All others: see `HeldOptions`.
 
     Raises:
         InputError: an unknown dtype.
@@ -36,10 +49,10 @@ class HeldCheckpoint:
         self,
         model: str | Checkpoint,
         *,
-        dtype: str,
+        dtype: str = "auto",
         device: str = "auto",
-        allow_pickle: bool,
-        trust_remote_code: bool,
+        allow_pickle: bool = False,
+        trust_remote_code: bool = False,
         purpose: Purpose = "score",
         allow_unused_weights: bool = False,
         architectures: Collection[str] = CAUSAL,

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from almost_eval.compare.comparison import ALPHA, HEADLINE, Comparison, MetricComparison, compare_runs
+from almost_eval.compare.paired import holm
 from almost_eval.errors import InputError, did_you_mean
 from almost_eval.report.runs import Benchmark, LoadedRun, RunSet
-from almost_eval.stats import holm
 from almost_eval.types import JSONObject
 
 

@@ -13,6 +13,7 @@ from almost_eval.errors import InputError
 from almost_eval.files import read_json
 from almost_eval.judge.names import STYLE_STRENGTH, VOTES_FILE
 from almost_eval.run.prompt_log import SamplePrompts, StoredPrompts
+from almost_eval.run.shards import refuse_shard
 from almost_eval.run.store import read_results, read_samples, read_spec
 from almost_eval.tasks.facts import Unit
 from almost_eval.tasks.registry import TASKS, stated_by
@@ -177,6 +178,7 @@ def load_runs(folders: Sequence[Path], *, prompts: bool = True) -> RunSet:
     """
     finished, unfinished = [], []
     for folder in folders:
+        refuse_shard(folder)
         inside = _inside(folder)
         finished += [f for f in inside if (f / "results.json").exists()] if inside else [folder]
         unfinished += [str(f) for f in inside if not (f / "results.json").exists()]

@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, Unpack, runtime_checkable
 
 from almost_eval.errors import InputError, ModelError
 from almost_eval.models.chat import ChatTemplate, encode_text, load_template, special_tokens
 from almost_eval.models.checkpoint import Checkpoint, context_length
-from almost_eval.models.held import HeldCheckpoint, shorter_context
-from almost_eval.models.openings import Opening
+from almost_eval.models.held import HeldCheckpoint, HeldOptions, shorter_context
+from almost_eval.models.tokenizers import Opening
 from almost_eval.types import Conversation, JSONObject
 
 if TYPE_CHECKING:
@@ -51,25 +51,13 @@ class CheckpointRewardModel(HeldCheckpoint, ABC):
         model: str | Checkpoint,
         *,
         template: ChatTemplate | None,
-        dtype: str,
-        device: str,
         max_length: int | None,
-        allow_pickle: bool,
-        trust_remote_code: bool,
-        allow_unused_weights: bool = False,
+        **held: Unpack[HeldOptions],
     ) -> None:
-        super().__init__(
-            model,
-            dtype=dtype,
-            device=device,
-            allow_pickle=allow_pickle,
-            trust_remote_code=trust_remote_code,
-            allow_unused_weights=allow_unused_weights,
-            architectures=ARCHITECTURES,
-        )
+        super().__init__(model, architectures=ARCHITECTURES, **held)
         self.warnings: list[str] = []
         """What the last `stream` did that its caller should show."""
-        refuse_wrong_head(self.checkpoint, custom=trust_remote_code and "auto_map" in self.checkpoint.config)
+        refuse_wrong_head(self.checkpoint, custom=self._trust_remote_code and "auto_map" in self.checkpoint.config)
         self.check_tensors("AutoModelForSequenceClassification")
         self.warnings += self.notes
         chosen = template or load_template("auto", self.tokenizer)

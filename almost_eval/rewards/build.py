@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from almost_eval.engines.build import SCORERS_TAKE, EngineOptions, engine_arguments, load_class
+from almost_eval.engines.build import SCORERS_TAKE, EngineOptions, engine_arguments, load_class, one_process, pool_of
 
 if TYPE_CHECKING:
     from almost_eval.models.chat import ChatTemplate
@@ -33,11 +33,20 @@ def reward_model(
         InputError: an unknown engine, or an option that it does not take; whatever the reward model refuses.
         MissingDependencyError: the engine's package is not installed.
     """
-    takes = {engine: names - {"data_parallel_size"} for engine, names in SCORERS_TAKE.items()}
-    arguments = engine_arguments(options, takes, "reward model on")
+    takes = {engine: names - {"data_parallel_size", "speculative_config"} for engine, names in SCORERS_TAKE.items()}
+    alone = one_process(options)
+    arguments = engine_arguments(alone, takes, "reward model on")
     arguments.pop("share_prefixes", None)  # hf's: rewards have no prefixes to share, so both values mean the same
-    reward: CheckpointRewardModel | HTTPRewardModel
-    reward = load_class(REWARD_MODELS[options.engine])(model, template=template, **arguments)
+    cls = load_class(REWARD_MODELS[options.engine])
+    reward: Any = cls(model, template=template, **arguments)
     if hasattr(reward, "check"):  # a server: is it there, and what does it serve
         reward.check()
+    if alone != options:
+        from almost_eval.engines.pooled import model_for_workers, recipe_arguments
+        from almost_eval.rewards.pooled import PooledRewardModel, RewardRecipe
+
+        assert model is not None
+        arguments = recipe_arguments(reward, arguments, takes_device=options.engine == "hf")
+        recipe = RewardRecipe(cls, model_for_workers(model), arguments)
+        reward = PooledRewardModel(reward, pool_of(reward, recipe, options))
     return reward

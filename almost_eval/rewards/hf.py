@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 from almost_eval.errors import InputError, ModelError, RunError, did_you_mean
 from almost_eval.models.chat import ChatTemplate
 from almost_eval.models.checkpoint import Checkpoint
+from almost_eval.models.held import HeldOptions
 from almost_eval.models.loading import ATTENTION, load_weights, settled_attention
 from almost_eval.rewards.base import CheckpointRewardModel, TokenIds
 from almost_eval.rewards.base import RewardModel as RewardModel
@@ -33,16 +34,12 @@ class HFRewardModel(CheckpointRewardModel):
         model: a checkpoint directory, hub id, built-in name, or an open `Checkpoint`.
         template: how a conversation is written; None is the tokenizer's own template, else ALMoST's dialogue format,
             whose last answer ends with EOS as the official reward model reads it.
-        dtype: `auto` is float32 on a CPU and the checkpoint's own elsewhere.
-        device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
-        attention: transformers' attention implementation; `auto` is sdpa where the model has it, and eager
-            where it has not, or caps its attention logits, which sdpa would leave out.
+        attention: see `HFEngine`.
         batch_size: conversations in a forward pass, or None for as many as `batch_tokens` allows.
         batch_tokens: token positions in a forward pass, or None for 1,024 on a CPU and 16,384 elsewhere. Halved on
             out-of-memory errors.
         max_length: a context length below the model's own.
-        allow_pickle: accept pickled weights.
-        trust_remote_code: run Python code that the checkpoint ships.
+        held: see `HeldOptions`.
 
     Raises:
         InputError: an unknown dtype, device or attention.
@@ -54,31 +51,18 @@ class HFRewardModel(CheckpointRewardModel):
         model: str | Checkpoint,
         *,
         template: ChatTemplate | None = None,
-        dtype: str = "auto",
-        device: str = "auto",
         attention: str = "auto",
         batch_size: int | None = None,
         batch_tokens: int | None = None,
         max_length: int | None = None,
-        allow_pickle: bool = False,
-        trust_remote_code: bool = False,
-        allow_unused_weights: bool = False,
+        **held: Unpack[HeldOptions],
     ) -> None:
-        super().__init__(
-            model,
-            template=template,
-            dtype=dtype,
-            device=device,
-            max_length=max_length,
-            allow_pickle=allow_pickle,
-            trust_remote_code=trust_remote_code,
-            allow_unused_weights=allow_unused_weights,
-        )
+        super().__init__(model, template=template, max_length=max_length, **held)
         if attention not in ATTENTION:
             raise InputError(f"unknown attention {attention!r}; {did_you_mean(attention, ATTENTION)}")
         self.batch_size = batch_size
         self.batch_tokens = batch_tokens
-        self._attention = settled_attention(attention, self.checkpoint, trust_remote_code=trust_remote_code)
+        self._attention = settled_attention(attention, self.checkpoint, trust_remote_code=self._trust_remote_code)
 
     @cached_property
     def model(self) -> PreTrainedModel:

@@ -5,7 +5,9 @@
 - `classify`: vLLM's server of a reward model (`/classify` beside `/v1`). The conversations are encoded here, where the
   checkpoint is at hand, and sent as token ids with `use_activation: false`; else the server's own template writes them.
 
-One request before the start tells which kind of server it is, and whether its rewards are raw logits.
+One request before the start tells which kind of server it is, and whether its rewards are raw logits. Of several
+servers each is sent some more conversations: their rewards must agree, or whose they are would depend on who answered
+first.
 """
 
 from __future__ import annotations
@@ -13,25 +15,73 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NoReturn
+from statistics import median
+from typing import TYPE_CHECKING, NoReturn
 
-from almost_eval.engines.openai_client import EndpointModel, OpenAIClient
+from almost_eval.engines.openai_client import EndpointModel, OpenAIClient, post_json, vllm_version
 from almost_eval.errors import InputError, ModelError
 from almost_eval.models.chat import ChatTemplate, dialogue_text
+from almost_eval.models.endpoints import EndpointAddress
 from almost_eval.rewards.base import ARCHITECTURES
 from almost_eval.rewards.hf import HFRewardModel
 from almost_eval.types import Conversation, JSONObject, Message
+
+if TYPE_CHECKING:
+    import openai
 
 PROBE: Conversation = (
     Message("user", "What is the capital of France?"),
     Message("assistant", "The capital of France is Paris."),
 )
+PARITY: tuple[Conversation, ...] = (
+    PROBE,
+    (Message("user", "What is the capital of France?"), Message("assistant", "I would rather not say, you fool.")),
+    (
+        Message("user", "Name an animal that swims."),
+        Message("assistant", "An otter."),
+        Message("user", "What does it eat?"),
+        Message("assistant", "It eats fish, and 12 times 12 is 144."),
+    ),
+)
+"""What several servers are compared on."""
+TOLERANCE = 0.1
+"""By which a raw logit of several servers may differ, and beside it 2 % of its size: several times what half precision
+on two kinds of hardware does."""
 _ABSENT = (404, 405, 501)
 
 
+@dataclass(frozen=True, slots=True)
+class _Server:
+    """One of the servers, before the start."""
+
+    address: EndpointAddress
+    client: openai.OpenAI
+    kind: str
+    """See `HTTPRewardModel.kind`."""
+    name: str
+    """Of the reward model, as the server tells it."""
+    card: JSONObject
+    """What its `/v1/models` says of it."""
+
+    @property
+    def shown(self) -> str:
+        """The address, as it is shown."""
+        return self.address.shown
+
+    def post(self, path: str, body: JSONObject) -> JSONObject:
+        """See `OpenAIClient.post_json`; sent to this server."""
+        return post_json(self.client, path, body)
+
+    def knows_the_field(self) -> bool:
+        """Whether this is a vLLM that has `use_activation`: 0.31 and later, read in its source."""
+        version = re.match(r"(\d+)\.(\d+)", vllm_version(self.client, self.address, self.card) or "")
+        return version is not None and (int(version[1]), int(version[2])) >= (0, 31)
+
+
 class HTTPRewardModel(OpenAIClient):
-    """A reward model behind an address.
+    """A reward model behind an address, or behind several that serve the same.
 
     Args:
         model: the name it is served under, or None for whatever is served.
@@ -66,8 +116,6 @@ class HTTPRewardModel(OpenAIClient):
         self._max_length = max_length
         self.kind = ""
         """`rewards` or `classify`; known after `check`."""
-        if len(self.addresses) > 1:
-            raise InputError("a reward model takes one base_url; give the gateway that stands before its servers")
         self.warnings: list[str] = []
         """What the last `stream` did that its caller should show."""
 
@@ -77,41 +125,63 @@ class HTTPRewardModel(OpenAIClient):
         """Find out which kind of server this is, once.
 
         Raises:
-            InputError: it is down, serves no such model, gives no rewards, or gives probabilities in their place.
+            InputError: it is down, serves no such model, gives no rewards, or gives probabilities in their place; of
+                several, one that answers is of another kind than the rest, or gives other rewards.
+        """
+        if self.kind:
+            return
+        servers = [self._identified(address, served) for address, served in self._served()]
+        first = servers[0]
+        if other := next((one for one in servers if (one.kind, one.name) != (first.kind, first.name)), None):
+            raise InputError(
+                f"the endpoint {other.shown} serves {other.name!r} by /{other.kind}, and {first.shown} serves "
+                f"{first.name!r} by /{first.kind}: all must serve the same reward model in the same way"
+            )
+        self.card = first.card
+        limits = [one.card["max_model_len"] for one in servers if isinstance(one.card.get("max_model_len"), int)]
+        if limits:
+            self.card = self.card | {"max_model_len": min(limits)}
+        if len(servers) > 1:
+            _compare({one.shown: self._rewards_of(one, PARITY) for one in servers})
+        self.model = self.model or first.name
+        self.kind = first.kind
+
+    def _identified(self, address: EndpointAddress, served: dict[str, JSONObject]) -> _Server:
+        """What one server is, by a request to it; `served` is what it lists.
+
+        Raises:
+            InputError: see `check`.
         """
         import openai
 
-        if self.kind:
-            return
-        [(_, served)] = self._served()
         # A gateway lists its policy; the reward model behind it shows in the answer alone.
-        self.card = served.get(self.model) or (next(iter(served.values())) if len(served) == 1 else {})
+        card = served.get(self.model) or (next(iter(served.values())) if len(served) == 1 else {})
+        server = _Server(address, self.client if len(self._reachable) == 1 else self._client(address), "", "", card)
         try:
-            kind, name = self._probe_rewards() or self._probe_classify()
+            kind, name = self._probe_rewards(server) or self._probe_classify(server)
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            self._refuse(f"it answers {error.status_code}: {self.words(error)}")
+            self._refuse(server, f"it answers {error.status_code}: {self.words(error)}")
         except openai.NotFoundError as error:
-            self._refuse(f"it knows neither /v1/rewards nor /classify, or no such model ({self.words(error)})")
+            self._refuse(server, f"it knows neither /v1/rewards nor /classify, or no such model ({self.words(error)})")
         except openai.OpenAIError as error:
             self.fail(error, "/rewards")
         except (AttributeError, LookupError, TypeError, ValueError):
-            self._refuse("it answers with something else than one number for a conversation")
+            self._refuse(server, "it answers with something else than one number for a conversation")
         if self.model and name and name != self.model:
-            raise InputError(f"the endpoint {self.endpoint} serves the reward model {name!r}, not {self.model!r}")
+            raise InputError(f"the endpoint {server.shown} serves the reward model {name!r}, not {self.model!r}")
         if kind == "rewards":
-            self.card = served.get(name, {})
+            card = served.get(name, {})
             if self._template or self._tokenizer or self._max_length:
                 raise InputError(
-                    f"{self.endpoint} writes the conversations itself: leave out --template, --tokenizer, --max-length"
+                    f"{server.shown} writes the conversations itself: leave out --template, --tokenizer, --max-length"
                 )
-        self.model = self.model or name
-        self.kind = kind
+        return replace(server, kind=kind, name=name, card=card)
 
-    def _probe_rewards(self) -> tuple[str, str] | None:
+    def _probe_rewards(self, server: _Server) -> tuple[str, str] | None:
         import openai
 
         try:
-            answer = self.post_json("rewards", self._fields() | {"conversations": [_messages(PROBE)]})
+            answer = server.post("rewards", self._fields() | {"conversations": [_messages(PROBE)]})
         except openai.APIStatusError as error:
             code = error.body.get("code") if isinstance(error.body, dict) else None
             if error.status_code in _ABSENT and code != "model_not_found":
@@ -121,29 +191,46 @@ class HTTPRewardModel(OpenAIClient):
         float(reward)
         return "rewards", str(answer.get("model") or "")
 
-    def _probe_classify(self) -> tuple[str, str]:
-        url = self.address.beside("/classify")
+    def _probe_classify(self, server: _Server) -> tuple[str, str]:
+        url = server.address.beside("/classify")
         body = self._fields() | {"messages": _messages(PROBE)}
-        answers = [self.post_json(url, body | {"use_activation": on}) for on in (False, True)]
+        answers = [server.post(url, body | {"use_activation": on}) for on in (False, True)]
         raw, activated = (_one_number(answer) for answer in answers)
         # A server that does not know the field gives a sigmoid, or a raw logit, both times: which, cannot be told
         # from a number between 0 and 1. (One that was started without a sigmoid never applies one.)
         obeyed = abs(activated - 1 / (1 + math.exp(-max(raw, -700.0)))) <= 1e-3 < abs(activated - raw)
-        if not obeyed and 0 <= raw <= 1 and not self._knows_the_field():
-            self._refuse(f"its rewards seem to be probabilities ({raw:.3f}), and raw logits cannot be asked of it")
+        if not obeyed and 0 <= raw <= 1 and not server.knows_the_field():
+            why = f"its rewards seem to be probabilities ({raw:.3f}), and raw logits cannot be asked of it"
+            self._refuse(server, why)
         return "classify", str(answers[0].get("model") or "")
 
-    def _knows_the_field(self) -> bool:
-        """Whether this is a vLLM that has `use_activation`: 0.31 and later, read in its source."""
-        version = re.match(r"(\d+)\.(\d+)", self.server["version"] or "")
-        return version is not None and (int(version[1]), int(version[2])) >= (0, 31)
+    def _rewards_of(self, server: _Server, conversations: Sequence[Conversation]) -> list[float]:
+        """Raw logits from one server of several, written by its own template.
+
+        Raises:
+            InputError: it refuses them.
+        """
+        import openai
+
+        try:
+            if server.kind == "rewards":
+                body = self._fields() | {"conversations": [_messages(one) for one in conversations]}
+                rewards = [float(reward) for reward in server.post("rewards", body)["rewards"]]
+                if len(rewards) != len(conversations):
+                    raise ValueError
+                return rewards
+            url, fields = server.address.beside("/classify"), self._fields() | {"use_activation": False}
+            return [_one_number(server.post(url, fields | {"messages": _messages(one)})) for one in conversations]
+        except (openai.OpenAIError, LookupError, TypeError, ValueError) as error:
+            reason = self.words(error) if isinstance(error, openai.APIStatusError) else type(error).__name__
+            self._refuse(server, f"the conversations that all endpoints are compared on fail ({reason})")
 
     def _fields(self) -> JSONObject:
         return {"model": self.model} if self.model else {}
 
-    def _refuse(self, reason: str) -> NoReturn:
+    def _refuse(self, server: _Server, reason: str) -> NoReturn:
         raise InputError(
-            f"the endpoint {self.endpoint} gives no rewards: {reason}; give the address of almost-serve gateway or of "
+            f"the endpoint {server.shown} gives no rewards: {reason}; give the address of almost-serve gateway or of "
             "almost-serve reward, up to and with /v1"
         ) from None
 
@@ -245,6 +332,7 @@ class HTTPRewardModel(OpenAIClient):
             yield from ((index, reward) for index in owners[conversation])
         if refused:
             self.warnings.append(f"the server refused {len(refused)} conversations, first: {refused[0]}")
+        self.warnings += self.lost
 
     def _ask(self, conversation: Conversation, reader: HFRewardModel | None) -> tuple[float, str | None]:
         """(reward, None), or (NaN, the server's reason)."""
@@ -264,6 +352,30 @@ class HTTPRewardModel(OpenAIClient):
             self.fail(error, f"/{self.kind}")
         except (AttributeError, LookupError, TypeError, ValueError):
             raise self.unreadable("rewards") from None
+
+
+def _compare(rewards: dict[str, list[float]]) -> None:
+    """Refuse an endpoint whose rewards (of the same conversations, by its address) are not those of the others.
+
+    Raises:
+        InputError: one differs; it is named with the conversation that shows it.
+    """
+    for at, conversation in enumerate(PARITY):
+        values = {shown: row[at] for shown, row in rewards.items()}
+        if silent := next((shown for shown, value in values.items() if not math.isfinite(value)), None):
+            raise InputError(
+                f"the endpoint {silent} gives other rewards than the rest: {values[silent]} for "
+                f"{conversation[-1].content!r}; leave it out"
+            )
+        middle = median(values.values())
+        furthest = max(values, key=lambda shown: abs(values[shown] - middle))
+        spread = max(values.values()) - min(values.values())
+        if spread > TOLERANCE + 0.02 * abs(middle):
+            said = ", ".join(f"{shown}: {value:.3f}" for shown, value in values.items())
+            raise InputError(
+                f"the endpoint {furthest} gives other rewards than the rest ({said}, for "
+                f"{conversation[-1].content!r}): serve the same reward model in the same number format, or leave it out"
+            )
 
 
 def _messages(conversation: Conversation) -> list[dict[str, str]]:

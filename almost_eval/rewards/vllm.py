@@ -41,6 +41,7 @@ class VLLMRewardModel(HoldsLLM, CheckpointRewardModel):
         batch_tokens: int | None = None,
         tensor_parallel_size: int = 1,
         pipeline_parallel_size: int = 1,
+        quantization: str | None = None,
         gpu_memory: float | None = None,
         kv_cache_gib: float | None = None,
         allow_pickle: bool = False,
@@ -48,7 +49,13 @@ class VLLMRewardModel(HoldsLLM, CheckpointRewardModel):
         allow_unused_weights: bool = False,
     ) -> None:
         self.options = VLLMOptions(
-            batch_size, batch_tokens, tensor_parallel_size, pipeline_parallel_size, gpu_memory, kv_cache_gib
+            batch_size,
+            batch_tokens,
+            tensor_parallel_size,
+            pipeline_parallel_size,
+            gpu_memory,
+            kv_cache_gib,
+            quantization,
         )
         super().__init__(
             model,
@@ -63,6 +70,7 @@ class VLLMRewardModel(HoldsLLM, CheckpointRewardModel):
         if self.checkpoint.adapter:
             refuse_for_vllm(self.checkpoint.adapter, scores=True)
         refuse_stray_weights(self.checkpoint)
+        self.options.check_split(self.checkpoint)
 
     def settings(self) -> JSONObject:
         """What belongs in a run's spec; see `HFEngine.settings`."""

@@ -103,6 +103,10 @@ def open_task(task: Task, request: RunRequest, model: Any = None) -> Run:
     """
     if task.requires == "reward":
         return Run(task, _scorer(request, model), seed=request.seed, allowed=request.allowed)
+    if model is None and task.requires == "loglikelihood" and request.engine.speculative_config:
+        raise InputError(
+            f"{request.task} scores given texts, so there is no token to guess: leave out --speculative-config"
+        )
     engine: Any = model or loglikelihood_engine(request.model or DEFAULT_MODEL, request.engine)
     task.prompting = resolve_prompting(
         task.data, request.prompt_set, request.template, engine.tokenizer, own_prompts=task.own_prompts

@@ -7,141 +7,26 @@ sample's line is on disk before the next batch starts.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
 
-from almost_eval.engines.base import Described, SamplingParams
-from almost_eval.errors import InputError, RunError, TemplateError
+from almost_eval.errors import RunError, StoreError
 from almost_eval.files import read_json
 from almost_eval.progress import Progress
 from almost_eval.run import provenance
-from almost_eval.run.preflight import Prepared, describe, prepare
-from almost_eval.run.prompt_log import Prompt, SamplePrompts, write_prompts
+from almost_eval.run.interview import Interview
+from almost_eval.run.prompt_log import write_prompts
+from almost_eval.run.shards import MARK, Mark, Shard, begin_shard, without_shard
 from almost_eval.run.store import RunStore, default_folder, origin
-from almost_eval.run.texts import score_texts, text_outputs
 from almost_eval.run.validity import ALLOWED, Validity, check
-from almost_eval.tasks.base import GenerationRequest, Task, loglikelihood_outputs, reward_outputs
+from almost_eval.tasks.base import Task
 from almost_eval.tasks.facts import PROMPT_SETTINGS
-from almost_eval.types import (
-    ContinuationScore,
-    Conversation,
-    JSONMapping,
-    JSONObject,
-    LoglikelihoodRequest,
-    Outputs,
-    SampleRecord,
-    Score,
-)
+from almost_eval.types import JSONMapping, JSONObject, SampleRecord
 
 
-class Run:
-    """A task and the model it is put to, checked and ready.
-
-    Args:
-        task: the benchmark.
-        model: an engine (HFEngine, ...) or a reward model (HFRewardModel, ...), whichever the task requires.
-        seed: recorded, and of every text that is drawn.
-        allowed: shares for the validity gate, or None for the defaults.
-
-    Raises:
-        InputError: no samples, or none that fits this model; see `prepare`.
-    """
-
-    def __init__(
-        self, task: Task, model: Described, *, seed: int = 0, allowed: Mapping[str, float] | None = None
-    ) -> None:
-        self.task = task
-        self.model = cast(Any, model)  # which protocol it must meet is known only by `task.requires`
-        self.seed = seed
-        self.allowed = allowed
-        self.samples = self.task.samples()
-        if not self.samples:
-            raise InputError(f"{self.task.name} has no samples with these settings")
-        duplicates = len(self.samples) - len({sample.id for sample in self.samples})
-        if duplicates:
-            raise InputError(f"{self.task.name} has {duplicates} samples with an id that is not unique")
-        self.prepared: Prepared | None = None
-        self.truncated: dict[int, int] = {}
-        """Sample index -> tokens of dropped few-shot examples."""
-        self._fitted: dict[int, GenerationRequest | None] = {}
-        if self.task.requires == "loglikelihood":
-            if hasattr(self.model, "check_scores"):  # an endpoint: not each can
-                self.model.check_scores()
-            self._prepare()
-        elif not self.task.unfit_is_unscored:
-            self._refuse_unfit()
-
-    def _refuse_unfit(self) -> None:
-        places = range(len(self.samples))
-        if self.task.requires == "reward" and not any(self._fits(i) for i in places):
-            raise InputError(
-                f"no sample fits: the shortest conversation has {min(self._lengths)} tokens, the context "
-                f"{self.model.context_length}; use a model with a longer context, or raise --max-length"
-            )
-        if self.task.requires == "generation" and not any(self._fitting(i) for i in places):
-            new = self.task.generation(self.samples[0], 0).params.max_new_tokens
-            raise InputError(
-                f"no prompt leaves room for {new} new tokens in the context of {self.model.context_length} of "
-                f"{self.model.checkpoint.name}; use a model with a longer context, or lower max_new_tokens"
-            )
-
-    def _prepare(self) -> None:
-        self.prepared = prepare(self.task, self.model, self.samples)
-        self.truncated = dict(enumerate(self.prepared.truncated))
-
-    def adopt_date(self, spec: JSONMapping) -> None:
-        """Let the template write the time that it wrote when the run of `spec` began.
-
-        Raises:
-            InputError: see `Run`.
-        """
-        is_reward = self.task.requires == "reward"
-        template = self.model.template if is_reward else self.task.prompting.template
-        now = (spec.get("template") or {}).get("now")
-        if template is None or now is None or template.now in (None, now):
-            return
-        dated = replace(template, now=now)
-        if is_reward:
-            (getattr(self.model, "reader", None) or self.model).template = dated
-            self.__dict__.pop("_lengths", None)
-            return
-        self.task.prompting = replace(self.task.prompting, template=dated)
-        self._fitted.clear()
-        if self.prepared is not None:
-            self._prepare()
-
-    @cached_property
-    def _conversations(self) -> list[list[Conversation]]:
-        """Sample index -> what a reward model reads."""
-        return [self.task.conversations(sample) for sample in self.samples]
-
-    @cached_property
-    def _lengths(self) -> list[int]:
-        """Sample index -> tokens of its longest conversation."""
-        try:
-            lengths = iter(self.model.lengths([c for mine in self._conversations for c in mine]))
-        except TemplateError as error:
-            raise self._of_sample(error) from None
-        return [max(next(lengths) for _ in mine) for mine in self._conversations]
-
-    def _of_sample(self, error: TemplateError) -> TemplateError:
-        """The error of a template with the first sample that it cannot write, and what to do."""
-        for sample, mine in zip(self.samples, self._conversations, strict=True):
-            try:
-                for conversation in mine:
-                    self.model.render(conversation)
-            except TemplateError:
-                roles = ", ".join(message.role for message in conversation)
-                return error.about(f"sample {sample.id} ({roles})")
-        return error
-
-    def _fits(self, index: int) -> bool:
-        """Whether a reward model can read all conversations of a sample; where it does not tell, it is tried."""
-        limit = self.model.context_length
-        return limit is None or self._lengths[index] <= limit
+class Run(Interview):
+    """A task and the model it is put to, checked and ready, and the folder that it fills; made as an `Interview` is."""
 
     def spec(self) -> JSONObject:
         """Everything that decides the numbers, and the command that requested them."""
@@ -210,22 +95,6 @@ class Run:
         """`runs/<task>-<protocol>-<model>-<digest of the spec>`: the same command goes on where it stopped."""
         return default_folder(self.spec(), self.task.name, self.task.protocol, Path(self.model.checkpoint.name).name)
 
-    def describe(self) -> JSONObject:
-        """What `--dry-run` prints."""
-        if self.prepared is not None:
-            return describe(self.task, self.prepared, self.model)
-        if self.task.requires == "reward":
-            limit = self.model.context_length
-            return {
-                "samples": len(self.samples),
-                "prompt": self.model.render(self._conversations[0][0]),
-                "longest_prompt": None if limit is None else max(self._lengths),
-                "context_length": limit,
-                "do_not_fit": sum(not self._fits(i) for i in range(len(self.samples))),
-            }
-        request = self.task.generation(self.samples[0], self.task.max_shots)
-        return {"samples": len(self.samples), "prompt": request.prompt}
-
     def execute(
         self, folder: Path, progress: Progress | None = None, *, started: float | None = None
     ) -> tuple[JSONObject, Validity]:
@@ -242,151 +111,120 @@ class Run:
         """
         progress = progress or Progress()
         started = time.perf_counter() if started is None else started
-        if (folder / "spec.json").is_file():
-            self.adopt_date(read_json(folder / "spec.json"))
-        spec = self.spec()
-        with RunStore(folder, spec) as store:
+        if (folder / MARK).is_file():
+            raise StoreError(f"{folder} is a shard's; give its --shard, or choose another --output")
+        with RunStore(folder, self._spec_in(folder)) as store:
             write_prompts(folder, self.prompts())
-            missing = [i for i, sample in enumerate(self.samples) if sample.id not in store.done]
             earlier = store.results("engine", "timing")
-            if not missing and earlier is not None:
+            whole = range(len(self.samples))
+            if earlier is not None and all(sample.id in store.done for sample in self.samples):
                 engine, timing = earlier["engine"], earlier["timing"]
             else:
-                known = len(self.samples) - len(missing)
-                if known:
-                    progress.note(f"going on in {folder}: {known} of {len(self.samples)} samples are there")
-                first: float | None = None
-                with progress.track(f"{self.task.name} {self.task.protocol}", len(self.samples), known) as advance:
-                    for index, outputs, score in self.answers(missing):
-                        first = first or time.perf_counter() - started
-                        store.append(SampleRecord(self.samples[index], outputs, score, self.truncated.get(index, 0)))
-                        advance(1)
-                self._refuse_changed(folder)
-                engine = self._engine_report()
-                texts = [r for r in store.done.values() if r.outputs.get("finish_reasons")]
-                if cut := sum("length" in r.outputs["finish_reasons"] for r in texts):
-                    engine["warnings"].append(f"{cut} of {len(texts)} answers were cut at the limit of new tokens")
-                if spec["commit"] != store.spec["commit"]:
-                    engine["warnings"].append(f"begun on commit {store.spec['commit']}, ended on {spec['commit']}")
-                timing = {
-                    "seconds": round(time.perf_counter() - started, 3),
-                    "seconds_to_first_sample": round(first, 3) if first else None,
-                    "samples_computed_now": len(missing),
-                }
-            records = [store.done[sample.id] for sample in self.samples if sample.id in store.done]
-            validity = check(records, len(self.samples), self.allowed or ALLOWED)
-            results = summarise(self.task, records, validity, store.spec, engine) | {"timing": timing}
-            store.finish(results)
+                report, timing = self._compute(store, whole, progress, started)
+                engine = whole_report(report, list(store.done.values()), store.spec, provenance.commit())
+            results, validity = finish(store, self.task, [s.id for s in self.samples], engine, timing, self.allowed)
         return results, validity
 
-    def prompts(self) -> Iterator[SamplePrompts]:
-        """What the model reads of each sample, as text: the content of `prompts.jsonl`."""
-        for index, sample in enumerate(self.samples):
-            yield SamplePrompts(sample.id, sample.choices, tuple(self._prompts(index)))
+    def execute_shard(
+        self, whole: Path, shard: Shard, progress: Progress | None = None, *, started: float | None = None
+    ) -> Mark:
+        """Run what is missing of one shard, in its folder inside `whole`; `run.merge` makes the results of all.
 
-    def _prompts(self, index: int) -> Iterator[Prompt]:
-        if self.prepared is not None:
-            for at in self.prepared.of_sample[index]:
-                request = self.prepared.requests[at].request
-                yield Prompt(request.context, request.continuations)
-        elif self.task.requires == "reward":
-            for conversation in self._conversations[index]:
-                yield Prompt(self.model.render(conversation))
-        elif (generation := self._fitting(index)) is not None:
-            yield Prompt(generation.prompt)
+        The batches are those of the whole run, less those that hold nothing of this shard: in float32 on transformers
+        its lines are those of an unsharded run, to the byte.
 
-    def _engine_report(self) -> JSONObject:
-        if self.prepared is None:
-            return {"path": self.task.requires, "warnings": list(getattr(self.model, "warnings", ()))}
-        report: JSONObject = self.model.report.to_dict()
-        merges = getattr(getattr(self.model, "encoder", None), "boundary_merges", 0)
-        if merges:
-            report["warnings"].append(f"the tokenizer merges across the boundary of {merges} continuations")
-        return report
+        Raises:
+            InputError: the shard would have no sample.
+            StoreError: see `RunStore`.
+            RunError: out of memory or disk.
+        """
+        progress = progress or Progress()
+        started = time.perf_counter() if started is None else started
+        folder = shard.folder(whole)
+        mine = shard.part(self.partition(shard.of).parts)
+        spec = self._spec_in(folder)
+        with RunStore(folder, spec | {"command": without_shard(spec["command"])}) as store:
+            ids = [sample.id for sample in self.samples]
+            mark = begin_shard(folder, shard, mine, ids, {"allowed": dict(self.allowed or ALLOWED)})
+            if mark.finished is not None:
+                return mark
+            write_prompts(folder, self.prompts())
+            report, timing = self._compute(store, mine, progress, started)
+            store.in_order(mark.ids)
+            return mark.write({"engine": report, "timing": timing, "commit": provenance.commit()})
 
-    def answers(self, missing: Sequence[int]) -> Iterator[tuple[int, Outputs, Score]]:
-        """(sample index, outputs, score) of each missing sample, as they become known."""
-        if self.task.requires == "reward":
-            yield from self._rewards(missing)
-        elif self.task.requires == "generation":
-            yield from self._texts(missing)
-        else:
-            yield from self._loglikelihoods(missing)
+    def _spec_in(self, folder: Path) -> JSONObject:
+        """The spec, dated as the run in `folder` began, if one did."""
+        if (folder / "spec.json").is_file():
+            self.adopt_date(read_json(folder / "spec.json"))
+        return self.spec()
 
-    def _loglikelihoods(self, missing: Sequence[int]) -> Iterator[tuple[int, Outputs, Score]]:
-        prepared = self.prepared
-        assert prepared is not None
-        for index in missing:
-            if index in prepared.too_long:
-                yield index, {}, Score(None, "context_too_long")
-        owner = {r: index for index in missing for r in prepared.of_sample[index]}
-        known: dict[int, list[ContinuationScore]] = {}  # request -> its scores, until its sample is whole
-        # Streamed even where nothing is missing: the report of the whole run's plan belongs in the results.
-        for request, scores in self.model.stream(prepared.requests, owner.keys()):
-            known[request] = scores
-            mine = prepared.of_sample[owner[request]]
-            if all(r in known for r in mine):
-                index = owner[request]
-                outputs = loglikelihood_outputs([known.pop(r) for r in mine])
-                yield index, outputs, self.task.score(self.samples[index], outputs)
+    def _compute(
+        self, store: RunStore, mine: Sequence[int], progress: Progress, started: float
+    ) -> tuple[JSONObject, JSONObject]:
+        """Append what is missing of the samples `mine`: the engine's report, and the times."""
+        missing = [i for i in mine if self.samples[i].id not in store.done]
+        known = len(mine) - len(missing)
+        if known:
+            progress.note(f"going on in {store.folder}: {known} of {len(mine)} samples are there")
+        first: float | None = None
+        with progress.track(f"{self.task.name} {self.task.protocol}", len(mine), known) as advance:
+            for index, outputs, score in self.answers(missing):
+                first = first or time.perf_counter() - started
+                store.append(SampleRecord(self.samples[index], outputs, score, self.truncated.get(index, 0)))
+                advance(1)
+        self._refuse_changed(store.folder)
+        timing = {
+            "seconds": round(time.perf_counter() - started, 3),
+            "seconds_to_first_sample": round(first, 3) if first else None,
+            "samples_computed_now": len(missing),
+        }
+        if (pool := getattr(self.model, "pool", None)) is not None:
+            timing["workers"] = pool.describe()
+        return self._engine_report(), timing
 
-    def _rewards(self, missing: Sequence[int]) -> Iterator[tuple[int, Outputs, Score]]:
-        to_score = frozenset(missing)
-        conversations, place = [], []  # what fits, and the (sample, choice) it belongs to
-        for index, mine in enumerate(self._conversations):
-            if self._fits(index):
-                place += [(index, choice) for choice in range(len(mine))]
-                conversations += mine
-            elif index in to_score:
-                yield index, {}, Score(None, "context_too_long")
-        wanted = {at for at, (index, _) in enumerate(place) if index in to_score}
-        known: dict[int, dict[int, float]] = {}  # sample index -> choice -> reward
-        for at, reward in self.model.stream(conversations, wanted):
-            index, choice = place[at]
-            by_choice = known.setdefault(index, {})
-            by_choice[choice] = reward
-            if len(by_choice) == len(self.samples[index].choices):
-                outputs = reward_outputs([by_choice[c] for c in sorted(known.pop(index))])
-                yield index, outputs, self.task.score(self.samples[index], outputs)
 
-    def _texts(self, missing: Sequence[int]) -> Iterator[tuple[int, Outputs, Score]]:
-        groups: dict[SamplingParams, list[tuple[int, str]]] = {}  # what may be generated together
-        for index in missing:
-            request = self._fitting(index)
-            if request is None:
-                yield index, {}, Score(None, "context_too_long")
-                continue
-            groups.setdefault(replace(request.params, seed=self.seed), []).append((index, request.prompt))
-        for params, prompts in groups.items():
-            for at, completions in self.model.stream_completions([prompt for _, prompt in prompts], params):
-                index = prompts[at][0]
-                outputs = text_outputs(self.task, prompts[at][1], completions)
-                if self.task.keeps_tokens:
-                    outputs["token_ids"] = [list(c.token_ids) for c in completions]
-                yield index, outputs, score_texts(self.task, self.samples[index], outputs)
+def whole_report(
+    engine: JSONMapping, records: Sequence[SampleRecord], spec: JSONMapping, commit: str | None
+) -> JSONObject:
+    """What the engine reported, with what the records of the whole run add to its warnings.
 
-    def _fitting(self, index: int) -> GenerationRequest | None:
-        """What to have the model write, with as many examples as leave room for the answer; None where none do."""
-        if index not in self._fitted:
-            self._fitted[index] = self._fit(index)
-        return self._fitted[index]
+    Args:
+        engine: its report.
+        records: of all samples.
+        spec: of the run, as it began.
+        commit: of the source tree that ended it.
+    """
+    warnings = list(engine["warnings"])
+    texts = [record for record in records if record.outputs.get("finish_reasons")]
+    if cut := sum("length" in record.outputs["finish_reasons"] for record in texts):
+        warnings.append(f"{cut} of {len(texts)} answers were cut at the limit of new tokens")
+    if commit != spec["commit"]:
+        warnings.append(f"begun on commit {spec['commit']}, ended on {commit}")
+    return {**engine, "warnings": warnings}
 
-    def _fit(self, index: int) -> GenerationRequest | None:
-        full = 0
-        for shots in range(self.task.max_shots, -1, -1):
-            try:
-                request = self.task.generation(self.samples[index], shots)
-            except TemplateError as error:
-                raise error.about(f"sample {self.samples[index].id}") from None
-            # With ids for a continuation, the prefix is the prompt as the engine reads it to continue it.
-            (encoded,) = self.model.encode([LoglikelihoodRequest(request.prompt, ("a",), token_ids=((0,),))])
-            needed = len(encoded.continuations[0].prefix)
-            full = full or needed
-            limit = self.model.context_length
-            if limit is None or needed + request.params.max_new_tokens <= limit:
-                self.truncated[index] = full - needed
-                return request
-        return None
+
+def finish(
+    store: RunStore,
+    task: Task,
+    ids: Sequence[str],
+    engine: JSONMapping,
+    timing: JSONMapping,
+    allowed: Mapping[str, float] | None,
+) -> tuple[JSONObject, Validity]:
+    """Put the lines in the order of `ids`, all samples of the run, and write `results.json`.
+
+    Returns:
+        Its content, and the gate's verdict.
+
+    Raises:
+        RunError: the disk is full, or gone.
+    """
+    records = store.in_order(ids)
+    validity = check(records, len(ids), allowed or ALLOWED)
+    results = summarise(task, records, validity, store.spec, engine) | {"timing": dict(timing)}
+    store.finish(results)
+    return results, validity
 
 
 def summarise(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from almost_eval.errors import StoreError
 from almost_eval.files import LineWriter, locked_folder, read_json, read_records, write_json
 from almost_eval.run import provenance
+from almost_eval.run.shards import refuse_shard
 from almost_eval.types import JSONMapping, JSONObject, Sample, SampleRecord, Score
 
 FREE_KEYS = ("command", "commit", "model_name")
@@ -110,6 +111,29 @@ class RunStore:
         file = self.folder / "results.json"
         return read_json(file, *keys, mend=NEW_RESULTS) if file.exists() else None
 
+    def adopt(self, records: Iterable[SampleRecord]) -> None:
+        """Take these records for all lines of the run, in the place of those that are there.
+
+        Raises:
+            RunError: see `append`.
+        """
+        self.done = {record.sample.id: record for record in records}
+        self._lines.rewrite(map(record_to_dict, self.done.values()))
+
+    def in_order(self, ids: Sequence[str]) -> list[SampleRecord]:
+        """The records of these samples, those that are there; the file gets their order, and no other line.
+
+        The order of the lines then tells nothing of batches, kills and shards: runs of one spec are equal as files.
+
+        Raises:
+            RunError: see `append`.
+        """
+        ordered = {id: self.done[id] for id in ids if id in self.done}
+        if list(ordered) != list(self.done):
+            self._lines.rewrite(map(record_to_dict, ordered.values()))
+            self.done = ordered
+        return list(ordered.values())
+
     def finish(self, results: Mapping[str, Any]) -> None:
         """Write `results.json`, whole or not at all.
 
@@ -136,17 +160,22 @@ class RunStore:
         stored = begun = read_json(file, mend=NEW_RUN)
         if self._amend is not None:
             stored, self.spec = self._amend(stored, self.spec)
-        was, now = flat(stored), flat(self.spec)
-        # In the order of the spec, but digests last: they say that something differs, the other keys what.
-        differ = [key for key in {**now, **was} if was.get(key) != now.get(key) and key not in FREE_KEYS]
-        differ.sort(key=lambda key: "digest" in key or "fingerprint" in key)
-        if differ:
-            shown = [f"{key} was {_short(was.get(key))}, is {_short(now.get(key))}" for key in differ[:3]]
-            more = f"; and {len(differ) - 3} more" if len(differ) > 3 else ""
-            raise RunChanged(self.folder, "; ".join(shown) + more)
+        if change := spec_change(stored, self.spec):
+            raise RunChanged(self.folder, change)
         if stored != begun:
             write_json(file, stored)
         self.spec = stored
+
+
+def spec_change(stored: JSONObject, spec: JSONObject) -> str | None:
+    """What makes two specs those of two runs, in words: `seed was 2, is 3`; None where they are of one."""
+    was, now = flat(stored), flat(spec)
+    # In the order of the spec, but digests last: they say that something differs, the other keys what.
+    differ = [key for key in {**now, **was} if was.get(key) != now.get(key) and key not in FREE_KEYS]
+    differ.sort(key=lambda key: "digest" in key or "fingerprint" in key)
+    shown = [f"{key} was {_short(was.get(key))}, is {_short(now.get(key))}" for key in differ[:3]]
+    more = f"; and {len(differ) - 3} more" if len(differ) > 3 else ""
+    return "; ".join(shown) + more if differ else None
 
 
 def read_samples(folder: Path) -> Iterator[SampleRecord]:
@@ -262,6 +291,7 @@ def read_results(folder: Path) -> dict[str, Any]:
         StoreError: absent, as the run is not finished or the folder is no run's; or not a run's.
     """
     file = folder / "results.json"
+    refuse_shard(folder)
     if not file.exists() and (folder / "spec.json").exists():
         raise StoreError(f"{folder} is not finished; run its command again, and it goes on")
     keys = ("task", "metrics", "headline", "validity", "engine", "provenance")

@@ -86,6 +86,8 @@ class Planned:
     """Tokens that a model reads for what is missing: prefixes that requests share count once."""
     write: int = 0
     """Tokens that models write, at most."""
+    answers: int = 0
+    """That models write."""
     notes: dict[str, Any] = field(default_factory=dict)
     """What else is to be known before it starts: the price of a judge."""
 
@@ -278,19 +280,22 @@ def tokens_to_read(run: Run, done: set[str]) -> int:
     For a model these are the nodes of the token trie: what an engine computes that shares every prefix. One that
     shares fewer, or none, says in its results how many it computed. For a reward model each distinct text counts.
     """
-    from almost_eval.engines.prefix import build_trie
-
     missing = [i for i, sample in enumerate(run.samples) if sample.id not in done]
     if run.prepared is not None:
         requests = [run.prepared.requests[at] for i in missing for at in run.prepared.of_sample[i]]
-        if not requests:
-            return 0
-        trie = build_trie(requests)
-        return len(trie) if getattr(run.model, "share_prefixes", True) else trie.tokens_plain
+        return trie_tokens(run.model, requests) if requests else 0
     conversations = [c for i in missing for c in run.task.conversations(run.samples[i])]
     limit = run.model.context_length
     texts = {tuple(ids) for ids in run.model.encode(conversations)}
     return sum(len(ids) for ids in texts if limit is None or len(ids) <= limit)
+
+
+def trie_tokens(model: Any, requests: Sequence[Any]) -> int:
+    """Tokens that an engine computes for some encoded requests, at least one."""
+    from almost_eval.engines.prefix import build_trie
+
+    trie = build_trie(requests)
+    return len(trie) if getattr(model, "share_prefixes", True) else trie.tokens_plain
 
 
 def _count_judged(one: Planned, run: Any) -> None:
@@ -307,6 +312,7 @@ def _count_judged(one: Planned, run: Any) -> None:
         lacking = system.prompts[there:]
         encoder = getattr(system.engine, "encoder", None)  # an endpoint encodes on its own side
         one.read += sum(len(ids) for ids in encoder.encode_texts(lacking)) if encoder and lacking else 0
+        one.answers += len(lacking)
         one.write += len(lacking) * system.spec()["sampling"]["max_new_tokens"]
     hidden = ("prompt", "questions", "reviews", "systems")
     one.notes = {key: value for key, value in run.describe(one.folder).items() if key not in hidden}

@@ -89,7 +89,8 @@ def _manager(folder: str | None) -> Any:
 def _folder_of(names: Sequence[str]) -> str | None:
     """The folder of the tasks that our own benchmarks use, so that they need not index the rest."""
     if all(name.startswith("mmlu_") for name in names):
-        return "mmlu/default"
+        of_words = all(name.endswith("_continuation") for name in names)
+        return "mmlu/continuation" if of_words else "mmlu/default"
     return "truthfulqa" if all(name.startswith("truthfulqa_mc") for name in names) else None
 
 

@@ -2,6 +2,9 @@
 
 With lm-eval's prompts (the default on real data) each subject is lm-eval's own `mmlu_<subject>` task. The built-in
 prompt set has our own wording of the same protocol and takes any subject that the data holds.
+
+With `words` the choices' own words are scored, and not their letters: lm-eval's `mmlu_<subject>_continuation`. Small
+models do not bind letters to choices and stay at chance with them, whatever they know.
 """
 
 from __future__ import annotations
@@ -44,6 +47,7 @@ class MMLU(Task):
         prompting: prompt set and template.
         limit: questions of each subject, or None for all.
         fewshot_as_multiturn: examples as turns of the template; else all are in the question's turn.
+        words: score the words of the choices; else their letters.
 
     Raises:
         InputError: an unknown subject, or a number of shots that the data does not have.
@@ -58,7 +62,7 @@ class MMLU(Task):
       almost-eval mmlu --model ./my-checkpoint --subjects stem,anatomy --shots 5
     """
     dataset = HubDataset(DATASET, "MMLU", "test")
-    protocols = ("letters, 0 to 5 examples",)
+    protocols = ("letters or words, 0 to 5 examples",)
     metric_names = ("accuracy", "accuracy_macro", *(f"accuracy/{name}" for name in (*CATEGORIES, "SUBJECT")))
     metric_titles: ClassVar[Mapping[str, str]] = {"accuracy_macro": "mean of subjects"}
     task_settings = (
@@ -66,10 +70,17 @@ class MMLU(Task):
         TaskSetting(
             "fewshot_as_multiturn", "flag", "With a template: examples as turns, not in the user's one.", False
         ),
+        TaskSetting(
+            "words",
+            "flag",
+            "Score the words of the choices in place of their letters (lm-eval's mmlu_continuation).",
+            False,
+            changes_metric=True,
+        ),
         TaskSetting("subjects", "names", "Subjects, or stem, humanities, social_sciences, other.  [all]", ()),
     )
     presets = (Preset("mmlu", settings={"subjects": (), "shots": SHOTS}),)
-    comparison = Preset("mmlu", "choice", {"subjects": (), "shots": SHOTS})
+    comparison = Preset("mmlu", "choice", {"subjects": (), "shots": SHOTS, "words": False})
 
     def __init__(
         self,
@@ -80,11 +91,13 @@ class MMLU(Task):
         *,
         limit: int | None = None,
         fewshot_as_multiturn: bool = False,
+        words: bool = False,
     ) -> None:
         if not 0 <= shots <= SHOTS:
             raise InputError(f"{shots} shots: each subject has {SHOTS} examples, so 0 to {SHOTS}")
         self.shots = self.max_shots = shots
-        self.protocol = f"{shots}-shot"
+        self.words = words
+        self.protocol = f"{shots}-shot, words" if words else f"{shots}-shot"
         self.data = data
         self.prompting = prompting or Prompting()
         self.limit = limit
@@ -97,10 +110,14 @@ class MMLU(Task):
         cls, protocol: str, settings: Mapping[str, Any], data: DataSource, prompting: Prompting | None = None
     ) -> MMLU:
         """See `Task.build`."""
-        multiturn = bool(settings.get("fewshot_as_multiturn"))
-        limit = settings.get("limit")
         return cls(
-            settings["subjects"], settings["shots"], data, prompting, limit=limit, fewshot_as_multiturn=multiturn
+            settings["subjects"],
+            settings["shots"],
+            data,
+            prompting,
+            limit=settings.get("limit"),
+            fewshot_as_multiturn=bool(settings.get("fewshot_as_multiturn")),
+            words=bool(settings.get("words")),
         )
 
     @property
@@ -136,9 +153,10 @@ class MMLU(Task):
 
     @classmethod
     def number_panels(cls, protocol: str, settings: Mapping[str, Any], record: SampleRecord) -> list[NumberPanel]:
-        """The four letters."""
+        """The four letters, or the four choices."""
         gold = record.sample.gold
-        return [NumberPanel("next token", "nats", tuple((0, k, k, int(k == gold)) for k in range(len(LETTERS))))]
+        title = "continuation" if settings.get("words") else "next token"
+        return [NumberPanel(title, "nats", tuple((0, k, k, int(k == gold)) for k in range(len(LETTERS))))]
 
     @property
     def _builtin(self) -> bool:
@@ -187,12 +205,14 @@ class MMLU(Task):
         return {}
 
     def requests(self, sample: Sample, shots: int) -> list[LoglikelihoodRequest]:
-        """One request: the shots and the question, with the four letters."""
+        """One request: the shots and the question, with the four letters or the four choices."""
         row = {"question": sample.context[0].content, "choices": list(sample.choices), "answer": sample.gold}
         subject = sample.group
         if self._builtin:
             header = fill(self.prompting.prompt("mmlu_header"), {"subject": subject.replace("_", " ")})
-            examples = [self._block(r) + f" {LETTERS[r['answer']]}\n\n" for r in self._dev(subject)[:shots]]
+            examples = [
+                f"{self._block(r)}{self._continuations(r)[r['answer']]}\n\n" for r in self._dev(subject)[:shots]
+            ]
             text = header + "".join(examples) + self._block(row)
             if self.prompting.document_template is not None:
                 text = self.prompting.document_template.render(
@@ -200,11 +220,17 @@ class MMLU(Task):
                     response_prefix="Answer:",
                     special_tokens=self.prompting.special_tokens,
                 )
-            return [LoglikelihoodRequest(text, tuple(f" {letter}" for letter in LETTERS))]
+            return [LoglikelihoodRequest(text, self._continuations(row))]
         from almost_eval.tasks.harness_prompts import as_requests, lm_eval_instances
 
-        task = self._lm_eval_tasks[f"mmlu_{subject}"]
+        task = self._lm_eval_tasks[self._lm_eval_name(subject)]
         return as_requests([i.args for i in lm_eval_instances(task, row, shots, self.prompting, self.chat)])
+
+    def _continuations(self, row: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(f" {answer}" for answer in (row["choices"] if self.words else LETTERS))
+
+    def _lm_eval_name(self, subject: str) -> str:
+        return f"mmlu_{subject}_continuation" if self.words else f"mmlu_{subject}"
 
     def _block(self, row: dict[str, Any]) -> str:
         values = dict(zip("abcd", row["choices"], strict=True)) | {"question": row["question"].strip()}
@@ -214,10 +240,10 @@ class MMLU(Task):
     def _lm_eval_tasks(self) -> dict[str, Any]:
         from almost_eval.tasks.harness import load_lm_eval_tasks
 
-        return load_lm_eval_tasks([f"mmlu_{subject}" for subject in self.categories], self.data)
+        return load_lm_eval_tasks([self._lm_eval_name(subject) for subject in self.categories], self.data)
 
     def score(self, sample: Sample, outputs: Outputs) -> Score:
-        """1 where the right letter is the likeliest."""
+        """1 where the right letter, or the right choice, is the likeliest: the sum over its tokens."""
         score = choice_score(outputs["loglikelihoods"][0], sample.gold)
         return Score(score.value, score.reason, {"accuracy": score.value})
 
@@ -248,6 +274,7 @@ class MMLU(Task):
     def settings(self) -> dict[str, Any]:
         """See `Task.settings`."""
         chosen = {"subjects": list(self.categories), "shots": self.shots, "limit": self.limit}
+        chosen |= {"words": True} if self.words else {}
         return chosen if self._builtin else {**chosen, **self.chat.settings(self.prompting, has_description=True)}
 
     def data_fingerprint(self) -> str:

@@ -9,6 +9,7 @@ import click
 from almost_eval import __version__
 from almost_eval.cli.command_line import Commands, run_command_line
 from almost_train.cli.merge import merge
+from almost_train.cli.merge_shards import merge_shards
 from almost_train.cli.nano import nano
 from almost_train.cli.options import CONTEXT
 from almost_train.cli.plan import plan
@@ -33,7 +34,7 @@ def cli(context: click.Context) -> None:
 
 
 # The order of `--help`.
-for command in (synthesize, reward, self_play, sft, rlsf, dpo, online_dpo, run, plan, merge, nano):
+for command in (synthesize, reward, self_play, sft, rlsf, dpo, online_dpo, run, plan, merge, merge_shards, nano):
     cli.add_command(command)
 
 

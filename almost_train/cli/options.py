@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from almost_eval.cli.command_line import open_console
+from almost_eval.cli.command_line import open_console, print_json
 from almost_eval.types import JSONObject
 
 if TYPE_CHECKING:
@@ -52,6 +51,33 @@ def scale_options(command: FC) -> FC:
     return scale(model(command))
 
 
+def recipe_options(command: FC) -> FC:
+    """`--set` and `--place` of the commands that take a recipe."""
+    values = click.option(
+        "--set",
+        "values",
+        multiple=True,
+        metavar="SECTION.SETTING=VALUE",
+        help="In place of the recipe's own; repeat it. SECTION=null leaves a section out.",
+    )
+    places = click.option(
+        "--place",
+        "places",
+        multiple=True,
+        metavar="NAME=PATH",
+        callback=_places,
+        help="The folder or file to take where the recipe names a model or a file: org/model=./folder; repeat it.",
+    )
+    return values(places(command))
+
+
+def _places(context: click.Context, option: click.Parameter, items: tuple[str, ...]) -> dict[str, str]:
+    for item in items:
+        if not all(item.partition("=")):
+            raise click.BadParameter(f"{item!r} is not NAME=PATH", context, option)
+    return dict(item.split("=", 1) for item in items)
+
+
 def data_for(prompt_set: str, data_root: str | None) -> DataSource:
     """Where the files of a prompt set are looked for."""
     from almost_eval.data.sources import find_data
@@ -66,7 +92,7 @@ def show(result: JSONObject, as_json: bool) -> None:
     if not is_main():  # under `accelerate launch` the result is printed once
         return
     if as_json:
-        click.echo(json.dumps(result, indent=1, ensure_ascii=False))
+        print_json(result)
         return
     from rich.table import Table
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from almost_eval.cli.command_line import import_transformers, open_console
-from almost_train.cli.options import scale_options
+from almost_eval.cli.command_line import import_transformers, open_console, print_json
+from almost_train.cli.options import recipe_options, scale_options
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from almost_train.pipeline.budget import StageBudget
+    from almost_train.pipeline.budget import StageBudget, WholeCost
     from almost_train.pipeline.needs import Need
 
 DOES_NOT_FIT = 3
@@ -33,8 +32,10 @@ DOES_NOT_FIT = 3
     show_default=True,
     help="Several devices: divide weights, gradients and moments (FSDP, ZeRO-3), or hold them on each.",
 )
+@click.option("--price-per-gpu-hour", type=click.FloatRange(min=0), help="USD; without it, GPU-hours alone.")
 @click.option("--measure", is_flag=True, help="Time a pass of each model on this machine; needs its weights.")
 @click.option("--data-root", help="Folder laid out like the hub, looked in first. [env: ALMOST_DATA_ROOT]")
+@recipe_options
 @scale_options
 @click.option("--json", "as_json", is_flag=True, help="Print bytes and seconds instead of the table.")
 def plan(
@@ -43,8 +44,11 @@ def plan(
     count: int | None,
     gpu: str | None,
     sharding: str,
+    price_per_gpu_hour: float | None,
     measure: bool,
     data_root: str | None,
+    values: tuple[str, ...],
+    places: dict[str, str],
     scale: str,
     scale_model: str | None,
     as_json: bool,
@@ -54,10 +58,10 @@ def plan(
     \b
     Example:
       almost-train plan 7b-lora --gpu rtx4090-24gb
-      almost-train plan llama-7b --device-memory 80GB --devices 8
+      almost-train plan llama-7b --gpu a100-80gb --devices 8 --trained-model meta-llama/Llama-2-70b-hf
     """
     from almost_eval.progress import progress_for
-    from almost_train.pipeline.budget import budgets
+    from almost_train.pipeline.budget import budgets, whole_cost
     from almost_train.pipeline.hardware import devices
     from almost_train.pipeline.measure import Rates
     from almost_train.pipeline.needs import Estimator
@@ -65,24 +69,27 @@ def plan(
     from almost_train.pipeline.recipe import load_recipe
     from almost_train.pipeline.scale import scaled
 
-    loaded = scaled(load_recipe(recipe), scale, scale_model)
+    loaded = scaled(load_recipe(recipe, places=places, values=values), scale, scale_model)
     import_transformers()
     chosen = devices(device_memory, count, gpu, sharding)
     engine = engine_options(loaded.engine, f"recipe {loaded.name}, engine")
     rates = Rates(engine, progress_for()) if measure else None
     rows = list(budgets(loaded, Estimator(chosen), data_root, rates))
+    total = whole_cost(rows, chosen.count)
     if as_json:
         content = {
             "recipe": loaded.name,
             "devices": chosen.describe(),
             "rates": _rates(gpu, measure),
+            "total": total.to_dict(price_per_gpu_hour),
             "stages": [row.to_dict() for row in rows],
         }
-        click.echo(json.dumps(content, indent=1, ensure_ascii=False))
+        print_json(content)
     else:
         console = open_console()
         console.print(_table(rows, f"{loaded.name} on {chosen.describe()}"))
         console.print(f"times are at most, and by {_rates(gpu, measure)}", soft_wrap=True)
+        console.print(_total(total, price_per_gpu_hour), soft_wrap=True, highlight=False)
         for row in rows:
             if not row.fits:
                 say = f"{row.need.stage} does not fit: {_size(row.need.total)} of {_size(chosen.room)}; {row.advice}"
@@ -116,6 +123,14 @@ def _table(rows: list[StageBudget], title: str) -> Table:
     return table
 
 
+def _total(total: WholeCost, price: float | None) -> str:
+    parts = [f"all stages: {total.read:,} tokens in training, {total.written:,} sampled, at most"]
+    if total.gpu_hours is not None:
+        parts.append(f"{_time(total.seconds)}, {total.gpu_hours:,.1f} GPU-hours")
+    usd = total.money(price)
+    return "; ".join(parts + ([f"{usd:,.2f} USD"] if usd is not None else []))
+
+
 def _size(number: int) -> str:
     return f"{number / 1e9:.2f} GB"
 
@@ -137,7 +152,7 @@ def _time(seconds: float | None) -> str:
 
 
 def _rates(gpu: str | None, measure: bool) -> str:
-    from almost_train.pipeline.hardware import GPUS, SAMPLING_SHARE, TRAINING_SHARE
+    from almost_eval.suite.hardware import GPUS, SAMPLING_SHARE, TRAINING_SHARE
 
     if measure:
         return "what was measured on this machine"

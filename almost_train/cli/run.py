@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
-from almost_eval.cli.command_line import import_transformers, open_console
+from almost_eval.cli.command_line import import_transformers, open_console, print_json
 from almost_eval.cli.options import LOG_TO
 from almost_eval.run.trackers import logging_to
-from almost_train.cli.options import scale_options
+from almost_train.cli.options import recipe_options, scale_options
 
 
 @click.command()
@@ -20,6 +19,7 @@ from almost_train.cli.options import scale_options
 @click.option("--until", help="Stop after this stage.")
 @click.option("--data-root", help="Folder laid out like the hub, looked in first. [env: ALMOST_DATA_ROOT]")
 @click.option("--dry-run", is_flag=True, help="Check the recipe and list its stages; run nothing.")
+@recipe_options
 @scale_options
 @LOG_TO
 @click.option("--json", "as_json", is_flag=True, help="Print the results of all stages instead of the tables.")
@@ -30,12 +30,14 @@ def run(
     until: str | None,
     data_root: str | None,
     dry_run: bool,
+    values: tuple[str, ...],
+    places: dict[str, str],
     scale: str,
     scale_model: str | None,
     log_to: tuple[str, ...],
     as_json: bool,
 ) -> int:
-    """Run a recipe, whole: nano, smollm, 7b-lora, llama-7b or a YAML file. Goes on where it was killed.
+    """Run a recipe, whole: nano, gemma-270m, smollm, 7b-lora, llama-7b or a YAML file. Goes on where it was killed.
 
     \b
     Example:
@@ -47,7 +49,7 @@ def run(
     from almost_train.pipeline.run import Pipeline
     from almost_train.pipeline.scale import scaled
 
-    loaded = scaled(load_recipe(recipe, seed=seed), scale, scale_model)
+    loaded = scaled(load_recipe(recipe, seed=seed, places=places, values=values), scale, scale_model)
     import_transformers()
     folder = output or Path("runs") / (loaded.name if scale == "full" else f"{loaded.name}-{scale}")
     pipeline = Pipeline(loaded, folder, data_root, progress_for() if is_main() else Progress())
@@ -61,7 +63,7 @@ def run(
     if not is_main():  # under `accelerate launch` the results are printed once
         return 0
     if as_json:
-        click.echo(json.dumps({report.name: report.result for report in reports}, indent=1, ensure_ascii=False))
+        print_json({report.name: report.result for report in reports})
         return 0
     from almost_train.pipeline.summary import draw, policy_table, stage_table
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from almost_eval.cli.options import LOG_TO
+from almost_eval.cli.options import LOG_TO, SHARD
 from almost_eval.errors import RunError
 from almost_train.cli.options import DATA_ROOT, HELD_OUT, OUTPUT, PUSH_TO_HUB, data_for, path_option
 from almost_train.cli.settings import settings_command
@@ -16,6 +16,7 @@ TABLES = "JSON Lines, JSON, CSV, Parquet, or a data set of the hub (org/name[:co
 
 if TYPE_CHECKING:
     from almost_eval.progress import Progress
+    from almost_eval.run.shards import Shard
     from almost_eval.types import JSONObject
     from almost_train.dpo.online import OnlineDPOSettings
     from almost_train.dpo.run import DPOSettings
@@ -59,6 +60,7 @@ def reward(
 @click.option("--prompt-set", default="official", show_default=True, help="official, builtin or nano.")
 @HELD_OUT
 @OUTPUT
+@SHARD
 @DATA_ROOT
 def self_play(
     settings: SelfPlaySettings,
@@ -66,6 +68,7 @@ def self_play(
     reward_model: str | None,
     prompt_set: str,
     output: Path,
+    shard: Shard | None,
     engine_for: EngineFactory,
     data_root: str | None,
     held_out: Path | None,
@@ -91,6 +94,7 @@ def self_play(
         demonstrations=seeds.demonstrations,
         held_out=held_out,
         progress=progress,
+        shard=shard,
     )
 
 

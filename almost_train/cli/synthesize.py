@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 import click
 
 from almost_eval.cli.command_line import Commands
+from almost_eval.cli.options import SHARD
 from almost_eval.errors import InputError
 from almost_train.cli.options import CONTEXT, DATA_ROOT, HELD_OUT, OUTPUT, data_for, path_option
 from almost_train.cli.settings import settings_command
 
 if TYPE_CHECKING:
     from almost_eval.progress import Progress
+    from almost_eval.run.shards import Shard
     from almost_eval.types import JSONObject
     from almost_train.synthetic.comparisons import ComparisonSettings
     from almost_train.synthetic.prompts import PromptSettings
@@ -58,12 +60,14 @@ def prompts(
 @path_option("--prompts", "prompts.jsonl.")
 @path_option("--configurations", "YAML: a list of {name, model, demonstrations, shots}.")
 @OUTPUT
+@SHARD
 @DATA_ROOT
 def responses(
     settings: ResponseSettings,
     prompts: Path,
     configurations: Path,
     output: Path,
+    shard: Shard | None,
     data_root: str | None,
     engine_for: EngineFactory,
     progress: Progress,
@@ -79,7 +83,9 @@ def responses(
 
     data = data_for(settings.prompt_set, data_root)
     listed = read_configurations(_yaml(configurations), str(configurations))
-    return synthesize_responses(settings, prompts, listed, output, data=data, engine_for=engine_for, progress=progress)
+    return synthesize_responses(
+        settings, prompts, listed, output, data=data, engine_for=engine_for, progress=progress, shard=shard
+    )
 
 
 @settings_command("almost_train.synthetic.comparisons:ComparisonSettings")

@@ -8,7 +8,8 @@ them, which separates them from their prompt there and says nothing in a chat.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -16,13 +17,14 @@ from almost_eval.errors import DataError
 from almost_eval.files import Row
 from almost_eval.models.chat import parse_dialogue
 from almost_eval.types import Conversation, Message
-from almost_train.common.records import Preference, messages_of
+from almost_train.common.records import EmptyAnswer, Preference, messages_of
 from almost_train.common.tables import Table
 
 T = TypeVar("T")
 
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _MARKER = "Human:"
+_NO_ANSWER = re.compile(r"\n\nAssistant:\s*$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +56,20 @@ class Records(Generic[T]):
     """Name of the format that fits."""
     records: list[T]
     """In the order of the file."""
+    numbers: list[int]
+    """The row of each, from 1."""
+    empty: tuple[int, ...] = ()
+    """Rows that were left out because an answer is empty."""
 
 
-def read_preferences(table: Table) -> Records[Preference]:
+def read_preferences(table: Table, *, skip_empty: bool = False) -> Records[Preference]:
     """Pairs of answers, the better one named.
 
     Raises:
-        DataError: no format fits, or two; or a row that cannot be read.
+        DataError: no format fits, or two; a row that cannot be read; or one of which an answer is empty, unless these
+            are to be left out.
     """
-    return _read(table, PREFERENCES, "comparisons")
+    return _read(table, PREFERENCES, "comparisons", skip_empty=skip_empty)
 
 
 def read_dialogues(table: Table) -> Records[Conversation]:
@@ -89,10 +96,10 @@ def read_prompt_rows(table: Table) -> Records[tuple[str, Conversation]]:
             raise DataError(f"{where}: {'an empty prompt' if not messages else 'it must end in a user message'}")
         seen.add(id)
         ids.append(id)
-    return Records(prompts.format, list(zip(ids, prompts.records, strict=True)))
+    return Records(prompts.format, list(zip(ids, prompts.records, strict=True)), prompts.numbers)
 
 
-def _read(table: Table, formats: tuple[Format[T], ...], what: str) -> Records[T]:
+def _read(table: Table, formats: tuple[Format[T], ...], what: str, *, skip_empty: bool = False) -> Records[T]:
     if not table.rows:
         raise DataError(f"{table.name} holds no {what}")
     first = table.rows[0]
@@ -109,16 +116,24 @@ def _read(table: Table, formats: tuple[Format[T], ...], what: str) -> Records[T]
             f"{table.where(1)}: two formats of {what} fit its columns, {names}; leave the columns of one of them"
         )
     (chosen,) = fitting
-    return Records(chosen.name, list(_rows(table, chosen)))
-
-
-def _rows(table: Table, chosen: Format[T]) -> Iterator[T]:
+    records: dict[int, T] = {}
+    empty: dict[int, EmptyAnswer] = {}
     for number, row in enumerate(table.rows, 1):
         if not chosen.fits(row):
             raise DataError(
                 f"malformed data: {table.where(number)}: not {chosen.name} ({_columns(chosen)}), as the first row is"
             )
-        yield chosen.parse(row, table.where(number))
+        try:
+            records[number] = chosen.parse(row, table.where(number))
+        except EmptyAnswer as error:
+            empty[number] = error
+    if empty and not (skip_empty and records):
+        refusal = next(iter(empty.values()))
+        raise DataError(
+            f"{refusal} ({len(empty)} of {len(table.rows)} rows have one); remove them, or leave them out with "
+            "--skip-empty"
+        )
+    return Records(chosen.name, list(records.values()), list(records), tuple(empty))
 
 
 def _columns(one: Format[T]) -> str:
@@ -145,7 +160,13 @@ def _whole(row: Row, where: str) -> Preference:
 
 
 def _whole_texts(row: Row, where: str) -> Preference:
-    return _implicit(row, parse_dialogue(row["chosen"]), parse_dialogue(row["rejected"]), where)
+    return _implicit(row, _with_last_answer(row["chosen"]), _with_last_answer(row["rejected"]), where)
+
+
+def _with_last_answer(text: str) -> Conversation:
+    """The dialogue of a text that ends in an answer, also where it is empty: elsewhere that would be a prompt."""
+    messages = parse_dialogue(text)
+    return (*messages, Message("assistant", "")) if _NO_ANSWER.search(text) else messages
 
 
 def _implicit(row: Row, chosen: Conversation, rejected: Conversation, where: str) -> Preference:

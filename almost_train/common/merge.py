@@ -11,7 +11,8 @@ from almost_eval.errors import InputError
 from almost_eval.models.checkpoint import CAUSAL, Checkpoint, find_checkpoint
 from almost_eval.models.loading import load_tokenizer, load_weights
 from almost_eval.models.tensors import check_weights
-from almost_train.common.processes import is_main, wait_for_all
+from almost_train.common.lora import BASE, LoraSettings, base_dtype
+from almost_train.common.processes import WORK, is_main, wait_for_all
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +66,24 @@ def merge(adapter: str, output: Path, dtype: str = "float32") -> Path:
             output.rmdir()
         folder.rename(output)
     return output
+
+
+def training_base(
+    checkpoint: Checkpoint, output: Path, settings: LoraSettings, *, bf16: bool, whole: bool = False
+) -> Checkpoint:
+    """What training starts from: whole weights on disk, where the trainer or a new adapter needs them.
+
+    Args:
+        checkpoint: as the user named it; it may be an adapter.
+        output: the stage's folder. Weights that a new adapter names stay in its `base/`; others go when it is done.
+        settings: whether an adapter is trained.
+        bf16: whether the stage computes in bfloat16.
+        whole: whether the trainer needs whole weights without an adapter too.
+    """
+    if not (settings.lora_rank or whole):
+        return checkpoint
+    folder = output / BASE if settings.lora_rank else output / WORK / BASE
+    return whole_base(checkpoint, folder, base_dtype(settings, bf16=bf16))
 
 
 def whole_base(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype) -> Checkpoint:

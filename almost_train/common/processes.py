@@ -7,12 +7,14 @@ import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import replace
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 from almost_eval.errors import AlmostError, InputError, MissingDependencyError, RunError
+from almost_eval.models.chat import ChatTemplate
 from almost_eval.models.loading import pick_device
 from almost_eval.types import JSONObject
 from almost_train.common.card import write_cards
@@ -190,6 +192,17 @@ class SharedStage:
         self.grown: dict[str, list[int]] = from_main(stage.grown if stage else {})
         """Of the main process: see `Stage`."""
         self._stage = stage
+
+    def dated(self, template: ChatTemplate, name: str = "template") -> ChatTemplate:
+        """The template, writing the time that it wrote when the stage began, in every process.
+
+        One that writes today's date would otherwise give a stage that goes on tomorrow other texts. Every process must
+        call it; `name` tells the stage's templates apart.
+        """
+        now, stage = template.now, self._stage
+        if now is None:
+            return template
+        return replace(template, now=main_alone(lambda: stage.settle(f"{name}_now", now) if stage else now))
 
     def finish(
         self, metrics: Mapping[str, object], outputs: Mapping[str, Path], state: Path | None = None

@@ -13,6 +13,10 @@ from almost_eval.files import Row
 from almost_eval.types import Conversation, Message
 
 
+class EmptyAnswer(DataError):
+    """An answer without a word. Real data has a few; whether they are left out is the reader's choice."""
+
+
 @dataclass(frozen=True, slots=True)
 class Preference:
     """Two answers to one prompt, the better one named: a row of `comparisons.jsonl`, in TRL's preference format."""
@@ -44,10 +48,14 @@ class Preference:
         """The preference of these messages, with what else the row says: sources, `prompt_id`, `margin`.
 
         Raises:
+            EmptyAnswer: the last message of an answer has no words.
             DataError: no prompt, an answer that does not end in an assistant's message, a margin that is no number.
         """
         if not prompt or any(not answer or answer[-1].role != "assistant" for answer in (chosen, rejected)):
             raise DataError(f"malformed data: {where}: needs a prompt, and answers that end in an assistant's message")
+        for side, answer in (("chosen", chosen), ("rejected", rejected)):
+            if not answer[-1].content.strip():
+                raise EmptyAnswer(f"malformed data: {where}: the {side} answer is empty")
         margin = row.get("margin")
         if margin is not None:
             try:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from almost_eval import __version__
 from almost_eval.errors import InputError, StoreError
 from almost_eval.files import digest_path, locked_folder, read_json, write_json
+from almost_eval.run.shards import MARK
 from almost_eval.types import JSONObject
 from almost_train.common.config import settings_to_dict
 
@@ -74,6 +75,7 @@ class Stage:
         settings: its settings dataclass (see `config.option`); seeds are among them.
         inputs: name -> file or folder it reads, or a built-in or hub name of a model, which stands for itself.
         grows: settings, whole numbers, that may be larger when the stage goes on.
+        is_shard: the folder is that of a part of the stage (see `almost_eval.run.shards`).
 
     Raises:
         StageChanged: the folder holds this stage with other settings or inputs.
@@ -89,19 +91,30 @@ class Stage:
         inputs: Mapping[str, Path | str] = {},
         *,
         grows: Collection[str] = (),
+        is_shard: bool = False,
     ) -> None:
         self.folder = folder
         self.name = name
+        self.is_shard = is_shard
         pinned = {k: v for k, v in settings_to_dict(settings).items() if k not in FREE_SETTINGS}
         # Inputs by content, not by place: a moved or copied pipeline is the same pipeline.
         digests = {k: digest_path(v) if isinstance(v, Path) else str(v) for k, v in sorted(inputs.items())}
         self.spec: JSONObject = {"stage": name, "settings": pinned, "inputs": digests}
-        self.inputs = dict(inputs)
+        self.inputs: dict[str, Path | str] = dict(inputs)
         self.result: JSONObject | None = None
         """What `finish` wrote, here or in an earlier process; None while the stage is not done."""
         self.grown: dict[str, list[int]] = {}
         """Setting -> its earlier, smaller values, oldest first."""
         self._grows = frozenset(grows)
+
+    @classmethod
+    def of_spec(cls, folder: Path, spec: JSONObject) -> Stage:
+        """The stage that `stage.json` of another folder describes, to be written into this one."""
+        stage = cls.__new__(cls)
+        stage.folder, stage.name, stage.is_shard = folder, spec["stage"], False
+        stage.spec = {key: spec[key] for key in ("stage", "settings", "inputs")}
+        stage.inputs, stage.result, stage.grown, stage._grows = {}, None, {}, frozenset()
+        return stage
 
     def __enter__(self) -> Stage:
         with ExitStack() as stack:  # a folder that is refused is released
@@ -114,11 +127,12 @@ class Stage:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if isinstance(error, InputError) and self._nothing_done():
             # Refused before any work: the corrected command must not be told that the folder is another's.
-            (self.folder / "stage.json").unlink(missing_ok=True)
+            for name in ("stage.json", MARK):
+                (self.folder / name).unlink(missing_ok=True)
         self._lock.close()
 
     def _nothing_done(self) -> bool:
-        files = [p for p in self.folder.rglob("*") if p.is_file() and p.name not in ("stage.json", ".lock")]
+        files = [p for p in self.folder.rglob("*") if p.is_file() and p.name not in ("stage.json", MARK, ".lock")]
         return all(p.stat().st_size == 0 for p in files)
 
     def pin(self, name: str, value: str) -> None:
@@ -127,13 +141,17 @@ class Stage:
         Raises:
             StageChanged: an earlier process settled it otherwise.
         """
-        stored = read_json(self.folder / "stage.json", "stage", "settings", "inputs")
-        pinned = stored.get("pinned", {})
-        was = pinned.get(name, value)
+        was = self.settle(name, value)
         if was != value:
             raise StageChanged(self.folder, f"settings ({name} was {_short(was)}, is {_short(value)})")
+
+    def settle(self, name: str, value: str) -> str:
+        """What an earlier process settled under this name; else the value, to which the stage is held from now on."""
+        stored = read_json(self.folder / "stage.json", "stage", "settings", "inputs")
+        pinned = stored.get("pinned", {})
         if name not in pinned:
             write_json(self.folder / "stage.json", {**stored, "pinned": {**pinned, name: value}})
+        return str(pinned.get(name, value))
 
     def finish(
         self, metrics: Mapping[str, object], outputs: Mapping[str, Path] = {}, state: Path | None = None
@@ -165,8 +183,10 @@ class Stage:
 
     def _adopt(self) -> None:
         file = self.folder / "stage.json"
+        if (self.folder / MARK).exists() and not self.is_shard:
+            raise StoreError(f"{self.folder} is a shard's; give its --shard, or choose another --output")
         if not file.exists():
-            if any(p for p in self.folder.iterdir() if not p.name.startswith(".")):
+            if any(p for p in self.folder.iterdir() if not p.name.startswith(".") and not (p / MARK).is_file()):
                 raise StoreError(f"{self.folder} holds files but no stage.json; choose another --output")
             write_json(file, self.spec)
             return

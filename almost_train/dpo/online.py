@@ -26,14 +26,13 @@ from almost_eval.progress import Progress
 from almost_eval.types import JSONObject
 from almost_train.common.batches import NO_LOSS, BatchPlan, batch_plan
 from almost_train.common.config import option
-from almost_train.common.formats import read_prompt_rows
-from almost_train.common.lora import BASE, base_dtype, check_lora
-from almost_train.common.merge import whole_base
+from almost_train.common.fit import MODEL, fit
+from almost_train.common.lora import check_lora
+from almost_train.common.merge import training_base
+from almost_train.common.policy import policy_tokenizer
 from almost_train.common.processes import is_main, shared_stage
-from almost_train.common.stage import model_input
-from almost_train.common.tables import read_any
-from almost_train.common.trainers import MODEL, check_batches, fit, keep_template
-from almost_train.dpo.run import policy_tokenizer
+from almost_train.common.templates import keep_template
+from almost_train.common.trainers import check_batches
 from almost_train.dpo.trainer import (
     PreferenceSettings,
     check_loss,
@@ -44,7 +43,7 @@ from almost_train.dpo.trainer import (
     shortened,
 )
 from almost_train.rlsf.log import refuse_non_finite
-from almost_train.rlsf.run import fitting_prompts, own_device
+from almost_train.rlsf.run import dated_judge, fitting_prompts, read_inputs
 from almost_train.sft.run import TrainingRow
 
 if TYPE_CHECKING:
@@ -112,23 +111,15 @@ def train_online_dpo(
     check_lora(settings, settings.device)
     if "" in settings.stop:
         raise InputError("an empty stop string would end every answer at once; leave it out")
-    table = read_any(prompts)
-    source = read_prompt_rows(table)
-    inputs: dict[str, Path | str] = {
-        "prompts": table.input,
-        "policy": model_input(policy),
-        "reward_model": model_input(reward_model),
-    }
+    source, inputs = read_inputs(prompts, policy, reward_model)
     with shared_stage(output, "online_dpo", settings, inputs) as stage:
         if stage.result is not None:
             return stage.result
 
         # 2. Prompts as token ids.
-        from almost_eval.rewards.hf import HFRewardModel
-
         tokenizer = policy_tokenizer(checkpoint)
-        template = keep_template(tokenizer)
-        reward = HFRewardModel(reward_checkpoint, device=own_device(settings.device))
+        template = stage.dated(keep_template(tokenizer))
+        reward = dated_judge(reward_checkpoint, settings.device, stage)
         kept, too_long = fitting_prompts(
             source.records, checkpoint, tokenizer, template, reward, settings.max_new_tokens
         )
@@ -145,8 +136,7 @@ def train_online_dpo(
         plan = shortened(plan, settings.batch_size, settings.max_steps)
 
         # 3. Training.
-        if settings.lora_rank:
-            checkpoint = whole_base(checkpoint, output / BASE, base_dtype(settings, bf16=settings.bf16))
+        checkpoint = training_base(checkpoint, output, settings, bf16=settings.bf16)
         judge = PairJudge(settings, kept, plan, tokenizer, reward, output)
         progress.note(f"online_dpo: {len(kept)} prompts ({source.format}), {plan.steps} steps of {settings.batch_size}")
         fit(lambda: _trainer(judge, checkpoint, output), stage, plan.steps, progress, settings)

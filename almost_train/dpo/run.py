@@ -13,22 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from almost_eval.errors import DataError, ModelError, TemplateError
+from almost_eval.errors import DataError, TemplateError
 from almost_eval.files import Row, read_rows
 from almost_eval.models.chat import ChatTemplate
-from almost_eval.models.checkpoint import Checkpoint, context_length, find_checkpoint
-from almost_eval.models.loading import load_tokenizer
-from almost_eval.models.tensors import check_weights
+from almost_eval.models.checkpoint import context_length, find_checkpoint
 from almost_eval.progress import Progress
 from almost_eval.types import JSONObject
 from almost_train.common.batches import NO_LOSS, batch_plan, planned_dataset
 from almost_train.common.config import option
+from almost_train.common.fit import MODEL, fit
 from almost_train.common.held_out_loss import HeldOutRows, held_out_figures, refuse_without_rows
-from almost_train.common.lora import BASE, base_dtype, check_lora
-from almost_train.common.merge import whole_base
+from almost_train.common.lora import check_lora
+from almost_train.common.merge import training_base
+from almost_train.common.policy import policy_tokenizer
 from almost_train.common.processes import is_main, shared_stage
 from almost_train.common.stage import model_input
-from almost_train.common.trainers import MODEL, check_batches, fit, keep_template
+from almost_train.common.templates import keep_template
+from almost_train.common.trainers import check_batches
 from almost_train.dpo.trainer import (
     PreferenceSettings,
     check_loss,
@@ -39,7 +40,7 @@ from almost_train.dpo.trainer import (
     preference_trainer_class,
     shortened,
 )
-from almost_train.reward.pairs import RewardPair, check_margins, read_pairs, split_pairs
+from almost_train.reward.pairs import SKIP_EMPTY, RewardPair, read_comparisons
 from almost_train.sft.run import answer_row
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class DPOSettings(PreferenceSettings):
         0, "optimiser steps between two measurements on held-out pairs; the best checkpoint is kept; 0: none", least=0
     )
     eval_share: float = option(0.1, "share of the prompts held out, where no file of comparisons is", least=0, most=0.5)
+    skip_empty: bool = option(False, SKIP_EMPTY)
 
 
 def train_dpo(
@@ -89,14 +91,9 @@ def train_dpo(
     check_batches(settings)
     check_loss(settings)
     check_lora(settings, settings.device)
-    source = read_pairs(comparisons)
-    check_margins(comparisons, source.pairs, used=False)
-    inputs: dict[str, Path | str] = {"comparisons": source.input, "policy": model_input(policy)}
-    eval_pairs = None
-    if eval_comparisons:
-        eval_source = read_pairs(eval_comparisons)
-        eval_pairs, inputs["eval_comparisons"] = eval_source.pairs, eval_source.input
-    train, held_out, dropped = split_pairs(source.pairs, eval_pairs, settings.eval_share, settings.seed)
+    data = read_comparisons(comparisons, eval_comparisons, margin=False, skip_empty=settings.skip_empty)
+    inputs = {**data.inputs, "policy": model_input(policy)}
+    train, held_out, dropped = data.split(settings.eval_share, settings.seed)
     refuse_without_rows(settings.eval_every, len(held_out), "give --eval-share or --eval-comparisons")
     with shared_stage(output, "dpo", settings, inputs) as stage:
         if stage.result is not None:
@@ -104,7 +101,7 @@ def train_dpo(
 
         # 2. Pairs as token ids.
         tokenizer = policy_tokenizer(checkpoint)
-        template = keep_template(tokenizer)
+        template = stage.dated(keep_template(tokenizer))
         limit = min(settings.max_length, context_length(checkpoint.config, tokenizer))
         rows, unusable = encode_rows(train, tokenizer, template, limit)
         eval_rows, eval_unusable = encode_rows(held_out, tokenizer, template, limit)
@@ -121,9 +118,8 @@ def train_dpo(
         plan = shortened(plan, settings.batch_size, settings.max_steps)
 
         # 3. Training.
-        if settings.lora_rank:
-            checkpoint = whole_base(checkpoint, output / BASE, base_dtype(settings, bf16=settings.bf16))
-        progress.note(f"dpo: {len(rows)} pairs ({source.format}), {plan.steps} steps of {settings.batch_size}")
+        checkpoint = training_base(checkpoint, output, settings, bf16=settings.bf16)
+        progress.note(f"dpo: {len(rows)} pairs ({data.format}), {plan.steps} steps of {settings.batch_size}")
         fit(
             lambda: make_trainer(
                 preference_trainer_class(),
@@ -148,34 +144,20 @@ def train_dpo(
             last = log[-1]
             read = [rows[row] for row in plan.order if row is not None]
             metrics = {
-                "format": source.format,
+                "format": data.format,
                 "train_pairs": len(rows),
                 "steps": plan.steps,
                 "max_length": limit,
                 "answer_tokens": sum(answer_tokens(row) for row in read),
                 "dropped": dict(sorted(dropped.items())),
                 "eval_dropped": dict(sorted(eval_unusable.items())),
+                **data.empty_figures(),
                 "loss_first_step": log[0]["loss"],
                 "loss_last_step": last["loss"],
                 **{f"{name}_last_step": last[name] for name in ("accuracy", "chosen_logratio", "rejected_logratio")},
                 **held_out_figures(log, measured),
             }
         return stage.finish(metrics, {MODEL: output / MODEL})
-
-
-def policy_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """The tokenizer of a policy whose answers end, with a pad token.
-
-    Raises:
-        ModelError: it has no EOS token, or the weights do not fit the model.
-    """
-    tokenizer = load_tokenizer(checkpoint)
-    check_weights(checkpoint, "AutoModelForCausalLM")
-    if tokenizer.special_tokens_map.get("eos_token") is None:
-        raise ModelError(f"the tokenizer of {checkpoint.path} has no EOS token, so no answer could ever end; set it")
-    if tokenizer.special_tokens_map.get("pad_token") is None:
-        tokenizer.pad_token = tokenizer.eos_token  # the mask marks the padding, so EOS itself is still learnt
-    return tokenizer
 
 
 def encode_rows(

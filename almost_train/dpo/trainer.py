@@ -18,20 +18,21 @@ from typing import TYPE_CHECKING, Any
 from almost_eval.errors import InputError
 from almost_eval.files import Row
 from almost_eval.models.checkpoint import Checkpoint
-from almost_eval.models.loading import load_weights
 from almost_train.common.batches import NO_LOSS, BatchPlan
 from almost_train.common.config import option
 from almost_train.common.held_out_loss import ITEMS
-from almost_train.common.lora import add_lora, base_dtype, quantization, without_dropout
-from almost_train.common.trainers import QuietTrainer, TrainSettings, trainer_arguments
+from almost_train.common.lora import add_lora, without_dropout
+from almost_train.common.policy import load_causal_lm, stop_at_eos
+from almost_train.common.train_settings import TrainSettings
+from almost_train.common.trainers import QuietTrainer, trainer_arguments
 from almost_train.dpo.loss import LOSSES, preference_loss
-from almost_train.sft.run import TrainingRow, stop_at_eos
+from almost_train.sft.run import TrainingRow
 
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
     from torch import Tensor, nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 Inputs = dict[str, "torch.Tensor"]
 
@@ -187,13 +188,13 @@ def make_trainer(
     """A `PreferenceTrainer` or one of its kind, with policy and reference loaded."""
     from trl import DPOConfig
 
-    policy: Any = _load(settings, checkpoint)
+    policy: Any = without_dropout(load_causal_lm(settings, checkpoint))
     stop_at_eos(policy, tokenizer)
     if settings.lora_rank:
         policy = add_lora(policy, settings, checkpoint.path, kind="CAUSAL_LM", seed=settings.seed)
     trainer = cls(
         model=policy,
-        ref_model=None if settings.lora_rank else _load(settings, checkpoint),
+        ref_model=None if settings.lora_rank else without_dropout(load_causal_lm(settings, checkpoint)),
         args=DPOConfig(
             **trainer_arguments(settings, output),
             beta=settings.beta,
@@ -208,18 +209,3 @@ def make_trainer(
     if settings.lora_rank:
         trainer.model.delete_adapter("ref")  # TRL's copy of the new adapter; the reference is the base without any
     return trainer
-
-
-def _load(settings: PreferenceSettings, checkpoint: Checkpoint) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
-    model = load_weights(
-        AutoModelForCausalLM,
-        checkpoint,
-        dtype=base_dtype(settings, bf16=settings.bf16),
-        device="cpu",
-        attention=settings.attention,
-        trust_remote_code=False,
-        quantization=quantization(settings),
-    )
-    return without_dropout(model)

@@ -8,7 +8,7 @@ weights and of half of the keys and values, divided by the rows that are sampled
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from almost_eval.data.sources import DataSource, find_data
 from almost_eval.errors import AlmostError, InputError
 from almost_eval.files import read_rows
 from almost_eval.models.chat import dialogue_text
+from almost_eval.suite.hardware import GPUS, SAMPLING_SHARE, TRAINING_SHARE
 from almost_eval.types import JSONObject
 from almost_train.pipeline.evaluation import EvaluationSettings
-from almost_train.pipeline.hardware import GPUS, SAMPLING_SHARE, TRAINING_SHARE
 from almost_train.pipeline.needs import PROMPT_TOKENS, Estimator, Need
 from almost_train.pipeline.recipe import Recipe
+from almost_train.pipeline.sampling_needs import generation_need
 from almost_train.reward.run import RewardSettings
 from almost_train.rlsf.job import RLSFSettings
 from almost_train.self_play.settings import SelfPlaySettings
@@ -52,6 +53,45 @@ class StageBudget:
         """As JSON; bytes and seconds."""
         values = {field.name: getattr(self.need, field.name) for field in fields(self.need)}
         return {**values, "total": self.need.total, "fits": self.fits, "advice": self.advice}
+
+
+@dataclass(frozen=True, slots=True)
+class WholeCost:
+    """All stages of a recipe, one after the other on the same devices."""
+
+    devices: int
+    read: int
+    """Tokens in training, at most."""
+    written: int
+    """Tokens sampled, at most."""
+    seconds: float | None
+    """None where no rate of one of them is known."""
+
+    @property
+    def gpu_hours(self) -> float | None:
+        """Of all devices together."""
+        return None if self.seconds is None else self.seconds * self.devices / 3600
+
+    def money(self, price: float | None) -> float | None:
+        """USD at a price of a GPU-hour; None where none is stated, or no time known."""
+        return None if price is None or self.gpu_hours is None else self.gpu_hours * price
+
+    def to_dict(self, price: float | None) -> JSONObject:
+        """As JSON."""
+        values = {"trained_tokens": self.read, "generated_tokens": self.written, "seconds": self.seconds}
+        return {**values, "gpu_hours": self.gpu_hours, "usd": self.money(price)}
+
+
+def whole_cost(rows: Sequence[StageBudget], devices: int) -> WholeCost:
+    """The sum of a plan's stages."""
+    times = [row.need.seconds for row in rows]
+    seconds = sum(time for time in times if time is not None)
+    return WholeCost(
+        devices,
+        sum(row.need.trained_tokens for row in rows),
+        sum(row.need.generated_tokens for row in rows),
+        None if None in times else seconds,
+    )
 
 
 def budgets(
@@ -128,8 +168,14 @@ class _Sizes:
         model = str(recipe.value("prompts", "model"))
         read = s.shots * MINED_TOKENS
         return [
-            self._estimator.generation(
-                "prompts", model, read=read, new=s.max_new_tokens, requests=s.count, engine=_engine(recipe)
+            generation_need(
+                self._estimator,
+                "prompts",
+                model,
+                read=read,
+                new=s.max_new_tokens,
+                requests=s.count,
+                engine=_engine(recipe),
             )
         ]
 
@@ -141,13 +187,17 @@ class _Sizes:
             new = c.max_new_tokens or s.max_new_tokens or self._seeds.demonstration_set(c.demonstrations).max_new_tokens
             by_model.setdefault(c.model, []).append((self._shots(c.demonstrations, c.shots), new))
         return [
-            self._estimator.generation(
+            generation_need(
+                self._estimator,
                 "responses",
                 model,
                 read=max(read for read, _ in sizes) + PROMPT_TOKENS,
                 new=max(new for _, new in sizes),
                 requests=len(sizes) * self._prompts,
                 engine=_engine(recipe),
+                # One configuration after the other; shots that differ are read, and kept, one after the other too.
+                shared=max(read for read, _ in sizes),
+                together=self._prompts,
             )
             for model, sizes in by_model.items()
         ]
@@ -174,13 +224,15 @@ class _Sizes:
             roles[s.user_model] = (s.assistant_demonstrations, s.max_new_tokens, s.candidates * s.max_turns)
         # Engines load on first use and stay: the reward model, and the other speaker where it is another model.
         needs = [
-            self._estimator.generation(
+            generation_need(
+                self._estimator,
                 "self_play",
                 model,
                 read=self._shots(demonstrations, s.shots) + longest,
                 new=new,
                 requests=self._prompts * answers,
                 engine=_engine(recipe),
+                shared=self._shots(demonstrations, s.shots),
                 reward=str(recipe.value("reward", "model")),
             )
             for model, (demonstrations, new, answers) in roles.items()
@@ -214,7 +266,8 @@ class _Sizes:
         count = min(count, s.limit or count)
         policies = 1 + ("vanilla" in section) + ("rlsf" in recipe.sections)
         return [
-            self._estimator.generation(
+            generation_need(
+                self._estimator,
                 "evaluation",
                 str(recipe.value("sft", "model")),
                 read=PROMPT_TOKENS,

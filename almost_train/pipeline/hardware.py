@@ -1,8 +1,6 @@
-"""The devices that a plan is made for: this machine's, or what the flags say; and how fast GPUs are.
+"""The devices that a plan is made for: this machine's, or what the flags say.
 
-Rates of a GPU are its datasheet's: dense bfloat16 tensor operations and memory bandwidth. A training is taken to reach
-40 % of the first (the 8B to 405B models of arXiv 2407.21783, table 4, reached 38 to 43 %), sampling half of the second
-(an assumption: every step reads all weights once). `--measure` replaces both by a measurement on this machine.
+How fast GPUs are is in `almost_eval.suite.hardware`; `--measure` replaces that by a measurement on this machine.
 """
 
 from __future__ import annotations
@@ -10,37 +8,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from almost_eval.errors import InputError, did_you_mean
+from almost_eval.errors import InputError
+from almost_eval.suite.hardware import GB, gpu_named
 
-TRAINING_SHARE = 0.40
-SAMPLING_SHARE = 0.5
-GB = 10**9
 CONTEXT = int(1.0 * GB)
 """Bytes of a GPU that a process needs beside tensors: CUDA's context, cuBLAS's workspace."""
 RESERVE = 0.05
 """Share of a GPU's memory that stays free: the allocator's blocks have gaps."""
-
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """A kind of GPU."""
-
-    memory: int
-    """Bytes."""
-    flops: float
-    """Dense bfloat16 operations a second."""
-    bandwidth: float
-    """Bytes a second."""
-    source: str
-
-
-GPUS = {
-    "a100-80gb": Gpu(80 * GB, 312e12, 2039e9, "NVIDIA A100 80GB SXM datasheet"),
-    "h100-80gb": Gpu(80 * GB, 989e12, 3350e9, "NVIDIA H100 SXM datasheet"),
-    "l40s-48gb": Gpu(48 * GB, 362e12, 864e9, "NVIDIA L40S datasheet"),
-    "rtx4090-24gb": Gpu(24 * GB, 165e12, 1008e9, "NVIDIA Ada GPU architecture whitepaper"),
-}
-"""Names for `--gpu`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +59,9 @@ def devices(memory: str | None, count: int | None, gpu: str | None, sharding: st
     """
     import torch
 
-    if gpu is not None and gpu not in GPUS:
-        raise InputError(f"no rates of a GPU {gpu!r}; {did_you_mean(gpu, GPUS, 20)}")
-    if memory is not None or gpu is not None:
-        size = parse_memory(memory) if memory is not None else GPUS[str(gpu)].memory
+    named = None if gpu is None else gpu_named(gpu)
+    if memory is not None or named is not None:
+        size = parse_memory(memory) if memory is not None else named.memory  # type: ignore[union-attr]
         return Devices(count or 1, size, True, sharding, gpu)
     if torch.cuda.is_available():
         size = int(torch.cuda.get_device_properties(0).total_memory)

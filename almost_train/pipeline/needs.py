@@ -1,7 +1,7 @@
 """What each stage of a recipe needs: parameters, memory of one device at its fullest moment, tokens that it computes.
 
 A stage that trains runs one update on tensors without content (`meter`), with the longest rows that its settings
-allow. A stage that generates is arithmetic: weights, keys and values (`shapes.cache_bytes`), logits. Several devices:
+allow. One that generates is arithmetic, in `sampling_needs.py`. Several devices:
 
 - `full` sharding (ZeRO stage 3, arXiv 1910.02054, section 5.3; PyTorch's FSDP): weights, gradients and moments of what
   is trained, and PPO's reference, are divided by the devices. Two layers and the largest embedding are whole at a time.
@@ -18,12 +18,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from almost_eval.errors import InputError
-from almost_eval.models.loading import LARGE, cpu_has_bfloat16
 from almost_train.common.lora import LoraSettings, lora_config
-from almost_train.common.trainers import TrainSettings
+from almost_train.common.train_settings import TrainSettings
 from almost_train.pipeline.hardware import Devices
-from almost_train.pipeline.shapes import cache_bytes, load_config, local_folder
+from almost_train.pipeline.shapes import cache_bytes, load_config
 from almost_train.rlsf.job import RLSFSettings
 
 if TYPE_CHECKING:
@@ -35,7 +33,6 @@ NF4_BYTES = 4.127 / 8
 """Of a weight in 4 bits."""
 PROMPT_TOKENS = 128
 """Tokens of a mined prompt with its template: it has at most 250 characters."""
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,84 +194,6 @@ class Estimator:
             rows=rows,
         )
 
-    # --- stages that generate ---
-
-    def generation(
-        self, stage: str, model: str, *, read: int, new: int, requests: int, engine: dict[str, Any], reward: str = ""
-    ) -> Need:
-        """A stage that continues texts.
-
-        Args:
-            stage: its name.
-            model: that continues.
-            read: tokens of the longest text before an answer.
-            new: tokens of an answer.
-            requests: how many answers.
-            engine: the recipe's options.
-            reward: a reward model that is in memory beside it.
-        """
-        config = self.config(model)
-        count = self._count(model)
-        text = config.get_text_config()
-        own = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
-        dtype = engine.get("dtype", "auto")
-        if dtype == "auto" and self.devices.on_gpu:
-            dtype = own if local_folder(model) else "bfloat16"
-        elif dtype == "auto":
-            dtype = "bfloat16" if count >= LARGE and cpu_has_bfloat16() else "float32"
-        number = _BYTES.get(dtype, 4)
-        split = engine.get("tensor_parallel_size", 1) * engine.get("pipeline_parallel_size", 1)
-        beside = self._count(reward) * 4 if reward else 0
-        # A text that does not fit the model's context is refused by its stage.
-        context = engine.get("max_length") or getattr(text, "max_position_embeddings", None)
-        read = min(read, context - new) if context and context > new else read
-        one = cache_bytes(config, read + new, number)
-        note = ""
-        if engine.get("engine", "hf") == "vllm":
-            if split > self.devices.count:
-                raise InputError(
-                    f"{stage}: vLLM would divide {model} among {split} devices, and there are {self.devices.count}; "
-                    "lower tensor_parallel_size, or plan for more --devices"
-                )
-            share = engine.get("gpu_memory") or 0.9  # vLLM's default
-            weights = count * number // split
-            taken = int(share * self.devices.memory) if self.devices.on_gpu else weights + (1 << 30)
-            cache = taken - weights - (1 << 30)
-            rows = max(0, min(256, cache * split // one))
-            if rows == 0:
-                cache, note = one // split, f"vLLM's share of {share:g} has no room for one answer"
-            activations = 1 << 30  # of a pass over 2,048 tokens and its logits, as vLLM profiles it
-            weights += beside
-        else:
-            budget = engine.get("batch_tokens") or (
-                65536 if self.devices.on_gpu else max(4096, min(65536, (1 << 30) // cache_bytes(config, 1, 4)))
-            )
-            rows = max(1, min(budget // (read + new), requests, (1 << 26) // (4 * text.vocab_size) or 1))
-            if engine.get("batch_size"):
-                rows = min(rows, engine["batch_size"])
-            cache = cache_bytes(config, rows * (read + new), number)
-            weights = count * number + beside
-            activations = min(2048, rows * read) * (8 * text.hidden_size + 3 * text.intermediate_size) * number
-            activations += 4 * rows * text.vocab_size * 4
-            if self.devices.on_gpu and rows > 1:
-                # Out of memory, the engine halves its batches, down to one row.
-                room = self.devices.room - weights - activations - self.devices.runtime(model)
-                if cache > room >= one:
-                    rows = max(1, room // one)
-                    cache, note = rows * one, "the engine halves its batches until they fit"
-        return Need(
-            stage,
-            model,
-            parameters=count,
-            weights=weights,
-            activations=activations,
-            cache=cache,
-            runtime=self.devices.runtime(model),
-            generated_tokens=requests * new,
-            rows=max(1, rows),
-            note=note,
-        )
-
     # --- parts ---
 
     def _micro(self, settings: TrainSettings) -> int:
@@ -284,7 +203,7 @@ class Estimator:
         most = getattr(self.config(model).get_text_config(), "max_position_embeddings", None)
         return min(settings.max_length, most or settings.max_length)
 
-    def _count(self, model: str) -> int:
+    def count(self, model: str) -> int:
         """Parameters of a language model."""
         from transformers import AutoModelForCausalLM
 

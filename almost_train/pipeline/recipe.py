@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 
@@ -79,11 +79,19 @@ class Recipe:
             raise InputError(f"recipe {self.name}, {section}: {key!r} is missing") from None
 
 
-def load_recipe(name: str, *, seed: int | None = None) -> Recipe:
+def load_recipe(
+    name: str, *, seed: int | None = None, places: Mapping[str, str] | None = None, values: Sequence[str] = ()
+) -> Recipe:
     """A built-in recipe by name, or a YAML file.
 
+    Args:
+        name: of the recipe, or its file.
+        seed: in place of the recipe's own.
+        places: model or file that the recipe names -> the folder or file to take in its place.
+        values: settings in place of the recipe's own, as `set_values` reads them; they come last.
+
     Raises:
-        InputError: no such recipe, not YAML, or an unknown section.
+        InputError: no such recipe, not YAML, or an unknown section; a place or a value that fits nothing.
     """
     built_in = {file.stem: file for file in RECIPES.glob("*.yaml")}
     file = built_in.get(name) or Path(name)
@@ -95,6 +103,7 @@ def load_recipe(name: str, *, seed: int | None = None) -> Recipe:
         raise InputError(f"{file} is not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
         raise InputError(f"{file} holds no mapping; a recipe has sections {', '.join(SECTIONS)}")
+    content = set_values(put_in_place(content, places or {}, file.stem), values, file.stem)
     for key, value in content.items():
         if key not in HEAD + SECTIONS:
             raise InputError(f"recipe {file.stem}: unknown section {key!r}; {did_you_mean(key, HEAD + SECTIONS, 20)}")
@@ -113,3 +122,57 @@ def load_recipe(name: str, *, seed: int | None = None) -> Recipe:
         held_out=content.get("held_out"),
         sections={key: content[key] for key in SECTIONS if key in content},
     )
+
+
+def set_values(content: Mapping[str, Any], values: Sequence[str], name: str) -> dict[str, Any]:
+    """A recipe's content with other settings: `comparisons.length_rule=false`, `seed=1`; `dpo=null` leaves one out.
+
+    What stands behind the `=` is YAML. Whether a setting exists is seen when the section is read.
+
+    Raises:
+        InputError: not of this form, or a section that no recipe has.
+    """
+    changed = {key: dict(value) if isinstance(value, dict) else value for key, value in content.items()}
+    for item in values:
+        path, equals, text = item.partition("=")
+        section, _, key = path.partition(".")
+        if not equals or not section:
+            raise InputError(f"{item!r} sets nothing; write SECTION.SETTING=VALUE, as comparisons.length_rule=false")
+        if section not in HEAD + SECTIONS:
+            raise InputError(f"recipe {name}: unknown section {section!r}; {did_you_mean(section, HEAD + SECTIONS)}")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(f"{item!r}: the value is not YAML ({' '.join(str(error).split())})") from None
+        if not key:
+            changed[section] = value
+        elif isinstance(changed.setdefault(section, {}), dict):
+            changed[section][key] = value
+        else:
+            raise InputError(f"recipe {name}: {section!r} has no settings of its own; write {section}=VALUE")
+    return {key: value for key, value in changed.items() if value is not None}
+
+
+def put_in_place(content: Any, places: Mapping[str, str], name: str) -> Any:
+    """A recipe's content with other models or files: each text that is a key of `places` becomes its value.
+
+    Raises:
+        InputError: a key that the recipe does not name.
+    """
+    named: set[str] = set()
+
+    def walk(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {key: walk(value) for key, value in item.items()}
+        if isinstance(item, list):
+            return [walk(value) for value in item]
+        if isinstance(item, str):
+            named.add(item)
+            return places.get(item, item)
+        return item
+
+    changed = walk(content)
+    for key in places:
+        if key not in named:
+            raise InputError(f"recipe {name} names no {key!r}; {did_you_mean(key, sorted(named))}")
+    return changed

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CALIBRATION_BINS = 10
+SKIP_EMPTY = "leave out and count pairs of which an answer is empty; otherwise the first one is refused"
+"""Help of the setting `skip_empty`, which reward models and DPO share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +59,70 @@ class PairFile:
     """In which they are written; see `almost_train.common.formats`."""
     input: Path | str
     """As an input of a stage; see `Table.input`."""
+    empty: tuple[int, ...] = ()
+    """Rows, from 1, that were left out because an answer is empty."""
 
 
-def read_pairs(source: Path | str) -> PairFile:
+@dataclass(frozen=True, slots=True)
+class Comparisons:
+    """What a stage that learns from comparisons reads: those for training, and held-out ones if they have a file."""
+
+    training: PairFile
+    held_out: PairFile | None
+
+    @property
+    def format(self) -> str:
+        """Of the pairs for training."""
+        return self.training.format
+
+    @property
+    def inputs(self) -> dict[str, Path | str]:
+        """As inputs of the stage."""
+        own = {"comparisons": self.training.input}
+        return own | ({"eval_comparisons": self.held_out.input} if self.held_out else {})
+
+    def split(self, eval_share: float, seed: int) -> tuple[list[RewardPair], list[RewardPair], Counter[str]]:
+        """(for training, held out, dropped by reason); see `split_pairs`."""
+        held_out = self.held_out.pairs if self.held_out else None
+        return split_pairs(self.training.pairs, held_out, eval_share, seed)
+
+    def empty_figures(self) -> JSONObject:
+        """Of `result.json`: how many rows were left out because an answer is empty, and the first twenty of them."""
+        files = {"": self.training, "eval_": self.held_out}
+        return {
+            f"{name}empty_answers": {"rows": len(file.empty), "first": list(file.empty[:20])}
+            for name, file in files.items()
+            if file and file.empty
+        }
+
+
+def read_comparisons(
+    comparisons: Path | str, held_out: Path | str | None, *, margin: bool, skip_empty: bool
+) -> Comparisons:
+    """The comparisons of a stage.
+
+    Args:
+        comparisons: for training.
+        held_out: for measuring; None where a share of the former is.
+        margin: whether the loss uses margins.
+        skip_empty: leave out rows of which an answer is empty, and say which.
+
+    Raises:
+        InputError: there are none, a row that cannot be read, or margins that do not fit.
+    """
+    training = read_pairs(comparisons, skip_empty=skip_empty)
+    check_margins(comparisons, training.pairs, used=margin)
+    return Comparisons(training, read_pairs(held_out, skip_empty=skip_empty) if held_out else None)
+
+
+def read_pairs(source: Path | str, *, skip_empty: bool = False) -> PairFile:
     """The comparisons of a file, or of a data set of the hub.
 
     Raises:
         InputError: there is none, or a row that cannot be read.
     """
     table = read_any(source)
-    preferences = read_preferences(table)
+    preferences = read_preferences(table, skip_empty=skip_empty)
     pairs = [
         RewardPair(
             pair.prompt_id,
@@ -76,9 +132,9 @@ def read_pairs(source: Path | str) -> PairFile:
             margin=pair.margin,
             where=table.where(number),
         )
-        for number, pair in enumerate(preferences.records, 1)
+        for number, pair in zip(preferences.numbers, preferences.records, strict=True)
     ]
-    return PairFile(pairs, preferences.format, table.input)
+    return PairFile(pairs, preferences.format, table.input, preferences.empty)
 
 
 def check_margins(source: Path | str, pairs: Sequence[RewardPair], *, used: bool) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,29 +25,23 @@ from almost_eval.progress import Progress
 from almost_eval.types import JSONObject
 from almost_train.common.batches import BatchPlan, batch_plan, planned_dataset
 from almost_train.common.config import option
+from almost_train.common.fit import MODEL, fit
 from almost_train.common.held_out_loss import ITEMS, HeldOutRows, held_out_figures, refuse_without_rows
-from almost_train.common.lora import BASE, add_lora, base_dtype, check_lora, quantization, without_dropout
-from almost_train.common.merge import whole_base
-from almost_train.common.processes import WORK, is_main, shared_stage
+from almost_train.common.lora import add_lora, base_dtype, check_lora, quantization, without_dropout
+from almost_train.common.merge import training_base
+from almost_train.common.processes import is_main, shared_stage
 from almost_train.common.seeding import seeded
 from almost_train.common.stage import model_input
-from almost_train.common.trainers import (
-    MODEL,
-    HeldOutSettings,
-    QuietTrainer,
-    check_batches,
-    fit,
-    keep_template,
-    trainer_arguments,
-)
+from almost_train.common.templates import keep_template
+from almost_train.common.train_settings import HeldOutSettings
+from almost_train.common.trainers import QuietTrainer, check_batches, trainer_arguments
 from almost_train.reward.pairs import (
+    SKIP_EMPTY,
     RewardPair,
-    check_margins,
     encode_pairs,
     pair_metrics,
-    read_pairs,
+    read_comparisons,
     reward_encoder,
-    split_pairs,
 )
 
 if TYPE_CHECKING:
@@ -66,6 +60,7 @@ class RewardSettings(HeldOutSettings):
     """Settings of `train_reward`."""
 
     weight_decay: float = option(0.1, "AdamW's weight decay", least=0)
+    skip_empty: bool = option(False, SKIP_EMPTY)
     margin: bool = option(False, "-log sigmoid(difference - the pair's margin); the rows must have a margin each")
 
 
@@ -103,14 +98,8 @@ def train_reward(
     _refuse_other_labels(checkpoint)
     check_batches(settings)
     check_lora(settings, settings.device)
-    source = read_pairs(comparisons)
-    pairs = source.pairs
-    check_margins(comparisons, pairs, used=settings.margin)
-    inputs: dict[str, Path | str] = {"comparisons": source.input, "model": model_input(model)}
-    eval_pairs = None
-    if eval_comparisons:
-        eval_source = read_pairs(eval_comparisons)
-        eval_pairs, inputs["eval_comparisons"] = eval_source.pairs, eval_source.input
+    data = read_comparisons(comparisons, eval_comparisons, margin=settings.margin, skip_empty=settings.skip_empty)
+    inputs = {**data.inputs, "model": model_input(model)}
     with shared_stage(output, "reward", settings, inputs) as stage:
         if stage.result is not None:
             return stage.result
@@ -121,10 +110,11 @@ def train_reward(
             check_weights(checkpoint, "AutoModelForSequenceClassification")
         elif any(part in checkpoint.architecture for part in CAUSAL):  # its output head gives way to a score head
             check_weights(checkpoint, "AutoModelForCausalLM")
-        encode = reward_encoder(tokenizer, keep_template(tokenizer))
+        template = stage.dated(keep_template(tokenizer))
+        encode = reward_encoder(tokenizer, template)
         set_pad_token(tokenizer)
         limit = _length_limit(settings, checkpoint, tokenizer)
-        train, held_out, dropped = split_pairs(pairs, eval_pairs, settings.eval_share, settings.seed)
+        train, held_out, dropped = data.split(settings.eval_share, settings.seed)
         train, unusable = encode_pairs(train, encode, limit, tokenizer.pad_token_id)
         held_out, eval_unusable = encode_pairs(held_out, encode, limit, tokenizer.pad_token_id)
         dropped += unusable
@@ -139,9 +129,8 @@ def train_reward(
             measured = HeldOutRows(rows, _held_out_sums, settings.eval_every, settings.micro_batch_size)
 
         # 3. Training.
-        kept = output / BASE if settings.lora_rank else output / WORK / BASE
-        checkpoint = whole_base(checkpoint, kept, base_dtype(settings, bf16=settings.bf16))
-        progress.note(f"reward: {len(train)} pairs ({source.format}), {plan.steps} steps of {settings.batch_size}")
+        checkpoint = training_base(checkpoint, output, settings, bf16=settings.bf16, whole=True)
+        progress.note(f"reward: {len(train)} pairs ({data.format}), {plan.steps} steps of {settings.batch_size}")
         fit(
             lambda: _trainer(settings, checkpoint, tokenizer, train, plan, output),
             stage,
@@ -154,16 +143,17 @@ def train_reward(
         # 4. How good it is, through the checkpoint as others will load it.
         metrics: JSONObject = {}
         if is_main():
-            rows = _score(output / MODEL, held_out, settings.device, progress)
+            rows = _score(output / MODEL, template.now, held_out, settings.device, progress)
             write_rows(output / "eval.jsonl", rows)
             log = read_rows(output / "log.jsonl")
             metrics = {
-                "format": source.format,
+                "format": data.format,
                 "train_pairs": len(train),
                 "steps": plan.steps,
                 "max_length": limit,
                 "dropped": dict(sorted(dropped.items())),
                 "eval_dropped": dict(sorted(eval_unusable.items())),
+                **data.empty_figures(),
                 "loss_last_step": log[-1]["loss"],
                 **held_out_figures(log, measured),
                 "eval": pair_metrics(rows),
@@ -353,12 +343,13 @@ def _held_out_sums(
 # --- how good it is ---
 
 
-def _score(model: Path, pairs: Sequence[RewardPair], device: str, progress: Progress) -> list[Row]:
+def _score(model: Path, now: str | None, pairs: Sequence[RewardPair], device: str, progress: Progress) -> list[Row]:
     from almost_eval.rewards.hf import HFRewardModel
 
     if not pairs:
         return []
     scorer = HFRewardModel(str(model), dtype="float32", device=device)
+    scorer.template = replace(scorer.template, now=now)  # as the pairs for training were written
     conversations = [conversation for pair in pairs for conversation in (pair.chosen, pair.rejected)]
     rewards: dict[int, float] = {}
     with progress.track("held-out answers", len(conversations)) as advance:

@@ -14,8 +14,8 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from almost_eval.files import replaced_folder
 from almost_eval.types import JSONObject
+from almost_train.common.resume import replaced_folder
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
 """Parameter -> `weights`, and each of its optimizer's tensors."""

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, cast
 
 from almost_eval.engines.build import PACKAGES
 from almost_eval.errors import InputError, MissingDependencyError
-from almost_eval.files import replaced_folder
 from almost_eval.models.adapters import CONFIG, WEIGHTS
 from almost_eval.models.chat import ChatTemplate
 from almost_eval.models.checkpoint import Checkpoint
@@ -24,6 +23,7 @@ from almost_train.common.config import option
 from almost_train.common.lora import ADAPTER, LoraSettings
 from almost_train.common.merge import merge
 from almost_train.common.processes import WORK, world_size
+from almost_train.common.resume import replaced_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from almost_eval.models.checkpoint import Checkpoint
-from almost_eval.models.loading import load_weights
+from almost_eval.models.checkpoint import Checkpoint, find_checkpoint
+from almost_eval.models.loading import attention_arguments, load_weights
 from almost_eval.rewards.hf import HFRewardModel
 from almost_train.common.lora import without_dropout
+from almost_train.common.processes import alone
 from almost_train.common.seeding import seeded
 from almost_train.rlsf.rollouts import known_options, positions
 
@@ -39,6 +41,14 @@ def load_policy(
         quantization=quantization,
     )
     return without_dropout(model)
+
+
+def load_saved(folder: Path) -> PreTrainedModel:
+    """A policy as a trainer saved it, by a process that knows of no other."""
+    with alone():
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, **attention_arguments(find_checkpoint(str(folder)))
+        )
 
 
 class ValueHead(nn.Linear):

@@ -21,14 +21,14 @@ from almost_eval.models.chat import ChatTemplate
 from almost_eval.models.checkpoint import Checkpoint, context_length, find_checkpoint, refuse_adapter
 from almost_eval.progress import Progress
 from almost_eval.types import Conversation, JSONObject
-from almost_train.common.formats import read_prompt_rows
+from almost_train.common.formats import Records, read_prompt_rows
 from almost_train.common.interrupts import what_is_kept
-from almost_train.common.lora import BASE, base_dtype, check_lora
-from almost_train.common.merge import whole_base
-from almost_train.common.processes import WORK, is_main, shared_stage, world_size
+from almost_train.common.lora import check_lora
+from almost_train.common.merge import training_base
+from almost_train.common.processes import SharedStage, is_main, shared_stage, world_size
 from almost_train.common.stage import model_input
 from almost_train.common.tables import read_any
-from almost_train.common.trainers import keep_template
+from almost_train.common.templates import keep_template
 from almost_train.rlsf.growth import GROWS, as_never_stopped, growth_note, last_checkpoint
 from almost_train.rlsf.job import Job, RLSFSettings, check_settings
 from almost_train.rlsf.log import NotFinite
@@ -72,20 +72,14 @@ def rlsf(
     algorithm = check_settings(settings)
     check_lora(settings, settings.device)
     settings = replace(settings, micro_batch_size=check_shares(settings, algorithm.update_size(settings)))
-    table = read_any(prompts)
-    source = read_prompt_rows(table)
-    inputs: dict[str, Path | str] = {
-        "prompts": table.input,
-        "policy": model_input(policy),
-        "reward_model": model_input(reward_model),
-    }
+    source, inputs = read_inputs(prompts, policy, reward_model)
     with shared_stage(output, "rlsf", settings, inputs, grows=GROWS) as stage:
         if stage.result is not None:
             return stage.result
         earlier = stage.grown.get("steps", [])
         if earlier and progress and is_main():
             progress.notice(growth_note(settings, earlier))
-        job = _prepare(settings, source.records, policy, reward_model, output, progress or Progress())
+        job = _prepare(settings, source.records, policy, reward_model, stage, progress or Progress())
         try:
             metrics = algorithm.train(job)
         except NotFinite as error:
@@ -108,6 +102,19 @@ def rlsf(
 
 
 # --- before any weight is loaded ---
+
+
+def read_inputs(
+    prompts: Path | str, policy: str, reward_model: str
+) -> tuple[Records[tuple[str, Conversation]], dict[str, Path | str]]:
+    """The prompts, and what a stage that samples answers to them is made of.
+
+    Raises:
+        DataError: prompts that cannot be read.
+    """
+    table = read_any(prompts)
+    inputs = {"prompts": table.input, "policy": model_input(policy), "reward_model": model_input(reward_model)}
+    return read_prompt_rows(table), inputs
 
 
 def check_shares(settings: RLSFSettings, update: int) -> int:
@@ -135,7 +142,7 @@ def _prepare(
     prompts: Sequence[tuple[str, Conversation]],
     policy: str,
     reward_model: str,
-    output: Path,
+    stage: SharedStage,
     progress: Progress,
 ) -> Job:
     checkpoint = find_checkpoint(policy)
@@ -144,21 +151,18 @@ def _prepare(
         refuse_adapter(reward_checkpoint, f"the value model of --quantize {settings.quantize}")
     from almost_eval.models.loading import load_tokenizer
     from almost_eval.models.tensors import check_weights
-    from almost_eval.rewards.hf import HFRewardModel
 
     tokenizer = load_tokenizer(checkpoint)
     check_weights(checkpoint, "AutoModelForCausalLM")
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {policy} has no EOS token, so no completion could end; set eos_token")
-    template = keep_template(tokenizer)
-    reward = HFRewardModel(reward_checkpoint, device=own_device(settings.device))
+    template = stage.dated(keep_template(tokenizer))
+    reward = dated_judge(reward_checkpoint, settings.device, stage)
     kept, dropped = fitting_prompts(prompts, checkpoint, tokenizer, template, reward, settings.max_new_tokens)
     # A new adapter must name weights that are on disk, and TRL reads its reference from the policy's folder.
-    held = base_dtype(settings, bf16=settings.bf16)
-    if settings.lora_rank:
-        checkpoint = whole_base(checkpoint, output / BASE, held)
-    elif settings.algorithm != "ppo":
-        checkpoint = whole_base(checkpoint, output / WORK / BASE, held)
+    checkpoint = training_base(
+        checkpoint, stage.folder, settings, bf16=settings.bf16, whole=settings.algorithm != "ppo"
+    )
     return Job(
         settings=settings,
         prompts=kept,
@@ -167,7 +171,7 @@ def _prepare(
         tokenizer=tokenizer,
         template=template,
         reward=reward,
-        output=output,
+        output=stage.folder,
         processes=world_size(),
         is_first=is_main(),
         progress=progress if is_main() else Progress(),
@@ -211,10 +215,14 @@ def fitting_prompts(
     return kept, dropped
 
 
-def own_device(device: str) -> str:
-    """The reward model's device: beside the policy that this process trains."""
+def dated_judge(checkpoint: Checkpoint, device: str, stage: SharedStage) -> HFRewardModel:
+    """The reward model, beside the policy that this process trains; its template keeps the stage's date."""
     import torch
 
+    from almost_eval.rewards.hf import HFRewardModel
+
     if device == "auto" and torch.cuda.is_available():
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    return device
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    judge = HFRewardModel(checkpoint, device=device)
+    judge.template = stage.dated(judge.template, "reward_template")
+    return judge

@@ -18,20 +18,28 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from almost_eval.errors import DataError, InputError, did_you_mean
-from almost_eval.files import Row, RowLog, write_rows
+from almost_eval.engines.partition import partition_lengths
+from almost_eval.errors import DataError, InputError, StoreError, did_you_mean
+from almost_eval.files import Row, write_rows
 from almost_eval.models.chat import dialogue_text
 from almost_eval.progress import Progress
 from almost_eval.rewards.base import RewardModel
+from almost_eval.run.shards import Mark, Shard, begin_shard
 from almost_eval.types import JSONObject, Message
 from almost_train.common.formats import read_prompt_rows
 from almost_train.common.held_out import HeldOut, is_held_out, read_held_out
+from almost_train.common.resume import RowLog
+from almost_train.common.shards import folder_of, joined_rows, shard_result, whole_stage
 from almost_train.common.stage import Stage, model_input
 from almost_train.common.tables import Table, read_any
 from almost_train.self_play.settings import SelfPlaySettings
-from almost_train.self_play.turns import Dialogue, Play
+from almost_train.self_play.turns import CHUNK, Dialogue, Play
 from almost_train.synthetic.prompt_sets import SEPARATOR, DemonstrationSet
 from almost_train.synthetic.sampling import EngineFactory, pin_dtype
+
+STAGE = "self_play"
+OUTPUTS = ("demonstrations", "demonstrations.rejected", "candidates", "user_turns")
+"""Names of the files that a finished stage holds."""
 
 
 def self_play(
@@ -45,6 +53,7 @@ def self_play(
     reward_for: Callable[[str], RewardModel] | None = None,
     held_out: Path | None = None,
     progress: Progress | None = None,
+    shard: Shard | None = None,
 ) -> JSONObject:
     """Play one dialogue for each prompt and write `demonstrations.jsonl`; go on where an earlier process was killed.
 
@@ -67,6 +76,7 @@ def self_play(
         reward_for: checkpoint -> reward model; `HFRewardModel` by default.
         held_out: a `prompts.jsonl` that an evaluation asks: a dialogue ends where the user says one of them.
         progress: where to report to.
+        shard: play a part of the dialogues, in a folder inside `output`; `merge_self_play` joins all.
 
     Raises:
         InputError: settings that cannot work together, unknown demonstrations, or no room in the model's context.
@@ -91,8 +101,18 @@ def self_play(
     }
     if held_out is not None:
         inputs["held_out"] = held_out
-    with Stage(output, "self_play", settings, inputs) as stage:
+    ids = [dialogue.id for dialogue in dialogues]
+    if shard:
+        dialogues = [dialogues[place] for place in _places(len(dialogues), shard)]
+    output = folder_of(output, shard)
+    with Stage(output, STAGE, settings, inputs, is_shard=shard is not None) as stage:
         turns = output / "turns.jsonl"
+        mark = None
+        if shard:
+            mark = begin_shard(output, shard, [d.place for d in dialogues], ids, {"duplicate_prompts": duplicates})
+            if mark.finished is not None:
+                turns.unlink(missing_ok=True)
+                return shard_result(mark, STAGE)
         if stage.result is not None:
             turns.unlink(missing_ok=True)
             return stage.result
@@ -111,19 +131,44 @@ def self_play(
                     play.user_turn(turn, dialogues)
         # 3. The outputs.
         kept, rejected = _outcome(dialogues, settings.min_reward)
-        files = {
-            "demonstrations": kept,
-            "demonstrations.rejected": rejected,
-            "candidates": play.candidates,
-            "user_turns": play.user_turns,
-        }
+        files = dict(zip(OUTPUTS, (kept, rejected, play.candidates, play.user_turns), strict=True))
         for name, rows in files.items():
             write_rows(output / f"{name}.jsonl", rows)
+        if mark:
+            mark = mark.write({"dialogues": len(dialogues)})
+            turns.unlink()
+            return shard_result(mark, STAGE)
         metrics = {"dialogues": len(dialogues), "duplicate_prompts": duplicates}
         metrics |= _metrics(dialogues, kept, rejected, play.candidates, play.user_turns)
         result = stage.finish(metrics, {name: output / f"{name}.jsonl" for name in files})
         turns.unlink()  # all of it is in the outputs
         return result
+
+
+def merge_self_play(marks: Sequence[Mark], output: Path) -> JSONObject:
+    """Write the stage of all shards into `output`, as one process would have written it; returns `result.json`.
+
+    Raises:
+        StoreError: shards that lack a dialogue, or an output that holds something else.
+    """
+    # Dialogues in the order of the prompts; turns as they were played, one turn of all dialogues after the other.
+    rows = joined_rows(marks, OUTPUTS, lambda row, place: (row.get("turn", 0), place))
+    kept, rejected, candidates, user_turns = (rows[name] for name in OUTPUTS)
+    dialogues = [Dialogue(row["id"], [], row["rewards"], row["ended"]) for row in [*kept, *rejected]]
+    if len({dialogue.id for dialogue in dialogues}) != marks[0].total:
+        raise StoreError(f"the shards hold {len(dialogues)} of {marks[0].total} dialogues; run theirs again")
+    with whole_stage(marks, output, rows) as stage:
+        metrics = {"dialogues": marks[0].total, **marks[0].whole}
+        metrics |= _metrics(dialogues, kept, rejected, candidates, user_turns)
+        return stage.finish(metrics, {name: output / f"{name}.jsonl" for name in OUTPUTS})
+
+
+def _places(total: int, shard: Shard) -> list[int]:
+    """A shard's dialogues: whole chunks, whose candidates are scored together."""
+    chunks = [list(range(at, min(at + CHUNK, total))) for at in range(0, total, CHUNK)]
+    parts = partition_lengths([len(chunk) for chunk in chunks], shard.of).parts
+    own = shard.part(parts, f"chunks of {CHUNK} dialogues")
+    return [place for at in own for place in chunks[at]]
 
 
 def _outcome(dialogues: Sequence[Dialogue], floor: float | None) -> tuple[list[Row], list[Row]]:
@@ -216,7 +261,7 @@ def _first_turns(prompts: Table, held_out: HeldOut) -> tuple[list[Dialogue], int
                 f"{prompts.name}, prompt {number} is held out ({text[:60]!r}); mine prompts with --held-out too"
             )
         # The same prompt would get the same draws, and so the same dialogue.
-        dialogues.setdefault(text, Dialogue(id, [Message("user", text)]))
+        dialogues.setdefault(text, Dialogue(id, [Message("user", text)], place=len(dialogues)))
     return list(dialogues.values()), len(rows) - len(dialogues)
 
 

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from almost_eval.engines.base import GenerationEngine, LoglikelihoodEngine, SamplingParams
 from almost_eval.errors import InputError
-from almost_eval.files import Row, RowLog
+from almost_eval.files import Row
 from almost_eval.models.chat import dialogue_text
 from almost_eval.progress import Progress
 from almost_eval.rewards.base import RewardModel
 from almost_eval.types import Completion, Conversation, LoglikelihoodRequest, Message
 from almost_train.common.held_out import HeldOut, is_held_out
+from almost_train.common.resume import RowLog
 from almost_train.self_play.rules import broken_rule, end_at_user, is_empty
 from almost_train.self_play.settings import SelfPlaySettings
 from almost_train.synthetic.sampling import derived_seed
 
 _MARKERS = {"assistant": "\n\nAssistant:", "user": "\n\nHuman:"}
 _STOPS = {"assistant": ("\n\nHuman:", "\n-----"), "user": ("\n\nAssistant:", "\n\nHuman:", "\n-----")}
-_CHUNK = 64  # dialogues whose candidates are scored, and are on disk, together
+CHUNK = 16
+"""Dialogues, counted from the first prompt, whose candidates are scored, and are on disk, together. A shard has whole
+chunks, so its rewards come from the batches of the whole stage."""
 
 
 @dataclass(slots=True)
@@ -32,6 +36,8 @@ class Dialogue:
     rewards: list[float | None] = field(default_factory=list)
     """Of each answer."""
     ended: str | None = None
+    place: int = 0
+    """Of its prompt among all prompts of the stage."""
 
     @property
     def turns(self) -> list[str]:
@@ -141,7 +147,8 @@ class Play:
         with self.progress.track(f"turn {turn}: rewards", len(live), done) as advance:
             # Chunks of all live dialogues, not of those without a reward: a resumed run then has the same batches, and
             # its rewards are equal to the last bit.
-            for chunk in (live[at : at + _CHUNK] for at in range(0, len(live), _CHUNK)):
+            for _, together in itertools.groupby(live, key=lambda dialogue: dialogue.place // CHUNK):
+                chunk = list(together)
                 missing = [dialogue for dialogue in chunk if ("rewards", turn, dialogue.id) not in self.known]
                 if not missing:
                     continue

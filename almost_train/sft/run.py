@@ -21,29 +21,23 @@ from almost_eval.errors import DataError, ModelError, TemplateError
 from almost_eval.files import Row, read_rows
 from almost_eval.models.chat import ChatTemplate, encode_with_completion_mask
 from almost_eval.models.checkpoint import Checkpoint, context_length, find_checkpoint
-from almost_eval.models.loading import load_tokenizer, load_weights
-from almost_eval.models.tensors import check_weights
 from almost_eval.progress import Progress
 from almost_eval.types import Conversation, JSONObject
 from almost_train.common.batches import NO_LOSS, BatchPlan, batch_plan, planned_dataset
 from almost_train.common.config import option
+from almost_train.common.fit import MODEL, fit
 from almost_train.common.formats import read_dialogues
 from almost_train.common.held_out_loss import ITEMS, HeldOutRows, held_out_figures, refuse_without_rows
-from almost_train.common.lora import BASE, add_lora, base_dtype, check_lora, quantization
-from almost_train.common.merge import whole_base
+from almost_train.common.lora import add_lora, check_lora
+from almost_train.common.merge import training_base
+from almost_train.common.policy import load_causal_lm, policy_tokenizer, stop_at_eos
 from almost_train.common.processes import is_main, shared_stage
 from almost_train.common.split import opening, split_by_prompt
 from almost_train.common.stage import model_input
 from almost_train.common.tables import Table, read_any
-from almost_train.common.trainers import (
-    MODEL,
-    HeldOutSettings,
-    QuietTrainer,
-    check_batches,
-    fit,
-    keep_template,
-    trainer_arguments,
-)
+from almost_train.common.templates import keep_template
+from almost_train.common.train_settings import HeldOutSettings
+from almost_train.common.trainers import QuietTrainer, check_batches, trainer_arguments
 
 if TYPE_CHECKING:
     import torch
@@ -118,16 +112,9 @@ def train_sft(
             return stage.result
 
         # 2. Answers as token ids.
-        tokenizer = load_tokenizer(checkpoint)
-        check_weights(checkpoint, "AutoModelForCausalLM")
-        if tokenizer.special_tokens_map.get("eos_token") is None:
-            raise ModelError(
-                f"the tokenizer of {checkpoint.path} has no EOS token, so no answer could ever end; set it"
-            )
-        if tokenizer.special_tokens_map.get("pad_token") is None:
-            tokenizer.pad_token = tokenizer.eos_token  # labels and mask mark the padding, so EOS itself is still learnt
+        tokenizer = policy_tokenizer(checkpoint)
         limit = min(settings.max_length, context_length(checkpoint.config, tokenizer))
-        template = keep_template(tokenizer)
+        template = stage.dated(keep_template(tokenizer))
 
         def answers(part: list[tuple[int, Conversation]], of: Table) -> tuple[list[TrainingRow], Counter[str]]:
             dialogues = [dialogue for _, dialogue in part]
@@ -148,8 +135,7 @@ def train_sft(
         plan = batch_plan(lengths, batch_size=settings.batch_size, epochs=settings.epochs, seed=settings.seed)
 
         # 3. Training.
-        if settings.lora_rank:
-            checkpoint = whole_base(checkpoint, output / BASE, base_dtype(settings, bf16=settings.bf16))
+        checkpoint = training_base(checkpoint, output, settings, bf16=settings.bf16)
         progress.note(f"sft: {len(rows)} answers ({source.format}), {plan.steps} steps of {settings.batch_size}")
         fit(
             lambda: _trainer(settings, checkpoint, tokenizer, units, plan, output),
@@ -275,21 +261,12 @@ def _trainer(
     plan: BatchPlan,
     output: Path,
 ) -> SFTTrainer:
-    from transformers import AutoModelForCausalLM
     from trl import SFTConfig, SFTTrainer
 
     class AnswerTrainer(QuietTrainer, SFTTrainer):
         """TRL's trainer. It does not use the plan's weights: its loss is the mean over the tokens of a batch."""
 
-    model = load_weights(
-        AutoModelForCausalLM,
-        checkpoint,
-        dtype=base_dtype(settings, bf16=settings.bf16),
-        device="cpu",
-        attention=settings.attention,
-        trust_remote_code=False,
-        quantization=quantization(settings),
-    )
+    model = load_causal_lm(settings, checkpoint)
     if settings.packing:
         check_packing(model, rows, checkpoint)
     stop_at_eos(model, tokenizer)
@@ -364,15 +341,3 @@ def check_packing(model: PreTrainedModel, rows: Sequence[Row], checkpoint: Check
             f"{checkpoint.path}: in a packed row an answer would read the one before it ({together:.4f} nats for "
             f"{apart:.4f}); leave --packing out, or use --attention flash_attention_2 on a GPU"
         )
-
-
-def stop_at_eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make transformers and vLLM end an answer at the tokenizer's EOS too, besides the model's earlier end tokens."""
-    own = model.generation_config.eos_token_id
-    known = [] if own is None else [own] if isinstance(own, int) else list(own)
-    ends = [tokenizer.eos_token_id, *(token for token in known if token != tokenizer.eos_token_id)]
-    model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
-    model.generation_config.bos_token_id = tokenizer.bos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.config.eos_token_id = tokenizer.eos_token_id
-    model.config.pad_token_id = tokenizer.pad_token_id

@@ -27,11 +27,12 @@ from pathlib import Path
 from almost_eval.data.sources import DataSource
 from almost_eval.engines.base import GenerationEngine, SamplingParams
 from almost_eval.errors import InputError, RunError
-from almost_eval.files import Row, RowLog, write_rows
+from almost_eval.files import Row, write_rows
 from almost_eval.progress import Progress
 from almost_eval.types import Completion, JSONObject
 from almost_train.common.config import option
 from almost_train.common.held_out import HeldOut, is_held_out, read_held_out
+from almost_train.common.resume import RowLog
 from almost_train.common.stage import Stage, model_input
 from almost_train.synthetic.overlap import OverlapIndex
 from almost_train.synthetic.prompt_sets import PROMPT_SETS, SeedSet, load_seed_set

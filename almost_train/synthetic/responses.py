@@ -23,16 +23,21 @@ from pathlib import Path
 
 from almost_eval.data.sources import DataSource
 from almost_eval.engines.base import GenerationEngine, SamplingParams
-from almost_eval.errors import DataError, InputError
-from almost_eval.files import Row, RowLog, read_rows, write_rows
+from almost_eval.engines.partition import partition_lengths
+from almost_eval.errors import DataError, InputError, StoreError
+from almost_eval.files import Row, read_rows, write_rows
 from almost_eval.progress import Progress
+from almost_eval.run.shards import Mark, Shard, begin_shard, file_names
 from almost_eval.types import Completion, JSONObject, Message
 from almost_train.common.config import option, settings_from
+from almost_train.common.resume import RowLog
+from almost_train.common.shards import folder_of, joined_rows, shard_result, whole_stage
 from almost_train.common.stage import Stage, model_input
 from almost_train.synthetic.filters import RULES, STOPS, broken_rule, read_response
 from almost_train.synthetic.prompt_sets import PROMPT_SETS, DemonstrationSet, SeedSet, load_seed_set
 from almost_train.synthetic.sampling import EngineFactory, derived_rng, derived_seed, pin_dtype
 
+STAGE = "synthesize-responses"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # it becomes a file's name
 
 
@@ -101,6 +106,7 @@ def synthesize_responses(
     data: DataSource,
     engine_for: EngineFactory,
     progress: Progress | None = None,
+    shard: Shard | None = None,
 ) -> JSONObject:
     """Answer every prompt in every configuration: `<configuration>.jsonl` under `output`, in the order of the prompts.
 
@@ -115,6 +121,7 @@ def synthesize_responses(
         data: where the official prompt set is looked for.
         engine_for: makes the engine of a model.
         progress: where to report.
+        shard: answer a part of the prompts, in a folder inside `output`; `merge_responses` joins all.
 
     Returns:
         `result.json`: metrics hold, for each configuration, what was kept and what was rejected by which rule.
@@ -135,7 +142,17 @@ def synthesize_responses(
         # The model is an input of its own, by content: the same weights in another folder are the same model.
         inputs[f"configuration {c.name}"] = str({k: v for k, v in asdict(c).items() if k not in ("name", "model")})
         inputs[f"model of {c.name}"] = model_input(c.model)
-    with Stage(output, "synthesize-responses", settings, inputs) as stage:
+    every_id = [row["id"] for row in rows]
+    places: Sequence[int] = range(len(rows))
+    if shard:
+        # All prompts of a configuration stand behind the same demonstrations: what differs is their length.
+        places = shard.part(partition_lengths([len(row["prompt"]) for row in rows], shard.of).parts, "prompts")
+        rows = [rows[place] for place in places]
+    output = folder_of(output, shard)
+    with Stage(output, STAGE, settings, inputs, is_shard=shard is not None) as stage:
+        mark = begin_shard(output, shard, places, every_id, _names(configurations)) if shard else None
+        if mark and mark.finished is not None:
+            return shard_result(mark, STAGE)
         if stage.result is not None:
             return stage.result
         # 2. One model after the other: the answers that are missing, then all in the order of the prompts.
@@ -160,8 +177,34 @@ def synthesize_responses(
                 metrics[c.name] = _metrics(in_order)
             del engine
             gc.collect()  # frees this model's memory for the next one
+        if mark:
+            return shard_result(mark.write({"answers": len(rows) * len(configurations)}), STAGE)
         files = {c.name: output / f"{c.name}.jsonl" for c in configurations}
         return stage.finish({"prompts": len(rows), "configurations": metrics}, files)
+
+
+def merge_responses(marks: Sequence[Mark], output: Path) -> JSONObject:
+    """Write the stage of all shards into `output`, as one process would have written it; returns `result.json`.
+
+    Raises:
+        StoreError: shards that lack a row, or an output that holds something else.
+    """
+    names = file_names(marks[0], "configurations")
+    rows = joined_rows(marks, names, lambda _, place: place)
+    if short := next((name for name in names if len(rows[name]) != marks[0].total), None):
+        raise StoreError(f"the shards hold {len(rows[short])} answers of {short!r} to {marks[0].total} prompts")
+    with whole_stage(marks, output, rows) as stage:
+        metrics = {name: _metrics(rows[name]) for name in file_names(marks[0], "answered")}
+        return stage.finish(
+            {"prompts": marks[0].total, "configurations": metrics},
+            {name: output / f"{name}.jsonl" for name in names},
+        )
+
+
+def _names(configurations: Sequence[Configuration]) -> JSONObject:
+    """The names of the configurations, as listed and as answered: results hold them in both orders."""
+    answered = [c.name for _, group in _by_model(configurations) for c in group]
+    return {"configurations": [c.name for c in configurations], "answered": answered}
 
 
 def read_prompts(file: Path) -> list[Row]:

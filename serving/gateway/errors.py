@@ -9,6 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from almost_eval.models.endpoints import server_words
 from serving.door.refusals import error_text
 
 
@@ -55,7 +56,9 @@ async def on_crash(request: Request, error: Exception) -> Response:
 
 
 def upstream_words(body: bytes) -> str:
-    """The message in an upstream's error, in any of the forms that vLLM writes it; at most 500 characters."""
+    """The message in an upstream's error, in any of the forms that vLLM writes it: one line, nothing that looks like a
+    key, 300 characters at most.
+    """
     try:
         content: object = json.loads(body)
     except (ValueError, RecursionError):
@@ -63,4 +66,4 @@ def upstream_words(body: bytes) -> str:
     for name in ("error", "message"):
         if isinstance(content, dict) and name in content:
             content = content[name]
-    return " ".join(str(content).split())[:500]
+    return server_words(str(content), None)

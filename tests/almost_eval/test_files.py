@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from almost_eval.errors import DataError
-from almost_eval.files import RowLog, digest_path, iterate_rows, read_rows, repair_end, row_at, write_rows
+from almost_eval.files import digest_path, iterate_rows, read_rows, repair_end, row_at, write_rows
 
 
 def test_rows_come_back(tmp_path: Path) -> None:
@@ -42,20 +42,6 @@ def test_malformed_rows_are_named(tmp_path: Path, content: bytes, message: str) 
 def test_a_missing_file_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not there; run the stage that writes it first"):
         read_rows(tmp_path / "none.jsonl")
-
-
-def test_a_log_goes_on_after_a_cut_line(tmp_path: Path) -> None:
-    file = tmp_path / "folder" / "log.jsonl"
-    with RowLog(file) as log:
-        log.append({"id": 1}, {"id": 2})
-    whole = file.read_bytes()
-    for cut in range(len(whole) + 1):
-        file.write_bytes(whole[:cut])
-        with RowLog(file) as log:
-            complete = whole[:cut].count(b"\n")
-            assert log.rows == [{"id": 1}, {"id": 2}][:complete]
-            log.append(*[{"id": 1}, {"id": 2}][complete:])
-        assert file.read_bytes() == whole
 
 
 def test_digests_follow_content_not_place(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ def lines(stream: io.StringIO) -> list[str]:
     return stream.getvalue().splitlines()
 
 
+@pytest.mark.alone("the time left, by the rate of parts of a second")
 def test_a_long_step_is_told_of_by_the_clock() -> None:
     stream = io.StringIO()
     with PipeProgress(stream, 0.05).track("training", 200, 100) as advance:

@@ -1,10 +1,14 @@
-"""Every stage and algorithm in two processes, with whole copies and with FSDP2 over gloo, against one process.
+"""Every stage and algorithm in two processes, with whole copies, FSDP2 and ZeRO-3 over gloo, against one process.
 
 A failure here was silent once: without `--device cpu`, RLOO and GRPO trained in each process apart.
+
+ZeRO-3 is skipped where DeepSpeed is not installed, which is not among the project's packages. To run it:
+`pip install deepspeed` in an environment of your own, and this file with `-k deepspeed -m slow`.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -12,13 +16,17 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 
 from almost_eval.files import digest_path, read_rows, write_rows
+from almost_train.dpo.online import OnlineDPOSettings, train_online_dpo
+from almost_train.dpo.run import DPOSettings, train_dpo
 from almost_train.reward.run import RewardSettings, train_reward
 from almost_train.rlsf.job import RLSFSettings, load_algorithm
 from almost_train.rlsf.run import rlsf
@@ -48,7 +56,9 @@ RL: dict[str, Any] = {
     "save_every": 2,
     "seed": 1,
 }
-ALL = ("reward", "sft", "ppo", "rloo", "grpo")
+ALL = ("reward", "sft", "dpo", "ppo", "rloo", "grpo")
+"""Online DPO samples from whole weights: it takes no sharding."""
+NEEDS_DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="pip install deepspeed")
 
 # Imports everything once and forks two processes, which is all that a launcher does: so it takes half the time.
 FORKED = """
@@ -79,25 +89,28 @@ import json, os, sys
 from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
-from stages import run_stage
+from stages import run_stage, without_shared_memory_operator
+
+if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+    without_shared_memory_operator()
 
 order = json.loads(sys.argv[1])
 output, rank = Path(order["output"]), os.environ["RANK"]
 output.mkdir(exist_ok=True)
 (output / f"pid-{rank}").write_text(str(os.getpid()))
-own, stage, shares = torch.optim.AdamW.step, "", {}
+own, stage, stepped_on = torch.optim.AdamW.step, "", {}
 
 def step(self, *arguments, **options):
-    # The largest share of a model that this process steps on: 1 where it holds it whole.
+    # How many numbers of a model this process steps on: all of them where it holds it whole.
     parameters = [p for group in self.param_groups for p in group["params"]]
     local = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
-    shares[stage] = max(shares.get(stage, 0.0), local / sum(p.numel() for p in parameters))
+    stepped_on[stage] = max(stepped_on.get(stage, 0), local)
     return own(self, *arguments, **options)
 
 torch.optim.AdamW.step = step
 for stage in order["stages"]:
     run_stage(stage, order["world"], order["output"], order["steps"])
-(output / f"shares-{rank}.json").write_text(json.dumps(shares))
+(output / f"stepped-on-{rank}.json").write_text(json.dumps(stepped_on))
 """
 
 
@@ -136,15 +149,27 @@ def run_stage(name: str, world: dict[str, str], output: str, steps: int) -> None
         train_reward(RewardSettings(**SUPERVISED, save_every=1), data / "comparisons.jsonl", world["gqa"], folder)
     elif name == "sft":
         train_sft(SFTSettings(**SUPERVISED, save_every=1), data / "demonstrations.jsonl", world["tied"], folder)
+    elif name == "dpo":
+        train_dpo(DPOSettings(**SUPERVISED, save_every=1), data / "comparisons.jsonl", world["tied"], folder)
+    elif name == "online":
+        own = OnlineDPOSettings(**SUPERVISED | {"epochs": 1}, max_new_tokens=12, samples_every=1)
+        train_online_dpo(own, data / "prompts.jsonl", world["tied"], world["reward"], folder)
     else:
         taken = {key: value for key, value in RL.items() if load_algorithm(name).takes(key)}
         settings = RLSFSettings(algorithm=name, steps=steps, **taken)
         rlsf(settings, data / "prompts.jsonl", world["tied"], world["reward"], folder)
 
 
+def without_shared_memory_operator() -> None:
+    """DeepSpeed's way between processes on one machine, in C++: a minute to compile, and gloo does the same."""
+    backend: Any = importlib.import_module("deepspeed.comm.torch")  # as an attribute that name is torch itself
+    backend.build_shm_op = lambda: None
+
+
 def environment(world: dict[str, str]) -> dict[str, str]:
     paths = (world["folder"], str(CONFIGS.parents[1]))
-    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+    return os.environ | own | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 def order(world: dict[str, str], output: Path, stages: tuple[str, ...], steps: int) -> str:
@@ -159,17 +184,34 @@ def same(one: Path, two: Path, processes: int, sharding: str | None) -> None:
         mine, theirs = load_file(one / file), load_file(two / file)
         assert mine.keys() == theirs.keys()
         assert max(float((mine[key] - theirs[key]).abs().max()) for key in mine) < 1e-5, file
+        whole(two / file.parent, mine)
     rows, others = read_rows(one / "log.jsonl"), read_rows(two / "log.jsonl")
     assert len(rows) == len(others)
     for row, other in zip(rows, others, strict=True):
         for key in row.keys() & {"step", "loss", "policy_loss", "value_loss", "reward", "length", "ended"}:
             assert other[key] == pytest.approx(row[key], abs=1e-5), (key, row["step"])
     if (one / "samples.jsonl").exists():
-        texts = [[row["completion"] for row in read_rows(folder / "samples.jsonl")] for folder in (one, two)]
+        columns = ("completion", "chosen", "rejected")
+        samples = [read_rows(folder / "samples.jsonl") for folder in (one, two)]
+        texts = [[row.get(column) for row in rows for column in columns] for rows in samples]
+        assert any(texts[0])
         assert texts[0] == texts[1]
     metrics = json.loads((two / "result.json").read_text(encoding="utf-8"))["metrics"]
     assert (metrics["processes"], metrics["sharding"]) == (processes, sharding)
     assert not (two / ".work").exists()
+
+
+def whole(folder: Path, expected: dict[str, Any]) -> None:
+    """A checkpoint that transformers loads with every weight it needs and none besides; each is the expected one."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    scores = "SequenceClassification" in AutoConfig.from_pretrained(folder).architectures[0]
+    kind: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    model, report = kind.from_pretrained(folder, output_loading_info=True)
+    assert not any(report[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    weights = model.state_dict()
+    for name, tensor in expected.items():
+        assert float((weights[name] - tensor).abs().max()) < 1e-5, (folder, name)
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +248,12 @@ def test_rloo_and_grpo_train_together(world: dict[str, str], alone: Path, tmp_pa
 def launch(config: str, world: dict[str, str], folder: Path, output: Path, stages: tuple[str, ...], steps: int) -> Any:
     script = folder / "launched.py"
     script.write_text(LAUNCHED, encoding="utf-8")
+    if config == "deepspeed.yaml":  # for GPUs: the same on two CPU processes
+        shipped = yaml.safe_load((CONFIGS / config).read_text(encoding="utf-8"))
+        own = folder / config
+        changes = {"use_cpu": True, "num_processes": 2, "mixed_precision": "no"}
+        own.write_text(yaml.safe_dump(shipped | changes), encoding="utf-8")
+        config = str(own)  # an absolute path stays itself behind `/`
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     command = [*accelerate, "--config_file", str(CONFIGS / config), str(script), order(world, output, stages, steps)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(world))
@@ -214,39 +262,55 @@ def launch(config: str, world: dict[str, str], folder: Path, output: Path, stage
 @pytest.fixture(scope="module")
 def one_process(world: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("one")
-    for name in ALL:
+    for name in (*ALL, "online"):
         run_stage(name, world, str(output), 4)
     return output
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("config", "sharding"), [("ddp_cpu.yaml", None), ("fsdp_cpu.yaml", "fsdp")])
+@pytest.mark.parametrize(
+    ("config", "sharding"),
+    [
+        ("ddp_cpu.yaml", None),
+        ("fsdp_cpu.yaml", "fsdp"),
+        pytest.param("deepspeed.yaml", "deepspeed", marks=NEEDS_DEEPSPEED),
+    ],
+)
 def test_two_processes_are_one_in_every_stage(
     config: str, sharding: str | None, world: dict[str, str], one_process: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "two"
-    process = launch(config, world, tmp_path, output, ALL, 4)
-    printed, errors = process.communicate(timeout=500)
+    stages = ALL if sharding else (*ALL, "online")
+    process = launch(config, world, tmp_path, output, stages, 4)
+    printed, errors = process.communicate(timeout=1200)
     assert process.returncode == 0, errors[-3000:]
     assert printed == ""
-    for name in ALL:
+    for name in stages:
         same(one_process / name, output / name, 2, sharding)
     for rank in (0, 1):
-        shares = json.loads((output / f"shares-{rank}.json").read_text(encoding="utf-8"))
-        assert set(shares) == set(ALL)
-        for name, share in shares.items():
-            assert share == 1 if sharding is None else share < 0.6, name
+        stepped_on = json.loads((output / f"stepped-on-{rank}.json").read_text(encoding="utf-8"))
+        assert set(stepped_on) == set(stages)
+        for name, count in stepped_on.items():
+            (file,) = (one_process / name).glob("[mp]o*/model.safetensors")  # of `model/` or `policy/`
+            share = count / sum(tensor.numel() for tensor in load_file(file).values())
+            assert share >= 1 if sharding is None else share < 0.6, name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["ddp_cpu.yaml", "fsdp_cpu.yaml"])
-@pytest.mark.parametrize("stage", ["ppo"])
+@pytest.mark.parametrize(
+    ("config", "stage"),
+    [
+        ("ddp_cpu.yaml", "ppo"),
+        *(("fsdp_cpu.yaml", stage) for stage in ("ppo", "sft", "grpo")),
+        pytest.param("deepspeed.yaml", "ppo", marks=NEEDS_DEEPSPEED),
+    ],
+)
 def test_two_killed_processes_go_on_to_the_same_bytes(
     config: str, stage: str, world: dict[str, str], tmp_path: Path
 ) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert launch(config, world, tmp_path, whole, (stage,), 24).wait(timeout=300) == 0
-    process = launch(config, world, tmp_path, killed, (stage,), 24)
+    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
+    assert launch(config, world, tmp_path, unbroken, (stage,), 12).wait(timeout=300) == 0
+    process = launch(config, world, tmp_path, killed, (stage,), 12)
     try:
         deadline = time.monotonic() + 200
         while not _is_saved(killed / stage / ".work") and time.monotonic() < deadline and process.poll() is None:
@@ -257,11 +321,11 @@ def test_two_killed_processes_go_on_to_the_same_bytes(
         process.communicate(timeout=60)
     assert process.returncode != 0
     assert not (killed / stage / "result.json").exists()
-    assert launch(config, world, tmp_path, killed, (stage,), 24).wait(timeout=300) == 0
+    assert launch(config, world, tmp_path, killed, (stage,), 12).wait(timeout=300) == 0
     model = "model" if stage == "sft" else "policy"
-    assert digest_path(killed / stage / model) == digest_path(whole / stage / model)
+    assert digest_path(killed / stage / model) == digest_path(unbroken / stage / model)
     times = ("seconds", "tokens_per_second")
-    logs = [read_rows(folder / stage / "log.jsonl") for folder in (whole, killed)]
+    logs = [read_rows(folder / stage / "log.jsonl") for folder in (unbroken, killed)]
     logs = [[{key: value for key, value in row.items() if key not in times} for row in rows] for rows in logs]
     assert logs[0] == logs[1]
 

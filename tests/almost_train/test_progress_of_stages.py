@@ -88,7 +88,15 @@ def self_play(folder: Path, progress: Progress) -> None:
     from almost_train.self_play.run import self_play
     from almost_train.self_play.settings import SelfPlaySettings
 
-    settings = SelfPlaySettings(shots=1, candidates=2, max_turns=2, max_new_tokens=12, user_max_new_tokens=8)
+    settings = SelfPlaySettings(
+        assistant_demonstrations="good",
+        user_demonstrations="good",
+        shots=1,
+        candidates=2,
+        max_turns=2,
+        max_new_tokens=12,
+        user_max_new_tokens=8,
+    )
     seeds = load_seed_set("nano", find_data("nano", None))
     self_play(
         settings,

@@ -27,6 +27,7 @@ from almost_eval.run import provenance
 from almost_eval.run.request import RunRequest, open_run
 from almost_eval.run.store import read_results
 from almost_eval.tasks.registry import comparison_presets
+from almost_eval.types import JSONObject
 
 _BARE = ("model", "policy", "final")
 """Folder names that say nothing without the one above them."""
@@ -44,7 +45,8 @@ class TaxPlan:
     base: RunRequest
     """Engine, data, prompts, limit and seed of every run."""
     tasks: Sequence[str]
-    shots: int
+    exam: JSONObject
+    """`shots` and `words`: how the tasks that have such settings are put."""
     prompts_are: str
     training: TrainingRun | None = None
 
@@ -68,12 +70,15 @@ def make_plan(
     *,
     tasks: Sequence[str],
     shots: int,
+    words: bool | None,
     reward_model: str | None,
     prompts: Path | None,
     n_prompts: int,
     max_new_tokens: int,
 ) -> TaxPlan:
     """Find the checkpoints, the data, the prompts and the reward model.
+
+    `words` None is True on the nano world, whose models are at chance by letters, and else False.
 
     Raises:
         InputError: what is missing, or does not go together.
@@ -125,7 +130,8 @@ def make_plan(
         engine=base.engine,
         template=base.template,
     )
-    return TaxPlan(policies, steps, steps_are, base, tasks, shots, prompts_are, training)
+    exam = {"shots": shots, "words": nano if words is None else words}
+    return TaxPlan(policies, steps, steps_are, base, tasks, exam, prompts_are, training)
 
 
 def _of_training(training: TrainingRun, before: str, output: Path) -> tuple[dict[str, str], list[float], str]:
@@ -187,7 +193,7 @@ def measure(plan: TaxPlan, progress: Progress | None = None) -> tax.Tax:
 
 def _request(plan: TaxPlan, label: str, task: str) -> RunRequest:
     preset = comparison_presets()[task]
-    settings = {**preset.settings, **({"shots": plan.shots} if "shots" in preset.settings else {})}
+    settings = {**preset.settings, **{name: value for name, value in plan.exam.items() if name in preset.settings}}
     model = plan.policies.models[label]
     return replace(plan.base, model=model, task=task, protocol=preset.protocol, settings=settings)
 
@@ -210,7 +216,7 @@ def summarise(plan: TaxPlan, warnings: Sequence[str] = ()) -> tax.Tax:
     facts = {
         "data": first["data_source"],
         "limit": plan.base.limit,
-        "shots": plan.shots,
+        **plan.exam,
         "prompts": {"source": plan.prompts_are, "n": len(measured.prompts), "max_new_tokens": sampling.max_new_tokens},
         "reward_model": measured.reward_model,
         "seed": plan.base.seed,

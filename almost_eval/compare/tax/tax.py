@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from almost_eval.compare.comparison import ALPHA, MetricComparison
+from almost_eval.compare.paired import holm
 from almost_eval.engines.base import SamplingParams
-from almost_eval.stats import holm
 from almost_eval.tasks.registry import comparison_presets, task_class
 
 MEASURES = {

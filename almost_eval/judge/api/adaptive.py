@@ -26,35 +26,35 @@ def backoff(attempt: int, random_: random.Random) -> float:
 
 
 class AdaptiveLimit:
-    """A gate for requests of one event loop.
+    """A gate for requests of one event loop to one endpoint.
 
     Args:
         ceiling: requests on their way at a time that are never exceeded; where it begins.
         random_: of the jitter.
+        changed: set when there may be a place; by default an event of its own.
     """
 
-    def __init__(self, ceiling: int, random_: random.Random) -> None:
+    def __init__(self, ceiling: int, random_: random.Random, changed: asyncio.Event | None = None) -> None:
         self.ceiling = ceiling
         self.limit = float(ceiling)
         self.in_flight = 0
         self._known = ceiling  # where refusals began the last time, or the ceiling
         self._pauses = 0  # in a row, with no reply between them
         self._resume_at = 0.0  # the loop's clock, s
-        self._changed = asyncio.Event()
+        self._changed = changed or asyncio.Event()
         self._random = random_
 
-    async def acquire(self) -> None:
-        """Wait for a place, and take it."""
-        loop = asyncio.get_running_loop()
-        while True:
-            if (pause := self._resume_at - loop.time()) > 0:
-                await asyncio.sleep(pause)
-            elif self.in_flight < int(self.limit):
-                self.in_flight += 1
-                return
-            else:
-                self._changed.clear()
-                await self._changed.wait()
+    def pause(self, now: float) -> float:
+        """Seconds, from the loop's time `now` on, in which nothing is to be sent; 0 or less where there is no pause."""
+        return self._resume_at - now
+
+    def has_place(self, now: float) -> bool:
+        """Whether one more request may be sent at the loop's time `now`."""
+        return self.pause(now) <= 0 and self.in_flight < int(self.limit)
+
+    def take(self) -> None:
+        """Take a place; see `has_place`."""
+        self.in_flight += 1
 
     def release(self) -> None:
         """Give the place back after a request that says nothing about load."""

@@ -29,10 +29,11 @@ from almost_eval.judge.api.batch_ledger import (
     ProviderBatch,
 )
 from almost_eval.judge.api.batch_steps import BatchSteps, QueueFull, SettledItem, began, counts_in_words
+from almost_eval.judge.api.bills import Bill, ClientStats
 from almost_eval.judge.api.cost import Budget
 from almost_eval.judge.api.endpoint import EXCHANGED, KEPT, JudgeEndpoint, Trouble, duration
 from almost_eval.judge.api.journal import BATCH, Journal
-from almost_eval.judge.api.session import MOST_EXCHANGES, REFUSALS, Bill, ClientStats, JudgeSession
+from almost_eval.judge.api.session import MOST_EXCHANGES, REFUSALS, JudgeSession
 from almost_eval.judge.records import Failure, JudgeRequest, Reply, Usage
 from almost_eval.types import JSONObject
 
@@ -167,7 +168,7 @@ class BatchSession:
             session = JudgeSession(
                 self.requests,
                 [self.missing[digest]],
-                endpoint=self.endpoint,
+                endpoints=[self.endpoint],
                 journal=self.journal,
                 budget=self.budget,
                 stats=self.stats,

@@ -16,9 +16,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from almost_eval.judge.api.bills import Bill
 from almost_eval.judge.api.endpoint import Trouble
 from almost_eval.judge.api.journal import BATCH, FREE, Journal, enter, reply_text, request_text, settle
-from almost_eval.judge.api.session import Bill
 from almost_eval.judge.records import Failure, JudgeRequest, Reply, Usage
 from almost_eval.types import JSONObject, Message
 

@@ -19,10 +19,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from almost_eval.errors import InputError
+from almost_eval.judge.api.bills import ClientStats
 from almost_eval.judge.api.cost import Budget
-from almost_eval.judge.api.endpoint import JudgeEndpoint
+from almost_eval.judge.api.endpoints import judge_endpoints, serving_the_same
 from almost_eval.judge.api.journal import Journal
-from almost_eval.judge.api.session import ClientStats, JudgeSession
+from almost_eval.judge.api.session import JudgeSession
 from almost_eval.judge.records import Failure, JudgeRequest, Reply
 from almost_eval.progress import Progress
 
@@ -36,10 +37,11 @@ class JudgeClient:
     Args:
         judge: the model's name; requests to another one are refused.
         journal: open; where replies are kept and looked up.
-        base_url: the endpoint, up to and including `/v1`; None is `OPENAI_BASE_URL`, else OpenAI's.
+        base_url: the endpoint, up to and including `/v1`, or several by commas, which share the requests; None is
+            `OPENAI_BASE_URL`, else OpenAI's.
         timeout: seconds that one answer may take.
         max_attempts: sendings of one request, the first included.
-        concurrency: requests on their way at a time, at most; fewer where the endpoint refuses.
+        concurrency: requests on their way at a time, to all endpoints together; fewer where an endpoint refuses.
         budget: what may be spent; by default no bound, at the price of the table.
         progress: where it is shown.
         notice: takes a line that the user must see at once; by default it goes to `progress`.
@@ -71,7 +73,10 @@ class JudgeClient:
         if timeout <= 0 or max_attempts < 1 or concurrency < 1:
             raise InputError("timeout must be above 0 seconds, max_attempts and concurrency 1 or more")
         self.judge = judge
-        self.endpoint = JudgeEndpoint(judge, base_url, timeout)
+        self.endpoints = judge_endpoints(judge, base_url, timeout)
+        if batch and len(self.endpoints) > 1:
+            raise InputError("--batch goes to one endpoint, which works on it by itself; give one --judge-base-url")
+        self.endpoint = self.endpoints[0]
         self.journal = journal
         self.max_attempts = max_attempts
         self.concurrency = concurrency
@@ -82,7 +87,9 @@ class JudgeClient:
         self.batch_wait = batch_wait
         self.ahead: Sequence[Sequence[JudgeRequest]] = ()
         """What later calls of `stream` will request: with `batch` it goes into the same batches."""
-        self.endpoint.parameters.merge(journal.note(self.endpoint.name))
+        for endpoint in self.endpoints:
+            endpoint.parameters.merge(journal.note(endpoint.name))
+        self._is_checked = False
         self.random = random.Random(seed)
         self.stats = ClientStats(cost=None if self.budget.price is None else 0.0)
 
@@ -92,7 +99,7 @@ class JudgeClient:
         Closing the iterator, or an interrupt, ends everything that is under way; what was committed is kept.
 
         Raises:
-            InputError: the endpoint refuses the key, the judge or the settings, or is not there at all.
+            InputError: an endpoint refuses the key, the judge or the settings, or none is there at all.
             RunError: the endpoint stopped working, or a reply cannot be written down.
             StoreError: the journal was damaged.
         """
@@ -141,10 +148,13 @@ class JudgeClient:
                 ahead=self.ahead,
             )
         self._refuse_what_is_in_a_batch(missing)
+        if not self._is_checked:
+            self.endpoints = serving_the_same(self.endpoints, self.notice, self.stats.lost)
+            self._is_checked = True
         return JudgeSession(
             requests,
             list(missing.values()),
-            endpoint=self.endpoint,
+            endpoints=self.endpoints,
             journal=self.journal,
             budget=self.budget,
             stats=self.stats,

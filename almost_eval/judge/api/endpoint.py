@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -30,9 +29,7 @@ from almost_eval.judge.api.bodies import (
 from almost_eval.judge.api.parameters import LOGPROBS, MAX_COMPLETION_TOKENS, MAX_TOKENS, Parameters
 from almost_eval.judge.records import JudgeRequest, Reply, Usage
 from almost_eval.models.endpoints import (
-    BASE_URL,
     KEYS,
-    OPENAI,
     EndpointAddress,
     async_sdk_client,
     hide_key,
@@ -93,19 +90,17 @@ class JudgeEndpoint:
 
     Args:
         judge: the model's name there.
-        base_url: up to and including `/v1`; None is `OPENAI_BASE_URL`, else OpenAI's.
+        base_url: up to and including `/v1`.
         timeout: seconds that one answer may take, from the first byte sent to the last received.
 
     Raises:
         InputError: no address, an address with anything secret in it, no key for OpenAI's endpoint, or a broken key.
     """
 
-    def __init__(self, judge: str, base_url: str | None, timeout: float) -> None:
+    def __init__(self, judge: str, base_url: str, timeout: float) -> None:
         self.judge = judge
         self.timeout = timeout
-        address = EndpointAddress.parse(
-            (base_url or os.environ.get(BASE_URL) or OPENAI).rstrip("/"), "--judge-base-url"
-        )
+        address = EndpointAddress.parse(base_url.rstrip("/"), "--judge-base-url")
         self.address = address
         self.base_url = address.url
         self.is_openai = address.is_openai

@@ -10,17 +10,18 @@ import asyncio
 import random
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from queue import SimpleQueue
 
 from almost_eval.errors import InputError, RunError
-from almost_eval.judge.api.adaptive import MAX_PAUSE, AdaptiveLimit, backoff
+from almost_eval.judge.api.adaptive import MAX_PAUSE, backoff
+from almost_eval.judge.api.bills import Bill, ClientStats
 from almost_eval.judge.api.cost import Budget
 from almost_eval.judge.api.endpoint import EXCHANGED, KEPT, THOUGHT_ONLY, JudgeEndpoint, Trouble, duration
-from almost_eval.judge.api.journal import BILLED, FREE, UNSURE, Journal
+from almost_eval.judge.api.journal import Journal
+from almost_eval.judge.api.places import JudgePlace, JudgePlaces
 from almost_eval.judge.records import Failure, JudgeRequest, Reply, Usage
 
 BREAKER = 20
@@ -43,76 +44,6 @@ MOST_EXCHANGES = 8
 """Parameters of one request that an endpoint may refuse, one after the other."""
 
 
-@dataclass
-class ClientStats:
-    """What a client did. Sendings are `sent` plus all of `retried`."""
-
-    sent: int = 0
-    """Different requests that were sent."""
-    replied: int = 0
-    """... and got a reply now."""
-    cached: int = 0
-    """Requests answered by the journal, or by another one of the same call that is identical."""
-    retried: Counter[str] = field(default_factory=Counter)
-    """Sendings after the first of a request, by the reason of the one before."""
-    failed: Counter[str] = field(default_factory=Counter)
-    """Requests without a reply, by reason: each counts, identical ones too."""
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    """As the provider bills them, failures included."""
-    unmetered: int = 0
-    """Sendings that may be billed though nobody says for how much; in `cost` at their worst case."""
-    cost: float | None = None
-    """USD of this client's sendings; None where the price is unknown."""
-    cost_unsure: float = 0.0
-    """Of it, the worst case of the `unmetered`."""
-
-    def book(self, bill: Bill, cost: float) -> None:
-        """Count what a sending was billed.
-
-        Args:
-            bill: what is known of it.
-            cost: USD, or the most it may be.
-        """
-        usage = bill.usage or Usage(0, 0)
-        self.prompt_tokens += usage.prompt
-        self.completion_tokens += usage.completion
-        self.unmetered += bill.is_unsure
-        if self.cost is not None:
-            self.cost += cost
-            self.cost_unsure += cost if bill.is_unsure else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Bill:
-    """What a sending was billed."""
-
-    is_unsure: bool
-    """It may have been billed, and nobody says for how much."""
-    usage: Usage | None
-    """Tokens; None where nobody counted any."""
-    cost: float | None
-    """USD, where the host states them."""
-
-    @classmethod
-    def of(cls, outcome: Reply | Trouble | None) -> Bill:
-        """What is known from an outcome; None is a sending that was stopped on its way."""
-        if isinstance(outcome, Reply):
-            known = any(outcome.usage) or outcome.cost is not None
-            return cls(not known, outcome.usage if known else None, outcome.cost)
-        if outcome is None:
-            return cls(True, None, None)
-        unknown = outcome.tokens is None and outcome.cost is None
-        return cls(unknown and outcome.may_be_billed, outcome.tokens, outcome.cost)
-
-    @property
-    def state(self) -> str:
-        """Of the row in the ledger."""
-        if self.is_unsure:
-            return UNSURE
-        return FREE if self.usage is None and self.cost is None else BILLED
-
-
 _Outcome = tuple[list[int], Reply | Failure]
 
 
@@ -122,7 +53,7 @@ class JudgeSession:
     Args:
         requests: what to send, and what to pass over.
         groups: places in `requests`, identical ones together: each group is sent once.
-        endpoint: where to.
+        endpoints: where to; several serve the same judge.
         journal: where each reply is stored before it is handed on.
         budget: what may be spent.
         stats: what was done; counted up here.
@@ -137,7 +68,7 @@ class JudgeSession:
         requests: Sequence[JudgeRequest],
         groups: list[list[int]],
         *,
-        endpoint: JudgeEndpoint,
+        endpoints: Sequence[JudgeEndpoint],
         journal: Journal,
         budget: Budget,
         stats: ClientStats,
@@ -148,7 +79,7 @@ class JudgeSession:
     ) -> None:
         self.requests = requests
         self.groups = groups
-        self.endpoint = endpoint
+        self.endpoints = endpoints
         self.journal = journal
         self.budget = budget
         self.stats = stats
@@ -213,14 +144,20 @@ class JudgeSession:
             started.set()
 
     async def _run(self) -> None:
-        self.limit = AdaptiveLimit(self.concurrency, self.random)
+        self.places = JudgePlaces(self.endpoints, self.concurrency, self.random, self.notice, self.stats.lost)
         todo = iter(self.groups)
-        async with self.endpoint.connect() as self.connection:
+        async with self.places.connected():
             count = min(self.concurrency, len(self.groups))
             self.workers = [asyncio.create_task(self._work(todo)) for _ in range(count)]
             await asyncio.gather(*self.workers, return_exceptions=True)
         if self.undecided and self.ending is None:
             self.ending = self.undecided[0][1].refused
+
+    @property
+    def _where(self) -> str:
+        """The endpoints, for errors."""
+        one, *others = (endpoint.base_url for endpoint in self.endpoints)
+        return f"each of the endpoints {', '.join([one, *others])}" if others else f"the endpoint {one}"
 
     def _end(self, error: BaseException) -> None:
         """Send nothing more; what is on its way is awaited, for it is paid for."""
@@ -258,8 +195,7 @@ class JudgeSession:
             if len(self.undecided) >= REFUSALS:
                 self._end(trouble.refused)
         elif trouble.reason == "connection" and not proven:
-            where = self.endpoint.base_url
-            self._end(InputError(f"the endpoint {where} is not reachable; start it, or check --judge-base-url"))
+            self._end(InputError(f"{self._where} is not reachable; start it, or check --judge-base-url"))
         else:
             self._fail(indices, trouble)
 
@@ -272,7 +208,7 @@ class JudgeSession:
                 what = "has stopped answering" if trouble.again else "writes no verdict"
                 self._end(
                     RunError(
-                        f"the endpoint {self.endpoint.base_url} {what}: the last {self.lost_in_a_row} requests failed "
+                        f"{self._where} {what}: the last {self.lost_in_a_row} requests failed "
                         f"({trouble.message}); {KEPT}"
                     )
                 )
@@ -289,7 +225,7 @@ class JudgeSession:
                     "budget", f"not sent: it may cost {worst:.4f} USD, and {self.budget.spent:.4f} USD are spent"
                 )
             try:
-                await self.limit.acquire()
+                place = await self.places.take()
             except asyncio.CancelledError:
                 self.budget.settle(worst, 0.0)
                 raise
@@ -298,15 +234,20 @@ class JudgeSession:
             else:
                 self.stats.sent += 1
             sent = True
-            outcome = await self._send(request, worst)
+            outcome = await self._send(request, worst, place)
             if not isinstance(outcome, Reply) and outcome.reason == EXCHANGED and exchanges < MOST_EXCHANGES:
                 exchanges += 1
                 why = EXCHANGED
-                if (fatal := self._exchange(outcome)) is not None:
+                if (fatal := self._exchange(outcome, place.endpoint)) is not None:
                     return fatal
                 continue
             self.probed.set()
-            if isinstance(outcome, Reply) or not outcome.again:
+            if isinstance(outcome, Reply):
+                return outcome
+            why = outcome.reason
+            if isinstance(outcome.fatal, RunError) and self.places.leave(place, outcome.message):
+                continue
+            if not outcome.again:
                 return outcome
             if outcome.reason != "rate_limited" or self.stats.replied == answered_before:
                 attempts += 1
@@ -315,7 +256,8 @@ class JudgeSession:
                 return outcome
             if self.ending is not None:
                 return None
-            why = outcome.reason
+            if self.places.others_are_ready(place):
+                continue
             self._tell_wait(outcome)
             if why != "rate_limited":
                 await asyncio.sleep(max(backoff(attempts, self.random), min(outcome.retry_after or 0.0, MAX_PAUSE)))
@@ -328,15 +270,15 @@ class JudgeSession:
             self.probed.set()
         self.is_probing = True
 
-    def _exchange(self, refusal: Trouble) -> Trouble | None:
-        """Remember what the endpoint refuses; what ends the run where its replies have no bound that a budget needs."""
-        parameters = self.endpoint.parameters
+    def _exchange(self, refusal: Trouble, endpoint: JudgeEndpoint) -> Trouble | None:
+        """Remember what an endpoint refuses; what ends the run where its replies have no bound that a budget needs."""
+        parameters = endpoint.parameters
         if refusal.message:  # else another request has told it already
-            self.notice(f"the endpoint {self.endpoint.base_url} refuses a parameter: {refusal.message} from now on")
-            self.journal.take_note(self.endpoint.name, dict(parameters.changes))
+            self.notice(f"the endpoint {endpoint.base_url} refuses a parameter: {refusal.message} from now on")
+            self.journal.take_note(endpoint.name, dict(parameters.changes))
         if self.budget.max_cost is not None and not parameters.is_bounded:
             words = "takes no bound on the tokens of a reply, so that --max-cost cannot be kept; leave it out"
-            return replace(refusal, fatal=InputError(f"the endpoint {self.endpoint.base_url} {words}"))
+            return replace(refusal, fatal=InputError(f"the endpoint {endpoint.base_url} {words}"))
         return None
 
     def _tell_wait(self, trouble: Trouble) -> None:
@@ -348,24 +290,26 @@ class JudgeSession:
             at = time.strftime("%H:%M:%S", time.localtime(time.time() + pause))
             self.notice(f"waiting {duration(pause)}, until {at}, as the endpoint asks to ({trouble.message})")
 
-    async def _send(self, request: JudgeRequest, worst: float) -> Reply | Trouble:
+    async def _send(self, request: JudgeRequest, worst: float, place: JudgePlace) -> Reply | Trouble:
         """Send once, and commit the reply."""
         task: asyncio.Task[None] = asyncio.current_task()  # type: ignore[assignment]
         self.sending.add(task)
         outcome: Reply | Trouble | None = None
         number: int | None = None
+        began = time.monotonic()
         try:
             number = self.journal.begin(request, self.budget.most(request))
-            outcome = await self.endpoint.send(self.connection, request)
+            outcome = await place.endpoint.send(place.connection, request)
             if isinstance(outcome, Reply):
                 self.journal.put(request, outcome, number)
         finally:
             self.sending.discard(task)
             self._settle(outcome, worst, number)
+            self.places.give_back(place, outcome, time.monotonic() - began)
         return outcome
 
     def _settle(self, outcome: Reply | Trouble | None, worst: float, number: int | None) -> None:
-        """Book what was billed, and give the place back.
+        """Book what was billed.
 
         Args:
             outcome: None where it was cancelled on its way.
@@ -381,12 +325,6 @@ class JudgeSession:
         self.budget.settle(worst, cost)
         self.stats.book(bill, cost)
         self.settled.set()
-        if isinstance(outcome, Reply):
-            self.limit.answered()
-        elif outcome is not None and outcome.reason == "rate_limited":
-            self.limit.refused(outcome.retry_after)
-        else:
-            self.limit.release()
 
     async def _afford(self, worst: float) -> bool:
         """Set the worst case aside. What is on its way may turn out cheaper: it is awaited before the answer is no."""

@@ -78,6 +78,7 @@ def test_no_votes_is_a_sentence(tmp_path: Path) -> None:
         VoteStore(tmp_path / "none.db").votes()
 
 
+@pytest.mark.alone("three seconds")
 @pytest.mark.parametrize("mode", ["wal", "delete"])
 def test_a_locked_file_answers_soon_and_keeps_the_vote_for_later(tmp_path: Path, mode: str) -> None:
     path = tmp_path / "votes.db"

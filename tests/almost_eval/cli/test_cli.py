@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from machine_time import seconds_to_end
 
 from almost_eval.nano.data import data_root as nano_root
 from almost_eval.nano.seeded import checkpoint
@@ -191,10 +192,9 @@ def test_interrupted_while_it_imports(tmp_path: Path) -> None:
     maps = Path(f"/proc/{process.pid}/maps")
     while "libtorch" not in maps.read_text():  # the import has begun
         time.sleep(0.02)
-    interrupted = time.perf_counter()
     process.send_signal(signal.SIGINT)
+    assert seconds_to_end(process.pid) < 2
     out, err = process.communicate(timeout=20)
-    assert time.perf_counter() - interrupted < 2
     assert (process.returncode, out) == (1, "")
     assert err == "error: interrupted; what was done is kept, and the same command goes on from there\n"
     assert list(tmp_path.iterdir()) == []
@@ -230,10 +230,9 @@ def test_interrupted_deep_in_a_library() -> None:
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout
     assert process.stdout.readline() == "on\n"
-    interrupted = time.perf_counter()
     process.send_signal(signal.SIGINT)
+    assert seconds_to_end(process.pid) < 2
     _, err = process.communicate(timeout=60)
-    assert time.perf_counter() - interrupted < 2
     assert process.returncode == 1
     assert err.startswith("error: interrupted; ")
     assert err.count("\n") == 1

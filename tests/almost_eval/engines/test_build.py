@@ -54,9 +54,9 @@ def test_builds_what_was_asked_for(tiny_checkpoint: Callable[[str], Path]) -> No
     hf = loglikelihood_engine(model, EngineOptions(dtype="bfloat16", max_length=64, batch_size=3))
     assert isinstance(hf, HFEngine)
     assert (hf.dtype, hf.context_length, hf.batch_size) == ("bfloat16", 64, 3)
-    vllm = generation_engine(model, EngineOptions("vllm", tensor_parallel_size=2, pipeline_parallel_size=3))
+    vllm = generation_engine(model, EngineOptions("vllm", tensor_parallel_size=2, pipeline_parallel_size=2))
     assert isinstance(vllm, VLLMEngine)
-    assert vllm.options.parallel == {"tensor_parallel_size": 2, "pipeline_parallel_size": 3}
+    assert vllm.options.parallel == {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}
     for engine in (hf, vllm):
         assert isinstance(engine, GenerationEngine)
         assert isinstance(engine, LoglikelihoodEngine)
@@ -72,7 +72,7 @@ def test_builds_what_was_asked_for(tiny_checkpoint: Callable[[str], Path]) -> No
             "'openai' takes no dtype; leave it out, or use the engine hf or vllm",
         ),
         (EngineOptions("vllm", device="cuda"), "'vllm' takes no device"),
-        (EngineOptions("vllm", data_parallel_size=2), "use the engine openai"),
+        (EngineOptions("vllm", data_parallel_size=2), "use --workers 2 for an engine on each GPU"),
         (EngineOptions("openai"), "needs an endpoint"),
         (EngineOptions("openai", base_url="localhost:8000"), "not an http"),
         (EngineOptions("openai", base_url="http://x/v1", concurrency=0), "concurrency must be 1 or more"),

@@ -22,8 +22,8 @@ from almost_eval.engines.prefix import (
     digest_ids,
     path_after,
     plan_chunks,
-    rolling_windows,
 )
+from almost_eval.engines.rolling import rolling_windows
 from almost_eval.errors import TemplateError
 from almost_eval.types import LoglikelihoodRequest
 

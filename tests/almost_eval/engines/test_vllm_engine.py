@@ -66,13 +66,43 @@ def engine(checkpoint: Path) -> Iterator[VLLMEngine]:
         ({"dtype": "float23"}, "unknown dtype 'float23'; did you mean 'float32'"),
         ({"max_length": CONTEXT + 1}, f"beyond the model's own context of {CONTEXT}"),
         ({"tensor_parallel_size": 0}, "tensor parallel size is 0; it must be 1 or more"),
-        ({"data_parallel_size": 2}, "vllm serve MODEL --data-parallel-size 2"),
+        ({"data_parallel_size": 2}, "use --workers 2 for an engine on each GPU, or `almost-serve policy"),
+        ({"tensor_parallel_size": 3}, "3 does not divide the 4 attention heads of .*; take one of 1, 2, 4"),
+        ({"pipeline_parallel_size": 3}, "pipeline parallel size 3 is more than the 2 layers of "),
+        ({"speculative_config": "ngram"}, r"speculative_config is not JSON .*; write \{"),
+        ({"speculative_config": "[4]"}, "speculative_config is not an object"),
+        ({"speculative_config": {"num_speculative_tokens": 4}}, "has no method: ngram, or draft_model with a model"),
+        (
+            {"speculative_config": {"method": "ngram"}},
+            "num_speculative_tokens is None; it must be a number of at least 1",
+        ),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 0}}, "num_speculative_tokens is 0"),
+        (
+            {"speculative_config": '{"method": "ngram", "num_speculative_tokens": 4}', "pipeline_parallel_size": 2},
+            "guesses no tokens where the layers are divided",
+        ),
+        ({"speculative_config": {"method": "draft_model", "num_speculative_tokens": 4}}, "draft_model needs a model"),
+        (
+            {"speculative_config": {"method": "ngram", "model": "nano/almost", "num_speculative_tokens": 4}},
+            "ngram guesses from the text itself, so it takes no model",
+        ),
+        (
+            {"speculative_config": {"model": "nano/almost", "num_speculative_tokens": 4}},
+            r"nano/almost has \d+ tokens and .* 320; a draft model has the same ones",
+        ),
         ({"gpu_memory": 1.5}, "a share above 0 and at most 1"),
     ],
 )
 def test_refused_at_once(checkpoint: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         VLLMEngine(str(checkpoint), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_a_quantization_that_vllm_does_not_know(checkpoint: Path) -> None:
+    """Slow: the names are in vLLM's own list, and it takes seconds to import."""
+    with pytest.raises(InputError, match="vLLM has no quantization 'fp9'; did you mean 'fp8'"):
+        VLLMEngine(str(checkpoint), quantization="fp9")
 
 
 def test_what_does_not_fit_is_refused_before_anything_loads(checkpoint: Path) -> None:

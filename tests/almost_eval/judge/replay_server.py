@@ -117,6 +117,7 @@ class ReplayServer:
         at_once: calls it works on at a time; any more get a 429.
         busy: what they get.
         keep: False to keep no log but the counts, for many calls.
+        serves: names that it lists as its models; None is a server that has no list.
     """
 
     def __init__(
@@ -128,11 +129,13 @@ class ReplayServer:
         busy: Fault = Fault("status", 429, "Rate limit reached"),  # noqa: B008  # a tuple
         port: int = 0,
         keep: bool = True,
+        serves: list[str] | None = None,
     ) -> None:
         self.archive = archive
         self.latency = latency
         self.at_once = at_once
         self.busy = busy
+        self.serves = serves
         self.fault: Callable[[Call], Fault | None] = lambda call: None
         self.log: list[Call] = []
         self.working = self.most_at_once = self.count = 0
@@ -202,6 +205,10 @@ class ReplayServer:
 
     def other(self, method: str, path: str, content_type: str, body: bytes, handler: Any) -> None:
         """Anything but a chat completion; a server with a batch API knows more."""
+        if self.serves is not None and (method, path) == ("GET", "/v1/models"):
+            models = [{"id": name, "object": "model"} for name in self.serves]
+            handler.send(200, json.dumps({"object": "list", "data": models}).encode())
+            return
         handler.send(404, b'{"detail": "Not Found"}')
 
     def _answer(self, call: Call, handler: Any) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import pytest
+from machine_time import seconds_to_end
 from replay_server import SECRET, Archived, Fault, ReplayServer, requests_for
 
 from almost_eval.errors import InputError
@@ -125,14 +126,19 @@ def test_a_server_that_allows_twenty_at_a_time_is_used_to_the_full(
     assert server.outcomes()["busy"] <= 15  # the first burst's, and a trial or two
 
 
+@pytest.mark.alone("how well 20 places are used")
 def test_the_same_where_the_server_asks_to_wait(
-    serve: Callable[..., ReplayServer], journal: Journal, archive: list[Archived]
+    serve: Callable[..., ReplayServer], tmp_path: Path, archive: list[Archived]
 ) -> None:
     busy = Fault("status", 429, headers={"Retry-After": "0.25"})
-    server = serve(latency=0.25, at_once=20, busy=busy)
-    began = time.monotonic()
-    dict(JudgeClient("gpt-4", journal, base_url=server.url).stream(requests_for(archive[:160])))
-    assert time.monotonic() - began <= 9.5 / 2  # 2 s would be ideal
+    server, seconds = serve(latency=0.25, at_once=20, busy=busy), []
+    for concurrency in (20, 32):  # one that knows what is allowed, and one that has to find out
+        with Journal(tmp_path / f"{concurrency}.sqlite") as journal:
+            client = JudgeClient("gpt-4", journal, base_url=server.url, concurrency=concurrency)
+            began = time.monotonic()
+            dict(client.stream(requests_for(archive[:160])))
+            seconds.append(time.monotonic() - began)
+    assert seconds[1] <= 2.2 * seconds[0]  # the first takes 2 s, and more on a busy machine
     assert server.outcomes()["busy"] <= 20
 
 
@@ -189,9 +195,9 @@ def test_what_retry_after_means(headers: dict[str, str], seconds: float | None) 
 def test_a_silly_retry_after_is_capped() -> None:
     async def pause() -> float:
         limit = AdaptiveLimit(4, random.Random(0))
-        await limit.acquire()
+        limit.take()
         limit.refused(1e9)
-        return limit._resume_at - asyncio.get_running_loop().time()
+        return limit.pause(asyncio.get_running_loop().time())
 
     assert MAX_PAUSE - 1 < asyncio.run(pause()) <= MAX_PAUSE
 
@@ -230,6 +236,7 @@ def test_no_more_is_asked_than_is_read(
     assert len(dict(stream)) == 390
 
 
+@pytest.mark.alone("two seconds")
 def test_closing_ends_promptly_and_keeps_what_was_read(
     serve: Callable[..., ReplayServer], journal: Journal, archive: list[Archived]
 ) -> None:
@@ -278,9 +285,8 @@ def test_ctrl_c_ends_within_two_seconds(serve: Callable[..., ReplayServer], data
     for _ in range(6):
         assert client.stdout.readline(), client.communicate()
     client.send_signal(signal.SIGINT)
-    began = time.monotonic()
+    assert seconds_to_end(client.pid) < 2
     _, err = client.communicate(timeout=20)
-    assert time.monotonic() - began < 2
     assert (client.returncode, err.count("\n")) == (1, 1)
     assert "interrupted; what was done is kept" in err
     with Journal(tmp_path / "j") as journal:

@@ -237,7 +237,7 @@ def test_a_review_that_ran_out_of_tokens(almost_eval: Command, server: ReplaySer
 def test_many_reviews_keep_memory_flat_in_prompts(here: Path) -> None:
     """Requests are rendered when they are looked at, not held."""
     from almost_eval.data.sources import DataSource
-    from almost_eval.judge.judges import Requests
+    from almost_eval.judge.model_judge import Requests
     from almost_eval.judge.prompts import load_judge_prompts
     from almost_eval.judge.records import Answer, Pair, Question
 

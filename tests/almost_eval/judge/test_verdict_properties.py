@@ -7,8 +7,9 @@ import string
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from almost_eval.judge.letters import parse_letters
 from almost_eval.judge.records import Unparsed, Verdict
-from almost_eval.judge.verdicts import parse_letters, parse_scores
+from almost_eval.judge.verdicts import parse_scores
 
 REASONS = {"empty", "no_scores", "no_verdict", "ambiguous", "out_of_range"}
 FRAGMENTS = (

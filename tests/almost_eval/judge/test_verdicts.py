@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from almost_eval.judge.letters import parse_letters
 from almost_eval.judge.records import Unparsed, Verdict
-from almost_eval.judge.verdicts import parse_letters, parse_scores
+from almost_eval.judge.verdicts import parse_scores
 
 SAID = "\nAssistant 1 gave 3 examples. Assistant 2 made 2 errors: 2 + 3 = 5. Both need 4 or 5 lines."
 
@@ -237,9 +238,9 @@ def test_nothing_is_taken_from_the_question() -> None:
 
 def test_a_long_review_takes_no_long_time() -> None:
     for part in ("(8, 9) x", "Assistant 1: 8 ", "score of 8 ", "8 9\n", "((((", "****", "0 9\nAssistant 1 no "):
-        began = time.perf_counter()
+        began = time.process_time()
         parse_scores(part * 20_000, "What is 8 9 in words?")
-        assert time.perf_counter() - began < 20, part  # quadratic time would be minutes
+        assert time.process_time() - began < 20, part  # quadratic time would be minutes
 
 
 # --- letters

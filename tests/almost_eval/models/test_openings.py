@@ -23,13 +23,13 @@ from almost_eval.judge.answers import ModelSystem, Sampling
 from almost_eval.judge.build import JudgeOptions, open_judge
 from almost_eval.judge.records import Question
 from almost_eval.models.chat import encode_text, encode_with_completion_mask, load_template, special_tokens
-from almost_eval.models.openings import Opening
+from almost_eval.models.tokenizers import Opening
 from almost_eval.nano import shipped
 from almost_eval.rewards.hf import HFRewardModel
 from almost_eval.rewards.vllm import VLLMRewardModel
 from almost_eval.run.request import RunRequest, open_run
 from almost_eval.types import Message
-from almost_train.common.trainers import keep_template
+from almost_train.common.templates import keep_template
 from serving.models import find_model
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"

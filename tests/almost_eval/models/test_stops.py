@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from almost_eval.models.chat import ChatTemplate, load_template
-from almost_eval.models.openings import BOS_LINE
 from almost_eval.models.stops import STOP_STRINGS, end_ids, first_stop, stop_strings, template_file
+from almost_eval.models.tokenizers import BOS_LINE
 
 
 def test_every_template_has_its_line() -> None:

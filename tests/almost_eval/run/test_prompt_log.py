@@ -162,9 +162,9 @@ def test_all_of_mmlu_is_no_burden(data_root: Path, tmp_path: Path) -> None:
         SamplePrompts(s.id, s.choices, tuple(Prompt(r.context, r.continuations) for r in task.requests(s, 5)))
         for s in task.samples()
     ]
-    began = time.perf_counter()
+    began = time.process_time()
     write_prompts(tmp_path, asked)
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     plain = sum(len(prompt.text) for one in asked for prompt in one.prompts)
     size = (tmp_path / NAME).stat().st_size
     assert len(asked) == 14_042

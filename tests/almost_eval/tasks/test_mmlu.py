@@ -108,6 +108,25 @@ class TestPrompts:
             task = MMLU(["anatomy"], 1, hub, Prompting(None, load_template(name)), limit=1)
             assert task.requests(task.samples()[0], 1)[0].continuations == letters
 
+    @pytest.mark.parametrize("prompts", ["lm-eval", "builtin"])
+    def test_by_words_the_choices_follow_and_answer_the_shots(self, hub: DataSource, prompts: str) -> None:
+        prompt_set = load_prompt_set("builtin", hub) if prompts == "builtin" else None
+        task = MMLU(["anatomy"], 2, hub, Prompting(prompt_set), limit=1, words=True)
+        (sample,) = task.samples()
+        (request,) = task.requests(sample, 2)
+        assert request.continuations == tuple(f" {choice}" for choice in sample.choices)
+        for row in hub.read(DATASET, "anatomy", "dev")[:2]:
+            assert f"Answer: {row['choices'][row['answer']]}\n\n" in request.context
+        assert request.context.endswith("\nAnswer:")
+        # lm-eval's continuation tasks do not list the choices, our own wording does.
+        assert (f"D. {sample.choices[3]}" in request.context) == (prompts == "builtin")
+
+    def test_words_are_another_measure(self, hub: DataSource) -> None:
+        letters, words = (MMLU(["anatomy"], 5, hub, limit=1, words=words) for words in (False, True))
+        assert (letters.protocol, words.protocol) == ("5-shot", "5-shot, words")
+        assert "words" not in letters.settings()
+        assert MMLU.build("", {**words.settings()}, hub).words
+
     def test_nano_has_its_own_subjects(self) -> None:
         nano = find_data("nano", None)
         task = MMLU([], 2, nano, Prompting(load_prompt_set("builtin", nano)), limit=1)

@@ -18,7 +18,7 @@ from almost_eval.models.checkpoint import find_checkpoint
 from almost_eval.models.loading import load_tokenizer
 from almost_train.cli.main import cli as almost_train
 from almost_train.common.lora import LoraSettings, add_lora
-from almost_train.common.trainers import keep_template
+from almost_train.common.templates import keep_template
 from almost_train.reward.run import RewardSettings, load_classifier
 from almost_train.rlsf.models import load_policy
 from serving.models import find_model

@@ -17,7 +17,7 @@ from almost_eval.models.loading import load_tokenizer
 from almost_eval.types import Message
 from almost_train.common.batches import NO_LOSS
 from almost_train.common.split import opening, split_by_prompt
-from almost_train.common.trainers import keep_template
+from almost_train.common.templates import keep_template
 from almost_train.reward.run import RewardSettings, train_reward
 from almost_train.sft.run import SFTSettings, TrainingRow, packed, train_sft, training_rows
 

@@ -75,22 +75,22 @@ def test_reward_and_sft(
 
 @pytest.mark.parametrize("rank", RANKS)
 def test_ppo(rank: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    update = loop._Loop.update
+    update = loop.update
     now = False
 
-    def spoilt(self: Any, state: Any, rollout: Any) -> Any:
+    def spoilt(models: Any, state: Any, rollout: Any) -> Any:
         nonlocal now
         if state.step == 0:
-            spoil(self.trained_policy.plain, lambda: now, math.nan)
+            spoil(models.trained_policy.plain, lambda: now, math.nan)
         now = state.step == 2
-        return update(self, state, rollout)
+        return update(models, state, rollout)
 
     def train(output: str, **changes: Any) -> dict[str, Any]:
         settings = RLSFSettings(**(PPO | {"lora_rank": rank, "save_every": 1} | changes))
         return rlsf(settings, data / "prompts.jsonl", "nano/sft", "nano/reward", tmp_path / output)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Loop, "update", spoilt)
+        patch.setattr(loop, "update", spoilt)
         line = r"step 2: 1 of 1 values of gradient are not finite; the last good checkpoint is \S+step-000002; "
         with pytest.raises(RunError, match=line):
             train("out")

@@ -43,8 +43,8 @@ def test_every_trainer(trainer: str, data: Path, tmp_path: Path, monkeypatch: py
     for module in (reward, sft, stage):
         monkeypatch.setattr(module, "check_lora", lambda *_: None)
 
-    def spy(module: Any) -> None:
-        made = module._trainer
+    def spy(module: Any, name: str = "_trainer") -> None:
+        made = getattr(module, name)
 
         def watched(*arguments: Any) -> Any:
             result = made(*arguments)
@@ -58,7 +58,7 @@ def test_every_trainer(trainer: str, data: Path, tmp_path: Path, monkeypatch: py
             trainer.training_step = training_step
             return result
 
-        monkeypatch.setattr(module, "_trainer", watched)
+        monkeypatch.setattr(module, name, watched)
 
     out = tmp_path / "out"
     if trainer == "sft":
@@ -70,14 +70,14 @@ def test_every_trainer(trainer: str, data: Path, tmp_path: Path, monkeypatch: py
         chosen = reward.RewardSettings(**BITS, batch_size=4, micro_batch_size=4, epochs=3)
         reward.train_reward(chosen, tmp_path / "pairs.jsonl", "nano/vanilla-medium", out)
     else:
-        spy(trl)
-        update = loop._Loop.update
+        spy(trl, "make_trainer")
+        update = loop.update
 
-        def updated(self: Any, *arguments: Any) -> Any:
-            models.extend(held(model) for model in (self.trained_policy.plain, self.trained_value.plain.trunk))
-            return update(self, *arguments)
+        def updated(trained: Any, *arguments: Any) -> Any:
+            models.extend(held(model) for model in (trained.trained_policy.plain, trained.trained_value.plain.trunk))
+            return update(trained, *arguments)
 
-        monkeypatch.setattr(loop._Loop, "update", updated)
+        monkeypatch.setattr(loop, "update", updated)
         own: dict[str, Any] = {"mini_batch_size": 8} if trainer == "ppo" else {}
         steps = RLSFSettings(**BITS, **own, algorithm=trainer, steps=2, batch_size=8, max_new_tokens=8)
         result = stage.rlsf(steps, tmp_path / "prompts.jsonl", "nano/sft", "nano/reward", out)

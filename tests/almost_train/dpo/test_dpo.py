@@ -24,7 +24,7 @@ from almost_eval.models.checkpoint import find_checkpoint
 from almost_eval.models.loading import load_tokenizer
 from almost_eval.nano import shipped
 from almost_train.common.batches import NO_LOSS
-from almost_train.common.trainers import keep_template
+from almost_train.common.templates import keep_template
 from almost_train.dpo.loss import preference_loss
 from almost_train.dpo.run import DPOSettings, encode_rows, train_dpo
 from almost_train.nano.data import write_votes
@@ -253,7 +253,7 @@ def test_lora_s_reference_is_the_base_and_merge_is_the_same_policy(
 def test_what_cannot_work_is_refused_before_a_model_is_loaded(
     base: str, comparisons: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("almost_train.dpo.trainer.load_weights", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("almost_train.common.policy.load_weights", lambda *_, **__: pytest.fail("loaded"))
 
     def refused(
         match: str, error: type[Exception] = InputError, file: Path = comparisons, policy: str = base, **own: Any

@@ -62,7 +62,7 @@ def test_keys_and_values_of_llama_7b() -> None:
     ],
 )
 def test_parameters_are_counted_without_weights(model: str, parameters: int) -> None:
-    assert Estimator(GPU)._count(model) == parameters  # as their model cards have them
+    assert Estimator(GPU).count(model) == parameters  # as their model cards have them
 
 
 def test_what_a_setting_saves() -> None:

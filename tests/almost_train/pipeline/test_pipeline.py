@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -143,11 +142,11 @@ def test_the_evaluation_judges_every_policy(finished: Path) -> None:
 
 def test_what_is_done_and_unchanged_is_kept(recipe_file: Path, finished: Path) -> None:
     before = outputs(finished)
-    began = time.monotonic()
+    began = sum(os.times()[:4])  # of the processor, those of child processes too
     reports = Pipeline(load_recipe(str(recipe_file)), finished).run()
     assert [report.state for report in reports] == ["kept"] * len(reports)
     assert outputs(finished) == before
-    assert time.monotonic() - began < 10
+    assert sum(os.times()[:4]) - began < 10
     assert draw(finished, reports) == finished / "summary.png"
     assert (finished / "summary.png").stat().st_size > 10_000
     assert "pairs" in outcome("comparisons", reports[4].result["metrics"])
@@ -247,8 +246,9 @@ def test_the_shipped_recipes_are_sound(
     name: str, data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = load_recipe(name)
-    monkeypatch.chdir(tmp_path)  # where the recipes look for the file of held-out prompts, which is the user's
+    monkeypatch.chdir(tmp_path)  # where the recipes look for held-out prompts and other preferences: the user's files
     (tmp_path / "held-out.jsonl").write_text('{"id": "1", "prompt": "How are you?"}\n')
+    (tmp_path / "as-is.jsonl").write_text('{"prompt": "How are you?", "chosen": "Well.", "rejected": "No."}\n')
     assert recipe.description
     states = Pipeline(recipe, tmp_path / "out", None if recipe.prompt_set == "nano" else str(data_root)).states()
     assert set(states.values()) == {"to do"}

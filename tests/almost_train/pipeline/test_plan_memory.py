@@ -134,7 +134,7 @@ def measured(model: str, folder: Path, stage: str) -> int:
         pairs = [{"prompt": f"Tell me {i}.", "chosen": f"{long} {i}", "rejected": f"{long} {i + 1}"} for i in range(10)]
         file = rows(folder / "comparisons.jsonl", pairs)
         return peak("reward", "--comparisons", file, "--model", model, *flags(TRAINING), *output)
-    prompts = [{"id": f"p{i}", "prompt": f"{i} {text_of(model, 100)}"} for i in range(4)]
+    prompts = [{"id": f"p{i}", "prompt": f"{i} {text_of(model, 100)}"} for i in range(8)]
     file = rows(folder / "prompts.jsonl", prompts)
     if stage == "responses":
         configurations = folder / "configurations.yaml"

@@ -18,7 +18,7 @@ from almost_eval.files import digest_path, read_rows, write_rows
 from almost_eval.models.checkpoint import find_checkpoint
 from almost_eval.rewards.hf import HFRewardModel
 from almost_eval.types import Message
-from almost_train.common.trainers import keep_template
+from almost_train.common.templates import keep_template
 from almost_train.reward.pairs import calibration_error, encode_pairs, pair_metrics, read_pairs, reward_encoder
 from almost_train.reward.run import RewardSettings, load_classifier, set_pad_token, train_reward
 

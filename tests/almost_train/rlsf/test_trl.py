@@ -19,6 +19,7 @@ from almost_eval.models.checkpoint import find_checkpoint
 from almost_eval.progress import Progress
 from almost_eval.types import LoglikelihoodRequest, Message
 from almost_train.common.interrupts import SaveRequests
+from almost_train.common.processes import SharedStage
 from almost_train.rlsf import trl
 from almost_train.rlsf.job import RLSFSettings
 from almost_train.rlsf.log import StepLog
@@ -84,9 +85,9 @@ def test_grpos_loss_by_hand(loss_type: str, tmp_path: Path) -> None:
         kl_coefficient=0.1,
     )
     prompts = [("p", (Message("user", "How big is the cat?"),))]
-    job = _prepare(settings, prompts, "nano/sft", "nano/reward", tmp_path, Progress())
+    job = _prepare(settings, prompts, "nano/sft", "nano/reward", SharedStage(tmp_path, None, None), Progress())
     with StepLog(tmp_path, 0) as log:
-        made, _ = trl._trainer(job, log, lambda _: None, SaveRequests(0))
+        made, _ = trl.make_trainer(job, log, lambda _: None, SaveRequests(0))
     trainer: Any = made
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
@@ -165,7 +166,7 @@ def test_an_adapters_reference_is_its_base(
     algorithm: str, play: Play, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = {}
-    made: Callable[..., Any] = trl._trainer
+    made: Callable[..., Any] = trl.make_trainer
 
     def spy(*arguments: Any) -> Any:
         trainer, watch = made(*arguments)
@@ -174,7 +175,7 @@ def test_an_adapters_reference_is_its_base(
         seen["trained"] = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
         return trainer, watch
 
-    monkeypatch.setattr(trl, "_trainer", spy)
+    monkeypatch.setattr(trl, "make_trainer", spy)
     metrics = play("out", algorithm=algorithm, lora_rank=4, merge=True, keep_every=2)
     assert (seen["reference"], seen["adapters"]) == (None, ["default"])  # no second copy of anything
     assert all(".lora_" in name for name in seen["trained"])
@@ -241,7 +242,7 @@ def test_a_policy_that_is_an_adapter_is_its_own_reference(
 def test_a_gradient_that_is_not_finite_keeps_the_last_good_checkpoint(
     rank: int, algorithm: str, play: Play, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: Callable[..., Any] = trl._trainer
+    made: Callable[..., Any] = trl.make_trainer
 
     def spoilt(*arguments: Any) -> Any:
         trainer, watch = made(*arguments)
@@ -249,7 +250,7 @@ def test_a_gradient_that_is_not_finite_keeps_the_last_good_checkpoint(
         trained.register_hook(lambda grad: grad * (math.inf if trainer.state.global_step == 2 else 1))
         return trainer, watch
 
-    monkeypatch.setattr(trl, "_trainer", spoilt)
+    monkeypatch.setattr(trl, "make_trainer", spoilt)
     chosen = {"algorithm": algorithm, "lora_rank": rank, "save_every": 1, "keep_every": 1, "steps": 4}
     line = r"step 2: 1 of 2 values of loss and gradient are not finite; the last good checkpoint is \S+checkpoint-2;"
     with pytest.raises(RunError, match=line):
@@ -260,7 +261,7 @@ def test_a_gradient_that_is_not_finite_keeps_the_last_good_checkpoint(
     for file in (out / ".work" / "checkpoint-2").glob("*.safetensors"):
         assert all(bool(tensor.isfinite().all()) for tensor in load_file(file).values())
     # Without the fault the same command goes on from there.
-    monkeypatch.setattr(trl, "_trainer", made)
+    monkeypatch.setattr(trl, "make_trainer", made)
     assert play("out", **chosen)["steps"] == 4
 
 

@@ -15,7 +15,7 @@ from almost_eval.models.checkpoint import find_checkpoint
 from almost_eval.models.loading import load_tokenizer
 from almost_eval.types import Conversation, Message
 from almost_train.common.batches import NO_LOSS
-from almost_train.common.trainers import keep_template
+from almost_train.common.templates import keep_template
 from almost_train.sft.run import SFTSettings, TrainingRow, train_sft, training_rows
 
 BOS, EOS = 0, 1

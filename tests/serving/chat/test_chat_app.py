@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -17,6 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
+from machine_time import seconds_taken
 
 from almost_eval.arena.votes import VoteStore
 from almost_eval.errors import InputError
@@ -190,7 +190,7 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
         [sys.executable, "-m", "serving.cli.chat", *arguments],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         env={**os.environ, **environment},
     )
 
@@ -253,12 +253,8 @@ def test_a_password_that_is_none_is_refused() -> None:
 
 
 def test_help_is_instant() -> None:
-    def seconds() -> float:
-        began = time.perf_counter()
-        assert command("--help").returncode == 0
-        return time.perf_counter() - began
-
-    assert min(seconds() for _ in range(3)) <= 0.5
+    program = [sys.executable, "-m", "serving.cli.chat", "--help"]
+    assert min(seconds_taken(program, holds="Usage: ") for _ in range(3)) <= 0.5
 
 
 # --- over HTTP ---
@@ -282,7 +278,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     assert address.startswith("http://127.0.0.1:")
     yield address
     running.send_signal(signal.SIGINT)
-    assert running.wait(10) == 0
+    assert running.wait(60) == 0
 
 
 LOGIN = {"Authorization": "Basic " + base64.b64encode("me:pässword".encode()).decode()}

@@ -280,7 +280,7 @@ def test_the_command_says_it_in_one_line(tmp_path: Path) -> None:
         [sys.executable, "-m", "serving.cli.chat", "--model", "smollm2", "--port", "0", "--votes", str(tmp_path / "v")],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "ALMOST_CACHE": str(tmp_path)},
     )
     if small_model.packaged_file() is not None:

@@ -118,6 +118,7 @@ def test_a_head_up_to_the_limit_is_read(server: Server) -> None:
     assert (status, b'"bytes":0' in answer) == (200, True)
 
 
+@pytest.mark.alone("the slowest of many answers")
 def test_a_header_without_an_end_costs_nobody_else_anything(server: Server) -> None:
     """Before, the server joined it to what was there at each read: 40 MB froze it for seconds."""
     sent = 0
@@ -153,6 +154,7 @@ def test_large_bodies_and_many_requests_pass(server: Server) -> None:
     assert answer.count(b"HTTP/1.1 200 OK") == 151
 
 
+@pytest.mark.alone("a time-out of parts of a second")
 def test_a_head_that_takes_too_long_is_closed(hasty: Server) -> None:
     with hasty.connect() as silent, hasty.connect() as slow:
         began = time.monotonic()

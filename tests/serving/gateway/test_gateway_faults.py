@@ -106,6 +106,7 @@ def test_a_stream_passes_byte_for_byte(two: Two) -> None:
     assert answer.content == b"".join(map(event, range(500))) + b"data: [DONE]\n\n"
 
 
+@pytest.mark.alone("0.15 s to the first token")
 def test_a_slow_stream_is_not_held_back(two: Two) -> None:
     two.policy.mode = "slow"
     began = time.perf_counter()

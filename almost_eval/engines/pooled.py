@@ -1,0 +1,274 @@
+"""An engine whose work is done by workers: the same protocol, no weights in this process, and the same numbers.
+
+This process encodes, plans and records; the engine itself is opened in each worker. A worker is handed all requests of
+a stream and computes the parts that it gets. An engine's plan is of all requests and never of what is wanted, so a part
+has the batches of one process: in float32 on transformers the scores are equal in every bit, where each process has the
+same number of threads. Texts are equal as those of a resumed run are (see `GenerationEngine`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from almost_eval.engines.base import EngineReport, RequestScores, SamplingParams
+from almost_eval.engines.checkpoint_engine import CheckpointEngine
+from almost_eval.engines.partition import partition_lengths, partition_prompts, partition_requests
+from almost_eval.engines.prefix import EncodedRequest
+from almost_eval.errors import InputError
+from almost_eval.models.held import HeldCheckpoint
+from almost_eval.nano import BUILT_IN
+from almost_eval.types import Completion, JSONObject, LoglikelihoodRequest
+from almost_eval.workers.local import LocalTransport
+from almost_eval.workers.pool import Pool
+from almost_eval.workers.ray import RayTransport
+from almost_eval.workers.size import local_share, requested
+from almost_eval.workers.work import ServantRecipe, Transport, Unit
+
+if TYPE_CHECKING:
+    from almost_eval.engines.hf import HFEngine
+    from almost_eval.engines.vllm import VLLMEngine
+
+SCORING_UNITS = 4
+"""Parts of the requests for each worker: a fast one takes more of them, and a lost one costs a quarter of its share."""
+WRITING_UNITS = 2
+"""The same for prompts that are continued: fewer, as rows that share a batch share the reading of all weights."""
+_LIBRARIES = ("torch", "transformers.modeling_utils", "transformers.models.auto.auto_factory")
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """A task: requests to score."""
+
+    requests: list[EncodedRequest]
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """A task: prompts to continue."""
+
+    prompts: list[str]
+    params: SamplingParams
+
+
+class EngineServant:
+    """An engine in a worker."""
+
+    def __init__(self, engine: CheckpointEngine) -> None:
+        self._engine: Any = engine
+
+    def answer(self, task: Scoring | Writing, unit: Unit) -> Iterator[tuple[int, Any]]:
+        """Scores of requests, or completions of prompts."""
+        if isinstance(task, Scoring):
+            self._engine.part = unit.number
+            yield from self._engine.stream(task.requests, unit.items)
+            return
+        prompts = [task.prompts[index] for index in unit.items]
+        for place, completions in self._engine.stream_completions(prompts, task.params):
+            yield unit.items[place], completions
+
+    def report(self) -> EngineReport:
+        """Of the last unit."""
+        report: EngineReport = self._engine.report
+        return report
+
+    def identity(self) -> Mapping[str, str | None]:
+        """See `identity_of`."""
+        return identity_of(self._engine)
+
+    def close(self) -> None:
+        """End what the engine itself has started: a process, on vLLM."""
+        if hasattr(self._engine, "close"):
+            self._engine.close()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRecipe:
+    """How a worker opens the engine."""
+
+    engine: type[CheckpointEngine]
+    model: str
+    arguments: Mapping[str, Any]
+
+    def open(self) -> EngineServant:
+        """The engine; weights load with the first unit."""
+        return EngineServant(self.engine(self.model, **self.arguments))
+
+
+class PooledEngine:
+    """An engine in each of several workers.
+
+    Args:
+        engine: the same engine in this process. It encodes and says what it is; its weights are never loaded.
+        pool: workers that hold an `EngineServant`.
+    """
+
+    def __init__(self, engine: HFEngine | VLLMEngine, pool: Pool) -> None:
+        self.engine = engine
+        self.pool = pool
+        self._report = EngineReport()
+
+    def __getattr__(self, name: str) -> Any:
+        """Tokenizer, checkpoint, settings and the like are the engine's own."""
+        return getattr(self.__dict__["engine"], name)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens the model can attend to."""
+        return self.engine.context_length
+
+    @property
+    def report(self) -> EngineReport:
+        """What the workers did in the last stream: the plan is one, as all have the same."""
+        return self._report
+
+    def encode(self, requests: Sequence[LoglikelihoodRequest]) -> list[EncodedRequest]:
+        """Token ids of every request, encoded in this process."""
+        return self.engine.encode(requests)
+
+    def stream(
+        self, requests: Sequence[EncodedRequest], wanted: Collection[int] | None = None
+    ) -> Iterator[tuple[int, RequestScores]]:
+        """Yield (index, scores) of each wanted request as soon as a worker knows it; see `LoglikelihoodEngine.stream`.
+
+        Raises:
+            InputError: a request longer than the context; nothing is cut.
+            RunError: see `Pool.run`; or whatever the engine refuses in a worker.
+        """
+        if any(request.continuations for request in requests):
+            self.engine._refuse_long(requests)  # before a worker starts
+        parts = self._parts(requests, SCORING_UNITS * self.pool.size)
+        # An empty part where nothing is wanted: the report of the whole plan belongs in the results all the same.
+        yield from self._run(Scoring(list(requests)), wanted_of(parts, wanted) or [()])
+
+    def _parts(self, requests: Sequence[EncodedRequest], parts: int) -> Sequence[tuple[int, ...]]:
+        """Requests that begin alike together, unless the engine shares no prefix."""
+        engine: Any = self.engine
+        if not getattr(engine, "share_prefixes", True):
+            tokens = [sum(c.n_positions for c in request.continuations) for request in requests]
+            return partition_lengths(tokens, parts).parts
+        limits = engine.pass_limits() if hasattr(engine, "pass_limits") else {}
+        return partition_requests(requests, range(len(requests)), parts, **limits).parts
+
+    def loglikelihood(self, requests: Sequence[LoglikelihoodRequest]) -> list[RequestScores]:
+        """Scores of all requests, in order; raises as `stream` does."""
+        scores = dict(self.stream(self.encode(requests)))
+        return [scores[i] for i in range(len(requests))]
+
+    def stream_completions(
+        self, prompts: Sequence[str], params: SamplingParams
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """Yield (index, `params.n` completions) of each prompt; see `GenerationEngine.stream_completions`.
+
+        Raises:
+            InputError: a prompt that leaves no room for `max_new_tokens`.
+            RunError: see `Pool.run`; or whatever the engine refuses in a worker.
+        """
+        if not prompts:
+            return
+        ids = self.engine._prompt_ids(prompts, params)
+        parts = partition_prompts(
+            ids, WRITING_UNITS * self.pool.size, new_tokens=params.n * params.max_new_tokens
+        ).parts
+        yield from self._run(Writing(list(prompts), params), wanted_of(parts, None))
+
+    def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[list[Completion]]:
+        """`params.n` completions for each rendered prompt, in order; raises as `stream_completions` does."""
+        done = dict(self.stream_completions(prompts, params))
+        return [done[i] for i in range(len(prompts))]
+
+    def close(self) -> None:
+        """End the workers; the next stream starts others."""
+        self.pool.close()
+
+    def _run(self, task: Scoring | Writing, parts: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, Any]]:
+        try:
+            yield from self.pool.run(task, parts)
+        finally:
+            self._report = merged(self.pool.reports, self.pool.warnings)
+
+
+def wanted_of(parts: Sequence[tuple[int, ...]], wanted: Collection[int] | None) -> list[tuple[int, ...]]:
+    """What of each part is wanted (None: all), without the parts of which nothing is."""
+    kept = None if wanted is None else frozenset(wanted)
+    wanted_parts = [tuple(i for i in part if kept is None or i in kept) for part in parts]
+    return [part for part in wanted_parts if part]
+
+
+def merged(reports: Sequence[EngineReport], warnings: Sequence[str]) -> EngineReport:
+    """One report of the parts of a stream, whose plan is one; each warning once."""
+    whole = EngineReport()
+    if reports:
+        first = reports[0]
+        whole = EngineReport(first.path, first.tokens_plain, first.tokens_in_trie, first.tokens_computed)
+        whole.rounding = next((report.rounding for report in reports if report.rounding), None)
+    whole.warnings = list(dict.fromkeys([w for report in reports for w in report.warnings] + list(warnings)))
+    return whole
+
+
+def identity_of(model: HeldCheckpoint) -> dict[str, str | None]:
+    """What must not differ between processes that answer for one model."""
+    versions = {name: metadata.version(name) for name in ("almost-toolkit", "torch", "transformers")}
+    files = model.checkpoint.file_digests()
+    return {
+        **{f"version of {name}": version for name, version in versions.items()},
+        "digest of the weights": model.checkpoint.weight_digest(),
+        "digest of config and tokenizer": hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest(),
+    }
+
+
+def recipe_arguments(model: HeldCheckpoint, arguments: JSONObject, *, takes_device: bool) -> JSONObject:
+    """Arguments for a worker, with what `auto` stands for here: what is recorded is what runs."""
+    device = {"device": model.device} if takes_device else {}
+    return {**arguments, "dtype": model.dtype, **device}
+
+
+def model_for_workers(name: str) -> str:
+    """A model's name as a process in another folder understands it."""
+    return str(Path(name).resolve()) if name not in BUILT_IN and Path(name).is_dir() else name
+
+
+def open_pool(
+    model: HeldCheckpoint,
+    recipe: ServantRecipe,
+    workers: int | str | None,
+    ray: str | None,
+    *,
+    gpus_each: int,
+    is_auto: bool,
+) -> Pool:
+    """The workers that `--workers` and `--ray` describe; they start with the first stream.
+
+    Args:
+        model: the model in this process.
+        recipe: opens it in a worker.
+        workers: a number or `GPUS`; None is as many as the cluster has room for.
+        ray: address of a Ray cluster, or None for processes of this machine.
+        gpus_each: GPUs that one copy of the model takes, where it runs on GPUs.
+        is_auto: the device was not named.
+
+    Raises:
+        InputError: there is no room for so many workers.
+        MissingDependencyError: Ray is not installed.
+    """
+    transport: Transport
+    on_gpu = model.device.startswith("cuda")
+    if ray is None:
+        assert workers is not None
+        share = local_share(workers, model.device, gpus_each)
+        transport = LocalTransport(
+            recipe, share.workers, threads=share.threads, devices=share.devices, modules=_LIBRARIES
+        )
+        return Pool(transport)
+    cluster = RayTransport(recipe, requested(workers), address=ray, gpus=gpus_each if on_gpu else 0)
+    if is_auto and not on_gpu and cluster.has_gpus:
+        raise InputError(
+            "--ray: the cluster has GPUs and this machine has none, so the model would run on CPUs: run the command on "
+            "a node with a GPU, or give --device cpu"
+        )
+    return Pool(cluster, identity_of(model))

@@ -1,0 +1,105 @@
+"""A reward model in each of several workers: `engines.pooled` for rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from almost_eval.engines.partition import partition_lengths
+from almost_eval.engines.pooled import SCORING_UNITS, identity_of, wanted_of
+from almost_eval.models.chat import ChatTemplate
+from almost_eval.rewards.base import CheckpointRewardModel
+from almost_eval.types import Conversation
+from almost_eval.workers.pool import Pool
+from almost_eval.workers.work import Unit
+
+
+@dataclass(frozen=True, slots=True)
+class Rewarding:
+    """A task: conversations, and how they are written."""
+
+    conversations: list[Conversation]
+    template: ChatTemplate
+
+
+class RewardServant:
+    """A reward model in a worker."""
+
+    def __init__(self, model: CheckpointRewardModel) -> None:
+        self._model = model
+
+    def answer(self, task: Rewarding, unit: Unit) -> Iterator[tuple[int, float]]:
+        """Rewards of conversations."""
+        self._model.template = task.template
+        yield from self._model.stream(task.conversations, unit.items)
+
+    def report(self) -> list[str]:
+        """Warnings of the last unit."""
+        return list(self._model.warnings)
+
+    def identity(self) -> Mapping[str, str | None]:
+        """See `identity_of`."""
+        return identity_of(self._model)
+
+    def close(self) -> None:
+        """End what the model itself has started: a process, on vLLM."""
+        if hasattr(self._model, "close"):
+            self._model.close()
+
+
+@dataclass(frozen=True, slots=True)
+class RewardRecipe:
+    """How a worker opens the reward model."""
+
+    reward: type[CheckpointRewardModel]
+    model: str
+    arguments: Mapping[str, Any]
+
+    def open(self) -> RewardServant:
+        """The reward model; weights load with the first unit."""
+        return RewardServant(self.reward(self.model, **self.arguments))
+
+
+class PooledRewardModel:
+    """A reward model in each of several workers.
+
+    Args:
+        reader: the same model in this process. It writes and encodes conversations; its weights are never loaded.
+        pool: workers that hold a `RewardServant`.
+    """
+
+    def __init__(self, reader: CheckpointRewardModel, pool: Pool) -> None:
+        self.reader = reader
+        self.pool = pool
+        self.warnings: list[str] = list(reader.warnings)
+        """What the last `stream` did that its caller should show."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Tokenizer, checkpoint, template, settings and the like are the reader's own."""
+        return getattr(self.__dict__["reader"], name)
+
+    def stream(
+        self, conversations: Sequence[Conversation], wanted: Collection[int] | None = None
+    ) -> Iterator[tuple[int, float]]:
+        """Yield (index, reward) of each wanted conversation as soon as a worker knows it.
+
+        Raises:
+            RunError: see `Pool.run`; or whatever the reward model refuses in a worker.
+        """
+        parts = partition_lengths(self.reader.lengths(conversations), SCORING_UNITS * self.pool.size).parts
+        task = Rewarding(list(conversations), self.reader.template)
+        try:
+            yield from self.pool.run(task, wanted_of(parts, wanted))
+        finally:
+            warnings = [warning for report in self.pool.reports for warning in report] or self.reader.notes
+            self.warnings = list(dict.fromkeys([*warnings, *self.pool.warnings]))
+
+    def score(self, conversations: Sequence[Conversation]) -> list[float]:
+        """Raw logits, in order; raises as `stream` does."""
+        rewards = dict(self.stream(conversations))
+        return [rewards[i] for i in range(len(conversations))]
+
+    def close(self) -> None:
+        """End the workers; the next stream starts others."""
+        self.pool.close()

@@ -1,0 +1,102 @@
+"""Join the shards of a run to the whole run: its lines in their order, its results, no model and no data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from almost_eval.data.sources import find_data
+from almost_eval.errors import RunError, StoreError
+from almost_eval.files import whole_file
+from almost_eval.run.prompt_log import NAME as PROMPTS
+from almost_eval.run.runner import finish, whole_report
+from almost_eval.run.shards import Mark, check_marks
+from almost_eval.run.store import RunStore, read_samples, read_spec, spec_change
+from almost_eval.run.validity import Validity
+from almost_eval.tasks.registry import build_task
+from almost_eval.types import JSONObject, SampleRecord
+
+TOKENS = ("path", "tokens_plain", "tokens_in_trie", "tokens_computed")
+"""What the engine's reports of all shards must agree in: each is of the plan of the whole run."""
+
+
+def check_runs(marks: Sequence[Mark]) -> None:
+    """Refuse shards that are not the whole of one run; see `check_marks`."""
+    check_marks(marks, lambda one, other: spec_change(read_spec(one.folder), read_spec(other.folder)))
+
+
+def merge_runs(marks: Sequence[Mark], output: Path, data_root: str | None = None) -> tuple[JSONObject, Validity]:
+    """Write the whole run of these shards into `output`, and give back its results and the gate's verdict.
+
+    Every file is the one that an unsharded run would have written, but for the times in `results.json`.
+
+    Args:
+        marks: all shards of one run, as `find_marks` gave them.
+        output: the run's folder.
+        data_root: see `find_data`.
+
+    Raises:
+        StoreError: shards that are missing, of another run, not finished or damaged; an output that holds another run.
+        RunError: the disk is full, or gone.
+    """
+    check_runs(marks)
+    records = _records(marks)
+    spec = read_spec(marks[0].folder)
+    task = build_task(spec["task"], spec["protocol"], spec["settings"], find_data(spec["data"]["source"], data_root))
+    report, timing, commit = _joined(marks)
+    with RunStore(output, spec) as store:
+        _copy_prompts(marks, output)
+        store.adopt(records)
+        engine = whole_report(report, records, store.spec, commit)
+        return finish(store, task, [record.sample.id for record in records], engine, timing, marks[0].whole["allowed"])
+
+
+def _records(marks: Sequence[Mark]) -> list[SampleRecord]:
+    """The records of all shards, in the order of the run's samples."""
+    by_place: dict[int, SampleRecord] = {}
+    for mark in marks:
+        records = {record.sample.id: record for record in read_samples(mark.folder)}
+        if lacking := [id for id in mark.ids if id not in records]:
+            raise StoreError(
+                f"{mark.folder} lacks {len(lacking)} of its samples, first {lacking[0]!r}; run its command again in a "
+                "new folder"
+            )
+        if foreign := [id for id in records if id not in set(mark.ids)]:
+            raise StoreError(f"{mark.folder} holds a line for sample {foreign[0]!r}, which is another shard's")
+        by_place |= {place: records[id] for place, id in zip(mark.places, mark.ids, strict=True)}
+    return [by_place[place] for place in sorted(by_place)]
+
+
+def _joined(marks: Sequence[Mark]) -> tuple[JSONObject, JSONObject, str | None]:
+    """The engine's report of the whole run, its times, and the commit that ended it."""
+    finished = [mark.finished for mark in marks if mark.finished is not None]
+    reports = [one["engine"] for one in finished]
+    for mark, report in zip(marks, reports, strict=True):
+        if differ := next((key for key in TOKENS if report.get(key) != reports[0].get(key)), None):
+            raise StoreError(
+                f"{mark.folder} had another plan than {marks[0].folder}: {differ} was {reports[0].get(differ)}, is "
+                f"{report.get(differ)}; run the shards on machines with the same versions"
+            )
+    warnings = list(dict.fromkeys(warning for report in reports for warning in report["warnings"]))
+    times = [one["timing"] for one in finished]
+    starts = [time["seconds_to_first_sample"] for time in times if time["seconds_to_first_sample"] is not None]
+    timing = {
+        "seconds": max(time["seconds"] for time in times),
+        "seconds_to_first_sample": min(starts, default=None),
+        "samples_computed_now": sum(time["samples_computed_now"] for time in times),
+    }
+    begun = read_spec(marks[0].folder)["commit"]
+    commit = next((one["commit"] for one in finished if one["commit"] != begun), begun)
+    return {**reports[0], "warnings": warnings}, timing, commit
+
+
+def _copy_prompts(marks: Sequence[Mark], output: Path) -> None:
+    """Each shard has the prompts of the whole run, for its spec has their digest."""
+    source = marks[0].folder / PROMPTS
+    if (output / PROMPTS).exists() or not source.exists():
+        return
+    try:
+        with whole_file(output / PROMPTS) as stream:
+            stream.write(source.read_bytes())
+    except OSError as error:
+        raise RunError(f"cannot write to {output} ({error.strerror}); the same command goes on") from None

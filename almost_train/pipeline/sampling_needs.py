@@ -1,0 +1,116 @@
+"""What a stage that generates needs: weights, keys and values (`shapes.cache_bytes`), logits. Arithmetic alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from almost_eval.errors import InputError
+from almost_eval.models.loading import LARGE, cpu_has_bfloat16
+from almost_train.pipeline.needs import Estimator, Need
+from almost_train.pipeline.shapes import cache_bytes, local_folder
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def generation_need(
+    estimator: Estimator,
+    stage: str,
+    model: str,
+    *,
+    read: int,
+    new: int,
+    requests: int,
+    engine: Mapping[str, Any],
+    shared: int = 0,
+    together: int | None = None,
+    reward: str = "",
+) -> Need:
+    """A stage that continues texts.
+
+    Args:
+        estimator: with the devices and the configurations of models.
+        stage: its name.
+        model: that continues.
+        read: tokens of the longest text before an answer.
+        new: tokens of an answer.
+        requests: how many answers.
+        engine: the recipe's options.
+        shared: of what is read, the tokens that all answers of a call begin with.
+        together: answers of one call, or None for all.
+        reward: a reward model that is in memory beside it.
+
+    Raises:
+        InputError: vLLM would divide the model among more devices than there are.
+    """
+    devices = estimator.devices
+    config = estimator.config(model)
+    count = estimator.count(model)
+    text = config.get_text_config()
+    own = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    dtype = engine.get("dtype", "auto")
+    if dtype == "auto" and devices.on_gpu:
+        dtype = own if local_folder(model) else "bfloat16"
+    elif dtype == "auto":
+        dtype = "bfloat16" if count >= LARGE and cpu_has_bfloat16() else "float32"
+    number = _BYTES.get(dtype, 4)
+    split = engine.get("tensor_parallel_size", 1) * engine.get("pipeline_parallel_size", 1)
+    beside = estimator.count(reward) * 4 if reward else 0
+    # A text that does not fit the model's context is refused by its stage.
+    context = engine.get("max_length") or getattr(text, "max_position_embeddings", None)
+    read = min(read, context - new) if context and context > new else read
+    one = cache_bytes(config, read + new, number)
+    note = ""
+    if engine.get("engine", "hf") == "vllm":
+        if split > devices.count:
+            raise InputError(
+                f"{stage}: vLLM would divide {model} among {split} devices, and there are {devices.count}; "
+                "lower tensor_parallel_size, or plan for more --devices"
+            )
+        share = engine.get("gpu_memory") or 0.9  # vLLM's default
+        weights = count * number // split
+        taken = int(share * devices.memory) if devices.on_gpu else weights + (1 << 30)
+        cache = taken - weights - (1 << 30)
+        rows = max(0, min(256, cache * split // one))
+        if rows == 0:
+            cache, note = one // split, f"vLLM's share of {share:g} has no room for one answer"
+        activations = 1 << 30  # of a pass over 2,048 tokens and its logits, as vLLM profiles it
+        weights += beside
+    else:
+        budget = engine.get("batch_tokens") or (
+            65536 if devices.on_gpu else max(4096, min(65536, (1 << 30) // cache_bytes(config, 1, 4)))
+        )
+        # Rows attend to one copy of what they share (`hf_header.py`); what each has of its own counts for each.
+        shared = min(shared, read)
+        own = read - shared + new
+        fitting = (budget - shared) // own
+        rows = max(1, min(fitting, requests, together or requests, (1 << 26) // (4 * text.vocab_size) or 1))
+        if engine.get("batch_size"):
+            rows = min(rows, engine["batch_size"])
+        cache = cache_bytes(config, shared + rows * own, number)
+        weights = count * number + beside
+        activations = (
+            min(2048, max(shared, rows * (read - shared)))
+            * (8 * text.hidden_size + 3 * text.intermediate_size)
+            * number
+        )
+        activations += 4 * rows * text.vocab_size * 4
+        if devices.on_gpu and rows > 1:
+            # Out of memory, the engine halves its batches, down to one row.
+            room = devices.room - weights - activations - devices.runtime(model)
+            each = cache_bytes(config, own, number)
+            if cache > room >= one:
+                rows = 1 + (room - one) // each
+                cache, note = one + (rows - 1) * each, "the engine halves its batches until they fit"
+    return Need(
+        stage,
+        model,
+        parameters=count,
+        weights=weights,
+        activations=activations,
+        cache=cache,
+        runtime=devices.runtime(model),
+        generated_tokens=requests * new,
+        rows=max(1, rows),
+        note=note,
+    )

@@ -1,0 +1,149 @@
+"""Workers answer as one process does, in every bit, while one of them is killed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from almost_eval.engines.base import SamplingParams
+from almost_eval.engines.build import EngineOptions, generation_engine, loglikelihood_engine
+from almost_eval.errors import InputError, RunError
+from almost_eval.files import read_json
+from almost_eval.progress import Progress
+from almost_eval.run.request import RunRequest, open_run
+
+CPU = EngineOptions(device="cpu", dtype="float32")
+FOUR = EngineOptions(device="cpu", dtype="float32", workers=4)
+
+
+def workers() -> list[psutil.Process]:
+    """The workers of this process: children of the process that forks them."""
+    return [worker for child in psutil.Process().children() for worker in child.children()]
+
+
+class KillAt(Progress):
+    """Kills workers as the so many-th sample is done: the first one that started, which is at work; or all, always."""
+
+    def __init__(self, samples: int, *, all_of_them: bool = False) -> None:
+        self.killed: list[int] = []
+        self.bars: list[str] = []
+        self._left = samples
+        self._all = all_of_them
+
+    @contextmanager
+    def track(self, description: str, total: int, done: int = 0) -> Iterator[Any]:
+        """One bar."""
+        self.bars.append(description)
+
+        def advance(count: int = 1) -> None:
+            self._left -= count
+            if self._left == 0 or (self._left < 0 and self._all):
+                alive = [worker for worker in workers() if worker.status() != psutil.STATUS_ZOMBIE]
+                for worker in alive if self._all else alive[:1]:
+                    self.killed.append(worker.pid)
+                    worker.kill()
+
+        yield advance
+
+
+def execute(request: RunRequest, folder: Path, progress: Progress | None = None) -> tuple[dict[str, Any], list[str]]:
+    """results.json, and the sorted lines of samples.jsonl."""
+    run = open_run(request)
+    run.execute(folder, progress)
+    return read_json(folder / "results.json"), sorted((folder / "samples.jsonl").read_text().splitlines())
+
+
+def compare_with_one_killed(task: str, protocol: str, model: str, tmp_path: Path, **more: Any) -> None:
+    alone, lines = execute(RunRequest(task=task, protocol=protocol, model=model, engine=CPU, **more), tmp_path / "one")
+    progress = KillAt(5)
+    request = RunRequest(task=task, protocol=protocol, model=model, engine=FOUR, **more)
+    shared, shared_lines = execute(request, tmp_path / "four", progress)
+    assert len(progress.killed) == 1
+    assert len(progress.bars) == 1
+    assert shared_lines == lines
+    pool = shared.pop("timing")["workers"]
+    assert (pool["transport"], pool["workers"], len(pool["lost"])) == ("local", 4, 1)
+    (warning,) = set(shared["engine"]["warnings"]) - set(alone["engine"]["warnings"])
+    assert warning.startswith("1 worker of 4 ended early, and the others took over (worker ")
+    assert "SIGKILL" in warning
+    shared["engine"]["warnings"].remove(warning)
+    del alone["timing"]
+    assert shared == alone
+    specs = [read_json(tmp_path / name / "spec.json") for name in ("one", "four")]
+    assert specs[0] == specs[1]
+    assert workers() == []
+
+
+def test_four_workers_on_two_cores_one_of_them_killed(tmp_path: Path) -> None:
+    compare_with_one_killed("hhh", "choice", "nano/almost", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("protocol", "model"), [("likelihood", "nano/sft"), ("reward", "nano/reward")])
+def test_the_other_protocols_too(protocol: str, model: str, tmp_path: Path) -> None:
+    compare_with_one_killed("hhh", protocol, model, tmp_path)
+
+
+@pytest.mark.slow
+def test_all_killed_is_one_line_and_the_same_run_goes_on(tmp_path: Path) -> None:
+    request = RunRequest(task="hhh", protocol="choice", model="nano/almost", engine=FOUR)
+    run = open_run(request)
+    with pytest.raises(RunError, match=r"(all 4 workers have ended|workers ended over the same).*same command goes on"):
+        run.execute(tmp_path / "run", KillAt(5, all_of_them=True))
+    kept = (tmp_path / "run" / "samples.jsonl").read_text().count("\n")
+    assert kept >= 5
+    assert not (tmp_path / "run" / "results.json").exists()
+    assert workers() == []
+    results, lines = execute(request, tmp_path / "run")
+    assert results["timing"]["samples_computed_now"] == len(lines) - kept
+    alone, lines_alone = execute(RunRequest(task="hhh", model="nano/almost", engine=CPU), tmp_path / "one")
+    assert lines == lines_alone
+    assert results["metrics"] == alone["metrics"]
+
+
+@pytest.mark.slow
+def test_texts_are_those_of_one_process() -> None:
+    prompts = [
+        f"Human: What is {word}?\n\nAssistant:" for word in "a panther|Mars|tea|a violin|rain|the sea".split("|")
+    ]
+    params = SamplingParams(max_new_tokens=12, temperature=0.8, top_p=0.9, n=2, seed=3)
+    alone = generation_engine("nano/almost", CPU).generate(prompts, params)
+    engine: Any = generation_engine("nano/almost", FOUR)
+    assert engine.generate(prompts, params) == alone
+    assert engine.report.path == "generate"
+    assert [c for _, c in sorted(engine.stream_completions(prompts[:1], params))] == alone[:1]
+    engine.close()
+    assert workers() == []
+
+
+@pytest.mark.slow
+def test_half_precision_is_measured_once(tmp_path: Path) -> None:
+    one = RunRequest(task="hhh", model="nano/almost", engine=EngineOptions(device="cpu", dtype="bfloat16"))
+    many = RunRequest(task="hhh", model="nano/almost", engine=EngineOptions(device="cpu", dtype="bfloat16", workers=2))
+    alone, lines = execute(one, tmp_path / "one")
+    shared, shared_lines = execute(many, tmp_path / "two")
+    assert shared["engine"] == alone["engine"]  # its rounding too
+    assert shared_lines == lines
+
+
+def test_what_cannot_be_shared_is_refused_before_a_model_is_looked_for() -> None:
+    for options in (EngineOptions("openai", workers=2), EngineOptions("openai", ray="local")):
+        with pytest.raises(InputError, match=r"'openai' takes no (workers|ray): .*repeat --base-url"):
+            loglikelihood_engine("no-model", options)
+
+
+def test_a_wrong_number_is_refused_and_no_weights_are_loaded_here() -> None:
+    with pytest.raises(InputError, match="--workers 0: give a number of at least 1, or GPUS"):
+        loglikelihood_engine("nano/almost", EngineOptions(workers="0", device="cpu"))
+    engine: Any = loglikelihood_engine("nano/almost", FOUR)
+    one: Any = loglikelihood_engine("nano/almost", CPU)
+    assert engine.settings() == one.settings()  # so the spec is one process's
+    assert "model" not in vars(engine.engine)
+    assert workers() == []
+    with pytest.raises(InputError, match="do not fit the context"):
+        engine.generate(["Human: hello"], SamplingParams(max_new_tokens=10**6))
