@@ -173,8 +173,17 @@ def read_records(
     Raises:
         StoreError: a line that is no record; with file and line.
     """
+    for number, _, record in placed_records(file, parse, a, mend=mend):
+        yield number, record
+
+
+def placed_records(
+    file: Path, parse: Callable[[Any], Record], a: str, *, mend: str = "remove the line"
+) -> Iterator[tuple[int, int, Record]]:
+    """`read_records`, with the byte at which each line begins (see `row_at`) between its number and its record."""
     if not file.exists():
         return
+    place = 0
     with file.open("rb") as stream:  # bytes: half a line may end inside a character
         for number, line in enumerate(stream, 1):
             if not line.endswith(b"\n"):
@@ -183,7 +192,8 @@ def read_records(
                 record = parse(json.loads(line.decode()))  # not of bytes: json takes NULs for UTF-32
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 raise StoreError(f"{file}, line {number} is not {a} ({_damage(line, error)}); {mend}") from None
-            yield number, record
+            yield number, place, record
+            place += len(line)
 
 
 def _damage(content: bytes, error: Exception) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,13 +62,14 @@ def write_report(run_set: RunSet, matrix: Matrix | None, file: Path, *, samples:
         InputError: the file cannot be written.
     """
     payload = pack(run_set) if samples else Payload()
-    content = render(run_set, matrix, payload).encode("utf-8", "replace")
     try:
         with whole_file(file) as stream:
-            stream.write(content)
+            for part in render(run_set, matrix, payload):
+                stream.write(part.encode("utf-8", "replace"))
+            size = stream.tell()
     except OSError as error:
         raise InputError(f"cannot write {file} ({error.strerror}); choose another --output") from None
-    return Page(file, len(content), payload.n_samples)
+    return Page(file, size, payload.n_samples)
 
 
 def templates() -> jinja2.Environment:
@@ -91,15 +92,15 @@ def style_sheet() -> Markup:
     return Markup((_PAGE / "style.css").read_text(encoding="utf-8"))
 
 
-def render(run_set: RunSet, matrix: Matrix | None, payload: Payload) -> str:
-    """The document."""
+def render(run_set: RunSet, matrix: Matrix | None, payload: Payload) -> Iterator[str]:
+    """The document, part by part: it may be hundreds of megabytes."""
     from markupsafe import Markup
 
     script = (_PAGE / "page.js").read_text(encoding="utf-8")
     return (
         templates()
         .get_template("page.html.jinja")
-        .render(
+        .generate(
             title=_title(run_set),
             version=__version__,
             style=style_sheet(),
@@ -112,7 +113,7 @@ def render(run_set: RunSet, matrix: Matrix | None, payload: Payload) -> str:
             provenance=views.provenance(run_set),
             references=reference_rows(),
             unfinished=run_set.unfinished,
-            blobs=[Markup(packed) for packed in payload.blobs],
+            blobs=map(Markup, payload.blobs),
             n_samples=payload.n_samples,
         )
     )

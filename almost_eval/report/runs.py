@@ -12,7 +12,7 @@ from almost_eval.compare.differences import measure_of
 from almost_eval.errors import InputError
 from almost_eval.files import read_json
 from almost_eval.judge.names import STYLE_STRENGTH, VOTES_FILE
-from almost_eval.run.prompt_log import SamplePrompts, read_prompts
+from almost_eval.run.prompt_log import SamplePrompts, StoredPrompts
 from almost_eval.run.shards import refuse_shard
 from almost_eval.run.store import read_results, read_samples, read_spec
 from almost_eval.tasks.facts import Unit
@@ -53,7 +53,7 @@ class LoadedRun:
     spec: JSONObject
     results: JSONObject
     records: list[SampleRecord]
-    prompts: dict[str, SamplePrompts]
+    prompts: Mapping[str, SamplePrompts]
     """By sample id; empty where the folder has no `prompts.jsonl`."""
     votes: JSONObject | None = None
     """What people's votes say of a judged run, where it was kept."""
@@ -200,7 +200,7 @@ def _inside(folder: Path) -> list[Path]:
 def _open(folder: Path, *, prompts: bool) -> LoadedRun:
     results, spec = read_results(folder), read_spec(folder)
     votes = read_json(folder / VOTES_FILE) if (folder / VOTES_FILE).is_file() else None
-    return LoadedRun(folder, spec, results, list(read_samples(folder)), read_prompts(folder) if prompts else {}, votes)
+    return LoadedRun(folder, spec, results, list(read_samples(folder)), StoredPrompts(folder) if prompts else {}, votes)
 
 
 def _label_models(runs: Sequence[LoadedRun]) -> None:

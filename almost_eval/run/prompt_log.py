@@ -11,12 +11,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from almost_eval.errors import RunError
-from almost_eval.files import read_records, whole_file
+from almost_eval.files import placed_records, row_at, whole_file
 from almost_eval.types import JSONObject
 
 NAME = "prompts.jsonl"
@@ -64,23 +64,54 @@ def write_prompts(folder: Path, samples: Iterable[SamplePrompts]) -> None:
         raise RunError(f"cannot write to {folder} ({error.strerror}); the same command goes on") from None
 
 
-def read_prompts(folder: Path) -> dict[str, SamplePrompts]:
-    """Sample id -> what the model read; empty where the folder has no such file.
+class StoredPrompts(Mapping[str, SamplePrompts]):
+    """Sample id -> what the model read, from the `prompts.jsonl` of a folder; empty where there is none.
+
+    Every line is checked when it is opened, and read again when its sample is looked up: what is held in memory is
+    where the lines begin, and what neighbouring prompts share.
 
     Raises:
         StoreError: a line that is no prompt.
     """
-    pieces: dict[str | None, str] = {None: ""}
 
-    def parse(row: JSONObject) -> SamplePrompts | None:
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / NAME
+        self._pieces: dict[str | None, str] = {None: ""}
+        self._places: dict[str, int] = {}
+        mend = "remove the file, and repeat the run's command to write it anew"
+        for _, place, id in placed_records(self._file, self._id_of, "a prompt", mend=mend):
+            if id is not None:
+                self._places[id] = place
+
+    def _id_of(self, row: JSONObject) -> str | None:
+        """The sample of a line; of a piece, which is kept, None."""
         if "piece" in row:
-            pieces[row["piece"]] = row["text"]
+            self._pieces[row["piece"]] = row["text"]
             return None
-        return _of_row(row, pieces)
+        return _of_row(row, self._pieces).id
 
-    mend = "remove the file, and repeat the run's command to write it anew"
-    lines = read_records(folder / NAME, parse, "a prompt", mend=mend)
-    return {sample.id: sample for _, sample in lines if sample is not None}
+    def __getitem__(self, id: str) -> SamplePrompts:
+        place = self._places[id]
+        with self._file.open("rb") as stream:
+            return _of_row(row_at(stream, place), self._pieces)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Mapping) or len(self) != len(other):
+            return False
+        return all(id in other and self[id] == other[id] for id in self)  # a pair at a time
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def read_prompts(folder: Path) -> dict[str, SamplePrompts]:
+    """`StoredPrompts`, all in memory."""
+    return dict(StoredPrompts(folder))
 
 
 def _of_row(row: JSONObject, pieces: dict[str | None, str]) -> SamplePrompts:

@@ -168,8 +168,8 @@ class _Band:
         arrays = [np.frombuffer(places, np.intc) for places in lists]
         walked = len(arrays) - min(min(wanted.values()) - 1, len(arrays))
         counts = np.zeros(len(self.codes), np.int32)
-        for places in arrays[:walked]:
-            counts[places] += 1  # no place twice in one list
+        for shorter in arrays[:walked]:
+            counts[shorter] += 1  # no place twice in one list
         # 2. Those that have enough if they are in all other lists.
         least = np.full(max(self.present) + 1, np.iinfo(np.int32).max)  # by length
         for length, count in wanted.items():

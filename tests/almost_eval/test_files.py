@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from almost_eval.errors import DataError
-from almost_eval.files import digest_path, read_rows, write_rows
+from almost_eval.files import digest_path, iterate_rows, read_rows, repair_end, row_at, write_rows
 
 
 def test_rows_come_back(tmp_path: Path) -> None:
@@ -59,3 +59,21 @@ def test_digests_follow_content_not_place(tmp_path: Path) -> None:
     assert digest_path(tmp_path / "a" / "config.json") == digest_path(tmp_path / "b" / "config.json")
     with pytest.raises(DataError, match="is not there"):
         digest_path(tmp_path / "c")
+
+
+@pytest.mark.parametrize("whole", [b"", b'{"a": 1}\n', b'{"a": 1}\n' * 20_000])
+@pytest.mark.parametrize("torn", [b"", b'{"a', b"x" * 65_536, b"x" * 200_000])
+def test_a_torn_end_of_any_length_is_cut_off(tmp_path: Path, whole: bytes, torn: bytes) -> None:
+    (tmp_path / "log").write_bytes(whole + torn)
+    repair_end(tmp_path / "log")
+    assert (tmp_path / "log").read_bytes() == whole
+
+
+def test_a_row_is_read_again_at_its_place(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes("\ufeff".encode() + '{"id": "ä"}\n\n{"id": "b"}\n{"id": "c"}'.encode())
+    places = {row["id"]: place for place, row in iterate_rows(file)}
+    with file.open("rb") as stream:
+        assert [row_at(stream, places[id]) for id in "cbä"] == [{"id": "c"}, {"id": "b"}, {"id": "ä"}]
+        with pytest.raises(DataError, match="was changed while it was read"):
+            row_at(stream, places["b"] + 3)

@@ -112,6 +112,46 @@ def test_a_damaged_page_is_found_when_it_is_opened(tmp_path: Path) -> None:
         Journal(tmp_path / "j").__enter__()
 
 
+class TestALargeJournal:
+    """Beyond `CHECKED_WHOLE`: opened without reading every page."""
+
+    @pytest.fixture
+    def large(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setattr("almost_eval.judge.api.journal.CHECKED_WHOLE", 0)
+        with Journal(tmp_path / "j") as journal:
+            for i in range(200):
+                journal.put(question(f"{i}" * 50), REPLY)
+        return tmp_path / "j"
+
+    @staticmethod
+    def damage(file: Path, step: int, first: int = 1) -> None:
+        content = bytearray(file.read_bytes())
+        for at in range(4096 * first, len(content), 4096 * step):
+            content[at : at + 64] = b"\xff" * 64
+        file.write_bytes(content)
+
+    def test_it_goes_on(self, large: Path) -> None:
+        with Journal(large) as journal:
+            assert len(journal) == 200
+            assert all(journal.get(question(f"{i}" * 50).digest) is not None for i in range(200))
+            journal.put(question("one more"), REPLY)
+        with Journal(large) as journal:
+            assert len(journal) == 201
+
+    def test_damage_all_over_it_is_found_at_once(self, large: Path) -> None:
+        self.damage(large, step=1)
+        with pytest.raises(StoreError, match="damaged"):
+            Journal(large).__enter__()
+
+    def test_damage_of_some_pages_is_found_at_the_latest_when_they_are_read(
+        self, large: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("almost_eval.judge.api.journal.SPOT_CHECKS", 1)
+        self.damage(large, step=9, first=20)
+        with Journal(large) as journal, pytest.raises(StoreError, match="damaged"):
+            [journal.get(question(f"{i}" * 50).digest) for i in range(200)]
+
+
 def test_a_folder_and_a_file_in_the_way(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="is a folder"):
         Journal(tmp_path).__enter__()

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 from almost_eval.data.sources import DataSource
 from almost_eval.errors import RunError, StoreError
-from almost_eval.run.prompt_log import NAME, SHORTEST_PIECE, Prompt, SamplePrompts, read_prompts, write_prompts
+from almost_eval.run.prompt_log import (
+    NAME,
+    SHORTEST_PIECE,
+    Prompt,
+    SamplePrompts,
+    StoredPrompts,
+    read_prompts,
+    write_prompts,
+)
 from almost_eval.tasks.base import Prompting
 
 Command = Callable[..., Any]
@@ -162,3 +170,23 @@ def test_all_of_mmlu_is_no_burden(data_root: Path, tmp_path: Path) -> None:
     assert len(asked) == 14_042
     assert size < 0.35 * plain
     assert seconds < 10
+
+
+def test_stored_prompts_are_those_in_memory(tmp_path: Path) -> None:
+    header = "Question. Answer.\n" * 20 + "\n"
+    asked = [SamplePrompts(f"{i}", (), (Prompt(f"{header}ä \ud800 {i}?"),)) for i in range(5)]
+    for name, samples in (
+        ("a", asked),
+        ("b", asked),
+        ("c", asked[:4]),
+        ("d", [*asked[:4], SamplePrompts("4", (), ())]),
+    ):
+        (tmp_path / name).mkdir()
+        write_prompts(tmp_path / name, samples)
+    stored = {name: StoredPrompts(tmp_path / name) for name in "abcd"}
+    assert list(stored["a"]) == [one.id for one in asked]
+    assert stored["a"] == read_prompts(tmp_path / "a")
+    assert stored["a"] == stored["b"]
+    assert stored["a"] != stored["c"]
+    assert stored["a"] != stored["d"]
+    assert not StoredPrompts(tmp_path)

@@ -19,7 +19,7 @@ VOCABULARY = 60_000
 
 
 class Exhaustive:
-    """All earlier prompts are compared with each later one; of equal scores the nearest length wins, then the first."""
+    """Each prompt is compared with every earlier one; of equal scores the nearest length wins, then the first."""
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold

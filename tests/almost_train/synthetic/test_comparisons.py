@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from almost_eval.errors import DataError, InputError, RunError
 from almost_eval.rewards.hf import HFRewardModel
 from almost_eval.types import Message
 from almost_train.synthetic.comparisons import ComparisonSettings, synthesize_comparisons
+from almost_train.synthetic.filters import broken_rule
 from almost_train.synthetic.prompts import PromptSettings, synthesize_prompts
 from almost_train.synthetic.responses import Configuration, ResponseSettings, synthesize_responses
 
@@ -121,6 +123,47 @@ class TestFunnel:
         assert (tmp_path / "again/comparisons.jsonl").read_bytes() == (tmp_path / "even/comparisons.jsonl").read_bytes()
 
 
+GOLDEN = {
+    "official": ({}, False, "15f7e5da4bb407eb"),
+    "all": ({"length_rule": False, "pairs": "all", "drop_identical": False}, False, "783218605c0255d8"),
+    "balanced": ({"pairs": "all", "balance_length": True, "seed": 3}, False, "7c86ac89180013bd"),
+    "another order in each file": ({}, True, "a93caf79a4520923"),
+}
+"""Settings, whether the rows of each file are shuffled, and sha256 of what the code before commit 0a3f855 wrote, which
+held all answers in memory: both files and the result."""
+
+
+@pytest.mark.parametrize("case", GOLDEN)
+def test_reading_from_disk_changes_no_byte(case: str, tmp_path: Path) -> None:
+    """300 prompts in four configurations, two of one rank, with answers that break rules."""
+    settings, is_shuffled, expected = GOLDEN[case]
+    rng = random.Random(7)
+    words = (
+        "The answer is plain: water, light and time; I don't know. Human colour é 東京 \u2028 bread Well no yes".split(
+            " "
+        )
+    )
+    (tmp_path / "responses").mkdir()
+    order = list(range(300))
+    for place, name in enumerate("abcd"):
+        if is_shuffled:
+            rng.shuffle(order)
+        draw, lines = random.Random(place), []
+        for i in range(300):
+            text = " ".join(draw.choices(words, k=draw.randint(0, 30 - 4 * place))) + draw.choice("....?")
+            row = {"id": f"p{i:05d}", "prompt": f"Question {i}?", "response": text, "finish_reason": "stop"}
+            row |= {"configuration": name, "rejected": broken_rule(text, 20)}
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+        file = tmp_path / "responses" / f"{name}.jsonl"
+        file.write_text("".join(lines[i] for i in order), encoding="utf-8")
+    ranking = rank(tmp_path, "a", ["b", "c"], "d")
+    out = tmp_path / "out"
+    result = synthesize_comparisons(ComparisonSettings(**settings), tmp_path / "responses", ranking, out)
+    told = json.dumps({key: value for key, value in result.items() if key not in ("seconds", "version")})
+    content = b"".join((out / f"{name}.jsonl").read_bytes() for name in ("comparisons", "comparisons.rejected"))
+    assert hashlib.sha256(content + told.encode()).hexdigest()[:16] == expected
+
+
 class TestAsIs:
     def test_only_pairs_with_which_it_agrees(self, tmp_path: Path) -> None:
         words = "red green blue fast slow old new tall bird stone".split()
@@ -177,6 +220,23 @@ class TestBadInput:
         write_responses(three, {"b": ["one", "two"]})
         with pytest.raises(DataError, match=r"b\.jsonl does not answer the same prompts as .*a\.jsonl"):
             synthesize_comparisons(OFF, three, rank(tmp_path, "a", "b"), tmp_path / "out")
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"id": "p00001"}, r"b\.jsonl has the id 'p00001' more than once"),
+            ({"prompt": "Another?"}, r"b\.jsonl does not answer the same prompts as .*a\.jsonl"),
+            ({"response": None}, r"b\.jsonl: the row of 'p00002' has no 'response'"),
+            ({"prompt": 3}, r"b\.jsonl, row 2: 'prompt' must be str, and is int"),
+        ],
+    )
+    def test_a_bad_row(self, three: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+        of_b = rows(three / "b.jsonl")
+        of_b[1] |= change
+        (three / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_b), encoding="utf-8")
+        with pytest.raises(DataError, match=message):
+            synthesize_comparisons(OFF, three, rank(tmp_path, "a", "b"), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
     def test_nothing_left(self, tmp_path: Path) -> None:
         responses = write_responses(tmp_path / "responses", {"a": ["!x"], "b": ["fine."]})

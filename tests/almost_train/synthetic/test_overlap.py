@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 
 import pytest
+from overlap_plain import Exhaustive, prompts
 
 from almost_eval.errors import InputError
 from almost_train.synthetic.overlap import Overlap, OverlapIndex, tokens
@@ -58,6 +59,30 @@ def test_the_index_equals_the_plain_path(threshold: float) -> None:
         else:
             kept.append(text)
             index.add(text)
+
+
+@pytest.mark.parametrize("threshold", [0.25, 0.5, 0.8])
+def test_every_decision_is_that_of_the_exhaustive_comparison(threshold: float) -> None:
+    assert_same_decisions(1_000, threshold)
+
+
+@pytest.mark.slow
+def test_every_decision_on_ten_thousand_prompts_is_that_of_the_exhaustive_comparison() -> None:
+    assert_same_decisions(10_000, 0.5)
+
+
+def assert_same_decisions(count: int, threshold: float) -> None:
+    """Until `count` prompts are judged; the nearest prompt and its score are part of the decision."""
+    index, plain = OverlapIndex(threshold), Exhaustive(threshold)
+    repeated = 0
+    for text in prompts(count):
+        nearest = index.nearest(text)
+        assert nearest == plain.nearest(text), text
+        if nearest is None:
+            index.add(text)
+            plain.add(text)
+        repeated += nearest is not None
+    assert count / 50 < repeated < count  # both decisions were put to the test
 
 
 def test_at_the_threshold_is_a_repetition() -> None:
