@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from almost_eval.errors import InputError
-from almost_eval.suite.hardware import SAMPLING_SHARE, TRAINING_SHARE, Gpu, Size
+from almost_eval.suite.hardware import SAMPLING_SHARE, TRAINING_SHARE, Gpu, ModelSize
 from almost_eval.suite.plan import Planned
 from almost_eval.types import JSONObject
 
@@ -86,7 +86,7 @@ def work_of(planned: Sequence[Planned], answer_tokens: int | None) -> list[Work]
     ]
 
 
-def cost_on_gpus(work: Sequence[Work], size: Size, gpu: Gpu, devices: int) -> Cost:
+def cost_on_gpus(work: Sequence[Work], size: ModelSize, gpu: Gpu, devices: int) -> Cost:
     """The cost of a size on some GPUs, with as many copies of the model as they hold.
 
     Raises:
@@ -98,7 +98,7 @@ def cost_on_gpus(work: Sequence[Work], size: Size, gpu: Gpu, devices: int) -> Co
     return Cost(size.name, devices, split, seconds)
 
 
-def smallest_split(size: Size, gpu: Gpu, devices: int) -> int:
+def smallest_split(size: ModelSize, gpu: Gpu, devices: int) -> int:
     """The fewest devices, a power of two, that hold the weights and some answers."""
     split = 1
     while split <= devices:
@@ -112,7 +112,7 @@ def smallest_split(size: Size, gpu: Gpu, devices: int) -> int:
     )
 
 
-def seconds_on_gpus(work: Work, size: Size, gpu: Gpu, split: int, copies: int) -> float:
+def seconds_on_gpus(work: Work, size: ModelSize, gpu: Gpu, split: int, copies: int) -> float:
     """Of one task: the reading, then the writing.
 
     Args:

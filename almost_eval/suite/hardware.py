@@ -51,7 +51,7 @@ def gpu_named(name: str) -> Gpu:
 
 
 @dataclass(frozen=True, slots=True)
-class Size:
+class ModelSize:
     """What of a model decides its cost."""
 
     name: str
@@ -65,11 +65,13 @@ class Size:
         return 2 * self.parameters
 
 
-def llama(name: str, hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocabulary: int = 32_000) -> Size:
+def llama(
+    name: str, hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocabulary: int = 32_000
+) -> ModelSize:
     """A model of LLaMA's architecture (arXiv 2302.13971): no biases, a head of its own."""
     keys = hidden // heads * kv_heads
     layer = 2 * hidden * hidden + 2 * hidden * keys + 3 * hidden * inner + 2 * hidden
-    return Size(name, 2 * vocabulary * hidden + layers * layer + hidden, 2 * layers * keys * 2)
+    return ModelSize(name, 2 * vocabulary * hidden + layers * layer + hidden, 2 * layers * keys * 2)
 
 
 SIZES = {
@@ -80,7 +82,7 @@ SIZES = {
 """Names for `--sizes`: Llama 2 (arXiv 2307.09288), whose dimensions its published configurations have."""
 
 
-def size_named(name: str) -> Size:
+def size_named(name: str) -> ModelSize:
     """The size of a name.
 
     Raises:
@@ -91,11 +93,11 @@ def size_named(name: str) -> Size:
     return SIZES[name]
 
 
-def size_of(checkpoint: Checkpoint) -> Size:
+def size_of(checkpoint: Checkpoint) -> ModelSize:
     """The size of a checkpoint, from its configuration and the headers of its weights."""
     text = checkpoint.config.get("text_config") or checkpoint.config
     heads = int(text.get("num_attention_heads") or 1)
     width = int(text.get("head_dim") or int(text.get("hidden_size") or 0) // heads)
     keys = width * int(text.get("num_key_value_heads") or heads)
     layers = int(text.get("num_hidden_layers") or 0)
-    return Size(checkpoint.name, checkpoint.n_parameters(), 2 * layers * keys * 2)
+    return ModelSize(checkpoint.name, checkpoint.n_parameters(), 2 * layers * keys * 2)

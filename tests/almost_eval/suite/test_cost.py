@@ -15,12 +15,12 @@ from almost_eval.models.checkpoint import find_checkpoint
 from almost_eval.progress import Progress
 from almost_eval.run.request import RunRequest
 from almost_eval.suite.cost import Work, cost_on_gpus, seconds_on_gpus, smallest_split
-from almost_eval.suite.hardware import SIZES, Gpu, Size, size_of
+from almost_eval.suite.hardware import SIZES, Gpu, ModelSize, size_of
 from almost_eval.suite.pilot import Pilot, stretches
 from almost_eval.suite.plan import SuiteRequest, plan
 
 GPU = Gpu(memory=10**9, flops=1e12, bandwidth=1e10, source="none")
-MODEL = Size("ten-million", 10_000_000, 1000)
+MODEL = ModelSize("ten-million", 10_000_000, 1000)
 
 
 def test_the_sizes_are_those_that_were_published() -> None:
@@ -51,7 +51,7 @@ def test_writing_by_hand() -> None:
 
 def test_a_model_is_divided_where_one_gpu_does_not_hold_it() -> None:
     assert smallest_split(MODEL, GPU, 8) == 1
-    wide = Size("wide", 10**9, 1000)  # 2 GB x 1.1 of weights on GPUs with 0.9 GB for them
+    wide = ModelSize("wide", 10**9, 1000)  # 2 GB x 1.1 of weights on GPUs with 0.9 GB for them
     assert smallest_split(wide, GPU, 8) == 4
     with pytest.raises(InputError, match="wide does not fit: its bfloat16 weights need 2 GB, and 2 GPUs have 2 GB"):
         smallest_split(wide, GPU, 2)
@@ -67,6 +67,7 @@ def test_a_pilot_takes_neighbours_of_each_third() -> None:
     assert stretches(4, 4, len, tokens=3) == [[0], [1], [2]]
 
 
+@pytest.mark.slow
 def test_the_planned_tokens_are_those_that_a_run_computes(tmp_path: Path) -> None:
     base = RunRequest(task="", model="nano/almost", data="nano", limit=3, engine=EngineOptions(dtype="float32"))
     planned, _ = plan(["hhh-choice", "truthfulqa", "mmlu"], SuiteRequest(base=base))
