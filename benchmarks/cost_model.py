@@ -77,9 +77,10 @@ def scoring(model: str, data_root: str, scale: float) -> list[list[Any]]:
 def writing(model: str, data_root: str) -> list[Any]:
     """The same of answers; what is compared is what is read, for an answer may end before its last token."""
     questions, _ = find_questions(None, find_data("hub", data_root), limit=None)
-    options = EngineOptions(dtype="float32")
-    system = ModelSystem(model, questions[:QUESTIONS], Sampling(max_new_tokens=NEW_TOKENS), options)
-    engine: Any = generation_engine(model, options)
+    system = ModelSystem(
+        model, questions[:QUESTIONS], Sampling(max_new_tokens=NEW_TOKENS), EngineOptions(dtype="float32")
+    )
+    engine: Any = generation_engine(model, EngineOptions(dtype="float32"))
     tokens = sum(len(ids) for ids in engine.encoder.encode_texts(system.prompts))
     predicted = Pilot(Progress()).answers(engine, system.prompts, NEW_TOKENS)
     began = time.perf_counter()

@@ -142,7 +142,7 @@ class EngineOptions:
     )
     data_parallel_size: int = _option(
         1,
-        "vllm: refused above 1: --workers copies the model, or a server does.  [1]",
+        "vllm: refused above 1; workers or a server copy the model.  [1]",
         engines=["vllm"],
         kind=int,
         least=1,

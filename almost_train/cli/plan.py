@@ -58,7 +58,7 @@ def plan(
     \b
     Example:
       almost-train plan 7b-lora --gpu rtx4090-24gb
-      almost-train plan llama-7b --gpu a100-80gb --devices 8 --trained-model meta-llama/Llama-2-70b-hf
+      almost-train plan llama-7b --gpu a100-80gb --devices 8 --price-per-gpu-hour 2
     """
     from almost_eval.progress import progress_for
     from almost_train.pipeline.budget import budgets, whole_cost

@@ -44,7 +44,7 @@ def main():
     }
     requests = [LoglikelihoodRequest(prompt, (" a", " b the dog")) for prompt in prompts]
     scores = [[s.logprob for s in row] for row in engine.loglikelihood(requests)]
-    run = open_run(RunRequest(task="mmlu", settings={"shots": 0}, data="nano", limit=8, template="none"), engine)
+    run = open_run(RunRequest(task="mmlu", settings={"shots": 0}, data="nano", limit=1, template="none"), engine)
     results, _ = run.execute(folder)
     lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     print(json.dumps({

@@ -67,6 +67,7 @@ def test_a_pilot_takes_neighbours_of_each_third() -> None:
     assert stretches(4, 4, len, tokens=3) == [[0], [1], [2]]
 
 
+@pytest.mark.slow
 def test_the_planned_tokens_are_those_that_a_run_computes(tmp_path: Path) -> None:
     base = RunRequest(task="", model="nano/almost", data="nano", limit=3, engine=EngineOptions(dtype="float32"))
     planned, _ = plan(["hhh-choice", "truthfulqa", "mmlu"], SuiteRequest(base=base))
