@@ -44,10 +44,10 @@ def main() -> int:
     missed = False
     for model in arguments.model:
         rows = [*scoring(model, arguments.data_root, arguments.scale), writing(model, arguments.data_root)]
-        total = ["all", 0, 0, 0.0, 0.0]
+        total: list[Any] = ["all", 0, 0, 0.0, 0.0]
         for row in rows:
             show(model, *row)
-            total = [total[0], *(a + b for a, b in zip(total[1:], row[1:], strict=True))]
+            total = ["all", *(a + b for a, b in zip(total[1:], row[1:], strict=True))]
         show(model, *total)
         off = total[3] / total[4] - 1
         missed |= any(row[1] != row[2] for row in rows) or abs(off) > BOUND

@@ -49,7 +49,11 @@ def make_answers(folder: Path, count: int) -> None:
         with (folder / "responses" / f"{name}.jsonl").open("w", encoding="utf-8") as stream:
             for i in range(count):
                 text = " ".join(rng.choices(words, k=rng.randint(5, 80 - 10 * place))) + rng.choice(".....!?")
-                row = {"id": f"p{i:05d}", "prompt": f"What should I know about number {i}?", "response": text}
+                row: dict[str, str | None] = {
+                    "id": f"p{i:05d}",
+                    "prompt": f"What should I know about number {i}?",
+                    "response": text,
+                }
                 row |= {"finish_reason": "stop", "configuration": name, "rejected": broken_rule(text, 50)}
                 stream.write(json.dumps(row) + "\n")
     (folder / "ranking.yaml").write_text(json.dumps(CONFIGURATIONS), encoding="utf-8")

@@ -47,7 +47,6 @@ OF_OTHERS: dict[str, dict[str, str]] = {
         ("--array", "--dependency", "--gres", "--job-name", "--parsable", "--partition", "--time"), "sbatch's"
     ),
     "almost_eval/compare/tax/training.py": {"--save-every": "of almost-train, whose folder is looked at"},
-    "almost_eval/engines/vllm_process.py": {"--workers": "of commands that take several workers"},
     "almost_eval/report/plots.py": dict.fromkeys(("--rule", "--sans"), "variables of CSS"),
     "almost_eval/run/provenance.py": dict.fromkeys(
         ("--no-optional-locks", "--porcelain", "--untracked-files"), "git's"

@@ -47,10 +47,10 @@ def generation_need(
     config = estimator.config(model)
     count = estimator.count(model)
     text = config.get_text_config()
-    own = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    stored = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
     dtype = engine.get("dtype", "auto")
     if dtype == "auto" and devices.on_gpu:
-        dtype = own if local_folder(model) else "bfloat16"
+        dtype = stored if local_folder(model) else "bfloat16"
     elif dtype == "auto":
         dtype = "bfloat16" if count >= LARGE and cpu_has_bfloat16() else "float32"
     number = _BYTES.get(dtype, 4)

@@ -123,7 +123,7 @@ class TestFunnel:
         assert (tmp_path / "again/comparisons.jsonl").read_bytes() == (tmp_path / "even/comparisons.jsonl").read_bytes()
 
 
-GOLDEN = {
+GOLDEN: dict[str, tuple[dict[str, Any], bool, str]] = {
     "official": ({}, False, "15f7e5da4bb407eb"),
     "all": ({"length_rule": False, "pairs": "all", "drop_identical": False}, False, "783218605c0255d8"),
     "balanced": ({"pairs": "all", "balance_length": True, "seed": 3}, False, "7c86ac89180013bd"),
@@ -151,7 +151,12 @@ def test_reading_from_disk_changes_no_byte(case: str, tmp_path: Path) -> None:
         draw, lines = random.Random(place), []
         for i in range(300):
             text = " ".join(draw.choices(words, k=draw.randint(0, 30 - 4 * place))) + draw.choice("....?")
-            row = {"id": f"p{i:05d}", "prompt": f"Question {i}?", "response": text, "finish_reason": "stop"}
+            row: dict[str, Any] = {
+                "id": f"p{i:05d}",
+                "prompt": f"Question {i}?",
+                "response": text,
+                "finish_reason": "stop",
+            }
             row |= {"configuration": name, "rejected": broken_rule(text, 20)}
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
         file = tmp_path / "responses" / f"{name}.jsonl"
