@@ -6,6 +6,7 @@ A pilot is three stretches of neighbouring samples, for neighbours share prefixe
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -147,10 +148,15 @@ def stretches(count: int, whole: int, size: Callable[[Sequence[int]], int], toke
     chosen = []
     for number in range(STRETCHES):
         first, end = count * number // STRETCHES, count * (number + 1) // STRETCHES
-        stretch: list[int] = []
-        for index in range(first, end):
-            stretch.append(index)
-            if size(stretch) >= tokens // STRETCHES:
-                break
-        chosen.append(stretch)
+
+        def is_enough(length: int, first: int = first, end: int = end) -> bool:
+            return first + length >= end or size(range(first, first + length)) >= tokens // STRETCHES
+
+        # A size is dear to know, as each is a trie of its own: lengths are doubled, then halved.
+        longest = 1
+        while not is_enough(longest):
+            longest *= 2
+        lengths = range(longest // 2 + 1, longest + 1)
+        length = lengths[bisect_left(lengths, True, hi=len(lengths) - 1, key=is_enough)]
+        chosen.append(list(range(first, min(end, first + length))))
     return chosen

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -61,7 +61,7 @@ def measured() -> Iterator[Meter]:
     """Inside, tensors have no content and are counted; a model that is built here costs no memory."""
     meter = Meter()
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # torch's own autograd does
-    with FakeTensorMode(allow_non_fake_inputs=True), meter, _fused_attention(), _new_parameters():
+    with FakeTensorMode(allow_non_fake_inputs=True), meter, _fused_attention(), _new_parameters(), _new_copies():
         yield meter
 
 
@@ -87,6 +87,26 @@ def _new_parameters() -> Iterator[None]:
         yield
     finally:
         nn.Module._apply = own  # type: ignore[method-assign]
+
+
+@contextmanager
+def _new_copies() -> Iterator[None]:
+    """Inside, `copy.deepcopy` of a tensor makes a new one: torch 2.13 copies the storage that has no content, and where
+    `tensor.data` is set next, the heap is damaged. PEFT copies a head and casts it so.
+    """
+
+    def copied(tensor: FakeTensor, memo: dict[int, Any]) -> Tensor:
+        copy: Tensor = torch.empty_like(tensor.detach())
+        if isinstance(tensor, nn.Parameter):
+            copy = nn.Parameter(copy, tensor.requires_grad)
+        memo[id(tensor)] = copy
+        return copy
+
+    FakeTensor.__deepcopy__ = copied  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del FakeTensor.__deepcopy__  # what it inherits stands again
 
 
 @contextmanager

@@ -67,13 +67,16 @@ def generation_need(
                 f"{stage}: vLLM would divide {model} among {split} devices, and there are {devices.count}; "
                 "lower tensor_parallel_size, or plan for more --devices"
             )
-        share = engine.get("gpu_memory") or 0.9  # vLLM's default
         weights = count * number // split
-        taken = int(share * devices.memory) if devices.on_gpu else weights + (1 << 30)
-        cache = taken - weights - (1 << 30)
+        stated = engine.get("kv_cache_gib") or (None if devices.on_gpu else 1)  # vLLM would take all of a CPU's memory
+        if stated is not None:
+            cache, room = int(stated * (1 << 30)), f"{stated:g} GiB of keys and values have"
+        else:
+            share = engine.get("gpu_memory") or 0.9  # vLLM's default
+            cache, room = int(share * devices.memory) - weights - (1 << 30), f"vLLM's share of {share:g} has"
         rows = max(0, min(256, cache * split // one))
         if rows == 0:
-            cache, note = one // split, f"vLLM's share of {share:g} has no room for one answer"
+            cache, note = one // split, f"{room} no room for one answer"
         activations = 1 << 30  # of a pass over 2,048 tokens and its logits, as vLLM profiles it
         weights += beside
     else:

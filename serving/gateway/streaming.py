@@ -87,7 +87,9 @@ async def relay_events(answer: HttpResponse, reply: ReplyWriter) -> None:
     Raises:
         BrokenOff: the stream stops before its end, or an event is longer than `MAX_EVENT_BYTES`.
     """
-    await reply.start(answer.status, EVENTS, notes_of(answer))  # not the upstream's own words for it
+    await reply.start(
+        answer.status, f"{EVENTS}; charset=utf-8", notes_of(answer)
+    )  # not the upstream's own words for it
     async for events in whole_events(answer):
         await reply.part(events)
     await reply.end()

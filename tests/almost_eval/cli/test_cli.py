@@ -242,7 +242,10 @@ def test_interrupted_deep_in_a_library() -> None:
 
 
 TASKS = ["all", "hhh", "truthfulqa", "mmlu", "harness", "vicuna"]
-COMMANDS = [*TASKS, "judge", "compare", "parity", "verify", "report", "tax", "arena", "list", "completion"]
+COMMANDS = [
+    *("all", "plan", *(task for task in TASKS if task != "all")),
+    *("judge", "merge", "compare", "parity", "verify", "report", "tax", "arena", "list", "completion"),
+]
 
 
 def test_bare_command_is_help(almost_eval: Command) -> None:

@@ -300,7 +300,10 @@ def test_refused_in_one_line(archive: list[str], almost_eval: Command) -> None:
         ([*archive, *reward, "--votes", "bad.jsonl"], "bad.jsonl, line 1 is no vote"),
         ([*archive, *reward, "--votes", "none.db"], "no votes at none.db"),
         ([*archive, *reward, "--judge-base-url", "http://x/v1"], "--judge-base-url belongs to a judge behind an API"),
-        ([*archive, "--judge", "m", "--judge-base-url", "a", "--judge-base-url", "b"], "2 times for 1 judges"),
+        (
+            [*archive, "--judge", "m", "--judge-base-url", "a", "--judge-base-url", "b"],
+            "--judge-base-url is not an http",
+        ),
         ([*reward, "--votes", "bad.jsonl", "--questions", "q.jsonl"], "bad.jsonl, line 1 is no vote"),
     ):
         code, out, err = almost_eval("judge", "check", *arguments)
