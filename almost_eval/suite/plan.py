@@ -277,8 +277,8 @@ def _count(one: Planned) -> None:
 def tokens_to_read(run: Run, done: set[str]) -> int:
     """Tokens that the samples which are not `done` take.
 
-    For a model these are the nodes of the token trie: what an engine computes that shares every prefix. One that
-    shares fewer, or none, says in its results how many it computed. For a reward model each distinct text counts.
+    For a model these are the nodes of the token trie, and what its batches repeat of them: what an engine computes that
+    shares every prefix. One that shares fewer, or none, says in its results how many it computed. For a reward model each distinct text counts.
     """
     missing = [i for i, sample in enumerate(run.samples) if sample.id not in done]
     if run.prepared is not None:
@@ -292,10 +292,13 @@ def tokens_to_read(run: Run, done: set[str]) -> int:
 
 def trie_tokens(model: Any, requests: Sequence[Any]) -> int:
     """Tokens that an engine computes for some encoded requests, at least one."""
+    from almost_eval.engines.cuts import cut_trie
     from almost_eval.engines.prefix import build_trie
 
     trie = build_trie(requests)
-    return len(trie) if getattr(model, "share_prefixes", True) else trie.tokens_plain
+    if not getattr(model, "share_prefixes", True):
+        return trie.tokens_plain
+    return len(cut_trie(trie, **model.pass_limits()) if hasattr(model, "pass_limits") else trie)
 
 
 def _count_judged(one: Planned, run: Any) -> None:
