@@ -80,6 +80,10 @@ class Speed:
     """Until the first piece of text of each answer."""
 
 
+Speeds = dict[tuple[str, int], dict[str, list[Speed]]]
+"""Decoding and clients -> server -> its rounds."""
+
+
 # --- servers ---
 
 
@@ -229,12 +233,23 @@ async def closed_loop(side: Side, requests: Sequence[dict[str, Any]], clients: i
     return Speed(tokens / seconds, 1e3 * (cpu_seconds(side) - cpu) / tokens, first)
 
 
+class ServerFailed(RuntimeError):
+    """A server did not answer all requests."""
+
+    def __init__(self, side: Side, reason: str) -> None:
+        super().__init__(f"{side.name} failed: {reason}")
+        self.side = side
+
+
 def measure(side: Side, decoding: str, clients: int, count: int, tokens: int, turns: Iterator[int]) -> Speed:
     go_on(side)
     try:
         return asyncio.run(closed_loop(side, bodies(side, decoding, count, tokens, next(turns)), clients))
+    except RuntimeError as error:
+        raise ServerFailed(side, str(error)) from None
     finally:
-        stop(side)
+        if side.process.exit_code is None:
+            stop(side)
 
 
 # --- the tables ---
@@ -264,16 +279,19 @@ def rows(sides: Sequence[Side], cell: tuple[str, int], rounds: Sequence[Sequence
         }
 
 
-def costs(sides: Sequence[Side], speeds: Mapping[tuple[str, int], Sequence[Sequence[Speed]]]) -> list[dict[str, Any]]:
+def costs(sides: Sequence[Side], speeds: Speeds) -> list[dict[str, Any]]:
     """How many times as long as greedy each other decoding takes, server by server."""
     table = []
     for (decoding, clients), rounds in speeds.items():
         if decoding == "greedy" or ("greedy", clients) not in speeds:
             continue
         row: dict[str, Any] = {"decoding": decoding, "clients": clients}
-        for side, greedy, others in zip(sides, speeds["greedy", clients], rounds, strict=True):
-            ratios = [a.per_second / b.per_second for a, b in zip(greedy, others, strict=True)]
-            row[side.name] = f"{statistics.median(ratios):.2f}"
+        for side in sides:
+            if side.name not in rounds:  # it failed
+                row[side.name] = ""
+                continue
+            both = zip(speeds["greedy", clients][side.name], rounds[side.name], strict=True)
+            row[side.name] = f"{statistics.median(a.per_second / b.per_second for a, b in both):.2f}"
         table.append(row)
     return table
 
@@ -349,29 +367,40 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stopped servers would stay for ever
-    speeds: dict[tuple[str, int], list[list[Speed]]] = {}
+    speeds: Speeds = {}
     turns = iter(range(10**9))
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         sides = chosen_sides(options, Path(scratch))
         start(sides, stack)
+        going = list(sides)
         for side in sides:  # the first answer of a server may compile, or load what it needs
             for decoding in options.decoding:
                 measure(side, decoding, 2, 2, 8, turns)
         for decoding in options.decoding:
             for clients in options.clients:
                 count = max(options.least_requests, clients)
-                work = [partial(measure, side, decoding, clients, count, options.tokens, turns) for side in sides]
                 cell = decoding, clients
-                speeds[cell] = in_turn(options.rounds, *work)
-                show(f"{decoding}, {clients} clients", list(rows(sides, cell, speeds[cell])))
-        show("Times as long as greedy", costs(sides, speeds))
+                while cell not in speeds:
+                    work = [partial(measure, side, decoding, clients, count, options.tokens, turns) for side in going]
+                    try:
+                        rounds = in_turn(options.rounds, *work)
+                    except ServerFailed as failure:
+                        if failure.side is sides[0]:
+                            raise
+                        print(f"\n{decoding}, {clients} clients: {failure}; it is left out from here on")
+                        going.remove(failure.side)
+                        continue
+                    speeds[cell] = {side.name: of_side for side, of_side in zip(going, rounds, strict=True)}
+                    show(f"{decoding}, {clients} clients", list(rows(going, cell, rounds)))
+        if table := costs(sides, speeds):
+            show("Times as long as greedy", table)
         show("Start", [{"server": side.name, "ready s": f"{side.ready_s:.0f}"} for side in sides])
     if options.json:
         figures = [
-            {"decoding": decoding, "clients": clients, "server": side.name, **vars(speed)}
-            for (decoding, clients), rounds in speeds.items()
-            for side, of_side in zip(sides, rounds, strict=True)
-            for speed in of_side
+            {"decoding": decoding, "clients": clients, "server": server, **vars(speed)}
+            for (decoding, clients), by_server in speeds.items()
+            for server, of_server in by_server.items()
+            for speed in of_server
         ]
         machine = {"machine": platform.platform(), "cores": os.cpu_count(), "figures": figures}
         options.json.write_text(json.dumps(machine, indent=1), encoding="utf-8")
