@@ -278,7 +278,8 @@ def tokens_to_read(run: Run, done: set[str]) -> int:
     """Tokens that the samples which are not `done` take.
 
     For a model these are the nodes of the token trie, and what its batches repeat of them: what an engine computes that
-    shares every prefix. One that shares fewer, or none, says in its results how many it computed. For a reward model each distinct text counts.
+    shares every prefix. One that shares fewer, or none, says in its results how many it computed. For a reward model
+    each distinct text counts.
     """
     missing = [i for i, sample in enumerate(run.samples) if sample.id not in done]
     if run.prepared is not None:

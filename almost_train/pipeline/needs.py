@@ -144,15 +144,16 @@ class Estimator:
         is_ppo = settings.algorithm == "ppo"
         width, micro = settings.max_new_tokens, settings.micro_batch_size
         update_size = settings.mini_batch_size if is_ppo else settings.batch_size
-        held = 0
-        """Bytes of what is not trained: the reference, and the reward model."""
+        judged = 0
+        """Bytes of the reward model."""
 
         def step(meter: Meter) -> tuple[list[Any], Callable[[], None]]:
-            nonlocal held
+            nonlocal judged
             before = meter.live
-            judge = self._built(AutoModel, reward, LoraSettings(), "")
+            dtype = "bfloat16" if settings.reward_dtype == "bfloat16" else "float32"  # as the stage `reward` saves it
+            judge = _from_config(AutoModel, self.config(reward), dtype)
+            judged = meter.live - before
             reference = None if settings.lora_rank else self._built(AutoModelForCausalLM, policy, LoraSettings(), "")
-            held = meter.live - before
             kept = [judge, reference]  # in memory as long as `update` is
             model = self._built(AutoModelForCausalLM, policy, settings, "CAUSAL_LM")
             value = self._built(AutoModel, reward, settings, "FEATURE_EXTRACTION") if is_ppo else None
@@ -171,7 +172,7 @@ class Estimator:
             return [model, value] if value is not None else [model], update
 
         accumulation = max(1, update_size // (micro * self.devices.count))
-        need = self._trained(stage, policy, settings, step, accumulation=accumulation, held=lambda: held)
+        need = self._trained(stage, policy, settings, step, accumulation=accumulation, whole=lambda: judged)
         # Sampling comes before the first gradient and between updates: it needs keys and values in their place.
         here = settings.batch_size // self.devices.count
         rows = min(settings.sampling_batch_size, here) if is_ppo else here
@@ -250,7 +251,7 @@ class Estimator:
         step: Callable[[Meter], tuple[list[Any], Callable[[], None]]],
         *,
         accumulation: int,
-        held: Callable[[], int] = lambda: 0,
+        whole: Callable[[], int] = lambda: 0,
     ) -> Need:
         from almost_train.pipeline.meter import count, measured, size_of, step_peak
 
@@ -268,8 +269,7 @@ class Estimator:
         if peak < weights + gradients + optimiser:  # gradients and moments are small beside the activations
             gradients = max(0, peak - weights - optimiser)
         shares = self.devices.count if self.devices.sharding == "full" else 1
-        divided = weights - held() // 2 if shares > 1 else weights  # the reward model is whole everywhere
-        whole = weights - divided
+        undivided = whole() if shares > 1 else 0  # the reward model is whole everywhere
         if shares > 1:
             activations += 2 * layer
         elif self.devices.count > 1:
@@ -280,7 +280,7 @@ class Estimator:
             model,
             parameters=base,
             trained=trained,
-            weights=divided // shares + whole - saved,
+            weights=(weights - undivided) // shares + undivided - saved,
             gradients=gradients // shares,
             optimiser=optimiser // shares,
             activations=activations + spare,

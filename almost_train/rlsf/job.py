@@ -41,8 +41,8 @@ ALGORITHMS = {
 COMMON_SETTINGS = frozenset(
     "algorithm steps batch_size micro_batch_size learning_rate schedule warmup_ratio weight_decay max_grad_norm "
     "max_new_tokens temperature stop eos_penalty clip kl_coefficient kl_limit guard_window seed device bf16 "
-    "gradient_checkpointing save_every save_minutes samples_every keep_every keep_state lora_rank lora_alpha "
-    "lora_targets lora_dropout quantize merge".split()
+    "reward_dtype gradient_checkpointing save_every save_minutes samples_every keep_every keep_state lora_rank "
+    "lora_alpha lora_targets lora_dropout quantize merge".split()
 )
 """Settings that every algorithm takes."""
 SAMPLER_SETTINGS = frozenset(
@@ -105,6 +105,11 @@ class RLSFSettings(LoraSettings):
     eos_penalty: float = option(1.0, "Taken off the (normalised) reward of a completion without EOS.", least=0)
     seed: int = option(0, "Of prompt order, sampling and mini-batches.", least=0)
     bf16: bool = option(False, "Compute in bfloat16; master weights stay float32.")
+    reward_dtype: str = option(
+        "auto",
+        "Of the reward model, which each process holds whole; auto: float32 on a CPU, elsewhere its checkpoint's.",
+        choices=("auto", "float32", "bfloat16"),
+    )
     gradient_checkpointing: bool = option(False, "Compute activations twice, keep few of them.")
     device: str = option("auto", "auto, cpu, cuda, cuda:1.")
     save_every: int = option(20, "Steps between checkpoints.", least=1)

@@ -157,7 +157,7 @@ def _prepare(
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {policy} has no EOS token, so no completion could end; set eos_token")
     template = stage.dated(keep_template(tokenizer))
-    reward = dated_judge(reward_checkpoint, settings.device, stage)
+    reward = dated_judge(reward_checkpoint, settings.device, stage, dtype=settings.reward_dtype)
     kept, dropped = fitting_prompts(prompts, checkpoint, tokenizer, template, reward, settings.max_new_tokens)
     # A new adapter must name weights that are on disk, and TRL reads its reference from the policy's folder.
     checkpoint = training_base(
@@ -215,7 +215,7 @@ def fitting_prompts(
     return kept, dropped
 
 
-def dated_judge(checkpoint: Checkpoint, device: str, stage: SharedStage) -> HFRewardModel:
+def dated_judge(checkpoint: Checkpoint, device: str, stage: SharedStage, *, dtype: str = "auto") -> HFRewardModel:
     """The reward model, beside the policy that this process trains; its template keeps the stage's date."""
     import torch
 
@@ -223,6 +223,6 @@ def dated_judge(checkpoint: Checkpoint, device: str, stage: SharedStage) -> HFRe
 
     if device == "auto" and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    judge = HFRewardModel(checkpoint, device=device)
+    judge = HFRewardModel(checkpoint, dtype=dtype, device=device)
     judge.template = stage.dated(judge.template, "reward_template")
     return judge

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from transformers import AutoModel
 
 from almost_eval.errors import InputError
 from almost_train.cli.main import cli
@@ -16,6 +18,7 @@ from almost_train.pipeline.hardware import Devices, devices, parse_memory
 from almost_train.pipeline.meter import count, measured, size_of, step_peak
 from almost_train.pipeline.needs import Estimator
 from almost_train.pipeline.shapes import cache_bytes, load_config
+from almost_train.rlsf.job import RLSFSettings
 from almost_train.sft.run import SFTSettings
 
 GPU = Devices(1, 24 * 10**9, True)
@@ -44,6 +47,17 @@ def test_attention_keeps_no_matrix_of_weights() -> None:
         # (1, 4, 1,000, 8) of output and (1, 4, 1,000) of sums, 4 bytes each; (1, 4, 1,000, 1,000) would be 16 MB.
         assert meter.live - before == 4 * (32_000 + 4_000)
         del output
+
+
+def test_a_copy_of_a_parameter_without_content_is_a_parameter_of_its_own() -> None:
+    with measured() as meter:
+        head = torch.nn.Linear(100, 10, bias=False)
+        other = copy.deepcopy(head)  # as PEFT copies a head that is trained whole
+        assert meter.live == 2 * 4_000
+        other.weight.data = other.weight.data.to(torch.bfloat16)
+        assert (head.weight.dtype, other.weight.dtype) == (torch.float32, torch.bfloat16)
+        assert isinstance(other.weight, torch.nn.Parameter)
+        assert other.weight.requires_grad
 
 
 def test_keys_and_values_of_llama_7b() -> None:
@@ -77,6 +91,15 @@ def test_what_a_setting_saves() -> None:
     assert adapter.optimiser == 8 * adapter.trained
     fewer = SFTSettings(batch_size=8, micro_batch_size=2, max_length=64)
     assert estimator.sft("sft", "nano/vanilla-medium", fewer, 8).activations < plain.activations
+    judges = [
+        estimator.rlsf(
+            "rlsf", "nano/vanilla-medium", "nano/reward", RLSFSettings(algorithm="grpo", reward_dtype=dtype)
+        ).weights
+        for dtype in ("auto", "bfloat16")
+    ]
+    with measured():
+        judge = count(AutoModel.from_config(load_config("nano/reward")))
+    assert judges[0] - judges[1] == 2 * judge  # bytes
     divided = Estimator(Devices(4, 24 * 10**9, True)).sft("sft", "nano/vanilla-medium", fewer, 8)
     assert divided.weights == plain.weights // 4
     assert divided.gradients == plain.gradients // 4

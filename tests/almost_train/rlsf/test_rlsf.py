@@ -183,6 +183,19 @@ def test_what_only_saves_memory_changes_nothing(world: dict[str, Any], tmp_path:
     near(tmp_path / "plain", tmp_path / "other", 1e-4)
 
 
+def test_the_reward_model_may_be_held_in_half_the_memory(
+    world: dict[str, Any], bpe_tokenizer: Any, tmp_path: Path
+) -> None:
+    judge = make_reward_model(tmp_path / "judge", bpe_tokenizer, scale=3.005)  # in bfloat16 it is 3
+    world = {**world, "reward_model": str(judge)}
+    rlsf(settings(steps=1), **world, output=tmp_path / "plain")
+    rlsf(settings(steps=1, reward_dtype="bfloat16"), **world, output=tmp_path / "half")
+    [plain, half] = [rows_of(tmp_path / name)[0] for name in ("plain", "half")]
+    assert plain["length"] == half["length"]  # the same texts
+    assert half["reward"] != plain["reward"]
+    assert half["reward"] == pytest.approx(plain["reward"], abs=0.1)
+
+
 def near(one: Path, other: Path, tolerance: float) -> None:
     for a, b in zip(rows_of(one), rows_of(other), strict=True):
         for name in a:
