@@ -29,9 +29,7 @@ def merge(
 
     \b
     Example:
-      almost-eval hhh --model ./my-model --output runs/hhh --shard 1/2
-      almost-eval hhh --model ./my-model --output runs/hhh --shard 2/2
-      almost-eval merge runs/hhh
+      almost-eval merge runs/hhh    # after `almost-eval hhh --output runs/hhh --shard 1/2` and the same with 2/2
     """
     from almost_eval.run.merge import merge_runs
     from almost_eval.run.shards import find_marks
