@@ -64,7 +64,7 @@ HEAVY = {
     "datasets": set(),
     "gradio": {
         f"serving/chat/{name}.py"
-        for name in "app asking layout tab_arena tab_chat tab_compare tab_first tab_report widgets".split()
+        for name in "app layout tab_arena tab_chat tab_compare tab_first tab_report widgets".split()
     },
     "matplotlib": set(),
     "trl": set(),

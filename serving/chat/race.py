@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from serving.chat.render import WORKING, badge, markdown
+from serving.chat.render import badge, markdown
 from serving.chat.session import Step
 
 FACTS = '<div class="facts">'
@@ -21,11 +21,7 @@ def side_html(title: str, about: str, step: Step | None, *, idle: bool = False) 
         idle: whether nothing has been asked yet.
     """
     head = f'<header><h3>{escape(title)}</h3><span class="aside">{escape(about)}</span></header>'
-    return f'<article class="panel side{_working([step], idle)}">{head}{_answer(step, idle=idle)}</article>'
-
-
-def _working(steps: Sequence[Step | None], idle: bool) -> str:
-    return "" if idle or all(step and step.done for step in steps) else WORKING
+    return f'<article class="panel side">{head}{_answer(step, idle=idle)}</article>'
 
 
 def _answer(step: Step | None, *, idle: bool) -> str:
@@ -59,7 +55,7 @@ def race_html(steps: Sequence[Step | None], before: str, *, idle: bool = False) 
         return f'<section class="race idle">{head}</section>'
     lanes = "".join(_lane(steps, place, winner) for place in range(len(steps)))
     state = "done" if winner is not None else "running"
-    return f'<section class="race {state}{_working(steps, idle)}">{head}<div class="lanes">{lanes}</div></section>'
+    return f'<section class="race {state}">{head}<div class="lanes">{lanes}</div></section>'
 
 
 def winner_of(steps: Sequence[Step | None]) -> int | None:

@@ -47,10 +47,6 @@ def _parser() -> MarkdownIt:
     return with_maths(parser)
 
 
-WORKING = " working"
-"""Class of what an answer is being written in: the buttons of its tab follow it, by a rule of the style sheet."""
-
-
 def markdown(text: str) -> str:
     """An answer as HTML."""
     return str(_parser().render(text))
@@ -193,15 +189,16 @@ def notice_html(sentence: str, kind: str = "error") -> str:
     return f'<div class="notice {kind}" role="{role}">{escape(sentence)}</div>' if sentence else ""
 
 
-def panel_html(reply: ChatReply | None, *, live: bool, note: str = "") -> str:
-    """One side of a comparison; while it is `live`, its tab's Stop button is there."""
-    if live and not (reply and reply.text):
+def panel_html(reply: ChatReply | None, *, live: bool, heading: str = "", note: str = "") -> str:
+    """One side of a comparison."""
+    if reply is None:
+        body = f'<p class="aside">{escape(note)}</p>' if note else ""
+    elif live and not reply.text:
         body = '<p class="aside pulse">Thinking</p>'
-    elif reply is None:
-        body = f'<p class="aside">{escape(note)}</p>'
     else:
         body = reply_html(reply, live=live)
-    return f'<article class="panel{WORKING if live else ""}">{body}</article>'
+    title = f"<h3>{escape(heading)}</h3>" if heading else ""
+    return f'<article class="panel">{title}{body}</article>'
 
 
 def _button(action: str, index: int, label: str, title: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from html import escape
 
 import gradio as gr
@@ -15,13 +15,12 @@ from almost_eval.arena.report import board
 from almost_eval.arena.votes import VOTES
 from almost_eval.errors import AlmostError
 from serving.chat.arena import MAX_TURNS, SIDES, Arena, Round, void_sentence
-from serving.chat.asking import Asking
 from serving.chat.board import board_html
 from serving.chat.client import EndpointError
-from serving.chat.conversation import MAX_QUESTION, ChatReply, too_long
-from serving.chat.render import WORKING, badge, notice_html, reply_html
-from serving.chat.session import BROKEN, Desk, Step
-from serving.chat.together import Draw
+from serving.chat.conversation import ChatReply
+from serving.chat.render import badge, notice_html, reply_html
+from serving.chat.session import BROKEN, Desk, NotNow, Step
+from serving.chat.together import Draw, draw_together
 from serving.chat.toyworld import hint
 from serving.chat.widgets import ALONE, ANSWERING, QUICK, Update, asker_of, button, question_box, raw_html
 
@@ -37,7 +36,6 @@ KEYS = (
 )
 NAMED = "An answer says whose it is, so this round is not blind: your vote is kept, and is not counted on the board."
 FIRST, NEXT = "Type a question, or draw one", "Go on with both, or vote"
-NO_ANSWER = '<p class="aside">No answer</p>'
 REFRESH_S = 5.0
 """Seconds between two looks at the votes of others, while the tab is open."""
 _FOCUS_NEXT = "() => setTimeout(() => document.querySelector('#arena-next')?.focus(), 60)"
@@ -69,7 +67,7 @@ class ArenaTab:
             self.box = question_box("Question for both", FIRST, "arena-message")
             self.draw = button("Draw a question", "arena-draw", width=130, visible=bool(desk.questions))
             self.send = button("Ask both", "arena-send", "primary")
-            self.stop = button("Stop", "arena-stop", "stop")
+            self.stop = button("Stop", "arena-stop", "stop", visible=False)
         self.notice = raw_html(elem_id="arena-notice")
         with gr.Row(elem_classes="pair"):
             self.panels = [
@@ -97,7 +95,7 @@ class ArenaTab:
         """
         if self._arena is None:
             return
-        outputs = [self.round, self.box, self.question, *self.panels, self.notice, self.send, self.draw]
+        outputs = [self.round, self.box, self.question, *self.panels, self.notice, self.send, self.draw, self.stop]
         outputs += [self.next, *self.buttons.values(), self.board, self.seen]
         state = [self.box, self.question, self.round]
         gr.on([self.box.submit, self.send.click], self._on_send, state, outputs, **ANSWERING)
@@ -138,12 +136,9 @@ class ArenaTab:
     ) -> AsyncIterator[Update]:
         """One question to both: the next turn of a round that waits for its vote, else a new round."""
         assert self._arena is not None
-        text = (text or "").strip()
+        text = (text or "").strip()[:10_000]
         if not text:
             yield {self.notice: gr.skip()}
-            return
-        if refusal := too_long(text, MAX_QUESTION):
-            yield {self.notice: notice_html(refusal)}
             return
         if round_ is not None and round_.votable and not round_.goes_on:
             yield {self.notice: notice_html(f"A round has at most {MAX_TURNS} turns: vote, or start the next.", "hint")}
@@ -152,26 +147,39 @@ class ArenaTab:
         source = question[0] if question and question[1] == text else "typed"
         on = round_ is not None and round_.goes_on
         current = round_.ask(text) if round_ is not None and on else self._arena.begin(text, source)
-        settings = self._arena.settings
-        draws = [
-            Draw(self._desk.system(name), current.messages(place, settings.system), settings)
-            for place, name in enumerate(current.systems)
-        ]
-        asking = Asking(self._desk, "arena", self.notice, lambda steps: self._shown(current, steps))
-        async for update in asking.updates(request, draws, {self.round: None, self.box: ""} | self._busy()):
-            yield update
-        if asking.is_refused:
+        steps: list[Step | None] = [None, None]
+        try:
+            with self._desk.work("arena", asker_of(self._desk, request)) as stop, self._desk.place() as place:
+                yield {self.round: None, self.notice: "", self.box: ""} | self._shown(current) | self._busy()
+                draws = [
+                    Draw(
+                        self._desk.system(name),
+                        current.messages(place, self._arena.settings.system),
+                        self._arena.settings,
+                    )
+                    for place, name in enumerate(current.systems)
+                ]
+                async for sentence in place.sentences(stop):
+                    yield {self.notice: notice_html(sentence, "hint")}
+                async for steps in draw_together(draws, stop):
+                    yield self._shown(current, steps)
+        except NotNow as refusal:
+            yield {self.notice: notice_html(str(refusal), refusal.kind)}
             return
-        steps = asking.steps
-        if why := (BROKEN, "error") if asking.is_broken else self._why_void(steps):
-            yield self._undone(current, steps, *why)
+        except Exception:  # whatever it was, the page can be used again
+            _LOG.exception("a round failed")
+            yield self._undone(current, BROKEN, "error")
+            return
+        why = self._why_void(steps)
+        if why:
+            yield self._undone(current, *why)
             return
         first, second = (step.reply for step in steps if step)
         whole = current.answer((first, second), self._arena.names)
         notice = notice_html(NAMED, "hint") if whole.named else self._hint(text)
         yield {self.round: whole, self.notice: notice} | self._shown(whole) | self._ready(whole)
 
-    def _why_void(self, steps: Sequence[Step | None]) -> tuple[str, str] | None:
+    def _why_void(self, steps: list[Step | None]) -> tuple[str, str] | None:
         """Why a question cannot be voted on, and the kind of the notice."""
         failed = next((step.error for step in steps if step and step.error), None)
         if failed is None and any(step is None or step.reply.ending == "stopped" for step in steps):
@@ -180,14 +188,14 @@ class ArenaTab:
             return None
         return void_sentence(failed or EndpointError("broken", "")), "error"
 
-    def _undone(self, current: Round, steps: Sequence[Step | None], why: str, kind: str) -> Update:
+    def _undone(self, current: Round, why: str, kind: str) -> Update:
         """The question is taken back; what was answered before it can still be voted on."""
         before = current.take_back()
         if why != BROKEN:
             void = "this round does not count" if before is None else "this question does not count, those before it do"
             why = f"{why}: {void}."
         text = gr.Textbox(value=current.questions[-1])
-        shown = self._shown(before) if before else self._shown(current, steps)
+        shown = self._shown(before) if before else {}
         return {self.round: before, self.box: text, self.notice: notice_html(why, kind)} | shown | self._ready(before)
 
     def _hint(self, text: str) -> str:
@@ -233,7 +241,7 @@ class ArenaTab:
 
     # --- what the page shows ---
 
-    def _shown(self, round_: Round, steps: Sequence[Step | None] | None = None) -> dict[Block, object]:
+    def _shown(self, round_: Round, steps: list[Step | None] | None = None) -> dict[Block, object]:
         return {
             panel: self._panel(place, round_, steps[place] if steps else None)
             for place, panel in enumerate(self.panels)
@@ -242,18 +250,19 @@ class ArenaTab:
     def _busy(self) -> dict[Block, object]:
         """While both answer."""
         still: dict[Block, object] = {one: gr.Button(interactive=False) for one in (self.next, *self.buttons.values())}
-        return still
+        return still | {self.send: gr.Button(visible=False), self.stop: gr.Button(visible=True)}
 
     def _ready(self, round_: Round | None) -> dict[Block, object]:
         """While nobody answers: what can be done with the round, if there is one."""
         votable = round_ is not None and round_.votable
         labels: dict[Block, object] = {
-            self.send: gr.Button("Ask both again" if votable else "Ask both", interactive=True)
+            self.send: gr.Button("Ask both again" if votable else "Ask both", visible=True, interactive=True)
         }
         first = gr.Textbox(placeholder=NEXT if votable else FIRST)
         return {
             **labels,
             **({} if round_ is None else {self.box: first}),
+            self.stop: gr.Button(visible=False),
             self.draw: gr.Button(visible=bool(self._desk.questions) and not votable),
             self.next: gr.Button(
                 "Skip this round" if votable else "Next round",
@@ -270,20 +279,19 @@ class ArenaTab:
             body = '<p class="aside">The answer appears here</p>'
             return f'<article class="panel"><h3>{letter}</h3>{body}</article>'
         heading = f"{letter}: {escape(round_.systems[place])}" if round_.vote else letter
-        body, kind = "", " won" if round_.vote == SIDES[place] else ""
+        body = ""
         for number, question in enumerate(round_.questions):
             body += f'<p class="question">{escape(question)}</p>'
             if number < len(round_.replies):
                 body += reply_html(ChatReply(round_.replies[number][place].text))
-                continue
-            kind = "" if step and step.done else WORKING
-            if step and (step.done or step.reply.text):
-                body += reply_html(ChatReply(step.reply.text), live=not step.done) if step.reply.text else NO_ANSWER
-            else:
+            elif step is None or not step.reply.text:
                 body += '<p class="aside pulse">Thinking</p>'
+            else:
+                body += reply_html(ChatReply(step.reply.text), live=not step.done)
         if round_.vote:
             mark = '<span class="badge good">your vote</span>' if round_.vote == SIDES[place] else ""
             named = '<span class="badge">named itself</span>' if SIDES[place] in round_.named else ""
             last = round_.replies[-1][place]
             body += f'<div class="facts">{mark}{named}{badge(last.reward, last.percentile)}</div>'
-        return f'<article class="panel{kind}"><h3>{heading}</h3>{body}</article>'
+        won = " won" if round_.vote == SIDES[place] else ""
+        return f'<article class="panel{won}"><h3>{heading}</h3>{body}</article>'

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Sequence
 
 import gradio as gr
 from gradio.blocks import Block
 
-from serving.chat.asking import Asking
-from serving.chat.conversation import MAX_QUESTION, Conversation, Settings, too_long
+from serving.chat.conversation import Conversation, Settings
 from serving.chat.render import notice_html, panel_html
-from serving.chat.session import Desk, Step
-from serving.chat.together import Draw
-from serving.chat.widgets import ALONE, ANSWERING, QUICK, Update, button, question_box, raw_html
+from serving.chat.session import BROKEN, Desk, NotNow, Step
+from serving.chat.together import Draw, draw_together
+from serving.chat.widgets import ALONE, ANSWERING, QUICK, Update, asker_of, button, question_box, raw_html
+
+_LOG = logging.getLogger("almost.chat")
 
 
 class CompareTab:
@@ -34,7 +36,7 @@ class CompareTab:
         with gr.Row(elem_classes="composer"):
             self.box = question_box("Question for both", "One question for both", "compare-message")
             self.send = button("Ask both", "compare-send", "primary")
-            self.stop = button("Stop", "compare-stop", "stop")
+            self.stop = button("Stop", "compare-stop", "stop", visible=False)
         self.notice = raw_html(elem_id="compare-notice")
         self.panels = []
         with gr.Row(elem_classes="pair"):
@@ -53,7 +55,7 @@ class CompareTab:
             [self.box.submit, self.send.click],
             self._on_send,
             [self.box, *self.pickers, *chat_settings],
-            [*self.panels, self.notice],
+            [*self.panels, self.notice, self.send, self.stop],
             **ANSWERING,
         )
         self.stop.click(self._on_stop, None, None, **QUICK)
@@ -67,18 +69,28 @@ class CompareTab:
         if not (text or "").strip():
             yield {self.notice: gr.skip()}
             return
-        if refusal := too_long(text, MAX_QUESTION):
-            yield {self.notice: notice_html(refusal)}
-            return
         settings = Settings.checked(*chat_settings, most=1)
         messages = Conversation().ask(text.strip()).messages(settings.system)
         draws = [Draw(self._desk.system(name), messages, settings) for name in (left, right)]
-        asking = Asking(self._desk, "compare", self.notice, self._shown)
-        async for update in asking.updates(request, draws, {}):
-            yield update
-        if not asking.is_refused:
-            yield self._shown(asking.steps) | {self.notice: notice_html(asking.errors(notes=True))}
+        try:
+            with self._desk.work("compare", asker_of(self._desk, request)) as stop, self._desk.place() as place:
+                thinking = panel_html(None, live=False, note="Thinking")
+                yield dict.fromkeys(self.panels, thinking) | self._buttons(busy=True) | {self.notice: ""}
+                steps: list[Step | None] = [None, None]
+                async for sentence in place.sentences(stop):
+                    yield {self.notice: notice_html(sentence, "hint")}
+                async for steps in draw_together(draws, stop):
+                    panels = [panel_html(step.reply if step else None, live=not (step and step.done)) for step in steps]
+                    yield dict(zip(self.panels, panels, strict=True))
+        except NotNow as refusal:
+            yield {self.notice: notice_html(str(refusal), refusal.kind)}
+            return
+        except Exception:  # whatever it was, the page can be used again
+            _LOG.exception("an answer failed")
+            yield self._buttons(busy=False) | {self.notice: notice_html(BROKEN)}
+            return
+        sentences = {str(step.error or step.note) for step in steps if step and (step.error or step.note)}
+        yield self._buttons(busy=False) | {self.notice: notice_html(" ".join(sorted(sentences)))}
 
-    def _shown(self, steps: Sequence[Step | None]) -> dict[Block, object]:
-        panels = (panel_html(step.reply if step else None, live=not (step and step.done)) for step in steps)
-        return dict(zip(self.panels, panels, strict=True))
+    def _buttons(self, *, busy: bool) -> dict[Block, object]:
+        return {self.send: gr.Button(visible=not busy), self.stop: gr.Button(visible=busy)}

@@ -12,15 +12,14 @@ import gradio as gr
 from gradio.blocks import Block
 
 from almost_eval.errors import AlmostError
-from serving.chat.asking import Asking
-from serving.chat.conversation import MAX_QUESTION, Conversation, too_long
+from serving.chat.conversation import Conversation
 from serving.chat.race import race_html, side_html
 from serving.chat.render import notice_html
-from serving.chat.session import BROKEN, ChatSystem, Desk, Step
+from serving.chat.session import BROKEN, ChatSystem, Desk, NotNow, Step
 from serving.chat.small_model import ABOUT
-from serving.chat.together import Draw
+from serving.chat.together import Draw, draw_together
 from serving.chat.toyworld import KNOWN, PREPARED, hint
-from serving.chat.widgets import ANSWERING, QUICK, Update, button, question_box, raw_html
+from serving.chat.widgets import ANSWERING, QUICK, Update, asker_of, button, question_box, raw_html
 
 CANDIDATES = 6
 TEMPERATURE = 1.2
@@ -53,7 +52,7 @@ class FirstTab:
             first = PREPARED[0].question
             self.box = question_box("Question for both", "Ask about the made-up world", "first-message", value=first)
             self.send = button("Ask both", "first-send", "primary")
-            self.stop = button("Stop", "first-stop", "stop")
+            self.stop = button("Stop", "first-stop", "stop", visible=False)
         chips = "".join(
             f'<button type="button" class="chip" data-question="{escape(one.question)}">'
             f"<i>{escape(one.label)}</i> {escape(one.question)}</button>"
@@ -85,7 +84,7 @@ class FirstTab:
             chat_system: the Chat tab's model.
             pickers: the models of the Side by side tab.
         """
-        outputs = [self.box, *self.sides, self.race, self.notice]
+        outputs = [self.box, *self.sides, self.race, self.notice, self.send, self.stop]
         gr.on([self.box.submit, self.send.click], self._on_send, self.box, outputs, **ANSWERING)
         self.chips.act(self._on_pick, None, outputs, **ANSWERING)
         self.stop.click(self._on_stop, None, None, **QUICK)
@@ -99,31 +98,40 @@ class FirstTab:
         self._desk.stop("first", request.session_hash)
 
     async def _on_pick(self, event: gr.EventData, request: gr.Request) -> AsyncIterator[Update]:
-        question = str(event._data.get("question") or "")
+        question = str(event._data.get("question") or "")[:10_000]
+        yield {self.box: question}
         async for update in self._on_send(request, question):
             yield update
 
     async def _on_send(self, request: gr.Request, text: str) -> AsyncIterator[Update]:
         """Both sides and all candidates at once."""
-        text = (text or "").strip()
+        text = (text or "").strip()[:10_000]
         if not text:
             yield {self.notice: gr.skip()}
-            return
-        if refusal := too_long(text, MAX_QUESTION):
-            yield {self.notice: notice_html(refusal)}
             return
         settings = replace(self._desk.defaults, best_of=1)
         messages = Conversation().ask(text).messages(settings.system)
         racing = replace(settings, temperature=TEMPERATURE, top_p=1.0)
         draws = [Draw(system, messages, settings) for system in self._pair]
         draws += [Draw(self._pair[0], messages, racing)] * CANDIDATES
-        asking = Asking(self._desk, "first", self.notice, self._shown, hint(text))
-        async for update in asking.updates(request, draws, {self.box: text}):
-            yield update
-        if not asking.is_refused:
-            errors = asking.errors()
-            notice = notice_html(errors) if errors else notice_html(hint(text), "hint")
-            yield self._shown(asking.steps) | {self.notice: notice}
+        steps: list[Step | None] = [None] * len(draws)
+        try:
+            with self._desk.work("first", asker_of(self._desk, request)) as stop, self._desk.place() as place:
+                yield self._shown(steps) | self._buttons(busy=True) | {self.notice: notice_html(hint(text), "hint")}
+                async for sentence in place.sentences(stop):
+                    yield {self.notice: notice_html(sentence or hint(text), "hint")}
+                async for steps in draw_together(draws, stop):
+                    yield self._shown(steps)
+        except NotNow as refusal:
+            yield {self.notice: notice_html(str(refusal), refusal.kind)}
+            return
+        except Exception:  # whatever it was, the page can be used again
+            _LOG.exception("an answer failed")
+            yield self._buttons(busy=False) | {self.notice: notice_html(BROKEN)}
+            return
+        errors = sorted({str(step.error) for step in steps if step and step.error})
+        told = {self.notice: notice_html(" ".join(errors))} if errors else {}
+        yield self._buttons(busy=False) | told
 
     # --- the real small model ---
 
@@ -174,3 +182,6 @@ class FirstTab:
 
     def _race(self, steps: Sequence[Step | None], *, idle: bool = False) -> str:
         return race_html(steps, self._pair[0].name, idle=idle)
+
+    def _buttons(self, *, busy: bool) -> dict[Block, object]:
+        return {self.send: gr.Button(visible=not busy), self.stop: gr.Button(visible=busy)}

@@ -23,10 +23,6 @@ ALONE = (
 )
 
 
-SETTLE_S = 0.1
-"""Between an update that must not be lost and the next one: gradio's page may lose some of one that another follows at
-once."""
-
 ANSWERING: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
 """How an event runs that draws answers. It starts at once: whoever has to wait is told so by the desk, whereas a full
 queue of gradio's own is an error without a sentence."""

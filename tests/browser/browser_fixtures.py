@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import subprocess
 import threading
-import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,17 +43,13 @@ def leave(*pages: Any) -> None:
 
 
 class Wire:
-    """A connection in between that hears every byte the server sends: a context manager, to be browsed at `url`.
-
-    Where `hold_s` is set, what the server sends arrives in bursts, so many seconds apart.
-    """
+    """A connection in between that hears every byte the server sends: a context manager, to be browsed at `url`."""
 
     def __init__(self, server_url: str) -> None:
         self._server = ("127.0.0.1", int(server_url.rpartition(":")[2]))
         self._listening = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
         self.heard: list[bytes] = []
-        self.hold_s = 0.0
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._accept, daemon=True).start()
@@ -73,11 +68,7 @@ class Wire:
 
     def _forward(self, source: socket.socket, target: socket.socket, hear: bool) -> None:
         with suppress(OSError):
-            while True:
-                if hear and self.hold_s and source.recv(1, socket.MSG_PEEK):
-                    time.sleep(self.hold_s)
-                if not (data := source.recv(1 << 16)):
-                    break
+            while data := source.recv(1 << 16):
                 if hear:
                     self.heard.append(data)
                 # Uncompressed, or there would be nothing to read.

@@ -95,7 +95,7 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
         page.origin = url
         page.goto(f"{url}/#{tab}" if tab else url)
         page.wait_for_selector(
-            {None: ":is(#first-send, #first-stop):visible", "arena": "#arena-message"}.get(tab, "#message textarea")
+            {None: "#first-send, #first-stop", "arena": "#arena-message"}.get(tab, "#message textarea")
         )
         opened.append(page)
         return page
