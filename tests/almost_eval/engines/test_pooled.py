@@ -18,9 +18,11 @@ from almost_eval.progress import Progress
 from almost_eval.run.request import RunRequest, open_run
 from almost_eval.types import LoglikelihoodRequest
 
+CPU = EngineOptions(device="cpu", dtype="float32")
+FOUR = EngineOptions(device="cpu", dtype="float32", workers=4)
 # One sequence in a pass: a worker that is killed at the fifth sample is then in the middle of its work.
-CPU = EngineOptions(device="cpu", dtype="float32", batch_size=1)
-FOUR = EngineOptions(device="cpu", dtype="float32", batch_size=1, workers=4)
+CPU_STEPWISE = EngineOptions(device="cpu", dtype="float32", batch_size=1)
+FOUR_STEPWISE = EngineOptions(device="cpu", dtype="float32", batch_size=1, workers=4)
 
 
 def workers() -> list[psutil.Process]:
@@ -70,9 +72,11 @@ def execute(request: RunRequest, folder: Path, progress: Progress | None = None)
 
 
 def compare_with_one_killed(task: str, protocol: str, model: str, tmp_path: Path, **more: Any) -> None:
-    alone, lines = execute(RunRequest(task=task, protocol=protocol, model=model, engine=CPU, **more), tmp_path / "one")
+    alone, lines = execute(
+        RunRequest(task=task, protocol=protocol, model=model, engine=CPU_STEPWISE, **more), tmp_path / "one"
+    )
     progress = KillAt(5)
-    request = RunRequest(task=task, protocol=protocol, model=model, engine=FOUR, **more)
+    request = RunRequest(task=task, protocol=protocol, model=model, engine=FOUR_STEPWISE, **more)
     shared, shared_lines = execute(request, tmp_path / "four", progress)
     assert len(progress.killed) == 1
     assert len(progress.bars) == 1
@@ -93,6 +97,14 @@ def test_four_workers_on_two_cores_one_of_them_killed(tmp_path: Path) -> None:
     compare_with_one_killed("hhh", "choice", "nano/almost", tmp_path)
 
 
+def test_batches_of_many_are_those_of_one_process(tmp_path: Path) -> None:
+    alone, lines = execute(RunRequest(task="hhh", model="nano/almost", engine=CPU), tmp_path / "one")
+    shared, shared_lines = execute(RunRequest(task="hhh", model="nano/almost", engine=FOUR), tmp_path / "four")
+    assert shared_lines == lines
+    del alone["timing"], shared["timing"]
+    assert shared == alone
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("protocol", "model"), [("likelihood", "nano/sft"), ("reward", "nano/reward")])
 def test_the_other_protocols_too(protocol: str, model: str, tmp_path: Path) -> None:
@@ -101,7 +113,7 @@ def test_the_other_protocols_too(protocol: str, model: str, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_all_killed_is_one_line_and_the_same_run_goes_on(tmp_path: Path) -> None:
-    request = RunRequest(task="hhh", protocol="choice", model="nano/almost", engine=FOUR)
+    request = RunRequest(task="hhh", protocol="choice", model="nano/almost", engine=FOUR_STEPWISE)
     run = open_run(request)
     with pytest.raises(RunError, match=r"(all 4 workers have ended|workers ended over the same).*same command goes on"):
         run.execute(tmp_path / "run", KillAt(5, all_of_them=True))
@@ -110,7 +122,7 @@ def test_all_killed_is_one_line_and_the_same_run_goes_on(tmp_path: Path) -> None
     assert not (tmp_path / "run" / "results.json").exists()
     results, lines = execute(request, tmp_path / "run")
     assert results["timing"]["samples_computed_now"] == len(lines) - kept
-    alone, lines_alone = execute(RunRequest(task="hhh", model="nano/almost", engine=CPU), tmp_path / "one")
+    alone, lines_alone = execute(RunRequest(task="hhh", model="nano/almost", engine=CPU_STEPWISE), tmp_path / "one")
     assert lines == lines_alone
     assert results["metrics"] == alone["metrics"]
 
@@ -168,9 +180,7 @@ def test_a_real_model_in_two_workers_is_the_same_in_every_bit(real_models: Any) 
     prompts = [request.context for request in requests]
     params = SamplingParams(max_new_tokens=8, temperature=1.0, seed=1)
     one: Any = loglikelihood_engine(str(real_models.smollm2), CPU)
-    two: Any = loglikelihood_engine(
-        str(real_models.smollm2), EngineOptions(device="cpu", dtype="float32", batch_size=1, workers=2)
-    )
+    two: Any = loglikelihood_engine(str(real_models.smollm2), EngineOptions(device="cpu", dtype="float32", workers=2))
     assert two.loglikelihood(requests) == one.loglikelihood(requests)
     assert two.generate(prompts, params) == one.generate(prompts, params)
     assert two.report.warnings == []
