@@ -16,6 +16,8 @@ from almost_eval.types import JSONObject
 MAX_TURNS = 400
 MAX_CHARACTERS = 200_000
 """Of one message."""
+MAX_QUESTION = 10_000
+"""Characters of a question to several systems at once."""
 ID = re.compile(r"[0-9a-f]{16}")
 """A conversation's own number."""
 
@@ -218,3 +220,9 @@ def _within(value: object, low: float, high: float, default: float) -> float:
     except (TypeError, ValueError):
         return default
     return min(max(number, low), high) if math.isfinite(number) else default
+
+
+def too_long(text: str, most: int = MAX_CHARACTERS) -> str:
+    """A sentence for whoever wrote more than `most` characters; nothing for others."""
+    sentence = f"That is more than {most:,} characters, the most of one message here: shorten it."
+    return sentence if len(text) > most else ""

@@ -85,7 +85,15 @@ class ChatLayout:
                 self.temperature = gr.Slider(
                     0, 2, value=base.temperature, step=0.05, label="Temperature", elem_id="temperature"
                 )
-                self.top_p = gr.Slider(0.05, 1, value=base.top_p, step=0.05, label="Top-p", elem_id="top-p")
+                self.top_p = gr.Slider(
+                    0.05,
+                    1,
+                    value=base.top_p,
+                    step=0.05,
+                    label="Top-p",
+                    info="1 is off. On a CPU it is next to free behind almost-serve, and twice the time elsewhere",
+                    elem_id="top-p",
+                )
                 self.max_tokens = gr.Slider(
                     16, 2048, value=base.max_tokens, step=16, label="Longest answer, tokens", elem_id="max-tokens"
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 import threading
@@ -17,12 +18,12 @@ from almost_eval.errors import AlmostError
 from serving.chat.arena import MAX_TURNS, SIDES, Arena, Round, void_sentence
 from serving.chat.board import board_html
 from serving.chat.client import EndpointError
-from serving.chat.conversation import ChatReply
+from serving.chat.conversation import MAX_QUESTION, ChatReply, too_long
 from serving.chat.render import badge, notice_html, reply_html
 from serving.chat.session import BROKEN, Desk, NotNow, Step
 from serving.chat.together import Draw, draw_together
 from serving.chat.toyworld import hint
-from serving.chat.widgets import ALONE, ANSWERING, QUICK, Update, asker_of, button, question_box, raw_html
+from serving.chat.widgets import ALONE, ANSWERING, QUICK, SETTLE_S, Update, asker_of, button, question_box, raw_html
 
 LABELS = {"a": "A is better", "b": "B is better", "tie": "Tie", "both_bad": "Both are bad"}
 INTRODUCTION = (
@@ -136,9 +137,12 @@ class ArenaTab:
     ) -> AsyncIterator[Update]:
         """One question to both: the next turn of a round that waits for its vote, else a new round."""
         assert self._arena is not None
-        text = (text or "").strip()[:10_000]
+        text = (text or "").strip()
         if not text:
             yield {self.notice: gr.skip()}
+            return
+        if excess := too_long(text, MAX_QUESTION):
+            yield {self.notice: notice_html(excess)}
             return
         if round_ is not None and round_.votable and not round_.goes_on:
             yield {self.notice: notice_html(f"A round has at most {MAX_TURNS} turns: vote, or start the next.", "hint")}
@@ -151,6 +155,7 @@ class ArenaTab:
         try:
             with self._desk.work("arena", asker_of(self._desk, request)) as stop, self._desk.place() as place:
                 yield {self.round: None, self.notice: "", self.box: ""} | self._shown(current) | self._busy()
+                await asyncio.sleep(SETTLE_S)
                 draws = [
                     Draw(
                         self._desk.system(name),
@@ -163,6 +168,7 @@ class ArenaTab:
                     yield {self.notice: notice_html(sentence, "hint")}
                 async for steps in draw_together(draws, stop):
                     yield self._shown(current, steps)
+                await asyncio.sleep(SETTLE_S)
         except NotNow as refusal:
             yield {self.notice: notice_html(str(refusal), refusal.kind)}
             return

@@ -11,21 +11,17 @@ import gradio as gr
 from gradio.blocks import Block
 
 from serving.chat.client import EndpointError
-from serving.chat.conversation import MAX_CHARACTERS, MAX_TURNS, Conversation, Settings
+from serving.chat.conversation import MAX_TURNS, Conversation, Settings, too_long
 from serving.chat.layout import ChatLayout, best_of_slider
 from serving.chat.render import live_html, notice_html, past_html
 from serving.chat.session import BROKEN, BUSY, NotNow, Step, draw
 from serving.chat.shelf import KEEP, LOAD, kept_text, record_of
-from serving.chat.widgets import ANSWERING, QUICK, Update, asker_of
+from serving.chat.widgets import ANSWERING, QUICK, SETTLE_S, Update, asker_of
 
 _LOG = logging.getLogger("almost.chat")
 DIFFERING = 1.3
 """Temperature from which the aligned built-in model's candidates differ: of six, two do at 0.7 and four at 1.3."""
-TOO_LONG = f"That is more than {MAX_CHARACTERS:,} characters, the most of one message here: shorten it."
 TOO_MANY = f"This conversation has {MAX_TURNS} questions, the most there can be: start a new one."
-
-SETTLE_S = 0.1
-"""Between the update that takes a question and the next one."""
 
 
 class ChatTab(ChatLayout):
@@ -85,8 +81,8 @@ class ChatTab(ChatLayout):
         if not text:
             yield {self.notice: gr.skip()}
             return
-        if len(text) > MAX_CHARACTERS:
-            yield {self.notice: notice_html(TOO_LONG)}
+        if refusal := too_long(text):
+            yield {self.notice: notice_html(refusal)}
             return
         longer = conversation.ask(text) if editing is None else conversation.reopen(editing, text)
         replaced = None if editing is None else conversation

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 
 import gradio as gr
 from gradio.blocks import Block
 
-from serving.chat.conversation import Conversation, Settings
+from serving.chat.conversation import MAX_QUESTION, Conversation, Settings, too_long
 from serving.chat.render import notice_html, panel_html
 from serving.chat.session import BROKEN, Desk, NotNow, Step
 from serving.chat.together import Draw, draw_together
-from serving.chat.widgets import ALONE, ANSWERING, QUICK, Update, asker_of, button, question_box, raw_html
+from serving.chat.widgets import ALONE, ANSWERING, QUICK, SETTLE_S, Update, asker_of, button, question_box, raw_html
 
 _LOG = logging.getLogger("almost.chat")
 
@@ -69,6 +70,9 @@ class CompareTab:
         if not (text or "").strip():
             yield {self.notice: gr.skip()}
             return
+        if excess := too_long(text, MAX_QUESTION):
+            yield {self.notice: notice_html(excess)}
+            return
         settings = Settings.checked(*chat_settings, most=1)
         messages = Conversation().ask(text.strip()).messages(settings.system)
         draws = [Draw(self._desk.system(name), messages, settings) for name in (left, right)]
@@ -77,11 +81,12 @@ class CompareTab:
                 thinking = panel_html(None, live=False, note="Thinking")
                 yield dict.fromkeys(self.panels, thinking) | self._buttons(busy=True) | {self.notice: ""}
                 steps: list[Step | None] = [None, None]
+                await asyncio.sleep(SETTLE_S)
                 async for sentence in place.sentences(stop):
                     yield {self.notice: notice_html(sentence, "hint")}
                 async for steps in draw_together(draws, stop):
-                    panels = [panel_html(step.reply if step else None, live=not (step and step.done)) for step in steps]
-                    yield dict(zip(self.panels, panels, strict=True))
+                    yield self._shown(steps)
+                await asyncio.sleep(SETTLE_S)
         except NotNow as refusal:
             yield {self.notice: notice_html(str(refusal), refusal.kind)}
             return
@@ -90,7 +95,12 @@ class CompareTab:
             yield self._buttons(busy=False) | {self.notice: notice_html(BROKEN)}
             return
         sentences = {str(step.error or step.note) for step in steps if step and (step.error or step.note)}
-        yield self._buttons(busy=False) | {self.notice: notice_html(" ".join(sorted(sentences)))}
+        notice = notice_html(" ".join(sorted(sentences)))
+        yield self._shown(steps) | self._buttons(busy=False) | {self.notice: notice}
+
+    def _shown(self, steps: Sequence[Step | None]) -> dict[Block, object]:
+        panels = (panel_html(step.reply if step else None, live=not (step and step.done)) for step in steps)
+        return dict(zip(self.panels, panels, strict=True))
 
     def _buttons(self, *, busy: bool) -> dict[Block, object]:
         return {self.send: gr.Button(visible=not busy), self.stop: gr.Button(visible=busy)}

@@ -12,14 +12,14 @@ import gradio as gr
 from gradio.blocks import Block
 
 from almost_eval.errors import AlmostError
-from serving.chat.conversation import Conversation
+from serving.chat.conversation import MAX_QUESTION, Conversation, too_long
 from serving.chat.race import race_html, side_html
 from serving.chat.render import notice_html
 from serving.chat.session import BROKEN, ChatSystem, Desk, NotNow, Step
 from serving.chat.small_model import ABOUT
 from serving.chat.together import Draw, draw_together
 from serving.chat.toyworld import KNOWN, PREPARED, hint
-from serving.chat.widgets import ANSWERING, QUICK, Update, asker_of, button, question_box, raw_html
+from serving.chat.widgets import ANSWERING, QUICK, SETTLE_S, Update, asker_of, button, question_box, raw_html
 
 CANDIDATES = 6
 TEMPERATURE = 1.2
@@ -98,16 +98,18 @@ class FirstTab:
         self._desk.stop("first", request.session_hash)
 
     async def _on_pick(self, event: gr.EventData, request: gr.Request) -> AsyncIterator[Update]:
-        question = str(event._data.get("question") or "")[:10_000]
-        yield {self.box: question}
+        question = str(event._data.get("question") or "")
         async for update in self._on_send(request, question):
             yield update
 
     async def _on_send(self, request: gr.Request, text: str) -> AsyncIterator[Update]:
         """Both sides and all candidates at once."""
-        text = (text or "").strip()[:10_000]
+        text = (text or "").strip()
         if not text:
             yield {self.notice: gr.skip()}
+            return
+        if excess := too_long(text, MAX_QUESTION):
+            yield {self.notice: notice_html(excess)}
             return
         settings = replace(self._desk.defaults, best_of=1)
         messages = Conversation().ask(text).messages(settings.system)
@@ -117,11 +119,14 @@ class FirstTab:
         steps: list[Step | None] = [None] * len(draws)
         try:
             with self._desk.work("first", asker_of(self._desk, request)) as stop, self._desk.place() as place:
-                yield self._shown(steps) | self._buttons(busy=True) | {self.notice: notice_html(hint(text), "hint")}
+                told = {self.box: text, self.notice: notice_html(hint(text), "hint")}
+                yield self._shown(steps) | self._buttons(busy=True) | told
+                await asyncio.sleep(SETTLE_S)
                 async for sentence in place.sentences(stop):
                     yield {self.notice: notice_html(sentence or hint(text), "hint")}
                 async for steps in draw_together(draws, stop):
                     yield self._shown(steps)
+                await asyncio.sleep(SETTLE_S)
         except NotNow as refusal:
             yield {self.notice: notice_html(str(refusal), refusal.kind)}
             return
@@ -131,7 +136,7 @@ class FirstTab:
             return
         errors = sorted({str(step.error) for step in steps if step and step.error})
         told = {self.notice: notice_html(" ".join(errors))} if errors else {}
-        yield self._buttons(busy=False) | told
+        yield self._shown(steps) | self._buttons(busy=False) | told
 
     # --- the real small model ---
 

@@ -14,6 +14,10 @@ from serving.chat.visitors import Asker
 Update = Mapping[Block, object]
 """A component -> its new value; all others stay as they are."""
 
+SETTLE_S = 0.1
+"""Seconds after the update that takes a question, and before the one that ends its answers: gradio's page may lose some
+of an update that the next one follows at once."""
+
 QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 """How an event runs that draws no answer."""
 

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import pytest
 from browser_fixtures import Server, Wire, leave
 
 from almost_eval.arena.votes import VoteStore
@@ -51,6 +52,75 @@ def test_both_stream_at_once_and_stop_ends_both(chat_server: Callable[..., Any],
         page.wait_for_selector("#compare-send", state="visible")
         page.wait_for_timeout(500)
         assert (one.unfinished, two.unfinished) == (1, 1)
+
+
+def test_the_buttons_are_right_in_every_one_of_many_quick_rounds(
+    chat_server: Callable[..., Any], open_page: Callable[..., Any]
+) -> None:
+    """Gradio's page may lose some of an update that another follows at once; a slow network brings several at once."""
+    script = Script([f"word{i} " for i in range(600)], delay_s=0.03)
+    shown = "(tab) => ['send', 'stop'].filter((n) => document.getElementById(`${tab}-${n}`)?.offsetParent).join(' ')"
+    with ExitStack() as stack:
+        one, two = (stack.enter_context(ScriptedEndpoint(script)) for _ in range(2))
+        server = stack.enter_context(chat_server("--base-url", f"one={one.url}", "--base-url", f"two={two.url}"))
+        wire = stack.enter_context(Wire(server.url))
+        page = open_page(wire.url)
+        page.wait_for_timeout(1000)
+        wire.hold_s = 0.4
+        for tab, name, panel in (("compare", "Side by side", "#compare-left-answer"), ("arena", "Arena", "#arena-a")):
+            open_tab(page, name)
+            seen = []
+            for number in range(6):
+                page.fill(f"#{tab}-message textarea", f"Question {number}?")
+                page.press(f"#{tab}-message textarea", "Enter")
+                page.wait_for_selector(f"{panel} .caret")
+                while_answering = page.evaluate(shown, tab)
+                page.keyboard.press("Escape")
+                if "stop" not in while_answering:  # nothing can end it
+                    pytest.fail(f"no Stop in round {number} of {tab}, but {while_answering!r}")
+                page.wait_for_selector(f"{panel} .caret", state="detached")
+                page.wait_for_timeout(1000)  # the last update has come
+                seen.append((while_answering, page.evaluate(shown, tab)))
+            assert seen == [("stop", "send")] * 6
+        wire.hold_s = 0.0
+        leave(page)
+
+
+WHOLE = """([tab, sides, text]) => {
+    const there = (id) => document.getElementById(`${tab}-${id}`)?.offsetParent;
+    const whole = (side) => side.innerText.includes(text) && !side.querySelector('.caret, .pulse');
+    return there('send') && !there('stop') && sides.every((one) => whole(document.querySelector(one)));
+}"""
+"""Both answers are there to their ends, and the tab can be asked again."""
+
+
+def test_no_part_of_a_quick_answer_is_lost(chat_server: Callable[..., Any], open_page: Callable[..., Any]) -> None:
+    """Answers that are whole at once: their updates follow each other as fast as they can."""
+    from playwright.sync_api import TimeoutError
+
+    def echo(body: dict[str, Any]) -> Script:
+        return Script((f"You said {body['messages'][-1]['content']}",))
+
+    with ExitStack() as stack:
+        one, two = (stack.enter_context(ScriptedEndpoint(echo)) for _ in range(2))
+        server = stack.enter_context(chat_server("--base-url", f"one={one.url}", "--base-url", f"two={two.url}"))
+        page = open_page(server.url)
+        lost = []
+        for tab, name, panels in (("compare", "Side by side", "#compare-{}-answer"), ("arena", "Arena", "#arena-{}")):
+            open_tab(page, name)
+            sides = [panels.format(side) for side in (("left", "right") if tab == "compare" else "ab")]
+            for number in range(10):
+                page.fill(f"#{tab}-message textarea", f"number-{number}.")
+                page.click(f"#{tab}-send")
+                try:
+                    page.wait_for_function(WHOLE, arg=[tab, sides, f"You said number-{number}."], timeout=8_000)
+                except TimeoutError:
+                    lost.append((tab, number, [page.inner_html(side) for side in sides]))
+                if tab == "arena":
+                    page.click("#vote-tie")
+                    page.wait_for_selector("#arena-notice .good")
+        assert lost == []
+        leave(page)
 
 
 def test_a_blind_round(nano: Server, open_page: Callable[..., Any], shot: Callable[..., Path]) -> None:

@@ -18,7 +18,7 @@ import pytest
 from almost_eval.arena.votes import VoteStore
 from serving.chat.arena import Arena
 from serving.chat.client import Abilities, Endpoint
-from serving.chat.conversation import Conversation
+from serving.chat.conversation import MAX_QUESTION, Conversation
 from serving.chat.session import BROKEN, FULL, ChatSystem, Desk, NotNow, RateLimit
 from serving.chat.tab_arena import ArenaTab
 from serving.chat.tab_chat import ChatTab
@@ -102,6 +102,17 @@ def test_where_too_many_wait_the_next_is_told_so(tmp_path: Path, make: Callable[
             return await told(events)
 
     assert FULL in asyncio.run(check())[tab.notice]
+
+
+@pytest.mark.parametrize("make", [compare, arena])
+def test_a_question_that_is_too_long_is_refused_and_not_cut(tmp_path: Path, make: Callable[..., Any]) -> None:
+    with gr.Blocks():
+        tab, _ = make(desk(tmp_path))
+    long = "x" * (MAX_QUESTION + 1)
+    events = tab._on_send(request(), long, "one", "two", "", 0.7, 0.9, 16, 1) if make is compare else None
+    page = asyncio.run(told(events or tab._on_send(request(), long, None)))
+    assert list(page) == [tab.notice]
+    assert f"more than {MAX_QUESTION:,} characters" in page[tab.notice]
 
 
 def test_answers_wait_their_turn_and_stop_ends_the_wait(tmp_path: Path) -> None:
