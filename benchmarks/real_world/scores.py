@@ -21,7 +21,7 @@ def score_pairs(pairs: Sequence[Pair], model: Path, file: Path, progress: Progre
     with _missing(file, len(pairs), progress) as (log, chunks):
         scorer: HFRewardModel | None = None
         for numbers in chunks:
-            scorer = scorer or HFRewardModel(str(model), dtype="float32")
+            scorer = scorer or HFRewardModel(str(model), dtype="bfloat16")
             own = [pairs[number] for number in numbers]
             rewards = _rewards(scorer, [dialogue for pair in own for dialogue in (pair.chosen, pair.rejected)])
             rows: list[Row] = [
@@ -53,7 +53,7 @@ def score_candidates(
     with _missing(file, len(turns), progress) as (log, chunks):
         scorer: HFRewardModel | None = None
         for numbers in chunks:
-            scorer = scorer or HFRewardModel(str(model), dtype="float32")
+            scorer = scorer or HFRewardModel(str(model), dtype="bfloat16")
             valid = [[c for c in turns[number]["candidates"] if c["rejected"] is None] for number in numbers]
             rewards = iter(
                 _rewards(

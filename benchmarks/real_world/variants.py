@@ -31,9 +31,11 @@ VARIANTS = {
     "no filter": Variant((*_NO_AS_IS, "comparisons.length_rule=false"), _ANSWERS, "reward"),
     "length rule": Variant(_NO_AS_IS, _ANSWERS, "reward"),
     "as-is": Variant(("comparisons.length_rule=false",), (*_ANSWERS, "as_is_reward"), "reward"),
+    "balanced": Variant(("comparisons.balance_length=true",), (*_ANSWERS, "as_is_reward"), "reward"),
     "unguided": Variant(("self_play.unguided=true",), (*_ANSWERS, "as_is_reward", "comparisons", "reward"), "sft"),
 }
-"""Name -> variant. The recipe itself has both filters, and guided self-play."""
+"""Name -> variant. The recipe itself has both filters, and guided self-play. `balanced` has both filters, and then as many
+pairs with the shorter answer chosen as with the longer: the paper has no such filter."""
 
 
 def folder_of(runs: Path, name: str) -> Path:
