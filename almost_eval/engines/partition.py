@@ -119,7 +119,7 @@ def partition_requests(
             needs[sample].update(of_slot[slot])
             first[sample] = min(first[sample], int(node_of_slot[slot]))
     work = _Work([chunk.stop - chunk.begin for chunk in chunks], parent, [frozenset(units) for units in needs])
-    return _divide(work, sorted(range(n_samples), key=lambda sample: (first[sample], sample)), parts)
+    return _divide(work, _runs(work, sorted(range(n_samples), key=lambda sample: (first[sample], sample))), parts)
 
 
 def partition_prompts(prompts: Sequence[Ids], parts: int, *, new_tokens: int) -> Partition:
@@ -144,7 +144,8 @@ def partition_prompts(prompts: Sequence[Ids], parts: int, *, new_tokens: int) ->
             size.append(len(prompts[prompt]) - group.shared + new_tokens)
             parent.append(header)
             order.append(prompt)
-    return _divide(_Work(size, parent, needs), order, parts)
+    work = _Work(size, parent, needs)
+    return _divide(work, _runs(work, order), parts)
 
 
 def partition_lengths(lengths: Sequence[int], parts: int) -> Partition:
@@ -155,7 +156,25 @@ def partition_lengths(lengths: Sequence[int], parts: int) -> Partition:
         parts: processes, 1 or more.
     """
     work = _Work(lengths, [-1] * len(lengths), [frozenset([sample]) for sample in range(len(lengths))])
-    return _divide(work, sorted(range(len(lengths)), key=lambda sample: (-lengths[sample], sample)), parts)
+    return _divide(work, _runs(work, sorted(range(len(lengths)), key=lambda sample: (-lengths[sample], sample))), parts)
+
+
+def partition_units(
+    sizes: Sequence[int], needs: Sequence[frozenset[int]], blocks: Sequence[Sequence[int]], parts: int
+) -> Partition:
+    """Divide samples that need units of work, each computed once by a process whoever of its samples needs it.
+
+    Args:
+        sizes: tokens of each unit.
+        needs: the units of each sample.
+        blocks: samples that share units, as the units have them. They are parted only where that makes the parts more
+            even and repeats little.
+        parts: processes, 1 or more.
+    """
+    work = _Work(sizes, [-1] * len(sizes), needs)
+    whole = [(list(block), frozenset().union(*(needs[sample] for sample in block))) for block in blocks]
+    options = [_divide(work, runs, parts) for runs in (whole, _runs(work, [one for block in blocks for one in block]))]
+    return min(options, key=lambda option: (option.extra > EXTRA, max(option.tokens)))
 
 
 # --- the division ---
@@ -166,12 +185,17 @@ EXTRA = 0.03
 """Share of repeated tokens up to which parts of equal cost come first, and beyond which fewer repeated tokens do."""
 
 
-def _divide(work: _Work, order: Sequence[int], parts: int) -> Partition:
-    """Consecutive runs of `order`, the costliest of which costs as little as it can."""
+def _divide(work: _Work, runs: Sequence[tuple[list[int], frozenset[int]]], parts: int) -> Partition:
+    """Parts of consecutive runs, the costliest of which costs as little as it can.
+
+    Args:
+        work: what the samples need.
+        runs: (samples, what they need together).
+        parts: how many.
+    """
     if parts < 1:
         raise ValueError(f"{parts} parts; there must be 1 or more")
     whole = work.cost({unit for needed in work.needs for unit in needed})
-    runs = _runs(work, order)
     # 1. The least bound that this many parts can keep, by bisection.
     low = max((work.cost(units) for _, units in runs), default=0)
     high = max(low, whole)

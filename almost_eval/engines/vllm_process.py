@@ -8,7 +8,6 @@ process closes.
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import warnings
@@ -25,6 +24,7 @@ from almost_eval.errors import InputError, ModelError, RunError, did_you_mean
 from almost_eval.models.adapters import Adapter
 from almost_eval.models.checkpoint import Checkpoint
 from almost_eval.models.loading import first_line, pick_device
+from almost_eval.models.release import release_memory
 from almost_eval.types import JSONObject
 
 _ENVIRONMENT = {
@@ -309,7 +309,7 @@ def release(llm: LLM) -> None:
     else:  # its own shutdown tears down the process groups that the other models of this process run on
         client._finalizer.detach()
         client.engine_core.model_executor.shutdown()
-    gc.collect()
+    release_memory()
 
 
 def _cpu_options(options: JSONObject) -> JSONObject:

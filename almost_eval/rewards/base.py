@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, Unpack, runtime_checkable
 
+from almost_eval.engines.partition import Partition, partition_lengths
 from almost_eval.errors import InputError, ModelError
 from almost_eval.models.chat import ChatTemplate, encode_text, load_template, special_tokens
 from almost_eval.models.checkpoint import Checkpoint, context_length
@@ -116,9 +117,36 @@ class CheckpointRewardModel(HeldCheckpoint, ABC):
 
     @abstractmethod
     def stream(
-        self, conversations: Sequence[Conversation], wanted: Collection[int] | None = None
+        self,
+        conversations: Sequence[Conversation],
+        wanted: Collection[int] | None = None,
+        sample_of: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, float]]:
-        """Yield (index, reward) of each wanted conversation as soon as it is known."""
+        """Yield (index, reward) of each wanted conversation as soon as it is known.
+
+        Args:
+            conversations: of the whole run, however few are wanted.
+            wanted: indices; None is all.
+            sample_of: the sample that each conversation belongs to, where those of a sample are wanted together. A
+                model may form its batches by it; a process that computes some samples then computes little else.
+        """
+
+    def partition(
+        self, conversations: Sequence[Conversation], sample_of: Sequence[int] | None, n_samples: int, parts: int
+    ) -> Partition:
+        """Divide samples among processes, balanced by what `stream` computes for them. Loads no weights.
+
+        Args:
+            conversations: see `stream`.
+            sample_of: see `stream`; None makes each conversation a sample.
+            n_samples: of the run; those without a conversation cost nothing.
+            parts: processes, 1 or more.
+        """
+        tokens = [0] * n_samples
+        lengths = self.lengths(conversations)
+        for sample, length in zip(range(len(lengths)) if sample_of is None else sample_of, lengths, strict=True):
+            tokens[sample] += length
+        return partition_lengths(tokens, parts)
 
     def distinct(self, conversations: Sequence[Conversation]) -> dict[TokenIds, list[int]]:
         """Every distinct text -> the conversations that are it, longest first.

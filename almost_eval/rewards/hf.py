@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Unpack
 
+from almost_eval.engines.partition import Partition, partition_units
 from almost_eval.errors import InputError, ModelError, RunError, did_you_mean
 from almost_eval.models.chat import ChatTemplate
 from almost_eval.models.checkpoint import Checkpoint
@@ -21,6 +22,7 @@ from almost_eval.models.held import HeldOptions
 from almost_eval.models.loading import ATTENTION, load_weights, settled_attention
 from almost_eval.rewards.base import CheckpointRewardModel, TokenIds
 from almost_eval.rewards.base import RewardModel as RewardModel
+from almost_eval.rewards.batches import first_samples, pass_count, passes, text_blocks
 from almost_eval.types import Conversation, JSONObject
 
 if TYPE_CHECKING:
@@ -97,13 +99,46 @@ class HFRewardModel(CheckpointRewardModel):
             **self.identity(),
         }
 
+    def partition(
+        self, conversations: Sequence[Conversation], sample_of: Sequence[int] | None, n_samples: int, parts: int
+    ) -> Partition:
+        """See `CheckpointRewardModel.partition`: cut where the passes of `stream` are cut."""
+        owners = self.distinct(conversations)
+        texts, lengths = list(owners.values()), list(map(len, owners))
+        sample = range(len(conversations)) if sample_of is None else sample_of
+        first = sample_of and first_samples([sample_of[at] for at in mine] for mine in texts)
+        rows = self.batch_size or max(1, len(texts))
+        sizes: list[int] = []
+        needs: list[set[int]] = [set() for _ in range(n_samples)]
+        blocks: list[list[int]] = []
+        placed: set[int] = set()
+        for block in text_blocks(lengths, first, self._pass_tokens):
+            blocks.append([])
+            for batch in passes(lengths, block, self._pass_tokens, rows):
+                for mine in dict.fromkeys(sample[at] for text in batch for at in texts[text]):
+                    needs[mine].add(len(sizes))
+                    if mine not in placed:
+                        placed.add(mine)
+                        blocks[-1].append(mine)
+                sizes.append(len(batch) * lengths[batch[0]])
+        blocks.append([mine for mine in range(n_samples) if mine not in placed])
+        return partition_units(sizes, [frozenset(units) for units in needs], [b for b in blocks if b], parts)
+
+    @property
+    def _pass_tokens(self) -> int:
+        return self.batch_tokens or (1024 if self.device == "cpu" else 16384)
+
     def stream(
-        self, conversations: Sequence[Conversation], wanted: Collection[int] | None = None
+        self,
+        conversations: Sequence[Conversation],
+        wanted: Collection[int] | None = None,
+        sample_of: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, float]]:
         """Yield (index, reward) of each wanted conversation as soon as its batch is done, longest first.
 
         The batches depend on all `conversations` and never on `wanted`: a resumed run computes the same ones, without
-        those that hold nothing wanted, so it ends in the same bits as an uninterrupted one.
+        those that hold nothing wanted, so it ends in the same bits as an uninterrupted one. Conversations of one
+        sample are in neighbouring batches: see `rewards.batches`.
 
         Raises:
             InputError: see `score`; raised before any weight is loaded.
@@ -112,14 +147,13 @@ class HFRewardModel(CheckpointRewardModel):
 
         # 1. Distinct texts, longest first: similar lengths share a batch, and memory runs out at the start or never.
         owners = self.distinct(conversations)
-        texts = list(owners)
         self.warnings = self.notes
         wanted = frozenset(range(len(conversations)) if wanted is None else wanted)
         if not wanted:
             return
 
         # 2. What one forward pass may hold.
-        tokens = self.batch_tokens or (1024 if self.device == "cpu" else 16384)
+        tokens = self._pass_tokens
         # Fewer rows than the vocabulary has ids, so that some id is the last token of none: see `_pad_id`.
         rows_at_most = min(self.batch_size or self._vocabulary, self._vocabulary - 1)
         if not self.padding_is_exact:
@@ -127,27 +161,30 @@ class HFRewardModel(CheckpointRewardModel):
             self.warnings.append("padding changes this model's rewards: each text is computed on its own")
 
         # 3. Batch by batch.
-        at = 0
-        while at < len(texts):
-            count = max(1, min(tokens // len(texts[at]), rows_at_most))
-            batch = texts[at : at + count]
-            if any(index in wanted for ids in batch for index in owners[ids]):
-                try:
-                    rewards = self._forward(batch)
-                except RuntimeError as error:
-                    if not out_of_memory(error):
-                        raise
-                    if len(batch) == 1:
-                        raise RunError(
-                            f"not enough memory on {self.device} for one text of {len(batch[0])} tokens; use a smaller "
-                            "dtype, another device, or a lower --max-length"
-                        ) from None
-                    tokens = len(batch) // 2 * len(batch[0])
-                    self.warnings.append(f"out of memory: went on with {tokens} tokens in a batch")
-                    continue
-                for ids, reward in zip(batch, rewards, strict=True):
-                    yield from ((index, reward) for index in owners[ids] if index in wanted)
-            at += len(batch)
+        texts = list(owners)
+        first = sample_of and first_samples([sample_of[at] for at in mine] for mine in owners.values())
+        for block in text_blocks(list(map(len, texts)), first, tokens):
+            at = 0
+            while at < len(block):
+                count = pass_count(len(texts[block[at]]), tokens, rows_at_most)
+                batch = [texts[text] for text in block[at : at + count]]
+                if any(index in wanted for ids in batch for index in owners[ids]):
+                    try:
+                        rewards = self._forward(batch)
+                    except RuntimeError as error:
+                        if not out_of_memory(error):
+                            raise
+                        if len(batch) == 1:
+                            raise RunError(
+                                f"not enough memory on {self.device} for one text of {len(batch[0])} tokens; use a "
+                                "smaller dtype, another device, or a lower --max-length"
+                            ) from None
+                        tokens = len(batch) // 2 * len(batch[0])
+                        self.warnings.append(f"out of memory: went on with {tokens} tokens in a batch")
+                        continue
+                    for ids, reward in zip(batch, rewards, strict=True):
+                        yield from ((index, reward) for index in owners[ids] if index in wanted)
+                at += len(batch)
 
     @property
     def _vocabulary(self) -> int:

@@ -314,7 +314,10 @@ class HTTPRewardModel(OpenAIClient):
         return [rewards[i] for i in range(len(conversations))]
 
     def stream(
-        self, conversations: Sequence[Conversation], wanted: Collection[int] | None = None
+        self,
+        conversations: Sequence[Conversation],
+        wanted: Collection[int] | None = None,
+        sample_of: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, float]]:
         """Yield (index, reward) of each wanted conversation as soon as it is known; raises as `score` does."""
         self.warnings = []

@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from almost_eval.engines.partition import partition_lengths
 from almost_eval.engines.pooled import SCORING_UNITS, identity_of, wanted_of
 from almost_eval.models.chat import ChatTemplate
 from almost_eval.rewards.base import CheckpointRewardModel
@@ -17,9 +16,10 @@ from almost_eval.workers.work import Unit
 
 @dataclass(frozen=True, slots=True)
 class Rewarding:
-    """A task: conversations, and how they are written."""
+    """A task: conversations, the sample that each belongs to, and how they are written."""
 
     conversations: list[Conversation]
+    sample_of: list[int] | None
     template: ChatTemplate
 
 
@@ -32,7 +32,7 @@ class RewardServant:
     def answer(self, task: Rewarding, unit: Unit) -> Iterator[tuple[int, float]]:
         """Rewards of conversations."""
         self._model.template = task.template
-        yield from self._model.stream(task.conversations, unit.items)
+        yield from self._model.stream(task.conversations, unit.items, task.sample_of)
 
     def report(self) -> list[str]:
         """Warnings of the last unit."""
@@ -80,17 +80,21 @@ class PooledRewardModel:
         return getattr(self.__dict__["reader"], name)
 
     def stream(
-        self, conversations: Sequence[Conversation], wanted: Collection[int] | None = None
+        self,
+        conversations: Sequence[Conversation],
+        wanted: Collection[int] | None = None,
+        sample_of: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, float]]:
         """Yield (index, reward) of each wanted conversation as soon as a worker knows it.
 
         Raises:
             RunError: see `Pool.run`; or whatever the reward model refuses in a worker.
         """
-        parts = partition_lengths(self.reader.lengths(conversations), SCORING_UNITS * self.pool.size).parts
-        task = Rewarding(list(conversations), self.reader.template)
+        n_samples = len(conversations) if sample_of is None else 1 + max(sample_of, default=-1)
+        parts = self.reader.partition(conversations, sample_of, n_samples, SCORING_UNITS * self.pool.size).parts
+        task = Rewarding(list(conversations), None if sample_of is None else list(sample_of), self.reader.template)
         try:
-            yield from self.pool.run(task, wanted_of(parts, wanted))
+            yield from self.pool.run(task, wanted_of(_conversations(parts, sample_of), wanted))
         finally:
             warnings = [warning for report in self.pool.reports for warning in report] or self.reader.notes
             self.warnings = list(dict.fromkeys([*warnings, *self.pool.warnings]))
@@ -103,3 +107,14 @@ class PooledRewardModel:
     def close(self) -> None:
         """End the workers; the next stream starts others."""
         self.pool.close()
+
+
+def _conversations(parts: Sequence[tuple[int, ...]], sample_of: Sequence[int] | None) -> list[tuple[int, ...]]:
+    """The conversations of the samples of each part, ascending."""
+    if sample_of is None:
+        return list(parts)
+    part_of = {sample: number for number, part in enumerate(parts) for sample in part}
+    mine: list[list[int]] = [[] for _ in parts]
+    for index, sample in enumerate(sample_of):
+        mine[part_of[sample]].append(index)
+    return [tuple(indices) for indices in mine]

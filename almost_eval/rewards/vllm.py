@@ -96,7 +96,10 @@ class VLLMRewardModel(HoldsLLM, CheckpointRewardModel):
         return self._hold(load(self.checkpoint.path, with_adapter(options, self.checkpoint.adapter)))
 
     def stream(
-        self, conversations: Sequence[Conversation], wanted: Collection[int] | None = None
+        self,
+        conversations: Sequence[Conversation],
+        wanted: Collection[int] | None = None,
+        sample_of: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, float]]:
         """Yield (index, reward) of each wanted conversation as soon as it is known.
 

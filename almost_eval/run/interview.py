@@ -130,6 +130,12 @@ class Interview:
                 return error.about(f"sample {sample.id} ({roles})")
         return error
 
+    def _readable(self) -> tuple[list[tuple[int, int]], list[Conversation]]:
+        """(sample, choice) of what a reward model can read whole, and the conversations."""
+        fits = [index for index in range(len(self.samples)) if self._fits(index)]
+        place = [(index, choice) for index in fits for choice in range(len(self._conversations[index]))]
+        return place, [conversation for index in fits for conversation in self._conversations[index]]
+
     def _fits(self, index: int) -> bool:
         """Whether a reward model can read all conversations of a sample; where it does not tell, it is tried."""
         limit = self.model.context_length
@@ -155,9 +161,8 @@ class Interview:
             if self.model.context_length is None:  # a server need not tell how it counts
                 texts = [[message.content for c in mine for message in c] for mine in self._conversations]
                 return partition_lengths([sum(map(len, mine)) for mine in texts], parts)
-            return partition_lengths(
-                [n * len(c) for n, c in zip(self._lengths, self._conversations, strict=True)], parts
-            )
+            place, conversations = self._readable()
+            return self.model.partition(conversations, [index for index, _ in place], len(self.samples), parts)
         return self._partition_prompts(parts)
 
     def _partition_prompts(self, parts: int) -> Partition:
@@ -250,16 +255,12 @@ class Interview:
 
     def _rewards(self, missing: Sequence[int]) -> Iterator[tuple[int, Outputs, Score]]:
         to_score = frozenset(missing)
-        conversations, place = [], []  # what fits, and the (sample, choice) it belongs to
-        for index, mine in enumerate(self._conversations):
-            if self._fits(index):
-                place += [(index, choice) for choice in range(len(mine))]
-                conversations += mine
-            elif index in to_score:
-                yield index, {}, Score(None, "context_too_long")
+        place, conversations = self._readable()
+        for index in sorted(to_score - {index for index, _ in place}):
+            yield index, {}, Score(None, "context_too_long")
         wanted = {at for at, (index, _) in enumerate(place) if index in to_score}
         known: dict[int, dict[int, float]] = {}  # sample index -> choice -> reward
-        for at, reward in self.model.stream(conversations, wanted):
+        for at, reward in self.model.stream(conversations, wanted, [index for index, _ in place]):
             index, choice = place[at]
             by_choice = known.setdefault(index, {})
             by_choice[choice] = reward

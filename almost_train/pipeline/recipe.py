@@ -174,5 +174,6 @@ def put_in_place(content: Any, places: Mapping[str, str], name: str) -> Any:
     changed = walk(content)
     for key in places:
         if key not in named:
-            raise InputError(f"recipe {name} names no {key!r}; {did_you_mean(key, sorted(named))}")
+            told = sorted(text for text in named if ("/" in text or "." in text) and not text.split()[1:])
+            raise InputError(f"recipe {name} names no {key!r}; {did_you_mean(key, told)}")
     return changed

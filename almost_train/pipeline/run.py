@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from almost_eval.errors import InputError, did_you_mean
+from almost_eval.models.release import release_memory
 from almost_eval.progress import Progress
 from almost_eval.types import JSONObject
 from almost_train.common.processes import alone, from_main, join_processes, main_alone, world_size
@@ -111,6 +112,7 @@ class Pipeline:
             state = "made anew" if note else "made"
         else:
             state = "kept" if from_main(result_file.read_bytes()) == before else "gone on"
+        release_memory()  # the next stage needs it
         return StageReport(name, state, time.monotonic() - began, result, note)
 
     def _done(self, name: str, step: Callable[[], JSONObject]) -> JSONObject:

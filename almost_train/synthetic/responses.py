@@ -14,7 +14,6 @@ Departures from the official code:
 
 from __future__ import annotations
 
-import gc
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from almost_eval.engines.base import GenerationEngine, SamplingParams
 from almost_eval.engines.partition import partition_lengths
 from almost_eval.errors import DataError, InputError, StoreError
 from almost_eval.files import Row, read_rows, write_rows
+from almost_eval.models.release import release_memory
 from almost_eval.progress import Progress
 from almost_eval.run.shards import Mark, Shard, begin_shard, file_names
 from almost_eval.types import Completion, JSONObject, Message
@@ -176,7 +176,7 @@ def synthesize_responses(
                 write_rows(file, in_order)
                 metrics[c.name] = _metrics(in_order)
             del engine
-            gc.collect()  # frees this model's memory for the next one
+            release_memory()  # for the next model
         if mark:
             return shard_result(mark.write({"answers": len(rows) * len(configurations)}), STAGE)
         files = {c.name: output / f"{c.name}.jsonl" for c in configurations}

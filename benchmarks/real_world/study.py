@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from almost_eval.api import HFEngine, evaluate
 from almost_eval.files import read_rows
+from almost_eval.models.release import release_memory
 from almost_eval.progress import Progress
 from almost_train.pipeline.evaluation import EvaluationSettings, evaluate_policies
 from almost_train.pipeline.recipe import load_recipe
@@ -141,7 +141,7 @@ class Study:
                 output, task = self.folder / "policies" / label / name, name.removesuffix("-words")
                 evaluate(engine, task, output=output, data_root=self.root / "hub", seed=self.seed, **settings)
             del engine
-            gc.collect()  # two models at a time are too many for a small machine
+            release_memory()  # two models at a time are too many for a small machine
         evaluate_policies(
             EvaluationSettings(max_new_tokens=form.answer_tokens, stop=POLICY_STOPS, seed=self.seed),
             self.data_folder / "held-out.jsonl",

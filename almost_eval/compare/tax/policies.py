@@ -12,7 +12,6 @@ validity gate withholds a mean of which too much is missing, as in every run.
 
 from __future__ import annotations
 
-import gc
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ from almost_eval.data.sources import DataSource
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.build import EngineOptions, loglikelihood_engine
 from almost_eval.models.chat import load_template, special_tokens
+from almost_eval.models.release import release_memory
 from almost_eval.progress import Progress
 from almost_eval.rewards.build import reward_model
 from almost_eval.run.runner import Run
@@ -107,7 +107,7 @@ def measure_policies(
                     warnings.append(f"no KL of {label}: its tokens are not those of {plan.before}")
         finally:
             _close(engine)
-        gc.collect()  # the next model needs the memory of the one that is done with
+        release_memory()  # the next model needs it
     # 4. Rewards.
     if scorer is not None:
         for label in plan.models if plan.prompts else ():

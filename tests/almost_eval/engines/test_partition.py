@@ -134,15 +134,14 @@ def test_texts_of_one_length_stay_together() -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "protocol"), [pytest.param("hhh", "choice", marks=pytest.mark.slow), ("truthfulqa", "")]
+    ("task", "protocol"), [pytest.param("hhh", "choice", marks=pytest.mark.slow), ("hhh", "reward"), ("truthfulqa", "")]
 )
 def test_shards_of_real_data_compute_little_more(task: str, protocol: str, data_root: Path) -> None:
     """At most 5 % more tokens than one process, for 2, 4 and 8 shards, and none has much more than its share."""
     from almost_eval.run.request import RunRequest, open_run
 
-    run = open_run(
-        RunRequest(task=task, protocol=protocol, model="nano/vanilla-small", data="hub", data_root=str(data_root))
-    )
+    model = "nano/reward" if protocol == "reward" else "nano/vanilla-small"
+    run = open_run(RunRequest(task=task, protocol=protocol, model=model, data="hub", data_root=str(data_root)))
     for parts in (2, 4, 8):
         partition = run.partition(parts)
         check(partition, len(run.samples), parts)
