@@ -40,6 +40,7 @@ from almost_train.common.processes import (
 from almost_train.common.resume import RowLog
 from almost_train.common.schedule import learning_rate_factor
 from almost_train.common.train_settings import TrainSettings
+from almost_train.common.trainers import labelled_positions_alone
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
@@ -115,7 +116,8 @@ def fit(
             # Of several processes on CPUs each is told "cpu:0", where torch.load refuses to put an optimiser's state.
             vars(trainer.args)["_setup_devices"] = torch.device("cpu")
         # 3. Training, and the model into `.work`.
-        trainer.train(resume_from_checkpoint=resume)
+        with labelled_positions_alone():
+            trainer.train(resume_from_checkpoint=resume)
         if trainer.state.global_step < steps:
             raise ended_at(trainer.state.global_step)
         trained = best.folder if best else work / MODEL

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,23 @@ class QuietTrainer(OwnSchedule):
 
     def create_model_card(self, *_: object, **__: object) -> None:
         """Writes no card: `stage.json` has the settings and the inputs."""
+
+
+@contextmanager
+def labelled_positions_alone() -> Iterator[None]:
+    """Within it TRL projects no position through the LM head that has no label, wherever it computes.
+
+    TRL leaves them out on a GPU, and elsewhere projects all, so that the shapes stay the same for compilers; nothing is
+    compiled here. Where prompts are longer than answers and rows are padded, most positions have no label.
+    """
+    from trl.trainer import utils
+
+    own = utils._use_triton
+    utils._use_triton = lambda device: True
+    try:
+        yield
+    finally:
+        utils._use_triton = own
 
 
 def check_batches(settings: TrainSettings) -> int:

@@ -26,6 +26,7 @@ from almost_eval.types import JSONObject
 from almost_train.common.interrupts import ended_at, save_requests
 from almost_train.common.lora import adapter_to_zero
 from almost_train.common.seeding import own_random_state
+from almost_train.common.trainers import labelled_positions_alone
 from almost_train.rlsf.certificate import certificate_summary
 from almost_train.rlsf.job import SAMPLER_SETTINGS, Algorithm, Job, RLSFSettings, save_policy
 from almost_train.rlsf.log import StepLog, last_good_step, summary, verdict
@@ -82,7 +83,8 @@ def train(job: Job) -> JSONObject:
         # 1. Train, unless an earlier process came to the end, or to where a guard stops, and no further.
         watch.stopped = verdict(log.rows, settings.kl_limit, settings.guard_window)
         if watch.stopped is None and begin < last:
-            trainer.train(resume_from_checkpoint=str(work / f"checkpoint-{begin}") if begin else None)
+            with labelled_positions_alone():
+                trainer.train(resume_from_checkpoint=str(work / f"checkpoint-{begin}") if begin else None)
             if watch.stopped is None and trainer.state.global_step < last:
                 raise ended_at(trainer.state.global_step)
         # 2. The last policy, or after a guard's stop the last good one.

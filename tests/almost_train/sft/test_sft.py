@@ -109,8 +109,22 @@ def test_what_does_not_fit_is_left_out_whole(tokenizer: Any) -> None:
     assert dropped == {"answer_too_long": 3, "dialogue_too_long": 1, "answer_empty": 1, "no_answer": 1}
 
 
-def test_the_loss_is_the_mean_over_a_batch_of_answers_tokens(base: Path, demonstrations: Path, tmp_path: Path) -> None:
+def test_the_loss_is_the_mean_over_a_batch_of_answers_tokens(
+    base: Path, demonstrations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import AutoModelForCausalLM
+    from trl.trainer import utils
+
+    projected: list[int] = []
+    head = utils._ChunkedLogProbFunction
+
+    class Counted:
+        @staticmethod
+        def apply(hidden: torch.Tensor, *arguments: Any) -> Any:
+            projected.append(len(hidden))
+            return head.apply(hidden, *arguments)
+
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", Counted)
 
     tokenizer = load_tokenizer(find_checkpoint(str(base)))
     talks = [tuple(Message(**m) for m in row["messages"]) for row in read_rows(demonstrations)]
@@ -128,7 +142,7 @@ def test_the_loss_is_the_mean_over_a_batch_of_answers_tokens(base: Path, demonst
     settings = SFTSettings(**SETTINGS | {"batch_size": 16, "epochs": 1})
     metrics = train_sft(settings, demonstrations, str(base), tmp_path / "sft")["metrics"]
     assert metrics["answers"] == 14
-    assert metrics["tokens_with_loss"] == count
+    assert metrics["tokens_with_loss"] == count == sum(projected)  # the LM head reads nothing else
     (line,) = read_rows(tmp_path / "sft" / "log.jsonl")
     assert line["loss"] == pytest.approx(total / count, abs=1e-5)
     assert line.keys() == {"step", "loss", "lr", "grad_norm", "tokens_per_second"}
