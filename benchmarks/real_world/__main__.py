@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import time
 from pathlib import Path
@@ -39,6 +40,7 @@ def main() -> None:
             parser.error(
                 f"no model in {arguments.models / name}; `make real` makes it, or name the folder with --models"
             )
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as `almost-train` does
     import_transformers()
     arguments.output.mkdir(parents=True, exist_ok=True)
     study = Study(

@@ -13,6 +13,8 @@ class Form:
     second_pairs: int
     human_pairs: int | None
     """People's pairs to measure reward models on; None is all."""
+    variant_pairs: int
+    """At most so many for a variant's reward model, of each set."""
     hhh: int | None
     """Static HHH: pairs of each category; None is all."""
     truthfulqa: int | None
@@ -30,6 +32,7 @@ FULL = Form(
     as_is_pairs=480,
     second_pairs=600,
     human_pairs=None,
+    variant_pairs=400,
     hhh=None,
     truthfulqa=None,
     mmlu=18,  # 1,026 questions
@@ -40,6 +43,7 @@ QUICK = Form(
     as_is_pairs=64,
     second_pairs=96,
     human_pairs=100,
+    variant_pairs=100,
     hhh=10,
     truthfulqa=40,
     mmlu=2,
@@ -57,6 +61,7 @@ TINY = Form(
     as_is_pairs=12,
     second_pairs=8,
     human_pairs=4,
+    variant_pairs=4,
     hhh=1,
     truthfulqa=2,
     mmlu=1,

@@ -122,7 +122,8 @@ class Study:
                 # The second model has been trained on the other half.
                 own = halves(pairs, self.seed)[1] if (name, benchmark) == ("second", "people") else pairs
                 file = self.folder / "rewards" / f"{name.replace(' ', '-')}.{benchmark}.jsonl"
-                score_pairs(own[: most[benchmark]], model, file, self.progress)
+                few = self.form.variant_pairs if name in VARIANTS else None
+                score_pairs(own[: most[benchmark]][:few], model, file, self.progress)
 
     def policies(self) -> None:
         """Benchmarks of each policy on one load, then all policies' answers to held-out prompts."""
