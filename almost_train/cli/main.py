@@ -41,7 +41,7 @@ for command in (synthesize, reward, self_play, sft, rlsf, dpo, online_dpo, run, 
 
 def main() -> NoReturn:
     """Run the command line."""
-    # torch asks Linux for large pages: a step of SFT on a CPU had 20 million page faults, and takes a fifth less without.
+    # torch asks Linux for large pages: a step of SFT on a CPU had 20 million page faults, and takes a fifth less now.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     run_command_line(cli, "almost-train")
 

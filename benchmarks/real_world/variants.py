@@ -34,8 +34,8 @@ VARIANTS = {
     "balanced": Variant(("comparisons.balance_length=true",), (*_ANSWERS, "as_is_reward"), "reward"),
     "unguided": Variant(("self_play.unguided=true",), (*_ANSWERS, "as_is_reward", "comparisons", "reward"), "sft"),
 }
-"""Name -> variant. The recipe itself has both filters, and guided self-play. `balanced` has both filters, and then as many
-pairs with the shorter answer chosen as with the longer: the paper has no such filter."""
+"""Name -> variant. The recipe itself has both filters, and guided self-play. `balanced` has both filters, and then as
+many pairs with the shorter answer chosen as with the longer: the paper has no such filter."""
 
 
 def folder_of(runs: Path, name: str) -> Path:
