@@ -13,8 +13,8 @@ class Form:
     second_pairs: int
     human_pairs: int | None
     """People's pairs to measure reward models on; None is all."""
-    variant_pairs: int
-    """At most so many for a variant's reward model, of each set."""
+    other_pairs: int
+    """At most so many of each set for the as-is model and the reward models of variants."""
     hhh: int | None
     """Static HHH: pairs of each category; None is all."""
     truthfulqa: int | None
@@ -22,6 +22,8 @@ class Form:
     """Questions of each of the 57 subjects."""
     held_out: int
     """Prompts of each of the two kinds."""
+    answered: int
+    """Of these, what the policies answer."""
     answer_tokens: int
     """Of a policy's answer to a held-out prompt, at most."""
     values: tuple[str, ...] = ()
@@ -32,22 +34,24 @@ FULL = Form(
     as_is_pairs=480,
     second_pairs=600,
     human_pairs=None,
-    variant_pairs=400,
+    other_pairs=400,
     hhh=None,
     truthfulqa=None,
     mmlu=18,  # 1,026 questions
     held_out=100,
+    answered=50,
     answer_tokens=128,
 )
 QUICK = Form(
     as_is_pairs=64,
     second_pairs=96,
     human_pairs=100,
-    variant_pairs=100,
+    other_pairs=100,
     hhh=10,
     truthfulqa=40,
     mmlu=2,
     held_out=15,
+    answered=15,
     answer_tokens=64,
     values=(
         *("prompts.count=48", "responses.max_new_tokens=64"),
@@ -61,11 +65,12 @@ TINY = Form(
     as_is_pairs=12,
     second_pairs=8,
     human_pairs=4,
-    variant_pairs=4,
+    other_pairs=4,
     hhh=1,
     truthfulqa=2,
     mmlu=1,
     held_out=2,
+    answered=2,
     answer_tokens=16,
     values=(
         "engine={engine: hf, dtype: bfloat16}",

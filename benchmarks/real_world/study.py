@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from almost_eval.api import HFEngine, evaluate
-from almost_eval.files import read_rows
+from almost_eval.files import read_rows, write_rows
 from almost_eval.models.release import release_memory
 from almost_eval.progress import Progress
 from almost_train.pipeline.evaluation import EvaluationSettings, evaluate_policies
@@ -122,7 +122,7 @@ class Study:
                 # The second model has been trained on the other half.
                 own = halves(pairs, self.seed)[1] if (name, benchmark) == ("second", "people") else pairs
                 file = self.folder / "rewards" / f"{name.replace(' ', '-')}.{benchmark}.jsonl"
-                few = self.form.variant_pairs if name in VARIANTS else None
+                few = None if name in ("reward", "second") else self.form.other_pairs
                 score_pairs(own[: most[benchmark]][:few], model, file, self.progress)
 
     def policies(self) -> None:
@@ -143,9 +143,14 @@ class Study:
                 evaluate(engine, task, output=output, data_root=self.root / "hub", seed=self.seed, **settings)
             del engine
             release_memory()  # two models at a time are too many for a small machine
+        asked = self.data_folder / "asked.jsonl"
+        if not asked.exists():
+            rows = read_rows(self.data_folder / "held-out.jsonl")
+            kinds = [[row for row in rows if row["id"].startswith(kind)] for kind in ("alpaca", "harmful")]
+            write_rows(asked, [row for kind in kinds for row in kind[: form.answered]])
         evaluate_policies(
             EvaluationSettings(max_new_tokens=form.answer_tokens, stop=POLICY_STOPS, seed=self.seed),
-            self.data_folder / "held-out.jsonl",
+            asked,
             {label: Path(model) for label, model in checkpoints.items()},
             self.folder / "answers",
             reward_model=self.second_model,
