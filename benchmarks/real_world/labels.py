@@ -2,8 +2,8 @@
 
 1. Hand-written rules on a drawn sample of 100 ranked pairs: how many of the faults below an answer has. Fewer is
    better, equally many is a tie and counts one half.
-2. Nearness to a strong model: the same configurations answer held-out prompts of AlpacaEval, of which GPT-4's answers
-   are archived; the answer with the larger ROUGE-L F1 to GPT-4's is better.
+2. Nearness to a strong model: the same configurations answer held-out prompts of AlpacaEval that are not long, of which
+   GPT-4's answers are archived; the answer with the larger ROUGE-L F1 to GPT-4's is better.
 
 Both are weak judges. Each is shown beside "the longer is better" on the same pairs.
 """
@@ -29,6 +29,8 @@ from benchmarks.real_world.data import REFERENCE, archived_answers
 
 SAMPLE = 100
 """Pairs that the rules judge."""
+LONGEST = 300
+"""Characters of a held-out prompt: five demonstrations leave no room for a longer one in 2,048 tokens."""
 _WORD = re.compile(r"[a-z']+")
 _SMALL = frozenset(
     "a an and are as at be but by can could do does for from has have how i if in is it its me my no not of on or our "
@@ -156,6 +158,7 @@ def write_labels(pipeline: Pipeline, root: Path, data: Path, folder: Path, seed:
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(folder / "rules.jsonl", judge_by_rules(ranked_answers(pipeline.folder / "responses", ranking), seed))
     asked = [row for row in read_rows(data / "held-out.jsonl") if row["id"].startswith("alpaca")]
+    asked = [row for row in asked if len(row["prompt"]) <= LONGEST]
     write_rows(folder / "prompts.jsonl", asked)
     settings = recipe.settings("responses", ResponseSettings, "configurations", prompt_set=recipe.prompt_set)
     configurations = read_configurations(recipe.value("responses", "configurations"), "the configurations")
