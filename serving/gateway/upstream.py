@@ -29,6 +29,15 @@ _GRAMMAR = re.compile(
 """What an error says of them. Some are found out only when they are compiled, which vLLM tells as its own failure."""
 
 
+def _no_number(constant: str) -> None:
+    """NaN and the infinities, which Python reads, and which are no JSON for the client.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(f"{constant} is no JSON")
+
+
 class Upstream:
     """A vLLM server.
 
@@ -69,8 +78,8 @@ class Upstream:
         """The upstream's answer, its body not yet read. Leaving early closes the connection, which ends its work.
 
         Raises:
-            HTTPException: it is down, dies before the end of its answer, or fails (5xx), or refuses the gateway's key;
-                400 where it fails on the request's own grammar.
+            HTTPException: it is down, dies before the end of its answer, fails (5xx), redirects, or refuses the gateway's
+                key; 400 where it fails on the request's own grammar.
         """
         try:
             async with self._client.request(method, path, body) as answer:
@@ -82,6 +91,8 @@ class Upstream:
                     raise self._failure("failed", f"failed ({answer.status}): {words}")
                 if answer.status in (401, 403):
                     raise self._failure("key", f"refuses the gateway's key ({answer.status})")
+                if answer.status < 200 or 300 <= answer.status < 400:  # followed, it would carry the key elsewhere
+                    raise self._failure("redirect", f"answered {answer.status}, which is not followed: is it a vLLM server?")
                 yield answer
         except Unreachable:
             self._down_until = monotonic() + 1.0
@@ -97,7 +108,7 @@ class Upstream:
             HTTPException: it is none.
         """
         try:
-            return json.loads(body)
+            return json.loads(body, parse_constant=_no_number)
         except (ValueError, RecursionError):
             raise self._failure("malformed", "gave an answer that is no JSON") from None
 

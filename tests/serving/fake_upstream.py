@@ -152,6 +152,10 @@ class FakeUpstream:
             return Response()
         if self.mode == "garbage":
             return Response(b'{"choices": [{', media_type="application/json")
+        if self.mode == "not a number":
+            return Response('{"choices": [{"index": 0, "logprobs": NaN, "message": {"content": "x"}}]}')
+        if self.mode == "redirect":
+            return Response("{}", 302, {"Location": "/v1/elsewhere"}, "application/json")
         if self.mode == "die":
             return StreamingResponse(_broken(), headers={"content-length": "1000"}, media_type="application/json")
         if self.mode == "fail":

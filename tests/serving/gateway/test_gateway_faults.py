@@ -61,7 +61,7 @@ def code(answer: httpx.Response) -> tuple[int, str]:
 # --- the policy ---
 
 
-@pytest.mark.parametrize("mode", ["garbage", "die", "fail"])
+@pytest.mark.parametrize("mode", ["garbage", "not a number", "redirect", "die", "fail"])
 @pytest.mark.parametrize("body", [PLAIN, BEST])
 def test_policy_misbehaves(two: Two, mode: str, body: dict[str, Any]) -> None:
     two.policy.mode = mode
