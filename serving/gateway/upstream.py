@@ -78,8 +78,8 @@ class Upstream:
         """The upstream's answer, its body not yet read. Leaving early closes the connection, which ends its work.
 
         Raises:
-            HTTPException: it is down, dies before the end of its answer, fails (5xx), redirects, or refuses the gateway's
-                key; 400 where it fails on the request's own grammar.
+            HTTPException: it is down, dies before the end of its answer, fails (5xx), redirects, or refuses the
+                gateway's key; 400 where it fails on the request's own grammar.
         """
         try:
             async with self._client.request(method, path, body) as answer:
@@ -92,7 +92,7 @@ class Upstream:
                 if answer.status in (401, 403):
                     raise self._failure("key", f"refuses the gateway's key ({answer.status})")
                 if answer.status < 200 or 300 <= answer.status < 400:  # followed, it would carry the key elsewhere
-                    raise self._failure("redirect", f"answered {answer.status}, which is not followed: is it a vLLM server?")
+                    raise self._failure("redirect", f"answered {answer.status}, which is not followed; is it vLLM?")
                 yield answer
         except Unreachable:
             self._down_until = monotonic() + 1.0
