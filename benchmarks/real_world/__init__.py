@@ -11,7 +11,7 @@ was killed and is skipped where it is done. figures.json, figures.md and page.ht
     data       preferences of other sources and held-out prompts (data.py)
     recipe     prompts ... RLSF, in OUTPUT/recipe
     second     a reward model of people's preferences, which no stage of the recipe sees
-    variants   other filters, unguided self-play (variants.py); takes hours, so only where it is named
+    variants   other filters, unguided self-play, other training (variants.py); takes hours, so only where it is named
     rewards    reward models on Static HHH, on people's pairs and on held-out synthetic pairs, beside "the longer wins"
     policies   vanilla, SFT, RLSF: Static HHH, TruthfulQA, MMLU by letters and by words, answers, length, refusals, the
                second model's reward of held-out prompts; paired with vanilla and, for RLSF, with SFT

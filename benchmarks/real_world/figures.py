@@ -30,6 +30,8 @@ BENCHMARKS = {
     "mmlu-words": ("accuracy",),
 }
 """Folder of a policy's run -> metrics that are shown."""
+_FILTERS = [name for name, variant in VARIANTS.items() if variant.until == "reward"]
+"""Variants that end with a reward model."""
 SETS = {"hhh": "Static HHH", "people": "hh-rlhf harmless", "synthetic": "held-out synthetic"}
 
 
@@ -52,7 +54,7 @@ def write_figures(study: Study, form: str) -> str:
 def reward_tables(study: Study) -> Iterator[Table]:
     """Accuracy of each reward model beside "the longer wins", with a paired test."""
     rows = []
-    for name in ("reward", "as_is_reward", "second", *VARIANTS):
+    for name in ("reward", "as_is_reward", "second", *_FILTERS):
         for benchmark, title in SETS.items():
             pairs = _scored_pairs(study, name, benchmark)
             if pairs:
@@ -70,7 +72,7 @@ def _scored_pairs(study: Study, name: str, benchmark: str) -> list[Row]:
     folders = {"reward": study.runs / "reward", "as_is_reward": study.runs / "as_is_reward"}
     folders |= {"second": study.folder / "second"}
     folder = folders.get(name, folder_of(study.folder / "variants", name) / "reward")
-    if not (folder / "eval.jsonl").exists() or name == "unguided":
+    if not (folder / "eval.jsonl").exists() or not (name in folders or name in _FILTERS):
         return []
     return [{**row, "cluster": str(row["prompt_id"])} for row in read_rows(folder / "eval.jsonl")]
 
@@ -98,13 +100,13 @@ def _against_longer(pairs: Sequence[Row], seed: int) -> list[str]:
 
 def policy_tables(study: Study) -> Iterator[Table]:
     """Benchmarks, and each policy paired with the one it came from."""
-    folders = {label: study.folder / "policies" / label for label in study.checkpoints()}
+    folders = {label: study.folder / "policies" / label for label in {**study.checkpoints(), **study.tries()}}
     rows, paired = [], []
     for run, metrics in BENCHMARKS.items():
         done = {label: folder / run for label, folder in folders.items() if (folder / run / "results.json").exists()}
         for metric in metrics if done else ():
-            cells = [_metric(read_json(folder / "results.json")["metrics"][metric]) for folder in done.values()]
-            rows.append([run, metric, *cells, *["-"] * (len(folders) - len(cells))])
+            found = {label: read_json(folder / "results.json")["metrics"][metric] for label, folder in done.items()}
+            rows.append([run, metric, *(_metric(found[label]) if label in found else "-" for label in folders)])
             paired += [
                 [run, metric, f"{b} - {a}", *_paired(done[a], done[b], metric, study.seed, 100)]
                 for a, b in _PAIRS
@@ -115,7 +117,10 @@ def policy_tables(study: Study) -> Iterator[Table]:
         yield "Policies, paired", "Points, on the same questions.", ["benchmark", "metric", "policies", *_TEST], paired
 
 
-_PAIRS = (("vanilla", "sft"), ("sft", "rlsf"), ("vanilla", "rlsf"), ("unguided sft", "sft"))
+_PAIRS = (
+    *(("vanilla", "sft"), ("sft", "rlsf"), ("vanilla", "rlsf"), ("unguided", "sft")),
+    *(("vanilla", "unguided"), ("vanilla", "full sft"), ("vanilla", "dpo")),
+)
 _TEST = ["difference", "p", "n"]
 
 
@@ -209,11 +214,11 @@ def label_tables(study: Study) -> Iterator[Table]:
 
 def filter_tables(study: Study) -> Iterator[Table]:
     """What the filters of each variant kept."""
-    folders = {"both": study.runs} | {name: folder_of(study.folder / "variants", name) for name in VARIANTS}
+    folders = {"both": study.runs} | {name: folder_of(study.folder / "variants", name) for name in _FILTERS}
     rows = []
     for name, folder in folders.items():
         file = folder / "comparisons" / "result.json"
-        if file.exists() and name != "unguided":
+        if file.exists():
             metrics = read_json(file)["metrics"]
             rows.append([name, str(metrics["comparisons"]), f"{100 * metrics['chosen_longer']:.1f}"])
     if rows:

@@ -19,7 +19,7 @@ from benchmarks.real_world.data import halves, human_pairs, prepare, static_hhh
 from benchmarks.real_world.forms import Form
 from benchmarks.real_world.labels import write_labels
 from benchmarks.real_world.scores import score_candidates, score_pairs
-from benchmarks.real_world.variants import VARIANTS, folder_of, link_stages
+from benchmarks.real_world.variants import VARIANTS, folder_of, link_stages, policies
 
 GEMMA, SMOLLM2 = "google/gemma-3-270m", "HuggingFaceTB/SmolLM2-135M-Instruct"
 FOLDERS = {GEMMA: "gemma-3-270m", SMOLLM2: "smollm2-135m-instruct"}
@@ -126,8 +126,11 @@ class Study:
                 score_pairs(own[: most[benchmark]][:few], model, file, self.progress)
 
     def policies(self) -> None:
-        """Benchmarks of each policy on one load, then all policies' answers to held-out prompts."""
-        form, checkpoints = self.form, self.checkpoints()
+        """Benchmarks of each policy on one load, then all policies' answers to held-out prompts.
+
+        Policies of variants are measured on Static HHH alone: the goals of the study are there.
+        """
+        form, checkpoints, tries = self.form, self.checkpoints(), self.tries()
         truthfulqa = {"limit": form.truthfulqa, "metrics": ("mc1", "mc2", "mc1_true_prompt")}
         runs: dict[str, dict[str, Any]] = {
             "hhh-likelihood": {"limit": form.hhh},
@@ -136,9 +139,11 @@ class Study:
             "mmlu": {"limit": form.mmlu},
             "mmlu-words": {"limit": form.mmlu, "words": True},
         }
-        for label, model in checkpoints.items():
+        for label, model in {**checkpoints, **tries}.items():
             engine: Any = HFEngine(model, dtype="bfloat16")
             for name, settings in runs.items():
+                if label in tries and not name.startswith("hhh"):
+                    continue
                 output, task = self.folder / "policies" / label / name, name.removesuffix("-words")
                 evaluate(engine, task, output=output, data_root=self.root / "hub", seed=self.seed, **settings)
             del engine
@@ -159,14 +164,16 @@ class Study:
         )
 
     def checkpoints(self) -> dict[str, str]:
-        """Label -> policy, of those that are made."""
-        unguided = folder_of(self.folder / "variants", "unguided") / "sft" / "model"
+        """Label -> policy of the recipe."""
         return {
             "vanilla": self.model(RECIPES[self.recipe_name][0]),
             "sft": str(self.runs / "sft" / "model"),
             "rlsf": str(self.runs / "rlsf" / "policy"),
-            **({"unguided sft": str(unguided)} if unguided.exists() else {}),
         }
+
+    def tries(self) -> dict[str, str]:
+        """Variant -> its policy, of those that are made."""
+        return {name: str(path) for name, path in policies(self.folder / "variants").items()}
 
     def best_of(self) -> None:
         """The second model's reward of every self-play candidate of a first turn."""

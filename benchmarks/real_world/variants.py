@@ -1,4 +1,5 @@
-"""The paper's ablations (arXiv 2305.13735, section 4): filters of the comparisons, self-play with no reward model.
+"""The paper's ablations (arXiv 2305.13735, section 4): filters of the comparisons, self-play with no reward model. And
+other ways from the same data to a policy, tried because the recipe's own does not reach its goal on Static HHH.
 
 A variant is the recipe with other settings, in a folder of its own. Stages that its settings leave as they are are
 linked from the recipe's run and not made again. One seed each: three would take three times as long.
@@ -27,15 +28,28 @@ class Variant:
 
 _NO_AS_IS = ("as_is_reward=null",)
 _ANSWERS = ("prompts", "responses")
+_REWARD = (*_ANSWERS, "as_is_reward", "comparisons", "reward")
+_DPO = "{lora_rank: 16, merge: true, bf16: true, learning_rate: 1.0e-4, batch_size: 16, micro_batch_size: 4}"
 VARIANTS = {
     "no filter": Variant((*_NO_AS_IS, "comparisons.length_rule=false"), _ANSWERS, "reward"),
     "length rule": Variant(_NO_AS_IS, _ANSWERS, "reward"),
     "as-is": Variant(("comparisons.length_rule=false",), (*_ANSWERS, "as_is_reward"), "reward"),
     "balanced": Variant(("comparisons.balance_length=true",), (*_ANSWERS, "as_is_reward"), "reward"),
-    "unguided": Variant(("self_play.unguided=true",), (*_ANSWERS, "as_is_reward", "comparisons", "reward"), "sft"),
+    "unguided": Variant(("self_play.unguided=true",), _REWARD, "sft"),
+    "full sft": Variant(
+        ("sft.lora_rank=0", "sft.merge=false", "sft.learning_rate=2.0e-5"), (*_REWARD, "self_play"), "sft"
+    ),
+    "dpo": Variant(("rlsf=null", f"dpo={_DPO}"), (*_REWARD, "self_play", "sft"), "dpo"),
 }
-"""Name -> variant. The recipe itself has both filters, and guided self-play. `balanced` has both filters, and then as
-many pairs with the shorter answer chosen as with the longer: the paper has no such filter."""
+"""Name -> variant. The recipe has both filters, guided self-play, and SFT by a LoRA. Not in the paper: `balanced` has
+both filters, and then as many pairs with the shorter answer chosen as with the longer; `full sft` trains all
+weights; `dpo` goes on from the SFT policy with the comparisons themselves."""
+
+
+def policies(runs: Path) -> dict[str, Path]:
+    """Variant -> the policy that it ends with, of those that are made."""
+    ends = {name: folder_of(runs, name) / variant.until / "model" for name, variant in VARIANTS.items()}
+    return {name: end for name, end in ends.items() if VARIANTS[name].until != "reward" and end.exists()}
 
 
 def folder_of(runs: Path, name: str) -> Path:

@@ -112,5 +112,8 @@ def test_the_whole_study_on_both_models(sources: Path, real_models: Any, tmp_pat
     titles = {table["title"]: table for table in figures["tables"]}
     assert {"Reward models", "Policies", "Policies, paired", "Answers to held-out prompts", "Filters"} <= set(titles)
     assert {row[0] for row in titles["Reward models"]["rows"]} >= {"reward", "as_is_reward", "second", "no filter"}
-    assert titles["Policies"]["header"] == ["benchmark", "metric", "vanilla", "sft", "rlsf", "unguided sft"]
+    labels = ["vanilla", "sft", "rlsf", "unguided", "full sft", "dpo"]
+    assert titles["Policies"]["header"] == ["benchmark", "metric", *labels]
+    of_tries = {row[0]: row[-1] != "-" for row in titles["Policies"]["rows"]}
+    assert of_tries == {name: name.startswith("hhh") for name in of_tries}
     assert "<table>" in (tmp_path / "page.html").read_text(encoding="utf-8")
