@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from html import escape
 
 import gradio as gr
@@ -18,12 +18,23 @@ from almost_eval.errors import AlmostError
 from serving.chat.arena import MAX_TURNS, SIDES, Arena, Round, void_sentence
 from serving.chat.board import board_html
 from serving.chat.client import EndpointError
-from serving.chat.conversation import MAX_QUESTION, ChatReply, too_long
+from serving.chat.conversation import ChatReply
 from serving.chat.render import badge, notice_html, reply_html
 from serving.chat.session import BROKEN, Desk, NotNow, Step
 from serving.chat.together import Draw, draw_together
 from serving.chat.toyworld import hint
-from serving.chat.widgets import ALONE, ANSWERING, QUICK, SETTLE_S, Update, asker_of, button, question_box, raw_html
+from serving.chat.widgets import (
+    ALONE,
+    ANSWERING,
+    QUICK,
+    SETTLE_S,
+    Update,
+    answering,
+    asker_of,
+    button,
+    question_box,
+    raw_html,
+)
 
 LABELS = {"a": "A is better", "b": "B is better", "tie": "Tie", "both_bad": "Both are bad"}
 INTRODUCTION = (
@@ -132,18 +143,12 @@ class ArenaTab:
         async for update in self._on_send(request, text, question, None):
             yield update
 
+    @answering
     async def _on_send(
         self, request: gr.Request, text: str, question: tuple[str, str] | None, round_: Round | None = None
-    ) -> AsyncIterator[Update]:
+    ) -> AsyncGenerator[Update, None]:
         """One question to both: the next turn of a round that waits for its vote, else a new round."""
         assert self._arena is not None
-        text = (text or "").strip()
-        if not text:
-            yield {self.notice: gr.skip()}
-            return
-        if excess := too_long(text, MAX_QUESTION):
-            yield {self.notice: notice_html(excess)}
-            return
         if round_ is not None and round_.votable and not round_.goes_on:
             yield {self.notice: notice_html(f"A round has at most {MAX_TURNS} turns: vote, or start the next.", "hint")}
             return
@@ -169,10 +174,9 @@ class ArenaTab:
                 async for steps in draw_together(draws, stop):
                     yield self._shown(current, steps)
                 await asyncio.sleep(SETTLE_S)
-        except NotNow as refusal:
-            yield {self.notice: notice_html(str(refusal), refusal.kind)}
-            return
-        except Exception:  # whatever it was, the page can be used again
+        except NotNow:
+            raise
+        except Exception:  # whatever it was, the round can be gone on with
             _LOG.exception("a round failed")
             yield self._undone(current, BROKEN, "error")
             return
@@ -257,6 +261,9 @@ class ArenaTab:
         """While both answer."""
         still: dict[Block, object] = {one: gr.Button(interactive=False) for one in (self.next, *self.buttons.values())}
         return still | {self.send: gr.Button(visible=False), self.stop: gr.Button(visible=True)}
+
+    def _buttons(self, *, busy: bool) -> dict[Block, object]:
+        return self._busy() if busy else self._ready(None)
 
     def _ready(self, round_: Round | None) -> dict[Block, object]:
         """While nobody answers: what can be done with the round, if there is one."""

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 import gradio as gr
 from gradio.blocks import Block
 
-from serving.chat.conversation import MAX_QUESTION, Conversation, Settings, too_long
+from serving.chat.conversation import Conversation, Settings
 from serving.chat.render import notice_html, panel_html
-from serving.chat.session import BROKEN, Desk, NotNow, Step
+from serving.chat.session import Desk, Step
 from serving.chat.together import Draw, draw_together
-from serving.chat.widgets import ALONE, ANSWERING, QUICK, SETTLE_S, Update, asker_of, button, question_box, raw_html
-
-_LOG = logging.getLogger("almost.chat")
+from serving.chat.widgets import (
+    ALONE,
+    ANSWERING,
+    QUICK,
+    SETTLE_S,
+    Update,
+    answering,
+    asker_of,
+    button,
+    question_box,
+    raw_html,
+)
 
 
 class CompareTab:
@@ -64,36 +72,24 @@ class CompareTab:
     def _on_stop(self, request: gr.Request) -> None:
         self._desk.stop("compare", request.session_hash)
 
+    @answering
     async def _on_send(
         self, request: gr.Request, text: str, left: str, right: str, *chat_settings: object
-    ) -> AsyncIterator[Update]:
-        if not (text or "").strip():
-            yield {self.notice: gr.skip()}
-            return
-        if excess := too_long(text, MAX_QUESTION):
-            yield {self.notice: notice_html(excess)}
-            return
+    ) -> AsyncGenerator[Update, None]:
+        """Both answers at once."""
         settings = Settings.checked(*chat_settings, most=1)
-        messages = Conversation().ask(text.strip()).messages(settings.system)
+        messages = Conversation().ask(text).messages(settings.system)
         draws = [Draw(self._desk.system(name), messages, settings) for name in (left, right)]
-        try:
-            with self._desk.work("compare", asker_of(self._desk, request)) as stop, self._desk.place() as place:
-                thinking = panel_html(None, live=False, note="Thinking")
-                yield dict.fromkeys(self.panels, thinking) | self._buttons(busy=True) | {self.notice: ""}
-                steps: list[Step | None] = [None, None]
-                await asyncio.sleep(SETTLE_S)
-                async for sentence in place.sentences(stop):
-                    yield {self.notice: notice_html(sentence, "hint")}
-                async for steps in draw_together(draws, stop):
-                    yield self._shown(steps)
-                await asyncio.sleep(SETTLE_S)
-        except NotNow as refusal:
-            yield {self.notice: notice_html(str(refusal), refusal.kind)}
-            return
-        except Exception:  # whatever it was, the page can be used again
-            _LOG.exception("an answer failed")
-            yield self._buttons(busy=False) | {self.notice: notice_html(BROKEN)}
-            return
+        steps: list[Step | None] = [None, None]
+        with self._desk.work("compare", asker_of(self._desk, request)) as stop, self._desk.place() as place:
+            thinking = panel_html(None, live=False, note="Thinking")
+            yield dict.fromkeys(self.panels, thinking) | self._buttons(busy=True) | {self.notice: ""}
+            await asyncio.sleep(SETTLE_S)
+            async for sentence in place.sentences(stop):
+                yield {self.notice: notice_html(sentence, "hint")}
+            async for steps in draw_together(draws, stop):
+                yield self._shown(steps)
+            await asyncio.sleep(SETTLE_S)
         sentences = {str(step.error or step.note) for step in steps if step and (step.error or step.note)}
         notice = notice_html(" ".join(sorted(sentences)))
         yield self._shown(steps) | self._buttons(busy=False) | {self.notice: notice}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import replace
 from html import escape
 
@@ -12,14 +12,14 @@ import gradio as gr
 from gradio.blocks import Block
 
 from almost_eval.errors import AlmostError
-from serving.chat.conversation import MAX_QUESTION, Conversation, too_long
+from serving.chat.conversation import Conversation
 from serving.chat.race import race_html, side_html
 from serving.chat.render import notice_html
-from serving.chat.session import BROKEN, ChatSystem, Desk, NotNow, Step
+from serving.chat.session import BROKEN, ChatSystem, Desk, Step
 from serving.chat.small_model import ABOUT
 from serving.chat.together import Draw, draw_together
 from serving.chat.toyworld import KNOWN, PREPARED, hint
-from serving.chat.widgets import ANSWERING, QUICK, SETTLE_S, Update, asker_of, button, question_box, raw_html
+from serving.chat.widgets import ANSWERING, QUICK, SETTLE_S, Update, answering, asker_of, button, question_box, raw_html
 
 CANDIDATES = 6
 TEMPERATURE = 1.2
@@ -102,38 +102,24 @@ class FirstTab:
         async for update in self._on_send(request, question):
             yield update
 
-    async def _on_send(self, request: gr.Request, text: str) -> AsyncIterator[Update]:
+    @answering
+    async def _on_send(self, request: gr.Request, text: str) -> AsyncGenerator[Update, None]:
         """Both sides and all candidates at once."""
-        text = (text or "").strip()
-        if not text:
-            yield {self.notice: gr.skip()}
-            return
-        if excess := too_long(text, MAX_QUESTION):
-            yield {self.notice: notice_html(excess)}
-            return
         settings = replace(self._desk.defaults, best_of=1)
         messages = Conversation().ask(text).messages(settings.system)
         racing = replace(settings, temperature=TEMPERATURE, top_p=1.0)
         draws = [Draw(system, messages, settings) for system in self._pair]
         draws += [Draw(self._pair[0], messages, racing)] * CANDIDATES
         steps: list[Step | None] = [None] * len(draws)
-        try:
-            with self._desk.work("first", asker_of(self._desk, request)) as stop, self._desk.place() as place:
-                told = {self.box: text, self.notice: notice_html(hint(text), "hint")}
-                yield self._shown(steps) | self._buttons(busy=True) | told
-                await asyncio.sleep(SETTLE_S)
-                async for sentence in place.sentences(stop):
-                    yield {self.notice: notice_html(sentence or hint(text), "hint")}
-                async for steps in draw_together(draws, stop):
-                    yield self._shown(steps)
-                await asyncio.sleep(SETTLE_S)
-        except NotNow as refusal:
-            yield {self.notice: notice_html(str(refusal), refusal.kind)}
-            return
-        except Exception:  # whatever it was, the page can be used again
-            _LOG.exception("an answer failed")
-            yield self._buttons(busy=False) | {self.notice: notice_html(BROKEN)}
-            return
+        with self._desk.work("first", asker_of(self._desk, request)) as stop, self._desk.place() as place:
+            told = {self.box: text, self.notice: notice_html(hint(text), "hint")}
+            yield self._shown(steps) | self._buttons(busy=True) | told
+            await asyncio.sleep(SETTLE_S)
+            async for sentence in place.sentences(stop):
+                yield {self.notice: notice_html(sentence or hint(text), "hint")}
+            async for steps in draw_together(draws, stop):
+                yield self._shown(steps)
+            await asyncio.sleep(SETTLE_S)
         errors = sorted({str(step.error) for step in steps if step and step.error})
         told = {self.notice: notice_html(" ".join(errors))} if errors else {}
         yield self._shown(steps) | self._buttons(busy=False) | told

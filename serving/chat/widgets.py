@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import logging
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import gradio as gr
 from gradio.blocks import Block
 
-from serving.chat.session import Desk
+from serving.chat.conversation import MAX_QUESTION, too_long
+from serving.chat.render import notice_html
+from serving.chat.session import BROKEN, Desk, NotNow
 from serving.chat.visitors import Asker
 
 Update = Mapping[Block, object]
@@ -30,6 +35,53 @@ ALONE = (
 ANSWERING: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
 """How an event runs that draws answers. It starts at once: whoever has to wait is told so by the desk, whereas a full
 queue of gradio's own is an error without a sentence."""
+
+
+_LOG = logging.getLogger("almost.chat")
+
+
+class Answering(Protocol):
+    """A tab that answers questions."""
+
+    notice: gr.HTML
+
+    def _buttons(self, *, busy: bool) -> Update: ...
+
+
+_Tab = TypeVar("_Tab", bound=Answering)
+_P = ParamSpec("_P")
+_Event = Callable[Concatenate[_Tab, gr.Request, str, _P], AsyncGenerator[Update, None]]
+
+
+def answering(send: _Event[_Tab, _P]) -> _Event[_Tab, _P]:
+    """Wrap a tab's event that takes a question: it is not called without one, or with one that is too long.
+
+    A question that cannot be answered now is told at the tab's notice, as is a bug, after which the page can be used
+    again.
+    """
+
+    @wraps(send)
+    async def event(
+        self: _Tab, request: gr.Request, text: str, /, *args: _P.args, **kwargs: _P.kwargs
+    ) -> AsyncGenerator[Update, None]:
+        text = (text or "").strip()
+        if not text:
+            yield {self.notice: gr.skip()}
+            return
+        if excess := too_long(text, MAX_QUESTION):
+            yield {self.notice: notice_html(excess)}
+            return
+        try:
+            async with aclosing(send(self, request, text, *args, **kwargs)) as updates:
+                async for update in updates:
+                    yield update
+        except NotNow as refusal:
+            yield {self.notice: notice_html(str(refusal), refusal.kind)}
+        except Exception:
+            _LOG.exception("an answer failed")
+            yield {**self._buttons(busy=False), self.notice: notice_html(BROKEN)}
+
+    return event
 
 
 def asker_of(desk: Desk, request: gr.Request) -> Asker:
