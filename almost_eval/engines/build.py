@@ -172,6 +172,14 @@ class EngineOptions:
         engines=["hf", "vllm"],
     )
     """Each holds a copy of the model. The numbers are those of one process, so no spec holds it; see `pooled`."""
+    worker_timeout: float | None = _option(
+        None,
+        "hf, vllm: seconds after which workers that say nothing are ended; others get their samples.  [none]",
+        engines=["hf", "vllm"],
+        kind=float,
+        above=0,
+    )
+    """Longer than a worker takes to load the model, and to write its longest texts."""
     ray: str | None = _option(
         None,
         "hf, vllm: workers on the Ray cluster at HOST:PORT or auto; alone, on this machine.",
@@ -299,9 +307,11 @@ def one_process(options: EngineOptions) -> EngineOptions:
     """The same options without workers.
 
     Raises:
-        InputError: the engine has none.
+        InputError: the engine has none, or there is a setting of workers without any.
     """
-    alone = dataclasses.replace(options, workers=None, ray=None)
+    alone = dataclasses.replace(options, workers=None, ray=None, worker_timeout=None)
+    if options.worker_timeout is not None and options.workers is None and options.ray is None:
+        raise InputError("--worker-timeout is of workers: name them with --workers or --ray, or leave it out")
     if options.engine == "openai" and alone != options:
         flag = "ray" if options.ray else "workers"
         raise InputError(
@@ -316,4 +326,12 @@ def pool_of(model: HeldCheckpoint, recipe: ServantRecipe, options: EngineOptions
 
     gpus_each = options.tensor_parallel_size * options.pipeline_parallel_size * options.data_parallel_size
     is_auto = options.device == "auto"
-    return pooled.open_pool(model, recipe, options.workers, options.ray, gpus_each=gpus_each, is_auto=is_auto)
+    return pooled.open_pool(
+        model,
+        recipe,
+        options.workers,
+        options.ray,
+        gpus_each=gpus_each,
+        is_auto=is_auto,
+        silence_s=options.worker_timeout,
+    )

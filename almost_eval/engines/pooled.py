@@ -241,6 +241,7 @@ def open_pool(
     *,
     gpus_each: int,
     is_auto: bool,
+    silence_s: float | None = None,
 ) -> Pool:
     """The workers that `--workers` and `--ray` describe; they start with the first stream.
 
@@ -251,6 +252,7 @@ def open_pool(
         ray: address of a Ray cluster, or None for processes of this machine.
         gpus_each: GPUs that one copy of the model takes, where it runs on GPUs.
         is_auto: the device was not named.
+        silence_s: see `Pool`.
 
     Raises:
         InputError: there is no room for so many workers.
@@ -264,11 +266,11 @@ def open_pool(
         transport = LocalTransport(
             recipe, share.workers, threads=share.threads, devices=share.devices, modules=_LIBRARIES
         )
-        return Pool(transport)
+        return Pool(transport, silence_s=silence_s)
     cluster = RayTransport(recipe, requested(workers), address=ray, gpus=gpus_each if on_gpu else 0)
     if is_auto and not on_gpu and cluster.has_gpus:
         raise InputError(
             "--ray: the cluster has GPUs and this machine has none, so the model would run on CPUs: run the command on "
             "a node with a GPU, or give --device cpu"
         )
-    return Pool(cluster, identity_of(model))
+    return Pool(cluster, identity_of(model), silence_s=silence_s)

@@ -85,10 +85,10 @@ class LocalTransport:
             worker.send(self._task[1])
         worker.send(pickle.dumps(unit))
 
-    def receive(self) -> Iterator[tuple[int, Message]]:
+    def receive(self, seconds: float) -> Iterator[tuple[int, Message]]:
         """Wait for a message, and yield what has arrived."""
         places = {worker.connection: place for place, worker in self._workers.items()}
-        for ready in connection.wait(list(places)):
+        for ready in connection.wait(list(places), seconds):
             assert isinstance(ready, connection.Connection)
             place = places[ready]
             worker = self._workers.get(place)
@@ -100,6 +100,12 @@ class LocalTransport:
                 del self._workers[place]
                 message = Lost(worker.reason())
             yield place, message
+
+    def end(self, place: int) -> None:
+        """Kill a worker, with everything it started."""
+        worker = self._workers.pop(place)
+        worker.connection.close()
+        worker.end(time.monotonic())
 
     def close(self) -> None:
         """End all workers, with everything they started."""

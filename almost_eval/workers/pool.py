@@ -7,17 +7,22 @@ missing is given out again. Restarts are bounded, and so are the workers that on
 from __future__ import annotations
 
 import sys
+import time
 import weakref
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 from almost_eval.errors import InputError, RunError
 from almost_eval.types import JSONObject
-from almost_eval.workers.work import Answer, Finished, Item, Ready, Refused, Transport, Unit
+from almost_eval.workers.work import Answer, Finished, Item, Message, Ready, Refused, Transport, Unit
 
 MOST_LOSSES = 3
 """Workers that may end over one unit: samples that end every worker must not end them all."""
+NOTICE_S = 300.0
+"""Seconds of silence after which something is said of it."""
+_LOOK_S = 5.0
+"""Seconds between two looks at the clock."""
 
 
 class Pool:
@@ -26,11 +31,21 @@ class Pool:
     Args:
         transport: what starts them.
         identity: what `Ready.identity` must be where a worker states one.
+        silence_s: where no worker says anything for so long, those at work are ended; None waits for ever.
     """
 
-    def __init__(self, transport: Transport, identity: dict[str, str | None] | None = None) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        identity: dict[str, str | None] | None = None,
+        *,
+        silence_s: float | None = None,
+    ) -> None:
         self._transport = transport
         self._identity = identity or {}
+        self._silence_s = silence_s
+        self._silent_s = 0.0
+        """How long nobody has said anything. What the caller does between two answers does not count."""
         self._restarts_left = transport.size
         self._tasks = 0
         self._is_running = False
@@ -93,7 +108,7 @@ class Pool:
         try:
             while waiting or self._busy:
                 self._give(task, waiting, left)
-                for place, message in self._transport.receive():
+                for place, message in self._heard():
                     if isinstance(message, Item):
                         left[place].remove(message.index)
                         yield message.index, message.answer
@@ -111,6 +126,8 @@ class Pool:
                         raise message.error
                     else:
                         self._lose(place, message.reason, waiting, left)
+                if self._silence_s is not None and self._silent_s >= self._silence_s:
+                    self._end_silent(waiting, left)
             is_done = True
         finally:
             self._is_running = False
@@ -150,6 +167,32 @@ class Pool:
             raise RunError(
                 f"{who} ended ({self.lost[-1]}); what was done is kept, and the same command goes on from there"
             )
+
+    def _heard(self) -> Iterator[tuple[int, Message]]:
+        """What the workers say now; where they say nothing for a while, the clock of their silence goes on."""
+        began = time.monotonic()
+        was_silent = True
+        for place, message in self._transport.receive(min(_LOOK_S, self._silence_s or _LOOK_S)):
+            self._silent_s, was_silent = 0.0, False
+            yield place, message
+        if not was_silent:
+            return
+        before = self._silent_s
+        self._silent_s += time.monotonic() - began
+        if before < NOTICE_S <= self._silent_s:
+            places = ", ".join(str(place + 1) for place in sorted(self._busy.keys() | self._starting))
+            sys.stderr.write(
+                f"no worker has said anything for {NOTICE_S:.0f} s (at work or starting: {places}); one that hangs is "
+                "ended, and its samples given on, where --worker-timeout says after how long\n"
+            )
+            sys.stderr.flush()
+
+    def _end_silent(self, waiting: deque[Unit], left: dict[int, set[int]]) -> None:
+        """End the workers that are at work or starting."""
+        silence, self._silent_s = self._silent_s, 0.0
+        for place in sorted(self._busy.keys() | self._starting):
+            self._transport.end(place)
+            self._lose(place, f"said nothing for {silence:.0f} s", waiting, left)
 
     def _refuse_other(self, place: int, message: Ready) -> None:
         for name, theirs in (message.identity or {}).items():

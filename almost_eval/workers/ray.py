@@ -88,11 +88,11 @@ class RayTransport:
         # In a list, so that Ray hands over the reference: the actor takes the task from the store once.
         actor.waits_for = actor.handle.answer.options(num_returns="streaming").remote([self._task[1]], unit)
 
-    def receive(self) -> Iterator[tuple[int, Message]]:
+    def receive(self, seconds: float) -> Iterator[tuple[int, Message]]:
         """Wait for a message, and yield what has arrived."""
         places = {id(actor.waits_for): place for place, actor in self._actors.items() if actor.waits_for is not None}
         waiting = [actor.waits_for for actor in self._actors.values() if actor.waits_for is not None]
-        ready, _ = self._ray.wait(waiting, num_returns=1, timeout=_QUICK_SECONDS)
+        ready, _ = self._ray.wait(waiting, num_returns=1, timeout=seconds)
         for reference in ready:
             place = places[id(reference)]
             actor = self._actors.get(place)
@@ -100,7 +100,7 @@ class RayTransport:
                 return
             message = self._take(actor, reference)
             if isinstance(message, Lost):
-                self._end(place)
+                self.end(place)
             elif not isinstance(message, Item):
                 actor.waits_for = None
             yield place, message
@@ -131,10 +131,11 @@ class RayTransport:
             if not actor.is_placed and self._ray.wait([actor.placed], timeout=0)[0]:
                 actor.is_placed = True
             elif time.monotonic() - actor.began > ROOM_SECONDS:
-                self._end(place)
+                self.end(place)
                 yield place, Lost(f"no node of the cluster had room for it in {ROOM_SECONDS:.0f} s")
 
-    def _end(self, place: int) -> None:
+    def end(self, place: int) -> None:
+        """Have Ray kill an actor."""
         actor = self._actors.pop(place)
         if self._ray.is_initialized():
             self._ray.kill(actor.handle, no_restart=True)
@@ -142,7 +143,7 @@ class RayTransport:
     def close(self) -> None:
         """End all actors; the cluster runs on, unless it was made for this."""
         for place in list(self._actors):
-            self._end(place)
+            self.end(place)
         self._task = (0, None)
 
 

@@ -111,8 +111,12 @@ class Transport(Protocol):
         """Have a worker answer a unit; the task is sent where the worker does not have it."""
         ...
 
-    def receive(self) -> Iterator[tuple[int, Message]]:
-        """Wait until there is something, and yield what there is as (place, message)."""
+    def receive(self, seconds: float) -> Iterator[tuple[int, Message]]:
+        """Wait for so long at most until there is something, and yield what there is as (place, message)."""
+        ...
+
+    def end(self, place: int) -> None:
+        """End a worker at once, whatever it is at; no message of it follows."""
         ...
 
     def close(self) -> None:

@@ -25,6 +25,17 @@ CPU_STEPWISE = EngineOptions(device="cpu", dtype="float32", batch_size=1)
 FOUR_STEPWISE = EngineOptions(device="cpu", dtype="float32", batch_size=1, workers=4)
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As each of the workers has: with others the last bits of a sum differ."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def workers() -> list[psutil.Process]:
     """The workers of this process: children of the process that forks them."""
     return [worker for child in psutil.Process().children() for worker in child.children()]
@@ -142,6 +153,23 @@ def test_texts_are_those_of_one_process() -> None:
 
 
 @pytest.mark.slow
+def test_a_worker_is_killed_while_texts_are_written() -> None:
+    prompts = [f"Human: What is number {number}?\n\nAssistant:" for number in range(24)]
+    params = SamplingParams(max_new_tokens=24, temperature=0.8, top_p=0.9, seed=3)
+    alone = generation_engine("nano/almost", CPU_STEPWISE).generate(prompts, params)
+    engine: Any = generation_engine("nano/almost", FOUR_STEPWISE)
+    kill, texts = KillAt(1), {}
+    with kill.track("texts", len(prompts)) as advance:
+        for index, completions in engine.stream_completions(prompts, params):
+            assert index not in texts
+            texts[index] = completions
+            advance()
+    assert len(kill.killed) == len(engine.pool.lost) == 1
+    assert [texts[index] for index in range(len(prompts))] == alone
+    engine.close()
+
+
+@pytest.mark.slow
 def test_half_precision_is_measured_once(tmp_path: Path) -> None:
     one = RunRequest(task="hhh", model="nano/almost", engine=EngineOptions(device="cpu", dtype="bfloat16"))
     many = RunRequest(task="hhh", model="nano/almost", engine=EngineOptions(device="cpu", dtype="bfloat16", workers=2))
@@ -158,6 +186,8 @@ def test_what_cannot_be_shared_is_refused_before_a_model_is_looked_for() -> None
 
 
 def test_a_wrong_number_is_refused_and_no_weights_are_loaded_here() -> None:
+    with pytest.raises(InputError, match="--worker-timeout is of workers: name them with --workers or --ray"):
+        loglikelihood_engine("nano/almost", EngineOptions(worker_timeout=60, device="cpu"))
     with pytest.raises(InputError, match="--workers 0: give a number of at least 1, or GPUS"):
         loglikelihood_engine("nano/almost", EngineOptions(workers="0", device="cpu"))
     before = workers()

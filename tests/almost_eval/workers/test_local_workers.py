@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -28,6 +29,8 @@ class Squares:
     once: str = ""
     """A file: the worker that makes it kills itself at an item of `fatal`; "" kills each."""
     fatal: tuple[int, ...] = ()
+    hangs: tuple[int, ...] = ()
+    """Items at which a worker says nothing more; with `once`, the first of them does."""
     refused: int = -1
     broken: int = -1
     seconds: float = 0.0
@@ -40,6 +43,8 @@ class Squares:
             time.sleep(self.seconds)
             if item in self.fatal and self._is_first():
                 os.kill(os.getpid(), signal.SIGKILL)
+            if item in self.hangs and self._is_first():
+                time.sleep(600)
             if item == self.refused:
                 raise InputError(f"item {item} is not to be had")
             if item == self.broken:
@@ -62,8 +67,8 @@ class Squares:
         return
 
 
-def pool_of(recipe: Squares, size: int) -> Pool:
-    return Pool(LocalTransport(recipe, size, threads=1))
+def pool_of(recipe: Squares, size: int, silence_s: float | None = None) -> Pool:
+    return Pool(LocalTransport(recipe, size, threads=1), silence_s=silence_s)
 
 
 def cut(items: range, parts: int) -> list[tuple[int, ...]]:
@@ -94,6 +99,35 @@ def test_a_killed_worker_costs_time_alone(tmp_path: Path) -> None:
     assert squares(pool) == TRUTH  # and it goes on with the next task
     assert pool.describe()["lost"] == pool.lost
     pool.close()
+
+
+def test_a_worker_that_hangs_is_ended_and_its_items_given_on(tmp_path: Path) -> None:
+    pool = pool_of(Squares(once=str(tmp_path / "first"), hangs=(7,)), 2, silence_s=1.5)
+    before = workers()
+    assert squares(pool) == TRUTH
+    assert [reason.partition(": ")[2] for reason in pool.lost] == ["said nothing for 2 s"]
+    assert len(workers() - before) <= 2  # the one that hung runs no more
+    pool.close()
+
+
+def test_items_that_hang_every_worker_end_the_run() -> None:
+    pool = pool_of(Squares(hangs=(7,)), 1, silence_s=0.5)
+    with pytest.raises(RunError, match=r"^the only worker has ended \(worker 1: said nothing for \d s\)"):
+        squares(pool)
+
+
+def test_a_caller_that_takes_its_time_is_no_silence(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr("almost_eval.workers.pool.NOTICE_S", 0.5)
+    monkeypatch.setattr("almost_eval.workers.pool._LOOK_S", 0.2)
+    pool = pool_of(Squares(), 1, silence_s=1.0)
+    for _ in pool.run(1, cut(range(4), 2)):
+        time.sleep(0.6)
+    assert pool.lost == []
+    pool.close()
+    slow = pool_of(Squares(seconds=1.2), 1)
+    assert len(dict(slow.run(1, cut(range(1), 1)))) == 1
+    slow.close()
+    assert "no worker has said anything for 0 s (at work or starting: 1); one that hangs" in capsys.readouterr().err
 
 
 def test_work_is_shared_and_each_task_is_its_own() -> None:
