@@ -96,6 +96,8 @@ def plan(
                 console.print(say, soft_wrap=True, markup=False, highlight=False)
             elif row.need.note:
                 console.print(f"{row.need.stage}: {row.need.note}", soft_wrap=True, markup=False, highlight=False)
+            if row.need.trained and (note := chosen.heap_note(row.need.activations)):
+                console.print(f"{row.need.stage}: {note}", soft_wrap=True, markup=False, highlight=False)
     return 0 if all(row.fits for row in rows) else DOES_NOT_FIT
 
 

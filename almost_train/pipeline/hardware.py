@@ -5,6 +5,8 @@ How fast GPUs are is in `almost_eval.suite.hardware`; `--measure` replaces that 
 
 from __future__ import annotations
 
+import os
+import platform
 import re
 from dataclasses import dataclass, field
 
@@ -13,6 +15,8 @@ from almost_eval.suite.hardware import GB, gpu_named
 
 CONTEXT = int(1.0 * GB)
 """Bytes of a GPU that a process needs beside tensors: CUDA's context, cuBLAS's workspace."""
+HEAP_MATTERS = GB
+"""Bytes of activations below which no more is said of the allocator."""
 RESERVE = 0.05
 """Share of a GPU's memory that stays free: the allocator's blocks have gaps."""
 
@@ -42,6 +46,22 @@ class Devices:
         if model not in self._runtimes:
             self._runtimes[model] = _runtime_here(model)
         return self._runtimes[model]
+
+    def heap_note(self, activations: int) -> str:
+        """A sentence where the allocator may hold far more than is alive; "" elsewhere.
+
+        glibc before 2.38 finds no room for an aligned block where one of the same size was freed (its bug 14581), and
+        torch aligns every block: 1.4 to 2.3 times the activations were measured (benchmarks/LOG.md).
+        """
+        name, version = platform.libc_ver()
+        numbers = [int(number) for number in re.findall(r"\d+", version)[:2]]
+        is_old = name == "glibc" and numbers < [2, 38]
+        if self.on_gpu or not is_old or activations < HEAP_MATTERS or "malloc" in os.environ.get("LD_PRELOAD", ""):
+            return ""
+        return (
+            f"glibc {version} may hold twice the activations, {activations / GB:.1f} GB more; another allocator, or "
+            "--gradient-checkpointing, saves that (docs/train.md)"
+        )
 
     def describe(self) -> str:
         """`8 GPUs of 80 GB each, weights divided`."""

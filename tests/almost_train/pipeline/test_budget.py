@@ -116,6 +116,20 @@ def test_sizes_of_memory() -> None:
     assert devices(None, 8, "a100-80gb", "full").describe() == "8 x a100-80gb of 80 GB, weights divided"
 
 
+def test_an_allocator_that_holds_more_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    cpu, gpu = Devices(1, 24 * 10**9, False), Devices(1, 24 * 10**9, True)
+    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.36"))
+    assert cpu.heap_note(4 * 10**9).startswith("glibc 2.36 may hold twice the activations, 4.0 GB more; ")
+    assert cpu.heap_note(10**8) == gpu.heap_note(4 * 10**9) == ""
+    monkeypatch.setenv("LD_PRELOAD", "/opt/lib/libtcmalloc.so.4")
+    assert cpu.heap_note(4 * 10**9) == ""
+    monkeypatch.delenv("LD_PRELOAD")
+    for libc in (("glibc", "2.38"), ("glibc", "2.100"), ("", "")):
+        monkeypatch.setattr("platform.libc_ver", lambda found=libc: found)
+        assert cpu.heap_note(4 * 10**9) == ""
+
+
 def write(folder: Path, **sections: object) -> str:
     file = folder / "mine.yaml"
     file.write_text(yaml.safe_dump({"prompt_set": "nano", **sections}, sort_keys=False), encoding="utf-8")
