@@ -38,7 +38,7 @@ def test_the_table_names_classes_and_their_options(
     assert engine.name == name
     assert takes[name] <= FIELDS
     # Whatever an option says by default is what the engine does by itself. It knows nothing of workers that hold it.
-    defaults: dict[str, Any] = {"workers": None, "ray": None}
+    defaults: dict[str, Any] = {"workers": None, "ray": None, "worker_timeout": None}
     for made_of in reversed(engine.__mro__):
         defaults |= getattr(made_of.__init__, "__kwdefaults__", None) or {}
     assert {option: defaults[option] for option in takes[name]} == {

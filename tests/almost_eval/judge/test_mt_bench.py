@@ -314,7 +314,8 @@ def test_single_answers_are_graded(almost_eval: Command, files: list[str], serve
     assert metrics["score/reasoning"]["value"] == 4
     assert metrics["score/turn_3"]["value"] is None
     assert results()["details"]["reviews that used a reference known to be wrong"] == 2
-    assert [r["outputs"].get("wrong_references") for r in lines() if r["sample"]["cluster"] == "104"] == [[1], [1, 2]]
+    wrong = [r["outputs"].get("wrong_references") for r in lines() if r["sample"]["cluster"] == "104"]
+    assert sorted(wrong) == [[1], [1, 2]]  # lines stand in the order in which the reviews came
     assert "known to be wrong (questions 104)" in err + out
     assert re.search(r"reasoning +│ +4.00 │ +4.00", out)
     assert "unscored: 1 of a (unparsed 1)" in out
