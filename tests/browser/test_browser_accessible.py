@@ -36,8 +36,14 @@ $$\\sum_i^n x_i$$
 """
 
 
+SETTLED = """() => document.getAnimations().every((one) =>
+  one.playState !== 'running' || one.effect.getComputedTiming().endTime === Infinity)"""
+"""No colour is on its way to another: a contrast in between is nobody's choice. A pulse never ends."""
+
+
 def violations(page: Any) -> list[str]:
     """Each serious or critical one: rule, elements, reason."""
+    page.wait_for_function(SETTLED)
     page.evaluate(AXE.read_text(encoding="utf-8"))
     return list(page.evaluate(RULES))
 
