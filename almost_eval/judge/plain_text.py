@@ -12,7 +12,7 @@ from almost_eval.models.reasoning import split_reasoning
 
 PLAIN = str.maketrans(
     {
-        **{code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)},  # the wide forms of ASCII
+        **{chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)},  # the wide forms of ASCII
         **dict.fromkeys("\u2018\u2019\u201b\u2032", "'"),
         **dict.fromkeys("\u201c\u201d\u201e\u2033", '"'),
         **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212", "-"),
