@@ -213,7 +213,10 @@ def read_answers(
             f"{path} answers questions that are not asked: {_some(unknown)}; give the --questions file it belongs to"
         )
     if missing := [question.id for question in questions if question.id not in answers]:
-        raise DataError(f"{path} has no answer to {len(missing)} of {len(questions)} questions: {_some(missing)}")
+        others = f"; it answers {_some(list(map(repr, unknown)))}" if unknown and not answers else ""
+        raise DataError(
+            f"{path} has no answer to {len(missing)} of {len(questions)} questions: {_some(missing)}{others}"
+        )
     names = list(dict.fromkeys(answer.model for answer in answers.values()))
     if len(names) != 1:
         raise DataError(f"{path} holds answers of several systems ({_some(names)}); give one file for each")
@@ -254,21 +257,22 @@ def _answer(row: Row, where: str, by_text: Mapping[str, list[str]], name: str, c
         ids = by_text.get(str(row["instruction"]).strip(), [])
         id = (ids.pop(0) if len(ids) > 1 else ids[0]) if ids else str(row["instruction"])[:40]
     else:
-        text, model, id = row.get("text"), row.get("model_id", name), _id(row, where)
+        text, model, id = row.get("text"), row.get("model_id") or name, _id(row, where)
         choices = row.get("choices")
         if text is None and isinstance(choices, list) and choices:
             if choice > len(choices):
                 raise DataError(
                     f"{where}: it has {len(choices)} answers, and no number {choice}; give another --choice"
                 )
-            try:
-                text, *later = choices[choice - 1]["turns"]
-            except (LookupError, TypeError, ValueError):
-                text = None
+            chosen = choices[choice - 1]
+            turns = chosen.get("turns") if isinstance(chosen, dict) else None
+            text, *later = turns if isinstance(turns, list) and turns else (None,)
             if len(choices) > 1 and isinstance(metadata, dict):
                 metadata = {**_metadata_of(metadata, choice), "choices": len(choices)}
-    if not isinstance(text, str) or not isinstance(model, str) or not isinstance(metadata, dict):
+    if not isinstance(text, str):
         raise DataError(f"malformed data: {where}: an answer needs a text `text` (or `output`); mend the row")
+    if not isinstance(model, str) or not isinstance(metadata, dict):
+        raise DataError(f"malformed data: {where}: `model_id` must be text, `metadata` an object; mend the row")
     if not all(isinstance(turn, str) for turn in later):
         raise DataError(f"malformed data: {where}: an answer to a later turn is no text; mend the row")
     _refuse_half_characters(where, text, model, *map(str, later))
