@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from almost_eval.data.sources import DataSource, fingerprint
-from almost_eval.errors import DataError, InputError
+from almost_eval.errors import DataError, InputError, printable
 from almost_eval.files import Row, json_line, parse_lines
 from almost_eval.judge import references
 from almost_eval.judge.fastchat import fastchat_text
@@ -170,7 +170,7 @@ def _question(row: Row, place: str, where: str) -> Question:
     if any(others[len(later) :]):
         raise DataError(f"malformed data: {where}: more references than turns; mend the row")
     rest = [QuestionTurn(str(turn), other) for turn, other in zip(later, others, strict=False)]
-    _refuse_half_characters(where, text, category, reference or "", *(t.text + (t.reference or "") for t in rest))
+    _check_texts(where, text, reference or "", *(t.text + (t.reference or "") for t in rest), names=(category, id))
     return Question(id, text, category, reference, tuple(rest))
 
 
@@ -275,7 +275,7 @@ def _answer(row: Row, where: str, by_text: Mapping[str, list[str]], name: str, c
         raise DataError(f"malformed data: {where}: `model_id` must be text, `metadata` an object; mend the row")
     if not all(isinstance(turn, str) for turn in later):
         raise DataError(f"malformed data: {where}: an answer to a later turn is no text; mend the row")
-    _refuse_half_characters(where, text, model, *map(str, later))
+    _check_texts(where, text, *later, names=(model,))
     try:
         json_line(metadata)
     except ValueError:
@@ -379,12 +379,14 @@ def _id(row: Row, where: str) -> str:
     return str(id)
 
 
-def _refuse_half_characters(where: str, *texts: str) -> None:
-    """JSON can write half of a surrogate pair, which no request and no file can hold."""
+def _check_texts(where: str, *texts: object, names: tuple[str, ...]) -> None:
+    """JSON can write half of a surrogate pair, which no file can hold, and in a name what a terminal obeys."""
     try:
-        "".join(texts).encode()
+        "".join(map(str, (*texts, *names))).encode()
     except UnicodeEncodeError:
         raise DataError(f"malformed data: {where}: half a character (a lone surrogate); mend the row") from None
+    if strange := next((name for name in names if printable(name) != name or "\n" in name), None):
+        raise DataError(f"malformed data: {where}: control characters in the name {strange!r}; mend the row")
 
 
 def _is_int(id: str) -> bool:

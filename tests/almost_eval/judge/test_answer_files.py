@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from almost_eval.errors import DataError
-from almost_eval.judge.questions import read_answers
+from almost_eval.judge.questions import read_answers, read_questions
 from almost_eval.judge.records import Question
 
 QUESTIONS = [Question("1", "Why?"), Question("2", "How?")]
@@ -80,3 +80,13 @@ def test_ids_that_only_look_the_same_are_shown(tmp_path: Path) -> None:
     file = _rows(tmp_path, {"question_id": "01", "text": "Because."}, {"question_id": " 2", "text": "So."})
     with pytest.raises(DataError, match=r"no answer to 2 of 2 questions: 1, 2; it answers '01', ' 2'"):
         read_answers(file, QUESTIONS, subset=True)
+
+
+@pytest.mark.parametrize("name", ["\x1b[31mred", "two\nlines", "\u202eturned"])
+def test_a_name_that_a_terminal_would_obey_is_refused(tmp_path: Path, name: str) -> None:
+    file = _rows(tmp_path, {"question_id": 1, "text": "Because \x1b[31m.", "model_id": name})
+    with pytest.raises(DataError, match="line 1: control characters in the name"):
+        read_answers(file, QUESTIONS[:1])
+    file = _rows(tmp_path, {"question_id": 1, "text": "Why \x1b[31m?", "category": name})
+    with pytest.raises(DataError, match="line 1: control characters in the name"):
+        read_questions(file)
