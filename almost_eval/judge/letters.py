@@ -7,7 +7,8 @@ import re
 from almost_eval.judge.plain_text import plain_text, without_thoughts
 from almost_eval.judge.records import Side, Unparsed, Verdict
 
-_LETTER = re.compile(r"\[ ?\[ ?([abc]) ?\] ?\]", re.I)
+_LETTER = re.compile(r"(?:(?<![A-Za-z0-9_])|(?<=verdict))\[ ?\[ ?([abc]) ?\] ?\]", re.I)
+"""Behind a name it is an index of R: `x[[a]]`."""
 _OWN = re.compile(
     r"(?:\b(?:(?:my|the) )?(?:final )?(?:verdict|decision|judge?ment|choice)(?: is)?[: ]{1,3}[\"']?)?"
     r"(?P<letter>\[ ?\[ ?[abc] ?\] ?\])"
@@ -16,7 +17,7 @@ _OWN = re.compile(
 )
 """A letter that the judge calls its own verdict, before it or behind it; without such words the letter alone."""
 _INSTRUCTION = re.compile(
-    r"[\"']? ?(?:if|for|when|means|indicates)\b[^.,;\n]*"
+    r"[\"']? ?\?|[\"']? ?(?:if|for|when|means|indicates)\b[^.,;\n]*"
     r"\b(?:assistants?|answers?|responses?|models?|ties?|tied|draw|better|good|equal\w*|a|b|both|they|neither)\b",
     re.I,
 )

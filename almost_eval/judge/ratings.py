@@ -8,7 +8,10 @@ from almost_eval.judge.plain_text import plain_text, without_thoughts
 from almost_eval.judge.records import Unparsed, Verdict
 from almost_eval.judge.verdicts import HIGHEST, LOWEST
 
-_RATING = re.compile(r"\[\[ ?(\d+\.?\d*)(?: ?/ ?10)? ?\]\]")
+_RATING = re.compile(
+    r"(?:(?<![A-Za-z0-9_])|(?<=rating)|(?<=score))\[\[ ?(\d+\.?\d*)(?: ?/ ?10)? ?\]\](?! ?/ ?(?!10\b)\d)", re.I
+)
+"""Not behind a name, where it is an index of R, and not of another scale."""
 _RATING_BACKUP = re.compile(r"(?m:^)\W*\[(\d+\.?\d*)\]\W*(?m:$)")
 _CALLED_RATING = re.compile(
     r"\b(?:scor(?:e[sd]?|ing)|rat(?:e[sd]?|ings?)|grad(?:e[sd]?|ing)|marks?|verdict)\b[^\n\[]{0,40}\[(\d+\.?\d*)\]",

@@ -82,6 +82,8 @@ _HEAD = re.compile(rf"{_LABEL}(?:'s)?(?: ?(?:{_WORD}\w*))?(?: ?\([^()]*\))?", re
 _TUPLE = re.compile(rf"[\[(] ?{_NUMBER} ?, ?{_NUMBER} ?,? ?[\])](?! ?[\^*/+=])")
 _TUPLE_WORD = re.compile(rf"{_WORD}|tuple|\boutput", re.I)
 _STATED_PAIR = re.compile(rf"\b{_WORD}\w*\b(?P<between>[^.\d\n]{{0,80}}?){_PAIR}", re.I)
+_COUNTED = re.compile(r"\b(?:rank|place|position|errors?|mistakes?|counts?|words|length)", re.I)
+"""What numbers beside the assistants' names may be, where no word says that they are scores."""
 _RANGE = re.compile(r"\b(?:between|from|scale|range|ranging)\b", re.I)
 _ENTRY = re.compile(
     rf"(?P<word>(?:\b{_WORD}\w*|points)(?: (?:for|of|to))?:? ?[(\[]? ?(?:the )?)?"
@@ -311,7 +313,8 @@ def _labelled(text: str) -> list[_Reading]:
         above = "\n".join(text[max(0, one.start() - 160) : one.start()].rstrip().split("\n")[-2:])
         told = any(entry["word"] or entry["word2"] for entry in (one, two)) or any(any(n[1:]) for n in numbers)
         ends = not text[: one.start()].strip() or "\n" not in text[two.end() :].strip()
-        if told or _TUPLE_WORD.search(above) or (ends and _plausible(numbers)):
+        counted = _COUNTED.search(above + one[0])
+        if told or _TUPLE_WORD.search(above) or (ends and _plausible(numbers) and not counted):
             ordered = numbers if sides == [0, 1] else numbers[::-1]
             spoken = above.split("\n")[-1] + one[0]
             readings.append(_reading((*ordered[0], *ordered[1]), final=bool(_FINAL.search(spoken))))

@@ -180,6 +180,8 @@ def test_prompts_of_ones_own(tmp_path: Path) -> None:
         ("As its source [1] says, it is rather good [2].", "no_rating"),
         ("The code reads x[3].", "no_rating"),
         ("Rating: [[7/10]]", 7.0),
+        ("Rating: [[4]]/5", "no_rating"),
+        ("It uses x[[1]] in R.\nRating: [[5]]", 5.0),
         ('It asks for "[[9]]".', "no_rating"),
         ("<think>A [[5]], no.</think>\nRating: [[8]]", 8.0),
         ("<think>\nA [[5]], or", "thinking_cut"),
