@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from almost_eval.errors import InputError, did_you_mean
+from almost_eval.judge.api.connection import Connection
 from almost_eval.judge.families import DEFAULT_FAMILY, FAMILY_OF_ONE, FAMILY_OF_TURNS
 from almost_eval.types import JSONObject
 
@@ -42,13 +43,11 @@ _RESERVED = {"model": "--judge", "messages": "--judge-prompt", "stream": "", "n"
 
 
 @dataclass(frozen=True, slots=True)
-class JudgeOptions:
+class JudgeOptions(Connection):
     """Which judge, and how it is reached. Fields are named as the flags."""
 
     judge: str | None = None
     """A model of an API, `nano` or `reward:CKPT`; None is `nano` on the nano world's data, else `DEFAULT_JUDGE`."""
-    judge_base_url: str | None = None
-    """API: the endpoint, up to and including `/v1`, several by commas; None is `OPENAI_BASE_URL`, else OpenAI's."""
     judge_prompt: Path | None = None
     """API: a prompt file, in the place of a prompt set."""
     prompt_family: str | None = None
@@ -57,26 +56,6 @@ class JudgeOptions:
     """`pairwise`, or `single`: a mark for each answer by itself."""
     prompt_set: str | None = None
     """API: `official` or `builtin`; None is as the data are."""
-    concurrency: int = 32
-    """API: requests on their way at a time, at most."""
-    timeout: float = 120.0
-    """API: seconds that one review may take."""
-    max_cost: float | None = None
-    """API: USD that all reviews may cost; None is no bound."""
-    price_in: float | None = None
-    """API: USD per million prompt tokens; None is the table's."""
-    price_out: float | None = None
-    """API: USD per million completion tokens."""
-    price_cached: float | None = None
-    """API: USD per million prompt tokens that are read from a cache; None is the table's, else `price_in`."""
-    price_reasoning: float | None = None
-    """API: USD per million completion tokens spent on thinking; None is the table's, else `price_out`."""
-    price_batch: float | None = None
-    """API: what a batch costs of the price, as a share of 1; None is the table's."""
-    batch: bool | None = None
-    """API: whether requests go through the provider's batch API."""
-    batch_wait: float | None = None
-    """API: seconds to wait for batches at most; None waits until they end."""
     max_tokens: int | None = None
     """API: tokens of a review, those of its thoughts included; None is the prompt's."""
     judge_temperature: float | None = None
@@ -247,7 +226,7 @@ def open_judge(options: JudgeOptions, data: DataSource, *, shared: bool = False,
             allow_unused_weights=options.allow_unused_weights,
         )
         return RewardJudge(model, name)
-    from almost_eval.judge.model_judge import Connection, ModelJudge
+    from almost_eval.judge.model_judge import ModelJudge
     from almost_eval.judge.probabilities import MAX_TOKENS
     from almost_eval.judge.prompts import load_judge_prompts
 
@@ -273,17 +252,4 @@ def open_judge(options: JudgeOptions, data: DataSource, *, shared: bool = False,
     if options.batch_wait is not None and not options.batch:
         raise InputError("--batch-wait goes with --batch; add it, or leave both out")
     fields = request_options(options.judge_options, options.reasoning_effort)
-    connection = Connection(
-        base_url=options.judge_base_url,
-        timeout=options.timeout,
-        concurrency=options.concurrency,
-        max_cost=options.max_cost,
-        price_in=options.price_in,
-        price_out=options.price_out,
-        price_cached=options.price_cached,
-        price_reasoning=options.price_reasoning,
-        price_batch=options.price_batch,
-        batch=bool(options.batch),
-        batch_wait=options.batch_wait,
-    )
-    return ModelJudge(name, prompts, connection, options=fields, reask=options.reask, dry=options.dry_run)
+    return ModelJudge(name, prompts, options, options=fields, reask=options.reask, dry=options.dry_run)

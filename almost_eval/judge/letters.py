@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import re
 
-from almost_eval.judge.plain_text import plain_text
+from almost_eval.judge.plain_text import plain_text, without_thoughts
 from almost_eval.judge.records import Side, Unparsed, Verdict
 
-_LETTER = re.compile(r"\[ ?\[ ?([abc]) ?\] ?\]", re.I)
+_LETTER = re.compile(r"(?:(?<![A-Za-z0-9_])|(?<=verdict))\[ ?\[ ?([abc]) ?\] ?\]", re.I)
+"""Behind a name it is an index of R: `x[[a]]`."""
 _OWN = re.compile(
-    r"(?:\bmy (?:final )?(?:verdict|decision|judge?ment|choice)(?: is)?[: ]{1,3})?(?P<letter>\[ ?\[ ?[abc] ?\] ?\])"
+    r"(?:\b(?:(?:my|the) )?(?:final )?(?:verdict|decision|judge?ment|choice)(?: is)?[: ]{1,3}[\"']?)?"
+    r"(?P<letter>\[ ?\[ ?[abc] ?\] ?\])"
     r"(?: is my (?:final )?(?:verdict|decision|judge?ment|choice)\b)?",
     re.I,
 )
 """A letter that the judge calls its own verdict, before it or behind it; without such words the letter alone."""
-_INSTRUCTION = re.compile(r"[\"']? ?(?:if|for|when|means|indicates)\b", re.I)
+_INSTRUCTION = re.compile(
+    r"[\"']? ?\?|[\"']? ?(?:if|for|when|means|indicates)\b[^.,;\n]*"
+    r"\b(?:assistants?|answers?|responses?|models?|ties?|tied|draw|better|good|equal\w*|a|b|both|they|neither)\b",
+    re.I,
+)
+_NEGATED = re.compile(
+    r"(?:\b(?:not|never|neither|nor|cannot)|n't|\b(?:rather|other) than|\binstead of)(?: \w+)? [\"']?\Z", re.I
+)
+"""What stands before a letter that is not the verdict."""
 _WINNERS: dict[str, Side] = {"A": "1", "B": "2", "C": "tie"}
 
 
@@ -28,18 +38,23 @@ def parse_letters(review: str, question_text: str = "") -> Verdict | Unparsed:
     Returns:
         A verdict without scores, or why there is none: `empty`, `no_verdict` or `ambiguous`.
     """
-    text = plain_text(review)
+    spoken = without_thoughts(review)
+    if isinstance(spoken, Unparsed):
+        return spoken
+    text = plain_text(spoken)
     if not text.strip():
         return Unparsed("empty")
     material = plain_text(question_text)
     quoted = {match[1].upper() for match in _LETTER.finditer(material)}
-    spoken = [match for match in _OWN.finditer(text) if match[0] != match["letter"]]
-    owned = {match.start("letter") for match in spoken if match[0].casefold() not in material.casefold()}
+    claims = [match for match in _OWN.finditer(text) if match[0] != match["letter"]]
+    owned = {match.start("letter") for match in claims if match[0].casefold() not in material.casefold()}
     named = []
     for match in _LETTER.finditer(text):
-        last = not re.search(r"\w", text[match.end() :])
+        before = text[text.rfind("\n", 0, match.start()) + 1 : match.start()]
+        # In quotation marks within a sentence, the last thing said may be what an answer says of itself.
+        last = not re.search(r"\w", text[match.end() :]) and not re.search(r"\w.*[\"']\Z", before)
         is_own = last or match.start() in owned or match[1].upper() not in quoted
-        if not _INSTRUCTION.match(text, match.end()) and is_own:
+        if is_own and not _INSTRUCTION.match(text, match.end()) and not _NEGATED.search(before):
             named.append(match[1].upper())
     if not named:
         return Unparsed("no_verdict")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import overload
@@ -13,7 +12,8 @@ from almost_eval.errors import InputError
 from almost_eval.judge.api.batch_plan import batch_facts, under_way
 from almost_eval.judge.api.bills import ClientStats
 from almost_eval.judge.api.client import JudgeClient
-from almost_eval.judge.api.cost import Budget, StatedPrices, estimate, price_of, retirement_of
+from almost_eval.judge.api.connection import Connection
+from almost_eval.judge.api.cost import Budget, estimate, price_of, retirement_of
 from almost_eval.judge.api.endpoint import THOUGHT_ONLY
 from almost_eval.judge.api.endpoints import judge_endpoints
 from almost_eval.judge.api.journal import Journal, Ledger
@@ -27,47 +27,6 @@ from almost_eval.types import JSONMapping, JSONObject, SampleRecord
 
 MOST_ALONE = 3
 """Requests that are sent one by one to learn whether an endpoint tells probabilities; failures say nothing of it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Connection:
-    """How a model behind an API is reached. None of it decides a verdict but the address."""
-
-    base_url: str | None = None
-    """The endpoint, up to and including `/v1`, several by commas; None is OpenAI's, or `OPENAI_BASE_URL`."""
-    timeout: float = 120.0
-    """Seconds that one reply may take."""
-    concurrency: int = 32
-    """Requests on their way at a time, at most."""
-    max_cost: float | None = None
-    """USD, or None for no bound."""
-    price_in: float | None = None
-    """USD per million prompt tokens; None is the table's."""
-    price_out: float | None = None
-    """USD per million completion tokens."""
-    price_cached: float | None = None
-    """USD per million prompt tokens that are read from a cache; None is `price_in`."""
-    price_reasoning: float | None = None
-    """USD per million completion tokens that are spent on thinking; None is `price_out`."""
-    price_batch: float | None = None
-    """What a batch costs of the price, as a share of 1; None is the table's."""
-    batch: bool = False
-    """Whether requests go through the provider's batch API."""
-    batch_wait: float | None = None
-    """Seconds to wait for batches at most; None waits until they end."""
-    seed: int = 0
-    """Of the retries' jitter."""
-
-    @property
-    def prices(self) -> StatedPrices:
-        """Prices by the names that `price_of`, `estimate` and `Budget` take."""
-        return {
-            "price_in": self.price_in,
-            "price_out": self.price_out,
-            "price_cached": self.price_cached,
-            "price_reasoning": self.price_reasoning,
-            "price_batch": self.price_batch,
-        }
 
 
 class ModelJudge:
@@ -113,7 +72,7 @@ class ModelJudge:
         self._announced: dict[int, Requests] = {}
         Budget(connection.max_cost, **connection.prices, judge=name)
         if not dry:
-            endpoints = judge_endpoints(name, connection.base_url, connection.timeout)
+            endpoints = judge_endpoints(name, connection.judge_base_url, connection.timeout)
             retired, today = retirement_of(name), date.today().isoformat()
             if retired and any(one.is_openai for one in endpoints) and retired.date <= today:
                 raise InputError(f"--judge {name}: {retired.words(name, today)} ({retired.source}); name another judge")
@@ -168,7 +127,7 @@ class ModelJudge:
             "completion_tokens_at_most": needed.completion_tokens,
             "price_usd_at_most": None if needed.price is None else round(needed.price, 4),
             "price_from": source,
-            **batch_facts(needed, price, batch=batch),
+            **batch_facts(needed, price, batch=bool(batch)),
             **spent,
             **({"retires": retired.words(self.name, date.today().isoformat())} if retired else {}),
             "prompt": shown(self.prompts.messages(pairs[0])),
@@ -185,14 +144,13 @@ class ModelJudge:
             self._client = JudgeClient(
                 self.name,
                 journal,
-                base_url=connection.base_url,
+                base_url=connection.judge_base_url,
                 timeout=connection.timeout,
                 concurrency=connection.concurrency,
                 budget=budget,
                 notice=notice,
-                batch=connection.batch,
+                batch=bool(connection.batch),
                 batch_wait=connection.batch_wait,
-                seed=connection.seed,
             )
             self._stats = self._client.stats
             try:

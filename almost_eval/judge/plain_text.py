@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import re
 
+from almost_eval.judge.records import Unparsed
+from almost_eval.models.reasoning import split_reasoning
+
 PLAIN = str.maketrans(
     {
-        **dict.fromkeys("\u2018\u2019\u201b\u2032\uff07", "'"),
-        **dict.fromkeys("\u201c\u201d\u201e\u2033\uff02", '"'),
-        **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212\uff0d", "-"),
-        **dict.fromkeys("\u00a0\u2002\u2003\u2007\u2009\u202f\u3000\t", " "),
+        **{chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)},  # the wide forms of ASCII
+        **dict.fromkeys("\u2018\u2019\u201b\u2032", "'"),
+        **dict.fromkeys("\u201c\u201d\u201e\u2033", '"'),
+        **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212", "-"),
+        **dict.fromkeys("\u00a0\u202f\u3000\t", " "),
+        **dict.fromkeys(map(chr, range(0x2000, 0x200B)), " "),
         **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\r`", None),  # invisible, or markdown's code
-        **{chr(0xFF10 + digit): str(digit) for digit in range(10)},
-        "\uff1a": ":",
-        "\uff0c": ",",
+        **dict.fromkeys("\ufe0f\u20e3", None),  # what makes a digit an emoji
         "\u3001": ",",
-        "\uff08": "(",
-        "\uff09": ")",
-        "\uff0f": "/",
         "\u2044": "/",
     }
 )
@@ -46,6 +46,14 @@ _NATIVE_POINTS = re.compile(r"(?<=\d) ?(?:\u5206|\u70b9|\uc810)(?!\w)")
 _ECHO_WORD = re.compile(r"\w+")
 _FENCE = re.compile(r" *(?:python|json|text|plaintext)? *", re.I)
 """What is left of the first line of a code block."""
+
+
+def without_thoughts(review: str) -> str | Unparsed:
+    """A review without what its judge thought before it; `thinking_cut` or `only_thinking` where it holds no more."""
+    split = split_reasoning(review)
+    if split.is_cut:
+        return Unparsed("thinking_cut")
+    return split.answer if split.thought is None or split.answer.strip() else Unparsed("only_thinking")
 
 
 def plain_text(text: str) -> str:

@@ -42,13 +42,13 @@ from almost_eval.judge.families import FAMILIES
 from almost_eval.judge.frames import filled, shown_turns, texts_in
 from almost_eval.judge.letters import parse_letters
 from almost_eval.judge.modes import Mode, closing_of
+from almost_eval.judge.plain_text import without_thoughts
 from almost_eval.judge.probabilities import parse_probabilities
 from almost_eval.judge.ratings import parse_rating
 from almost_eval.judge.records import Subject, TokenAlternatives, Unparsed, Verdict, texts_of
 from almost_eval.judge.references import wrong_turns
 from almost_eval.judge.structured import is_held, parse_embedded, parse_object
 from almost_eval.judge.verdicts import parse_scores
-from almost_eval.models.reasoning import split_reasoning
 from almost_eval.run import provenance
 from almost_eval.types import Message
 
@@ -240,28 +240,28 @@ def parse_review(
         case: what it is about.
         finish_reason: as the provider says. A review that was cut (`length`) and shows no end of a thought may be a
             thought from its first word on, where the template has opened it. Then a verdict counts only where a thought
-            does not stand: alone in the first line.
+            does not stand: alone in the first line. No number counts that another digit could have followed.
         mode: how the verdict was to be told.
         parameters: what the review came about with: whether the endpoint held it to JSON.
         logprobs: of its last tokens.
     """
-    split = split_reasoning(review)
-    if split.is_cut:
-        return Unparsed("thinking_cut")
-    if split.thought is not None and not split.answer.strip():
-        return Unparsed("only_thinking")
+    spoken = without_thoughts(review)
+    if isinstance(spoken, Unparsed):
+        return spoken
     material = texts_of(case)
     if mode == "logprobs":
-        return parse_probabilities(split.answer, logprobs)
+        return parse_probabilities(spoken, logprobs)
     if mode == "json":
         held = is_held(parameters or {})
-        told = parse_object(form, split.answer) if held else parse_embedded(form, split.answer, material)
+        told = parse_object(form, spoken) if held else parse_embedded(form, spoken, material)
         if told is not None:
             return Unparsed("cut") if isinstance(told, Unparsed) and finish_reason == "length" else told
-    verdict = FORMS[form].parse(split.answer, material)
+    verdict = FORMS[form].parse(spoken, material)
     if finish_reason != "length":
         return verdict
-    if isinstance(verdict, Unparsed) or (split.thought is None and not opens_with(form, split.answer, verdict)):
+    if FORMS[form].parse(f"{spoken}5", material) != verdict:
+        return Unparsed("cut")
+    if isinstance(verdict, Unparsed) or (spoken == review and not opens_with(form, spoken, verdict)):
         return Unparsed("cut")
     return verdict
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from almost_eval.data.sources import DataSource, fingerprint
-from almost_eval.errors import DataError, InputError
+from almost_eval.errors import DataError, InputError, printable
 from almost_eval.files import Row, json_line, parse_lines
 from almost_eval.judge import references
 from almost_eval.judge.fastchat import fastchat_text
@@ -170,7 +170,7 @@ def _question(row: Row, place: str, where: str) -> Question:
     if any(others[len(later) :]):
         raise DataError(f"malformed data: {where}: more references than turns; mend the row")
     rest = [QuestionTurn(str(turn), other) for turn, other in zip(later, others, strict=False)]
-    _refuse_half_characters(where, text, category, reference or "", *(t.text + (t.reference or "") for t in rest))
+    _check_texts(where, text, reference or "", *(t.text + (t.reference or "") for t in rest), names=(category, id))
     return Question(id, text, category, reference, tuple(rest))
 
 
@@ -213,7 +213,10 @@ def read_answers(
             f"{path} answers questions that are not asked: {_some(unknown)}; give the --questions file it belongs to"
         )
     if missing := [question.id for question in questions if question.id not in answers]:
-        raise DataError(f"{path} has no answer to {len(missing)} of {len(questions)} questions: {_some(missing)}")
+        others = f"; it answers {_some(list(map(repr, unknown)))}" if unknown and not answers else ""
+        raise DataError(
+            f"{path} has no answer to {len(missing)} of {len(questions)} questions: {_some(missing)}{others}"
+        )
     names = list(dict.fromkeys(answer.model for answer in answers.values()))
     if len(names) != 1:
         raise DataError(f"{path} holds answers of several systems ({_some(names)}); give one file for each")
@@ -254,24 +257,25 @@ def _answer(row: Row, where: str, by_text: Mapping[str, list[str]], name: str, c
         ids = by_text.get(str(row["instruction"]).strip(), [])
         id = (ids.pop(0) if len(ids) > 1 else ids[0]) if ids else str(row["instruction"])[:40]
     else:
-        text, model, id = row.get("text"), row.get("model_id", name), _id(row, where)
+        text, model, id = row.get("text"), row.get("model_id") or name, _id(row, where)
         choices = row.get("choices")
         if text is None and isinstance(choices, list) and choices:
             if choice > len(choices):
                 raise DataError(
                     f"{where}: it has {len(choices)} answers, and no number {choice}; give another --choice"
                 )
-            try:
-                text, *later = choices[choice - 1]["turns"]
-            except (LookupError, TypeError, ValueError):
-                text = None
+            chosen = choices[choice - 1]
+            turns = chosen.get("turns") if isinstance(chosen, dict) else None
+            text, *later = turns if isinstance(turns, list) and turns else (None,)
             if len(choices) > 1 and isinstance(metadata, dict):
                 metadata = {**_metadata_of(metadata, choice), "choices": len(choices)}
-    if not isinstance(text, str) or not isinstance(model, str) or not isinstance(metadata, dict):
+    if not isinstance(text, str):
         raise DataError(f"malformed data: {where}: an answer needs a text `text` (or `output`); mend the row")
+    if not isinstance(model, str) or not isinstance(metadata, dict):
+        raise DataError(f"malformed data: {where}: `model_id` must be text, `metadata` an object; mend the row")
     if not all(isinstance(turn, str) for turn in later):
         raise DataError(f"malformed data: {where}: an answer to a later turn is no text; mend the row")
-    _refuse_half_characters(where, text, model, *map(str, later))
+    _check_texts(where, text, *later, names=(model,))
     try:
         json_line(metadata)
     except ValueError:
@@ -375,12 +379,14 @@ def _id(row: Row, where: str) -> str:
     return str(id)
 
 
-def _refuse_half_characters(where: str, *texts: str) -> None:
-    """JSON can write half of a surrogate pair, which no request and no file can hold."""
+def _check_texts(where: str, *texts: object, names: tuple[str, ...]) -> None:
+    """JSON can write half of a surrogate pair, which no file can hold, and in a name what a terminal obeys."""
     try:
-        "".join(texts).encode()
+        "".join(map(str, (*texts, *names))).encode()
     except UnicodeEncodeError:
         raise DataError(f"malformed data: {where}: half a character (a lone surrogate); mend the row") from None
+    if strange := next((name for name in names if printable(name) != name or "\n" in name), None):
+        raise DataError(f"malformed data: {where}: control characters in the name {strange!r}; mend the row")
 
 
 def _is_int(id: str) -> bool:

@@ -7,8 +7,9 @@ compared. What a schema cannot promise at every endpoint (a range, no field twic
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeGuard
 
 from almost_eval.judge.records import Side, Unparsed, Verdict
 from almost_eval.types import JSONMapping, JSONObject
@@ -20,6 +21,12 @@ LOWEST, HIGHEST = 1, 10
 REASON = "reason"
 SCORES = ("score_1", "score_2")
 LETTER = "verdict"
+Scores = tuple[float, float]
+NAME = r"(?:assistant|answer|response|model|chatbot|ai)"
+"""How a review may call what it compares, before a number or a letter."""
+SIDES = {"1": 0, "a": 0, "one": 0, "2": 1, "b": 1, "two": 1}
+_FIELD = re.compile(rf"{NAME}[ _#-]?(1|2|a|b)(?:[ _]?(?:score|rating))?|(?:score|rating)[ _](1|2|a|b)", re.I)
+"""A field of a JSON object that holds the score of one side, where no schema was kept."""
 WINNERS: dict[str, Side] = {"A": "1", "B": "2", "C": "tie"}
 
 _PROPERTIES: dict[str, JSONObject] = {
@@ -93,22 +100,61 @@ def parse_embedded(form: str, text: str, material: str = "") -> Verdict | Unpars
     Returns:
         A verdict; `ambiguous` where two objects differ; None where no object is a verdict.
     """
+    verdicts = {
+        verdict
+        for fields in _objects_in(text, material)
+        for verdict in [_verdict(form, fields)]
+        if isinstance(verdict, Verdict)
+    }
+    if len(verdicts) > 1:
+        return Unparsed("ambiguous")
+    return verdicts.pop() if verdicts else None
+
+
+def object_scores(review: str) -> list[Scores]:
+    """The scores of a review that is one JSON object, by the names of its fields; none for any other review."""
+    try:
+        return _scores_by_name(json.loads(re.sub(r"\A\s*```\w*\s*|\s*```\s*\Z", "", review)))
+    except (ValueError, RecursionError):
+        return []
+
+
+def embedded_scores(review: str, material: str) -> list[Scores]:
+    """The same of each JSON object in a text that `material` does not hold."""
+    return [scores for fields in _objects_in(review, material) for scores in _scores_by_name(fields)]
+
+
+def _objects_in(text: str, material: str) -> Iterator[object]:
+    """Each JSON object in a text that does not stand in what it may have quoted."""
     decoder = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_number)
-    verdicts: set[Verdict] = set()
     at = text.find("{")
     while at >= 0:
         end = at + 1
         try:
             fields, end = decoder.raw_decode(text, at)
+            if text[at:end] not in material:
+                yield fields
         except (ValueError, RecursionError):
-            fields = None
-        verdict = _verdict(form, fields)
-        if isinstance(verdict, Verdict) and text[at:end] not in material:
-            verdicts.add(verdict)
+            pass
         at = text.find("{", end)
-    if len(verdicts) > 1:
-        return Unparsed("ambiguous")
-    return verdicts.pop() if verdicts else None
+
+
+def _scores_by_name(fields: object) -> list[Scores]:
+    """Scores of both sides; several where one side has two names, and they differ."""
+    if not isinstance(fields, dict):
+        return []
+    both = fields.get("scores")
+    sides: tuple[set[float], set[float]] = set(), set()
+    rows = list(fields.items())
+    if isinstance(both, dict):
+        rows += both.items()
+    elif isinstance(both, list) and len(both) == 2:
+        rows += zip(SCORES, both, strict=True)
+    for name, value in rows:
+        score = value.get("score") if isinstance(value, dict) else value
+        if (match := _FIELD.fullmatch(name.strip())) and _is_number(score):
+            sides[SIDES[(match[1] or match[2]).lower()]].add(float(score))
+    return [(one, two) for one in sides[0] for two in sides[1]]
 
 
 def is_held(parameters: Mapping[str, object]) -> bool:
@@ -146,7 +192,7 @@ def _by_scores(fields: JSONMapping) -> Verdict | Unparsed:
     return Verdict(winner, float(first), float(second))
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

@@ -22,18 +22,19 @@ do. Anywhere else it is out of range.
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from almost_eval.judge.plain_text import EMPHASIS, PLAIN, plain_text, without_quotes
+from almost_eval.judge.letters import parse_letters
+from almost_eval.judge.plain_text import EMPHASIS, PLAIN, plain_text, without_quotes, without_thoughts
 from almost_eval.judge.records import Side, Unparsed, Verdict
+from almost_eval.judge.structured import NAME, SIDES, Scores, embedded_scores, object_scores
+
+__all__ = ["HIGHEST", "LOWEST", "parse_letters", "parse_scores"]
 
 LOWEST, HIGHEST = 1.0, 10.0
 """The scale that the prompts state."""
-
-Scores = tuple[float, float]
 
 _NUMBER = r"(\d{1,4}(?:\.\d{1,3})?)(?: ?/ ?(\d{1,3})(?![\d/])| out of (\d{1,3}))?(?: ?points?\b)?"
 _BEFORE, _AFTER = r"(?<![\w.,/$-])", r"(?![\w%]|[.,]\d| ?[/^])"
@@ -43,12 +44,11 @@ _BETWEEN = r" ?[\])]* ?(?:,? and |, ?|; ?|\| ?|& ?|vs\.? |- | )[\[(]* ?"
 _PAIR = rf"[\[(]* ?{_BEFORE}{_NUMBER}{_BETWEEN}{_NUMBER}{_AFTER} ?[\])]*"
 """Two numbers. Six groups. A bare hyphen or slash between them is a range or a fraction, and no pair."""
 _WORD = r"(?:scor|rating|rated?\b|grad|mark|verdict|evaluation result)"
-_NAME = r"(?:assistant|answer|response|model|chatbot|ai)"
-_LABEL = rf"\b{_NAME}(?: ?[#_-]?| number | no\.? )(1|2|a|b|one|two)\b(?!-)"
+_LABEL = rf"\b{NAME}(?: ?[#_-]?| number | no\.? )(1|2|a|b|one|two)\b(?!-)"
 _LABELLED = _LABEL.replace("(1|2", "(?:1|2")
-_BOTH = rf"(?:{_NAME}s? ?)?#?\b(?:1|a)\b (?:and|&) (?:{_NAME} ?)?#?\b(?:2|b)\b"
+_BOTH = rf"(?:{NAME}s? ?)?#?\b(?:1|a)\b (?:and|&) (?:{NAME} ?)?#?\b(?:2|b)\b"
 _TURNED = re.compile(
-    rf"(?:{_NAME}s? ?)?#?\b(?:2|b)\b (?:and|&) (?:{_NAME} ?)?#?\b(?:1|a)\b(?P<between>[^.\d\n]{{0,20}}[:=] ?){_PAIR}",
+    rf"(?:{NAME}s? ?)?#?\b(?:2|b)\b (?:and|&) (?:{NAME} ?)?#?\b(?:1|a)\b(?P<between>[^.\d\n]{{0,20}}[:=] ?){_PAIR}",
     re.I,
 )
 """Both assistants in one breath, the second one first, and their scores in the same order."""
@@ -75,12 +75,15 @@ _LINE = re.compile(
     rf"[^.\d\n:=()-]{{0,60}}(?:\([^()\n]{{0,40}}\) ?)?[:=-] ?)?{_PAIR} ?[.,;]?",
     re.I,
 )
+_SENTENCE = re.compile(r"(?<=[.:!?]) ")
 _FIRST_THEN_TEXT = re.compile(rf"{_PAIR}(?: ?[.:;,(-] ?(?=[A-Za-z]{{2}})| (?=[A-Z][a-z]))")
 _SINGLE = re.compile(rf"{_N}[.,;]?")
 _HEAD = re.compile(rf"{_LABEL}(?:'s)?(?: ?(?:{_WORD}\w*))?(?: ?\([^()]*\))?", re.I)
 _TUPLE = re.compile(rf"[\[(] ?{_NUMBER} ?, ?{_NUMBER} ?,? ?[\])](?! ?[\^*/+=])")
 _TUPLE_WORD = re.compile(rf"{_WORD}|tuple|\boutput", re.I)
 _STATED_PAIR = re.compile(rf"\b{_WORD}\w*\b(?P<between>[^.\d\n]{{0,80}}?){_PAIR}", re.I)
+_COUNTED = re.compile(r"\b(?:rank|place|position|errors?|mistakes?|counts?|words|length)", re.I)
+"""What numbers beside the assistants' names may be, where no word says that they are scores."""
 _RANGE = re.compile(r"\b(?:between|from|scale|range|ranging)\b", re.I)
 _ENTRY = re.compile(
     rf"(?P<word>(?:\b{_WORD}\w*|points)(?: (?:for|of|to))?:? ?[(\[]? ?(?:the )?)?"
@@ -91,9 +94,9 @@ _ENTRY = re.compile(
     re.I,
 )
 _TAIL = re.compile(
-    r" ?(?:$|\n|[.,;:|()\[\]\"'}]|-(?! ?\d)|(?:and|while|whereas|because|as|for|vs|assistant|answer)\b)", re.I
+    r" ?(?:$|\n|[.,;:()\[\]\"'}]|\|(?! ?\d)|-(?! ?\d)|(?:and|while|whereas|because|as|for|vs|assistant|answer)\b)", re.I
 )
-"""What may follow a labelled score: a word that is counted ("3 errors") may not."""
+"""What may follow a labelled score: a word that is counted ("3 errors") may not, nor the next number in a table."""
 _CLAUSE = re.compile(r"[;\n]|\.(?= |$)|,? (?:and|while|whereas|but)(?= )|, ", re.I)
 _GIVEN = re.compile(
     rf"\b(?:(?:score|rating|grade) ?(?:is|of|:|=|would be)? ?(?:a |an )?{_N}"
@@ -128,16 +131,21 @@ def parse_scores(review: str, question_text: str = "") -> Verdict | Unparsed:
     Returns:
         A verdict with scores, or why there is none: `empty`, `no_scores`, `ambiguous` or `out_of_range`.
     """
-    review, question_text = _columns_in_order(review), _columns_in_order(question_text)
+    spoken = without_thoughts(review)
+    if isinstance(spoken, Unparsed):
+        return spoken
+    review, question_text = _columns_in_order(spoken), _columns_in_order(question_text)
     text = plain_text(review)
     if not text.strip():
         return Unparsed("empty")
-    if (stated := _json(review)) is not None:
-        return _verdict_of([stated], text)
+    if stated := object_scores(review):
+        return _verdict_of([_Reading(scores) for scores in stated], text)
     quoted = plain_text(question_text)
     text = _COMMA_LABELLED.sub(r"\1\2.\3", _TURNED.sub(_in_turn, without_quotes(text, quoted)))
     readings = _lines(text) + _tuples(text) + _stated_pairs(text) + _labelled(text)
-    readings += _tables(without_quotes(EMPHASIS.sub("", review.translate(PLAIN)), quoted))
+    bars = without_quotes(EMPHASIS.sub("", review.translate(PLAIN)), quoted)
+    readings += _tables(bars) + _rows_of_assistants(bars)
+    readings += [_Reading(scores) for scores in embedded_scores(review, question_text)]
     return _verdict_of(readings or _prose(text), text)
 
 
@@ -159,32 +167,6 @@ def _verdict_of(readings: list[_Reading], text: str) -> Verdict | Unparsed:
 # --- readings
 
 
-def _json(review: str) -> _Reading | None:
-    """The scores of a review that is one JSON object, by the names of its fields; None for any other review."""
-    content = re.sub(r"\A\s*```\w*\s*|\s*```\s*\Z", "", review)
-    try:
-        fields = json.loads(content)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(fields, dict):
-        return None
-    both = fields.get("scores")
-    if isinstance(both, dict):
-        fields, both = fields | both, None
-    sides: dict[int, object] = dict(enumerate(both)) if isinstance(both, list) and len(both) == 2 else {}
-    for name, value in fields.items():
-        if match := _FIELD.fullmatch(name.strip()):
-            sides[_SIDES[(match[1] or match[2]).lower()]] = value.get("score") if isinstance(value, dict) else value
-    one, two = sides.get(0), sides.get(1)
-    if (
-        isinstance(one, bool)
-        or isinstance(two, bool)
-        or not (isinstance(one, int | float) and isinstance(two, int | float))
-    ):
-        return None
-    return _Reading((float(one), float(two)))
-
-
 def _lines(text: str) -> list[_Reading]:
     """Two scores and nothing else on a line: among the first three lines that are not empty, or the last two."""
     lines = [line.strip() for line in text.split("\n") if line.strip()]
@@ -193,14 +175,17 @@ def _lines(text: str) -> list[_Reading]:
     readings = []
     for i, line in places:
         if i == 0 and (behind := _BEHIND.fullmatch(line)) and behind[4].lower() != behind[8].lower():
-            sides = [_SIDES[behind[place].lower()] for place in (4, 8)]
+            sides = [SIDES[behind[place].lower()] for place in (4, 8)]
             numbers = [_three(behind.groups()[at : at + 3]) for at in (0, 4)]
             if sorted(sides) == [0, 1]:
                 ordered = numbers if sides == [0, 1] else numbers[::-1]
                 readings.append(_reading((*ordered[0], *ordered[1]), first=i == 0))
                 continue
         stated = re.sub(_BOTH, "both", line, flags=re.I)
-        if match := _LINE.fullmatch(stated) or (_FIRST_THEN_TEXT.match(stated) if i == 0 else None):
+        *before, end = _SENTENCE.split(stated)  # "I had that the wrong way round. 6 8", "Final: 6 8"
+        alone = end if before and (not before[-1].endswith(":") or _FINAL.search(before[-1])) else stated
+        first = _FIRST_THEN_TEXT.match(stated) if i == 0 else None
+        if match := _LINE.fullmatch(stated) or first or _LINE.fullmatch(alone):
             readings.append(_reading(match.groups(), final=bool(_FINAL.search(stated)), first=i == 0))
     alone = [match for line in lines[:2] if (match := _SINGLE.fullmatch(line))]
     if not readings and len(alone) == 2:  # one below the other
@@ -244,6 +229,26 @@ def _tables(text: str) -> list[_Reading]:
     return readings
 
 
+def _rows_of_assistants(text: str) -> list[_Reading]:
+    """The columns of totals in tables that have a row for each assistant, and several columns of numbers."""
+    readings: list[_Reading] = []
+    head: list[str] = []
+    rows: dict[int, list[str]] = {}
+    for cells in map(_cells, text.split("\n")):
+        if (label := _HEAD.fullmatch(cells[0])) is None:
+            head, rows = (cells, {}) if any(re.search(r"\w", cell) for cell in cells) else (head, rows)
+            continue
+        rows[SIDES[label[1].lower()]] = cells
+        if len(rows) < 2 or not len(head) == len(rows[0]) == len(rows[1]) > 2:
+            continue
+        for at, name in enumerate(head):
+            one, two = (_SINGLE.fullmatch(rows[side][at]) for side in (0, 1))
+            if at and name and _TOTAL_ROW.fullmatch(name) and one and two:
+                is_final = bool(re.match("total|overall|final", name, re.I))
+                readings.append(_reading(one.groups() + two.groups(), final=is_final))
+    return readings
+
+
 def _columns_in_order(text: str) -> str:
     """The text with the column of Assistant 1 before that of Assistant 2 in its tables."""
     lines, columns = text.split("\n"), None
@@ -265,7 +270,7 @@ def _cells(line: str) -> list[str]:
 
 def _heads(cells: Sequence[str]) -> list[int] | None:
     """The columns of Assistant 1 and 2 in the head of a table; None where it is none."""
-    sides = {_SIDES[m[1].lower()]: at for at, cell in enumerate(cells) if (m := _HEAD.fullmatch(cell))}
+    sides = {SIDES[m[1].lower()]: at for at, cell in enumerate(cells) if (m := _HEAD.fullmatch(cell))}
     return [sides[0], sides[1]] if len(sides) == 2 and len(cells) > 2 else None
 
 
@@ -308,7 +313,8 @@ def _labelled(text: str) -> list[_Reading]:
         above = "\n".join(text[max(0, one.start() - 160) : one.start()].rstrip().split("\n")[-2:])
         told = any(entry["word"] or entry["word2"] for entry in (one, two)) or any(any(n[1:]) for n in numbers)
         ends = not text[: one.start()].strip() or "\n" not in text[two.end() :].strip()
-        if told or _TUPLE_WORD.search(above) or (ends and _plausible(numbers)):
+        counted = _COUNTED.search(above + one[0])
+        if told or _TUPLE_WORD.search(above) or (ends and _plausible(numbers) and not counted):
             ordered = numbers if sides == [0, 1] else numbers[::-1]
             spoken = above.split("\n")[-1] + one[0]
             readings.append(_reading((*ordered[0], *ordered[1]), final=bool(_FINAL.search(spoken))))
@@ -322,13 +328,13 @@ def _prose(text: str) -> list[_Reading]:
         header = re.match(rf"\s*{_LABEL}(?:'s \w+)? ?[:\n]", paragraph, re.I)
         others = {m[1].lower() for m in re.finditer(_LABEL, paragraph, re.I)}
         for clause in _CLAUSE.split(paragraph):
-            labels = {_SIDES[m[1].lower()] for m in re.finditer(_LABEL, clause, re.I)}
+            labels = {SIDES[m[1].lower()] for m in re.finditer(_LABEL, clause, re.I)}
             numbers = [_three(match.groups()) for match in _GIVEN.finditer(clause)]
             if not numbers and labels:  # "... and Assistant 2 a 9", "8 for Assistant 1"
                 match = re.search(rf"(?:\ba|\ban)? ?{_N} (?:to|for) {_LABEL}", clause, re.I)
                 numbers = [_three(match.groups()[:3])] if match else []
             if not labels and header and len(others) == 1:
-                labels = {_SIDES[header[1].lower()]}
+                labels = {SIDES[header[1].lower()]}
             if len(labels) == 1 and len(numbers) == 1:
                 stated[labels.pop()].add(numbers[0])
     if not all(stated.values()):
@@ -336,13 +342,8 @@ def _prose(text: str) -> list[_Reading]:
     return [_reading((*one, *two)) for one in stated[0] for two in stated[1]]
 
 
-_FIELD = re.compile(rf"{_NAME}[ _#-]?(1|2|a|b)(?:[ _]?(?:score|rating))?|(?:score|rating)[ _](1|2|a|b)", re.I)
-"""A field of a JSON object that holds the score of one side."""
-_SIDES = {"1": 0, "a": 0, "one": 0, "2": 1, "b": 1, "two": 1}
-
-
 def _side(entry: re.Match[str]) -> int:
-    return _SIDES[entry[2].lower()]
+    return SIDES[entry[2].lower()]
 
 
 def _numbers(entry: re.Match[str]) -> tuple[str | None, ...]:
@@ -372,5 +373,5 @@ def _in_range(side: int, reading: _Reading, text: str) -> bool:
 
 def _meant(side: int, text: str) -> bool:
     """Whether the review says in words that 0 is meant, or that this assistant gave no answer."""
-    silent = rf"\b{_NAME} {('(?:1|a)', '(?:2|b)')[side]}\b[^.]{{0,80}}{_NO_ANSWER}"
+    silent = rf"\b{NAME} {('(?:1|a)', '(?:2|b)')[side]}\b[^.]{{0,80}}{_NO_ANSWER}"
     return bool(re.search(rf"{silent}|\b(?:scores?|rating) of (?:0|zero)\b", text, re.I))

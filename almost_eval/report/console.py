@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from almost_eval.errors import printable
 from almost_eval.judge.names import CHECK_TASK
 from almost_eval.run.validity import counted, readable
 from almost_eval.tasks.registry import stated_by
@@ -143,7 +144,7 @@ def _interval(bounds: list[float] | None, number: Callable[[float], str]) -> str
 def print_preflight(facts: Mapping[str, object], console: Console) -> None:
     """Results of `--dry-run`: the prompt of one sample as the model will read it."""
     console.rule("prompt of the first sample", align="left")
-    console.print(Text(str(facts["prompt"])), soft_wrap=True)  # a line is broken where the prompt breaks it
+    console.print(Text(printable(str(facts["prompt"]))), soft_wrap=True)  # a line is broken where the prompt breaks it
     console.rule(align="left")
     for key, value in facts.items():
         if key != "prompt":

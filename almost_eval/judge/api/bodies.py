@@ -36,6 +36,63 @@ def parsed(content: bytes) -> Any:
     return body
 
 
+def completion_in(content: bytes) -> Any:
+    """The body of a completion as JSON: also of one that came as a stream of events, though none was requested.
+
+    Of an endpoint that always streams each reply is paid for; it would be sent, and paid for, again and again.
+    """
+    if not content.lstrip().startswith((b"data:", b"event:", b":")):
+        return parsed(content)
+    lines = content.decode(errors="replace").split("\n")
+    events = [
+        event for line in lines if line.startswith("data:") and isinstance(event := parsed(line[5:].encode()), dict)
+    ]
+    if (error := next((event for event in events if event.get("error")), None)) is not None:
+        return error
+    pieces = [piece for event in events for piece in event.get("choices") or [] if not piece.get("index")]
+    deltas = [piece.get("delta") or {} for piece in pieces]
+    message = {
+        name: "".join(text for delta in deltas if isinstance(text := delta.get(name), str))
+        for name in ("content", "refusal", "reasoning_content", "reasoning")
+    }
+    finish = next((piece["finish_reason"] for piece in reversed(pieces) if piece.get("finish_reason")), "no end")
+    told = {
+        name: value for event in events for name in ("model", "usage") if (value := event.get(name))
+    }  # the last ones
+    return {**told, "choices": [{"message": message, "finish_reason": finish}]} if events else None
+
+
+CUT_OFF = "cut off"
+"""The finish of an answer that its provider broke off: what there is of it may lack its end."""
+_FINISHES = {
+    **dict.fromkeys(("model_length", "max_tokens", "max_output_tokens"), "length"),
+    **dict.fromkeys(("safety", "sensitive", "recitation", "blocklist", "prohibited_content", "spii"), "content_filter"),
+    **dict.fromkeys(
+        ("error", "abort", "aborted", "cancelled", "insufficient_system_resource", "network_error", "no end"), CUT_OFF
+    ),
+}
+"""What hosts call it besides OpenAI: Mistral, Gemini, Zhipu, DeepSeek, OpenRouter, vLLM."""
+
+
+def finish_of(choice: JSONObject) -> str:
+    """Why an answer ended: `stop`, `length`, `content_filter`, `CUT_OFF`, or as it stands; `unknown` where it does not.
+
+    Raises:
+        TypeError: it is no text.
+    """
+    finish = choice.get("finish_reason") or "unknown"
+    if not isinstance(finish, str):
+        raise TypeError
+    return _FINISHES.get(finish.lower(), finish)
+
+
+def refusal_of(message: JSONObject) -> str:
+    """The words of a judge that refuses, in a field or a part of their own; empty where it does not."""
+    content = message.get("content")
+    parts = [part.get("refusal") for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    return " ".join(str(words) for words in (message.get("refusal"), *parts) if words)
+
+
 def content_of(message: JSONObject) -> tuple[str, str]:
     """The text of a message, and its thoughts where they came in a field or a part of their own.
 
@@ -121,6 +178,8 @@ def usage_of(body: object) -> Usage | None:
     if prompt is None or completion is None:
         return None
     prompt_parts = (usage.get("prompt_tokens_details"), usage.get("input_tokens_details"), usage)
+    if "prompt_tokens" not in usage:  # Anthropic's input_tokens are those that no cache has to do with
+        prompt += _first((usage,), "cache_read_input_tokens") + _first((usage,), "cache_creation_input_tokens")
     completion_parts = (usage.get("completion_tokens_details"), usage.get("output_tokens_details"), usage)
     cached = _first(prompt_parts, "cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens")
     written = _first(prompt_parts, "cache_write_tokens", "cache_creation_input_tokens")
@@ -162,10 +221,14 @@ def _first(parts: Iterable[object], *names: str) -> int:
     return next((n for part in parts if isinstance(part, dict) and (n := _count(part, *names))), 0)
 
 
+_MOST_TOKENS = 10**12
+"""A count above it is nonsense, and no database holds the sum."""
+
+
 def _count(usage: JSONObject, *names: str) -> int | None:
     for name in names:
         value = usage.get(name)
-        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_TOKENS:
             return value
     return None
 
@@ -192,6 +255,24 @@ def error_words(body: object) -> tuple[str, str]:
         code = "content_filter"
     delay = re.search(r'"retryDelay": ?"([^"]+)"', json.dumps(error))
     return str(code or ""), f"{text} retry in {delay[1]}" if delay else text
+
+
+_STATUSES = {
+    "insufficient_quota": 429,
+    "rate_limit_exceeded": 429,
+    "invalid_api_key": 401,
+    "authentication_error": 401,
+    "model_not_found": 404,
+    "invalid_request_error": 400,
+}
+"""Codes of errors that some hosts send under status 200 -> the status that OpenAI sends them under."""
+
+
+def error_status(body: object) -> int:
+    """The status that an error inside an answer of status 2xx would have by itself; 500 where it says none."""
+    code, _ = error_words(body)
+    status = int(code) if code.isdecimal() and len(code) == 3 else _STATUSES.get(code, 500)
+    return status if 400 <= status < 600 else 500
 
 
 def retry_after(headers: Mapping[str, str], now: float | None = None, words: str = "") -> float | None:

@@ -246,7 +246,7 @@ class Budget:
         self.price = price_of(judge, price_in, price_out, price_cached, price_reasoning, price_batch)
         if max_cost is not None:
             if not 0 < max_cost < float("inf"):
-                raise InputError("--max-cost must be above 0 (USD)")
+                raise InputError("--max-cost must be a number above 0 (USD); without it there is no bound")
             if self.price is None:
                 raise InputError(
                     f"--max-cost needs the price of {judge or 'the judge'!r}, which is unknown; give --price-in and "

@@ -18,11 +18,16 @@ from urllib.parse import urlunsplit
 from almost_eval.errors import AlmostError, InputError, RunError
 from almost_eval.judge.api.adaptive import MAX_PAUSE
 from almost_eval.judge.api.bodies import (
+    CUT_OFF,
+    completion_in,
     content_of,
     cost_of,
+    error_status,
     error_words,
+    finish_of,
     logprobs_of,
     parsed,
+    refusal_of,
     retry_after,
     usage_of,
 )
@@ -52,6 +57,7 @@ KEPT = "what was done is kept: the same command goes on"
 _TRY_AGAIN = (408, 409)  # and 429, 5xx
 _OVERLOADED = (503, 529)
 """Refused for load, as a 429 is: nothing was worked on."""
+_FILTERED = ("content_filter", "content_policy_violation")
 _TOO_LONG = ("context_length_exceeded", "string_above_max_length")
 _NO_CREDIT = re.compile(
     r"insufficient[_ ](?:quota|balance|credits?|funds)|billing[_ ]hard[_ ]limit|billing_not_active"
@@ -177,10 +183,12 @@ class JudgeEndpoint:
         except (TimeoutError, openai.APITimeoutError):
             return Trouble("timeout", f"no answer within {self.timeout:g} s", again=True, may_be_billed=True)
         except openai.APIStatusError as error:
-            return self._refusal(error.status_code, error.response, request, sent)  # type: ignore[arg-type]  # httpx2
+            refusal: httpx.Response = error.response  # type: ignore[assignment]  # httpx2
+            body = parsed(refusal.content)
+            return self._redirected(refusal) or self._refusal(error.status_code, body, refusal, request, sent)
         except openai.APIConnectionError as error:
             return self._lost(error)
-        return self._read(response, request, sent)
+        return self._redirected(response) or self._read(response, request, sent)
 
     def outcome(self, status: int, body: object, request: JudgeRequest, sent: Mapping[str, object]) -> Reply | Trouble:
         """What an answer is that came in a file: its status, its body, and what it is the answer to."""
@@ -189,33 +197,34 @@ class JudgeEndpoint:
         response = httpx.Response(status, json=body)
         if 200 <= status < 300:
             return self._read(response, request, sent)
-        return self._refusal(status, response, request, sent)
+        return self._refusal(status, body, response, request, sent)
 
     def _read(self, response: httpx.Response, request: JudgeRequest, sent: Mapping[str, object]) -> Reply | Trouble:
         """A response of status 2xx."""
-        body = parsed(response.content)
+        body = completion_in(response.content)
         if body is None:
             start = response.content[:200].lstrip().lower()
             if "html" in response.headers.get("content-type", "") or start.startswith((b"<!doctype", b"<html")):
                 return Trouble("html", f"{self.base_url} sent a web page instead of JSON", again=True)
             return Trouble("malformed", "the answer is not JSON", again=True, may_be_billed=True)
         tokens, cost = usage_of(body), cost_of(body)
-        error = body.get("error") if isinstance(body, dict) and not body.get("choices") else None
-        if isinstance(error, dict):  # a router hands on what its provider said, under a status of its own
-            code = error.get("code")
-            status = code if isinstance(code, int) and 400 <= code < 600 else 500
-            return self._refusal(status, response, request, sent)
+        if not (isinstance(body, dict) and body.get("choices")) and any(error_words(body)):
+            # A router hands on what its provider said, under a status of its own.
+            return self._refusal(error_status(body), body, response, request, sent)
         try:
             choices = body["choices"]
             if isinstance(choices, list) and not choices:
                 return Trouble("empty_choices", "the answer holds no choice", False, None, tokens, cost, True)
-            message, finish = choices[0]["message"], choices[0].get("finish_reason") or "unknown"
+            message, finish = choices[0]["message"], finish_of(choices[0])
             text, thinking = content_of(message)
-            refusal = message.get("refusal")
-            if not isinstance(finish, str):
-                raise TypeError
+            refusal = refusal_of(message)
         except (AttributeError, LookupError, TypeError):
-            return Trouble("malformed", "the answer is JSON, but no chat completion", True, None, tokens, cost, True)
+            is_paid = tokens is not None or cost is not None  # the next one would be paid for as well
+            why = "the answer is JSON, but no chat completion"
+            return Trouble("malformed", why, not is_paid, None, tokens, cost, True)
+        if finish == CUT_OFF:
+            why = f"the provider broke the answer off (finish_reason {choices[0].get('finish_reason')})"
+            return Trouble("cut", why, True, None, tokens, cost, True)
         missing = self._missing(text, thinking, finish, refusal, tokens, request)
         if missing is not None:
             return replace(missing, cost=cost)
@@ -237,14 +246,14 @@ class JudgeEndpoint:
         )
 
     def _missing(
-        self, text: str, thinking: str, finish: str, refusal: object, tokens: Usage | None, request: JudgeRequest
+        self, text: str, thinking: str, finish: str, refusal: str, tokens: Usage | None, request: JudgeRequest
     ) -> Trouble | None:
         """Why an answer is no reply, though it came whole. It is billed like any other."""
         billed = Trouble("empty", "", tokens=tokens, may_be_billed=True)
         if finish == "content_filter":
             return replace(billed, reason="content_filter", message="the provider's content filter withheld the answer")
         if not text.strip() and refusal:
-            return replace(billed, reason="refusal", message=server_words(str(refusal), self._key))
+            return replace(billed, reason="refusal", message=server_words(refusal, self._key))
         if text.strip():
             return None
         if finish == "length" and (thinking.strip() or (tokens and tokens.reasoning)):
@@ -257,10 +266,10 @@ class JudgeEndpoint:
         return replace(billed, message=f"the answer is empty (finish_reason {finish}){why}")
 
     def _refusal(
-        self, status: int, response: httpx.Response, request: JudgeRequest, sent: Mapping[str, object]
+        self, status: int, body: object, response: httpx.Response, request: JudgeRequest, sent: Mapping[str, object]
     ) -> Trouble:
         """A response of any other status, or an error inside one of status 2xx."""
-        body, headers = parsed(response.content), response.headers
+        headers = response.headers
         code, text = error_words(body)
         words = server_words(text or (response.reason_phrase if status >= 400 else "") or "no reason given", self._key)
         at = f"the endpoint {self.base_url}"
@@ -289,7 +298,7 @@ class JudgeEndpoint:
             change = self.parameters.change(sent, body if body is not None else response.text)
             if change is not None:
                 return replace(trouble, reason=EXCHANGED, message=change, again=True)
-        if code == "content_filter":
+        if code in _FILTERED:
             return replace(trouble, reason="content_filter")
         if status == 413 or code in _TOO_LONG or "maximum context length" in words:
             return replace(trouble, reason="too_long")
@@ -311,11 +320,25 @@ class JudgeEndpoint:
             )
         return replace(trouble, fatal=RunError(f"{at} answers {status}: {words}"))
 
+    def _redirected(self, response: httpx.Response) -> Trouble | None:
+        """The end of a run whose requests are sent on, and arrive without their content: as GET."""
+        if not response.history or response.request.method == "POST":
+            return None
+        to = self.words(response.history[-1].headers.get("location", "")) or "nowhere"
+        why = f"sends on to {to} in a way that loses what is sent ({response.history[0].status_code})"
+        fatal = InputError(f"the endpoint {self.base_url} {why}; give the address that it means as --judge-base-url")
+        return Trouble("redirected", why, fatal=fatal)
+
     def _lost(self, error: openai.APIConnectionError) -> Trouble:
         cause = error.__cause__
         if "complete message body" in str(cause) or "incomplete chunked read" in str(cause):
             return Trouble("cut", "the answer was cut off", again=True, may_be_billed=True)
         name = type(cause or error).__name__
+        if name == "TooManyRedirects":
+            fatal = InputError(f"the endpoint {self.base_url} sends on without end; check --judge-base-url")
+            return Trouble("redirected", name, fatal=fatal)
+        if name == "DecodingError":
+            return Trouble("malformed", "the answer is not compressed as it says", again=True, may_be_billed=True)
         # Where no connection was made, nothing was billed.
         return Trouble(
             "connection", f"the connection failed ({name})", again=True, may_be_billed=name != "ConnectError"

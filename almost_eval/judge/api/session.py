@@ -195,7 +195,12 @@ class JudgeSession:
             if len(self.undecided) >= REFUSALS:
                 self._end(trouble.refused)
         elif trouble.reason == "connection" and not proven:
-            self._end(InputError(f"{self._where} is not reachable; start it, or check --judge-base-url"))
+            why = (
+                f"gives no answer: {trouble.message}; look into its log"
+                if trouble.may_be_billed
+                else "is not reachable; start it"
+            )
+            self._end(InputError(f"{self._where} {why}, or check --judge-base-url"))
         else:
             self._fail(indices, trouble)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from almost_eval.errors import DataError
-from almost_eval.judge.questions import read_answers
+from almost_eval.judge.questions import read_answers, read_questions
 from almost_eval.judge.records import Question
 
 QUESTIONS = [Question("1", "Why?"), Question("2", "How?")]
@@ -50,3 +50,43 @@ def test_a_line_that_was_cut_is_named(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes() + b"\n\n{")
     with pytest.raises(DataError, match="line 5: not JSON"):
         read_answers(file, QUESTIONS)
+
+
+def _rows(folder: Path, *rows: object) -> Path:
+    file = folder / "answers.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def test_turns_that_are_one_text_are_refused_and_not_read_letter_by_letter(tmp_path: Path) -> None:
+    file = _rows(tmp_path, {"question_id": 1, "choices": [{"turns": "Because."}]})
+    with pytest.raises(DataError, match="line 1: an answer needs a text"):
+        read_answers(file, QUESTIONS[:1])
+
+
+@pytest.mark.parametrize("name", [None, ""])
+def test_a_system_without_a_name_is_called_as_its_file(tmp_path: Path, name: str | None) -> None:
+    file = _rows(tmp_path, {"question_id": 1, "text": "Because.", "model_id": name})
+    assert read_answers(file, QUESTIONS[:1])[0] == "answers"
+
+
+def test_what_is_wrong_beside_the_text_is_said(tmp_path: Path) -> None:
+    file = _rows(tmp_path, {"question_id": 1, "text": "Because.", "model_id": 5})
+    with pytest.raises(DataError, match="`model_id` must be text"):
+        read_answers(file, QUESTIONS[:1])
+
+
+def test_ids_that_only_look_the_same_are_shown(tmp_path: Path) -> None:
+    file = _rows(tmp_path, {"question_id": "01", "text": "Because."}, {"question_id": " 2", "text": "So."})
+    with pytest.raises(DataError, match=r"no answer to 2 of 2 questions: 1, 2; it answers '01', ' 2'"):
+        read_answers(file, QUESTIONS, subset=True)
+
+
+@pytest.mark.parametrize("name", ["\x1b[31mred", "two\nlines", "\u202eturned"])
+def test_a_name_that_a_terminal_would_obey_is_refused(tmp_path: Path, name: str) -> None:
+    file = _rows(tmp_path, {"question_id": 1, "text": "Because \x1b[31m.", "model_id": name})
+    with pytest.raises(DataError, match="line 1: control characters in the name"):
+        read_answers(file, QUESTIONS[:1])
+    file = _rows(tmp_path, {"question_id": 1, "text": "Why \x1b[31m?", "category": name})
+    with pytest.raises(DataError, match="line 1: control characters in the name"):
+        read_questions(file)

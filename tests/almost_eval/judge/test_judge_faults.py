@@ -62,6 +62,7 @@ LASTING = {
     "refusal": (REFUSAL, "refusal"),
     "content filter": (Fault("content_filter"), "content_filter"),
     "content filter as 400": (FILTERED_400, "content_filter"),
+    "policy as 400": (Fault("status", 400, "against the policy", "content_policy_violation"), "content_filter"),
     "too long": (TOO_LONG, "too_long"),
     "413": (Fault("status", 413), "too_long"),
 }

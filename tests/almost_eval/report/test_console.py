@@ -144,6 +144,13 @@ def test_preflight_is_shown_literally() -> None:
     assert "\nlongest prompt: 7\nlabels: [[[1, ' A']]]\n" in text
 
 
+def test_a_prompt_is_shown_without_what_a_terminal_obeys() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    print_preflight({"prompt": "one\n\x1b[31mtwo"}, console)
+    assert isinstance(console.file, io.StringIO)
+    assert "one\n\\x1b[31mtwo" in console.file.getvalue()
+
+
 # --- progress
 
 
