@@ -63,6 +63,28 @@ def _is_greedy(fields: Mapping[str, object]) -> bool:
     return (isinstance(temperature, int | float) and temperature < _GREEDY) or top_k == 1
 
 
+def choices_of(completion: object, count: int) -> list[JSONObject] | None:
+    """The choices of a chat completion in order of their index; None where they are not `count`, or not in OpenAI's
+    form: an index each, a message, tool calls that are objects.
+    """
+    listed = completion.get("choices") if isinstance(completion, dict) else None
+    if not isinstance(listed, list) or len(listed) != count:
+        return None
+    by_index = {is_index(one.get("index")): one for one in listed if isinstance(one, dict) and _is_told(one)}
+    return [by_index[i] for i in range(count)] if by_index.keys() == set(range(count)) else None
+
+
+def is_index(value: object) -> int | None:
+    """A place in a list, as JSON has it; None for anything else: Python would take true for 1, and -1 for the last."""
+    return value if type(value) is int and value >= 0 else None
+
+
+def _is_told(choice: JSONObject) -> bool:
+    message = choice.get("message")
+    calls = message.get("tool_calls") or [] if isinstance(message, dict) else None
+    return isinstance(calls, list) and all(isinstance(call, dict) for call in calls)
+
+
 def scored_text(message: Mapping[str, object]) -> tuple[str | None, str]:
     """What of an answer the reward model reads, or None and the reason.
 

@@ -7,13 +7,13 @@ is none of them is refused here.
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
 from almost_eval.errors import did_you_mean
 from almost_eval.types import JSONObject
+from serving.door.strict_json import NotJSON, read_json
 from serving.gateway.errors import refusal
 from serving.gateway.settings import GatewaySettings
 
@@ -178,11 +178,9 @@ def parse_json(body: bytes) -> JSONObject:
         HTTPException: 400: it holds none.
     """
     try:
-        # The parser that vLLM uses: of a field that is sent twice, both see the second.
-        fields = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        words = str(error) if isinstance(error, json.JSONDecodeError) else "it cannot be read"
-        raise refusal(400, f"the body is no JSON: {words}", "invalid_json") from None
+        fields = read_json(body)  # of a field that is sent twice, vLLM too sees the second
+    except NotJSON as error:
+        raise refusal(400, f"the body is no JSON: {error}", "invalid_json") from None
     if not isinstance(fields, dict):
         raise refusal(400, "the body must be a JSON object", "invalid_json")
     return fields
