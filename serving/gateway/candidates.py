@@ -14,7 +14,7 @@ from serving.gateway.rewards import Scored
 from serving.gateway.schema import OWN_FIELDS
 
 _NOT_DRAWN = (*OWN_FIELDS, "stream", "stream_options")
-_GREEDY = 1e-5
+GREEDY = 1e-5
 """vLLM takes the likeliest token at every temperature below this one (0.31, `_SAMPLING_EPS`)."""
 
 GREEDY_NOTE = "nothing is sampled at this temperature or top_k, so all candidates would be the same: one was drawn"
@@ -60,7 +60,7 @@ def _is_greedy(fields: Mapping[str, object]) -> bool:
     temperature, top_k = fields.get("temperature"), fields.get("top_k")
     if fields.get("use_beam_search"):  # its answers differ without sampling
         return False
-    return (isinstance(temperature, int | float) and temperature < _GREEDY) or top_k == 1
+    return (isinstance(temperature, int | float) and temperature < GREEDY) or top_k == 1
 
 
 def choices_of(completion: object, count: int) -> list[JSONObject] | None:

@@ -7,6 +7,7 @@ is none of them is refused here.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
@@ -165,6 +166,8 @@ class ErrorReply(BaseModel):
     error: ErrorDetails
 
 
+_PLACE = 200
+"""Characters of a field's name in an error; the names of some are the client's own."""
 OWN_FIELDS = ("best_of", "best_of_fallback", "almost_candidates", "almost_stream")
 """Fields of a chat request that the gateway reads and no policy server sees."""
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -183,7 +186,19 @@ def parse_json(body: bytes) -> JSONObject:
         raise refusal(400, f"the body is no JSON: {error}", "invalid_json") from None
     if not isinstance(fields, dict):
         raise refusal(400, "the body must be a JSON object", "invalid_json")
+    if b"\\u" in body or b"\xed" in body:  # else there can be none
+        _refuse_halves(fields)
     return fields
+
+
+def _refuse_halves(fields: JSONObject) -> None:
+    """Raise HTTPException for half of a character beyond U+FFFF (a lone surrogate), which no tokenizer reads."""
+    try:
+        json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise refusal(400, "the body holds half of a character, a surrogate alone", "invalid_json") from None
+    except RecursionError:
+        raise refusal(400, "the body is nested too deeply", "invalid_json") from None
 
 
 def validated(kind: type[_Model], fields: JSONObject) -> _Model:
@@ -196,7 +211,7 @@ def validated(kind: type[_Model], fields: JSONObject) -> _Model:
         return kind.model_validate(fields)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
+        place = ".".join(str(part) for part in first["loc"])[:_PLACE]
         raise refusal(400, f"{place}: {first['msg']}", "invalid_value", param=place) from None
 
 

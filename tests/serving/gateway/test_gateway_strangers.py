@@ -1,8 +1,9 @@
-"""Answers that are HTTP, and nearly what OpenAI's API says: told as failures of the server behind, never as a crash."""
+"""Requests and answers that are HTTP, and nearly what OpenAI's API says: refused or told as failures, never a crash."""
 
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -120,8 +121,6 @@ def test_no_key_and_no_folder_of_the_server_is_told(ask: Ask) -> None:
 
 
 def test_a_policy_that_names_no_models_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    import socket
-
     monkeypatch.setattr(gateway_app, "_LIST_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
@@ -130,6 +129,23 @@ def test_a_policy_that_names_no_models_is_not_waited_for(monkeypatch: pytest.Mon
             refused = httpx.get(served.url + "/v1/models", timeout=20)
             assert (refused.status_code, refused.json()["error"]["code"]) == (504, "timeout")
             assert time.monotonic() - began < 10
+
+
+# --- requests ---
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_what_is_no_number_is_no_request(number: str) -> None:
+    """A NaN passes every check of a bound, vLLM's too, and what was sampled with it was answered with 200."""
+    with raw_upstream(lambda _: iter((answer(choice()),))) as url:
+        app = create_app(GatewaySettings(policy_url=url, api_key=None))
+        with Served.of(app) as served, httpx.Client(base_url=served.url) as client:
+            body = f'{{"messages": [{{"role": "user", "content": "q"}}], "temperature": {number}}}'
+            refused = client.post(CHAT, content=body, headers={"Content-Type": "application/json"})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_json")
+            packed = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+            refused = client.post(CHAT, content=body, headers=packed)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (415, "unsupported_media_type")
 
 
 # --- rewards ---
