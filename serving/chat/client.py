@@ -193,7 +193,9 @@ class Endpoint:
                     length += len(whole)
                 ending = str(reason) if reason else ending
             if max(length, len(draft)) > MAX_CHARACTERS:
-                raise EndpointError("broken", f"The answer is longer than {MAX_CHARACTERS:,} characters, the most here.")
+                raise EndpointError(
+                    "broken", f"The answer is longer than {MAX_CHARACTERS:,} characters, the most here."
+                )
         if half := joiner.rest():
             yield Delta(half)
         if not ending:

@@ -49,7 +49,6 @@ class Settings:
             int(_within(best_of, 1, max(1, most), 1)),
         )
 
-
     @classmethod
     def read(cls, record: object, defaults: Settings) -> Settings:
         """Settings as a browser kept them, by name; the defaults where they are anything else."""

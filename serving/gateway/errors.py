@@ -13,7 +13,6 @@ from starlette.responses import Response
 from almost_eval.models.endpoints import server_words
 from serving.door.refusals import error_text
 
-
 _FOLDERS = re.compile(r"(?<![\w:/.])(?!/v1/)/(?:[\w.@+~-]+/)+")
 """Of a file of that server's machine; of no URL, and of no path of OpenAI's API."""
 

@@ -121,9 +121,7 @@ class Rewards:
                 raise ValueError(f"{len(answer['data'])} rewards for {count} conversations")
             return [Scored(rewards[i], None, served) for i in range(count)]
         except (LookupError, TypeError, ValueError):
-            raise self.upstream.malformed(
-                "one number for each conversation: it must serve a reward model"
-            ) from None
+            raise self.upstream.malformed("one number for each conversation: it must serve a reward model") from None
 
 
 def _only_number(values: object) -> float:

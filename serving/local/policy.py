@@ -19,6 +19,7 @@ from serving.local.schema import LocalChat
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
 def refuse_endless(text: str, tokenizer: PreTrainedTokenizerBase, context: int) -> None:
     """Refuse a text that no context holds. To count the tokens of one of 4 MB takes up to a minute.
 

@@ -233,7 +233,7 @@ def test_half_a_character_is_a_question_like_any_other(visitor: httpx.Client, el
 
 
 def test_a_body_has_an_end(visitor: httpx.Client) -> None:
-    """gradio reads all of a body into memory: 150 MB were taken, and more would have been."""
+    """Gradio reads all of a body into memory: 150 MB were taken, and more would have been."""
     sent = 0
 
     def pieces() -> Iterator[bytes]:
