@@ -84,7 +84,10 @@ def test_a_choice_may_leave_out_why_it_ended(ask: Ask) -> None:
         [chunk(0, {"content": "a"}, "stop"), chunk(True, {"content": "b"}, "stop")],
         [chunk(0, {"content": 5}, "stop"), chunk(1, {"content": "b"}, "stop")],
         [chunk(0, {"content": "a"}, "stop"), chunk(0, {"content": "late"}), chunk(1, {"content": "b"}, "stop")],
-        [chunk(0, {"content": "a"}, "stop").replace(b'"delta"', b'"logprobs": {"x": [-1e999]}, "delta"')],
+        [
+            chunk(0, {"content": "a"}, "stop").replace(b'"delta"', b'"logprobs": {"x": [-1e999]}, "delta"'),
+            chunk(1, {"content": "b"}, "stop"),
+        ],
     ],
 )
 def test_chunks_that_are_none_are_the_policys_failure(ask: Ask, events: list[bytes]) -> None:
