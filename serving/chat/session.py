@@ -22,7 +22,7 @@ from serving.chat.visitors import Asker, Visitors
 TICK_S = 0.05
 """Seconds between two updates of a page: faster than people read, and less traffic than one for each token."""
 
-_REST = 4.0
+REST = 4.0
 """Times as long as an update took, which is as long as its text, until the next one: the page is not for one answer
 alone."""
 _UNREAD = 1024
@@ -260,7 +260,7 @@ async def draw(
     try:
         while True:
             with suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), max(TICK_S, _REST * showing_s))
+                await asyncio.wait_for(stop.wait(), max(TICK_S, REST * showing_s))
             before = reply.text
             while not news.empty():
                 event = news.get_nowait()

@@ -23,6 +23,7 @@ from serving.chat.client import Delta, Endpoint, EndpointError
 from serving.chat.conversation import MAX_CHARACTERS, ChatReply, Conversation, Settings
 from serving.chat.session import ChatSystem, Desk, Step, draw
 from serving.chat.shelf import record_of
+from serving.chat.together import Draw, draw_together
 from serving.chat.visitors import Visitors
 
 ID = "0123456789abcdef"
@@ -94,7 +95,8 @@ def test_an_answer_without_an_end_is_ended() -> None:
     assert MAX_CHARACTERS - 10 <= len(last.reply.text) <= MAX_CHARACTERS
 
 
-def test_a_page_that_takes_long_to_show_is_told_less_often() -> None:
+@pytest.mark.parametrize("together", [False, True])
+def test_a_page_that_takes_long_to_show_is_told_less_often(together: bool) -> None:
     """A long answer takes long to set as HTML, in the one thread that all pages have."""
 
     class Quick(Endpoint):
@@ -104,8 +106,10 @@ def test_a_page_that_takes_long_to_show_is_told_less_often() -> None:
                 yield Delta("x")
 
     async def shown() -> int:
-        count = 0
-        async for _ in draw(ChatSystem("one", Quick("http://h/v1"), "m"), [], Settings(), asyncio.Event()):
+        count, one = 0, Draw(ChatSystem("one", Quick("http://h/v1"), "m"), [], Settings())
+        stop = asyncio.Event()
+        steps = draw_together([one], stop) if together else draw(one.system, one.messages, one.settings, stop)
+        async for _ in steps:
             count += 1
             time.sleep(0.1)  # what markdown takes
             if count == 3:
