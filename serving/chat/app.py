@@ -12,6 +12,7 @@ from pathlib import Path
 import gradio as gr
 from fastapi import FastAPI
 from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -33,13 +34,16 @@ from serving.door.hosts import HostGuard
 _ASSETS = Path(__file__).with_name("assets")
 
 _ROUTES = re.compile(
-    r"/(?:|config|theme\.css|favicon\.ico|robots\.txt|manifest\.json|(?:assets|static)/.*|"
+    r"/(?:|config|theme\.css|favicon\.ico|robots\.txt|manifest\.json|(?:assets|static)/.{1,200}|"
     r"conversations(?:/[0-9a-f]{16})?|gradio_api/(?:queue/join|queue/data|heartbeat/[\w-]+|cancel|reset|startup-events|run/predict|info))/?"
 )
 """What the page asks for; `conversations` answers only where there is a login.
 
 gradio serves more (uploads, files, proxies, monitoring, code editing): none of it here.
 """
+
+_MAX_BODY_BYTES = 16 << 20
+"""Of a request: a kept conversation (4 MiB) with all of it escaped is less. gradio reads whatever comes into memory."""
 
 _EVENTS = 4096
 """Events that gradio works on at a time; the desk takes far fewer questions and refuses the others at once."""
@@ -95,10 +99,14 @@ class Guard:
         if not _ROUTES.fullmatch(scope["path"]):
             await PlainTextResponse("There is nothing here.", 404)(scope, receive, send)
             return
-        scope = {**scope, "user": user}  # whose conversations `kept` serves
-
         cookies = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"cookie"), "")
-        is_new = scope["path"] == "/" and self._visitors.number_in(cookies) is None
+        number = self._visitors.number_in(cookies)
+        is_new = scope["path"] == "/" and number is None
+        # No other cookie goes further: gradio reads them all, by a reader that takes seconds for a hostile one.
+        headers = [item for item in scope["headers"] if item[0] != b"cookie"]
+        if number is not None:
+            headers.append((b"cookie", self._visitors.pair(number).encode()))
+        scope = {**scope, "headers": headers, "user": user}  # whose conversations `kept` serves
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -109,7 +117,17 @@ class Guard:
                     headers[name] = value
             await send(message)
 
-        await self._app(scope, receive, send_with_headers)
+        length = 0
+
+        async def receive_bounded() -> Message:
+            nonlocal length
+            message = await receive()
+            length += len(message.get("body", b""))
+            if length > _MAX_BODY_BYTES:
+                raise HTTPException(413, "That is more than this page takes at once.")
+            return message
+
+        await self._app(scope, receive_bounded, send_with_headers)
 
     def _user(self, scope: Scope) -> str | None:
         """Whose login was sent: "" where none is needed, None where it is not right."""

@@ -7,9 +7,8 @@ protocol only a stream of chat chunks is needed. Leaving a stream closes the con
 from __future__ import annotations
 
 import asyncio
-import json
-import math
 import re
+import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, Literal
 from almost_eval.errors import InputError, RunError
 from almost_eval.models.endpoints import KEYS, EndpointAddress, read_key, server_words
 from almost_eval.types import JSONObject
-from serving.chat.conversation import ChatCandidate, Settings
+from serving.chat.conversation import MAX_CHARACTERS, ChatCandidate, Settings
+from serving.door.strict_json import NotJSON, read_json
 from serving.gateway.events import EventReader, EventTooLong, TextJoiner, joined
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ class Endpoint:
         if settings.best_of > 1:
             body |= {"best_of": settings.best_of, "almost_candidates": True}
             body |= {"almost_stream": "racing"} if drafts else {}
-        ending, tokens, almost, draft = "", None, None, ""
+        ending, tokens, almost, draft, length = "", None, None, "", 0
         joiner = TextJoiner()
         async for chunk in self._events(f"{self.url}/chat/completions", body):
             if chunk.get("error"):
@@ -178,21 +178,33 @@ class Endpoint:
                 racing = (chunk.get("almost") or {}).get("racing")
                 almost = almost if racing else chunk.get("almost") or almost
                 tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
-                choices = [(choice.get("delta") or {}, choice.get("finish_reason")) for choice in chunk["choices"]]
+                choices = [
+                    ((choice.get("delta") or {}).get("content"), choice.get("finish_reason"))
+                    for choice in chunk["choices"]
+                ]
             except (AttributeError, LookupError, TypeError):
                 raise self._broken() from None
             if isinstance(racing, dict) and not racing.get("final"):
                 draft = joined(str(racing.get("text") or draft + str(racing.get("delta") or "")))
-                yield Draft(draft)
-            for delta, reason in choices:
-                if (text := delta.get("content")) and (whole := joiner.add(str(text))):
-                    yield Delta(whole)
-                ending = reason or ending
+                yield Draft(draft[:MAX_CHARACTERS])
+            for text, reason in choices:
+                if text and (whole := joiner.add(str(text))):
+                    yield Delta(whole[: MAX_CHARACTERS - length])
+                    length += len(whole)
+                ending = str(reason) if reason else ending
+            if max(length, len(draft)) > MAX_CHARACTERS:
+                raise EndpointError(
+                    "broken", f"The answer is longer than {MAX_CHARACTERS:,} characters, the most here."
+                )
         if half := joiner.rest():
             yield Delta(half)
         if not ending:
             raise EndpointError("broken", "The answer broke off: the server closed the connection before its end.")
-        yield _end(ending, tokens, almost)
+        try:
+            end = _end(ending, tokens, almost)
+        except (AttributeError, TypeError):
+            raise self._broken() from None
+        yield end
 
     async def rewards(self, conversations: Sequence[Sequence[Mapping[str, str]]]) -> list[float]:
         """Raw logits of conversations that end with an answer.
@@ -203,12 +215,13 @@ class Endpoint:
         body = {"conversations": [list(one) for one in conversations]}
         answer = await self._json("POST", f"{self.url}/rewards", body)
         try:
-            rewards = [float(reward) for reward in answer["rewards"]]
-        except (LookupError, TypeError, ValueError):
+            rewards = [_figure(reward) for reward in answer["rewards"]]
+        except (LookupError, TypeError):
             raise self._broken() from None
-        if len(rewards) != len(conversations):
+        known = [reward for reward in rewards if reward is not None]
+        if not len(known) == len(rewards) == len(conversations):
             raise self._broken()
-        return rewards
+        return known
 
     # --- HTTP ---
 
@@ -325,8 +338,8 @@ class Endpoint:
 
 def _parsed(body: bytes) -> JSONObject | None:
     try:
-        content = json.loads(body)
-    except ValueError:
+        content = read_json(body)
+    except NotJSON:
         return None
     return content if isinstance(content, dict) else None
 
@@ -344,7 +357,8 @@ def _read_abilities(models: tuple[str, ...], document: JSONObject) -> Abilities:
 
 
 def _end(ending: str, tokens: object, almost: JSONObject | None) -> End:
-    count = tokens if isinstance(tokens, int) else None
+    figure = _figure(tokens)
+    count = None if figure is None else int(figure)
     if not isinstance(almost, dict):
         return End(ending, count)
     chosen = set(almost.get("chosen") or ())
@@ -354,8 +368,15 @@ def _end(ending: str, tokens: object, almost: JSONObject | None) -> End:
         )
         for one in almost.get("candidates") or ()
     )
-    return End(ending, count, _figure(almost.get("reward")), candidates, almost.get("fallback"))
+    return End(ending, count, _figure(almost.get("reward")), candidates, _told(almost.get("fallback")))
+
+
+def _told(value: object) -> str | None:
+    return str(value) if value else None
 
 
 def _figure(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    """A number as a float; None for anything else, and for an integer that no float holds."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if abs(value) <= sys.float_info.max else None

@@ -12,12 +12,15 @@ import secrets
 from dataclasses import asdict, dataclass, field, replace
 
 from almost_eval.types import JSONObject
+from serving.gateway.events import joined
 
 MAX_TURNS = 400
 MAX_CHARACTERS = 200_000
 """Of one message."""
 MAX_QUESTION = 10_000
 """Characters of a question to several systems at once."""
+_MOST = 1e15
+"""Of a figure that a browser sends: what no count, time or reward reaches, and what any arithmetic stands."""
 ID = re.compile(r"[0-9a-f]{16}")
 """A conversation's own number."""
 
@@ -39,12 +42,19 @@ class Settings:
         """Settings from a browser: anything out of range, or no number, becomes the nearest that works."""
         base = cls()
         return cls(
-            str(system or "")[:MAX_CHARACTERS],
+            joined(str(system or ""))[:MAX_CHARACTERS],
             _within(temperature, 0.0, 2.0, base.temperature),
             _within(top_p, 0.01, 1.0, base.top_p),
             int(_within(max_tokens, 1, 8192, base.max_tokens)),
             int(_within(best_of, 1, max(1, most), 1)),
         )
+
+    @classmethod
+    def read(cls, record: object, defaults: Settings) -> Settings:
+        """Settings as a browser kept them, by name; the defaults where they are anything else."""
+        if not isinstance(record, dict) or not record.keys() <= asdict(defaults).keys():
+            return defaults
+        return cls.checked(**asdict(defaults) | record)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +117,7 @@ class Conversation:
         """One more question."""
         if len(self.turns) >= MAX_TURNS:
             return self
-        return replace(self, turns=(*self.turns, Turn(text[:MAX_CHARACTERS])), id=self.id or _new_id())
+        return replace(self, turns=(*self.turns, Turn(joined(text)[:MAX_CHARACTERS])), id=self.id or _new_id())
 
     def answer(self, reply: ChatReply) -> Conversation:
         """The last question answered."""
@@ -117,7 +127,7 @@ class Conversation:
         """Turn `number` without its answer, its question replaced by `text` where that is set; later turns are gone."""
         if not 0 <= number < len(self.turns):
             return self
-        question = self.turns[number].user if text is None else text[:MAX_CHARACTERS]
+        question = self.turns[number].user if text is None else joined(text)[:MAX_CHARACTERS]
         return replace(self, turns=(*self.turns[:number], Turn(question)), dropped=min(self.dropped, number))
 
     def undo(self) -> tuple[Conversation, str]:
@@ -177,7 +187,8 @@ def _read(value: JSONObject) -> Conversation:
         turns.append(Turn(_text(turn["user"]), None if reply is None else _read_reply(reply)))
     if any(turn.reply is None for turn in turns[:-1]):
         raise ValueError("only the last question can be open")
-    conversation = Conversation(tuple(turns), min(max(0, int(value.get("dropped", 0))), max(0, len(turns) - 1)))
+    dropped = int(_number(value.get("dropped")) or 0)
+    conversation = Conversation(tuple(turns), min(max(0, dropped), max(0, len(turns) - 1)))
     id = str(value.get("id", ""))
     return replace(conversation, id=id) if ID.fullmatch(id) else conversation
 
@@ -203,13 +214,13 @@ def _read_reply(reply: JSONObject) -> ChatReply:
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError("a text must be a string")
-    return value[:MAX_CHARACTERS]
+    return joined(value)[:MAX_CHARACTERS]
 
 
 def _number(value: object) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _MOST:  # true of NaN, too
         raise TypeError("a figure must be a number")
     return value
 
@@ -217,7 +228,7 @@ def _number(value: object) -> float | None:
 def _within(value: object, low: float, high: float, default: float) -> float:
     try:
         number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return default
     return min(max(number, low), high) if math.isfinite(number) else default
 

@@ -13,12 +13,15 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from almost_eval.errors import AlmostError, InputError, RunError, StoreError
 from almost_eval.types import JSONObject
-from serving.chat.conversation import ID, Conversation
+from serving.chat.conversation import ID, Conversation, Settings
+from serving.door.strict_json import NotJSON, read_json
+from serving.gateway.events import joined
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -101,11 +104,11 @@ class ConversationStore:
         conversation = Conversation.from_dict(record.get("conversation"))
         if not ID.fullmatch(id) or not conversation.turns:
             raise InputError("this is no conversation")
-        settings = record.get("settings")
-        body = json.dumps({"conversation": conversation.to_dict() | {"id": id}, "settings": settings})
+        settings = Settings.read(record.get("settings"), Settings())
+        body = json.dumps({"conversation": conversation.to_dict() | {"id": id}, "settings": asdict(settings)})
         if len(body) > MAX_BYTES:
             raise InputError(f"the conversation is larger than {MAX_BYTES >> 20} MiB")
-        name = str(record.get("name") or "")[:200]
+        name = joined(str(record.get("name") or ""))[:200]
         words = _words(f"{name}\n{conversation.text()}")
         with self._open() as connection:
             connection.execute("BEGIN IMMEDIATE")
@@ -213,10 +216,10 @@ def add_routes(app: FastAPI, store: ConversationStore) -> None:
                 body += piece
                 if len(body) > MAX_BYTES:
                     return refusal(413, f"The conversation is larger than {MAX_BYTES >> 20} MiB.")
-            record = json.loads(body)
+            record = read_json(body)
         except ClientDisconnect:
             return Response(status_code=400)
-        except (ValueError, RecursionError):
+        except NotJSON:
             return refusal(400, "This is no JSON.")
         if not isinstance(record, dict):
             return refusal(400, "This is no conversation.")

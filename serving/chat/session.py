@@ -22,6 +22,12 @@ from serving.chat.visitors import Asker, Visitors
 TICK_S = 0.05
 """Seconds between two updates of a page: faster than people read, and less traffic than one for each token."""
 
+REST = 4.0
+"""Times as long as an update took, which is as long as its text, until the next one: the page is not for one answer
+alone."""
+_UNREAD = 1024
+"""Pieces of an answer between two updates; beyond that the endpoint has to wait."""
+
 TOO_FAST = (
     "That is more questions a minute than this server takes from one visitor or address: wait a moment, then press "
     "Retry."
@@ -235,7 +241,8 @@ async def draw(
 ) -> AsyncIterator[Step]:
     """One answer as it grows; the last step is `done`. Setting `stop`, or leaving early, ends the work upstream."""
     began = time.perf_counter()
-    news: asyncio.Queue[Draft | Delta | End | EndpointError] = asyncio.Queue()
+    news: asyncio.Queue[Draft | Delta | End | EndpointError] = asyncio.Queue(_UNREAD)
+    showing_s = 0.0
     reply = ChatReply("", system.name)
     is_draft = False
 
@@ -245,15 +252,15 @@ async def draw(
             stream = system.endpoint.stream(await system.served(), messages, settings, drafts=drafts)
             async with aclosing(stream) as events:  # type: ignore[type-var]
                 async for event in events:
-                    news.put_nowait(event)
+                    await news.put(event)
         except EndpointError as error:
-            news.put_nowait(error)
+            await news.put(error)
 
     reader = asyncio.create_task(read())
     try:
         while True:
             with suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), TICK_S)
+                await asyncio.wait_for(stop.wait(), max(TICK_S, REST * showing_s))
             before = reply.text
             while not news.empty():
                 event = news.get_nowait()
@@ -275,7 +282,9 @@ async def draw(
                 reader.result()
                 raise RuntimeError("the stream ended without an end")
             if reply.text != before:
+                shown = time.perf_counter()
                 yield Step(reply)
+                showing_s = time.perf_counter() - shown
     finally:
         reader.cancel()
         with suppress(asyncio.CancelledError):

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from serving.chat.conversation import Conversation, Settings
 from serving.chat.session import ChatSystem
+from serving.door.strict_json import NotJSON, read_json
 
 OPEN = """
 window.almostShelf.mount(element, (detail) => trigger('act', detail));
@@ -74,11 +75,8 @@ def record_of(value: object, defaults: Settings) -> tuple[Conversation, Settings
         defaults: settings that it does not hold.
     """
     try:
-        record = json.loads(value) if isinstance(value, str) else value
-    except ValueError:
+        record = read_json(value) if isinstance(value, str) else value
+    except NotJSON:
         record = None
     record = record if isinstance(record, dict) else {}
-    stored = record.get("settings")
-    if isinstance(stored, dict) and stored.keys() <= asdict(defaults).keys():
-        defaults = Settings.checked(**asdict(defaults) | stored)
-    return Conversation.from_dict(record.get("conversation")), defaults
+    return Conversation.from_dict(record.get("conversation")), Settings.read(record.get("settings"), defaults)

@@ -17,6 +17,7 @@ from serving.chat.render import live_html, notice_html, past_html
 from serving.chat.session import BROKEN, BUSY, NotNow, Step, draw
 from serving.chat.shelf import KEEP, LOAD, kept_text, record_of
 from serving.chat.widgets import ANSWERING, QUICK, SETTLE_S, Update, asker_of
+from serving.gateway.events import joined
 
 _LOG = logging.getLogger("almost.chat")
 DIFFERING = 1.3
@@ -112,7 +113,7 @@ class ChatTab(ChatLayout):
                 self.notice: notice_html(label, "hint"),
                 self.cancel: gr.Button(visible=True),
                 self.restore: gr.Button(visible=False),
-                self.draft: gr.skip() if editing is not None else draft or "",
+                self.draft: gr.skip() if editing is not None else joined(draft or ""),
             }
             return
         replaced = None
@@ -203,7 +204,7 @@ class ChatTab(ChatLayout):
         return update | self.box_with() | dict(zip(self.settings[:-1], astuple(values), strict=False))
 
     def _on_export(self, conversation: Conversation, instruction: str, form: str) -> str:
-        return conversation.text() if form == "text" else conversation.jsonl(instruction)
+        return conversation.text() if form == "text" else conversation.jsonl(joined(instruction or ""))
 
     def _on_settings(self, conversation: Conversation, *settings: object) -> str:
         return kept_text(conversation, Settings.checked(*settings))

@@ -98,7 +98,8 @@ class FirstTab:
         self._desk.stop("first", request.session_hash)
 
     async def _on_pick(self, event: gr.EventData, request: gr.Request) -> AsyncIterator[Update]:
-        question = str(event._data.get("question") or "")
+        told = event._data if isinstance(event._data, dict) else {}
+        question = str(told.get("question") or "")
         async for update in self._on_send(request, question):
             yield update
 

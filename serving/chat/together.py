@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 from serving.chat.conversation import Settings
-from serving.chat.session import ChatSystem, Step, draw
+from serving.chat.session import REST, ChatSystem, Step, draw
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,9 @@ async def draw_together(draws: Sequence[Draw], stop: asyncio.Event) -> AsyncIter
                 if isinstance(step, Exception):
                     raise step
                 latest[place] = step
+            shown = time.perf_counter()
             yield list(latest)
+            await asyncio.sleep(REST * (time.perf_counter() - shown))
     finally:
         for task in tasks:
             task.cancel()

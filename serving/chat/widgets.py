@@ -15,6 +15,7 @@ from serving.chat.conversation import MAX_QUESTION, too_long
 from serving.chat.render import notice_html
 from serving.chat.session import BROKEN, Desk, NotNow
 from serving.chat.visitors import Asker
+from serving.gateway.events import joined
 
 Update = Mapping[Block, object]
 """A component -> its new value; all others stay as they are."""
@@ -64,7 +65,7 @@ def answering(send: _Event[_Tab, _P]) -> _Event[_Tab, _P]:
     async def event(
         self: _Tab, request: gr.Request, text: str, /, *args: _P.args, **kwargs: _P.kwargs
     ) -> AsyncGenerator[Update, None]:
-        text = (text or "").strip()
+        text = joined((text or "").strip())
         if not text:
             yield {self.notice: gr.skip()}
             return

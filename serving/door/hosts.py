@@ -4,7 +4,8 @@ A page of any site can send requests to a server of the machine that it is shown
 is made to point there (DNS rebinding). Two headers, which no page can set, tell: `Host` is the name that the browser
 asked, `Origin` the site of the page. So only these names are answered: those of the loopback interface, the address
 that is listened on (where it is every address: the one that the connection came in at), and those of `--allowed-host`.
-An origin must be the server's own, or one of `--allowed-host`.
+An origin must be the server's own, or one of `--allowed-host`. To pages of the latter a browser shows an answer only
+where the server says so (CORS), which is done here too.
 """
 
 from __future__ import annotations
@@ -20,12 +21,17 @@ from serving.door.keys import HEALTH
 from serving.door.refusals import refuse
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 ANY = "*"
 _WILDCARDS = ("", "0.0.0.0", "::")
 _NETLOC = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[^\s:/@\[\]?#]+))(?::\d{1,5})?")
 _ORIGIN = re.compile(r"https?://(?P<netloc>[^\s/]+)", re.IGNORECASE)
+_PREFLIGHT = (
+    (b"access-control-allow-methods", b"*"),
+    (b"access-control-allow-headers", b"authorization, content-type, x-api-key, *"),  # `*` alone is not the first one
+    (b"access-control-max-age", b"600"),
+)
 _OTHER_SITES = (b"cross-site", b"same-site")
 
 
@@ -100,7 +106,26 @@ class HostGuard:
                 "and that site's host"
             )
             return await refuse(scope, receive, send, 403, message, "origin_not_allowed")
+        if http and sent[b"origin"] and not _is_own(sent[b"origin"][0], host):
+            return await self._answer_site(sent[b"origin"][0].encode("latin-1"), scope, receive, send)
         return await self.app(scope, receive, send)
+
+    async def _answer_site(self, origin: bytes, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a page of an allowed site. What its browser asks beforehand carries no key, so it is answered here."""
+        shared = [(b"access-control-allow-origin", origin), (b"vary", b"Origin")]
+        asks_first = any(name == b"access-control-request-method" for name, _ in scope["headers"])
+        if asks_first and scope["method"] == "OPTIONS":
+            await send({"type": "http.response.start", "status": 204, "headers": [*shared, *_PREFLIGHT]})
+            return await send({"type": "http.response.body", "body": b""})
+
+        async def send_shared(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                # vLLM's own `*` beside it would be one too many for a browser.
+                own = [item for item in message.get("headers", ()) if item[0] != b"access-control-allow-origin"]
+                message = {**message, "headers": [*own, *shared]}
+            await send(message)
+
+        return await self.app(scope, receive, send_shared)
 
     def _answers_to(self, netloc: str, scope: Scope) -> bool:
         name = _name_of(netloc)
@@ -119,5 +144,9 @@ class HostGuard:
         match = _ORIGIN.fullmatch(origins[0])
         if len(origins) > 1 or match is None:  # `null` is a page without a site: a file, or a frame in a sandbox
             return False
-        # Browsers leave out the port in both headers where it is the scheme's own.
-        return match["netloc"].lower() == host.lower() or _name_of(match["netloc"]) in self._allowed
+        return _is_own(origins[0], host) or _name_of(match["netloc"]) in self._allowed
+
+
+def _is_own(origin: str, host: str) -> bool:
+    """Whether a page is of the very server that it asks. Browsers leave out a port that is the scheme's own in both."""
+    return origin.partition("://")[2].lower() == host.lower()

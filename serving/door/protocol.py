@@ -12,6 +12,7 @@ and `pipeline` of `uvicorn.protocols.http.httptools_impl`.
 from __future__ import annotations
 
 import asyncio
+import re
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,19 @@ BODY_S = 120.0
 _LINGER_S = 2.0
 _DROPPED_BYTES = 1 << 20
 """How long, and for how many bytes, a client that is refused is listened to, so that it can read why."""
+
+
+_H2C = re.compile(rb"(\r\n)upgrade(:[ \t]*h2c[ \t]*\r\n)", re.IGNORECASE)
+
+
+def _without_h2c(piece: bytes) -> bytes:
+    """The beginning of a request, without an offer to go on in HTTP/2, which a server may pass over.
+
+    httptools takes the body after such an offer for the other protocol: Java's client makes one with its first request,
+    and its POST arrived without a body. Clients send a head in one piece; one that comes in several stays as it is.
+    """
+    head, end, rest = piece.partition(b"\r\n\r\n")
+    return _H2C.sub(rb"\1x-was-\2", head + end) + rest
 
 
 class BoundedHttp(HttpToolsProtocol):
@@ -67,6 +81,7 @@ class BoundedHttp(HttpToolsProtocol):
             piece, data = data[:room], data[room:]
             if self._in_head and not self._begun:
                 self._begun = True
+                piece = _without_h2c(piece)
                 if self._deadline is None:
                     self._expect(self.head_s)
             self._grew = False

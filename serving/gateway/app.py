@@ -45,6 +45,8 @@ __all__ = ["GatewaySettings", "create_app", "run"]
 
 _REWARD_CONNECTIONS = 128
 """Conversations at the reward server at a time; more wait here."""
+_LIST_S = 10.0
+"""Seconds that the policy server has for its list of models."""
 _GRACE_S = 10
 """Seconds that requests at work have once the gateway is told to stop."""
 
@@ -115,10 +117,13 @@ class Gateway:
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models: the policy's, by the names that they are served under."""
-        async with self.policy.request("GET", "/v1/models") as response:
-            whole = await response.read()
-            self.policy.parsed(whole)
-            return Response(names_alone(whole), response.status, media_type="application/json")
+        try:
+            async with asyncio.timeout(_LIST_S), self.policy.request("GET", "/v1/models") as response:
+                whole = await response.read()
+                self.policy.parsed(whole)
+                return Response(names_alone(whole), response.status, media_type="application/json")
+        except TimeoutError:
+            raise refusal(504, f"the policy server named no models within {_LIST_S:g} s", "timeout") from None
 
     async def health(self, request: Request) -> Response:
         """GET /health: the gateway runs; says nothing of the servers behind."""

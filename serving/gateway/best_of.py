@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from starlette.exceptions import HTTPException
 
 from almost_eval.types import JSONObject
-from serving.gateway.candidates import CALLS_NOTE, Drawing, almost_of, calls_tools, drawing_of, scored_text
+from serving.gateway.candidates import CALLS_NOTE, Drawing, almost_of, calls_tools, choices_of, drawing_of, scored_text
 from serving.gateway.errors import message_of, refusal
 from serving.gateway.metrics import Metrics
 from serving.gateway.racing import Race
@@ -118,13 +118,10 @@ class BestOf:
             if response.status != 200:
                 await reply.whole(response.status, whole, notes)
                 return None
-        try:
-            choices = sorted(completion["choices"], key=lambda choice: choice["index"])
-            messages = [dict(choice["message"]) for choice in choices]
-        except (LookupError, TypeError, ValueError, AttributeError):
-            raise self._policy.malformed("choices") from None
-        if len(choices) != drawing.count:
+        choices = choices_of(completion, drawing.count)
+        if choices is None:
             raise self._policy.malformed(f"the {drawing.count} choices of the request")
+        messages = [choice["message"] for choice in choices]
         if isinstance(rewards, str):
             return _Drawn(completion, choices, notes, [], rewards)
         try:

@@ -14,7 +14,7 @@ from serving.gateway.rewards import Scored
 from serving.gateway.schema import OWN_FIELDS
 
 _NOT_DRAWN = (*OWN_FIELDS, "stream", "stream_options")
-_GREEDY = 1e-5
+GREEDY = 1e-5
 """vLLM takes the likeliest token at every temperature below this one (0.31, `_SAMPLING_EPS`)."""
 
 GREEDY_NOTE = "nothing is sampled at this temperature or top_k, so all candidates would be the same: one was drawn"
@@ -60,7 +60,29 @@ def _is_greedy(fields: Mapping[str, object]) -> bool:
     temperature, top_k = fields.get("temperature"), fields.get("top_k")
     if fields.get("use_beam_search"):  # its answers differ without sampling
         return False
-    return (isinstance(temperature, int | float) and temperature < _GREEDY) or top_k == 1
+    return (isinstance(temperature, int | float) and temperature < GREEDY) or top_k == 1
+
+
+def choices_of(completion: object, count: int) -> list[JSONObject] | None:
+    """The choices of a chat completion in order of their index; None where they are not `count`, or not in OpenAI's
+    form: an index each, a message, tool calls that are objects.
+    """
+    listed = completion.get("choices") if isinstance(completion, dict) else None
+    if not isinstance(listed, list) or len(listed) != count:
+        return None
+    by_index = {is_index(one.get("index")): one for one in listed if isinstance(one, dict) and _is_told(one)}
+    return [by_index[i] for i in range(count)] if by_index.keys() == set(range(count)) else None
+
+
+def is_index(value: object) -> int | None:
+    """A place in a list, as JSON has it; None for anything else: Python would take true for 1, and -1 for the last."""
+    return value if type(value) is int and value >= 0 else None
+
+
+def _is_told(choice: JSONObject) -> bool:
+    message = choice.get("message")
+    calls = message.get("tool_calls") or [] if isinstance(message, dict) else None
+    return isinstance(calls, list) and all(isinstance(call, dict) for call in calls)
 
 
 def scored_text(message: Mapping[str, object]) -> tuple[str | None, str]:

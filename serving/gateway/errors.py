@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 
 from starlette.exceptions import HTTPException
@@ -11,6 +12,9 @@ from starlette.responses import Response
 
 from almost_eval.models.endpoints import server_words
 from serving.door.refusals import error_text
+
+_FOLDERS = re.compile(r"(?<![\w:/.])(?!/v1/)/(?:[\w.@+~-]+/)+")
+"""Of a file of that server's machine; of no URL, and of no path of OpenAI's API."""
 
 
 def refusal(
@@ -55,9 +59,13 @@ async def on_crash(request: Request, error: Exception) -> Response:
     return await on_refusal(request, crashed())
 
 
-def upstream_words(body: bytes) -> str:
-    """The message in an upstream's error, in any of the forms that vLLM writes it: one line, nothing that looks like a
-    key, 300 characters at most.
+def upstream_words(body: bytes, key: str | None) -> str:
+    """The message in an upstream's error, in any of the forms that vLLM writes it: one line, no key and nothing that
+    looks like one, of a file's path its last part alone, 300 characters at most.
+
+    Args:
+        body: the error.
+        key: what the gateway sends to that server.
     """
     try:
         content: object = json.loads(body)
@@ -66,4 +74,4 @@ def upstream_words(body: bytes) -> str:
     for name in ("error", "message"):
         if isinstance(content, dict) and name in content:
             content = content[name]
-    return server_words(str(content), None)
+    return server_words(_FOLDERS.sub(".../", str(content)), key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from codecs import BOM_UTF8
 
 MAX_EVENT_BYTES = 4 << 20
 """Of one event. The largest real ones hold a prompt's token ids or the log-probabilities of a whole answer."""
@@ -29,6 +30,7 @@ class EventReader:
         """The data lines of an event that has not ended."""
         self._size = 0
         self._after_cr = False
+        self._is_first = True
 
     def feed(self, part: bytes) -> list[bytes]:
         """The events that end in `part`.
@@ -62,6 +64,8 @@ class EventReader:
     def _end_line(self) -> bytes | None:
         line = bytes(self._line)
         self._line.clear()
+        if self._is_first:
+            line, self._is_first = line.removeprefix(BOM_UTF8), False
         if not line:
             event, self._size = b"\n".join(self._data), 0
             self._data.clear()

@@ -155,5 +155,8 @@ async def ends_with_client(receive: Receive) -> AsyncIterator[None]:
 def _refuse_wrong_type(scope: Scope) -> None:
     # Besides being what upstream reads: a page of another site can post text/plain to a port here, but not this.
     sent = next((value for name, value in scope["headers"] if name == b"content-type"), b"")
+    packed = [value for name, value in scope["headers"] if name == b"content-encoding" and value != b"identity"]
+    if packed:  # unpacked, a body could be a thousand times as long as its limit
+        raise refusal(415, "the body must be sent without a Content-Encoding", "unsupported_media_type")
     if sent.partition(b";")[0].strip().lower() != b"application/json":
         raise refusal(415, "the body must be sent as 'Content-Type: application/json'", "unsupported_media_type")

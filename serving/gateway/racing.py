@@ -16,10 +16,10 @@ from typing import Any
 from starlette.exceptions import HTTPException
 
 from almost_eval.types import JSONObject
-from serving.gateway.candidates import Drawing
-from serving.gateway.errors import message_of, refusal, upstream_words
+from serving.gateway.candidates import Drawing, is_index
+from serving.gateway.errors import message_of, refusal
 from serving.gateway.events import EventReader, EventTooLong, TextJoiner, joined
-from serving.gateway.http_client import HttpResponse
+from serving.gateway.http_client import MAX_ANSWER_BYTES, HttpResponse
 from serving.gateway.rewards import Scored
 from serving.gateway.streaming import EVENTS, ReplyWriter, event_of, notes_of, shared_fields, start_events
 from serving.gateway.upstream import Upstream
@@ -39,9 +39,15 @@ class GrowingChoice:
         self._joiner = TextJoiner()
 
     def add(self, choice: JSONObject) -> str:
-        """Take one chunk's part; what the text grew by."""
-        added = ""
-        for name, value in (choice.get("delta") or {}).items():
+        """Take one chunk's part; what the text grew by.
+
+        Raises:
+            TypeError, LookupError, AttributeError: it is not in OpenAI's form, or goes on after the choice's end.
+        """
+        added, delta = "", choice.get("delta") or {}
+        if self.ended and (delta.get("content") or delta.get("tool_calls")):  # what there was is being scored
+            raise TypeError("a choice that goes on after its end")
+        for name, value in delta.items():
             if name == "tool_calls":
                 for call in value or ():
                     self._add_call(call)
@@ -49,6 +55,8 @@ class GrowingChoice:
                 self.message[name] = (self.message.get(name) or "") + value
                 added += self._joiner.add(value) if name == "content" else ""
             elif value is not None:
+                if name == "content":
+                    raise TypeError("content that is no text")
                 self.message[name] = value
         for name, value in choice.items():
             if name == "logprobs" and value:
@@ -154,7 +162,7 @@ class Race:
 
     async def _follow(self, response: HttpResponse, *, fallback: bool) -> None:
         """Take the stream's events and the rewards in whatever order they come."""
-        reader, parts = EventReader(), response.parts()
+        reader, parts, length = EventReader(), response.parts(), 0
 
         async def next_part() -> bytes | None:
             return await anext(parts, None)
@@ -168,6 +176,9 @@ class Race:
                     continue
                 if (part := arriving.result()) is None:
                     return
+                length += len(part)
+                if length > MAX_ANSWER_BYTES:
+                    raise self._policy.broken(f"an answer of more than {MAX_ANSWER_BYTES >> 20} MiB")
                 for event in reader.feed(part):
                     await self._take(event)
                 arriving = asyncio.create_task(next_part())
@@ -180,13 +191,17 @@ class Race:
             return
         chunk = self._policy.parsed(event)
         if isinstance(chunk, dict) and chunk.get("error"):
-            raise refusal(502, f"the policy server failed: {upstream_words(event)}", "policy_failed")
+            raise refusal(502, f"the policy server failed: {self._policy.words(event)}", "policy_failed")
         try:
             self.completion |= {name: chunk[name] for name in _HEAD if name in chunk}
             self.completion["object"] = "chat.completion"
             if chunk.get("usage"):
                 self.completion["usage"] = chunk["usage"]
-            grown = [(choice["index"], self._growing[choice["index"]].add(choice)) for choice in chunk["choices"]]
+            grown = []
+            for choice in chunk["choices"]:
+                if (place := is_index(choice["index"])) is None:
+                    raise TypeError("an index that is none")
+                grown.append((place, self._growing[place].add(choice)))
         except (LookupError, TypeError, AttributeError):
             raise self._policy.malformed("chunks of its candidates") from None
         for i, text in grown:

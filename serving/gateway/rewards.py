@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
+import sys
 from dataclasses import dataclass
 from time import perf_counter
 
 from almost_eval.types import JSONObject
-from serving.gateway.errors import refusal, upstream_words
+from serving.gateway.errors import refusal
 from serving.gateway.metrics import Metrics
 from serving.gateway.render import Renderer
 from serving.gateway.schema import RewardRequest
@@ -102,22 +102,40 @@ class Rewards:
         async with self.upstream.request("POST", "/classify", json.dumps(fields).encode()) as response:
             body = await response.read()
             if response.status == 404 and model is not None:
-                raise refusal(404, upstream_words(body), "model_not_found", param="model")
+                raise refusal(404, self.upstream.words(body), "model_not_found", param="model")
             if response.status != 200:
-                return upstream_words(body)
+                return self.upstream.words(body)
+        return self.read(body, count)
+
+    def read(self, body: bytes, count: int) -> list[Scored]:
+        """The results that an answer of /classify holds, in the order of the conversations.
+
+        Raises:
+            HTTPException: it does not hold `count` numbers.
+        """
         answer = self.upstream.parsed(body)
         try:
-            entries = sorted(answer["data"], key=lambda entry: entry["index"])
-            rewards = [float(value) for entry in entries for value in entry["probs"]]
             served = str(answer["model"])
+            rewards = {entry["index"]: _only_number(entry["probs"]) for entry in answer["data"]}
+            if len(answer["data"]) != count:
+                raise ValueError(f"{len(answer['data'])} rewards for {count} conversations")
+            return [Scored(rewards[i], None, served) for i in range(count)]
         except (LookupError, TypeError, ValueError):
-            rewards = []
-        if len(rewards) != count:
-            raise self.upstream.malformed("one number for each conversation: it must serve a reward model")
-        return [
-            Scored(reward, None, served) if math.isfinite(reward) else Scored(None, "the reward is not finite")
-            for reward in rewards
-        ]
+            raise self.upstream.malformed("one number for each conversation: it must serve a reward model") from None
+
+
+def _only_number(values: object) -> float:
+    """The one reward of an entry.
+
+    Raises:
+        ValueError: it has several, none, or one that is no number of a float's range.
+    """
+    if not isinstance(values, list) or len(values) != 1:
+        raise ValueError("one reward was expected")
+    (value,) = values
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > sys.float_info.max:
+        raise ValueError("no number")
+    return float(value)
 
 
 async def answer_rewards(rewards: Rewards, request: RewardRequest, reply: ReplyWriter) -> None:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Strict
 
 from almost_eval.errors import did_you_mean
 from almost_eval.types import JSONObject
+from serving.door.strict_json import NotJSON, read_json
 from serving.gateway.errors import refusal
 from serving.gateway.settings import GatewaySettings
 
@@ -165,6 +166,8 @@ class ErrorReply(BaseModel):
     error: ErrorDetails
 
 
+_PLACE = 200
+"""Characters of a field's name in an error; the names of some are the client's own."""
 OWN_FIELDS = ("best_of", "best_of_fallback", "almost_candidates", "almost_stream")
 """Fields of a chat request that the gateway reads and no policy server sees."""
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -178,14 +181,24 @@ def parse_json(body: bytes) -> JSONObject:
         HTTPException: 400: it holds none.
     """
     try:
-        # The parser that vLLM uses: of a field that is sent twice, both see the second.
-        fields = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        words = str(error) if isinstance(error, json.JSONDecodeError) else "it cannot be read"
-        raise refusal(400, f"the body is no JSON: {words}", "invalid_json") from None
+        fields = read_json(body)  # of a field that is sent twice, vLLM too sees the second
+    except NotJSON as error:
+        raise refusal(400, f"the body is no JSON: {error}", "invalid_json") from None
     if not isinstance(fields, dict):
         raise refusal(400, "the body must be a JSON object", "invalid_json")
+    if b"\\u" in body or b"\xed" in body:  # else there can be none
+        _refuse_halves(fields)
     return fields
+
+
+def _refuse_halves(fields: JSONObject) -> None:
+    """Raise HTTPException for half of a character beyond U+FFFF (a lone surrogate), which no tokenizer reads."""
+    try:
+        json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise refusal(400, "the body holds half of a character, a surrogate alone", "invalid_json") from None
+    except RecursionError:
+        raise refusal(400, "the body is nested too deeply", "invalid_json") from None
 
 
 def validated(kind: type[_Model], fields: JSONObject) -> _Model:
@@ -198,7 +211,7 @@ def validated(kind: type[_Model], fields: JSONObject) -> _Model:
         return kind.model_validate(fields)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
+        place = ".".join(str(part) for part in first["loc"])[:_PLACE]
         raise refusal(400, f"{place}: {first['msg']}", "invalid_value", param=place) from None
 
 

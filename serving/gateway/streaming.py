@@ -14,7 +14,10 @@ from serving.gateway.events import MAX_EVENT_BYTES
 from serving.gateway.http_client import BrokenOff, HttpResponse
 
 EVENTS = "text/event-stream"
-_DONE = b"data: [DONE]\n\n"
+_LAST = b"[DONE]"
+_DONE = b"data: %s\n\n" % _LAST
+_TAIL_BYTES = 32
+"""Of a stream's end, which `_LAST` stands in."""
 _EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 _END_BYTES = 4
 _SHARED = ("id", "created", "model", "system_fingerprint")
@@ -85,21 +88,25 @@ async def relay_events(answer: HttpResponse, reply: ReplyWriter) -> None:
     has can still be closed with a well-formed error.
 
     Raises:
-        BrokenOff: the stream stops before its end, or an event is longer than `MAX_EVENT_BYTES`.
+        BrokenOff: the stream stops before its `[DONE]`, or an event is longer than `MAX_EVENT_BYTES`.
     """
     await reply.start(
         answer.status, f"{EVENTS}; charset=utf-8", notes_of(answer)
     )  # not the upstream's own words for it
+    tail = b""
     async for events in whole_events(answer):
         await reply.part(events)
+        tail = (tail + events[-_TAIL_BYTES:])[-_TAIL_BYTES:]
+    if not tail.rstrip().endswith(_LAST):  # a server that dies may close its connection as if all was said
+        raise BrokenOff("a stream without its end")
     await reply.end()
 
 
 async def whole_events(answer: HttpResponse) -> AsyncIterator[bytes]:
-    """The bytes of a stream, in pieces that end where an event does; the last may end anywhere.
+    """The bytes of a stream, in pieces that end where an event does; the last one need not have its blank line.
 
     Raises:
-        BrokenOff: the stream stops before its end, or an event is longer than `MAX_EVENT_BYTES`.
+        BrokenOff: the stream stops before its end or within an event, or one is longer than `MAX_EVENT_BYTES`.
     """
     held = bytearray()
     async for data in answer.parts():
@@ -115,8 +122,10 @@ async def whole_events(answer: HttpResponse) -> AsyncIterator[bytes]:
             del held[:cut]
         if len(held) > MAX_EVENT_BYTES:
             raise BrokenOff(f"an event of more than {MAX_EVENT_BYTES >> 20} MiB")
-    if held:
+    if held.rstrip().endswith(_LAST):
         yield bytes(held)
+    elif held.strip():
+        raise BrokenOff("a part of an event")
 
 
 async def start_events(reply: ReplyWriter, notes: Notes) -> None:
@@ -160,7 +169,7 @@ def _chunks(completion: JSONObject, include_usage: bool) -> Iterable[JSONObject]
         if calls := message.get("tool_calls"):  # in a stream each says which one it continues
             message["tool_calls"] = [{"index": place, **call} for place, call in enumerate(calls)]
         yield chunk(number, message, logprobs=choice.get("logprobs"))
-        last = chunk(number, {}, finish_reason=choice["finish_reason"], stop_reason=choice.get("stop_reason"))
+        last = chunk(number, {}, finish_reason=choice.get("finish_reason"), stop_reason=choice.get("stop_reason"))
         if number == len(choices) - 1:
             last["almost"] = completion["almost"]
         yield last

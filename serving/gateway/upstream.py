@@ -7,7 +7,6 @@ and the client decides whether to ask again.
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,6 +15,7 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
+from serving.door.strict_json import NotJSON, read_json
 from serving.gateway.errors import refusal, upstream_words
 from serving.gateway.http_client import BrokenOff, HttpClient, HttpResponse, Unreachable
 from serving.gateway.metrics import Metrics
@@ -27,15 +27,6 @@ _GRAMMAR = re.compile(
     r"grammar|json.?schema|regex|regular expression|structured.?output|structural.?tag|guidance", re.I
 )
 """What an error says of them. Some are found out only when they are compiled, which vLLM tells as its own failure."""
-
-
-def _no_number(constant: str) -> None:
-    """NaN and the infinities, which Python reads, and which are no JSON for the client.
-
-    Raises:
-        ValueError: always.
-    """
-    raise ValueError(f"{constant} is no JSON")
 
 
 class Upstream:
@@ -56,6 +47,7 @@ class Upstream:
         self.name = name
         self.url = url
         self.status = status
+        self._key = key
         headers = [("Content-Type", "application/json"), ("Accept-Encoding", "identity")]
         if key:
             headers.append(("Authorization", f"Bearer {key}"))
@@ -84,7 +76,7 @@ class Upstream:
         try:
             async with self._client.request(method, path, body) as answer:
                 if answer.status >= 500:
-                    words = upstream_words(await answer.read())
+                    words = self.words(await answer.read())
                     if _GRAMMAR.search(words) and any(name in body for name in _CONSTRAINTS):
                         message = f"the {self.name} server cannot work with the grammar of this request: {words}"
                         raise refusal(400, message, "invalid_grammar")
@@ -108,9 +100,13 @@ class Upstream:
             HTTPException: it is none.
         """
         try:
-            return json.loads(body, parse_constant=_no_number)
-        except (ValueError, RecursionError):
+            return read_json(body)
+        except NotJSON:
             raise self._failure("malformed", "gave an answer that is no JSON") from None
+
+    def words(self, body: bytes) -> str:
+        """What its error says, fit for the client; see `upstream_words`."""
+        return upstream_words(body, self._key)
 
     def broken(self, why: str) -> HTTPException:
         """For an answer that stopped before its end."""

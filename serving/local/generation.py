@@ -101,7 +101,7 @@ class RowText:
         text = self._text.lstrip()
         for stop in self._stop:
             # Held: the longest end of the text that a stop string begins with.
-            held = next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
+            held = next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
             text = text.partition(stop)[0] if stop in text else text[: len(text) - held]
         return self.tell(text.rstrip())
 

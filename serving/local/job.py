@@ -31,13 +31,16 @@ class ChatJob:
     Args:
         policy: the model.
         prompt: as the chat template wrote it.
+        prompt_tokens: its length.
         params: how to sample.
         turnstile: shared by all threads that use the device.
     """
 
-    def __init__(self, policy: Policy, prompt: str, params: SamplingParams, turnstile: Turnstile) -> None:
+    def __init__(
+        self, policy: Policy, prompt: str, prompt_tokens: int, params: SamplingParams, turnstile: Turnstile
+    ) -> None:
         self._params = params
-        self._prompt_tokens = policy.prompt_tokens(prompt)
+        self._prompt_tokens = prompt_tokens
         self._head = {
             "id": f"chatcmpl-{random.getrandbits(64):016x}",
             "created": int(time.time()),

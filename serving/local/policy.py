@@ -4,14 +4,48 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
 
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.hf import HFEngine
 from almost_eval.models.chat import load_template, special_tokens
 from almost_eval.models.stops import stop_strings
 from almost_eval.types import Conversation
+from serving.gateway.candidates import GREEDY
 from serving.gateway.errors import refusal
 from serving.local.schema import LocalChat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def refuse_endless(text: str, tokenizer: PreTrainedTokenizerBase, context: int) -> None:
+    """Refuse a text that no context holds. To count the tokens of one of 4 MB takes up to a minute.
+
+    Args:
+        text: what a model is to read.
+        tokenizer: its own.
+        context: tokens that it reads.
+
+    Raises:
+        HTTPException: 400: it has more characters than so many tokens.
+    """
+    most = context * _longest_token(tokenizer)
+    if len(text) > most:
+        raise refusal(
+            400,
+            f"the context of {context} tokens is full: the conversation has {len(text):,} characters, and {most:,} at "
+            "most can fit; shorten it",
+            "context_length_exceeded",
+            param="messages",
+        )
+
+
+@cache
+def _longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Characters of the longest token, or more: where tokens are bytes, each byte is written as a character."""
+    return max(map(len, tokenizer.get_vocab()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +69,25 @@ class Policy:
         return stop_strings(template)
 
     def prompt_tokens(self, prompt: str) -> int:
-        """The length of the prompt."""
+        """The length of the prompt.
+
+        Raises:
+            HTTPException: 400: it is longer than whatever fits the context.
+        """
+        refuse_endless(prompt, self.engine.tokenizer, self.engine.context_length)
         return len(self.engine.encoder.encode_texts([prompt])[0])
 
-    def sampling(self, request: LocalChat, prompt: str) -> SamplingParams:
+    def sampling(self, request: LocalChat, used: int) -> SamplingParams:
         """How to answer the request.
+
+        Args:
+            request: as it came.
+            used: tokens of the prompt.
 
         Raises:
             HTTPException: 400: prompt and answer do not fit the context.
         """
-        context, used = self.engine.context_length, self.prompt_tokens(prompt)
+        context = self.engine.context_length
         room = context - used
         most = request.max_completion_tokens or request.max_tokens
         if room < (most or 1):
@@ -56,10 +99,11 @@ class Policy:
                 "context_length_exceeded",
                 param="messages",
             )
+        temperature = request.temperature
         stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
         return SamplingParams(
             max_new_tokens=most or room,
-            temperature=1.0 if request.temperature is None else request.temperature,
+            temperature=1.0 if temperature is None else temperature if temperature >= GREEDY else 0.0,
             top_p=1.0 if request.top_p is None else request.top_p,
             n=request.n or 1,
             stop=tuple(dict.fromkeys((*(text for text in stop if text), *self.stop()))),

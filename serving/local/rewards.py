@@ -10,6 +10,7 @@ from queue import SimpleQueue
 from almost_eval.rewards.hf import HFRewardModel
 from almost_eval.types import Conversation
 from serving.local.generation import Turnstile
+from serving.local.policy import refuse_endless
 
 _Waiting = tuple[Conversation, "Future[float]"]
 
@@ -35,7 +36,10 @@ class RewardWorker:
 
         Raises:
             InputError: the conversation does not fit the reward model's context.
+            HTTPException: it is longer than whatever fits.
         """
+        for message in conversation:
+            refuse_endless(message.content, self._model.tokenizer, self._model.context_length)
         reward: Future[float] = Future()
         self._waiting.put((conversation, reward))
         return await asyncio.wrap_future(reward)

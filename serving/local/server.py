@@ -97,11 +97,16 @@ class LocalServer:
         """POST /v1/chat/completions."""
         fields = validated(LocalChat, parse_json(await request.body()))
         policy = self._policy(fields.model)
-        try:
+
+        def read() -> tuple[str, int]:
             prompt = policy.prompt(conversation_of(fields.messages))
+            return prompt, policy.prompt_tokens(prompt)
+
+        try:
+            prompt, used = await asyncio.to_thread(read)  # others' answers go on meanwhile
         except InputError as error:
             raise refusal(400, str(error), "invalid_value", param="messages") from None
-        job = ChatJob(policy, prompt, policy.sampling(fields, prompt), self._turnstile)
+        job = ChatJob(policy, prompt, used, policy.sampling(fields, used), self._turnstile)
         if fields.stream:
             usage = fields.stream_options is not None and bool(fields.stream_options.include_usage)
             return StreamingResponse(job.events(include_usage=usage), media_type="text/event-stream")

@@ -17,7 +17,7 @@ import pytest
 from almost_eval.errors import InputError, StoreError
 from serving.chat.app import create_app
 from serving.chat.client import Endpoint
-from serving.chat.conversation import MAX_CHARACTERS, MAX_TURNS, ChatReply, Conversation, Settings
+from serving.chat.conversation import MAX_CHARACTERS, MAX_TURNS, ChatReply, Conversation, Settings, Turn
 from serving.chat.kept import MAX_BYTES, Conflict, ConversationStore
 from serving.chat.line import Line
 from serving.chat.parts import parts_of, parts_script
@@ -28,6 +28,7 @@ from serving.chat.tab_chat import TOO_MANY, ChatTab
 
 ID = "0123456789abcdef"
 TALK = Conversation().ask("What is ÄTHER?").answer(ChatReply("Nothing."))
+LONG = Conversation((Turn("q", ChatReply("x" * MAX_CHARACTERS)),) * (MAX_BYTES // MAX_CHARACTERS + 1))
 
 
 def record(version: int = 0, **more: Any) -> dict[str, Any]:
@@ -117,7 +118,7 @@ def test_a_search_looks_at_names_and_words_alone(tmp_path: Path) -> None:
         (ID, {"conversation": None}),
         (ID, {"conversation": {"turns": []}}),
         (ID, {"conversation": {"turns": [{"user": 3}]}}),
-        (ID, {"settings": "x" * MAX_BYTES}),
+        (ID, {"conversation": LONG.to_dict()}),
     ],
 )
 def test_what_is_no_conversation_is_refused(tmp_path: Path, id: str, given: dict[str, Any]) -> None:

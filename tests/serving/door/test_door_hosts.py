@@ -9,6 +9,7 @@ import pytest
 
 from almost_eval.errors import InputError
 from serving.door.hosts import HostGuard, checked_hosts
+from serving.door.keys import KeyGuard
 
 
 def status(
@@ -111,6 +112,36 @@ def test_the_site_of_an_allowed_host_may_ask() -> None:
     headers = {"Host": "127.0.0.1:8000", "Origin": "https://chat.example.org"}
     assert status(headers) == 403
     assert status(headers, allowed=("chat.example.org",)) == 200
+
+
+def test_a_browser_shows_its_answers_to_an_allowed_site_and_no_other() -> None:
+    """Without these headers a browser keeps every answer from the page; its question beforehand carries no key."""
+    from starlette.applications import Starlette
+    from starlette.responses import PlainTextResponse
+    from starlette.routing import Route
+    from starlette.testclient import TestClient
+
+    async def answer(request: Any) -> PlainTextResponse:
+        return PlainTextResponse("yes", headers={"Access-Control-Allow-Origin": "*"})  # as vLLM's server does
+
+    app = KeyGuard(Starlette(routes=[Route("/v1/models", answer, methods=["GET", "POST"])]), "k")
+    client = TestClient(HostGuard(app, "127.0.0.1", ("chat.example.org",)), base_url="http://127.0.0.1:8000")
+    site, key = {"Origin": "https://chat.example.org"}, {"Authorization": "Bearer k"}
+    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    before = client.options("/v1/models", headers=site | asks)
+    assert (before.status_code, before.headers["access-control-allow-origin"]) == (204, site["Origin"])
+    assert "authorization" in before.headers["access-control-allow-headers"]
+    for headers, expected in ((site | key, 200), (site, 401)):
+        shown = client.post("/v1/models", headers=headers)
+        assert shown.status_code == expected
+        assert shown.headers.get_list("access-control-allow-origin") == [site["Origin"]]
+        assert shown.headers["vary"] == "Origin"
+    for origin in ("https://evil.lan", "http://127.0.0.1:8500", "null"):
+        refused = client.options("/v1/models", headers={"Origin": origin} | asks)
+        assert refused.status_code == 403
+        assert "access-control-allow-origin" not in refused.headers
+    assert client.options("/v1/models", headers={"Origin": "http://127.0.0.1:8000"} | asks).status_code == 401
+    assert client.options("/v1/models", headers=site).status_code == 401
 
 
 def test_pages_of_other_sites_that_send_no_origin() -> None:

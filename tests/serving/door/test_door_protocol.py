@@ -119,6 +119,19 @@ def test_a_head_up_to_the_limit_is_read(server: Server) -> None:
 
 
 @pytest.mark.alone("the slowest of many answers")
+@pytest.mark.parametrize("offer", [b"Upgrade: h2c", b"upgrade:h2c ", b"UPGRADE: H2C"])
+def test_an_offer_of_http_2_is_passed_over_and_the_body_read(server: Server, offer: bytes) -> None:
+    """As Java's client makes it: its POST was answered as if it had no body."""
+    head = b"POST / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAEAAEAA\r\n"
+    body = b"five!\r\nUpgrade: h2c\r\n\r\n"
+    with server.connect() as connection:
+        connection.sendall(head + offer + b"\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        first = connection.recv(1 << 16)
+        assert b'"bytes":%d' % len(body) in first
+        status, second = send(connection, POST + b"Content-Length: 3\r\n\r\nabc")
+        assert (status, b'"bytes":3' in second) == (200, True)
+
+
 def test_a_header_without_an_end_costs_nobody_else_anything(server: Server) -> None:
     """Before, the server joined it to what was there at each read: 40 MB froze it for seconds."""
     sent = 0

@@ -35,6 +35,14 @@ def test_events_end_where_the_standard_says(end: bytes, size: int) -> None:
     assert read(data.replace(b"\n", end), size) == expected
 
 
+@pytest.mark.parametrize("size", [1, 2, 1000])
+def test_a_byte_order_mark_at_the_beginning_is_no_part_of_the_first_event(size: int) -> None:
+    assert read("\ufeffdata: one\n\n\ufeffdata: two\n\ndata: \ufeffthree\n\n".encode(), size) == [
+        b"one",
+        "\ufeffthree".encode(),
+    ]
+
+
 @pytest.mark.parametrize("piece", [b"a" * (1 << 20), b"data: " + b"a" * (1 << 20) + b"\n"])
 def test_an_event_without_an_end_is_not_kept(piece: bytes) -> None:
     reader = EventReader()

@@ -302,3 +302,45 @@ def test_rows_that_come_again_are_told_once(engine: HFEngine) -> None:
                 streamer.put(ids[row : row + 1, step])
             streamer.end()
     assert told == [engine.tokenizer.decode(row) for row in ids]
+
+
+# --- what no honest client sends ---
+
+
+def test_a_text_that_no_context_holds_is_refused_unread(client: httpx.Client) -> None:
+    """To count its tokens took up to a minute, in the thread that answers everybody."""
+    endless = [{"role": "user", "content": "a" * 3_000_000}]
+    began = time.monotonic()
+    answer = client.post("/chat/completions", json={"messages": endless})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+    conversation = [*endless, {"role": "assistant", "content": "b"}]
+    scored = client.post("/rewards", json={"conversations": [conversation]})
+    assert (scored.status_code, scored.json()["error"]["code"]) == (400, "nothing_scored")
+    assert time.monotonic() - began < 5
+
+
+def test_a_long_stop_string_costs_no_time(engine: HFEngine) -> None:
+    """Each token was compared with each beginning of it: 1 MB of it held the model for minutes."""
+    text = RowText(engine.tokenizer, frozenset(), ("x" * 300_000, "fish " + "y" * 300_000))
+    began = time.process_time()
+    told = [text.add(token) for token in engine.tokenizer.encode("Otters eat fish and", add_special_tokens=False)]
+    assert "".join(told) == "Otters eat fish and"
+    assert time.process_time() - began < 2
+
+
+def test_a_temperature_that_is_none_to_a_float_is_greedy(client: httpx.Client) -> None:
+    """Divided by 1e-320 all logits are infinite, and the answer was empty."""
+    texts = [ask(client, temperature=value)["choices"][0]["message"]["content"] for value in (0, 1e-320, 1e-40)]
+    assert texts == [texts[0]] * 3
+    assert texts[0]
+
+
+@pytest.mark.parametrize("content", [rb"a\ud83d", b"a\xed\xa0\xbd"])
+def test_half_a_character_is_refused(client: httpx.Client, content: bytes) -> None:
+    body = b'{"messages": [{"role": "user", "content": "%s"}]}' % content
+    answer = client.post("/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
+    whole = "\\ud83e\\udda6 \ud55c".encode()
+    body = b'{"max_tokens": 2, "messages": [{"role": "user", "content": "%s"}]}' % whole
+    answer = client.post("/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 200
