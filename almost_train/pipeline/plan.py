@@ -295,9 +295,10 @@ def engine_options(section: JSONObject, where: str) -> EngineOptions:
             if low or (flag.most is not None and value > flag.most):
                 raise InputError(f"{where}: {name} is {value}, which is out of its bounds; see --help of a stage")
         options[name] = value
-    if (engine := options.get("engine")) not in (None, *ENGINES):
-        raise InputError(f"{where}: unknown engine {engine!r}; {did_you_mean(engine, ENGINES)}")
-    return EngineOptions(**options)
+    engine = EngineOptions(**options)
+    if engine.engine not in ENGINES:
+        raise InputError(f"{where}: unknown engine {engine.engine!r}; {did_you_mean(engine.engine, ENGINES)}")
+    return engine
 
 
 _KINDS: dict[type, str] = {

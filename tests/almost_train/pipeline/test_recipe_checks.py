@@ -162,7 +162,8 @@ def test_pairs_of_ones_own_are_read_as_the_stage_will(tmp_path: Path) -> None:
     row = {"prompt": "How big is it?", "chosen": "Big.", "rejected": "No.", "margin": 1.0}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
     message = refused(tmp_path, {"as_is_reward__comparisons": str(tmp_path / "pairs.jsonl")})
-    assert "recipe mine, as_is_reward: 1 of 1 rows" in message and "give --margin" in message
+    assert "recipe mine, as_is_reward: 1 of 1 rows" in message
+    assert "give --margin" in message
 
 
 def test_a_dry_run_knows_until(tmp_path: Path) -> None:
