@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from almost_eval.errors import DataError
 from almost_eval.files import Row
@@ -162,6 +162,8 @@ def _read(table: Table, formats: tuple[Format[T], ...], what: str, *, skip_empty
             records[number] = chosen.parse(row, table.where(number))
         except EmptyAnswer as error:
             empty[number] = error
+            continue
+        _refuse_halves(records[number], table.where(number))
     if empty and not (skip_empty and records):
         refusal = next(iter(empty.values()))
         raise DataError(
@@ -170,6 +172,20 @@ def _read(table: Table, formats: tuple[Format[T], ...], what: str, *, skip_empty
         )
     given = tuple(chosen.given(table.rows[number - 1], record) for number, record in records.items())
     return Records(chosen.name, list(records.values()), list(records), tuple(empty), given)
+
+
+def _refuse_halves(record: object, where: str) -> None:
+    """A JSON text may hold half of a surrogate pair (`"\\ud83d"`), which no UTF-8 has and no tokenizer takes."""
+    parts = (record.prompt, record.chosen, record.rejected) if isinstance(record, Preference) else (record,)
+    for message in (message for part in parts for message in cast(Conversation, part)):
+        try:
+            message.content.encode()
+        except UnicodeEncodeError as error:
+            half = message.content[error.start]
+            raise DataError(
+                f"malformed data: {where}: half of a surrogate pair ({half!a}), which is no character; the text was "
+                "cut inside one"
+            ) from None
 
 
 _UNREAD = ("tools", "history", "chat_template_kwargs")

@@ -136,6 +136,7 @@ def test_two_system_messages_are_refused() -> None:
         ({"instruction": ASK, "output": GOOD, "input": 5}, "row 1: 'input' must be a text, and is 5"),
         ({"messages": [user, {**answer, "reasoning_content": "Hm."}]}, "row 1: a message has 'reasoning_content'"),
         ({"messages": [user, {**answer, "weight": 0}]}, "row 1: a message has the weight 0"),
+        ({"prompt": "Why \ud83d", "completion": GOOD}, "row 1: half of a surrogate pair"),
     ],
 )
 def test_what_a_text_would_lack_is_refused(row: dict[str, Any], message: str) -> None:
