@@ -112,7 +112,11 @@ def read_comparisons(
     """
     training = read_pairs(comparisons, skip_empty=skip_empty)
     check_margins(comparisons, training.pairs, used=margin)
-    return Comparisons(training, read_pairs(held_out, skip_empty=skip_empty) if held_out else None)
+    if held_out is None:
+        return Comparisons(training, None)
+    measured = read_pairs(held_out, skip_empty=skip_empty)
+    check_margins(held_out, measured.pairs, used=margin)  # their loss, by which the best model is kept, is the same one
+    return Comparisons(training, measured)
 
 
 def read_pairs(source: Path | str, *, skip_empty: bool = False) -> PairFile:
