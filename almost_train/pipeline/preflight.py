@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from almost_eval.compare.tax.tasks import read_prompts
 from almost_eval.data.sources import find_data
@@ -43,6 +44,9 @@ from almost_train.synthetic.prompts import PromptSettings, check_shots
 from almost_train.synthetic.ranking import as_ranking
 from almost_train.synthetic.responses import Configuration, ResponseSettings, read_configurations
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 SAMPLED = ("prompts", "responses", "self_play")
 """Stages that run the recipe's engine."""
 REWARD_KINDS = ("SequenceClassification", "RewardModel")
@@ -63,9 +67,10 @@ def check_recipe(recipe: Recipe, seeds: SeedSet, folder: Path | None, options: E
     Raises:
         InputError: the first thing that is wrong, with the section that says so.
     """
+    checks = _Checks(recipe, seeds, options, here=folder is not None)
     for section in recipe.sections:
         with recipe.section(section):
-            _Checks(recipe, seeds, options, here=folder is not None).check(section)
+            checks.check(section)
     if folder is None:
         return
     if any(name in recipe.sections and not _is_done(folder, name) for name in SAMPLED):
@@ -103,6 +108,10 @@ class _Checks:
         """Whether this machine is to run it."""
         self.samples_here = options.engine in ("hf", "vllm")
         """Whether models that sample are checkpoints; else an endpoint's names."""
+        self._tokenizers: dict[Path, PreTrainedTokenizerBase] = {}
+        """Of each folder: one of a large vocabulary takes seconds to read, and several sections name the same."""
+        self._samplers: set[str] = set()
+        """Models whose engine has been looked at."""
 
     def check(self, section: str) -> None:
         """Check one section; some have nothing to check."""
@@ -263,14 +272,21 @@ class _Checks:
         checkpoint = self._checkpoint(model, kinds)
         if checkpoint is None:
             return
-        room = context_length(checkpoint.config, load_tokenizer(checkpoint))
+        room = context_length(checkpoint.config, self._tokenizer(checkpoint))
         if new_tokens >= room:
             raise InputError(f"max_new_tokens {new_tokens} leaves no room for a prompt: {model} reads {room}; lower it")
+
+    def _tokenizer(self, checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+        if checkpoint.path not in self._tokenizers:
+            self._tokenizers[checkpoint.path] = load_tokenizer(checkpoint)
+        return self._tokenizers[checkpoint.path]
 
     def _sampler(self, model: str) -> None:
         if not self.samples_here:
             return
-        if self._checkpoint(model, CAUSAL) is not None and self.here and self.options.engine == "hf":
+        is_here = self._checkpoint(model, CAUSAL) is not None and self.here
+        if is_here and self.options.engine == "hf" and model not in self._samplers:
+            self._samplers.add(model)
             generation_engine(model, one_process(self.options))  # loads no weight, and refuses what the stage would
 
     def _checkpoint(self, model: str, kinds: Collection[str]) -> Checkpoint | None:
@@ -284,7 +300,7 @@ class _Checks:
         checkpoint = local_checkpoint(model, CAUSAL) if self.samples_here else None
         if checkpoint is None:
             return
-        tokenizer = load_tokenizer(checkpoint)
+        tokenizer = self._tokenizer(checkpoint)
         room = min(context_length(checkpoint.config, tokenizer), self.options.max_length or sys.maxsize)
         read = max(len(tokenizer.encode(text)) for text in _headers(own, shots))
         new = tokens or own.max_new_tokens
