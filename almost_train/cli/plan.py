@@ -66,13 +66,15 @@ def plan(
     from almost_train.pipeline.measure import Rates
     from almost_train.pipeline.needs import Estimator
     from almost_train.pipeline.plan import engine_options
+    from almost_train.pipeline.preflight import check_elsewhere
     from almost_train.pipeline.recipe import load_recipe
     from almost_train.pipeline.scale import scaled
 
     loaded = scaled(load_recipe(recipe, places=places, values=values), scale, scale_model)
     import_transformers()
-    chosen = devices(device_memory, count, gpu, sharding)
     engine = engine_options(loaded.engine, f"recipe {loaded.name}, engine")
+    check_elsewhere(loaded, data_root, engine)
+    chosen = devices(device_memory, count, gpu, sharding)
     rates = Rates(engine, progress_for()) if measure else None
     rows = list(budgets(loaded, Estimator(chosen), data_root, rates))
     total = whole_cost(rows, chosen.count)

@@ -55,7 +55,7 @@ def run(
     pipeline = Pipeline(loaded, folder, data_root, progress_for() if is_main() else Progress())
     console = open_console()
     if dry_run:
-        for name, state in pipeline.states().items() if is_main() else ():
+        for name, state in pipeline.states(until).items() if is_main() else ():
             console.print(f"{name:14} {state}")
         return 0
     with logging_to(log_to):

@@ -9,7 +9,6 @@ import click
 
 from almost_eval.cli.command_line import Commands
 from almost_eval.cli.options import SHARD
-from almost_eval.errors import InputError
 from almost_train.cli.options import CONTEXT, DATA_ROOT, HELD_OUT, OUTPUT, data_for, path_option
 from almost_train.cli.settings import settings_command
 
@@ -79,10 +78,11 @@ def responses(
       almost-train synthesize responses --prompts runs/prompts/prompts.jsonl --configurations configurations.yaml \\
         --output runs/responses
     """
+    from almost_train.common.yaml_file import read_yaml
     from almost_train.synthetic.responses import read_configurations, synthesize_responses
 
     data = data_for(settings.prompt_set, data_root)
-    listed = read_configurations(_yaml(configurations), str(configurations))
+    listed = read_configurations(read_yaml(configurations, "it lists who answers"), str(configurations))
     return synthesize_responses(
         settings, prompts, listed, output, data=data, engine_for=engine_for, progress=progress, shard=shard
     )
@@ -116,12 +116,3 @@ def comparisons(
 
 for command in (prompts, responses, comparisons):
     synthesize.add_command(command)
-
-
-def _yaml(file: Path) -> object:
-    import yaml
-
-    try:
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{file} cannot be read as YAML ({' '.join(str(error).split())[:160]})") from None

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar, cast
 
 from almost_eval.errors import DataError
 from almost_eval.files import Row
 from almost_eval.models.chat import parse_dialogue
 from almost_eval.types import Conversation, Message
-from almost_train.common.records import EmptyAnswer, Preference, messages_of
+from almost_train.common.records import EmptyAnswer, Preference, messages_of, with_system
 from almost_train.common.tables import Table
 
 T = TypeVar("T")
@@ -40,6 +40,9 @@ class Format(Generic[T]):
     """Columns that a row of this format does not have."""
     marked: str = ""
     """A column whose text must begin with a turn's marker."""
+    given: Callable[[Row, T], int] = lambda row, record: 0
+    """Messages, from the first, that a demonstration gives and does not teach: those of a `prompt` that has its
+    answer in a column of its own (TRL's `completion_only_loss`)."""
 
     def fits(self, row: Row) -> bool:
         """Whether a row is of this format, by its columns."""
@@ -59,22 +62,36 @@ class Records(Generic[T]):
     numbers: list[int]
     """The row of each, from 1."""
     empty: tuple[int, ...] = ()
-    """Rows that were left out because an answer is empty."""
+    """Rows that were left out because an answer or the prompt is empty."""
+    given: tuple[int, ...] = ()
+    """See `Format.given`; one for each record."""
 
 
 def read_preferences(table: Table, *, skip_empty: bool = False) -> Records[Preference]:
     """Pairs of answers, the better one named.
 
     Raises:
-        DataError: no format fits, or two; a row that cannot be read; or one of which an answer is empty, unless these
-            are to be left out.
+        DataError: no format fits, or two; a row that cannot be read; or one of which an answer or the prompt is empty,
+            unless these are to be left out.
     """
     return _read(table, PREFERENCES, "comparisons", skip_empty=skip_empty)
 
 
 def read_dialogues(table: Table) -> Records[Conversation]:
     """Dialogues to learn from; raises as `read_preferences` does."""
-    return _read(table, DEMONSTRATIONS, "demonstrations")
+    return _headed(table, _read(table, DEMONSTRATIONS, "demonstrations"))
+
+
+def _headed(table: Table, read: Records[Conversation]) -> Records[Conversation]:
+    """The same with each row's column `system` as a message."""
+    headed = [
+        with_system(table.rows[number - 1], messages, table.where(number))
+        for number, messages in zip(read.numbers, read.records, strict=True)
+    ]
+    given = [
+        count + len(now) - len(before) for count, now, before in zip(read.given, headed, read.records, strict=True)
+    ]
+    return replace(read, records=headed, given=tuple(given))
 
 
 def read_prompt_rows(table: Table) -> Records[tuple[str, Conversation]]:
@@ -84,7 +101,7 @@ def read_prompt_rows(table: Table) -> Records[tuple[str, Conversation]]:
         DataError: as `read_preferences`; a prompt without words, one that does not end in a user's message, an id that
             is there twice.
     """
-    prompts = _read(table, PROMPTS, "prompts")
+    prompts = _headed(table, _read(table, PROMPTS, "prompts"))
     ids: list[str] = []
     seen: set[str] = set()
     for number, (row, messages) in enumerate(zip(table.rows, prompts.records, strict=True), 1):
@@ -97,6 +114,18 @@ def read_prompt_rows(table: Table) -> Records[tuple[str, Conversation]]:
         seen.add(id)
         ids.append(id)
     return Records(prompts.format, list(zip(ids, prompts.records, strict=True)), prompts.numbers)
+
+
+def _text_of(row: Row, name: str, where: str) -> str:
+    """A column that may be absent; empty then.
+
+    Raises:
+        DataError: it is no text.
+    """
+    value = row.get(name) or ""
+    if not isinstance(value, str):
+        raise DataError(f"malformed data: {where}: {name!r} must be a text, and is {value!r:.40}")
+    return value
 
 
 def _read(table: Table, formats: tuple[Format[T], ...], what: str, *, skip_empty: bool = False) -> Records[T]:
@@ -123,17 +152,44 @@ def _read(table: Table, formats: tuple[Format[T], ...], what: str, *, skip_empty
             raise DataError(
                 f"malformed data: {table.where(number)}: not {chosen.name} ({_columns(chosen)}), as the first row is"
             )
+        for column in _UNREAD:
+            if row.get(column):
+                raise DataError(
+                    f"malformed data: {table.where(number)}: has {column!r}, which is not read; leave the column out "
+                    "if it says nothing, or write its turns as messages"
+                )
         try:
             records[number] = chosen.parse(row, table.where(number))
         except EmptyAnswer as error:
             empty[number] = error
+            continue
+        _refuse_halves(records[number], table.where(number))
     if empty and not (skip_empty and records):
         refusal = next(iter(empty.values()))
         raise DataError(
             f"{refusal} ({len(empty)} of {len(table.rows)} rows have one); remove them, or leave them out with "
             "--skip-empty"
         )
-    return Records(chosen.name, list(records.values()), list(records), tuple(empty))
+    given = tuple(chosen.given(table.rows[number - 1], record) for number, record in records.items())
+    return Records(chosen.name, list(records.values()), list(records), tuple(empty), given)
+
+
+def _refuse_halves(record: object, where: str) -> None:
+    """A JSON text may hold half of a surrogate pair (`"\\ud83d"`), which no UTF-8 has and no tokenizer takes."""
+    parts = (record.prompt, record.chosen, record.rejected) if isinstance(record, Preference) else (record,)
+    for message in (message for part in parts for message in cast(Conversation, part)):
+        try:
+            message.content.encode()
+        except UnicodeEncodeError as error:
+            half = message.content[error.start]
+            raise DataError(
+                f"malformed data: {where}: half of a surrogate pair ({half!a}), which is no character; the text was "
+                "cut inside one"
+            ) from None
+
+
+_UNREAD = ("tools", "history", "chat_template_kwargs")
+"""Columns that other programs write into the text that a model reads."""
 
 
 def _columns(one: Format[T]) -> str:
@@ -145,8 +201,12 @@ def _columns(one: Format[T]) -> str:
 
 def _conversational(row: Row, where: str) -> Preference:
     prompt, chosen, rejected = (messages_of(row[key], where) for key in ("prompt", "chosen", "rejected"))
-    if prompt and all(answer[: len(prompt)] == prompt for answer in (chosen, rejected)):
+    whole = [bool(prompt) and answer[:-1][: len(prompt)] == prompt for answer in (chosen, rejected)]
+    if all(whole):
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]  # whole dialogues beside their prompt
+    elif any(whole):
+        one, other = ("chosen", "rejected") if whole[0] else ("rejected", "chosen")
+        raise DataError(f"malformed data: {where}: {one!r} begins with the prompt, and {other!r} does not")
     return Preference.of(row, prompt, chosen, rejected, where)
 
 
@@ -218,14 +278,13 @@ def _sharegpt(row: Row, where: str) -> Conversation:
     return tuple(messages)
 
 
-def _instruction(row: Row) -> str:
-    given = row.get("input") or ""
-    return f"{row['instruction']}\n\n{given}" if given.strip() else str(row["instruction"])
+def _instruction(row: Row, where: str) -> Conversation:
+    more = _text_of(row, "input", where)
+    return (Message("user", f"{row['instruction']}\n\n{more}" if more.strip() else str(row["instruction"])),)
 
 
 def _alpaca(row: Row, where: str) -> Conversation:
-    head = (Message("system", row["system"]),) if row.get("system") else ()
-    return (*head, Message("user", _instruction(row)), *_answer(row["output"]))
+    return (*_instruction(row, where), *_answer(row["output"]))
 
 
 def _completion(row: Row, where: str) -> Conversation:
@@ -244,13 +303,27 @@ def _dialogue_text(row: Row, where: str) -> Conversation:
     return parse_dialogue(row["text"])
 
 
+def _all_but_completion(row: Row, dialogue: Conversation) -> int:
+    return len(dialogue) - len(row["completion"])
+
+
+def _all_but_last(_: Row, dialogue: Conversation) -> int:
+    return len(dialogue) - 1
+
+
 DEMONSTRATIONS: tuple[Format[Conversation], ...] = (
     Format("messages", {"messages": list}, _messages),
     Format("ShareGPT's conversations", {"conversations": list}, _sharegpt),
     Format("Alpaca's instructions", {"instruction": str, "output": str}, _alpaca),
-    Format("prompts with completions", {"prompt": list, "completion": list}, _completion),
-    Format("texts with completions", {"prompt": str, "completion": str}, _text_completion),
-    Format("ALMoST's demonstrations", {"input": str, "output": str}, _almost, without=("instruction",)),
+    Format("prompts with completions", {"prompt": list, "completion": list}, _completion, given=_all_but_completion),
+    Format("texts with completions", {"prompt": str, "completion": str}, _text_completion, given=_all_but_last),
+    Format(
+        "ALMoST's demonstrations",
+        {"input": str, "output": str},
+        _almost,
+        without=("instruction",),
+        given=_all_but_last,
+    ),
     Format("dialogues as text", {"text": str}, _dialogue_text, marked="text"),
 )
 
@@ -272,7 +345,7 @@ PROMPTS: tuple[Format[Conversation], ...] = (
     Format(
         "Alpaca's instructions",
         {"instruction": str},
-        lambda row, where: (Message("user", _instruction(row)),),
+        _instruction,
         without=("prompt",),
     ),
 )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from almost_eval.files import read_rows
+from almost_train.common.formats import read_prompt_rows
+from almost_train.common.tables import read_any
 
 HeldOut = frozenset[tuple[str, ...]]
 """The words of each held-out prompt, in lower case and without punctuation."""
@@ -19,14 +20,17 @@ def words_of(text: str) -> tuple[str, ...]:
 
 
 def read_held_out(file: Path | None) -> HeldOut:
-    """The prompts of a `prompts.jsonl` to keep out; none where there is no file.
+    """The prompts of a file to keep out, in any format of prompts; none where there is no file.
+
+    Of a prompt of several turns it is what the user says in each.
 
     Raises:
-        DataError: absent or malformed.
+        DataError: absent, empty or malformed.
     """
     if file is None:
         return frozenset()
-    return frozenset(words_of(row["prompt"]) for row in read_rows(file, {"prompt": str}))
+    prompts = (messages for _, messages in read_prompt_rows(read_any(file)).records)
+    return frozenset(words_of(m.content) for messages in prompts for m in messages if m.role == "user")
 
 
 def is_held_out(text: str, held_out: HeldOut) -> bool:

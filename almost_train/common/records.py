@@ -14,7 +14,11 @@ from almost_eval.types import Conversation, Message
 
 
 class EmptyAnswer(DataError):
-    """An answer without a word. Real data has a few; whether they are left out is the reader's choice."""
+    """A prompt or an answer without a word. Real data has a few; whether they are left out is the reader's choice."""
+
+
+UNREAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+"""Keys of a message that say more than its text: without them a model would learn another answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +52,14 @@ class Preference:
         """The preference of these messages, with what else the row says: sources, `prompt_id`, `margin`.
 
         Raises:
-            EmptyAnswer: the last message of an answer has no words.
+            EmptyAnswer: what the user says last, or the last message of an answer, has no words.
             DataError: no prompt, an answer that does not end in an assistant's message, a margin that is no number.
         """
+        prompt = with_system(row, prompt, where)
         if not prompt or any(not answer or answer[-1].role != "assistant" for answer in (chosen, rejected)):
             raise DataError(f"malformed data: {where}: needs a prompt, and answers that end in an assistant's message")
+        if not has_question(prompt):
+            raise EmptyAnswer(f"malformed data: {where}: the prompt is empty: no user says anything in it")
         for side, answer in (("chosen", chosen), ("rejected", rejected)):
             if not answer[-1].content.strip():
                 raise EmptyAnswer(f"malformed data: {where}: the {side} answer is empty")
@@ -60,7 +67,7 @@ class Preference:
         if margin is not None:
             try:
                 margin = float(margin)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 margin = math.nan
             if not math.isfinite(margin):
                 raise DataError(f"malformed data: {where}: 'margin' must be a number, and is {row['margin']!r:.40}")
@@ -90,15 +97,43 @@ def messages_of(items: Sequence[object], where: str) -> Conversation:
     messages = []
     for item in items:
         role, content = (item.get("role"), item.get("content")) if isinstance(item, dict) else (None, None)
-        if isinstance(item, dict) and item.get("tool_calls"):
+        unread = [key for key in UNREAD if item.get(key)] if isinstance(item, dict) else []
+        if unread:
+            what = "calls tools" if unread[0] in ("tool_calls", "function_call") else f"has {unread[0]!r}"
             raise DataError(
-                f"malformed data: {where}: a message calls tools, which chat templates here do not write; leave such "
+                f"malformed data: {where}: a message {what}, which chat templates here do not write; leave such "
                 "dialogues out"
+            )
+        if isinstance(item, dict) and item.get("weight") == 0:
+            raise DataError(
+                f"malformed data: {where}: a message has the weight 0, and every answer is learned; give prompt and "
+                "completion, of which only the completion is"
             )
         if not isinstance(role, str) or not isinstance(content, str):
             raise DataError(f"malformed data: {where}: a message must be {{'role', 'content'}}, and is {item!r:.60}")
         messages.append(Message(role, content))
     return tuple(messages)
+
+
+def with_system(row: Row, messages: Conversation, where: str) -> Conversation:
+    """The messages of a row, headed by its column `system`, where it has one.
+
+    Raises:
+        DataError: they begin with another system message.
+    """
+    system = row.get("system")
+    if not isinstance(system, str) or not system.strip():
+        return messages
+    if messages and messages[0].role == "system":
+        if messages[0].content.strip() == system.strip():
+            return messages
+        raise DataError(f"malformed data: {where}: the column 'system' and the first message are two system messages")
+    return (Message("system", system.strip()), *messages)
+
+
+def has_question(messages: Conversation) -> bool:
+    """Whether what a user says last has words."""
+    return next((bool(m.content.strip()) for m in reversed(messages) if m.role == "user"), False)
 
 
 def _as_json(conversation: Conversation) -> list[dict[str, str]]:

@@ -9,6 +9,9 @@ ended: it keeps that checkpoint in `state/`. `stage.json` lists the earlier valu
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 import shutil
 import time
 from collections.abc import Collection, Mapping
@@ -18,7 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from almost_eval import __version__
-from almost_eval.errors import InputError, StoreError
+from almost_eval.errors import InputError, RunError, StoreError
 from almost_eval.files import digest_path, locked_folder, read_json, write_json
 from almost_eval.run.shards import MARK
 from almost_eval.types import JSONObject
@@ -38,6 +41,21 @@ WORK = ".work"
 """The hidden folder with the checkpoints to resume from; removed when the stage is done."""
 STATE = "state"
 """What becomes of it where a stage that is done may go on with more steps: it holds the last checkpoint alone."""
+
+
+def cannot_write(error: BaseException) -> str:
+    """Why a file could not be written, by the error of Python, safetensors or torch; empty for any other error."""
+    if isinstance(error, OSError):
+        return os.strerror(error.errno) if error.errno in _FULL else ""
+    text = str(error)
+    if type(error).__name__ == "SafetensorError":  # its own number of the system's error stands in the text
+        number = re.search(r"os error (\d+)", text)
+        return os.strerror(int(number[1])) if number and int(number[1]) in _FULL else ""
+    is_torch = isinstance(error, RuntimeError) and ("PytorchStreamWriter" in text or "inline_container" in text)
+    return "a checkpoint could not be written to its end" if is_torch else ""
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def model_input(model: str) -> Path | str:
@@ -81,6 +99,7 @@ class Stage:
         StageChanged: the folder holds this stage with other settings or inputs.
         StoreError: the folder is in use, or holds something else.
         DataError: an input that is not there.
+        RunError: when left by an error that says that the disk is full.
     """
 
     def __init__(
@@ -130,6 +149,11 @@ class Stage:
             for name in ("stage.json", MARK):
                 (self.folder / name).unlink(missing_ok=True)
         self._lock.close()
+        if error is not None and (reason := cannot_write(error)):
+            raise RunError(
+                f"cannot write to {self.folder} ({reason}); make room: what was saved before is kept, and the same "
+                "command goes on from it"
+            ) from None
 
     def _nothing_done(self) -> bool:
         files = [p for p in self.folder.rglob("*") if p.is_file() and p.name not in ("stage.json", MARK, ".lock")]

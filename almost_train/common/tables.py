@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from almost_eval.files import Row, read_rows
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 """Of the files that can be read. A file without one of them is read as JSON Lines."""
 _ON_HUB = re.compile(r"(?P<dataset>[\w.-]+/[\w.-]+?)(?::(?P<config>[\w.-]+))?(?:@(?P<split>[\w.-]+))?")
+_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
+"""How a text begins that holds messages: JSON, or what Python prints of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,21 +47,22 @@ def read_any(source: Path | str) -> Table:
         DataError: no such file or data set, or a row that cannot be read; with file and row.
     """
     file = Path(source)
+    suffix = file.suffix.lower()
     on_hub = _ON_HUB.fullmatch(str(source))
-    if not file.exists() and on_hub and file.suffix not in SUFFIXES:
+    if not file.exists() and on_hub and suffix not in SUFFIXES:
         name, config, split = on_hub["dataset"], on_hub["config"], on_hub["split"] or "train"
         try:
-            rows = _without_nulls(find_data(None, None).read(name, config or "", split))
+            rows = _plain(str(source), find_data(None, None).read(name, config or "", split))
         except DataError as error:
             reason = str(error).partition(";")[0]
             raise DataError(f"{source} is no file, and as a data set: {reason}; see ALMOST_DATA_ROOT") from None
         return Table(str(source), rows, f"{name}:{config or ''}@{split} {fingerprint(rows)}")
     if file.is_dir():
         raise DataError(f"{file} is a folder; name the file in it ({', '.join(SUFFIXES)})")
-    if file.exists() and file.suffix not in (*SUFFIXES, ""):
+    if file.exists() and suffix not in (*SUFFIXES, ""):
         raise DataError(f"{file} is no table; give {', '.join(SUFFIXES)}, or a data set of the hub (org/name)")
-    reader = {".json": _json, ".csv": _csv, ".parquet": read_table}.get(file.suffix, read_rows)
-    return Table(str(file), _without_nulls(reader(file)), file)
+    reader = {".json": _json, ".csv": _csv, ".parquet": read_table}.get(suffix, read_rows)
+    return Table(str(file), _plain(str(file), reader(file), has_lists=suffix not in (".csv", ".parquet")), file)
 
 
 def _json(file: Path) -> list[Row]:
@@ -78,9 +82,12 @@ def _json(file: Path) -> list[Row]:
 
 def _csv(file: Path) -> list[Row]:
     # newline="": a quoted cell may hold line breaks, which stay as they are. Not splitlines: it splits at U+2028.
+    csv.field_size_limit(sys.maxsize)  # its own, of 131,072 characters, is no limit of ours: long texts are counted
     lines = csv.reader(io.StringIO(_text(file), newline=""), strict=True)
     try:
         header = next(lines, [])
+        if twice := [name for name in header if header.count(name) > 1]:
+            raise DataError(f"malformed data: {file}: the header has {twice[0]!r} twice; keep one column")
         rows = list(_cells(file, header, lines))
     except csv.Error as error:
         raise DataError(f"malformed data: {file}, line {lines.line_num}: not CSV ({error})") from None
@@ -106,5 +113,24 @@ def _text(file: Path) -> str:
         raise DataError(f"{file} is not UTF-8 ({error.reason} at byte {error.start})") from None
 
 
-def _without_nulls(rows: list[Row]) -> list[Row]:
-    return [{key: value for key, value in row.items() if value is not None} for row in rows]
+def _plain(name: str, rows: list[Row], *, has_lists: bool = False) -> list[Row]:
+    """Without nulls; and messages as such where they stand as JSON in a text, as in tables that may hold no list."""
+    plain = [{key: value for key, value in row.items() if value is not None} for row in rows]
+    if has_lists:
+        return plain
+    return [
+        {key: _messages(value, f"{name}, row {number}") for key, value in row.items()}
+        for number, row in enumerate(plain, 1)
+    ]
+
+
+def _messages(value: object, where: str) -> object:
+    if not isinstance(value, str) or not _MESSAGES.match(value):
+        return value
+    try:
+        items = json.loads(value)
+    except (ValueError, RecursionError):
+        raise DataError(
+            f"malformed data: {where}: {value!r:.60} looks like messages and is not JSON; write them as json.dumps does"
+        ) from None
+    return items

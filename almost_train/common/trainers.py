@@ -63,17 +63,27 @@ def check_batches(settings: TrainSettings) -> int:
     import torch
 
     check_hardware(settings.device, settings.optim, settings.attention)
+    micro, processes = micro_batch(settings), world_size()
+    if pick_device(settings.device) == "cuda" and processes == 1 and torch.cuda.device_count() > 1:
+        raise InputError(
+            f"{torch.cuda.device_count()} GPUs are visible to one process; start it with `accelerate launch`, or set "
+            "CUDA_VISIBLE_DEVICES to one of them"
+        )
+    return micro
+
+
+def micro_batch(settings: TrainSettings) -> int:
+    """The arithmetic of `check_batches`, which needs no machine.
+
+    Raises:
+        InputError: `batch_size` cannot be shared by the processes.
+    """
     processes = world_size()
     micro = min(settings.micro_batch_size, max(1, settings.batch_size // processes))
     if settings.batch_size % (micro * processes):
         raise InputError(
             f"batch_size {settings.batch_size} is not a multiple of {micro} (micro_batch_size) x {processes} "
             "(processes); change one of them"
-        )
-    if pick_device(settings.device) == "cuda" and processes == 1 and torch.cuda.device_count() > 1:
-        raise InputError(
-            f"{torch.cuda.device_count()} GPUs are visible to one process; start it with `accelerate launch`, or set "
-            "CUDA_VISIBLE_DEVICES to one of them"
         )
     return micro
 

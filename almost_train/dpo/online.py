@@ -42,6 +42,7 @@ from almost_train.dpo.trainer import (
     preference_trainer_class,
     shortened,
 )
+from almost_train.rlsf.job import refuse_empty_stop
 from almost_train.rlsf.log import refuse_non_finite
 from almost_train.rlsf.run import dated_judge, fitting_prompts, read_inputs
 from almost_train.sft.run import TrainingRow
@@ -109,8 +110,7 @@ def train_online_dpo(
     check_batches(settings)
     check_loss(settings)
     check_lora(settings, settings.device)
-    if "" in settings.stop:
-        raise InputError("an empty stop string would end every answer at once; leave it out")
+    refuse_empty_stop(settings.stop)
     source, inputs = read_inputs(prompts, policy, reward_model)
     with shared_stage(output, "online_dpo", settings, inputs) as stage:
         if stage.result is not None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from almost_eval.errors import DataError, TemplateError
+from almost_eval.errors import TemplateError
 from almost_eval.files import Row, read_rows
 from almost_eval.models.chat import ChatTemplate
 from almost_eval.models.checkpoint import context_length, find_checkpoint
@@ -40,7 +40,7 @@ from almost_train.dpo.trainer import (
     preference_trainer_class,
     shortened,
 )
-from almost_train.reward.pairs import SKIP_EMPTY, RewardPair, read_comparisons
+from almost_train.reward.pairs import SKIP_EMPTY, RewardPair, no_pair, read_comparisons
 from almost_train.sft.run import answer_row
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def train_dpo(
         eval_rows, eval_unusable = encode_rows(held_out, tokenizer, template, limit)
         dropped += unusable
         if not rows:
-            raise DataError(f"{comparisons} leaves no pair to train on (dropped: {dict(dropped)}); see --max-length")
+            raise no_pair(comparisons, dropped)
         refuse_without_rows(settings.eval_every, len(eval_rows), "none of the held-out pairs fits --max-length")
         measured = None
         if eval_rows:
@@ -166,7 +166,7 @@ def encode_rows(
     """The pairs as rows of token ids (`pair_row`), and how many could not be used, by reason.
 
     Raises:
-        TemplateError: a dialogue that the template refuses, with the id of its prompt.
+        TemplateError: a dialogue that the template refuses, with its file and row.
     """
     rows: list[Row] = []
     dropped: Counter[str] = Counter()
@@ -174,7 +174,7 @@ def encode_rows(
         try:
             chosen, rejected = (answer_row(tokenizer, template, side) for side in (pair.chosen, pair.rejected))
         except TemplateError as error:
-            raise TemplateError(f"prompt {pair.prompt_id}: {error}") from None
+            raise TemplateError(f"{pair.where}: {error}") from None
         if chosen.input_ids == rejected.input_ids:
             dropped["same_text"] += 1
         elif max(len(chosen.input_ids), len(rejected.input_ids)) > limit:

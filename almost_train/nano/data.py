@@ -38,7 +38,14 @@ _PATIENCE = 3000  # draws without a new query: rare kinds (comparisons) take man
 
 
 def write_prompts(file: Path, n: int, *, pool: str, seed: int) -> Path:
-    """`n` different queries as `prompts.jsonl`, of one pool: `train`, or `dev` or `test`, the halves of `eval`.
+    """`draw_prompts` as `prompts.jsonl`."""
+    texts = draw_prompts(n, pool=pool, seed=seed)
+    write_rows(file, ({"id": f"{pool}-{i:04d}", "prompt": text} for i, text in enumerate(texts)))
+    return file
+
+
+def draw_prompts(n: int, *, pool: str, seed: int) -> list[str]:
+    """`n` different queries of one pool: `train`, or `dev` or `test`, the halves of `eval`.
 
     Settings are chosen on `dev` and reported on `test`; no stage of a recipe trains on either (`write_held_out`).
 
@@ -58,8 +65,7 @@ def write_prompts(file: Path, n: int, *, pool: str, seed: int) -> Path:
             texts[query.text] = None
         elif fruitless > _PATIENCE:
             raise InputError(f"the nano world has hardly more than {len(texts)} {pool} prompts; ask for fewer than {n}")
-    write_rows(file, ({"id": f"{pool}-{i:04d}", "prompt": text} for i, text in enumerate(texts)))
-    return file
+    return list(texts)
 
 
 def _half(query: Query) -> str:

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from almost_eval.data.sources import DataSource, find_data
-from almost_eval.errors import AlmostError, InputError
-from almost_eval.files import read_rows
+from almost_eval.errors import InputError
 from almost_eval.models.chat import dialogue_text
 from almost_eval.suite.hardware import GPUS, SAMPLING_SHARE, TRAINING_SHARE
 from almost_eval.types import JSONObject
-from almost_train.pipeline.evaluation import EvaluationSettings
+from almost_train.common.tables import read_any
+from almost_train.pipeline.evaluation import EvaluationSettings, prompts_of
 from almost_train.pipeline.needs import PROMPT_TOKENS, Estimator, Need
 from almost_train.pipeline.recipe import Recipe
 from almost_train.pipeline.sampling_needs import generation_need
@@ -145,12 +145,8 @@ class _Sizes:
     def needs(self, section: str, recipe: Recipe) -> list[Need]:
         """Of one section; several where it holds one model after the other."""
         method: Callable[[Recipe], list[Need]] | None = getattr(self, section, None)
-        try:
+        with recipe.section(section):
             return method(recipe) if method else []
-        except AlmostError as error:
-            if str(error).startswith(f"recipe {recipe.name}"):
-                raise
-            raise InputError(f"recipe {recipe.name}, {section}: {error}") from None
 
     @property
     def _prompts(self) -> int:
@@ -206,7 +202,7 @@ class _Sizes:
         s = recipe.settings("as_is_reward", RewardSettings, "model", "comparisons")
         file = recipe.sections["as_is_reward"].get("comparisons")
         votes = int(recipe.sections.get("votes", {}).get("count", 0))
-        pairs = len(read_rows(Path(str(file)))) if file else votes
+        pairs = len(read_any(str(file)).rows) if file else votes
         return [self._estimator.reward("as_is_reward", str(recipe.value("as_is_reward", "model")), s, pairs)]
 
     def reward(self, recipe: Recipe) -> list[Need]:
@@ -259,10 +255,10 @@ class _Sizes:
     def evaluation(self, recipe: Recipe) -> list[Need]:
         s = recipe.settings("evaluation", EvaluationSettings, "prompts", "vanilla", "nano_prompts")
         section = recipe.sections["evaluation"]
-        file = section.get("prompts")
-        count = int(section.get("nano_prompts") or 0)
+        pool = prompts_of(recipe)
+        file, count = pool.prompts, pool.nano_prompts or 0
         if file and Path(str(file)).is_file():
-            count = len(read_rows(Path(str(file))))
+            count = len(read_any(str(file)).rows)
         count = min(count, s.limit or count)
         policies = 1 + ("vanilla" in section) + ("rlsf" in recipe.sections)
         return [

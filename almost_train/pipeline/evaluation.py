@@ -10,7 +10,7 @@ The measures are those of `almost-eval tax`: see `almost_eval.compare.tax.polici
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from almost_eval.compare.tax.policies import PolicyPlan, measure_policies, policy_measures
@@ -18,11 +18,13 @@ from almost_eval.compare.tax.tasks import AnswerJudge, read_prompts
 from almost_eval.data.sources import DataSource
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.build import EngineOptions
+from almost_eval.errors import InputError
 from almost_eval.progress import Progress
 from almost_eval.run.store import RunChanged
 from almost_eval.types import JSONObject
-from almost_train.common.config import option
+from almost_train.common.config import option, settings_from
 from almost_train.common.stage import Stage, StageChanged
+from almost_train.pipeline.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,29 @@ class EvaluationSettings:
     limit: int | None = option(None, "Prompts.", least=1)
     seed: int = option(0, "Of the sampling.", least=0)
     device: str = option("auto", "auto, cpu, cuda, ...")
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationPrompts:
+    """What a recipe's evaluation asks; one of the two."""
+
+    prompts: str | None = option(None, "prompts.jsonl, which no stage trains on.")
+    nano_prompts: int | None = option(None, "So many held-out queries of the nano world, with its oracle.", least=1)
+
+
+def prompts_of(recipe: Recipe) -> EvaluationPrompts:
+    """What the section `evaluation` of a recipe asks.
+
+    Raises:
+        InputError: neither a file nor a number, or both.
+    """
+    section = recipe.sections["evaluation"]
+    names = (field.name for field in fields(EvaluationPrompts))
+    values = {name: section[name] for name in names if name in section}
+    pool = settings_from(EvaluationPrompts, values, f"recipe {recipe.name}, evaluation")
+    if (pool.prompts is None) == (pool.nano_prompts is None):
+        raise InputError(f"recipe {recipe.name}, evaluation: give either prompts (a file) or nano_prompts (how many)")
+    return pool
 
 
 def evaluate_policies(

@@ -5,22 +5,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_args, get_origin, get_type_hints
 
 from almost_eval.compare.tax.tasks import nano_oracle
 from almost_eval.data.sources import find_data
 from almost_eval.engines.base import GenerationEngine
-from almost_eval.engines.build import EngineOptions, generation_engine
+from almost_eval.engines.build import ENGINES, EngineOptions, generation_engine
 from almost_eval.errors import InputError, did_you_mean
 from almost_eval.progress import Progress
 from almost_eval.types import JSONObject
 from almost_train.dpo.online import OnlineDPOSettings, train_online_dpo
 from almost_train.dpo.run import DPOSettings, train_dpo
-from almost_train.pipeline.evaluation import EvaluationSettings, evaluate_policies
+from almost_train.pipeline.evaluation import EvaluationSettings, evaluate_policies, prompts_of
 from almost_train.pipeline.preflight import check_recipe
 from almost_train.pipeline.recipe import Recipe
 from almost_train.reward.run import RewardSettings, train_reward
@@ -74,15 +74,19 @@ class _Plan:
             "online_dpo": self.online_dpo,
             "evaluation": self.evaluation,
         }
-        steps = {name: make() for name, make in makers.items() if name in self.recipe.sections}
-        check_recipe(self.recipe, self.seeds, self.folder)
+        steps = {}
+        for name, make in makers.items():
+            if name in self.recipe.sections:
+                with self.recipe.section(name):
+                    steps[name] = make()
+        check_recipe(self.recipe, self.seeds, self.folder, self.options)
         return steps
 
     # --- synthetic feedback ---
 
     def prompts(self) -> Step:
         settings = self._settings("prompts", PromptSettings, "model", prompt_set=self.recipe.prompt_set)
-        model = self._text("prompts", "model")
+        model = self.recipe.text("prompts", "model")
         return lambda: synthesize_prompts(
             settings,
             model,
@@ -120,7 +124,7 @@ class _Plan:
         settings = self._settings("as_is_reward", RewardSettings, "model", "comparisons")
         file = self.recipe.sections["as_is_reward"].get("comparisons")
         comparisons = Path(str(file)) if file else self._made("votes", "comparisons.jsonl")
-        model = self._text("as_is_reward", "model")
+        model = self.recipe.text("as_is_reward", "model")
         output = self.folder / "as_is_reward"
         return partial(train_reward, settings, comparisons, model, output, progress=self.progress)
 
@@ -147,7 +151,7 @@ class _Plan:
 
     def reward(self) -> Step:
         settings = self._settings("reward", RewardSettings, "model")
-        comparisons, model = self._made("comparisons", "comparisons.jsonl"), self._text("reward", "model")
+        comparisons, model = self._made("comparisons", "comparisons.jsonl"), self.recipe.text("reward", "model")
         return partial(train_reward, settings, comparisons, model, self.folder / "reward", progress=self.progress)
 
     def self_play(self) -> Step:
@@ -167,7 +171,7 @@ class _Plan:
 
     def sft(self) -> Step:
         settings = self._settings("sft", SFTSettings, "model")
-        demonstrations, model = self._made("self_play", "demonstrations.jsonl"), self._text("sft", "model")
+        demonstrations, model = self._made("self_play", "demonstrations.jsonl"), self.recipe.text("sft", "model")
         return partial(train_sft, settings, demonstrations, model, self.folder / "sft", progress=self.progress)
 
     def rlsf(self) -> Step:
@@ -216,12 +220,11 @@ class _Plan:
         for stage in ("dpo", "online_dpo"):
             if stage in self.recipe.sections:
                 policies[stage] = self.folder / stage / "model"
-        nano = section.get("nano_prompts")
-        file = section.get("prompts")
-        if (nano is None) == (file is None):
-            raise InputError(
-                f"recipe {self.recipe.name}, evaluation: give either prompts (a file) or nano_prompts (how many)"
-            )
+        nano, file = (pool := prompts_of(self.recipe)).nano_prompts, pool.prompts
+        if nano is not None:
+            from almost_train.nano.data import draw_prompts
+
+            draw_prompts(nano, pool="test", seed=self.recipe.seed)
 
         def step() -> JSONObject:
             prompts = Path(str(file))
@@ -229,7 +232,7 @@ class _Plan:
                 from almost_train.nano.data import write_prompts
 
                 prompts = write_prompts(
-                    self.folder / "evaluation-prompts.jsonl", int(nano), pool="test", seed=self.recipe.seed
+                    self.folder / "evaluation-prompts.jsonl", nano, pool="test", seed=self.recipe.seed
                 )
             return evaluate_policies(
                 settings,
@@ -262,13 +265,10 @@ class _Plan:
     def _settings(self, section: str, cls: type[T], *drop: str, **fixed: object) -> T:
         return self.recipe.settings(section, cls, *drop, **fixed)
 
-    def _text(self, section: str, key: str) -> str:
-        return str(self.recipe.value(section, key))
-
     def _made(self, stage: str, name: str) -> Path:
         """What another stage makes."""
         if stage not in self.recipe.sections:
-            raise InputError(f"recipe {self.recipe.name}: a stage needs the section {stage!r}, which is missing")
+            raise InputError(f"it needs the section {stage!r}, which is missing")
         return self.folder / stage / name if name else self.folder / stage
 
 
@@ -276,11 +276,37 @@ def engine_options(section: JSONObject, where: str) -> EngineOptions:
     """Engine options from a mapping; `where` names it in an error.
 
     Raises:
-        InputError: an unknown option.
+        InputError: an unknown option, or a value that it cannot have.
     """
-    known = [field.name for field in fields(EngineOptions)]
-    options = {key.replace("-", "_"): value for key, value in section.items()}
-    for key in section:
-        if key.replace("-", "_") not in known:
-            raise InputError(f"{where}: unknown option {key!r}; {did_you_mean(key, known, 30)}")
-    return EngineOptions(**options)
+    known = {field.name: field for field in fields(EngineOptions)}
+    kinds = get_type_hints(EngineOptions)
+    options = {}
+    for key, value in section.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise InputError(f"{where}: unknown option {key!r}; {did_you_mean(name, known, 30)}")
+        flag = known[name].metadata["flag"]
+        taken = tuple(get_origin(kind) or kind for kind in get_args(kinds[name]) or (kinds[name],))
+        taken += (int,) if float in taken else ()
+        if not isinstance(value, taken) or (isinstance(value, bool) and bool not in taken):
+            raise InputError(f"{where}: {name} is {value!r}; it must be {' or '.join(map(_KINDS.__getitem__, taken))}")
+        if isinstance(value, int | float):
+            low = (flag.least is not None and value < flag.least) or (flag.above is not None and value <= flag.above)
+            if low or (flag.most is not None and value > flag.most):
+                raise InputError(f"{where}: {name} is {value}, which is out of its bounds; see --help of a stage")
+        options[name] = value
+    engine = EngineOptions(**options)
+    if engine.engine not in ENGINES:
+        raise InputError(f"{where}: unknown engine {engine.engine!r}; {did_you_mean(engine.engine, ENGINES)}")
+    return engine
+
+
+_KINDS: dict[type, str] = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+    Mapping: "a mapping",
+}
+"""Type of an engine's option -> how an error calls it."""

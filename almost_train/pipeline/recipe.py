@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from almost_eval.errors import InputError, did_you_mean
+from almost_eval.errors import AlmostError, InputError, did_you_mean
 from almost_eval.types import JSONObject
-from almost_train.common.config import settings_from
+from almost_train.common.config import option, settings_from
+from almost_train.common.yaml_file import read_yaml
 
 T = TypeVar("T")
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-HEAD = ("description", "seed", "prompt_set", "engine", "held_out", "threads")
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeHead:
+    """The keys of a recipe that hold one value."""
+
+    description: str = option("", "What it makes.")
+    seed: int = option(0, "Of every stage that names none.", least=0)
+    prompt_set: str = option("builtin", "official, builtin or nano.")
+    held_out: str | None = option(None, "A file of prompts that no stage may train on, or nano.")
+    threads: int | None = option(None, "CPU threads of torch.", least=1)
+
+
+HEAD = (*(field.name for field in fields(RecipeHead)), "engine")
 """Keys of a recipe that are no stage."""
 SECTIONS = (
     "prompts",
@@ -78,6 +93,27 @@ class Recipe:
         except KeyError:
             raise InputError(f"recipe {self.name}, {section}: {key!r} is missing") from None
 
+    @contextmanager
+    def section(self, name: str) -> Iterator[None]:
+        """Inside, an error names the recipe and this section."""
+        try:
+            yield
+        except AlmostError as error:
+            if str(error).startswith(f"recipe {self.name}"):
+                raise
+            raise InputError(f"recipe {self.name}, {name}: {error}") from None
+
+    def text(self, section: str, key: str) -> str:
+        """A key of a section that is the name of a model or file.
+
+        Raises:
+            InputError: the section lacks it, or it is no text.
+        """
+        value = self.value(section, key)
+        if not isinstance(value, str) or not value:
+            raise InputError(f"recipe {self.name}, {section}: {key} is {value!r}; it must be a text")
+        return value
+
 
 def load_recipe(
     name: str, *, seed: int | None = None, places: Mapping[str, str] | None = None, values: Sequence[str] = ()
@@ -91,36 +127,41 @@ def load_recipe(
         values: settings in place of the recipe's own, as `set_values` reads them; they come last.
 
     Raises:
-        InputError: no such recipe, not YAML, or an unknown section; a place or a value that fits nothing.
+        InputError: no such recipe, not YAML, no stage, or an unknown section; a place or a value that fits nothing.
     """
     built_in = {file.stem: file for file in RECIPES.glob("*.yaml")}
     file = built_in.get(name) or Path(name)
     if not file.is_file():
         raise InputError(f"no recipe {name!r}; {did_you_mean(name, built_in)}; a path to a YAML file also works")
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{file} is not YAML ({' '.join(str(error).split())})") from None
+    content = read_yaml(file, "give a recipe")
     if not isinstance(content, dict):
         raise InputError(f"{file} holds no mapping; a recipe has sections {', '.join(SECTIONS)}")
+    for key, value in content.items():
+        if key in SECTIONS and value is None:
+            raise InputError(
+                f"recipe {file.stem}, {key}: is empty; write {key}: {{}} for its defaults, or leave it out"
+            )
     content = set_values(put_in_place(content, places or {}, file.stem), values, file.stem)
     for key, value in content.items():
         if key not in HEAD + SECTIONS:
-            raise InputError(f"recipe {file.stem}: unknown section {key!r}; {did_you_mean(key, HEAD + SECTIONS, 20)}")
-        if key in SECTIONS and not isinstance(value, dict):
+            near = did_you_mean(str(key), HEAD + SECTIONS, 20)
+            raise InputError(f"recipe {file.stem}: unknown section {key!r}; {near}")
+        if key in (*SECTIONS, "engine") and not isinstance(value, dict):
             raise InputError(f"recipe {file.stem}, {key}: is {value!r}; it must be a mapping of settings")
-    threads = content.get("threads")
-    if threads is not None and (not isinstance(threads, int) or threads < 1):
-        raise InputError(f"recipe {file.stem}: threads is {threads!r}; it must be a whole number of at least 1")
+    sections = {key: content[key] for key in SECTIONS if key in content}
+    if not sections:
+        raise InputError(f"recipe {file.stem} has no stage; name one of {', '.join(SECTIONS)}")
+    single = {key: value for key, value in content.items() if key in HEAD and key != "engine"}
+    head = settings_from(RecipeHead, single, f"recipe {file.stem}")
     return Recipe(
         name=file.stem,
-        description=str(content.get("description", "")),
-        seed=int(content.get("seed", 0)) if seed is None else seed,
-        prompt_set=str(content.get("prompt_set", "builtin")),
+        description=head.description,
+        seed=head.seed if seed is None else seed,
+        prompt_set=head.prompt_set,
         engine=content.get("engine") or {},
-        threads=content.get("threads"),
-        held_out=content.get("held_out"),
-        sections={key: content[key] for key in SECTIONS if key in content},
+        threads=head.threads,
+        held_out=head.held_out,
+        sections=sections,
     )
 
 

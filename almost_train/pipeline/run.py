@@ -23,7 +23,7 @@ from almost_eval.progress import Progress
 from almost_eval.types import JSONObject
 from almost_train.common.processes import alone, from_main, join_processes, main_alone, world_size
 from almost_train.common.stage import StageChanged
-from almost_train.pipeline.plan import plan
+from almost_train.pipeline.plan import Step, plan
 from almost_train.pipeline.recipe import Recipe
 
 ALONE = ("prompts", "responses", "votes", "comparisons", "self_play", "evaluation")
@@ -63,23 +63,28 @@ class Pipeline:
         """
         if world_size() > 1:
             join_processes(self._device())
-        steps = plan(self.recipe, self.folder, self.data_root, self.progress)
-        if until is not None and until not in steps:
-            raise InputError(f"recipe {self.recipe.name} has no stage {until!r}; {did_you_mean(until, steps)}")
+        steps = self._steps(until)
         with _threads(self.recipe.threads):
             for name, step in steps.items():
                 self.reports.append(self._run(name, step))
-                if name == until:
-                    break
         return self.reports
 
-    def states(self) -> dict[str, str]:
-        """Stage -> `done`, `begun` or `to do`, in order; the recipe has been checked then."""
+    def states(self, until: str | None = None) -> dict[str, str]:
+        """Stage -> `done`, `begun` or `to do`, in order, up to and with `until`; the recipe has been checked then."""
         states = {}
-        for name in plan(self.recipe, self.folder, self.data_root, self.progress):
+        for name in self._steps(until):
             begun = "begun" if (self.folder / name / "stage.json").exists() else "to do"
             states[name] = "done" if (self.folder / name / "result.json").exists() else begun
         return states
+
+    def _steps(self, until: str | None) -> dict[str, Step]:
+        steps = plan(self.recipe, self.folder, self.data_root, self.progress)
+        if until is None:
+            return steps
+        if until not in steps:
+            raise InputError(f"recipe {self.recipe.name} has no stage {until!r}; {did_you_mean(until, steps)}")
+        names = list(steps)
+        return {name: steps[name] for name in names[: names.index(until) + 1]}
 
     def _device(self) -> str:
         """Where the recipe trains: one connection between the processes serves all its stages.

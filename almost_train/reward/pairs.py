@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CALIBRATION_BINS = 10
-SKIP_EMPTY = "leave out and count pairs of which an answer is empty; otherwise the first one is refused"
+SKIP_EMPTY = "leave out and count pairs of which an answer or the prompt is empty; otherwise the first one is refused"
 """Help of the setting `skip_empty`, which reward models and DPO share."""
 
 
@@ -112,7 +112,11 @@ def read_comparisons(
     """
     training = read_pairs(comparisons, skip_empty=skip_empty)
     check_margins(comparisons, training.pairs, used=margin)
-    return Comparisons(training, read_pairs(held_out, skip_empty=skip_empty) if held_out else None)
+    if held_out is None:
+        return Comparisons(training, None)
+    measured = read_pairs(held_out, skip_empty=skip_empty)
+    check_margins(held_out, measured.pairs, used=margin)  # their loss, by which the best model is kept, is the same one
+    return Comparisons(training, measured)
 
 
 def read_pairs(source: Path | str, *, skip_empty: bool = False) -> PairFile:
@@ -185,6 +189,18 @@ def encode_pairs(
         else:
             usable.append(replace(pair, chosen_ids=chosen, rejected_ids=rejected))
     return usable, dropped
+
+
+def no_pair(comparisons: Path | str, dropped: Counter[str]) -> DataError:
+    """The error of comparisons of which none can be trained on."""
+    advice = {
+        "too_long": "raise --max-length",
+        "same_text": "chosen and rejected must differ",
+        "prompt_in_eval": "the held-out file has all of their prompts",
+    }
+    why = advice.get(max(dropped, key=lambda reason: dropped[reason]), "") if dropped else "all are held out"
+    told = f"{comparisons} leaves no pair to train on (dropped: {dict(dropped)})"
+    return DataError(f"{told}; {why}" if why else told)
 
 
 # --- tokens ---

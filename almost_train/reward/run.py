@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from almost_eval.errors import DataError, ModelError
+from almost_eval.errors import ModelError
 from almost_eval.files import Row, read_rows, write_rows
 from almost_eval.models.checkpoint import CAUSAL, Checkpoint, context_length, find_checkpoint
 from almost_eval.models.loading import load_tokenizer, settled_attention
@@ -39,6 +39,7 @@ from almost_train.reward.pairs import (
     SKIP_EMPTY,
     RewardPair,
     encode_pairs,
+    no_pair,
     pair_metrics,
     read_comparisons,
     reward_encoder,
@@ -119,7 +120,7 @@ def train_reward(
         held_out, eval_unusable = encode_pairs(held_out, encode, limit, tokenizer.pad_token_id)
         dropped += unusable
         if not train:
-            raise DataError(f"{comparisons} leaves no pair to train on (dropped: {dict(dropped)}); see --max-length")
+            raise no_pair(comparisons, dropped)
         refuse_without_rows(settings.eval_every, len(held_out), "give --eval-share or --eval-comparisons")
         lengths = [max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in train]
         plan = batch_plan(lengths, batch_size=settings.batch_size, epochs=settings.epochs, seed=settings.seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -218,11 +218,16 @@ def check_settings(settings: RLSFSettings) -> Algorithm:
             f"algorithm {settings.algorithm} takes no {', '.join(foreign)} (of {', '.join(takers)}); leave it out, or "
             "choose another algorithm"
         )
-    if "" in settings.stop:
-        raise InputError("an empty stop string would end every completion at once; leave it out")
+    refuse_empty_stop(settings.stop)
     algorithm.update_size(settings)
     _check_sampler(settings)
     return algorithm
+
+
+def refuse_empty_stop(stop: Collection[str]) -> None:
+    """Raises InputError where an empty text would end every completion at once."""
+    if "" in stop:
+        raise InputError("an empty stop string would end every completion at once; leave it out")
 
 
 def _check_sampler(settings: RLSFSettings) -> None:

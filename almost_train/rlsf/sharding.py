@@ -70,7 +70,14 @@ class Replicas:
 
     def _optimizer(self, model: nn.Module, rate: float) -> torch.optim.AdamW:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return torch.optim.AdamW(trained, lr=rate, weight_decay=self.weight_decay)
+        if not self.weight_decay:
+            return torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+        # As transformers' Trainer has it: scales of norms and biases are not drawn to zero.
+        groups = [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW([group for group in groups if group["params"]], lr=rate)
 
     def whole(self, trained: Trained) -> AbstractContextManager[Any]:
         """Inside, the model is whole in every process, which may run it as often as it likes: to sample."""

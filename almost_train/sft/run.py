@@ -26,12 +26,13 @@ from almost_eval.types import Conversation, JSONObject
 from almost_train.common.batches import NO_LOSS, BatchPlan, batch_plan, planned_dataset
 from almost_train.common.config import option
 from almost_train.common.fit import MODEL, fit
-from almost_train.common.formats import read_dialogues
+from almost_train.common.formats import Records, read_dialogues
 from almost_train.common.held_out_loss import ITEMS, HeldOutRows, held_out_figures, refuse_without_rows
 from almost_train.common.lora import add_lora, check_lora
 from almost_train.common.merge import training_base
 from almost_train.common.policy import load_causal_lm, policy_tokenizer, stop_at_eos
 from almost_train.common.processes import is_main, shared_stage
+from almost_train.common.records import has_question
 from almost_train.common.split import opening, split_by_prompt
 from almost_train.common.stage import model_input
 from almost_train.common.tables import Table, read_any
@@ -97,11 +98,10 @@ def train_sft(
     eval_table = read_any(eval_demonstrations) if eval_demonstrations else None
     if eval_table:
         inputs["eval_demonstrations"] = eval_table.input
-    numbered = list(enumerate(source.records, 1))
-    held_out_dialogues = read_dialogues(eval_table).records if eval_table else None
+    held_out = read_dialogues(eval_table) if eval_table else None
     split = split_by_prompt(
-        numbered,
-        None if held_out_dialogues is None else list(enumerate(held_out_dialogues, 1)),
+        _numbered(source),
+        None if held_out is None else _numbered(held_out),
         lambda one: opening(one[1]),
         settings.eval_share,
         settings.seed,
@@ -116,9 +116,9 @@ def train_sft(
         limit = min(settings.max_length, context_length(checkpoint.config, tokenizer))
         template = stage.dated(keep_template(tokenizer))
 
-        def answers(part: list[tuple[int, Conversation]], of: Table) -> tuple[list[TrainingRow], Counter[str]]:
-            dialogues = [dialogue for _, dialogue in part]
-            return training_rows(tokenizer, template, dialogues, limit, lambda at: of.where(part[at - 1][0]))
+        def answers(part: list[tuple[int, Conversation, int]], of: Table) -> tuple[list[TrainingRow], Counter[str]]:
+            dialogues, given = [one[1] for one in part], [one[2] for one in part]
+            return training_rows(tokenizer, template, dialogues, limit, lambda at: of.where(part[at - 1][0]), given)
 
         rows, dropped = answers(split.training, table)
         dropped += Counter({"prompt_in_eval": split.dropped} if split.dropped else {})
@@ -171,6 +171,11 @@ def train_sft(
 # --- data ---
 
 
+def _numbered(source: Records[Conversation]) -> list[tuple[int, Conversation, int]]:
+    """(row, dialogue, messages that are not learned) of each."""
+    return list(zip(source.numbers, source.records, source.given, strict=True))
+
+
 @dataclass(frozen=True, slots=True)
 class TrainingRow:
     """One answer with the dialogue before it."""
@@ -187,11 +192,21 @@ def training_rows(
     dialogues: Sequence[Conversation],
     limit: int,
     where: Callable[[int], str] = "dialogue {}".format,
+    given: Sequence[int] = (),
 ) -> tuple[list[TrainingRow], Counter[str]]:
     """A row for every answer that fits `limit` tokens together with the dialogue before it; and counts of the others.
 
     An answer that does not fit is left out, and so are all later ones of its dialogue (`answer_too_long`): they are
-    longer. A dialogue without a row also counts as `dialogue_too_long` or `no_answer`.
+    longer. One before which no user has said a word is left out too (`no_prompt`). A dialogue without a row also counts
+    as `dialogue_too_long` or `no_answer`.
+
+    Args:
+        tokenizer: the model's.
+        template: how it writes a dialogue.
+        dialogues: to learn from.
+        limit: tokens of a row.
+        where: what an error calls a dialogue, counted from 1.
+        given: of each dialogue, how many of its messages, from the first, are not learned; none where left out.
 
     Raises:
         TemplateError: a dialogue that the template refuses; with what `where` calls it, counted from 1.
@@ -199,8 +214,10 @@ def training_rows(
     rows: list[TrainingRow] = []
     dropped: Counter[str] = Counter()
     for number, dialogue in enumerate(dialogues, 1):
-        ends = [at + 1 for at, message in enumerate(dialogue) if message.role == "assistant"]
-        written = [at for at in ends if dialogue[at - 1].content.strip()]
+        first = given[number - 1] if given else 0
+        ends = [at + 1 for at, message in enumerate(dialogue) if message.role == "assistant" and at >= first]
+        full = [at for at in ends if dialogue[at - 1].content.strip()]
+        written = [at for at in full if has_question(dialogue[:at])]
         kept: list[TrainingRow] = []
         for end in written:
             try:
@@ -211,7 +228,8 @@ def training_rows(
                 break
             kept.append(row)
         counts = {
-            "answer_empty": len(ends) - len(written),
+            "answer_empty": len(ends) - len(full),
+            "no_prompt": len(full) - len(written),
             "answer_too_long": len(written) - len(kept),
             "dialogue_too_long": bool(written and not kept),
             "no_answer": not written,

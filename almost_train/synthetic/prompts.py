@@ -96,10 +96,7 @@ def synthesize_prompts(
         RunError: `patience` rounds brought nothing new, or `max_rounds` are over; what was mined is kept.
     """
     seeds = load_seed_set(settings.prompt_set, data)
-    if settings.shots > len(seeds.seed_prompts):
-        raise InputError(
-            f"--shots {settings.shots} is more than the {len(seeds.seed_prompts)} seed prompts of {seeds.name!r}"
-        )
+    check_shots(settings, seeds)
     inputs: dict[str, Path | str] = {"model": model_input(model), "prompt_set": seeds.digest}
     if held_out is not None:
         inputs["held_out"] = held_out
@@ -123,6 +120,18 @@ def synthesize_prompts(
         journal.unlink(missing_ok=True)
         answers.unlink(missing_ok=True)
         return result
+
+
+def check_shots(settings: PromptSettings, seeds: SeedSet) -> None:
+    """Refuse more shots than there are seed prompts.
+
+    Raises:
+        InputError: there are fewer.
+    """
+    if settings.shots > len(seeds.seed_prompts):
+        raise InputError(
+            f"--shots {settings.shots} is more than the {len(seeds.seed_prompts)} seed prompts of {seeds.name!r}"
+        )
 
 
 @dataclass

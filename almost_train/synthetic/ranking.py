@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from almost_eval.errors import DataError, InputError
+from almost_eval.errors import InputError
+from almost_train.common.yaml_file import read_yaml
 
 Ranking = tuple[tuple[str, ...], ...]
 """Groups of configurations of equal rank, best first."""
@@ -53,14 +54,7 @@ def read_ranking(file: Path) -> Ranking:
         DataError: absent or not YAML.
         InputError: see `as_ranking`.
     """
-    import yaml
-
-    try:
-        groups = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{file} is not there; it lists the configurations, best first") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{file} is not readable YAML ({' '.join(str(error).split())[:120]})") from None
+    groups = read_yaml(file, "it lists the configurations, best first")
     return as_ranking(groups, str(file))
 
 

@@ -94,6 +94,56 @@ def test_alpacas_input_follows_the_instruction() -> None:
     assert read_dialogues(table(row)).records[0][0].content == "Translate.\n\nOtter"
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [user, wrong, user], "completion": [answer]},
+        {"prompt": f"\n\nHuman: {ASK}\n\nAssistant: {BAD}\n\nHuman: {ASK}\n\nAssistant:", "completion": GOOD},
+        {"input": f"\n\nHuman: {ASK}\n\nAssistant: {BAD}\n\nHuman: {ASK}\n\nAssistant:", "output": GOOD},
+    ],
+)
+def test_of_a_prompt_with_its_completion_the_completion_alone_is_learned(row: dict[str, Any]) -> None:
+    records = read_dialogues(table(row))
+    assert records.records == [(USER, WRONG, USER, ANSWER)]
+    assert records.given == (3,)
+    assert read_dialogues(table(row | {"system": "Be terse."})).given == (4,)
+    assert read_dialogues(table({"messages": [user, wrong, user, answer]})).given == (0,)
+
+
+@pytest.mark.parametrize("name", DEMONSTRATIONS)
+def test_a_system_column_is_a_message(name: str) -> None:
+    ((first, *rest),) = read_dialogues(table(DEMONSTRATIONS[name] | {"system": "Be terse."})).records
+    assert (first, rest) == (Message("system", "Be terse."), [USER, ANSWER])
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_a_system_column_is_a_message_of_a_pairs_prompt(name: str) -> None:
+    (pair,) = read_preferences(table(PREFERENCES[name] | {"system": "Be terse."})).records
+    assert pair.prompt == (Message("system", "Be terse."), USER)
+
+
+def test_two_system_messages_are_refused() -> None:
+    row = {"messages": [{"role": "system", "content": "Be long."}, user, answer], "system": "Be terse."}
+    with pytest.raises(DataError, match="row 1: the column 'system' and the first message are two system messages"):
+        read_dialogues(table(row))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [user, answer], "tools": [{"name": "f"}]}, "row 1: has 'tools', which is not read"),
+        ({"instruction": ASK, "output": GOOD, "history": [["Hi", "Hello"]]}, "row 1: has 'history', which is not read"),
+        ({"instruction": ASK, "output": GOOD, "input": 5}, "row 1: 'input' must be a text, and is 5"),
+        ({"messages": [user, {**answer, "reasoning_content": "Hm."}]}, "row 1: a message has 'reasoning_content'"),
+        ({"messages": [user, {**answer, "weight": 0}]}, "row 1: a message has the weight 0"),
+        ({"prompt": "Why \ud83d", "completion": GOOD}, "row 1: half of a surrogate pair"),
+    ],
+)
+def test_what_a_text_would_lack_is_refused(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_dialogues(table(row))
+
+
 PROMPTS: list[dict[str, Any]] = [
     {"prompt": f" {ASK} "},
     {"prompt": [user]},
@@ -137,8 +187,18 @@ def test_prompts_that_cannot_be_used_are_one_line(rows: list[dict[str, Any]], me
         ({"prompt": ASK, "chosen": GOOD}, "no format of comparisons has its columns"),
         ({"chosen": GOOD, "rejected": BAD}, "no format of comparisons has its columns"),  # where is the prompt?
         ({"chosen": [answer], "rejected": [wrong]}, "needs a prompt"),
+        ({"prompt": [{**user, "content": " "}], "chosen": [answer], "rejected": [wrong]}, "row 1: the prompt is empty"),
+        (
+            {"prompt": [{"role": "system", "content": "Hi."}], "chosen": [answer], "rejected": [wrong]},
+            "prompt is empty",
+        ),
+        (
+            {"prompt": [user], "chosen": [user, answer], "rejected": [wrong]},
+            "row 1: 'chosen' begins with the prompt, and 'rejected' does not",
+        ),
         ({"prompt": [user], "chosen": [user], "rejected": [wrong]}, "end in an assistant's message"),
         (PREFERENCES["standard preferences"] | {"margin": "much"}, "'margin' must be a number, and is 'much'"),
+        (PREFERENCES["standard preferences"] | {"margin": 10**400}, "'margin' must be a number, and is 1000"),
     ],
 )
 def test_pairs_that_cannot_be_used_are_one_line(row: dict[str, Any], message: str) -> None:
@@ -235,3 +295,33 @@ def test_a_file_that_cannot_be_read_is_one_line(name: str, content: bytes | None
 def test_a_data_set_that_is_nowhere_is_one_line() -> None:
     with pytest.raises(DataError, match=r"nobody/nothing@test is no file, and as a data set: .* see ALMOST_DATA_ROOT"):
         read_any("nobody/nothing@test")
+
+
+MESSAGES_IN_TEXTS = {key: json.dumps(value) for key, value in PREFERENCES["conversational preferences"].items()}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_messages_as_json_in_a_text_are_messages(suffix: str, tmp_path: Path) -> None:
+    file = tmp_path / f"pairs{suffix}"
+    if suffix == ".csv":
+        with file.open("w", newline="") as stream:
+            csv.writer(stream).writerows([MESSAGES_IN_TEXTS, MESSAGES_IN_TEXTS.values()])
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([MESSAGES_IN_TEXTS]), file)
+    records = read_preferences(read_any(file))
+    assert records.format == "conversational preferences"
+    assert records.records[0].chosen == (ANSWER,)
+
+
+def test_messages_as_python_prints_them_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f'messages\n"{[user, answer]!r}"\n')
+    with pytest.raises(DataError, match="looks like messages and is not JSON"):
+        read_any(tmp_path / "a.csv")
+
+
+def test_csv_with_long_cells_and_a_column_twice(tmp_path: Path) -> None:
+    (tmp_path / "a.CSV").write_text(f"prompt,chosen,rejected\nWhy?,{'x' * 200_000},No.\n")
+    assert len(read_preferences(read_any(tmp_path / "a.CSV")).records[0].chosen[0].content) == 200_000
+    (tmp_path / "a.CSV").write_text("prompt,chosen,rejected,chosen\na,b,c,d\n")
+    with pytest.raises(DataError, match="the header has 'chosen' twice"):
+        read_any(tmp_path / "a.CSV")

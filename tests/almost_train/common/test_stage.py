@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from almost_eval.errors import DataError, InputError, StoreError
+from almost_eval.errors import DataError, InputError, RunError, StoreError
 from almost_train.common.config import option
 from almost_train.common.stage import Stage, StageChanged
 
@@ -104,4 +107,42 @@ def test_a_stage_goes_on_in_less_memory_and_on_another_device(name: str, tmp_pat
     with Stage(tmp_path / "sft", "sft", SFTSettings()):
         pass
     with Stage(tmp_path / "sft", "sft", dataclasses.replace(SFTSettings(), **{name: other})) as stage:  # type: ignore[arg-type]
+        assert stage.result is None
+
+
+@contextmanager
+def small_files() -> Iterator[None]:
+    """Inside, no file may grow beyond 10,000 bytes: a disk that is full, as the writer sees it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def _python(file: Path) -> None:
+    file.write_bytes(bytes(100_000))
+
+
+def _safetensors(file: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(25_000)}, file)
+
+
+def _torch(file: Path) -> None:
+    import torch
+
+    torch.save({"a": torch.zeros(25_000)}, file)
+
+
+@pytest.mark.parametrize("write", [_python, _safetensors, _torch])
+def test_a_full_disk_is_one_line(write: Callable[[Path], None], tmp_path: Path) -> None:
+    folder = tmp_path / "stage"
+    with pytest.raises(RunError, match=r"cannot write to .*stage \(.+\); make room: what was saved"):  # noqa: SIM117
+        with Stage(folder, "reward", Settings()), small_files():
+            write(folder / "checkpoint")
+    with Stage(folder, "reward", Settings()) as stage:  # released, and the same stage
         assert stage.result is None

@@ -231,7 +231,7 @@ def test_a_recipe_that_cannot_work_is_refused_before_anything_runs(
 def test_a_stage_whose_input_no_stage_makes(tmp_path: Path) -> None:
     file = tmp_path / "broken.yaml"
     file.write_text(yaml.safe_dump({k: v for k, v in RECIPE.items() if k != "self_play"}), encoding="utf-8")
-    with pytest.raises(InputError, match="a stage needs the section 'self_play', which is missing"):
+    with pytest.raises(InputError, match="recipe broken, sft: it needs the section 'self_play', which is missing"):
         Pipeline(load_recipe(str(file)), tmp_path / "run").states()
 
 
@@ -250,7 +250,9 @@ def test_unknown_recipes_and_stages(recipe_file: Path, tmp_path: Path) -> None:
 def test_the_shipped_recipes_are_sound(
     name: str, data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = load_recipe(name)
+    sections = load_recipe(name).sections
+    in_4_bits = [section for section, own in sections.items() if "quantize" in own]  # refused where there is no GPU
+    recipe = load_recipe(name, values=[f"{section}.quantize=none" for section in in_4_bits])
     monkeypatch.chdir(tmp_path)  # where the recipes look for held-out prompts and other preferences: the user's files
     (tmp_path / "held-out.jsonl").write_text('{"id": "1", "prompt": "How are you?"}\n')
     (tmp_path / "as-is.jsonl").write_text('{"prompt": "How are you?", "chosen": "Well.", "rejected": "No."}\n')

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 import shutil
 from collections import namedtuple
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,11 @@ from almost_train.pipeline.run import Pipeline
 NANO: dict[str, Any] = yaml.safe_load((RECIPES / "nano.yaml").read_text())
 
 
-def refused(folder: Path, **changes: Any) -> str:
+def refused(folder: Path, changes: Mapping[Any, Any]) -> str:
     """What a nano recipe with these sections (dotted: settings of a section) is refused with; nothing was made."""
     content = copy.deepcopy(NANO)
     for key, value in changes.items():
-        section, _, setting = key.partition("__")
+        section, _, setting = key.partition("__") if isinstance(key, str) else (key, "", "")
         if setting:
             content[section][setting] = value
         else:
@@ -77,18 +79,104 @@ CONFIGURATIONS = NANO["responses"]["configurations"]
         ({"self_play__shots": 61}, "recipe mine, self_play: the assistant wants 61 shots"),
         ({"sft__micro_batch_size": 5, "sft__batch_size": 32}, "recipe mine, sft: batch_size 32 is not a multiple of 5"),
         ({"rlsf__micro_batch_size": 7}, "recipe mine, rlsf: an update of [0-9]+ completions does not divide"),
+        ({"rlsf__batch_size": 10}, "recipe mine, rlsf: batch_size 10 is not a multiple of mini_batch_size"),
+        ({"reward__quantize": "4bit", "reward__lora_rank": 4}, "recipe mine, reward: --quantize 4bit needs an NVIDIA"),
+        ({"sft__merge": True}, "recipe mine, sft: --merge without a rank"),
+        (
+            {"sft__lora_rank": 4, "sft__lora_targets": ["q_prj"]},
+            "recipe mine, sft: lora_targets: no layer is called 'q_prj'; did you mean 'q_proj'",
+        ),
+        ({"reward__margin": True}, "recipe mine, reward: margin: the pairs of the stage 'comparisons' have none"),
+        ({"reward__model": 3}, "recipe mine, reward: model is 3; it must be a text"),
+        ({"rlsf__device": "gpu"}, "recipe mine, rlsf: device 'gpu' is not usable here"),
+        ({"evaluation__device": "gpu"}, "recipe mine, evaluation: device 'gpu' is not usable here"),
+        ({"rlsf__max_new_tokens": 2048}, "recipe mine, rlsf: max_new_tokens 2048 leaves no room for a prompt: nano/v"),
+        ({"online_dpo": {"max_new_tokens": 1024}}, "online_dpo: max_new_tokens 1024 leaves a prompt no room in max_l"),
+        ({"evaluation__max_new_tokens": 5000}, "recipe mine, evaluation: max_new_tokens 5000 leaves no room"),
+        ({"evaluation__stop": [""]}, "recipe mine, evaluation: an empty stop string"),
+        ({"evaluation__nano_prompts": "many"}, "recipe mine, evaluation: nano_prompts is 'many'; it must be a whole"),
+        ({"evaluation__nano_prompts": 0}, "recipe mine, evaluation: nano_prompts is 0; it must be at least 1"),
+        ({"evaluation__nano_prompts": 10**6}, "recipe mine, evaluation: the nano world has hardly more than"),
+        ({"prompts__shots": 10**6}, "recipe mine, prompts: --shots 1000000 is more than the"),
+        ({"prompts__max_new_tokens": 5000}, "recipe mine, prompts: max_new_tokens 5000 leaves no room"),
+        ({"engine": "vllm"}, "recipe mine, engine: is 'vllm'; it must be a mapping of settings"),
+        ({"engine": {"engine": "hff"}}, "recipe mine, engine: unknown engine 'hff'; did you mean 'hf'"),
+        ({"engine": {"dtype": "float99"}}, "recipe mine, prompts: unknown dtype 'float99'; did you mean 'float32'"),
+        ({"engine": {"batch_size": "x"}}, "recipe mine, engine: batch_size is 'x'; it must be a whole number or null"),
+        ({"engine": {"batch_size": 0}}, "recipe mine, engine: batch_size is 0, which is out of its bounds"),
+        ({"engine": {"device": "cuda:99"}}, "recipe mine, engine: device 'cuda:99' is not usable here"),
+        ({"engine": {"gpu_memory": 0.5}}, "recipe mine, prompts: the engine 'hf' takes no gpu_memory"),
+        ({"seed": "abc"}, "recipe mine: seed is 'abc'; it must be a whole number"),
+        ({"seed": 1.5}, "recipe mine: seed is 1.5; it must be a whole number"),
+        ({"threads": True}, "recipe mine: threads is True; it must be a whole number"),
+        ({"dpo": None}, "recipe mine, dpo: is empty; write dpo: {} for its defaults"),
+        ({1: {}}, "recipe mine: unknown section 1; known: "),
     ],
 )
 def test_what_would_fail_later_is_refused_at_once(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    text = refused(tmp_path, **changes)
+    text = refused(tmp_path, changes)
     assert re.search(message, text), text
     assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("seed: 1\nreward: {epochs: 1}\nseed: 2\n", "line 3: 'seed' stands there twice; keep one"),
+        ("reward:\n  epochs: 1\n  model: a\n  epochs: 2\n", "line 4: 'epochs' stands there twice; keep one"),
+        ("reward: &own\n  model: *own\n", "line 1: what the anchor there names holds itself"),
+        ("description: nothing\n", "recipe mine has no stage; name one of prompts, responses"),
+    ],
+)
+def test_what_yaml_would_take_in_silence(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(content)
+    with pytest.raises(InputError) as error:
+        load_recipe(str(tmp_path / "mine.yaml"))
+    assert message in str(error.value)
+
+
+def test_anchors_and_merges_are_read(tmp_path: Path) -> None:
+    content = "\ufeffreward: &own {model: a, seed: 1}\nsft: {<<: *own, seed: 2}\n"
+    (tmp_path / "mine.yaml").write_text(content, encoding="utf-8")
+    assert load_recipe(str(tmp_path / "mine.yaml")).sections["sft"] == {"model": "a", "seed": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dpo": {"bta": 1}}, "recipe mine, dpo: unknown setting 'bta'; did you mean 'beta'"),
+        ({"rlsf__batch_size": 10}, "recipe mine, rlsf: batch_size 10 is not a multiple of mini_batch_size"),
+        ({"comparisons__ranking": ["large-good-5", "no-such"]}, "comparisons: the ranking names 'no-such'"),
+        ({"evaluation__nano_prompts": "many"}, "recipe mine, evaluation: nano_prompts is 'many'"),
+        ({"engine": {"batch_size": "x"}}, "recipe mine, engine: batch_size is 'x'"),
+    ],
+)
+def test_plan_refuses_what_fails_on_any_machine(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    refused(tmp_path, changes)
+    result = CliRunner().invoke(cli, ["plan", str(tmp_path / "mine.yaml")])
+    assert isinstance(result.exception, InputError)
+    assert message in str(result.exception)
+
+
+def test_pairs_of_ones_own_are_read_as_the_stage_will(tmp_path: Path) -> None:
+    row = {"prompt": "How big is it?", "chosen": "Big.", "rejected": "No.", "margin": 1.0}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    message = refused(tmp_path, {"as_is_reward__comparisons": str(tmp_path / "pairs.jsonl")})
+    assert "recipe mine, as_is_reward: 1 of 1 rows" in message
+    assert "give --margin" in message
+
+
+def test_a_dry_run_knows_until(tmp_path: Path) -> None:
+    pipeline = Pipeline(load_recipe("nano"), tmp_path / "out")
+    assert list(pipeline.states("responses")) == ["prompts", "responses"]
+    with pytest.raises(InputError, match="recipe nano has no stage 'nope'"):
+        pipeline.states("nope")
 
 
 def test_too_little_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 40, 1 << 40, 1 << 16))
-    assert "GiB of weights at one time" in refused(tmp_path, seed=0)
+    assert "GiB of weights at one time" in refused(tmp_path, {"seed": 0})
 
 
 def test_the_run_itself_is_refused_before_its_first_stage(tmp_path: Path) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
 
 from almost_eval.errors import DataError, TemplateError
 from almost_eval.files import read_json, write_rows
 from almost_eval.types import Conversation
 from almost_train.dpo.run import DPOSettings, train_dpo
 from almost_train.reward.pairs import encode_pairs, read_comparisons, read_pairs
-from almost_train.reward.run import RewardSettings, train_reward
+from almost_train.reward.run import RewardSettings, _pair_losses, train_reward
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -97,3 +100,23 @@ def test_the_result_says_which_rows_were_left_out(stage: str, tmp_path: Path) ->
 def write(folder: Path, rows: list[dict[str, Any]]) -> Path:
     write_rows(folder / "comparisons.jsonl", rows)
     return folder / "comparisons.jsonl"
+
+
+def test_margins_of_held_out_rows_fit_the_loss_too(tmp_path: Path) -> None:
+    plain, marked = tmp_path / "plain.jsonl", tmp_path / "marked.jsonl"
+    write_rows(plain, [standard(0)])
+    write_rows(marked, [standard(1) | {"margin": 1.5}])
+    with pytest.raises(DataError, match=r"1 of 1 rows of \S+marked\.jsonl have a 'margin', which the loss would leave"):
+        read_comparisons(plain, marked, margin=False, skip_empty=False)
+    with pytest.raises(DataError, match=r"1 of 1 rows of \S+plain\.jsonl have no 'margin'"):
+        read_comparisons(marked, plain, margin=True, skip_empty=False)
+
+
+def test_the_loss_with_margins_by_hand() -> None:
+    # Rewards 2 and 0 with margin 1.5, and 0 and 1 with margin 0: differences less margins are 0.5 and -1.
+    def model(**_: object) -> SimpleNamespace:
+        return SimpleNamespace(logits=torch.tensor([[2.0], [0.0], [0.0], [1.0]]))
+
+    _, difference, losses = _pair_losses(cast("torch.nn.Module", model), {"margin": torch.tensor([1.5, 0.0])})
+    assert difference.tolist() == [2.0, -1.0]
+    assert losses.tolist() == pytest.approx([math.log1p(math.exp(-0.5)), math.log1p(math.exp(1.0))], abs=1e-6)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
 from almost_train.rlsf import ppo
+from almost_train.rlsf.sharding import Replicas
 
 MASK = torch.tensor([[True, True, False]])
 
@@ -222,3 +224,16 @@ def test_running_moments_equal_those_of_all_numbers() -> None:
 def test_the_deviation_of_equal_numbers_is_harmless() -> None:
     assert ppo.Moments().std == 1
     assert ppo.Moments().with_batch(torch.tensor([2.0, 2.0])).std == 1
+
+
+def test_weight_decay_leaves_norms_and_biases_alone() -> None:
+    # A step of AdamW with no gradient but zeros: a weight becomes w (1 - rate x decay) = 1 x (1 - 0.1 x 0.5).
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
+    for parameter in model.parameters():
+        torch.nn.init.ones_(parameter)
+        parameter.grad = torch.zeros_like(parameter)
+    spread = Replicas(cast("Any", None), weight_decay=0.5, max_grad_norm=1.0)
+    spread._optimizer(model, rate=0.1).step()
+    weight, *others = [parameter.flatten().tolist() for parameter in model.parameters()]
+    assert weight == pytest.approx([0.95] * 4)
+    assert others == [[1.0] * 2] * 3

@@ -109,6 +109,17 @@ def test_what_does_not_fit_is_left_out_whole(tokenizer: Any) -> None:
     assert dropped == {"answer_too_long": 3, "dialogue_too_long": 1, "answer_empty": 1, "no_answer": 1}
 
 
+def test_answers_that_are_given_or_answer_nothing_are_not_learned(tokenizer: Any) -> None:
+    talks = [
+        dialogue("what?", "The cat.", "and?", "A dog."),
+        (Message("assistant", "The cat."), Message("user", "and?"), Message("assistant", "A dog.")),
+        dialogue(" ", "The cat."),
+    ]
+    rows, dropped = training_rows(tokenizer, keep_template(tokenizer), talks, 64, given=[3, 0, 0])
+    assert [with_loss(tokenizer, row) for row in rows] == [" A dog.</s>", " A dog.</s>"]
+    assert dropped == {"no_prompt": 2, "no_answer": 1}
+
+
 def test_the_loss_is_the_mean_over_a_batch_of_answers_tokens(
     base: Path, demonstrations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

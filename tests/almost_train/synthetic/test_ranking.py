@@ -154,5 +154,5 @@ class TestRankingFile:
         with pytest.raises(DataError, match="is not there; it lists the configurations"):
             read_ranking(tmp_path / "ranking.yaml")
         (tmp_path / "ranking.yaml").write_text("- [", encoding="utf-8")
-        with pytest.raises(DataError, match="is not readable YAML"):
+        with pytest.raises(DataError, match="is not YAML"):
             read_ranking(tmp_path / "ranking.yaml")

@@ -1,0 +1,67 @@
+"""YAML files that a person writes: recipes, configurations, rankings. What YAML would take in silence is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from almost_eval.errors import DataError
+
+if TYPE_CHECKING:
+    from yaml import Node
+
+_MERGE = "tag:yaml.org,2002:merge"
+"""The tag of the key `<<`, which may stand in a mapping several times."""
+
+
+def read_yaml(file: Path, absent: str) -> object:
+    """What a YAML file holds.
+
+    Args:
+        file: UTF-8, with or without a byte order mark.
+        absent: the end of the error of a file that is not there: what it is for.
+
+    Raises:
+        DataError: absent or not YAML; a mapping with a key that stands there twice, of which YAML would take the last;
+            an alias that holds itself.
+    """
+    import yaml
+
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        _refuse_doubt(file, root, (), set())
+        return yaml.safe_load(text)
+    except FileNotFoundError:
+        raise DataError(f"{file} is not there; {absent}") from None
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 ({error.reason} at byte {error.start})") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date or number that there is not
+        raise DataError(f"{file} is not YAML ({' '.join(str(error).split())})") from None
+
+
+def _refuse_doubt(file: Path, node: Node | None, above: tuple[int, ...], checked: set[int]) -> None:
+    from yaml import MappingNode, SequenceNode
+
+    if node is None or not isinstance(node, MappingNode | SequenceNode):
+        return
+    line = node.start_mark.line + 1
+    if id(node) in above:
+        raise DataError(f"{file}, line {line}: what the anchor there names holds itself; write it out")
+    if id(node) in checked:  # aliases of aliases would be walked a number of times that grows with their depth
+        return
+    checked.add(id(node))
+    above = (*above, id(node))
+    if isinstance(node, SequenceNode):
+        for item in node.value:
+            _refuse_doubt(file, item, above, checked)
+        return
+    seen: set[object] = set()
+    for key, value in node.value:
+        name = (key.tag, str(key.value))
+        if name in seen and key.tag != _MERGE:
+            raise DataError(f"{file}, line {key.start_mark.line + 1}: {name[1]!r} stands there twice; keep one")
+        seen.add(name)
+        _refuse_doubt(file, value, above, checked)
