@@ -429,9 +429,10 @@ def test_the_tokenizers_own_template_by_name() -> None:
         def __init__(self, chat_template: object) -> None:
             self.chat_template = chat_template
 
+    contents = "{% for m in messages %}{{ m.content }}{% endfor %}"
     one, many, none = (
-        Own("{{ 'one' }}"),
-        Own({"rag": "{{ 'rag' }}", "default": "{{ 'd' }}"}),
+        Own("one" + contents),
+        Own({"rag": "rag" + contents, "default": "d" + contents}),
         Own(None),
     )
 

@@ -370,4 +370,4 @@ def test_one_of_several_templates_is_chosen_by_its_name(almost_eval: Callable[..
     assert "--template tokenizer:rm" in err
     assert almost_eval(*command, "--template", "tokenizer:rm", "--output", tmp_path / "run").code in (0, 3)
     assert json.loads((tmp_path / "run/spec.json").read_text())["template"]["name"] == "tokenizer:rm"
-    assert almost_eval("verify", tmp_path / "run", "--model", folder, "--data", "nano").code == 0
+    assert almost_eval("verify", tmp_path / "run", "--model", folder).code == 0
