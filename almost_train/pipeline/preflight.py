@@ -11,6 +11,7 @@ import math
 import shutil
 from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from almost_eval.errors import AlmostError, InputError, ModelError, did_you_mean
 from almost_eval.models.checkpoint import CAUSAL, Checkpoint, context_length, find_checkpoint
@@ -33,6 +34,9 @@ from almost_train.synthetic.prompt_sets import DemonstrationSet, SeedSet
 from almost_train.synthetic.ranking import as_ranking
 from almost_train.synthetic.responses import Configuration, ResponseSettings, read_configurations
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 REWARD_KINDS = ("SequenceClassification", "RewardModel")
 COPIES = {"reward": 4, "sft": 4, "rlsf": 7, "dpo": 4, "online_dpo": 4, "as_is_reward": 4}
 """Stage -> how many times the weights of its model, in float32, it writes at most at one time: the result, and a
@@ -50,9 +54,10 @@ def check_recipe(recipe: Recipe, seeds: SeedSet, folder: Path) -> None:
     Raises:
         InputError: the first thing that is wrong, with the section that says so.
     """
+    checks = _Checks(recipe, seeds)
     for section in recipe.sections:
         try:
-            _Checks(recipe, seeds).check(section)
+            checks.check(section)
         except AlmostError as error:
             if str(error).startswith(f"recipe {recipe.name}"):
                 raise
@@ -69,6 +74,8 @@ class _Checks:
         self.seeds = seeds
         self.samples_here = recipe.engine.get("engine", "hf") in ("hf", "vllm")
         """Whether models that sample are checkpoints; else an endpoint's names."""
+        self._tokenizers: dict[Path, PreTrainedTokenizerBase] = {}
+        """Of each folder: one of a large vocabulary takes seconds to read, and several sections name the same."""
 
     def check(self, section: str) -> None:
         """Check one section; some have nothing to check."""
@@ -174,7 +181,9 @@ class _Checks:
         checkpoint = local_checkpoint(model, CAUSAL) if self.samples_here else None
         if checkpoint is None:
             return
-        tokenizer = load_tokenizer(checkpoint)
+        if checkpoint.path not in self._tokenizers:
+            self._tokenizers[checkpoint.path] = load_tokenizer(checkpoint)
+        tokenizer = self._tokenizers[checkpoint.path]
         room = context_length(checkpoint.config, tokenizer)
         read = max(len(tokenizer.encode(text)) for text in _headers(own, shots))
         new = tokens or own.max_new_tokens

@@ -44,21 +44,21 @@ FULL = Form(
 )
 QUICK = Form(
     as_is_pairs=64,
-    second_pairs=96,
+    second_pairs=64,
     human_pairs=100,
     other_pairs=100,
-    hhh=10,
-    truthfulqa=40,
-    mmlu=2,
+    hhh=5,
+    truthfulqa=20,
+    mmlu=1,
     held_out=15,
-    answered=15,
+    answered=10,
     answer_tokens=64,
     values=(
         *("prompts.count=48", "responses.max_new_tokens=64"),
         *("as_is_reward.batch_size=16", "reward.batch_size=16", "sft.batch_size=8"),
         *("self_play.max_turns=1", "self_play.max_new_tokens=64", "self_play.user_max_new_tokens=32"),
-        *("rlsf.steps=4", "rlsf.batch_size=16", "rlsf.max_new_tokens=48", "rlsf.keep_every=0"),
-        *("evaluation.limit=10", "evaluation.max_new_tokens=48"),
+        *("rlsf.steps=3", "rlsf.batch_size=16", "rlsf.max_new_tokens=48", "rlsf.keep_every=0"),
+        *("evaluation.limit=6", "evaluation.max_new_tokens=48"),
     ),
 )
 TINY = Form(
