@@ -376,10 +376,8 @@ def test_settings_rebuild_the_task(hub: DataSource) -> None:
 
 
 def test_more_examples_than_there_are_is_one_line(serve: Callable[..., Harness], benchmark_checkpoint: Path) -> None:
-    few = serve(make_task("few"), shots=12, limit=2)
+    few = serve(make_task("few", num_fewshot=1), shots=12, limit=2)
     engine = HFEngine(str(benchmark_checkpoint))
-    with pytest.raises(
-        InputError, match=r"prompt of few with 12 examples \(.*exceeds the 9 that are available"
-    ) as error:
+    with pytest.raises(InputError, match=r"lm-eval cannot write a prompt of few with 12 examples \(") as error:
         Run(few, engine)
     assert "\n" not in str(error.value)
