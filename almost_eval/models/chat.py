@@ -182,8 +182,7 @@ def _refuse_lost_text(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase
     """A template that reads lists of parts (of models that see images), say, drops a plain text without a word."""
     mark = "a question of its own kind"
     # An engine of one's own may have a tokenizer that knows no more than its template.
-    known = tokenizer is not None and hasattr(tokenizer, "special_tokens_map")
-    tokens = special_tokens(tokenizer) if tokenizer is not None and known else {}
+    tokens = special_tokens(tokenizer) if tokenizer is not None and hasattr(tokenizer, "special_tokens_map") else {}
     try:
         text = template.render((Message("user", mark),), add_generation_prompt=True, special_tokens=tokens)
     except TemplateError:
