@@ -18,7 +18,6 @@ from almost_eval.data.sources import DataSource
 from almost_eval.engines.hf import HFEngine
 from almost_eval.engines.scripted import ScriptedEngine
 from almost_eval.errors import DataError, InputError
-from almost_eval.run.runner import Run
 from almost_eval.tasks import harness
 from almost_eval.tasks.harness import Harness
 from almost_eval.types import SampleRecord
@@ -373,11 +372,3 @@ def test_settings_rebuild_the_task(hub: DataSource) -> None:
     assert isinstance(again, Harness)
     assert [again.requests(s, 2) for s in again.samples()] == [task.requests(s, 2) for s in task.samples()]
     assert again.data_fingerprint() == task.data_fingerprint()
-
-
-def test_more_examples_than_there_are_is_one_line(serve: Callable[..., Harness], benchmark_checkpoint: Path) -> None:
-    few = serve(make_task("few", num_fewshot=1), shots=12, limit=2)
-    engine = HFEngine(str(benchmark_checkpoint))
-    with pytest.raises(InputError, match=r"lm-eval cannot write a prompt of few with 12 examples \(") as error:
-        Run(few, engine)
-    assert "\n" not in str(error.value)
