@@ -28,6 +28,8 @@ Record = TypeVar("Record")
 
 _TAIL = 1 << 16
 """Bytes read at once where the end of a file is looked for."""
+_HALVES = "backslashreplace"
+"""How half a surrogate pair is written, as in the name of a folder that is no UTF-8: by its escape, which is JSON."""
 
 
 # --- JSON lines ---
@@ -244,8 +246,11 @@ class LineWriter:
     def __enter__(self) -> LineWriter:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         repair_end(self.file)
-        self._stream = self.file.open("a", encoding="utf-8")
+        self._stream = self._open()
         return self
+
+    def _open(self) -> IO[str]:
+        return self.file.open("a", encoding="utf-8", errors=_HALVES)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         with suppress(OSError):  # a full disk has been reported by then
@@ -270,9 +275,10 @@ class LineWriter:
         """
         with self._writing():
             with whole_file(self.file) as scratch:
-                scratch.writelines(json_line(value, ascii_only=self._ascii_only).encode() for value in values)
+                lines = (json_line(value, ascii_only=self._ascii_only) for value in values)
+                scratch.writelines(line.encode(errors=_HALVES) for line in lines)
             self._stream.close()
-            self._stream = self.file.open("a", encoding="utf-8")
+            self._stream = self._open()
 
     def sync(self) -> None:
         """Return when all lines are on the disk itself.
@@ -328,7 +334,7 @@ def write_rows(
     try:
         with whole_file(file) as stream:
             ordered = sorted(rows, key=key) if key else rows
-            stream.writelines(json_line(row, ascii_only=ascii_only).encode() for row in ordered)
+            stream.writelines(json_line(row, ascii_only=ascii_only).encode(errors=_HALVES) for row in ordered)
     except OSError as error:
         raise RunError(f"cannot write to {file} ({error.strerror}); the same command goes on") from None
 
@@ -341,7 +347,7 @@ def write_json(file: Path, value: Mapping[str, Any]) -> None:
     """
     content = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     with whole_file(file) as stream:
-        stream.write(content.encode())
+        stream.write(content.encode(errors=_HALVES))
 
 
 def read_json(

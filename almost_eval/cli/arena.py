@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from almost_eval.cli.command_line import Commands, open_console, print_json
+from almost_eval.cli.command_line import SEED, Commands, open_console, print_json
 
 if TYPE_CHECKING:
     from almost_eval.arena.report import ArenaReport
@@ -23,7 +23,7 @@ def arena() -> None:
 @arena.command()
 @click.argument("db", type=PATH)
 @click.option("--judge", "judges", multiple=True, type=PATH, help="A judge's run over the files of `arena export`.")
-@click.option("--seed", default=0, show_default=True, help="Of the resamples behind the intervals.")
+@click.option("--seed", default=0, show_default=True, type=SEED, help="Of the resamples behind the intervals.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def report(db: Path, judges: tuple[Path, ...], seed: int, as_json: bool) -> int:
     """Win rates, strengths, position bias, and agreement with the reward model and with judges.

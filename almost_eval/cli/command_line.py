@@ -5,8 +5,11 @@ The first seconds go to imports without what no run needs, and a Ctrl-C is alway
 
 from __future__ import annotations
 
+import errno
 import gc
+import io
 import json
+import math
 import os
 import signal
 import sys
@@ -72,6 +75,21 @@ def options_of(group: list[Any]) -> list[click.Option]:
     return [param for param in click.command(options(group)(lambda: None)).params if isinstance(param, click.Option)]
 
 
+class FiniteRange(click.FloatRange):
+    """A number in a range. For click, `nan` is in every range, and infinity in one without an end."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """See `click.ParamType.convert`."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number", param, ctx)
+        return number
+
+
+SEED = click.IntRange(min=0)
+"""What every generator takes as a seed."""
+
+
 def comma_list(context: click.Context, param: click.Parameter, value: str | None) -> list[str]:
     """A click callback: the names of an option such as `mc1,mc2`."""
     return [name.strip() for name in (value or "").split(",") if name.strip()]
@@ -94,6 +112,8 @@ def open_console() -> Any:
 def run_command_line(cli: click.Command, name: str) -> NoReturn:
     """Run a command line and exit: every foreseen failure is one line on stderr and its exit code."""
     code = 1
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a folder may be no text in any encoding
     with prompt_interrupt():
         try:
             code = cli.main(standalone_mode=False, prog_name=name) or 0
@@ -105,6 +125,10 @@ def run_command_line(cli: click.Command, name: str) -> NoReturn:
             code = _fail(f"{error.format_message()}{where}", 2)
         except click.ClickException as error:
             code = _fail(error.format_message(), 2)
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            code = _fail(f"{str(error.filename)[:60]}...: {error.strerror}; give a shorter one", 2)
         except (KeyboardInterrupt, click.Abort):
             code = _fail(INTERRUPTED, 1)
         except BrokenPipeError:  # the reader has gone (`| head`): what is left to say goes nowhere

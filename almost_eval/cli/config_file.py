@@ -154,4 +154,6 @@ def _value(option: click.Option, value: Any, context: click.Context, where: str)
         checked = option.type_cast_value(context, value)
     except click.BadParameter as error:
         refuse(f"{error.message} (see --help)")
+    except ValueError as error:  # a NUL in the name of a file
+        refuse(str(error))
     return checked if option.is_flag else value

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from almost_eval.cli.command_line import Commands, import_transformers, open_console, options, print_json
+from almost_eval.cli.command_line import SEED, Commands, import_transformers, open_console, options, print_json
 from almost_eval.cli.judge_options import (
     ANSWER_OPTIONS,
     BY_CATEGORY,
@@ -317,7 +317,9 @@ def _redrawn(folder: Path, votes: Path | None, flags: Flags) -> JSONObject:
 @click.option("--output", type=PATH, help="Folder of the replies and results; the default is named by the judge.")
 @options(CHECK_OPTIONS, DATA_OPTIONS)
 @ORDERS
-@click.option("--seed", default=0, show_default=True, help="Chooses the pairs of --limit, and of the bootstrap.")
+@click.option(
+    "--seed", default=0, show_default=True, type=SEED, help="Chooses the pairs of --limit, and of the bootstrap."
+)
 @click.option("--dry-run", is_flag=True, help="Show requests, tokens and price; send nothing, load no weights.")
 @JSON
 @options(LOADING_OPTIONS)

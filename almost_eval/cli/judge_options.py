@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from almost_eval.cli.command_line import SEED, FiniteRange
 from almost_eval.cli.options import ENGINE_FIELDS, GENERATION_FIELDS, engine_flag, joined
 from almost_eval.errors import InputError
 from almost_eval.judge.build import MAX_NEW_TOKENS, NANO_MAX_NEW_TOKENS, JudgeOptions
@@ -28,7 +29,7 @@ class AnswerTemperature(click.ParamType):
         """See `click.ParamType.convert`."""
         if value == BY_CATEGORY:
             return BY_CATEGORY
-        number: float = click.FloatRange(min=0).convert(value, param, ctx)  # type: ignore[arg-type]
+        number: float = FiniteRange(min=0).convert(value, param, ctx)
         return number
 
 
@@ -59,20 +60,26 @@ _ASKED = [
         "--concurrency", default=32, show_default=True, type=click.IntRange(min=1), help="Requests at a time."
     ),
     click.option("--timeout", default=120.0, show_default=True, help="Seconds that one review may take."),
-    click.option("--max-cost", type=float, help="USD that all reviews may cost, at most."),
-    click.option("--price-in", type=float, help="USD per million prompt tokens, instead of the table's."),
-    click.option("--price-out", type=float, help="USD per million completion tokens."),
-    click.option("--price-cached", type=float, help="USD per million prompt tokens from a cache.  [--price-in]"),
-    click.option("--price-reasoning", type=float, help="USD per million tokens of thinking.  [--price-out]"),
+    click.option("--max-cost", type=FiniteRange(min=0), help="USD that all reviews may cost, at most."),
+    click.option("--price-in", type=FiniteRange(min=0), help="USD per million prompt tokens, instead of the table's."),
+    click.option("--price-out", type=FiniteRange(min=0), help="USD per million completion tokens."),
     click.option(
-        "--price-batch", type=float, help="Share of the price that a batch costs: 0.5.  [the table's; else 1]"
+        "--price-cached", type=FiniteRange(min=0), help="USD per million prompt tokens from a cache.  [--price-in]"
+    ),
+    click.option(
+        "--price-reasoning", type=FiniteRange(min=0), help="USD per million tokens of thinking.  [--price-out]"
+    ),
+    click.option(
+        "--price-batch",
+        type=FiniteRange(min=0),
+        help="Share of the price that a batch costs: 0.5.  [the table's; else 1]",
     ),
     click.option("--batch", is_flag=True, help="By the provider's batch API: cheaper, and a day at most."),
-    click.option("--batch-wait", type=click.FloatRange(min=0), help="Seconds to wait for batches.  [until they end]"),
+    click.option("--batch-wait", type=FiniteRange(min=0), help="Seconds to wait for batches.  [until they end]"),
     click.option(
         "--max-tokens", type=click.IntRange(min=1), help="Tokens of a review, thinking included.  [the prompt's]"
     ),
-    click.option("--judge-temperature", type=click.FloatRange(0, 2), help="Of the reviews.  [the prompt's]"),
+    click.option("--judge-temperature", type=FiniteRange(0, 2), help="Of the reviews.  [the prompt's]"),
     click.option("--reasoning-effort", help="How much the judge thinks: low, medium, high, or its own words."),
     click.option("--judge-options", metavar="JSON", help="More fields of each request: '{\"top_p\": 0.9}'."),
 ]
@@ -156,9 +163,7 @@ ANSWER_OPTIONS = [
         type=AnswerTemperature(),
         help="Of the answers: a number, or by-category as FastChat has it.  [0.7; mt-bench: by-category]",
     ),
-    click.option(
-        "--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True), help="Nucleus."
-    ),
+    click.option("--top-p", default=1.0, show_default=True, type=FiniteRange(0, 1, min_open=True), help="Nucleus."),
     click.option(
         "--max-new-tokens",
         type=click.IntRange(min=1),
@@ -217,7 +222,7 @@ RUN_OPTIONS = [
     TIES,
     REASK,
     click.option("--output", type=PATH, help="Run folder; the default is named by the run."),
-    click.option("--seed", default=0, show_default=True, help="Of the answers."),
+    click.option("--seed", default=0, show_default=True, type=SEED, help="Of the answers."),
     click.option("--allow", multiple=True, metavar="CHECK=SHARE", help="Share of reviews a validity check may flag."),
     click.option("--dry-run", is_flag=True, help="Show requests, tokens and price; send nothing, load no weights."),
 ]

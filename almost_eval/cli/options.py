@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from almost_eval.cli.command_line import SEED, FiniteRange
 from almost_eval.engines.build import EngineOptions, Flag
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def _type(flag: Flag) -> click.ParamType | None:
         return None
     if flag.kind is int:
         return click.IntRange(min=flag.least)
-    return click.FloatRange(flag.above, flag.most, min_open=flag.above is not None)
+    return FiniteRange(flag.above, flag.most, min_open=flag.above is not None)
 
 
 def _count_or_auto(ctx: click.Context, param: click.Parameter, value: str) -> int | None:
@@ -154,7 +155,7 @@ def SHARD(command: Callable[..., Any]) -> Callable[..., Any]:
 
 RUN_OPTIONS = [
     click.option("--output", type=click.Path(path_type=Path), help="Run folder; the default is named by the run."),
-    click.option("--seed", default=0, show_default=True, help="Of whatever is drawn."),
+    click.option("--seed", default=0, show_default=True, type=SEED, help="Of whatever is drawn."),
     click.option("--allow", multiple=True, metavar="CHECK=SHARE", help="Share of samples a validity check may flag."),
     LOG_TO,
     click.option("--dry-run", is_flag=True, help="Show the first prompt and the lengths; load no weights."),

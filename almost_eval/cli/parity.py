@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from almost_eval.cli.command_line import comma_list, import_transformers, open_console, print_json
+from almost_eval.cli.command_line import FiniteRange, comma_list, import_transformers, open_console, print_json
 from almost_eval.cli.options import DATA, DATA_ROOT, ENGINE_FIELDS, LIMIT, PROMPT_SET, engine_flag, run_request
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @engine_flag(ENGINE_FIELDS["dtype"], default="float32")
 @click.option(
     "--tolerance",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     default=1e-3,
     show_default=True,
     help="Nats that a log-likelihood may differ by.",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from almost_eval.cli.all import JUDGE_OF_ALL, print_plan, suite_request
-from almost_eval.cli.command_line import comma_list, import_transformers, open_console, options
+from almost_eval.cli.command_line import FiniteRange, comma_list, import_transformers, open_console, options
 from almost_eval.cli.options import DATA_OPTIONS, MODEL_OPTIONS
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.option("--sizes", callback=comma_list, help="7b, 13b, 70b, by commas, in place of the model's own size.")
 @click.option("--measure", is_flag=True, help="Time a part of each task on this machine; loads the weights.")
 @click.option("--answer-tokens", type=click.IntRange(min=1), help="Of an answer, on average.  [at most: its budget]")
-@click.option("--price-per-gpu-hour", type=click.FloatRange(min=0), help="USD; without it, GPU-hours alone.")
+@click.option("--price-per-gpu-hour", type=FiniteRange(min=0), help="USD; without it, GPU-hours alone.")
 @options(MODEL_OPTIONS, JUDGE_OF_ALL, DATA_OPTIONS)
 @click.option("--json", "as_json", is_flag=True, help="Print tokens and seconds instead of the tables.")
 def plan(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from almost_eval.cli.command_line import open_console, print_json
+from almost_eval.cli.command_line import SEED, open_console, print_json
 from almost_eval.errors import InputError
 from almost_eval.files import whole_file
 from almost_eval.types import JSONObject
@@ -38,7 +38,7 @@ PAGES = (".html", ".htm")
 @click.option("--model-index", is_flag=True, help="Print the model-index block of a Hugging Face model card.")
 @click.option("--baseline", metavar="MODEL", help="Model that the others are compared with.  [the first]")
 @click.option("--samples/--no-samples", default=True, help="Put every sample into the page.")
-@click.option("--seed", default=0, show_default=True, help="Of the bootstrap.")
+@click.option("--seed", default=0, show_default=True, type=SEED, help="Of the bootstrap.")
 @click.option("--json", "as_json", is_flag=True, help="Print results.json; of several runs, all and their comparison.")
 def report(
     folders: tuple[Path, ...],

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from almost_eval.cli.command_line import comma_list, import_transformers, open_console, options, print_json
+from almost_eval.cli.command_line import SEED, comma_list, import_transformers, open_console, options, print_json
 from almost_eval.cli.options import DATA_OPTIONS, ENGINE_OPTIONS, run_request
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     help="mmlu: score the words of the choices, or their letters.  [letters; words on nano data]",
 )
 @options(DATA_OPTIONS, ENGINE_OPTIONS)
-@click.option("--seed", default=0, show_default=True, help="Of the answers, the prompts and the bootstrap.")
+@click.option("--seed", default=0, show_default=True, type=SEED, help="Of the answers, the prompts and the bootstrap.")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder of the runs and of tax.json.")
 @click.option("--json", "as_json", is_flag=True, help="Print tax.json instead of the tables.")
 def tax(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from almost_eval.cli.command_line import import_transformers, open_console, options
+from almost_eval.cli.command_line import SEED, import_transformers, open_console, options
 from almost_eval.cli.options import DATA_ROOT, MODEL_OPTIONS, Values, run_request
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ PROBLEMS_SHOWN = 20
 @click.argument("run_folder", type=click.Path(path_type=Path))
 @click.option("--samples", default=16, show_default=True, type=click.IntRange(min=1), help="How many to score again.")
 @options(MODEL_OPTIONS, [DATA_ROOT])
-@click.option("--seed", default=0, show_default=True, help="Chooses the samples to score again.")
+@click.option("--seed", default=0, show_default=True, type=SEED, help="Chooses the samples to score again.")
 def verify(run_folder: Path, samples: int, seed: int, **values: Any) -> int:
     """Recompute every metric of a run from its lines; with --model, score a sample of them again.
 

@@ -12,6 +12,7 @@ import hashlib
 import http.client
 import json
 import os
+import re
 import socket
 import tempfile
 import urllib.parse
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 RAW = "https://raw.githubusercontent.com"
+
+_NAMES = ("-*.parquet", ".parquet", "-*.jsonl", ".jsonl")
+"""What may follow the name of a split, as the hub names its own files first."""
+_PART = re.compile(r"-(\d+)-of-(\d+)")
 
 DATA_NAMES = {
     "hub": "the real sets, from --data-root or the hub",
@@ -53,8 +58,11 @@ class DataSource:
         """
         local = self._files(dataset, config, split)
         if local:
-            return [row for file in local for row in read_table(file)]
-        splits = self._from_hub(dataset, config)
+            rows = [row for file in local for row in read_table(file)]
+            if not rows:
+                raise DataError(f"{local[0]} holds no rows; download it again, or choose another --data-root")
+            return rows
+        splits = self._from_hub(dataset, config, split)
         if split not in splits:
             raise DataError(f"data set {dataset} ({config}) has no split {split!r}; it has {', '.join(sorted(splits))}")
         return [dict(row) for row in splits[split]]
@@ -66,20 +74,32 @@ class DataSource:
             return []
         return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
-    def _files(self, dataset: str, config: str, split: str) -> list[Path]:
+    def _files(self, dataset: str, config: str, split: str, names: Sequence[str] = _NAMES) -> list[Path]:
+        """The files of a split under the root, in their order; none where it holds none.
+
+        Raises:
+            DataError: two sets of files, one of which is stale; or not all parts of one.
+        """
         if self.root is None:
             return []
-        matches: list[Path] = []
         for folder in (self.root / dataset / config, self.root / dataset / "data" / config):
-            for pattern in (f"{split}-*.parquet", f"{split}.parquet", f"{split}-*.jsonl", f"{split}.jsonl"):
-                matches = matches or sorted(folder.glob(pattern))
-        return matches
+            sets = [sorted(folder.glob(split + name)) for name in names]
+            sets = [files for files in sets if files]
+            if len(sets) > 1:
+                raise _two_sets(folder, split, sets[0][0], sets[1][0])
+            if sets:
+                _check_parts(folder, split, sets[0])
+                return sets[0]
+        return []
 
-    def _from_hub(self, dataset: str, config: str | None) -> Any:
+    def _from_hub(self, dataset: str, config: str, split: str) -> Any:
         where = "no data root is set"
         if self.root:
             there = (self.root / dataset).is_dir()
             where = f"{self.root / dataset} holds no such rows" if there else f"{self.root / dataset} is not there"
+            folder = self.root / dataset / config
+            if names := sorted(file.name for file in folder.glob("*.*") if not file.name.startswith(".")):
+                where = f"{folder} holds {', '.join(names[:4])}, where {split}.parquet or {split}.jsonl would be read,"
         self._check_hub_may_be_read(dataset, config)
         try:
             import datasets
@@ -147,8 +167,40 @@ class DataSource:
             folders.append(self.root / dataset / "data" / config)
         files = [f for folder in folders for f in folder.glob(pattern) if f.suffix in (".parquet", ".jsonl")]
         splits = sorted({file.stem.split("-")[0] for file in files})
-        rows = {split: self._files(dataset, config or "", split) for split in splits}
+        names = _NAMES[:1] if pattern != "*" else _NAMES  # where the pattern is the hub's, so are the files
+        rows = {split: self._files(dataset, config or "", split, names) for split in splits}
         return datasets.DatasetDict({split: _as_dataset(files) for split, files in rows.items()}) if splits else None
+
+
+def _two_sets(folder: Path, split: str, one: Path, other: Path) -> DataError:
+    return DataError(
+        f"{folder} holds {one.name} and beside it {other.name}: two sets of rows for {split!r}; remove the one that is "
+        "not meant"
+    )
+
+
+def _check_parts(folder: Path, split: str, files: Sequence[Path]) -> None:
+    """Refuse parts of two sets, or a set that lacks one: `test-00000-of-00002.parquet` alone is half of the rows.
+
+    Raises:
+        DataError: see above.
+    """
+    parts = {file: _PART.search(file.name) for file in files}
+    numbered = {file: (int(part[1]), int(part[2])) for file, part in parts.items() if part}
+    if not numbered:
+        return
+    first, (_, of) = next(iter(numbered.items()))
+    seen: dict[int, Path] = {}
+    for file in files:
+        number, total = numbered.get(file, (-1, 0))
+        if total != of or number in seen:
+            raise _two_sets(folder, split, seen.get(number, first), file)
+        seen[number] = file
+    if missing := [number for number in range(of) if number not in seen]:
+        raise DataError(
+            f"{folder} holds {len(seen)} of the {of} parts of {split!r}, first {first.name}: number {missing[0]} is "
+            "missing; download it too"
+        )
 
 
 def _as_dataset(files: Sequence[Path]) -> Dataset:
@@ -260,13 +312,21 @@ def read_table(file: Path) -> list[JSONObject]:
         DataError: it cannot be read, or a row is no object.
     """
     if file.suffix != ".parquet":
-        return files.read_rows(file)
+        rows = files.read_rows(file)
+        for number, row in enumerate(rows, 1):
+            try:
+                json.dumps(row, ensure_ascii=False).encode()
+            except UnicodeEncodeError:  # JSON can write half of a surrogate pair, which no tokenizer takes
+                raise DataError(
+                    f"malformed data: {file}, row {number}: half a character (a lone surrogate); mend the row"
+                ) from None
+        return rows
     import pyarrow.lib
     import pyarrow.parquet as parquet
 
     try:
         # Not `read_table` of pyarrow: that imports pyarrow.dataset, and so pandas, a third of a second.
-        rows: list[JSONObject] = parquet.ParquetFile(file).read().to_pylist()
+        rows = parquet.ParquetFile(file).read().to_pylist()
     except (OSError, pyarrow.lib.ArrowException) as error:
         raise DataError(f"{file} is not a readable parquet file ({str(error).splitlines()[0][:120]})") from None
     return rows

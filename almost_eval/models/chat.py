@@ -40,7 +40,7 @@ _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 # What a template, which is a program, may fail with; jinja lets Python's own errors through.
-_PYTHON_FAULTS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+_PYTHON_FAULTS = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 _TEMPLATE_FAULTS = (jinja2.TemplateError, *_PYTHON_FAULTS)
 
 
@@ -150,7 +150,7 @@ def load_template(choice: str, tokenizer: PreTrainedTokenizerBase | None = None)
     if choice == "none":
         return None
     if choice.partition(":")[0] == "tokenizer" and not os.path.isfile(choice):
-        return _named_template(choice, tokenizer)
+        return _settled(_named_template(choice, tokenizer), tokenizer)
     if choice == "auto":
         own = _own_template(tokenizer)
         return _settled(own, tokenizer) if own else _built_in("almost")
@@ -160,17 +160,38 @@ def load_template(choice: str, tokenizer: PreTrainedTokenizerBase | None = None)
         known = did_you_mean(choice, ["auto", "none", "tokenizer", *STOP_STRINGS])
         raise TemplateError(f"unknown chat template {choice!r}: {known}; a path to a Jinja file also works")
     try:
-        source = Path(choice).read_text(encoding="utf-8")
+        source = Path(choice).read_text(encoding="utf-8-sig")  # an editor's mark is no part of a prompt
     except (OSError, UnicodeDecodeError) as error:
         raise TemplateError(f"chat template {choice!r} cannot be read as UTF-8 text: {error}") from error
     return _settled(ChatTemplate(choice, source).check(), tokenizer)
 
 
 def _settled(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase | None) -> ChatTemplate:
-    """With the time it writes, and with the end of turn it writes, where the model's EOS is another token."""
+    """With the time it writes, and with the end of turn it writes, where the model's EOS is another token.
+
+    Raises:
+        TemplateError: it leaves out what a user says.
+    """
+    _refuse_lost_text(template, tokenizer)
     now = datetime.now().isoformat(timespec="seconds") if "strftime_now" in template.source else None
     end = _end_of_turn(template, tokenizer)
     return replace(template, now=now, stop=(end,) if end else template.stop)
+
+
+def _refuse_lost_text(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """A template that reads lists of parts (of models that see images), say, drops a plain text without a word."""
+    mark = "a question of its own kind"
+    # An engine of one's own may have a tokenizer that knows no more than its template.
+    tokens = special_tokens(tokenizer) if tokenizer is not None and hasattr(tokenizer, "special_tokens_map") else {}
+    try:
+        text = template.render((Message("user", mark),), add_generation_prompt=True, special_tokens=tokens)
+    except TemplateError:
+        return  # what it cannot write is refused where it is asked to
+    if mark not in text:
+        raise TemplateError(
+            f"chat template {template.name!r} leaves out what the user says: of one message it makes {text[:60]!r}; "
+            "it may be made for messages of another form, such as lists of parts: pass one that writes plain text"
+        )
 
 
 def _end_of_turn(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase | None) -> str | None:
@@ -184,7 +205,10 @@ def _end_of_turn(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase | No
     except TemplateError:
         return None  # a template of one role, say: what it cannot write is refused where it is asked to
     _, seam, after = text.rpartition(mark)
-    starts = [str(token) for token in added.values() if str(token).strip() and after.lstrip().startswith(str(token))]
+    # Blanks may stand before it, or be a part of it.
+    starts = [
+        t for t in map(str, added.values()) if t.strip() and (after.lstrip().startswith(t) or after.startswith(t))
+    ]
     end = max(starts, key=len, default=None) if seam else None
     return None if end == tokens.get("eos_token") else end
 
@@ -208,7 +232,8 @@ def _own_template(tokenizer: PreTrainedTokenizerBase | None) -> ChatTemplate | N
                 f"--template tokenizer:{min(source)}, or save it to a file and pass its path"
             )
         source = source["default"]
-    return ChatTemplate("tokenizer", source).check() if source else None
+    # An empty text is a file that was cut short, not a checkpoint without a template.
+    return None if source is None or source == {} else ChatTemplate("tokenizer", str(source)).check()
 
 
 def _named_template(choice: str, tokenizer: PreTrainedTokenizerBase | None) -> ChatTemplate:

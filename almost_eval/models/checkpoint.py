@@ -10,14 +10,13 @@ import json
 import math
 import os
 import re
-import struct
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from almost_eval.errors import ModelError, did_you_mean, problem_of
-from almost_eval.models.adapters import CONFIG, FILES, Adapter, merge_command, open_adapter
+from almost_eval.models.adapters import CONFIG, FILES, Adapter, merge_command, open_adapter, tensor_shapes
 from almost_eval.nano import BUILT_IN, DEFAULT_MODEL, SEEDED, SHIPPED, shipped
 from almost_eval.types import JSONObject
 
@@ -25,6 +24,7 @@ _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"  # what tra
 _PICKLES = (
     "pytorch_model*.bin"  # its name for pickled weights; an optimizer's state or training_args.bin are no weights
 )
+_WEIGHTS = ("*.safetensors", _PICKLES)
 _NO_WEIGHTS = ("training_args.bin", "optimizer.bin")
 """Names of pickles that vLLM leaves out."""
 _BESIDE = (
@@ -117,8 +117,7 @@ class Checkpoint:
         shapes: dict[str, tuple[int, ...]] = {}
         for file in self.weight_files:
             if file.suffix == ".safetensors":
-                header = _header(file)
-                shapes |= {n: tuple(entry["shape"]) for n, entry in header.items() if n != "__metadata__"}
+                shapes |= tensor_shapes(file)
         return shapes
 
 
@@ -145,6 +144,7 @@ def find_checkpoint(name: str, *, allow_pickle: bool = False, architectures: Col
         ModelError: missing, not a model, the wrong kind of model, or pickled weights only.
     """
     path = _locate(name, allow_pickle)
+    _refuse_broken_links(path)
     if any((path / file).is_file() for file in FILES):
         adapter = open_adapter(path, has_weights=_has_weights(path), allow_pickle=allow_pickle)
         return _with_base(name, adapter, allow_pickle, architectures)
@@ -156,7 +156,9 @@ def find_checkpoint(name: str, *, allow_pickle: bool = False, architectures: Col
         raise ModelError(f"{path} is not a model: it has no config.json (found {names}); give a checkpoint directory")
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
-        kinds = [str(kind) for kind in config.get("architectures") or []]
+        kinds = config.get("architectures") or []
+        if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+            raise ValueError(f"architectures is {kinds!r}, and no list of names")
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ModelError(f"{config_file} is not valid JSON for a model: {error}") from None
     if explicit := config.get("transformers_weights"):  # transformers would load it in place of the files checked here
@@ -171,6 +173,16 @@ def find_checkpoint(name: str, *, allow_pickle: bool = False, architectures: Col
             f"{config_file} states pad_token_id: {pad}, and the model has {rows} tokens; set it to one of them, or null"
         )
     return Checkpoint(name, path, config, _weight_files(path, allow_pickle), allow_pickle)
+
+
+def _refuse_broken_links(folder: Path) -> None:
+    """Raise ModelError where a link in it leads nowhere: it would be read as if that file had never been there."""
+    for file in sorted(folder.iterdir()):
+        if file.is_symlink() and not file.exists() and any(file.match(name) for name in (*_WEIGHTS, *_BESIDE)):
+            raise ModelError(
+                f"{folder} holds {file.name}, a link to {os.readlink(file)}, which is not there; copy the checkpoint "
+                "with what its links lead to, or download it again"
+            )
 
 
 def _refuse_bad_ends(file: Path) -> None:
@@ -221,8 +233,8 @@ def _with_base(name: str, adapter: Adapter, allow_pickle: bool, architectures: C
     if not adapter.base:
         raise ModelError(f"{adapter.path / CONFIG} names no base model; set base_model_name_or_path to its folder")
     beside = adapter.path / adapter.base
-    base = adapter.base if Path(adapter.base).expanduser().exists() or not beside.is_dir() else str(beside)
-    if (folder := Path(base).expanduser()).is_dir() and (folder / CONFIG).is_file() and not _has_weights(folder):
+    base = str(beside) if _existing(adapter.base) is None and beside.is_dir() else adapter.base
+    if (folder := _existing(base)) is not None and (folder / CONFIG).is_file() and not _has_weights(folder):
         what = "itself" if folder.resolve() == adapter.path.resolve() else f"{folder}, an adapter too"
         raise ModelError(f"the base of the adapter {adapter.path} is {what}; name a whole model, or merge that first")
     scores = tuple(architectures) != CAUSAL and adapter.is_classifier
@@ -256,14 +268,17 @@ def _locate(name: str, allow_pickle: bool) -> Path:
         from almost_eval.nano.seeded import checkpoint
 
         return checkpoint(name)
-    try:
-        path = Path(name).expanduser()
-        is_dir, exists = path.is_dir(), path.exists()
-    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, the home of nobody
-        raise ModelError(f"no model at {name!r}: {error}") from None
-    if is_dir:
-        return path.resolve()
-    if exists:
+    path = _existing(name)
+    if path is not None and path.is_dir():
+        folder = path.resolve()
+        try:
+            str(folder).encode()
+        except UnicodeEncodeError:
+            raise ModelError(
+                f"the name of {folder} is no UTF-8, and tokenizers reads no such file; rename it"
+            ) from None
+        return folder
+    if path is not None:
         if path.suffix == ".gguf":
             raise ModelError(f"{path} is a GGUF file, which is not read here; give the original checkpoint's folder")
         raise ModelError(f"{path} is a file; give the checkpoint directory that holds config.json and *.safetensors")
@@ -272,6 +287,19 @@ def _locate(name: str, allow_pickle: bool) -> Path:
     if not _HUB_ID.fullmatch(name) or name.startswith("."):
         raise ModelError(f"no model at {name!r}: give a checkpoint directory, a hub id (org/name) or {DEFAULT_MODEL}")
     return _download(name, allow_pickle)
+
+
+def _existing(name: str) -> Path | None:
+    """The file or folder of that name, or None.
+
+    Raises:
+        ModelError: there can be none of such a name.
+    """
+    try:
+        path = Path(name).expanduser()
+        return path if path.exists() else None
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, the home of nobody
+        raise ModelError(f"no model at {name!r}: {error}") from None
 
 
 def _download(name: str, allow_pickle: bool) -> Path:
@@ -320,8 +348,14 @@ def _weight_files(path: Path, allow_pickle: bool) -> tuple[Path, ...]:
         files = [path / shard for shard in shards]
         if missing := [file.name for file in files if not file.is_file()]:
             raise ModelError(f"{path} lacks {len(missing)} of {len(files)} weight files, first {missing[0]}")
+    place: dict[str, str] = {}
     for file in files:
-        _header(file)
+        for tensor in tensor_shapes(file):
+            if (other := place.setdefault(tensor, file.name)) != file.name:  # engines differ in which of the two wins
+                raise ModelError(
+                    f"{path} holds {tensor!r} twice, in {other} and in {file.name}: shards of two checkpoints; "
+                    "download or save it again"
+                )
     if files:
         return tuple(files)
     pickles = sorted(path.glob(_PICKLES))
@@ -349,23 +383,6 @@ def _foreign(path: Path) -> str | None:
                 f"checkpoint, with config.json and {_WHOLE}, or serve it elsewhere and use the engine openai"
             )
     return None
-
-
-def _header(file: Path) -> JSONObject:
-    """The JSON header of a safetensors file: 8 bytes of length, then the header; then as many bytes as it promises."""
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            size = file.stat().st_size
-            if length > size:
-                raise ValueError("its header is longer than the file")
-            header: JSONObject = json.loads(stream.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        if size < 8 + length + max(ends, default=0):
-            raise ValueError("it is shorter than its header says")
-    except (OSError, ValueError, struct.error, LookupError, TypeError, AttributeError) as error:
-        raise ModelError(f"{file} is not a whole safetensors file ({error}); download or save it again") from None
-    return header
 
 
 def context_length(config: JSONObject, tokenizer: object = None) -> int:

@@ -74,9 +74,9 @@ def _attention_cap(checkpoint: Checkpoint, trust_remote_code: bool) -> str | Non
     try:  # not the file alone: Gemma 2's class has a cap also where config.json states none
         with quiet_transformers():
             whole = AutoConfig.from_pretrained(str(checkpoint.path), trust_remote_code=trust_remote_code)
+        settings = whole.get_text_config().to_dict().items()
     except Exception:  # what cannot be read is refused, with its reason, where the weights are checked
         return None
-    settings = whole.get_text_config().to_dict().items()
     return next(
         (
             f"{name} {value:g}"
@@ -95,7 +95,7 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
     """
     from transformers import AutoTokenizer
 
-    from almost_eval.models.tokenizers import check_tokenizer
+    from almost_eval.models.tokenizers import CURE, check_tokenizer
 
     try:
         with quiet_transformers():
@@ -105,8 +105,10 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
     except Exception as error:  # transformers raises half a dozen unrelated kinds here
         refuse_own_code(checkpoint, str(error))
         _refuse_damaged(checkpoint)
+        there = (checkpoint.tokenizer_folder / "tokenizer.json").is_file()
+        cure = f"{CURE}, or save" if there else "save"
         raise ModelError(
-            f"{checkpoint.path} has no tokenizer that transformers can read ({first_line(error)}); save the "
+            f"{checkpoint.path} has no tokenizer that transformers can read ({first_line(error)}); {cure} the "
             "tokenizer beside the weights"
         ) from None
     # It warns of long texts, once: they are counted and refused here.
@@ -130,8 +132,8 @@ def _refuse_damaged(checkpoint: Checkpoint) -> None:
 
     try:
         AutoConfig.from_pretrained(str(checkpoint.path))
-    except Exception as error:  # a validation of huggingface_hub's, an unknown type, own code
-        if "alidation" in str(error):
+    except Exception as error:  # a validation of huggingface_hub's, an unknown type, a value that cannot be
+        if "trust_remote_code" not in str(error):
             raise ModelError(f"{checkpoint.path / 'config.json'} is no valid config: {first_line(error)}") from None
 
 
@@ -203,7 +205,7 @@ def load_weights(
             )
     except torch.OutOfMemoryError as error:
         raise RunError(f"not enough memory for the weights of {checkpoint.name}: {first_line(error)}") from None
-    except (OSError, ValueError, TypeError, ImportError, LookupError, RuntimeError, AssertionError) as error:
+    except Exception as error:  # of many kinds without a common base, as the parts of transformers raise them
         refuse_own_code(checkpoint, str(error))
         raise ModelError(f"transformers cannot load {checkpoint.path}: {first_line(error)}") from None
     lost = sorted({*info.get("missing_keys", ()), *(key for key, *_ in info.get("mismatched_keys", ()))})

@@ -36,7 +36,7 @@ PROBES = (
 )
 _WORDS = "hello world the quick brown fox reads what is on line three of page 2023".split()
 _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared)\.weight$")
-_CURE = 'set "tokenizer_class": "PreTrainedTokenizerFast" in its tokenizer_config.json'
+CURE = 'set "tokenizer_class": "PreTrainedTokenizerFast" in its tokenizer_config.json'
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint, folder: Path) -> None:
@@ -51,13 +51,22 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint, 
         ModelError: ids differ from those of `tokenizer.json`, or of the base of an adapter that leaves its embedding;
             words are lost on the way, or an id has no row.
     """
-    _compare_with_own_file(tokenizer, folder)
-    _refuse_lost_words(tokenizer, folder)
+    try:
+        _compare_with_own_file(tokenizer, folder)
+        _refuse_lost_words(tokenizer, folder)
+        opening = Opening.of(tokenizer)
+    except ModelError:
+        raise
+    except Exception as error:  # the package raises plain Exception
+        raise ModelError(
+            f"the tokenizer of {folder} cannot encode a plain text as {type(tokenizer).__name__} ({str(error)[:120]}); "
+            f"{CURE}, or save the right tokenizer beside the weights"
+        ) from None
     if checkpoint.adapter and checkpoint.adapter.embedding_rows is None and folder != checkpoint.path:
         _compare_with_base(tokenizer, checkpoint.path, folder)
     rows = embedding_rows(checkpoint)
     if rows is not None:
-        _refuse_ids_without_row(tokenizer, rows, folder)
+        _refuse_ids_without_row(tokenizer, opening, rows, folder)
 
 
 def embedding_rows(checkpoint: Checkpoint) -> int | None:
@@ -97,7 +106,7 @@ def _compare_with_own_file(tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
             raise ModelError(
                 f"the tokenizer of {folder} does not do what its tokenizer.json says: as {type(tokenizer).__name__} it "
                 f"makes {len(loaded)} tokens of {text[:24]!r}, which read {tokenizer.decode(loaded)[:24]!r}, the file "
-                f"{len(stored)}; {_CURE}"
+                f"{len(stored)}; {CURE}"
             )
 
 
@@ -138,14 +147,19 @@ def _refuse_lost_words(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None
     back = str(tokenizer.decode(_encode(tokenizer, text)))
     if back.lower().split() != known:
         raise ModelError(
-            f"the tokenizer of {folder} loses text: {text[:40]!r} comes back as {back[:40]!r}; {_CURE}, or save the "
+            f"the tokenizer of {folder} loses text: {text[:40]!r} comes back as {back[:40]!r}; {CURE}, or save the "
             "right tokenizer beside the weights"
         )
     if not known and tokenizer.unk_token_id is None:
-        raise ModelError(f"the tokenizer of {folder} loses text: no word of a probe comes back; {_CURE}")
+        raise ModelError(f"the tokenizer of {folder} loses text: no word of a probe comes back; {CURE}")
 
 
-def _refuse_ids_without_row(tokenizer: PreTrainedTokenizerBase, rows: int, folder: Path) -> None:
+def _refuse_ids_without_row(tokenizer: PreTrainedTokenizerBase, opening: Opening, rows: int, folder: Path) -> None:
+    if any(number >= rows for number in opening.ids):
+        raise ModelError(
+            f"the tokenizer of {folder} puts the ids {list(opening.ids)} before a text, and the embedding has {rows} "
+            "rows; mend the post_processor in its tokenizer.json"
+        )
     beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
     # Entries that no text is ever encoded to do no harm. Padded embeddings, with more rows than tokens, are common.
     written = [token for token, number in sorted(beyond.items()) if number in _encode(tokenizer, token)]

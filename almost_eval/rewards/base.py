@@ -51,7 +51,7 @@ class CheckpointRewardModel(HeldCheckpoint, ABC):
         self,
         model: str | Checkpoint,
         *,
-        template: ChatTemplate | None,
+        template: ChatTemplate | str | None,
         max_length: int | None,
         **held: Unpack[HeldOptions],
     ) -> None:
@@ -61,7 +61,7 @@ class CheckpointRewardModel(HeldCheckpoint, ABC):
         refuse_wrong_head(self.checkpoint, custom=self._trust_remote_code and "auto_map" in self.checkpoint.config)
         self.check_tensors("AutoModelForSequenceClassification")
         self.warnings += self.notes
-        chosen = template or load_template("auto", self.tokenizer)
+        chosen = template if isinstance(template, ChatTemplate) else load_template(template or "auto", self.tokenizer)
         assert chosen is not None  # only `none` is
         self.template: ChatTemplate = chosen
         self.framed = is_framed(self.tokenizer)

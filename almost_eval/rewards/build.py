@@ -20,14 +20,14 @@ REWARD_MODELS = {
 
 
 def reward_model(
-    model: str | None, options: EngineOptions, template: ChatTemplate | None = None
+    model: str | None, options: EngineOptions, template: ChatTemplate | str | None = None
 ) -> CheckpointRewardModel | HTTPRewardModel:
     """The reward model on the engine of `options`. Loads no weights; a server must say at once what it serves.
 
     Args:
         model: checkpoint directory, hub id or built-in name; for `openai` the served name, or None for whichever.
         options: which engine, and how.
-        template: how a conversation is written; None is the model's own.
+        template: how a conversation is written, or a choice of `load_template`; None is the model's own.
 
     Raises:
         InputError: an unknown engine, or an option that it does not take; whatever the reward model refuses.

@@ -34,8 +34,8 @@ class HFRewardModel(CheckpointRewardModel):
 
     Args:
         model: a checkpoint directory, hub id, built-in name, or an open `Checkpoint`.
-        template: how a conversation is written; None is the tokenizer's own template, else ALMoST's dialogue format,
-            whose last answer ends with EOS as the official reward model reads it.
+        template: how a conversation is written, or a choice of `load_template`; None is the tokenizer's own template,
+            else ALMoST's dialogue format, whose last answer ends with EOS as the official reward model reads it.
         attention: see `HFEngine`.
         batch_size: conversations in a forward pass, or None for as many as `batch_tokens` allows.
         batch_tokens: token positions in a forward pass, or None for 1,024 on a CPU and 16,384 elsewhere. Halved on
@@ -52,7 +52,7 @@ class HFRewardModel(CheckpointRewardModel):
         self,
         model: str | Checkpoint,
         *,
-        template: ChatTemplate | None = None,
+        template: ChatTemplate | str | None = None,
         attention: str = "auto",
         batch_size: int | None = None,
         batch_tokens: int | None = None,

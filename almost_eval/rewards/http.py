@@ -107,7 +107,7 @@ class HTTPRewardModel(OpenAIClient):
         timeout: float = 600.0,
         retries: int = 6,
         tokenizer: str | None = None,
-        template: ChatTemplate | None = None,
+        template: ChatTemplate | str | None = None,
         max_length: int | None = None,
     ) -> None:
         super().__init__(model, base_url=base_url, concurrency=concurrency, timeout=timeout, retries=retries)

@@ -34,7 +34,7 @@ class VLLMRewardModel(HoldsLLM, CheckpointRewardModel):
         self,
         model: str | Checkpoint,
         *,
-        template: ChatTemplate | None = None,
+        template: ChatTemplate | str | None = None,
         dtype: str = "auto",
         max_length: int | None = None,
         batch_size: int | None = None,

@@ -125,9 +125,11 @@ def _scorer(request: RunRequest, model: Any) -> Any:
     return reward_model(request.model if served else request.model or DEFAULT_REWARD_MODEL, request.engine, template)
 
 
-def _reward_template(choice: str) -> ChatTemplate | None:
+def _reward_template(choice: str) -> ChatTemplate | str | None:
     if choice == "none":
         raise InputError("--template none: a reward model reads a conversation, so it needs a template; use auto")
     if choice == "tokenizer":
         raise InputError("--template tokenizer: auto is the tokenizer's own for a reward model; leave it out")
+    if choice.startswith("tokenizer:"):
+        return choice  # one of several: known where the tokenizer is
     return None if choice == "auto" else load_template(choice, None)

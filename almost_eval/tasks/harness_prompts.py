@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from almost_eval.errors import InputError, TemplateError
+from almost_eval.errors import AlmostError, InputError, TemplateError
 from almost_eval.tasks.base import Prompting
 from almost_eval.types import Conversation, LoglikelihoodRequest, Message
 
@@ -63,20 +63,24 @@ class DocumentChat:
 
 
 def refuses_system(prompting: Prompting) -> bool:
-    """Whether the template for documents takes no system message."""
+    """Whether the template for documents takes no system message, or leaves it out without a word."""
     if prompting.document_template is None:
         return False
+    rule = "a rule of its own kind"
     try:
-        _render(prompting, (Message("system", "S"), Message("user", "U")))
+        return rule not in _render(prompting, (Message("system", rule), Message("user", "U")))
     except TemplateError:
         return True
-    return False
 
 
 def lm_eval_instances(
     task: Any, doc: dict[str, Any], shots: int, prompting: Prompting, chat: DocumentChat | None = None
 ) -> list[Any]:
-    """The lm-eval requests (`Instance`s) of one document."""
+    """The lm-eval requests (`Instance`s) of one document.
+
+    Raises:
+        InputError: the task cannot write it: more examples than there are, a field that its rows have not.
+    """
     chat = chat or DocumentChat()
     options: dict[str, Any] = {}
     if prompting.document_template is not None:
@@ -92,15 +96,24 @@ def lm_eval_instances(
                 return write(prompting, turns[1:])  # as lm-eval does; `DocumentChat.settings` says so
 
         options = {"apply_chat_template": True, "chat_template": render}
-    context = task.fewshot_context(
-        doc,
-        num_fewshot=shots,
-        system_instruction=chat.system_instruction,
-        fewshot_as_multiturn=chat.is_multiturn(prompting),
-        gen_prefix=task.doc_to_prefix(doc),
-        **options,
-    )
-    made = task.construct_requests(doc=doc, ctx=context, metadata=(task.task_name, 0, 1), **options)
+    try:
+        context = task.fewshot_context(
+            doc,
+            num_fewshot=shots,
+            system_instruction=chat.system_instruction,
+            fewshot_as_multiturn=chat.is_multiturn(prompting),
+            gen_prefix=task.doc_to_prefix(doc),
+            **options,
+        )
+        made = task.construct_requests(doc=doc, ctx=context, metadata=(task.task_name, 0, 1), **options)
+    except AlmostError:
+        raise
+    except Exception as error:  # a task's own code may raise anything
+        problem = " ".join(str(error).split())[:160] or type(error).__name__
+        raise InputError(
+            f"lm-eval cannot write a prompt of {task.task_name} with {shots} examples ({problem}); give fewer --shots, "
+            "or mend the task's data"
+        ) from None
     instances = made if isinstance(made, list) else [made]
     if options and task.OUTPUT_TYPE == "multiple_choice" and (seam := _seam(prompting)):
         for instance in instances:

@@ -130,6 +130,10 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "row": (["truthfulqa", "--data-root", "broken"], "truthfulqa/truthful_qa, multiple_choice, row 3: `mc1_targets`"),
     "file as output": (["hhh", "--limit", "1", "--output", "file.json"], "file.json is a file; --output names the"),
     "output": (["hhh", "--limit", "1", "--output", "file.json/run"], "cannot write to file.json/run (Not a directory)"),
+    "long output": (["hhh", "--limit", "1", "--output", "x" * 300], "File name too long; give a shorter one"),
+    "seed": (["hhh", "--seed", "-1"], "'--seed': -1 is not in the range x>=0"),
+    "no number": (["vicuna", "--temperature", "nan"], "'--temperature': nan is no finite number"),
+    "infinity": (["vicuna", "--max-cost", "inf"], "'--max-cost': inf is no finite number"),
     "another run": (["hhh", "--limit", "1", "--output", "taken"], 'task was "mmlu", is "hhh"; '),
     "a nameless run": (["hhh", "--limit", "1", "--output", "nameless"], "has a samples.jsonl but no spec.json"),
     "verify": (["verify", "nope"], "nope/spec.json is not there; give the folder of a run"),
@@ -337,3 +341,18 @@ def test_pickled_weights_where_they_are_allowed(almost_eval: Command, tmp_path: 
     done = almost_eval(*given, "--output", tmp_path / "b", "--model", folder, "--allow-pickle")
     assert done.code == 0
     assert json.loads(done.out)["metrics"] == same["metrics"]
+
+
+@pytest.mark.usefixtures("offline")
+def test_folders_whose_names_are_no_text(almost_eval: Command, tmp_path: Path) -> None:
+    """An old file system has names in Latin-1: results may go there; the packages read no model from there."""
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    shutil.copytree(checkpoint("nano/seeded"), folder)
+    command = ("hhh", "--protocol", "likelihood", "--data", "nano", "--limit", 1)
+    code, out, err = almost_eval(*command, "--model", folder)
+    assert (code, out) == (2, "")
+    assert "is no UTF-8, and tokenizers reads no such file; rename it" in err
+    run = f"{folder}/run"
+    assert almost_eval(*command, "--model", "nano/seeded", "--output", run).code in (0, 3)
+    assert run in json.loads(Path(run, "spec.json").read_text())["command"]
+    assert almost_eval("verify", run).code == 0

@@ -226,3 +226,63 @@ def test_data_errors_are_input_errors() -> None:
 def test_nano_takes_no_data_root(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="--data nano is built in and takes no --data-root"):
         find_data("nano", tmp_path)
+
+
+class TestParts:
+    """Files of a split that are not all of it, or too many: rows would be missing, or counted twice."""
+
+    @staticmethod
+    def _read(root: Path, *names: str, rows: int = 1) -> list[dict[str, object]]:
+        folder = root / "org/name/c"
+        folder.mkdir(parents=True)
+        for name in names:
+            if name.endswith(".parquet"):
+                parquet.write_table(pa.table({"a": [name] * rows}), folder / name)
+            else:
+                (folder / name).write_text("".join(json.dumps({"a": name}) + "\n" for _ in range(rows)))
+        return DataSource("hub", root).read("org/name", "c", "test")
+
+    @pytest.mark.parametrize(
+        "names",
+        [
+            ("test-00000-of-00002-ab12.parquet", "test-00001-of-00002-cd34.parquet"),
+            ("test-0.parquet", "test-1.parquet"),
+            ("test.jsonl", "dev-00000-of-00002.parquet", "train.parquet"),
+        ],
+    )
+    def test_whole_sets(self, tmp_path: Path, names: tuple[str, ...]) -> None:
+        assert [row["a"] for row in self._read(tmp_path, *names)] == [n for n in names if n.startswith("test")]
+
+    @pytest.mark.parametrize(
+        ("names", "problem"),
+        [
+            (("test-00000-of-00002.parquet",), "holds 1 of the 2 parts of 'test', .*: number 1 is missing"),
+            (("test-00001-of-00002.jsonl",), "number 0 is missing"),
+            (("test-00000-of-00001.parquet", "test-00000-of-00001-ab12.parquet"), "two sets of rows for 'test'"),
+            (("test-00000-of-00001.parquet", "test-00000-of-00002.parquet"), "two sets of rows for 'test'"),
+            (("test-00000-of-00001.parquet", "test-old.parquet"), "two sets of rows for 'test'"),
+            (("test-00000-of-00001.parquet", "test.parquet"), "test-00000-of-00001.parquet and beside it test.parquet"),
+            (("test-00000-of-00001.parquet", "test.jsonl"), "two sets of rows for 'test'"),
+        ],
+    )
+    def test_parts_that_are_no_set(self, tmp_path: Path, names: tuple[str, ...], problem: str) -> None:
+        with pytest.raises(DataError, match=problem) as caught:
+            self._read(tmp_path, *names)
+        one_line(caught.value)
+
+    @pytest.mark.parametrize("name", ["test.jsonl", "test-00000-of-00001.parquet"])
+    def test_no_rows(self, tmp_path: Path, name: str) -> None:
+        with pytest.raises(DataError, match=f"{name} holds no rows"):
+            self._read(tmp_path, name, rows=0)
+
+    @pytest.mark.usefixtures("no_hub")
+    def test_what_is_there_and_not_read_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match=r"c holds test\.json, test\.jsonl\.gz, where test\.parquet or test\.jsonl"):
+            self._read(tmp_path, "test.jsonl.gz", "test.json")
+
+    def test_half_a_character(self, tmp_path: Path) -> None:
+        (tmp_path / "org/name/c").mkdir(parents=True)
+        (tmp_path / "org/name/c/test.jsonl").write_text('{"a": "whole \\ud83d\\ude00"}\n{"a": "half \\ud83d"}\n')
+        with pytest.raises(DataError, match=r"test\.jsonl, row 2: half a character") as caught:
+            DataSource("hub", tmp_path).read("org/name", "c", "test")
+        one_line(caught.value)

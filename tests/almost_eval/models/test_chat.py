@@ -32,6 +32,7 @@ HELLO = (Message("user", "Hi"), Message("assistant", "Hello."))
 TWO_TURNS = (*HELLO, Message("user", "Bye"), Message("assistant", "See you."))
 SYSTEM = Message("system", "Be kind.")
 EOS = {"eos_token": "</s>"}
+OWN = "{{ messages[0].content }}1"
 INTRODUCTION = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 )
@@ -270,8 +271,8 @@ def test_load_template(tmp_path: Path) -> None:
     ("own", "expected"),
     [
         (None, ("almost", built_in("almost").source)),
-        ("{{ 1 }}", ("tokenizer", "{{ 1 }}")),
-        ({"tool_use": "{{ 2 }}", "default": "{{ 1 }}"}, ("tokenizer", "{{ 1 }}")),
+        (OWN, ("tokenizer", OWN)),
+        ({"tool_use": "{{ 2 }}", "default": OWN}, ("tokenizer", OWN)),
     ],
 )
 def test_auto_takes_the_tokenizers_own(own: Any, expected: tuple[str, str]) -> None:
@@ -428,9 +429,10 @@ def test_the_tokenizers_own_template_by_name() -> None:
         def __init__(self, chat_template: object) -> None:
             self.chat_template = chat_template
 
+    contents = "{% for m in messages %}{{ m.content }}{% endfor %}"
     one, many, none = (
-        Own("{{ 'one' }}"),
-        Own({"rag": "{{ 'rag' }}", "default": "{{ 'd' }}"}),
+        Own("one" + contents),
+        Own({"rag": "rag" + contents, "default": "d" + contents}),
         Own(None),
     )
 
@@ -448,3 +450,36 @@ def test_the_tokenizers_own_template_by_name() -> None:
         load("tokenizer", none)
     with pytest.raises(TemplateError, match=r"has only one chat template, so none of the name 'rag'"):
         load("tokenizer:rag", one)
+
+
+PARTS = (
+    "{% for m in messages %}{{ m.role }}: {% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}"
+    "{% endfor %}\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "source", [PARTS, "", " \n", "Hello", "{% for m in messages[1:] %}{{ m.content }}{% endfor %}"]
+)
+def test_a_template_that_drops_the_question_is_refused(source: str, tmp_path: Path) -> None:
+    """Of a text, a template for lists of parts writes nothing: every prompt would be the same."""
+    file = tmp_path / "parts.jinja"
+    file.write_text(source)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = source
+    for choice in ("auto", "tokenizer", str(file)):
+        with pytest.raises(TemplateError, match="leaves out what the user says"):
+            load_template(choice, tokenizer)
+
+
+def test_the_mark_of_an_editor_is_no_part_of_the_prompt(tmp_path: Path) -> None:
+    file = tmp_path / "marked.jinja"
+    file.write_text("{% for m in messages %}{{ m.content }}{% endfor %}", encoding="utf-8-sig")
+    template = load_template(str(file))
+    assert template is not None
+    assert template.render(HELLO[:1]) == "Hi"
+
+
+def test_a_template_beyond_all_memory_is_one_line() -> None:
+    with pytest.raises(TemplateError, match="cannot render: MemoryError"):
+        ChatTemplate("huge", "{{ 'x' * 10**15 }}").render(HELLO)

@@ -35,6 +35,24 @@ def _list(name: str) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_text("[]")
 
 
+def _longer(folder: Path) -> None:
+    """What a write into a file that was larger before leaves behind."""
+    with (folder / "model.safetensors").open("ab") as stream:
+        stream.write(bytes(100))
+
+
+def _opening(number: int) -> Callable[[Path], object]:
+    piece = {"SpecialToken": {"id": "<pad>", "type_id": 0}}
+    single = [piece, {"Sequence": {"id": "A", "type_id": 0}}]
+    names = {"<pad>": {"id": "<pad>", "ids": [number], "tokens": ["<pad>"]}}
+    processor = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": names}
+    return lambda folder: _change(folder / "tokenizer.json", post_processor=processor)
+
+
+def _class(name: str) -> Callable[[Path], object]:
+    return lambda folder: _change(folder / "tokenizer_config.json", tokenizer_class=name)
+
+
 def _eos(name: str) -> Callable[[Path], object]:
     return lambda folder: _change(folder / name, eos_token_id="</s>")
 
@@ -53,6 +71,20 @@ def _eos(name: str) -> Callable[[Path], object]:
         (_eos("config.json"), r"config\.json is no valid config: .*'eos_token_id'"),
         (lambda f: _change(f / "config.json", max_position_embeddings=None), r"config\.json is no valid config"),
         (lambda f: _change(f / "config.json", pad_token_id=9999), r"states pad_token_id: 9999, and the model has 1114"),
+        (
+            lambda f: _change(f / "config.json", dtype="torch.float16"),
+            r"config\.json is no valid config: .*torch\.float16",
+        ),
+        (lambda f: _change(f / "config.json", architectures="LlamaForCausalLM"), "architectures is 'LlamaForCausalLM'"),
+        (_longer, r"model\.safetensors is not a whole safetensors file"),
+        (
+            lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
+            "git lfs pull",
+        ),
+        (_class("BertTokenizer"), 'cannot encode a plain text as BertTokenizer .*"PreTrainedTokenizerFast"'),
+        (_class("CodeLlamaTokenizer"), "cannot encode a plain text as CodeLlamaTokenizer"),
+        (_class("T5Tokenizer"), 'no tokenizer that transformers can read .*"PreTrainedTokenizerFast"'),
+        (_opening(4000), r"puts the ids \[4000\] before a text, and the embedding has 1114 rows"),
         (lambda f: _change(f / "config.json", tie_word_embeddings=False), 'lacks "tie_word_embeddings": true'),
         (lambda f: _change(f / "tokenizer_config.json", eos_token="</none>"), "'</none>' with the id .* has .* rows"),
         (lambda f: _change(f / "special_tokens_map.json", eos_token="</none>"), "'</none>' with the id"),
@@ -100,3 +132,27 @@ def test_a_list_of_ends_with_ids_that_are_none_ends_an_answer(folder: Path) -> N
     _change(folder / "generation_config.json", eos_token_id=[-1, written[1], 99_999])
     [[ended]] = HFEngine(str(folder)).generate([PROMPT], SamplingParams(max_new_tokens=4))
     assert (ended.token_ids, ended.finish_reason) == (written[:1], "stop")
+
+
+def test_a_tensor_in_two_shards_is_refused(folder: Path) -> None:
+    """Of two values transformers takes one, vLLM perhaps the other: accuracy was 0.19 instead of 0.94."""
+    _shards(folder)
+    first, second = (folder / f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
+    name, value = min(load_file(first).items())
+    save_file(load_file(second) | {name: value + 1}, second, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"holds '{name}' twice, in {first.name} and in {second.name}"):
+        HFEngine(str(folder))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "chat_template.jinja", "generation_config.json", "config.json"])
+def test_a_link_that_leads_nowhere_is_no_absent_file(folder: Path, name: str) -> None:
+    """A hub cache copied without its blobs: without its template the model would be asked in another format."""
+    (folder / name).unlink()
+    (folder / name).symlink_to("../../blobs/0123")
+    with pytest.raises(ModelError, match=rf"holds {name}, a link to \.\./\.\./blobs/0123, which is not there"):
+        HFEngine(str(folder))
+
+
+def test_other_links_may_lead_nowhere(folder: Path) -> None:
+    (folder / "training.log").symlink_to("gone")
+    assert HFEngine(str(folder)).context_length == 2048

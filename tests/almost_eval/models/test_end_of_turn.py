@@ -50,3 +50,20 @@ def test_ids_of_a_list_end_an_answer_and_those_beyond_the_vocabulary_do_not(toke
     ends = end_ids([2, 5, 99_999_999], tokenizer)
     assert {2, 5} <= ends
     assert max(ends) < len(tokenizer)
+
+
+@pytest.mark.parametrize("choice", ["auto", "tokenizer", "tokenizer:default"])
+def test_it_is_the_same_however_the_template_is_chosen(tokenizer: Any, choice: str) -> None:
+    tokenizer.chat_template = {"default": CHATML + "{{ strftime_now('%Y') }}"}
+    template = load_template(choice, tokenizer)
+    assert template is not None
+    assert template.stop == ("<|im_end|>",)
+    assert template.now is not None  # one date for the whole run
+
+
+def test_a_token_that_begins_with_blanks_ends_an_answer(tokenizer: Any) -> None:
+    tokenizer.eos_token = "<pad>"
+    tokenizer.chat_template = "{% for m in messages %}\n\nHuman: {{ m.content }}{{ '\n\n-----' }}{% endfor %}"
+    template = load_template("auto", tokenizer)
+    assert template is not None
+    assert template.stop == ("\n\n-----",)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from tokenizers import processors
 from almost_eval.errors import InputError, ModelError, RunError
 from almost_eval.models.chat import load_template
 from almost_eval.models.checkpoint import find_checkpoint
+from almost_eval.nano import shipped
 from almost_eval.nano.seeded import build_checkpoint, train_tokenizer
 from almost_eval.rewards.hf import HFRewardModel, RewardModel, _pad_id
 from almost_eval.types import Conversation, Message
@@ -353,3 +355,19 @@ def test_settings_that_cannot_work(checkpoints: dict[str, Path]) -> None:
 def test_importing_it_imports_no_torch() -> None:
     code = "import sys, almost_eval.rewards.hf; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_one_of_several_templates_is_chosen_by_its_name(almost_eval: Callable[..., Any], tmp_path: Path) -> None:
+    folder = tmp_path / "reward"
+    shutil.copytree(shipped("nano/reward"), folder)
+    (folder / "chat_template.jinja").unlink()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = [{"name": "rm", "template": "{% for m in messages %}<{{ m.content }}>{% endfor %}"}]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    command = ("hhh", "--protocol", "reward", "--data", "nano", "--limit", 1, "--model", folder)
+    code, _, err = almost_eval(*command)
+    assert code == 2
+    assert "--template tokenizer:rm" in err
+    assert almost_eval(*command, "--template", "tokenizer:rm", "--output", tmp_path / "run").code in (0, 3)
+    assert json.loads((tmp_path / "run/spec.json").read_text())["template"]["name"] == "tokenizer:rm"
+    assert almost_eval("verify", tmp_path / "run", "--model", folder).code == 0

@@ -61,7 +61,9 @@ def test_verify_writes_the_date_of_the_run_and_compare_names_two(tmp_path: Path)
 
 
 def test_one_template_writes_one_time(tmp_path: Path) -> None:
-    (tmp_path / "t.jinja").write_text("{{ strftime_now('%Y-%m-%d %H:%M:%S') }}")
+    (tmp_path / "t.jinja").write_text(
+        "{{ strftime_now('%Y-%m-%d %H:%M:%S') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
     template = load_template(str(tmp_path / "t.jinja"))
     assert template is not None
     assert template.now is not None

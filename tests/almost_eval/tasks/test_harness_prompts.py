@@ -18,6 +18,7 @@ from almost_eval.models.chat import ChatTemplate
 from almost_eval.tasks import harness
 from almost_eval.tasks.base import Prompting, resolve_prompting
 from almost_eval.tasks.harness import Harness
+from almost_eval.tasks.harness_prompts import DocumentChat
 from almost_eval.types import SampleRecord
 
 pytest_plugins = ["benchmark_fixtures"]
@@ -146,3 +147,17 @@ def test_a_prefix_that_the_template_drops_is_refused(serve: Callable[..., Harnes
     task = serve(make_task("t", gen_prefix="So"), prompting=replace(Prompting(), template=silent))
     with pytest.raises(TemplateError, match="does not write the answer's beginning 'So'"):
         task.requests(task.samples()[0], 0)
+
+
+def test_a_template_that_drops_the_system_message_refuses_an_instruction() -> None:
+    """It need not raise: many write user and assistant alone, and the instruction would be in no prompt."""
+    turns = "{% for m in messages %}{% if m.role != 'system' %}{{ m.role }}: {{ m.content }}\n{% endif %}{% endfor %}"
+    for source, takes in ((turns, False), (turns.replace("m.role != 'system'", "true"), True)):
+        prompting = Prompting(template=ChatTemplate("mine", source))
+        chat = DocumentChat(system_instruction="Be brief.")
+        if takes:
+            chat.check(prompting)
+            continue
+        with pytest.raises(TemplateError, match="takes no system message"):
+            chat.check(prompting)
+        assert "left out" in chat.settings(prompting, has_description=True)["description"]
