@@ -42,7 +42,7 @@ _RESERVED = {"model": "--judge", "messages": "--judge-prompt", "stream": "", "n"
 """Fields of a request that `--judge-options` cannot set, and what does."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JudgeOptions(Connection):
     """Which judge, and how it is reached. Fields are named as the flags."""
 

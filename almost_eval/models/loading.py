@@ -128,13 +128,15 @@ def _refuse_damaged(checkpoint: Checkpoint) -> None:
                 raise ValueError("it is no JSON object")
         except (OSError, ValueError) as error:
             raise ModelError(f"{file} cannot be read ({problem_of(error)}); download or save it again") from None
+    if not (config := checkpoint.path / "config.json").is_file():
+        return
     from transformers import AutoConfig
 
     try:
         AutoConfig.from_pretrained(str(checkpoint.path))
     except Exception as error:  # a validation of huggingface_hub's, an unknown type, a value that cannot be
         if "trust_remote_code" not in str(error):
-            raise ModelError(f"{checkpoint.path / 'config.json'} is no valid config: {first_line(error)}") from None
+            raise ModelError(f"{config} is no valid config: {first_line(error)}") from None
 
 
 def refuse_own_code(checkpoint: Checkpoint, problem: str) -> None:

@@ -211,7 +211,7 @@ def test_a_thought_is_no_answer(questions: list[Question], tmp_path: Path, rule:
         return
     assert (first.text, first.metadata["reasoning"]) == ("Yes.", "hm")
     assert (second.text, second.metadata["reasoning"]) == ("", "hm, hm")
-    judge = open_judge(JudgeOptions("nano"), find_data("nano", None))
+    judge = open_judge(JudgeOptions(judge="nano"), find_data("nano", None))
     run = JudgeRun(questions[:3], "0" * 64, "nano", [system("nano/almost"), system("nano/sft")], judge)
     results, _ = run.execute(tmp_path / "run")
     reasons = [record.score.reason for record in read_samples(tmp_path / "run")]

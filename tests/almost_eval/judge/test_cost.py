@@ -87,7 +87,7 @@ def test_a_bound_needs_a_price() -> None:
     assert Budget(1.0, 1.0, 1.0, judge="my-judge").price is not None
     assert Budget(judge="my-judge").price is None
     for bad in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(InputError, match="--max-cost must be above 0"):
+        with pytest.raises(InputError, match="--max-cost must be a number above 0"):
             Budget(bad, judge="gpt-4")
 
 
