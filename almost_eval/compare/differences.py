@@ -9,12 +9,15 @@ from typing import Any
 from almost_eval.run.store import flat
 from almost_eval.tasks.registry import stated_by
 
-MODEL = frozenset({"model_name", "architecture", "weight_digest", "engine.model", "engine.base_url"})
-"""What is compared: two models may differ in these."""
+MODEL = frozenset(
+    {"model_name", "architecture", "weight_digest", "engine.model", "engine.base_url", "settings.answers_digest"}
+)
+"""What is compared: two models may differ in these, and in what they answer."""
 NO_SETTING = frozenset({"schema", "command", "template.text", "template_asked", "task", "protocol", "requires"})
 """Keys that say nothing more: the digest says it of a template's text; task and protocol must be the same."""
-_ALIKE_MODELS = ("settings.systems.model.",)
-"""Beginnings of keys of a judged model: what makes its answers is compared, as `MODEL` is."""
+_ALIKE_MODELS = ("settings.systems.model.", "engine.adapter.", "model_files.adapter_config.json")
+"""Beginnings of keys of a judged model, or an adapter: what makes its answers is compared, as `MODEL` is."""
+_OF_ADAPTER = "model_files.adapter/"
 _UNSET = "not set"
 
 
@@ -45,10 +48,16 @@ def setting_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]
     """Every setting in which two specs differ, as `engine.dtype: float32 in A, bfloat16 in B`; digests come last."""
     if not a or not b:  # a spec that is not there says nothing
         return []
-    of_a, of_b = flat(a), flat(b)
+    of_a, of_b = _as_read(flat(a)), _as_read(flat(b))
     keys = [key for key in {**of_a, **of_b} if of_a.get(key) != of_b.get(key) and not _is_model(key)]
     keys.sort(key=_is_digest)
     return [f"{key}: {shown(of_a.get(key))} in A, {shown(of_b.get(key))} in B" for key in keys]
+
+
+def _as_read(values: Mapping[str, Any]) -> dict[str, Any]:
+    """An adapter's own tokenizer and template are read in the place of its base's: the same key, whichever it is."""
+    own = {f"model_files.{k.removeprefix(_OF_ADAPTER)}": v for k, v in values.items() if k.startswith(_OF_ADAPTER)}
+    return {key: value for key, value in values.items() if not key.startswith(_OF_ADAPTER)} | own
 
 
 def shown(value: Any) -> str:

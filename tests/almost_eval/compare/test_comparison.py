@@ -296,6 +296,22 @@ def test_two_models_are_no_difference_of_settings(tmp_path: Path) -> None:
     assert compare_runs(a, b).warnings == ()
 
 
+def test_an_adapter_against_whole_weights_is_no_difference_but_for_a_tokenizer_of_its_own(tmp_path: Path) -> None:
+    files = {"config.json": "1" * 64, "tokenizer.json": "2" * 64}
+    whole: dict[str, Any] = SPEC | {"model_files": files}
+    engine = whole["engine"] | {"adapter": {"base": "b", "base_digest": "3" * 64, "adapter_digest": "4" * 64}}
+
+    def adapter(tokenizer: str) -> dict[str, Any]:
+        own = {"adapter/adapter_config.json": "5" * 64, "adapter/tokenizer.json": tokenizer}
+        return whole | {"engine": engine, "model_files": files | own}
+
+    a = write_scores(tmp_path / "a", [1.0], spec=whole)
+    same = write_scores(tmp_path / "same", [1.0], spec=adapter("2" * 64))
+    other = write_scores(tmp_path / "other", [1.0], spec=adapter("6" * 64))
+    assert compare_runs(a, same).warnings == compare_runs(same, a).warnings == ()
+    assert compare_runs(a, other).warnings == ("model_files.tokenizer.json: 222222222222 in A, 666666666666 in B",)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("settings.normalise", True), ("task_version", 2), ("settings.versions.t", "2.0"), ("requires", "generation")],
