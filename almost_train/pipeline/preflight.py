@@ -131,7 +131,7 @@ class _Checks:
         for c in self._configurations():
             self._sampler(c.model)
             tokens = c.max_new_tokens or settings.max_new_tokens
-            self._shots(f"configuration {c.name!r}", c.model, c.demonstrations, c.shots, tokens)
+            self._shots(f"configuration {c.name!r}", c.model, c.demonstrations, c.shots, tokens, settings.draw_shots)
 
     def comparisons(self) -> None:
         section = self.recipe.sections["comparisons"]
@@ -292,7 +292,9 @@ class _Checks:
     def _checkpoint(self, model: str, kinds: Collection[str]) -> Checkpoint | None:
         return local_checkpoint(model, kinds)
 
-    def _shots(self, who: str, model: str, demonstrations: str, shots: int, tokens: int | None) -> None:
+    def _shots(
+        self, who: str, model: str, demonstrations: str, shots: int, tokens: int | None, drawn: bool = False
+    ) -> None:
         """Whether so many demonstrations are there, and leave room for an answer of so many tokens."""
         own = self.seeds.demonstration_set(demonstrations)
         if shots > len(own.conversations):
@@ -302,7 +304,7 @@ class _Checks:
             return
         tokenizer = self._tokenizer(checkpoint)
         room = min(context_length(checkpoint.config, tokenizer), self.options.max_length or sys.maxsize)
-        read = max(len(tokenizer.encode(text)) for text in _headers(own, shots))
+        read = len(tokenizer.encode(shots_text(own, shots, longest=drawn)))
         new = tokens or own.max_new_tokens
         if read + new >= room:
             raise InputError(
@@ -311,10 +313,12 @@ class _Checks:
             )
 
 
-def _headers(demonstrations: DemonstrationSet, shots: int) -> list[str]:
-    """The first shots, and the longest: a stage takes either the first or some that are drawn."""
-    by_length = sorted(demonstrations.conversations, key=lambda c: -sum(len(m.content) for m in c))
-    return [demonstrations.document((), some[:shots]) for some in (demonstrations.conversations, tuple(by_length))]
+def shots_text(demonstrations: DemonstrationSet, shots: int, *, longest: bool) -> str:
+    """What stands before every prompt: the first shots, or those that may be drawn and are the longest."""
+    shown = list(demonstrations.conversations)
+    if longest:
+        shown.sort(key=lambda conversation: -sum(len(message.content) for message in conversation))
+    return demonstrations.document((), shown[:shots])
 
 
 def local_checkpoint(model: str, kinds: Collection[str]) -> Checkpoint | None:

@@ -16,9 +16,12 @@ import yaml
 from click.testing import CliRunner
 
 from almost_eval.errors import InputError
+from almost_eval.types import Message
 from almost_train.cli.main import cli
+from almost_train.pipeline.preflight import shots_text
 from almost_train.pipeline.recipe import RECIPES, load_recipe
 from almost_train.pipeline.run import Pipeline
+from almost_train.synthetic.prompt_sets import DemonstrationSet
 
 NANO: dict[str, Any] = yaml.safe_load((RECIPES / "nano.yaml").read_text())
 
@@ -199,3 +202,16 @@ def test_a_recipe_may_name_both_kinds_of_dpo(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     states = Pipeline(load_recipe(str(tmp_path / "mine.yaml")), tmp_path / "out").states()
     assert list(states)[-5:] == ["sft", "rlsf", "dpo", "online_dpo", "evaluation"]
+
+
+def test_the_room_for_an_answer_is_what_the_shots_leave_that_a_stage_will_show() -> None:
+    """The longest of a set may be drawn; where nothing is drawn, the first ones stand before every prompt."""
+    conversations = tuple(
+        (Message("user", "Why?"), Message("assistant", text)) for text in ("Yes.", "No. " * 90, "So.")
+    )
+    demonstrations = DemonstrationSet("", conversations)
+    first, longest = (shots_text(demonstrations, 1, longest=longest) for longest in (False, True))
+    assert "Yes." in first
+    assert "No." not in first
+    assert longest.count("No.") == 90
+    assert "Yes." not in longest
