@@ -19,13 +19,15 @@ class Form:
     """Static HHH: pairs of each category; None is all."""
     truthfulqa: int | None
     mmlu: int
-    """Questions of each of the 57 subjects."""
+    """Questions of each subject."""
     held_out: int
     """Prompts of each of the two kinds."""
     answered: int
     """Of these, what the policies answer."""
     answer_tokens: int
     """Of a policy's answer to a held-out prompt, at most."""
+    subjects: tuple[str, ...] = ()
+    """Of MMLU; empty is all 57."""
     values: tuple[str, ...] = ()
     """As `almost-train run --set` takes them."""
 
@@ -43,21 +45,23 @@ FULL = Form(
     answer_tokens=128,
 )
 QUICK = Form(
-    as_is_pairs=64,
-    second_pairs=64,
-    human_pairs=100,
-    other_pairs=100,
+    as_is_pairs=32,
+    second_pairs=48,
+    human_pairs=50,
+    other_pairs=50,
     hhh=5,
     truthfulqa=20,
-    mmlu=1,
+    mmlu=10,
     held_out=15,
     answered=10,
     answer_tokens=64,
+    # Whose questions share a header of five examples: one of each subject would share none.
+    subjects=("anatomy", "marketing", "philosophy", "prehistory", "sociology", "us_foreign_policy"),
     values=(
         *("prompts.count=48", "responses.max_new_tokens=64"),
         *("as_is_reward.batch_size=16", "reward.batch_size=16", "sft.batch_size=8"),
         *("self_play.max_turns=1", "self_play.max_new_tokens=64", "self_play.user_max_new_tokens=32"),
-        *("rlsf.steps=3", "rlsf.batch_size=16", "rlsf.max_new_tokens=48", "rlsf.keep_every=0"),
+        *("rlsf.steps=2", "rlsf.batch_size=16", "rlsf.max_new_tokens=48", "rlsf.keep_every=0"),
         *("evaluation.limit=6", "evaluation.max_new_tokens=48"),
     ),
 )

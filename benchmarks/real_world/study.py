@@ -132,12 +132,13 @@ class Study:
         """
         form, checkpoints, tries = self.form, self.checkpoints(), self.tries()
         truthfulqa = {"limit": form.truthfulqa, "metrics": ("mc1", "mc2", "mc1_true_prompt")}
+        mmlu = {"limit": form.mmlu, "subjects": form.subjects}
         runs: dict[str, dict[str, Any]] = {
             "hhh-likelihood": {"limit": form.hhh},
             "hhh-choice": {"limit": form.hhh},
             "truthfulqa": truthfulqa,
-            "mmlu": {"limit": form.mmlu},
-            "mmlu-words": {"limit": form.mmlu, "words": True},
+            "mmlu": mmlu,
+            "mmlu-words": {**mmlu, "words": True},
         }
         for label, model in {**checkpoints, **tries}.items():
             engine: Any = HFEngine(model, dtype="bfloat16")
