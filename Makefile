@@ -2,7 +2,7 @@
 #   make demo      the main job on the built-in models: no GPU, no download of models or data
 #   make test      the tests, on two cores (JOBS=2)     make test-all   and the slow ones
 #   make test-real     the tests on two real models (MODELS=DIR, default runs/models), made when absent
-#   make real      ALMoST on the two real models in some twenty minutes, and a page (docs/real-models.md)
+#   make real      ALMoST on the two real models in a quarter of an hour, and a page (docs/real-models.md)
 #   make test-browser  the demo in a real chromium (Debian's, installed with apt where that can be done)
 #   make check     ruff and mypy       make clean      forget the environment
 
@@ -65,7 +65,7 @@ real: $(STAMP)
 	$(call make_models,$(SMOLLM2) $(GEMMA))
 	@[ -n "$(DATA_ROOT)" ] || { echo "error: no data; name the folder that holds hub, alpaca_eval and hh_rlhf with" \
 	  "DATA_ROOT=DIR (docs/real-models.md says what is in it)" >&2; exit 2; }
-	@echo "the method on real models in its small form: some twenty minutes on two quiet cores, 18 GiB; a second run goes on"
+	@echo "the method on real models in its small form: a quarter of an hour on two quiet cores, 14 GiB; a second run goes on"
 	$(BIN)/python -m benchmarks.real_world --form quick --data-root "$(DATA_ROOT)" --models "$(MODELS)" \
 	  --output "$(REAL_OUTPUT)"
 	@echo "the page: $(REAL_OUTPUT)/page.html"

@@ -2,7 +2,7 @@
 
     python -m benchmarks.real_world --data-root ../shared/data --models runs/models --output runs/real-world
     python -m benchmarks.real_world ... --recipe smollm2-135m
-    python -m benchmarks.real_world ... --form quick                      # `make real`: some twenty minutes
+    python -m benchmarks.real_world ... --form quick                      # `make real`: a quarter of an hour
     python -m benchmarks.real_world ... --parts data,recipe --until responses
 
 It runs `almost-train run RECIPE` with the models in the folder `--models`, then measures. Every part goes on where it
