@@ -138,7 +138,7 @@ def fit(
 def _merge(adapter: Path, output: Path) -> None:
     """Whole weights of an adapter, where they are wanted and not there."""
     if adapter != output and is_main() and not output.exists():
-        merge(str(adapter), output)
+        merge(str(adapter), output, just_trained=True)
     wait_for_all()
 
 

@@ -290,4 +290,4 @@ def save_policy(job: Job, model: PreTrainedModel | Path, step: int | None = None
         job.tokenizer.save_pretrained(scratch)
     if merged:
         shutil.rmtree(merged, ignore_errors=True)
-        merge(str(folder), merged)
+        merge(str(folder), merged, just_trained=True)
