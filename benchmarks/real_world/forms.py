@@ -47,13 +47,13 @@ FULL = Form(
 QUICK = Form(  # a quarter of an hour also on a CPU without AMX, which is half as fast
     as_is_pairs=16,
     second_pairs=16,
-    human_pairs=24,
-    other_pairs=24,
-    hhh=5,
-    truthfulqa=15,
+    human_pairs=16,
+    other_pairs=16,
+    hhh=4,
+    truthfulqa=10,
     mmlu=9,
     held_out=10,
-    answered=6,
+    answered=5,
     answer_tokens=48,
     # Few, since the questions of one share a header of five examples.
     subjects=("anatomy", "marketing", "sociology"),
@@ -61,7 +61,12 @@ QUICK = Form(  # a quarter of an hour also on a CPU without AMX, which is half a
         "engine={engine: hf, dtype: bfloat16}",  # nine starts of vLLM take longer than what it saves here
         *("prompts.count=32", "responses.max_new_tokens=64"),
         *("as_is_reward.batch_size=8", "reward.batch_size=16", "sft.batch_size=8", "sft.epochs=1"),
-        *("self_play.max_turns=1", "self_play.max_new_tokens=64", "self_play.user_max_new_tokens=32"),
+        *(
+            "self_play.candidates=2",
+            "self_play.max_turns=1",
+            "self_play.max_new_tokens=64",
+            "self_play.user_max_new_tokens=32",
+        ),
         *("rlsf.steps=2", "rlsf.batch_size=8", "rlsf.max_new_tokens=32", "rlsf.keep_every=0"),
         "evaluation=null",  # the study's own measurements say more
     ),
