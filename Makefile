@@ -65,7 +65,7 @@ real: $(STAMP)
 	$(call make_models,$(SMOLLM2) $(GEMMA))
 	@[ -n "$(DATA_ROOT)" ] || { echo "error: no data; name the folder that holds hub, alpaca_eval and hh_rlhf with" \
 	  "DATA_ROOT=DIR (docs/real-models.md says what is in it)" >&2; exit 2; }
-	@echo "the method on real models in its small form: a quarter of an hour on two quiet cores, 14 GiB; a second run goes on"
+	@echo "the method on real models in its small form: a quarter of an hour on two quiet cores, 10 GiB; a second run goes on"
 	$(BIN)/python -m benchmarks.real_world --form quick --data-root "$(DATA_ROOT)" --models "$(MODELS)" \
 	  --output "$(REAL_OUTPUT)"
 	@echo "the page: $(REAL_OUTPUT)/page.html"
