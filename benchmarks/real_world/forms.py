@@ -44,7 +44,7 @@ FULL = Form(
     answered=50,
     answer_tokens=128,
 )
-QUICK = Form(  # a quarter of an hour also on a CPU without AMX, which is half as fast
+QUICK = Form(  # a quarter of an hour also on a CPU without AMX, which is slower
     as_is_pairs=16,
     second_pairs=16,
     human_pairs=16,
@@ -58,7 +58,7 @@ QUICK = Form(  # a quarter of an hour also on a CPU without AMX, which is half a
     # Few, since the questions of one share a header of five examples.
     subjects=("anatomy", "marketing", "sociology"),
     values=(
-        "engine={engine: hf, dtype: bfloat16}",  # nine starts of vLLM take longer than what it saves here
+        "engine={engine: hf, dtype: bfloat16}",  # six starts of vLLM take longer than what it saves
         *("prompts.count=32", "responses.max_new_tokens=64"),
         *("as_is_reward.batch_size=8", "reward.batch_size=16", "sft.batch_size=8", "sft.epochs=1"),
         *(
