@@ -66,9 +66,12 @@ def test_one_that_dies_is_replaced_named_and_what_it_had_is_billed_at_its_worst(
         judge = client(servers, journal, concurrency=6, notice=lines.append, budget=budget)
         assert reviews(judge, archive) == [one.review for one in archive[:N]]
         calls = sum(len(server.log) for server in servers)
-        cut = calls - N  # reached the dying one, and were never answered
+        cut = calls - N  # were read by the dying one, and never answered
         assert cut >= 1
-        assert judge.stats.unmetered == journal.ledger().n_unsure == cut
+        # One that was sent and not yet read when it died is unsure as well: its sender cannot tell the two apart.
+        unread = judge.stats.unmetered - cut
+        assert judge.stats.unmetered == journal.ledger().n_unsure
+        assert 0 <= unread <= 6
         # Refused connections cost nothing: they were sent again, and no server has seen them.
         assert judge.stats.retried["connection"] + judge.stats.retried["cut"] >= cut
         prompts, replies = journal.tokens()
@@ -81,7 +84,9 @@ def test_one_that_dies_is_replaced_named_and_what_it_had_is_billed_at_its_worst(
             for request in requests_for(archive[:N])
             if request.messages[1].content == call.body["messages"][1]["content"]
         )
-        assert judge.stats.cost == pytest.approx(known + unsure)
+        dearest = max(budget.worst(request) for request in requests_for(archive[:N]))
+        assert known + unsure <= judge.stats.cost * (1 + 1e-9)
+        assert judge.stats.cost <= (known + unsure + unread * dearest) * (1 + 1e-9)
         assert sum(budget.of_ledger(journal.ledger())) == pytest.approx(judge.stats.cost)
     assert judge.stats.lost == [dying.url]
     assert lines[0] == f"{dying.url} is lost; what it had goes to the others"
