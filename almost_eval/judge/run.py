@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from almost_eval.errors import InputError
-from almost_eval.files import read_json, write_rows
+from almost_eval.files import write_rows
 from almost_eval.judge.answers import (
     AnswerReasoning,
     System,
@@ -36,7 +36,7 @@ from almost_eval.judge.results import summarise
 from almost_eval.progress import Progress
 from almost_eval.run import provenance
 from almost_eval.run.prompt_log import Prompt, SamplePrompts, write_prompts
-from almost_eval.run.store import RunStore, default_folder
+from almost_eval.run.store import RunStore, default_folder, read_spec
 from almost_eval.run.validity import ALLOWED, Validity
 from almost_eval.types import JSONObject
 
@@ -198,7 +198,7 @@ class JudgeRun:
         progress = progress or Progress()
         started = time.perf_counter() if started is None else started
         if (folder / "spec.json").is_file():
-            self.adopt_dates(read_json(folder / "spec.json").get("settings", {}))
+            self.adopt_dates(read_spec(folder)["settings"])
         spec = self.spec()
         amend = self.judge.amend if isinstance(self.judge, ModelJudge) else None
         with RunStore(folder, spec, amend) as store, self.judge.open(folder, progress.notice):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from almost_eval.engines.partition import Partition, partition_lengths, partition_prompts
 from almost_eval.errors import InputError, StoreError
-from almost_eval.files import Row, read_json, read_rows, write_rows
+from almost_eval.files import Row, read_rows, write_rows
 from almost_eval.judge.answers import answer_files
 from almost_eval.judge.model_judge import ModelJudge
 from almost_eval.judge.model_system import ModelSystem
@@ -34,7 +34,7 @@ def write_shard(run: JudgeRun, whole: Path, shard: Shard, progress: Progress) ->
     started = time.perf_counter()
     folder = shard.folder(whole)
     if (folder / "spec.json").is_file():
-        run.adopt_dates(read_json(folder / "spec.json").get("settings", {}))
+        run.adopt_dates(read_spec(folder)["settings"])
     mine = shard.part(_partition(run, shard.of).parts, "questions")
     ids = [question.id for question in run.questions]
     spec = run.spec()

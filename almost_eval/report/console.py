@@ -94,11 +94,11 @@ def _notes(results: JSONMapping) -> list[Text]:
     if prompts := _prompts(results):
         lines.append(Text(prompts, style="dim"))
     engine = results["engine"]
-    if engine.get("tokens_computed"):
-        saving = engine["plain_over_computed"]
+    computed, distinct, plain = (engine.get(f"tokens_{which}") for which in ("computed", "in_trie", "plain"))
+    if computed and distinct:
         done = (
-            f"{engine['tokens_computed']:,} tokens computed, {engine['computed_over_trie']:.2f} x the "
-            f"{engine['tokens_in_trie']:,} distinct ones; {saving:.1f} x fewer than one by one"
+            f"{computed:,} tokens computed, {computed / distinct:.2f} x the {distinct:,} distinct ones; "
+            f"{(plain or 0) / computed:.1f} x fewer than one by one"
         )
         lines.append(Text(done, style="dim"))
     lines += [Text.assemble(("warning:", "yellow"), f" {warning}") for warning in engine["warnings"]]

@@ -12,13 +12,12 @@ from functools import cached_property
 from pathlib import Path
 
 from almost_eval.errors import RunError, StoreError
-from almost_eval.files import read_json
 from almost_eval.progress import Progress
 from almost_eval.run import provenance
 from almost_eval.run.interview import Interview
 from almost_eval.run.prompt_log import write_prompts
 from almost_eval.run.shards import MARK, Mark, Shard, begin_shard, without_shard
-from almost_eval.run.store import RunStore, default_folder, origin
+from almost_eval.run.store import RunStore, default_folder, origin, read_spec
 from almost_eval.run.validity import ALLOWED, Validity, check
 from almost_eval.tasks.base import Task
 from almost_eval.tasks.facts import PROMPT_SETTINGS
@@ -156,7 +155,7 @@ class Run(Interview):
     def _spec_in(self, folder: Path) -> JSONObject:
         """The spec, dated as the run in `folder` began, if one did."""
         if (folder / "spec.json").is_file():
-            self.adopt_date(read_json(folder / "spec.json"))
+            self.adopt_date(read_spec(folder))
         return self.spec()
 
     def _compute(

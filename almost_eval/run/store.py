@@ -280,8 +280,11 @@ def read_spec(folder: Path) -> dict[str, Any]:
     Raises:
         StoreError: absent, or not a run's.
     """
+    from almost_eval.run.shape import StoredSpec, check_shape
+
+    file = folder / "spec.json"
     keys = ("task", "protocol", "settings", "engine", "data", "n_samples")
-    return read_json(folder / "spec.json", *keys, mend=NEW_RUN)
+    return check_shape(read_json(file, *keys, mend=NEW_RUN), StoredSpec, file, NEW_RUN)
 
 
 def read_results(folder: Path) -> dict[str, Any]:
@@ -294,8 +297,10 @@ def read_results(folder: Path) -> dict[str, Any]:
     refuse_shard(folder)
     if not file.exists() and (folder / "spec.json").exists():
         raise StoreError(f"{folder} is not finished; run its command again, and it goes on")
+    from almost_eval.run.shape import StoredResults, check_shape
+
     keys = ("task", "metrics", "headline", "validity", "engine", "provenance")
-    return read_json(file, *keys, mend=NEW_RESULTS)
+    return check_shape(read_json(file, *keys, mend=NEW_RESULTS), StoredResults, file, NEW_RESULTS)
 
 
 def flat(value: Any, at: str = "") -> dict[str, Any]:

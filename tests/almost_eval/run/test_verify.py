@@ -148,7 +148,7 @@ def test_a_changed_line_is_named(
         ),
         ("results.json", ["provenance", "weight_digest"], "0", "provenance.weight_digest: 0, recomputed"),
         ("results.json", ["model"], "gpt-7", "model: gpt-7, recomputed nano/seeded"),
-        ("results.json", ["metrics", "fame"], {"value": 1.0}, "metrics.fame: {'value': 1.0}, recomputed None"),
+        ("results.json", ["metrics", "fame"], {"n": 3, "value": 1.0}, "metrics.fame: {'n': 3, 'value': 1.0}, rec"),
         ("spec.json", ["n_samples"], 17, "validity.checks.missing.count: 0, recomputed 1"),
         ("spec.json", ["seed"], 5, "provenance.seed: 0, recomputed 5"),
     ],
