@@ -8,7 +8,9 @@ size that serves it best, found first on a small part. The same run checks that 
     python benchmarks/prefix_scoring.py --data-root ../shared/data/hub --tasks mmlu --engine vllm --limit 20 --rounds 2
 
     python benchmarks/prefix_scoring.py --model runs/models/smollm2-135m-instruct --dtype bfloat16 --limit 40
+    python benchmarks/prefix_scoring.py --model runs/models/smollm2-135m-instruct --tasks mmlu-all --limit 3
 
+`mmlu` is three subjects, `mmlu-all` all 57.
 With `--engine vllm` both sides run on vLLM: our engine, and lm-eval's `vllm` model. In half precision lm-eval runs once
 more in float32, and both sides are held against that: of how many samples is the prediction the same?
 """
@@ -24,7 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,13 @@ def _text(data_root: Path) -> Iterator[str]:
             yield " ".join([row["question"], *row["choices"]])
 
 
+def subjects(task: str, data_root: Path) -> Sequence[str]:
+    """Those of `mmlu`, or all for `mmlu-all`."""
+    from almost_eval.data.sources import DataSource
+
+    return DataSource("hub", data_root).configs("cais/mmlu") if task == "mmlu-all" else SUBJECTS
+
+
 # ---------------------------------------------------------------------------------------------- the measured processes
 
 
@@ -106,8 +115,8 @@ def _ours(task: str, engine: Any, load: Callable[[], Any], data_root: Path, limi
     made: Task
     if task == "hhh":
         made = HHH("choice", data, prompting, limit=limit)
-    elif task == "mmlu":
-        made = MMLU(SUBJECTS, 5, data, prompting, limit=limit)
+    elif task.startswith("mmlu"):
+        made = MMLU(subjects(task, data_root), 5, data, prompting, limit=limit)
     else:
         made = TruthfulQA(["mc1", "mc2"], data, prompting, limit=limit)
     run = Run(made, engine)
@@ -120,7 +129,7 @@ def _ours(task: str, engine: Any, load: Callable[[], Any], data_root: Path, limi
             for metric in ("mc1", "mc2"):
                 scored[f"{metric}/{sample.id}"] = [row[0][i] for i in sample.metadata[metric]]
         else:
-            scored[sample.id] = row[0] if task == "mmlu" else [v for pair in row for v in pair]
+            scored[sample.id] = row[0] if task != "hhh" else [v for pair in row for v in pair]
     return {
         "load": loaded - started,
         "score": done - loaded,
@@ -185,7 +194,8 @@ def _lm_eval(load: Callable[[], Any], task: str, data_root: Path, limit: int | N
     started = time.perf_counter()
     peer = load()
     loaded = time.perf_counter()
-    names = ["truthfulqa_mc1", "truthfulqa_mc2"] if task == "truthfulqa" else [f"mmlu_{s}" for s in SUBJECTS]
+    named = {"truthfulqa": ["truthfulqa_mc1", "truthfulqa_mc2"]}
+    names = named.get(task) or [f"mmlu_{subject}" for subject in subjects(task, data_root)]
     tasks = load_lm_eval_tasks(names, DataSource("hub", data_root))
     for one in tasks.values():
         one.set_config(key="num_fewshot", value=0 if task == "truthfulqa" else 5)
@@ -342,6 +352,14 @@ def flips_by_metric(a: dict[str, list[float]], b: dict[str, list[float]]) -> str
     return ", ".join(f"{name}: {same[name]} of {len(keys)} predictions the same" for name, keys in groups.items())
 
 
+def _means(metrics: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Of many subjects, the mean of each metric."""
+    keys = dict.fromkeys(key for of_one in metrics.values() for key in of_one)
+    return {key: statistics.fmean(one[key] for one in metrics.values() if key in one) for key in keys} | {
+        "subjects": len(metrics)
+    }
+
+
 def matmul_rate(threads: int) -> float:
     """Measured float32 rate of a 2048-cube product, FLOP/s; the best of ten."""
     import torch
@@ -423,8 +441,8 @@ def compare(given: argparse.Namespace) -> None:
                     f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
                 )
         for name, theirs in peers.items():
-            if "metrics" in theirs[0]:
-                print(f"  {name}'s own figures: {json.dumps(theirs[0]['metrics'])}")
+            if metrics := theirs[0].get("metrics"):
+                print(f"  {name}'s own figures: {json.dumps(metrics if len(metrics) < 4 else _means(metrics))}")
         if given.dtype != "float32" and "lm_eval" in peers and given.agreement != 0:
             limit = given.agreement or given.limit
             truth = measure("lm_eval", task, given, model, limit=limit, batch=given.batch or 4, dtype="float32")
