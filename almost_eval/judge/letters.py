@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from almost_eval.judge.asides import without_asides
 from almost_eval.judge.plain_text import plain_text, without_thoughts
 from almost_eval.judge.records import Side, Unparsed, Verdict
 
@@ -41,7 +42,7 @@ def parse_letters(review: str, question_text: str = "") -> Verdict | Unparsed:
     spoken = without_thoughts(review)
     if isinstance(spoken, Unparsed):
         return spoken
-    text = plain_text(spoken)
+    text = without_asides(plain_text(spoken))
     if not text.strip():
         return Unparsed("empty")
     material = plain_text(question_text)
