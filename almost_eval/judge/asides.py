@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import re
 
+from almost_eval.judge.plain_text import plain_text, without_thoughts
+from almost_eval.judge.records import Unparsed
 from almost_eval.judge.structured import NAME
 
 STRUCK = "\u25a1"
@@ -79,7 +81,30 @@ _AIMED = re.compile(
 """A mark or two with the words that take them back."""
 _SAID = re.compile(rf"(?:{_CLAIMS}|example|e\.g\.|the format|such as)[^\n\"]{{0,40}}\"[^\n\"]*\"", re.I)
 """A quotation of what an answer says, or of an example."""
+_WORD = re.compile(r"\w")
 _MEANT = re.compile(r"\d|(?<=\[)[abc](?= ?\])|(?<=\[ )[abc](?= ?\])", re.I)
+
+
+def asserted(review: str) -> str | Unparsed:
+    """What a review says for itself, as plain text; or why that is nothing: `empty`, or that of `without_thoughts`."""
+    spoken = without_thoughts(review)
+    if isinstance(spoken, Unparsed):
+        return spoken
+    text = without_asides(plain_text(spoken))
+    return text if text.strip() else Unparsed("empty")
+
+
+def line_before(match: re.Match[str]) -> str:
+    """The line of a match up to it."""
+    return match.string[match.string.rfind("\n", 0, match.start()) + 1 : match.start()]
+
+
+def is_last_word(match: re.Match[str]) -> bool:
+    """Whether a match is the last thing that a review says.
+
+    In quotation marks within a sentence, it may be what an answer says of itself.
+    """
+    return _WORD.search(match.string, match.end()) is None and not re.search(r"\w.*[\"']\Z", line_before(match))
 
 
 def without_asides(text: str) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from almost_eval.judge.asides import without_asides
-from almost_eval.judge.plain_text import plain_text, without_thoughts
+from almost_eval.judge.asides import asserted, is_last_word, line_before
+from almost_eval.judge.plain_text import plain_text
 from almost_eval.judge.records import Unparsed, Verdict
 from almost_eval.judge.verdicts import HIGHEST, LOWEST
 
@@ -41,19 +41,11 @@ def parse_rating(review: str, question_text: str = "") -> Verdict | Unparsed:
     Returns:
         A verdict without a winner, or why there is none: `empty`, `no_rating`, `ambiguous` or `out_of_range`.
     """
-    spoken = without_thoughts(review)
-    if isinstance(spoken, Unparsed):
-        return spoken
-    text = without_asides(plain_text(spoken))
-    if not text.strip():
-        return Unparsed("empty")
+    text = asserted(review)
+    if isinstance(text, Unparsed):
+        return text
     quoted = {float(match[1]) for match in _RATING.finditer(plain_text(question_text))}
-    matches = []
-    for match in _RATING.finditer(text):
-        # In quotation marks within a sentence, the last thing said may be what the answer says of itself.
-        last = _is_last(match) and not re.search(r"\w.*[\"']\Z", _before(match))
-        if last or float(match[1]) not in quoted:
-            matches.append(match)
+    matches = [m for m in _RATING.finditer(text) if is_last_word(m) or float(m[1]) not in quoted]
     marks = [match for match in matches if _is_called(match)] or [match for match in matches if _stands_alone(match)]
     if not matches:
         single = list(_BACKUP.finditer(text))
@@ -66,35 +58,27 @@ def parse_rating(review: str, question_text: str = "") -> Verdict | Unparsed:
     return Verdict(None, mark) if LOWEST <= mark <= HIGHEST else Unparsed("out_of_range")
 
 
-def _before(match: re.Match[str]) -> str:
-    """The line of a match up to it."""
-    return match.string[match.string.rfind("\n", 0, match.start()) + 1 : match.start()]
-
-
 def _after(match: re.Match[str]) -> str:
     """The line of a match from its end on."""
     end = match.string.find("\n", match.end())
     return match.string[match.end() : end if end >= 0 else None]
 
 
-def _is_last(match: re.Match[str]) -> bool:
-    return _WORD.search(match.string, match.end()) is None
-
-
 def _is_called(match: re.Match[str]) -> bool:
-    return bool(_CALLED.search(_before(match)[-120:]) or _CALLED_BEHIND.match(_after(match)))
+    return bool(_CALLED.search(line_before(match)[-120:]) or _CALLED_BEHIND.match(_after(match)))
 
 
 def _stands_alone(match: re.Match[str]) -> bool:
     """Whether a mark is the first thing in the review, or a sentence or line of its own, or ends the last sentence."""
-    before, after = _before(match), _after(match)
+    before, after = line_before(match), _after(match)
     if _SOURCE.search(before):
         return False
     if not _WORD.search(match.string, 0, match.start()):
         return True
     begins = re.search(r"(?:\A|[.!?:;|-])\W*\Z", before) and re.match(r"\W*\Z|[.!]", after)
-    return bool(begins or (_is_last(match) and re.search(r"\b(?:is|be|an?|with|at|as|but),? [\"']?\Z", before)))
+    is_end = _WORD.search(match.string, match.end()) is None
+    return bool(begins or (is_end and re.search(r"\b(?:is|be|an?|with|at|as|but),? [\"']?\Z", before)))
 
 
 def _is_line(match: re.Match[str]) -> bool:
-    return _WORD.search(_before(match) + _after(match)) is None
+    return _WORD.search(line_before(match) + _after(match)) is None

@@ -17,7 +17,8 @@ from almost_eval.types import JSONMapping, JSONObject
 
 RESPONSE_FORMAT = "response_format"
 """The field of a request that holds the schema."""
-LOWEST, HIGHEST = 1, 10
+LOWEST, HIGHEST = 1.0, 10.0
+"""The scale that the prompts state."""
 
 REASON = "reason"
 SCORES = ("score_1", "score_2")
@@ -198,8 +199,7 @@ def _by_scores(fields: JSONMapping) -> Verdict | Unparsed:
         return Unparsed("wrong_type")
     if not (LOWEST <= first <= HIGHEST and LOWEST <= second <= HIGHEST):
         return Unparsed("out_of_range")
-    winner: Side = "tie" if first == second else "1" if first > second else "2"
-    return Verdict(winner, float(first), float(second))
+    return Verdict.of_scores(float(first), float(second))
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:

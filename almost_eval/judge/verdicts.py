@@ -29,13 +29,10 @@ from dataclasses import dataclass
 from almost_eval.judge.asides import without_asides
 from almost_eval.judge.letters import parse_letters
 from almost_eval.judge.plain_text import EMPHASIS, PLAIN, plain_text, without_quotes, without_thoughts
-from almost_eval.judge.records import Side, Unparsed, Verdict
-from almost_eval.judge.structured import NAME, SIDES, Scores, embedded_scores, object_scores
+from almost_eval.judge.records import Unparsed, Verdict
+from almost_eval.judge.structured import HIGHEST, LOWEST, NAME, SIDES, Scores, embedded_scores, object_scores
 
 __all__ = ["HIGHEST", "LOWEST", "parse_letters", "parse_scores"]
-
-LOWEST, HIGHEST = 1.0, 10.0
-"""The scale that the prompts state."""
 
 _NUMBER = r"(\d{1,4}(?:\.\d{1,3})?)(?: ?/ ?(\d{1,3})(?![\d/])| out of (\d{1,3}))?(?: ?points?\b)?"
 _BEFORE, _AFTER = r"(?<![\w.,/$-])", r"(?![\w%]|[.,]\d| ?[/^])"
@@ -165,9 +162,7 @@ def _verdict_of(readings: list[_Reading], text: str) -> Verdict | Unparsed:
     reading = decisive[0]
     if not reading.scale or not all(_in_range(side, reading, text) for side in (0, 1)):
         return Unparsed("out_of_range")
-    first, second = reading.scores
-    winner: Side = "tie" if first == second else "1" if first > second else "2"
-    return Verdict(winner, first, second)
+    return Verdict.of_scores(*reading.scores)
 
 
 # --- readings
