@@ -19,7 +19,7 @@ from almost_eval.arena.votes import Vote
 from almost_eval.errors import InputError, RunError
 from almost_eval.files import write_json
 from almost_eval.judge.aggregate import Orders, Ties, mean_scores
-from almost_eval.judge.lines import by_system, reviews_of
+from almost_eval.judge.lines import reviews_of, withheld
 from almost_eval.judge.names import CORRECTED, HUMAN, VOTES_FILE
 from almost_eval.judge.panel import names_of
 from almost_eval.judge.panel_results import majority
@@ -55,7 +55,7 @@ def match_votes(votes: Sequence[Vote], pairs: Iterable[Pair]) -> MatchedVotes:
             continue
         same = by_text.get(question_text(vote).strip(), {}).values()
         sides = (vote.text_a.strip(), vote.text_b.strip())
-        texts = {pair.question.id: tuple(answer.text.strip() for answer in by_system(pair)) for pair in same}
+        texts = {pair.question.id: tuple(answer.text.strip() for answer in pair.by_system) for pair in same}
         question = next((id for id, both in texts.items() if sides in (both, both[::-1])), None)
         if question is None:
             unmatched["on other answers to a judged question" if texts else "on another question"] += 1
@@ -119,8 +119,7 @@ def corrected(
     both = corrected_mean([matched.scores[q] for q in voted], [judge[q] for q in voted], elsewhere)
     metrics = {HUMAN: both.human.to_dict(), CORRECTED: both.corrected.to_dict()}
     if not results["validity"]["passed"]:
-        hidden = {"value": None, "stderr": None, "ci95": None, "withheld": results["validity"]["reason"]}
-        metrics[CORRECTED] |= hidden
+        metrics[CORRECTED] |= withheld(results["validity"]["reason"])
     facts = _facts(len(votes), matched, both, len(voted), len(elsewhere))
     return {**results, "metrics": results["metrics"] | metrics, "votes": facts}
 

@@ -260,11 +260,6 @@ def judge_verdicts(folder: Path) -> dict[str, str]:
     return {vote: "tie" if mean == 0.5 else "b" if mean > 0.5 else "a" for vote, mean in means.items()}
 
 
-def _answer_text(vote: Vote, side: str) -> str:
-    """All answers of a side as one text, as `question_text` has all questions."""
-    return "\n\n".join(vote.answers(side))
-
-
 def question_text(vote: Vote) -> str:
     """The prompt as one question: what its user's turns say."""
     return " ".join(message["content"] for message in vote.prompt if message["role"] == "user")
@@ -282,13 +277,11 @@ def export(votes: Sequence[Vote], folder: Path) -> list[Path]:
     lines: dict[str, list[JSONObject]] = {
         "votes": [vote.to_dict() for vote in votes],
         "questions": [{"question_id": vote.id, "text": question_text(vote), "category": "arena"} for vote in votes],
-        "answers-a": [
-            {"question_id": vote.id, "text": _answer_text(vote, "a"), "model_id": SIDES[0]} for vote in votes
-        ],
-        "answers-b": [
-            {"question_id": vote.id, "text": _answer_text(vote, "b"), "model_id": SIDES[1]} for vote in votes
-        ],
     }
+    for side, name in zip("ab", SIDES, strict=True):  # all answers as one text, as `question_text` has all questions
+        lines[f"answers-{side}"] = [
+            {"question_id": vote.id, "text": "\n\n".join(vote.answers(side)), "model_id": name} for vote in votes
+        ]
     try:
         for name, rows in lines.items():
             with whole_file(folder / f"{name}.jsonl") as stream:

@@ -31,7 +31,7 @@ import numpy as np
 
 from almost_eval.compare.paired import mcnemar_exact
 from almost_eval.errors import InputError
-from almost_eval.judge.calibration import Calibration, swap_calibration
+from almost_eval.judge.calibration import Calibration, biases, swap_calibration
 from almost_eval.judge.records import Outcome, Review
 from almost_eval.stats import Floats, bradley_terry, bradley_terry_bootstrap, cohen_kappa, fit_logistic, mean_metric
 from almost_eval.types import JSONObject, Metric
@@ -143,7 +143,6 @@ def aggregate(reviews: Sequence[Review], *, ties: Ties = "half", orders: Orders 
         metrics[f"win_rate/{category}"] = mean_metric([values[i] for i in of_it], [questions[i] for i in of_it])
     metrics |= _by_turn([taken[i] for i in kept], [values[i] for i in kept])
     combined, consistency = _combined(taken)
-    decisive = [review for review in taken if review.model_won is not None]
     return JudgeResults(
         baseline=baseline,
         model=model,
@@ -155,8 +154,7 @@ def aggregate(reviews: Sequence[Review], *, ties: Ties = "half", orders: Orders 
         bounds=_bounds([values[i] for i in kept]),
         combined=combined,
         consistency=consistency,
-        first_wins=_share(decisive, [float(r.verdict is not None and r.verdict.winner == "1") for r in decisive]),
-        longer_wins=_longer_wins(decisive),
+        **biases(taken),
         length_controlled=_length_controlled(taken),
         sign_test=_sign_test(taken),
         calibration=swap_calibration(taken),
@@ -238,15 +236,6 @@ def _combined(reviews: Sequence[Review]) -> tuple[Combined, Metric]:
     return Combined(**{field.name: counts[field.name] for field in dataclasses.fields(Combined)}), mean_metric(
         same, clusters
     )
-
-
-def _share(reviews: Sequence[Review], values: Sequence[float]) -> Metric:
-    return mean_metric(values, [review.question_id for review in reviews])
-
-
-def _longer_wins(decisive: Sequence[Review]) -> Metric:
-    told = [review for review in decisive if review.model_length != review.baseline_length]
-    return _share(told, [float((r.model_length > r.baseline_length) == r.model_won) for r in told])
 
 
 def _length_controlled(reviews: Sequence[Review]) -> Metric | None:

@@ -129,29 +129,25 @@ def open_system(
     return ModelSystem(name, questions, sampling, options)
 
 
-def less_thoughts(answer: Answer, reasoning: AnswerReasoning, *, opened: bool = False) -> Answer:
+def less_thoughts(answer: Answer, reasoning: AnswerReasoning) -> Answer:
     """An answer as it is judged: `strip` moves a thought into its metadata, `keep` leaves it in the text.
 
     Args:
         answer: as the system wrote it.
         reasoning: what is done.
-        opened: its prompt ended inside a thought.
 
     Raises:
         InputError: it holds a thought, and `reasoning` is `refuse`.
     """
     if reasoning == "keep":
         return answer
-    turns = [
-        _less_thought(answer, AnswerTurn(text, about), reasoning, opened)
-        for text, about in zip(answer.turns, answer.turn_metadata, strict=True)
-    ]
-    others = tuple(less_thoughts(other, reasoning, opened=opened) for other in answer.others)
+    turns = [_less_thought(answer, turn, reasoning) for turn in answer.answered]
+    others = tuple(less_thoughts(other, reasoning) for other in answer.others)
     return replace(answer.of_turns(turns), others=others)
 
 
-def _less_thought(answer: Answer, turn: AnswerTurn, reasoning: AnswerReasoning, opened: bool) -> AnswerTurn:
-    split = split_reasoning(turn.text, opened)
+def _less_thought(answer: Answer, turn: AnswerTurn, reasoning: AnswerReasoning) -> AnswerTurn:
+    split = split_reasoning(turn.text)
     if split.thought is None:
         return turn
     if reasoning == "refuse":

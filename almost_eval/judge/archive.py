@@ -76,20 +76,19 @@ class Archive:
 
 def as_review(pair: Pair, baseline: str, model: str, verdict: Verdict | Unparsed | None) -> Review:
     """A pair and its verdict as aggregation reads them."""
-    first, second = len(pair.answer_1.text), len(pair.answer_2.text)
-    forward = pair.order == "forward"
+    theirs, ours = (answer.text for answer in pair.by_system)
     return Review(
         question_id=pair.question.id,
         category=pair.question.category,
         order=pair.order,
         baseline=baseline,
         model=model,
-        baseline_length=first if forward else second,
-        model_length=second if forward else first,
+        baseline_length=len(theirs),
+        model_length=len(ours),
         verdict=verdict if isinstance(verdict, Verdict) else None,
         reason=None if isinstance(verdict, Verdict) else "unparsed" if verdict else "missing",
-        baseline_markdown=count_markdown((pair.answer_1 if forward else pair.answer_2).text),
-        model_markdown=count_markdown((pair.answer_2 if forward else pair.answer_1).text),
+        baseline_markdown=count_markdown(theirs),
+        model_markdown=count_markdown(ours),
     )
 
 

@@ -162,8 +162,9 @@ def _options_of(
     """The options of one judge of several."""
     mine = replace(options, judge=name)
     if mine.is_local:
-        if stated := next((flag for flag, of in _OF_ONE.items() if name in (endpoints, prices)[of]), None):
-            raise InputError(f"{stated} {name}: it belongs to a judge behind an API; leave it out")
+        for flag, stated in (("--judge-at", endpoints), ("--judge-price", prices)):
+            if name in stated:
+                raise InputError(f"{flag} {name}: it belongs to a judge behind an API; leave it out")
         return mine
     if name in endpoints:
         mine = replace(mine, judge_base_url=endpoints[name])
@@ -177,9 +178,6 @@ def _options_of(
             ) from None
         mine = replace(mine, price_in=price_in, price_out=price_out)
     return mine
-
-
-_OF_ONE = {"--judge-at": 0, "--judge-price": 1}
 
 
 def answer_budget(data_name: str) -> int:

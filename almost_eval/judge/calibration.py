@@ -1,9 +1,9 @@
-"""Whether a judge's probabilities mean what they say: pure and offline.
+"""What reviews say of their judge: its biases, and whether its probabilities mean what they say. Pure and offline.
 
-Two measures. Without any truth at hand, the swapped order is one more vote of the same judge: a review that gives its
-winner the probability c should see this answer win in the other order too in the share c of all cases. With verdicts
-of others (an archive, votes), it is Brier's: the mean of (probability - outcome)^2, 0 at best, 0.25 for a judge that
-always says one half where there are no ties.
+Of probabilities there are two measures. Without any truth at hand, the swapped order is one more vote of the same
+judge: a review that gives its winner the probability c should see this answer win in the other order too in the share c
+of all cases. With verdicts of others (an archive, votes), it is Brier's: the mean of (probability - outcome)^2, 0 at
+best, 0.25 for a judge that always says one half where there are no ties.
 
 The expected calibration error (Naeini et al. 2015) is the mean over bins of the confidence, weighted by their reviews,
 of |confidence - share that agreed|. It is above 0 by chance alone where bins are small, and has no interval here; the
@@ -48,6 +48,26 @@ class Calibration:
     error: float | None
     """Expected calibration error."""
     bins: tuple[CalibrationBin, ...]
+
+
+def biases(reviews: Sequence[Review]) -> dict[str, Metric]:
+    """Shares of decisive verdicts: for Assistant 1, and for the longer of two unequal answers."""
+    shares = {"first_wins": first_won(reviews), "longer_wins": longer_won(reviews)}
+    return {name: mean_metric([won for _, won in rows], [id for id, _ in rows]) for name, rows in shares.items()}
+
+
+def first_won(reviews: Sequence[Review]) -> list[tuple[str, float]]:
+    """(question, whether Assistant 1 won) of the decisive reviews."""
+    return [(r.question_id, float(r.model_won == (r.order == "reverse"))) for r in reviews if r.model_won is not None]
+
+
+def longer_won(reviews: Sequence[Review]) -> list[tuple[str, float]]:
+    """(question, whether the longer answer won) of the decisive reviews of unequal answers."""
+    return [
+        (review.question_id, float((review.model_length > review.baseline_length) == review.model_won))
+        for review in reviews
+        if review.model_won is not None and review.model_length != review.baseline_length
+    ]
 
 
 def swap_calibration(reviews: Sequence[Review]) -> Calibration | None:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from almost_eval.compare.paired import paired_bootstrap
-from almost_eval.judge.calibration import brier
+from almost_eval.judge.calibration import biases, brier, first_won, longer_won
 from almost_eval.judge.cases import Case
 from almost_eval.judge.records import Order, Review
 from almost_eval.stats import cohen_kappa, draw_counts, mean_metric, wilson
@@ -80,7 +80,7 @@ def check_metrics(checked: Sequence[Checked], *, seed: int) -> dict[str, Metric]
         metrics |= biases(_first_reviews(archived))
         metrics |= {f"archived/{name}": metric for name, metric in biases(theirs).items()}
         mine = [one.first() for one in archived]
-        metrics["longer_wins_beyond_archive"] = _share_beyond(_longer(mine), _longer(theirs), seed)
+        metrics["longer_wins_beyond_archive"] = _share_beyond(longer_won(mine), longer_won(theirs), seed)
     if voted:
         people = [review for one in voted for review in one.case.reviews()]
         metrics |= {f"human/{name}": metric for name, metric in biases(_first_reviews(voted)).items()}
@@ -120,14 +120,18 @@ def _agreement(checked: Sequence[Checked], orders: Sequence[Order], seed: int) -
                 else:
                     pairs.append((theirs, mine, one.case.id))
     decisive = [pair for pair in pairs if "tie" not in pair[:2]]
-    every, metrics = len(pairs) + unscored, {}
-    for name, chosen in (("", pairs), ("/decisive", decisive)):
-        lost, clusters = every - len(chosen), [id for _, _, id in chosen]
-        kappa = cohen_kappa([(theirs, mine) for theirs, mine, _ in chosen], clusters, rng=np.random.default_rng(seed))
-        same: list[float | None] = [float(theirs == mine) for theirs, mine, _ in chosen]
-        metrics[f"kappa{name}"] = replace(kappa, unscored=lost)
-        metrics[f"agreement{name}"] = replace(mean_metric(same, clusters), unscored=lost)
-    return metrics
+    every = len(pairs) + unscored
+    metrics = _kappa_and_agreement(pairs, every, seed)
+    return metrics | {f"{name}/decisive": m for name, m in _kappa_and_agreement(decisive, every, seed).items()}
+
+
+def _kappa_and_agreement(pairs: Sequence[tuple[str, str, str]], every: int, seed: int) -> dict[str, Metric]:
+    """Of pairs of outcomes, each with its cluster; `every` counts those too that are left out."""
+    clusters = [id for _, _, id in pairs]
+    kappa = cohen_kappa([(theirs, mine) for theirs, mine, _ in pairs], clusters, rng=np.random.default_rng(seed))
+    same = mean_metric([float(theirs == mine) for theirs, mine, _ in pairs], clusters)
+    lost = every - len(pairs)
+    return {"kappa": replace(kappa, unscored=lost), "agreement": replace(same, unscored=lost)}
 
 
 def _consistency(checked: Sequence[Checked]) -> dict[str, Metric]:
@@ -152,30 +156,6 @@ def _orders(checked: Sequence[Checked]) -> dict[str, Metric]:
     same = [None if None in pair else float(pair[0] == pair[1]) for pair in winners]
     flips = [None if None in pair else float({*pair} == {"model", "baseline"}) for pair in winners]
     return {"consistency": mean_metric(same, clusters), "flips": mean_metric(flips, clusters)}
-
-
-def biases(reviews: Sequence[Review]) -> dict[str, Metric]:
-    """Shares of decisive verdicts: for Assistant 1, and for the longer of two unequal answers."""
-    shares = {"first_wins": _first(reviews), "longer_wins": _longer(reviews)}
-    return {name: mean_metric([won for _, won in rows], [id for id, _ in rows]) for name, rows in shares.items()}
-
-
-def _first(reviews: Sequence[Review]) -> list[tuple[str, float]]:
-    """(question, whether Assistant 1 won) of the decisive reviews."""
-    return [
-        (review.question_id, float(review.verdict.winner == "1"))
-        for review in reviews
-        if review.verdict is not None and review.verdict.winner != "tie"
-    ]
-
-
-def _longer(reviews: Sequence[Review]) -> list[tuple[str, float]]:
-    """(question, whether the longer answer won) of the decisive reviews of unequal answers."""
-    return [
-        (review.question_id, float((review.model_length > review.baseline_length) == (review.outcome == "model")))
-        for review in reviews
-        if review.outcome in ("model", "baseline") and review.model_length != review.baseline_length
-    ]
 
 
 def _share_beyond(mine: Sequence[tuple[str, float]], theirs: Sequence[tuple[str, float]], seed: int) -> Metric:
@@ -276,16 +256,10 @@ def between(new: Sequence[Checked], old: Sequence[Checked], *, seed: int) -> dic
     theirs = {one.case.id: one for one in old}
     shared = [(one, theirs[one.case.id]) for one in new if one.case.id in theirs]
     rows = [(a.case.id, a.first(order), b.first(order)) for a, b in shared for order in a.reviews if order in b.reviews]
-    winners = [(id, a.outcome, b.outcome) for id, a, b in rows]
-    scored = [(id, a, b) for id, a, b in winners if a is not None and b is not None]
-    clusters, lost = [id for id, _, _ in scored], len(rows) - len(scored)
-    kappa = cohen_kappa([(b, a) for _, a, b in scored], clusters, rng=np.random.default_rng(seed))
-    same: list[float | None] = [float(a == b) for _, a, b in scored]
-    metrics = {
-        "kappa": replace(kappa, unscored=lost),
-        "agreement": replace(mean_metric(same, clusters), unscored=lost),
-    }
+    winners = [(b.outcome, a.outcome, id) for id, a, b in rows]
+    scored = [(old, new, id) for old, new, id in winners if old is not None and new is not None]
+    metrics = _kappa_and_agreement(scored, len(rows), seed)
     of_new, of_old = [a for _, a, _ in rows], [b for _, _, b in rows]
-    metrics["longer_wins_more"] = _share_beyond(_longer(of_new), _longer(of_old), seed)
-    metrics["first_wins_more"] = _share_beyond(_first(of_new), _first(of_old), seed)
+    metrics["longer_wins_more"] = _share_beyond(longer_won(of_new), longer_won(of_old), seed)
+    metrics["first_wins_more"] = _share_beyond(first_won(of_new), first_won(of_old), seed)
     return metrics

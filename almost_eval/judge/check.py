@@ -16,7 +16,7 @@ from almost_eval.judge.archive import Archive
 from almost_eval.judge.cases import Case, HumanVote, archived_cases, drawn, reversed_pair, voted_cases
 from almost_eval.judge.certificate import Checked, check_metrics, moves_from_archive, sentence
 from almost_eval.judge.judges import Judge, is_open
-from almost_eval.judge.lines import ORDERS, check_reviews, record_of, review_of, stored_verdict
+from almost_eval.judge.lines import ORDERS, check_reviews, record_of, review_of, stored_verdict, withheld
 from almost_eval.judge.model_judge import ModelJudge
 from almost_eval.judge.names import CHECK_TASK
 from almost_eval.judge.prompts import JudgePrompts
@@ -192,7 +192,7 @@ class JudgeCheck:
         headline = "kappa" if "kappa" in metrics else "human/kappa"
         sentences = [sentence(move, self.judge.name, self.archive_judge) for move in moves]
         if not validity.passed:
-            metrics[headline] |= {"value": None, "stderr": None, "ci95": None, "withheld": validity.reason}
+            metrics[headline] |= withheld(validity.reason)
             moves, sentences = [], []
         people = [case for case in self.cases if case.by_people]
         return {

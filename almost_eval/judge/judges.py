@@ -5,8 +5,9 @@ Three kinds: a model behind an API (`model_judge.py`), the nano world's oracle a
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -47,17 +48,19 @@ def without_answer(case: Subject) -> Judgement | None:
 
 
 class Judge(Protocol):
-    """Says which of two answers is better."""
+    """Says which of two answers is better. What is not abstract is of one that needs no key: nothing to open or pay."""
 
     name: str
     """As `--judge` names it."""
     kind: str
     """`model`, `reward` or `oracle`."""
 
+    @abstractmethod
     def spec(self) -> JSONObject:
         """What decides its verdicts, as JSON."""
         ...
 
+    @abstractmethod
     def check(self, questions: Sequence[Question]) -> None:
         """Refuse what can never be judged. Loads no weights, sends nothing.
 
@@ -68,19 +71,20 @@ class Judge(Protocol):
 
     def plan(self, pairs: Sequence[Subject], folder: Path | None, repeats: int = 1) -> JSONObject:
         """What judging these takes, at most, and what the first prompt is. Loads no weights, sends nothing."""
-        ...
+        return {"requests": 0, "price_usd_at_most": 0.0, "prompt": pairs[0].question.text}
 
     def open(self, folder: Path, notice: Callable[[str], None] | None = None) -> AbstractContextManager[object]:
         """Ready to judge inside; what it must remember is kept in the run folder.
 
         `notice` takes a line that the user must see at once.
         """
-        ...
+        return nullcontext()
 
     def asks_again(self, record: SampleRecord) -> bool:
-        """Whether a stored review that has no verdict should be requested anew."""
-        ...
+        """Whether a stored review that has no verdict should be requested anew: not where it would be the same."""
+        return False
 
+    @abstractmethod
     def stream(
         self, pairs: Sequence[Subject], wanted: Sequence[int], attempt: int = 0
     ) -> Iterator[tuple[int, Judgement]]:
@@ -92,11 +96,11 @@ class Judge(Protocol):
 
     def report(self) -> JSONObject:
         """What the `stream`s of this process took, as JSON; it belongs beside the times."""
-        ...
+        return {}
 
     def warnings(self) -> Sequence[str]:
         """What the reader of the results must know of how they came about."""
-        ...
+        return ()
 
 
 def is_open(record: SampleRecord, judge: Judge) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 
-from almost_eval.judge.plain_text import plain_text, without_thoughts
-from almost_eval.judge.records import Side, Unparsed, Verdict
+from almost_eval.judge.asides import asserted, is_last_word
+from almost_eval.judge.plain_text import plain_text
+from almost_eval.judge.records import Unparsed, Verdict
+from almost_eval.judge.structured import WINNERS
 
 _LETTER = re.compile(r"(?:(?<![A-Za-z0-9_])|(?<=verdict))\[ ?\[ ?([abc]) ?\] ?\]", re.I)
 """Behind a name it is an index of R: `x[[a]]`."""
@@ -17,15 +19,10 @@ _OWN = re.compile(
 )
 """A letter that the judge calls its own verdict, before it or behind it; without such words the letter alone."""
 _INSTRUCTION = re.compile(
-    r"[\"']? ?\?|[\"']? ?(?:if|for|when|means|indicates)\b[^.,;\n]*"
+    r"[\"']? ?(?:if|for|when|means|indicates)\b[^.,;\n]*"
     r"\b(?:assistants?|answers?|responses?|models?|ties?|tied|draw|better|good|equal\w*|a|b|both|they|neither)\b",
     re.I,
 )
-_NEGATED = re.compile(
-    r"(?:\b(?:not|never|neither|nor|cannot)|n't|\b(?:rather|other) than|\binstead of)(?: \w+)? [\"']?\Z", re.I
-)
-"""What stands before a letter that is not the verdict."""
-_WINNERS: dict[str, Side] = {"A": "1", "B": "2", "C": "tie"}
 
 
 def parse_letters(review: str, question_text: str = "") -> Verdict | Unparsed:
@@ -38,24 +35,18 @@ def parse_letters(review: str, question_text: str = "") -> Verdict | Unparsed:
     Returns:
         A verdict without scores, or why there is none: `empty`, `no_verdict` or `ambiguous`.
     """
-    spoken = without_thoughts(review)
-    if isinstance(spoken, Unparsed):
-        return spoken
-    text = plain_text(spoken)
-    if not text.strip():
-        return Unparsed("empty")
+    text = asserted(review)
+    if isinstance(text, Unparsed):
+        return text
     material = plain_text(question_text)
     quoted = {match[1].upper() for match in _LETTER.finditer(material)}
     claims = [match for match in _OWN.finditer(text) if match[0] != match["letter"]]
     owned = {match.start("letter") for match in claims if match[0].casefold() not in material.casefold()}
     named = []
     for match in _LETTER.finditer(text):
-        before = text[text.rfind("\n", 0, match.start()) + 1 : match.start()]
-        # In quotation marks within a sentence, the last thing said may be what an answer says of itself.
-        last = not re.search(r"\w", text[match.end() :]) and not re.search(r"\w.*[\"']\Z", before)
-        is_own = last or match.start() in owned or match[1].upper() not in quoted
-        if is_own and not _INSTRUCTION.match(text, match.end()) and not _NEGATED.search(before):
+        is_own = is_last_word(match) or match.start() in owned or match[1].upper() not in quoted
+        if is_own and not _INSTRUCTION.match(text, match.end()):
             named.append(match[1].upper())
     if not named:
         return Unparsed("no_verdict")
-    return Verdict(_WINNERS[named[0]]) if len(set(named)) == 1 else Unparsed("ambiguous")
+    return Verdict(WINNERS[named[0]]) if len(set(named)) == 1 else Unparsed("ambiguous")

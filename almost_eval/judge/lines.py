@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from almost_eval.errors import InputError, StoreError, problem_of
 from almost_eval.judge.judges import UNANSWERED, UNPARSED, Judgement
@@ -19,7 +20,6 @@ from almost_eval.judge.records import (
     Solo,
     Subject,
     Verdict,
-    lengths_of,
 )
 from almost_eval.run.validity import Validity, check
 from almost_eval.types import JSONMapping, JSONObject, Sample, SampleRecord, Score
@@ -131,12 +131,6 @@ def _cut_off(whole: Answer, shown: Answer, turn: int) -> int:
     return len(whole.turns[turn - 1]) - len(shown.turns[turn - 1])
 
 
-def by_system(pair: Pair) -> tuple[Answer, Answer]:
-    """(the baseline's answer, the model's answer)."""
-    first, second = pair.answer_1, pair.answer_2
-    return (first, second) if pair.order == "forward" else (second, first)
-
-
 def record_of(
     case: Subject, judgement: Judgement, *, id: str, cut: Sequence[int] = (0, 0), judge: str | None = None
 ) -> SampleRecord:
@@ -150,7 +144,7 @@ def record_of(
         judge: who judged it, in a panel.
     """
     if isinstance(case, Pair):
-        baseline, model = by_system(case)
+        baseline, model = case.by_system
         named = {"order": case.order, "baseline": baseline.model, "model": model.model}
     else:
         named = {"model": case.answer.model}
@@ -167,7 +161,8 @@ def record_of(
         | ({"choice": case.choice} if case.choice > 1 else {})
         | ({} if judge is None else {"judge": judge}),
     )
-    outputs = judgement.outputs | {"lengths": lengths_of(case)} | style_fields(case)
+    lengths = [len(answer.turns[case.turn - 1]) for answer in case.answers]
+    outputs = judgement.outputs | {"lengths": lengths} | style_fields(case)
     made = [about for answer in case.answers for about in answer.turn_metadata[: case.turn]]
     if stripped := sum(about.get("reasoning_characters") or 0 for about in made):
         outputs |= {"reasoning_stripped": stripped}
@@ -189,17 +184,14 @@ def rescored(record: SampleRecord, judgement: Judgement) -> SampleRecord:
     """The line with another judgement of the same case."""
     if "order" not in record.sample.metadata:
         mark = judgement.verdict.score_1 if judgement.verdict else None
-        score = Score(mark, judgement.reason, {"score": mark})
-        return SampleRecord(record.sample, record.outputs, score, record.prompt_tokens_truncated)
-    whole = SampleRecord(record.sample, record.outputs, Score(None, judgement.reason), record.prompt_tokens_truncated)
-    review = review_of(whole, judgement.verdict)
+        return replace(record, score=Score(mark, judgement.reason, {"score": mark}))
+    review = review_of(replace(record, score=Score(None, judgement.reason)), judgement.verdict)
     metrics = {"win_rate": review.model_score}
     if review.judge:  # a panel's win rate is by majority, and no mean of lines
         metrics = {"win_rate_mean": review.model_score, f"judge_win_rate/{review.judge}": review.model_score}
     if review.scores is not None:
         metrics |= {"score/model": review.scores[0], "score/baseline": review.scores[1]}
-    score = Score(review.model_score, judgement.reason, metrics)
-    return SampleRecord(record.sample, record.outputs, score, record.prompt_tokens_truncated)
+    return replace(record, score=Score(review.model_score, judgement.reason, metrics))
 
 
 def stored_verdict(record: SampleRecord) -> Verdict | None:
@@ -220,23 +212,22 @@ def review_of(record: SampleRecord, verdict: Verdict | None) -> Review:
     """
     stored = record.sample.metadata
     try:
-        lengths = record.outputs["lengths"]
-        forward = stored["order"] == "forward"
-        markdown = _stored_markdown(record.outputs.get("markdown"))
+        lengths, markdown = record.outputs["lengths"], _stored_markdown(record.outputs.get("markdown"))
+        theirs, ours = (0, 1) if stored["order"] == "forward" else (1, 0)
         return Review(
             question_id=record.sample.cluster,
             category=record.sample.group,
             order=stored["order"],
             baseline=stored["baseline"],
             model=stored["model"],
-            baseline_length=lengths[0 if forward else 1],
-            model_length=lengths[1 if forward else 0],
+            baseline_length=lengths[theirs],
+            model_length=lengths[ours],
             verdict=verdict,
             reason=record.score.reason,
             turn=stored.get("turn", 1),
             choice=stored.get("choice", 1),
-            baseline_markdown=markdown[0 if forward else 1],
-            model_markdown=markdown[1 if forward else 0],
+            baseline_markdown=markdown[theirs],
+            model_markdown=markdown[ours],
             judge=stored.get("judge", ""),
         )
     except (LookupError, TypeError) as error:
@@ -282,3 +273,8 @@ def check_reviews(records: Sequence[SampleRecord], n_samples: int, allowed: dict
     counts = gate.counts | {"missing": gate.counts["missing"] + failed}
     del counts["all_tied"]  # a tie is a verdict here
     return Validity(gate.n, counts, gate.allowed)
+
+
+def withheld(reason: str | None) -> JSONObject:
+    """What stands in a metric that the gate blocks."""
+    return {"value": None, "stderr": None, "ci95": None, "withheld": reason}

@@ -7,16 +7,14 @@ reads the judged one alone, the reward model the dialogue up to it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from almost_eval.errors import InputError, TemplateError
-from almost_eval.judge.judges import Judgement, verdict_fields
+from almost_eval.judge.judges import Judge, Judgement, verdict_fields
 from almost_eval.judge.records import Pair, Question, Side, Subject, Verdict
-from almost_eval.types import Conversation, JSONMapping, JSONObject, Message, SampleRecord
+from almost_eval.types import Conversation, JSONMapping, JSONObject, Message
 
 if TYPE_CHECKING:
     from almost_eval.models.chat import ChatTemplate
@@ -26,31 +24,7 @@ TIE_MARGIN = 0.05
 """The oracle's marks are multiples of 0.1 before it counts repetition and length: closer answers are equally good."""
 
 
-class LocalJudge:
-    """What judges without a key have in common: nothing to open, to repeat, to pay or to warn of."""
-
-    def plan(self, pairs: Sequence[Subject], folder: Path | None, repeats: int = 1) -> JSONObject:
-        """No request, no price."""
-        return {"requests": 0, "price_usd_at_most": 0.0, "prompt": pairs[0].question.text}
-
-    def open(self, folder: Path, notice: Callable[[str], None] | None = None) -> AbstractContextManager[None]:
-        """Nothing to open."""
-        return nullcontext()
-
-    def asks_again(self, record: SampleRecord) -> bool:
-        """No: the answer would be the same."""
-        return False
-
-    def report(self) -> JSONObject:
-        """Nothing: no token is billed."""
-        return {}
-
-    def warnings(self) -> Sequence[str]:
-        """None."""
-        return ()
-
-
-class NanoJudge(LocalJudge):
+class NanoJudge(Judge):
     """The ground truth of the nano world, which is no model: the oracle's 0 to 1 as 1 to 10.
 
     An answer has the score 1 + 9 x oracle; two whose oracle values are within `TIE_MARGIN` tie.
@@ -106,7 +80,7 @@ def judge_by_oracle(case: Subject) -> Judgement:
     return Judgement(verdict, None, {"review": review, **verdict_fields(verdict), "oracle": [first, second]})
 
 
-class RewardJudge(LocalJudge):
+class RewardJudge(Judge):
     """A reward model: of two answers to a question the one with the larger raw logit. Weights load on first use.
 
     Args:
@@ -194,7 +168,7 @@ def judge_by_reward(first: float, second: float) -> Judgement:
     if not (math.isfinite(first) and math.isfinite(second)):
         rewards = [r if math.isfinite(r) else None for r in (first, second)]
         return Judgement(None, "non_finite", outputs | {"rewards": rewards})
-    verdict = Verdict("tie" if first == second else "1" if first > second else "2")
+    verdict = Verdict(Verdict.of_scores(first, second).winner)  # a raw logit is no score from 1 to 10
     return Judgement(verdict, None, outputs | {"winner": verdict.winner, "rewards": [first, second]})
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import overload
 
 from almost_eval.errors import InputError
-from almost_eval.judge.api.batch_plan import batch_facts, under_way
+from almost_eval.judge.api.batch_files import batch_facts
+from almost_eval.judge.api.batch_ledger import under_way
 from almost_eval.judge.api.bills import ClientStats
 from almost_eval.judge.api.client import JudgeClient
 from almost_eval.judge.api.connection import Connection
@@ -259,27 +261,19 @@ class ModelJudge:
         return Requests(self.name, self.prompts, pairs, wanted, attempt, self._fields)
 
 
+@dataclass(frozen=True, eq=False)
 class Requests(Sequence[JudgeRequest]):
     """What is sent for the wanted pairs, each rendered when it is looked at: ten thousand prompts fill a memory."""
 
-    def __init__(
-        self,
-        judge: str,
-        prompts: JudgePrompts,
-        pairs: Sequence[Subject],
-        wanted: Sequence[int],
-        attempt: int,
-        options: JSONMapping | None = None,
-    ) -> None:
-        self._judge = judge
-        self._prompts = prompts
-        self._pairs = pairs
-        self._wanted = wanted
-        self._attempt = attempt
-        self._options = options or {}
+    judge: str
+    prompts: JudgePrompts
+    pairs: Sequence[Subject]
+    wanted: Sequence[int]
+    attempt: int
+    options: JSONMapping = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self._wanted)
+        return len(self.wanted)
 
     @overload
     def __getitem__(self, place: int) -> JudgeRequest: ...
@@ -289,17 +283,9 @@ class Requests(Sequence[JudgeRequest]):
 
     def __getitem__(self, place: int | slice) -> JudgeRequest | Sequence[JudgeRequest]:
         if isinstance(place, slice):
-            wanted = self._wanted[place]
-            return Requests(self._judge, self._prompts, self._pairs, wanted, self._attempt, self._options)
-        return request_for(self._judge, self._prompts, self._pairs[self._wanted[place]], self._attempt, self._options)
-
-
-def request_for(
-    judge: str, prompts: JudgePrompts, pair: Subject, attempt: int = 0, options: JSONMapping | None = None
-) -> JudgeRequest:
-    """What a judge is sent for a pair."""
-    messages = prompts.messages(pair)
-    return JudgeRequest(judge, messages, prompts.temperature, prompts.max_tokens, attempt, options or {})
+            return replace(self, wanted=self.wanted[place])
+        messages, prompts = self.prompts.messages(self.pairs[self.wanted[place]]), self.prompts
+        return JudgeRequest(self.judge, messages, prompts.temperature, prompts.max_tokens, self.attempt, self.options)
 
 
 def judgement_of(prompts: JudgePrompts, pair: Subject, answer: Reply | Failure, attempt: int = 0) -> Judgement:

@@ -143,7 +143,7 @@ class ModelSystem:
         by_id = {question.id: question for question in questions}
         answers = _kept(read_records(file, _answer, "an answer"), file, by_id)
         drafts = file.with_suffix(".turns")
-        turns = {id: _turns_of(answers[id]) if id in answers else [] for id in by_id}
+        turns = {id: list(answers[id].answered) if id in answers else [] for id in by_id}
         _take_drafts(read_records(drafts, _draft, "an answer to a turn"), drafts, by_id, answers, turns)
         total, known = sum(len(q.turns) for q in questions), sum(map(len, turns.values()))
         most = max(len(question.turns) for question in questions)
@@ -306,10 +306,6 @@ def _take_drafts(
         if id not in questions or turn != len(turns[id]) + 1 or turn >= len(questions[id].turns):
             raise StoreError(f"{file}, line {number}: turn {turn} of question {id} is not asked, or answered twice")
         turns[id].append(answered)
-
-
-def _turns_of(answer: Answer) -> list[AnswerTurn]:
-    return [AnswerTurn(text, about) for text, about in zip(answer.turns, answer.turn_metadata, strict=True)]
 
 
 def _answer(row: JSONObject) -> Answer:

@@ -18,7 +18,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -64,6 +64,11 @@ class SelfPreference:
     problem: str | None = None
     """Why there is none."""
 
+    def to_dict(self) -> JSONObject:
+        """As JSON."""
+        metrics = {name: getattr(self, name).to_dict() for name in ("own", "others", "difference")}
+        return asdict(self) | metrics | {"systems": list(self.systems)}
+
 
 def by_case(reviews: Sequence[Review]) -> list[list[Review]]:
     """The reviews of each pair in each order together."""
@@ -82,21 +87,7 @@ def _together(case: Sequence[Review]) -> Review:
     first = case[0]
     outcome = majority_outcome([review.outcome for review in case])
     verdict = None if outcome is None else Verdict(_side(outcome, forward=first.order == "forward"))
-    return Review(
-        question_id=first.question_id,
-        category=first.category,
-        order=first.order,
-        baseline=first.baseline,
-        model=first.model,
-        baseline_length=first.baseline_length,
-        model_length=first.model_length,
-        verdict=verdict,
-        reason=None if verdict else MISSING,
-        turn=first.turn,
-        choice=first.choice,
-        baseline_markdown=first.baseline_markdown,
-        model_markdown=first.model_markdown,
-    )
+    return replace(first, verdict=verdict, reason=None if verdict else MISSING, judge="")
 
 
 _SCORES: dict[Outcome, float] = {"model": 1.0, "tie": 0.5, "baseline": 0.0}
@@ -199,7 +190,7 @@ def summarise_panel(
         "judges": rows,
         "counts": asdict(counts_of(reviews)),
         "agreement": _agreements(mine, seed),
-        "self_preference": [_preference_row(one) for one in self_preferences(reviews, systems, families, ties)],
+        "self_preference": [one.to_dict() for one in self_preferences(reviews, systems, families, ties)],
     }
     if families.systems:
         panel["system_families"] = dict(families.systems)
@@ -269,15 +260,3 @@ def _self_preference(
         mean_difference(differences, clusters),
         problem,
     )
-
-
-def _preference_row(one: SelfPreference) -> JSONObject:
-    return {
-        "judge": one.judge,
-        "family": one.family,
-        "systems": list(one.systems),
-        "own": one.own.to_dict(),
-        "others": one.others.to_dict(),
-        "difference": one.difference.to_dict(),
-        "problem": one.problem,
-    }

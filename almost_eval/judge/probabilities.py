@@ -18,7 +18,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from almost_eval.judge.records import Side, TokenAlternatives, Unparsed, Verdict
+from almost_eval.judge.records import TokenAlternatives, Unparsed, Verdict
 
 TOP = 20
 """Tokens that the endpoint is to tell at each place: the most that OpenAI's takes."""
@@ -115,5 +115,4 @@ def _verdict(mass: dict[str, float]) -> Verdict | Unparsed:
     if whole < MIN_MASS:
         return Unparsed("low_mass")
     first, second, tie = (mass[letter] / whole for letter in LETTERS)
-    winner: Side = "tie" if first == second else "1" if first > second else "2"
-    return Verdict(winner, shares=(first, second, tie))
+    return Verdict(Verdict.of_scores(first, second).winner, shares=(first, second, tie))

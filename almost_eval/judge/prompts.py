@@ -45,7 +45,7 @@ from almost_eval.judge.modes import Mode, closing_of
 from almost_eval.judge.plain_text import without_thoughts
 from almost_eval.judge.probabilities import parse_probabilities
 from almost_eval.judge.ratings import parse_rating
-from almost_eval.judge.records import Subject, TokenAlternatives, Unparsed, Verdict, texts_of
+from almost_eval.judge.records import Subject, TokenAlternatives, Unparsed, Verdict
 from almost_eval.judge.references import wrong_turns
 from almost_eval.judge.structured import is_held, parse_embedded, parse_object
 from almost_eval.judge.verdicts import parse_scores
@@ -248,7 +248,8 @@ def parse_review(
     spoken = without_thoughts(review)
     if isinstance(spoken, Unparsed):
         return spoken
-    material = texts_of(case)
+    shown = (case.question.turns, *(answer.turns for answer in case.answers))
+    material = "\n".join(turns[at] for at in range(case.turn) for turns in shown)  # what it may quote
     if mode == "logprobs":
         return parse_probabilities(spoken, logprobs)
     if mode == "json":

@@ -336,8 +336,8 @@ def truncate_answers(answers: Mapping[str, Answer], limit: int) -> tuple[dict[st
 
 def _cut(answer: Answer, limit: int) -> Answer:
     turns = [
-        AnswerTurn(text[:limit], {**about, "cut_from_characters": len(text)} if len(text) > limit else about)
-        for text, about in zip(answer.turns, answer.turn_metadata, strict=True)
+        AnswerTurn(t.text[:limit], {**t.metadata, "cut_from_characters": len(t.text)}) if len(t.text) > limit else t
+        for t in answer.answered
     ]
     return dataclasses.replace(answer.of_turns(turns), others=tuple(_cut(other, limit) for other in answer.others))
 

@@ -4,50 +4,81 @@ from __future__ import annotations
 
 import re
 
-from almost_eval.judge.plain_text import plain_text, without_thoughts
+from almost_eval.judge.asides import asserted, is_last_word, line_before
+from almost_eval.judge.plain_text import plain_text
 from almost_eval.judge.records import Unparsed, Verdict
 from almost_eval.judge.verdicts import HIGHEST, LOWEST
 
 _RATING = re.compile(
-    r"(?:(?<![A-Za-z0-9_])|(?<=rating)|(?<=score))\[\[ ?(\d+\.?\d*)(?: ?/ ?10)? ?\]\](?! ?/ ?(?!10\b)\d)", re.I
+    r"(?:(?<![A-Za-z0-9_])|(?<=rating)|(?<=score))\[\[ ?(\d+\.?\d*)(?: ?/ ?10)? ?\]\](?!\(| ?/ ?(?!10\b)\d)", re.I
 )
-"""Not behind a name, where it is an index of R, and not of another scale."""
-_RATING_BACKUP = re.compile(r"(?m:^)\W*\[(\d+\.?\d*)\]\W*(?m:$)")
-_CALLED_RATING = re.compile(
-    r"\b(?:scor(?:e[sd]?|ing)|rat(?:e[sd]?|ings?)|grad(?:e[sd]?|ing)|marks?|verdict)\b[^\n\[]{0,40}\[(\d+\.?\d*)\]",
+"""Not behind a name, where it is an index of R, not before an address, where it is a link, and not of another scale."""
+_BACKUP = re.compile(r"\[(\d+\.?\d*)\]")
+_CALLED = re.compile(
+    r"\b(?:scor(?:e[sd]?|ing)|rat(?:e[sd]?|ings?)|grad(?:e[sd]?|ing)|marks?|verdict|overall|i(?:'d| would| will)?"
+    r" (?:give|gave|assign|award|say|settle on|go with)|thought"
+    r"|(?:answer|response|assistant|it) (?:deserves|merits|earns|receives|gets))"
+    r"(?:[ :=,()\"'|-]|\b(?:is|of|an?|as|at|be|to|for|with|would|it|this|the|my|then|and|or|answer|response|assistant"
+    r"|final|overall|score|rating|mark|grade|verdict)\b|\[\[[^\[\]\n]{0,8}\]\]){0,25}\Z",
     re.I,
 )
+"""The words that make the number behind them a mark."""
+_CALLED_BEHIND = re.compile(r" ?(?:is|as) (?:my|the) (?:\w+ )?(?:rating|score|grade|mark|verdict)\b", re.I)
+_SOURCE = re.compile(r"\b(?:sources?|references?|see|notes?|citations?):? ?\Z", re.I)
+
+_WORD = re.compile(r"\w")
 
 
 def parse_rating(review: str, question_text: str = "") -> Verdict | Unparsed:
     """The mark of a review of one answer, 1 to 10: [[7]], or where there is none of these, [7] on a line of its own.
 
     The patterns are FastChat's, which takes the first match and knows no bounds. Here marks that differ are ambiguous,
-    and one off the scale is out of range. A mark in double brackets that `question_text` holds, as the judge may have
-    quoted it, is no mark unless it is the last thing the review says. Of several numbers in single brackets, which may
-    be indices or footnotes, those count that a word such as rating or score stands before.
+    and one off the scale is out of range. A number within a sentence may be a citation: "as [[3]] shows". So those
+    count that the review calls a rating, a score or the like; where it calls none so, those in double brackets that are
+    a sentence of their own, and those in single brackets that are a line of their own. A mark in double brackets that
+    `question_text` holds, as the judge may have quoted it, is no mark unless it is the last thing the review says.
 
     Returns:
         A verdict without a winner, or why there is none: `empty`, `no_rating`, `ambiguous` or `out_of_range`.
     """
-    spoken = without_thoughts(review)
-    if isinstance(spoken, Unparsed):
-        return spoken
-    text = plain_text(spoken)
-    if not text.strip():
-        return Unparsed("empty")
+    text = asserted(review)
+    if isinstance(text, Unparsed):
+        return text
     quoted = {float(match[1]) for match in _RATING.finditer(plain_text(question_text))}
-    marks = []
-    for match in _RATING.finditer(text):
-        # In quotation marks within a sentence, the last thing said may be what the answer says of itself.
-        before = text[text.rfind("\n", 0, match.start()) + 1 : match.start()]
-        last = not re.search(r"\w", text[match.end() :]) and not re.search(r"\w.*[\"']\Z", before)
-        if last or float(match[1]) not in quoted:
-            marks.append(float(match[1]))
-    if not marks:
-        marks = [float(mark) for mark in _CALLED_RATING.findall(text) or _RATING_BACKUP.findall(text)]
+    matches = [m for m in _RATING.finditer(text) if is_last_word(m) or float(m[1]) not in quoted]
+    marks = [match for match in matches if _is_called(match)] or [match for match in matches if _stands_alone(match)]
+    if not matches:
+        single = list(_BACKUP.finditer(text))
+        marks = [match for match in single if _is_called(match)] or [match for match in single if _is_line(match)]
     if not marks:
         return Unparsed("no_rating")
-    if len(set(marks)) > 1:
+    if len({float(match[1]) for match in marks}) > 1:
         return Unparsed("ambiguous")
-    return Verdict(None, marks[0]) if LOWEST <= marks[0] <= HIGHEST else Unparsed("out_of_range")
+    mark = float(marks[0][1])
+    return Verdict(None, mark) if LOWEST <= mark <= HIGHEST else Unparsed("out_of_range")
+
+
+def _after(match: re.Match[str]) -> str:
+    """The line of a match from its end on."""
+    end = match.string.find("\n", match.end())
+    return match.string[match.end() : end if end >= 0 else None]
+
+
+def _is_called(match: re.Match[str]) -> bool:
+    return bool(_CALLED.search(line_before(match)[-120:]) or _CALLED_BEHIND.match(_after(match)))
+
+
+def _stands_alone(match: re.Match[str]) -> bool:
+    """Whether a mark is the first thing in the review, or a sentence or line of its own, or ends the last sentence."""
+    before, after = line_before(match), _after(match)
+    if _SOURCE.search(before):
+        return False
+    if not _WORD.search(match.string, 0, match.start()):
+        return True
+    begins = re.search(r"(?:\A|[.!?:;|-])\W*\Z", before) and re.match(r"\W*\Z|[.!]", after)
+    is_end = _WORD.search(match.string, match.end()) is None
+    return bool(begins or (is_end and re.search(r"\b(?:is|be|an?|with|at|as|but),? [\"']?\Z", before)))
+
+
+def _is_line(match: re.Match[str]) -> bool:
+    return _WORD.search(line_before(match) + _after(match)) is None

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from almost_eval.judge.markdown import MarkdownCounts
-from almost_eval.types import JSONMapping, Message
+from almost_eval.types import JSONMapping, JSONObject, Message
 
 Order = Literal["forward", "reverse"]
 """`forward` shows the baseline as Assistant 1 and the model as Assistant 2, as the official script does."""
@@ -31,7 +31,6 @@ Side = Literal["1", "2", "tie"]
 
 Outcome = Literal["model", "baseline", "tie"]
 """Who is better, by system."""
-
 
 TokenAlternatives = tuple[str, Sequence[tuple[str, float]]]
 """A token of a reply, and the most probable tokens at its place with their log-probabilities in nats, itself too."""
@@ -109,6 +108,11 @@ class Answer:
         return (self.text, *(turn.text for turn in self.later))
 
     @property
+    def answered(self) -> tuple[AnswerTurn, ...]:
+        """The answers with how each came about, turn by turn."""
+        return (AnswerTurn(self.text, self.metadata), *self.later)
+
+    @property
     def turn_metadata(self) -> tuple[JSONMapping, ...]:
         """How each turn's answer came about."""
         return (self.metadata, *(turn.metadata for turn in self.later))
@@ -147,6 +151,11 @@ class Pair:
         """By place in the prompt."""
         return self.answer_1, self.answer_2
 
+    @property
+    def by_system(self) -> tuple[Answer, Answer]:
+        """(the baseline's answer, the model's answer)."""
+        return (self.answer_1, self.answer_2) if self.order == "forward" else (self.answer_2, self.answer_1)
+
 
 @dataclass(frozen=True, slots=True)
 class Solo:
@@ -172,17 +181,6 @@ Subject = Pair | Solo
 """What a judge is shown at a time."""
 
 
-def texts_of(case: Subject) -> str:
-    """Everything that a review of the case may quote: question and answers, up to the judged turn."""
-    shown = (case.question.turns, *(answer.turns for answer in case.answers))
-    return "\n".join(turns[at] for at in range(case.turn) for turns in shown)
-
-
-def lengths_of(case: Subject) -> list[int]:
-    """Characters of the judged turn's answers, by place in the prompt."""
-    return [len(answer.turns[case.turn - 1]) for answer in case.answers]
-
-
 @dataclass(frozen=True, slots=True)
 class JudgeRequest:
     """What is sent, whole: its digest is the key under which the reply is kept."""
@@ -199,16 +197,18 @@ class JudgeRequest:
     @property
     def digest(self) -> str:
         """sha256 over every field."""
-        whole = {
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+    def to_dict(self) -> JSONObject:
+        """As JSON."""
+        return {
             "judge": self.judge,
             "messages": [message.to_dict() for message in self.messages],
             "temperature": self.temperature,
             "max_tokens": self.max_tokens,
             "attempt": self.attempt,
+            **({"options": dict(self.options)} if self.options else {}),  # as it was before there were any
         }
-        if self.options:
-            whole["options"] = dict(self.options)
-        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
 class Usage(NamedTuple):
@@ -258,13 +258,8 @@ class Reply:
     @property
     def usage(self) -> Usage:
         """Its tokens."""
-        return Usage(
-            self.prompt_tokens,
-            self.completion_tokens,
-            self.cached_tokens,
-            self.reasoning_tokens,
-            self.written_tokens,
-        )
+        prompt, completion = self.prompt_tokens, self.completion_tokens
+        return Usage(prompt, completion, self.cached_tokens, self.reasoning_tokens, self.written_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,6 +283,11 @@ class Verdict:
     score_2: float | None = None
     shares: tuple[float, float, float] | None = None
     """Probabilities of Assistant 1, Assistant 2 and a tie, with a sum of 1; None where the judge told none."""
+
+    @classmethod
+    def of_scores(cls, first: float, second: float) -> Verdict:
+        """For the higher of two scores."""
+        return cls("tie" if first == second else "1" if first > second else "2", first, second)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,11 +21,20 @@ from almost_eval.judge.answers import ALL_CHOICES, answer_files, digest_answers
 from almost_eval.judge.api.endpoint import THOUGHT_ONLY
 from almost_eval.judge.api.parameters import JSON_OBJECT, RESPONSE_FORMAT
 from almost_eval.judge.judges import UNPARSED, Judgement, verdict_fields, without_answer
-from almost_eval.judge.lines import ORDERS, cases_of, check_reviews, grades_of, record_of, reviews_of, style_fields
+from almost_eval.judge.lines import (
+    ORDERS,
+    cases_of,
+    check_reviews,
+    grades_of,
+    record_of,
+    reviews_of,
+    style_fields,
+    withheld,
+)
 from almost_eval.judge.local import judge_by_oracle, judge_by_reward
 from almost_eval.judge.names import STYLE_CONTROLLED, STYLE_STRENGTH
 from almost_eval.judge.panel import Families, members_of, names_of, spread
-from almost_eval.judge.panel_results import majority, summarise_panel
+from almost_eval.judge.panel_results import majority, score_of, summarise_panel
 from almost_eval.judge.prompts import FORMS, load_family, parse_review
 from almost_eval.judge.questions import read_answers, read_questions
 from almost_eval.judge.records import Review, Solo, Subject, Unparsed
@@ -87,11 +96,11 @@ def summarise(
         metrics |= more
     stated = {name: metric.to_dict() for name, metric in metrics.items()}
     if not validity.passed:
-        hidden = _hidden(validity)
+        hidden = withheld(validity.reason)
         heads = ("win_rate", "strength", "score")
         stated |= {name: m | hidden for name, m in stated.items() if name.startswith(heads)}
-        withheld: JSONObject = {"systems": {}, "differences": {}} if single else {"length_controlled": None}
-        judging |= withheld
+        cleared: JSONObject = {"systems": {}, "differences": {}} if single else {"length_controlled": None}
+        judging |= cleared
         if "style" in judging:
             judging["style"] |= {"effects": [], "problem": "withheld, as the win rate is"}
     if judges:
@@ -126,10 +135,6 @@ def summarise(
     }
 
 
-def _hidden(validity: Validity) -> JSONObject:
-    return {"value": None, "stderr": None, "ci95": None, "withheld": validity.reason}
-
-
 def _withhold_judges(
     stated: dict[str, JSONObject], panel: JSONObject, records: Sequence[SampleRecord], validity: Validity
 ) -> None:
@@ -139,10 +144,10 @@ def _withhold_judges(
         gate = check_reviews(mine, len(mine), dict(validity.allowed))
         row["withheld"] = None if gate.passed else gate.reason
         if not gate.passed and (name := f"judge_win_rate/{row['name']}") in stated:
-            stated[name] |= _hidden(gate)
+            stated[name] |= withheld(gate.reason)
         if not gate.passed and "round_robin" in row:
             row["round_robin"] |= {"strengths": {}, "problem": gate.reason}
-            row["win_rates"] = {system: rate | _hidden(gate) for system, rate in row["win_rates"].items()}
+            row["win_rates"] = {system: rate | withheld(gate.reason) for system, rate in row["win_rates"].items()}
     if not validity.passed and "all" in panel:
         panel["all"] |= {"strengths": {}, "problem": validity.reason}
 
@@ -155,11 +160,7 @@ def _round_robin(
     metrics = {f"strength/{name}": metric for name, metric in ranking.strengths.items()}
     for name in names:
         games = [review for review in reviews if name in (review.baseline, review.model)]
-        scores = [
-            score if review.model == name or score is None else 1 - score
-            for review in games
-            for score in (review.model_score,)
-        ]
+        scores = [score_of(review, name) for review in games]
         metrics[f"win_rate/{name}"] = mean_metric(scores, [review.question_id for review in games])
     unparsed = sum(review.model_score is None for review in reviews)
     metrics["unparsed"] = Metric(float(unparsed), None, None, len(reviews))

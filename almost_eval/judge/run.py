@@ -103,8 +103,8 @@ class JudgeRun:
         self.seed = seed
         self.allowed = dict(allowed or ALLOWED)
         self.families = families or Families()
-        names = [member.name for member in judge.members] if isinstance(judge, Panel) else [judge.name]
-        self.families.check(names, [system.name for system in self.systems])
+        self._judges = judge.members if isinstance(judge, Panel) else [judge]
+        self.families.check([one.name for one in self._judges], [system.name for system in self.systems])
         if self.families.judges and not isinstance(judge, Panel):
             raise InputError(
                 "--judge-family marks what a judge prefers beside the other judges of a panel, and there is one judge; "
@@ -124,7 +124,7 @@ class JudgeRun:
             else:
                 pairs = sum(paired_choices(question, *two) for two in itertools.combinations(counts, 2))
                 total += len(question.turns) * len(ORDERS[self.orders]) * pairs
-        return total * (len(self.judge.members) if isinstance(self.judge, Panel) else 1)
+        return total * len(self._judges)
 
     def spec(self) -> JSONObject:
         """Everything that decides the numbers, and the command that requested them."""
@@ -265,7 +265,7 @@ class JudgeRun:
                 system.adopt_date(part)
         judge = stored.get("judge") or {}
         parts = {part.get("name"): part for part in (members_of(judge) if "kind" in judge else ())}
-        for member in self.judge.members if isinstance(self.judge, Panel) else [self.judge]:
+        for member in self._judges:
             if isinstance(member, RewardJudge):
                 member.adopt_date(parts.get(member.name, {}))
 
@@ -288,14 +288,13 @@ class JudgeRun:
 
     def _spread(self, answers: Sequence[Answers]) -> Spread:
         """What is judged, by whom."""
-        names = [member.name for member in self.judge.members] if isinstance(self.judge, Panel) else []
+        names = [member.name for member in self._judges] if isinstance(self.judge, Panel) else []
         return spread(names, *cases_of(self.questions, answers, self.orders, self.max_answer_chars))
 
     def _prompts_by_judge(self) -> dict[str | None, JudgePrompts]:
         """What the judges behind an API are shown; a judge alone is named None, as in its lines."""
-        if isinstance(self.judge, Panel):
-            return {member.name: member.prompts for member in self.judge.members if isinstance(member, ModelJudge)}
-        return {None: self.judge.prompts} if isinstance(self.judge, ModelJudge) else {}
+        is_panel = isinstance(self.judge, Panel)
+        return {one.name if is_panel else None: one.prompts for one in self._judges if isinstance(one, ModelJudge)}
 
     def _longest(self, system: System) -> Answers:
         # Four letters are a token to the estimate, and to most tokenizers.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
@@ -16,7 +17,8 @@ from almost_eval.types import JSONMapping, JSONObject
 
 RESPONSE_FORMAT = "response_format"
 """The field of a request that holds the schema."""
-LOWEST, HIGHEST = 1, 10
+LOWEST, HIGHEST = 1.0, 10.0
+"""The scale that the prompts state."""
 
 REASON = "reason"
 SCORES = ("score_1", "score_2")
@@ -81,9 +83,7 @@ def parse_object(form: str, text: str) -> Verdict | Unparsed:
         or `out_of_range`.
     """
     try:
-        fields = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
-    except _TwiceError:
-        return Unparsed("duplicate_field")
+        fields = json.loads(text, object_pairs_hook=_with_repeats, parse_constant=_no_number)
     except (ValueError, RecursionError):
         return Unparsed("not_json")
     return _verdict(form, fields)
@@ -111,22 +111,31 @@ def parse_embedded(form: str, text: str, material: str = "") -> Verdict | Unpars
     return verdicts.pop() if verdicts else None
 
 
-def object_scores(review: str) -> list[Scores]:
+def object_scores(review: str) -> list[Scores] | Unparsed:
     """The scores of a review that is one JSON object, by the names of its fields; none for any other review."""
     try:
-        return _scores_by_name(json.loads(re.sub(r"\A\s*```\w*\s*|\s*```\s*\Z", "", review)))
+        fields = json.loads(re.sub(r"\A\s*```\w*\s*|\s*```\s*\Z", "", review), object_pairs_hook=_with_repeats)
     except (ValueError, RecursionError):
         return []
+    return Unparsed("duplicate_field") if _has_score_twice(fields) else _scores_by_name(fields)
 
 
-def embedded_scores(review: str, material: str) -> list[Scores]:
-    """The same of each JSON object in a text that `material` does not hold."""
-    return [scores for fields in _objects_in(review, material) for scores in _scores_by_name(fields)]
+def embedded_scores(review: str, material: str) -> list[Scores] | Unparsed:
+    """The same of each JSON object in a text that `material` does not hold.
+
+    Returns:
+        The scores; `duplicate_field` where an object states one of them twice: a reader of JSON takes the last, a
+        person the first.
+    """
+    objects = list(_objects_in(review, material))
+    if any(map(_has_score_twice, objects)):
+        return Unparsed("duplicate_field")
+    return [scores for fields in objects for scores in _scores_by_name(fields)]
 
 
 def _objects_in(text: str, material: str) -> Iterator[object]:
     """Each JSON object in a text that does not stand in what it may have quoted."""
-    decoder = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_number)
+    decoder = json.JSONDecoder(object_pairs_hook=_with_repeats, parse_constant=_no_number)
     at = text.find("{")
     while at >= 0:
         end = at + 1
@@ -166,6 +175,8 @@ def _verdict(form: str, fields: object) -> Verdict | Unparsed:
     expected = _PROPERTIES[form]
     if not isinstance(fields, dict):
         return Unparsed("not_json")
+    if any(isinstance(value, _Repeated) for value in fields.values()):
+        return Unparsed("duplicate_field")
     if not fields.keys() >= expected.keys():
         return Unparsed("missing_field")
     if fields.keys() != expected.keys():
@@ -188,23 +199,33 @@ def _by_scores(fields: JSONMapping) -> Verdict | Unparsed:
         return Unparsed("wrong_type")
     if not (LOWEST <= first <= HIGHEST and LOWEST <= second <= HIGHEST):
         return Unparsed("out_of_range")
-    winner: Side = "tie" if first == second else "1" if first > second else "2"
-    return Verdict(winner, float(first), float(second))
+    return Verdict.of_scores(float(first), float(second))
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-class _TwiceError(ValueError):
-    """A field stands in an object twice."""
+class _Repeated:
+    """The value of a field that stands in an object twice."""
 
 
-def _once(pairs: list[tuple[str, Any]]) -> JSONObject:
+def _with_repeats(pairs: list[tuple[str, Any]]) -> JSONObject:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        raise _TwiceError
+        fields |= {name: _Repeated() for name, n in Counter(name for name, _ in pairs).items() if n > 1}
     return fields
+
+
+def _has_score_twice(fields: object) -> bool:
+    """Whether a field of an object, or of one within, stands there twice and is one that scores are read from."""
+    if not isinstance(fields, dict):
+        return False
+    return any(
+        (isinstance(value, _Repeated) and (name in ("score", "scores") or bool(_FIELD.fullmatch(name.strip()))))
+        or _has_score_twice(value)
+        for name, value in fields.items()
+    )
 
 
 def _no_number(name: str) -> float:

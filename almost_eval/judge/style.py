@@ -37,6 +37,7 @@ from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from almost_eval.judge.logistic import fit_ridge, is_unbounded, mean_probability
 from almost_eval.judge.records import Review
@@ -198,22 +199,24 @@ def relative_difference(mine: float, other: float) -> float:
     return (mine - other) / (mine + other) if mine + other else 0.0
 
 
-def _design(scored: Sequence[Review], y: Floats) -> _Design:
+def style_columns(scored: Sequence[Review]) -> dict[str, Floats]:
+    """Name -> (n,) the features that differ anywhere, by their root mean square, and the place where it does."""
     rows = [{name: relative_difference(*both) for name, both in features_of(review).items()} for review in scored]
-    columns, names = [np.ones(len(rows))], []
-    for name in rows[0]:
-        column = np.array([row[name] for row in rows])
-        if column.any():
-            columns.append(column / math.sqrt(float((column**2).mean())))
-            names.append(name)
-    at = np.zeros((1, len(columns)))
+    columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    scaled = {name: c / math.sqrt(float((c**2).mean())) for name, c in columns.items() if c.any()}
     if len({review.order for review in scored}) == 2:
-        columns.append(np.array([0.5 if review.order == "reverse" else -0.5 for review in scored]))
-        names.append(PLACE)
-        at = np.zeros((2, len(columns)))
-        at[:, -1] = 0.5, -0.5
+        scaled[PLACE] = np.array([0.5 if review.order == "reverse" else -0.5 for review in scored])
+    return scaled
+
+
+def _design(scored: Sequence[Review], y: Floats) -> _Design:
+    columns = style_columns(scored)
+    x = np.column_stack([np.ones(len(scored)), *columns.values()])
+    at = np.zeros((2 if PLACE in columns else 1, x.shape[1]))
     at[:, 0] = 1.0
-    return _Design(np.column_stack(columns), y, [review.question_id for review in scored], names, at)
+    if PLACE in columns:
+        at[:, -1] = 0.5, -0.5
+    return _Design(x, y, [review.question_id for review in scored], list(columns), at)
 
 
 def _not_estimable(design: _Design) -> str | None:
@@ -232,13 +235,18 @@ def _resample(design: _Design, penalty: Floats, n_resamples: int, rng: np.random
 
     A resample in which one system wins every review has the rate 1 or 0 and no coefficients.
     """
-    codes = {question: g for g, question in enumerate(dict.fromkeys(design.questions))}
-    place = np.array([codes[question] for question in design.questions])
-    weights = draw_counts(len(codes), n_resamples, rng)[:, place]
+    weights = drawn_weights(design.questions, n_resamples, rng)
     draws = fit_ridge(design.x, design.y, weights, penalty)
     share = (weights @ design.y) / weights.sum(axis=1)
     rates = np.where((share > 0) & (share < 1), mean_probability(draws, design.at_equal_style), share)
     return rates, draws
+
+
+def drawn_weights(questions: Sequence[str], n_resamples: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """(R, n) how often each review is in a resample of whole questions."""
+    codes = {question: g for g, question in enumerate(dict.fromkeys(questions))}
+    place = np.array([codes[question] for question in questions])
+    return draw_counts(len(codes), n_resamples, rng)[:, place]
 
 
 def bias_corrected(value: float, draws: Floats) -> tuple[float, float]:

@@ -23,14 +23,13 @@ from almost_eval.judge.records import Review
 from almost_eval.judge.style import (
     MAX_FAILED,
     MIN_QUESTIONS,
-    PLACE,
     RESAMPLES,
     RIDGE,
     StyleEffect,
-    features_of,
-    relative_difference,
+    drawn_weights,
+    style_columns,
 )
-from almost_eval.stats import Floats, draw_counts
+from almost_eval.stats import Floats
 from almost_eval.types import JSONObject, Metric
 
 _HUGE = 20.0
@@ -79,9 +78,7 @@ def style_ranking(reviews: Sequence[Review], *, rng: np.random.Generator, n_resa
         return StyleRanking({}, (), f"no finite strength once style is taken away: {', '.join(unbounded)}")
     penalty = np.array([0.0] * k + [RIDGE] * len(columns))
     fit = fit_ridge(x, y, np.ones((1, len(y))), penalty)[0]
-    codes = {question: g for g, question in enumerate(dict.fromkeys(review.question_id for review in scored))}
-    place = np.array([codes[review.question_id] for review in scored])
-    draws = fit_ridge(x, y, draw_counts(len(codes), n_resamples, rng)[:, place], penalty)
+    draws = fit_ridge(x, y, drawn_weights([review.question_id for review in scored], n_resamples, rng), penalty)
     finite = draws[(np.abs(np.nan_to_num(draws[:, :k], nan=math.inf)) < _HUGE).all(axis=1)]
     problem, ends = None, None
     if (failed := n_resamples - len(finite)) > MAX_FAILED * n_resamples:
@@ -118,14 +115,5 @@ def _columns(scored: Sequence[Review], names: Sequence[str]) -> tuple[Floats, li
     for at, review in enumerate(scored):
         played[at, places[review.model]] += 1
         played[at, places[review.baseline]] -= 1
-    rows = [{name: relative_difference(*both) for name, both in features_of(review).items()} for review in scored]
-    columns, used = [played[:, 1:]], []
-    for name in rows[0]:
-        column = np.array([row[name] for row in rows])
-        if column.any():
-            columns.append((column / math.sqrt(float((column**2).mean())))[:, None])
-            used.append(name)
-    if len({review.order for review in scored}) == 2:
-        columns.append(np.array([0.5 if review.order == "reverse" else -0.5 for review in scored])[:, None])
-        used.append(PLACE)
-    return np.hstack(columns), used
+    columns = style_columns(scored)
+    return np.column_stack([played[:, 1:], *columns.values()]), list(columns)

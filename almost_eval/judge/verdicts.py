@@ -11,8 +11,8 @@ its scores in five ways, each a *reading*:
 5. `prose`: "Assistant 1 receives a score of 8 ...", where 1 to 4 see nothing.
 
 Readings that disagree make the review ambiguous: no verdict is better than a wrong one. Numbers that the review quotes
-from the question (three words or more in a row) are struck out first. Nothing else is a score: no equation, no count of
-mistakes, no range.
+from the question (three words or more in a row) are struck out first, and so is what it states without meaning it
+(`asides.py`). Nothing else is a score: no equation, no count of mistakes, no range.
 
 A score of 0 is off the scale of 1 to 10 that the prompt gives. It is taken only where the scores are the first line and
 the explanation says in words that it is meant ("a score of 0", "provided no answer"): archived reviews of empty answers
@@ -26,15 +26,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from almost_eval.judge.asides import without_asides
 from almost_eval.judge.letters import parse_letters
 from almost_eval.judge.plain_text import EMPHASIS, PLAIN, plain_text, without_quotes, without_thoughts
-from almost_eval.judge.records import Side, Unparsed, Verdict
-from almost_eval.judge.structured import NAME, SIDES, Scores, embedded_scores, object_scores
+from almost_eval.judge.records import Unparsed, Verdict
+from almost_eval.judge.structured import HIGHEST, LOWEST, NAME, SIDES, Scores, embedded_scores, object_scores
 
 __all__ = ["HIGHEST", "LOWEST", "parse_letters", "parse_scores"]
-
-LOWEST, HIGHEST = 1.0, 10.0
-"""The scale that the prompts state."""
 
 _NUMBER = r"(\d{1,4}(?:\.\d{1,3})?)(?: ?/ ?(\d{1,3})(?![\d/])| out of (\d{1,3}))?(?: ?points?\b)?"
 _BEFORE, _AFTER = r"(?<![\w.,/$-])", r"(?![\w%]|[.,]\d| ?[/^])"
@@ -129,7 +127,8 @@ def parse_scores(review: str, question_text: str = "") -> Verdict | Unparsed:
         question_text: what it may have quoted: no score is taken from there.
 
     Returns:
-        A verdict with scores, or why there is none: `empty`, `no_scores`, `ambiguous` or `out_of_range`.
+        A verdict with scores, or why there is none: `empty`, `no_scores`, `ambiguous`, `out_of_range`, or
+        `duplicate_field` where a JSON object states a score twice.
     """
     spoken = without_thoughts(review)
     if isinstance(spoken, Unparsed):
@@ -139,13 +138,17 @@ def parse_scores(review: str, question_text: str = "") -> Verdict | Unparsed:
     if not text.strip():
         return Unparsed("empty")
     if stated := object_scores(review):
-        return _verdict_of([_Reading(scores) for scores in stated], text)
+        return stated if isinstance(stated, Unparsed) else _verdict_of([_Reading(scores) for scores in stated], text)
+    embedded = embedded_scores(review, question_text)
+    if isinstance(embedded, Unparsed):
+        return embedded
     quoted = plain_text(question_text)
-    text = _COMMA_LABELLED.sub(r"\1\2.\3", _TURNED.sub(_in_turn, without_quotes(text, quoted)))
+    text = without_asides(without_quotes(text, quoted))
+    text = _COMMA_LABELLED.sub(r"\1\2.\3", _TURNED.sub(_in_turn, text))
     readings = _lines(text) + _tuples(text) + _stated_pairs(text) + _labelled(text)
     bars = without_quotes(EMPHASIS.sub("", review.translate(PLAIN)), quoted)
     readings += _tables(bars) + _rows_of_assistants(bars)
-    readings += [_Reading(scores) for scores in embedded_scores(review, question_text)]
+    readings += [_Reading(scores) for scores in embedded]
     return _verdict_of(readings or _prose(text), text)
 
 
@@ -159,9 +162,7 @@ def _verdict_of(readings: list[_Reading], text: str) -> Verdict | Unparsed:
     reading = decisive[0]
     if not reading.scale or not all(_in_range(side, reading, text) for side in (0, 1)):
         return Unparsed("out_of_range")
-    first, second = reading.scores
-    winner: Side = "tie" if first == second else "1" if first > second else "2"
-    return Verdict(winner, first, second)
+    return Verdict.of_scores(*reading.scores)
 
 
 # --- readings
@@ -255,7 +256,7 @@ def _columns_in_order(text: str) -> str:
     for number, line in enumerate(lines):
         cells = _cells(line)
         columns = _heads([EMPHASIS.sub("", cell.translate(PLAIN)) for cell in cells]) or (
-            columns if len(cells) > 2 else None
+            columns if len(cells) > 1 else None
         )
         if columns and columns[0] > columns[1] and columns[0] < len(cells):
             one, two = columns
@@ -271,7 +272,7 @@ def _cells(line: str) -> list[str]:
 def _heads(cells: Sequence[str]) -> list[int] | None:
     """The columns of Assistant 1 and 2 in the head of a table; None where it is none."""
     sides = {SIDES[m[1].lower()]: at for at, cell in enumerate(cells) if (m := _HEAD.fullmatch(cell))}
-    return [sides[0], sides[1]] if len(sides) == 2 and len(cells) > 2 else None
+    return [sides[0], sides[1]] if len(sides) == 2 else None
 
 
 def _tuples(text: str) -> list[_Reading]:

@@ -9,12 +9,12 @@ under way is in the journal (see `batch_ledger`): a killed command takes up its 
 from __future__ import annotations
 
 import itertools
-import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 
 from almost_eval.errors import InputError, RunError
 from almost_eval.judge.api.batch_api import BatchAPI, NotThere
@@ -29,12 +29,11 @@ from almost_eval.judge.api.batch_ledger import (
     ProviderBatch,
 )
 from almost_eval.judge.api.batch_steps import BatchSteps, QueueFull, SettledItem, began, counts_in_words
-from almost_eval.judge.api.bills import Bill, ClientStats
-from almost_eval.judge.api.cost import Budget
+from almost_eval.judge.api.bills import Bill, JudgeMeans
 from almost_eval.judge.api.endpoint import EXCHANGED, KEPT, JudgeEndpoint, Trouble, duration
-from almost_eval.judge.api.journal import BATCH, Journal
+from almost_eval.judge.api.journal import BATCH
 from almost_eval.judge.api.session import MOST_EXCHANGES, REFUSALS, JudgeSession
-from almost_eval.judge.records import Failure, JudgeRequest, Reply, Usage
+from almost_eval.judge.records import Failure, JudgeRequest, Reply
 from almost_eval.types import JSONObject
 
 MAX_ROUNDS = 3
@@ -63,13 +62,8 @@ class BatchSession:
         requests: what to send, and what to pass over.
         missing: digest -> places in `requests` that hold this request; each digest is sent once.
         endpoint: where to.
-        journal: where replies, bills and batches are kept.
-        budget: what may be spent.
-        stats: what was done; counted up here.
-        random_: of the jitter.
-        max_attempts: sendings of the one request that goes ahead.
+        means: of the client.
         wait: seconds until the command ends though a batch has not; None waits for all.
-        notice: takes a line that the user must see at once.
         ahead: what later calls will request: it goes into the same batches, and its replies wait in the journal.
     """
 
@@ -77,29 +71,18 @@ class BatchSession:
         self,
         requests: Sequence[JudgeRequest],
         missing: dict[str, list[int]],
-        *,
         endpoint: JudgeEndpoint,
-        journal: Journal,
-        budget: Budget,
-        stats: ClientStats,
-        random_: random.Random,
-        max_attempts: int,
+        means: JudgeMeans,
         wait: float | None,
-        notice: Callable[[str], None],
         ahead: Sequence[Sequence[JudgeRequest]] = (),
     ) -> None:
         self.requests = requests
         self.ahead = ahead
         self.missing = dict(missing)
         self.endpoint = endpoint
-        self.journal = journal
-        self.ledger = BatchLedger(journal)
-        self.budget = budget
-        self.stats = stats
-        self.random = random_
-        self.max_attempts = max_attempts
-        self.notice = notice
-        self.spent_before = budget.spent - sum(budget.of_ledger(journal.ledger()))
+        self.means = means
+        self.ledger = BatchLedger(means.journal)
+        self.spent_before = means.budget.spent - sum(means.budget.of_ledger(means.journal.ledger()))
         """USD that the journal does not hold, or holds at another judge's price."""
         self.until = None if wait is None else time.monotonic() + wait
         self.largest = MAX_REQUESTS
@@ -114,9 +97,9 @@ class BatchSession:
 
     def outcomes(self) -> Generator[_Outcome, None, None]:
         """Run until every request has an outcome; outcomes as they are stored."""
-        with BatchAPI(self.endpoint, self.notice, self.random) as api:
+        with BatchAPI(self.endpoint, self.means.notice, self.means.random) as api:
             self.api = api
-            self.steps = BatchSteps(api, self.ledger, self.endpoint, self.notice)
+            self.steps = BatchSteps(api, self.ledger, self.endpoint, self.means.notice)
             api.check()
             try:
                 yield from self._run()
@@ -128,8 +111,8 @@ class BatchSession:
         yield from self._untold()
         batches = self._open()
         for batch in batches:
-            self.notice(f"going on with batch {batch.name or 'that was not ordered yet'}: {batch.n} requests")
-        if not batches and self.missing and not self.journal.has_reply_of(self.endpoint.judge):
+            self.means.notice(f"going on with batch {batch.name or 'that was not ordered yet'}: {batch.n} requests")
+        if not batches and self.missing and not self.means.journal.has_reply_of(self.endpoint.judge):
             yield from self._probe()
         while self.missing:
             self._plan()
@@ -157,31 +140,21 @@ class BatchSession:
         """Failures that an earlier process stored and could not hand on."""
         for digest, failure in self.ledger.untold().items():
             if (indices := self.missing.pop(digest, None)) is not None:
-                self.stats.failed[failure.reason] += len(indices)
+                self.means.stats.failed[failure.reason] += len(indices)
                 yield indices, failure
                 self.ledger.tell(digest)
 
     def _probe(self) -> Iterator[_Outcome]:
         """Send one request ahead of all, by itself: a parameter that is refused is refused once, and not in a day."""
-        self.notice("one request goes ahead of the batch, at the full price: it shows what the judge takes")
+        self.means.notice("one request goes ahead of the batch, at the full price: it shows what the judge takes")
         for place, digest in enumerate(list(self.missing)[:REFUSALS], 1):
-            session = JudgeSession(
-                self.requests,
-                [self.missing[digest]],
-                endpoints=[self.endpoint],
-                journal=self.journal,
-                budget=self.budget,
-                stats=self.stats,
-                random_=self.random,
-                concurrency=1,
-                max_attempts=self.max_attempts,
-                notice=self.notice,
-            )
+            alone = replace(self.means, concurrency=1)
+            session = JudgeSession(self.requests, [self.missing[digest]], [self.endpoint], alone)
             try:
                 with closing(session.outcomes()) as outcomes:
                     for indices, outcome in outcomes:
                         if isinstance(outcome, Failure) and outcome.reason.startswith((*_PASSING, "http_5")):
-                            self.stats.failed[outcome.reason] -= len(indices)
+                            self.means.stats.failed[outcome.reason] -= len(indices)
                             continue
                         del self.missing[digest]
                         yield indices, outcome
@@ -196,7 +169,8 @@ class BatchSession:
         if self.is_held and batches:
             return
         self.is_held = False
-        self._check_bound()
+        if (unbounded := self.means.unbounded(self.endpoint)) is not None:
+            raise unbounded
         self._count_spent()
         under_way = self.ledger.unsettled(batches)
         items: list[BatchItem] = []
@@ -204,12 +178,12 @@ class BatchSession:
         for digest, request in itertools.chain(self._wanted(), self._wanted_later()):
             if digest in under_way:
                 continue
-            worst = self.budget.worst(request, BATCH)
-            if left or not self.budget.reserve(worst):
+            worst = self.means.budget.worst(request, BATCH)
+            if left or not self.means.budget.reserve(worst):
                 left += digest in self.missing
                 continue
-            self.budget.settle(worst, worst)
-            item = BatchItem(digest, request, self.endpoint.parameters.of(request), self.budget.most(request))
+            self.means.budget.settle(worst, worst)
+            item = BatchItem(digest, request, self.endpoint.parameters.of(request), self.means.budget.most(request))
             length = len(input_line(self.endpoint, digest, request, item.sent))
             if items and (len(items) >= self.largest or size + length > MAX_BYTES):
                 self.ledger.plan(self.endpoint.name, self.endpoint.account, items)
@@ -219,9 +193,9 @@ class BatchSession:
         if items:
             self.ledger.plan(self.endpoint.name, self.endpoint.account, items)
         if left and (items or batches):
-            self.notice(
+            self.means.notice(
                 f"{left} requests wait for the next batch: at their worst they could exceed --max-cost "
-                f"{self.budget.max_cost:g} USD before it is known what the first ones cost"
+                f"{self.means.budget.max_cost:g} USD before it is known what the first ones cost"
             )
 
     def _wanted(self) -> Iterator[tuple[str, JudgeRequest]]:
@@ -234,26 +208,18 @@ class BatchSession:
         failed = self.ledger.untold() if ahead else {}
         for request in itertools.chain.from_iterable(ahead):
             digest = request.digest
-            if digest not in self.missing and digest not in failed and self.journal.get(digest) is None:
+            if digest not in self.missing and digest not in failed and self.means.journal.get(digest) is None:
                 yield digest, request
 
     def _count_spent(self) -> None:
         """Take what is spent from the ledger: what is under way stands there at its most."""
-        self.budget.spent = self.spent_before + sum(self.budget.of_ledger(self.journal.ledger()))
-
-    def _check_bound(self) -> None:
-        if self.budget.max_cost is not None and not self.endpoint.parameters.is_bounded:
-            raise InputError(
-                f"the endpoint {self.endpoint.base_url} takes no bound on the tokens of a reply, so that --max-cost "
-                "cannot be kept; leave it out"
-            )
+        self.means.budget.spent = self.spent_before + sum(self.means.budget.of_ledger(self.means.journal.ledger()))
 
     def _unaffordable(self) -> Iterator[_Outcome]:
         """What cannot be sent within the budget, with nothing under way that could turn out cheaper."""
         for digest in list(self.missing):
-            worst = self.budget.worst(self.requests[self.missing[digest][0]], BATCH)
-            message = f"not sent: it may cost {worst:.4f} USD, and {self.budget.spent:.4f} USD are spent"
-            yield self._failed(digest, Failure("budget", message))
+            worst = self.means.budget.worst(self.requests[self.missing[digest][0]], BATCH)
+            yield self._failed(digest, Failure("budget", self.means.budget.too_dear(worst)))
 
     # --- what comes back
 
@@ -271,7 +237,7 @@ class BatchSession:
                 except RunError as error:
                     if time.monotonic() - silent_since > OUTAGE:
                         raise
-                    self.notice(f"{error}; looking again")
+                    self.means.notice(f"{error}; looking again")
                     continue
                 silent_since = time.monotonic()
                 self._tell(batch, state)
@@ -292,7 +258,7 @@ class BatchSession:
             return batch
         batch = self.steps.order(batch)
         assert batch.state == CREATED
-        self.notice(
+        self.means.notice(
             f"batch {batch.name} is ordered: {batch.n} requests, a day at most. Stop this command when you like: the "
             "batch goes on, and the same command takes its replies"
         )
@@ -310,7 +276,7 @@ class BatchSession:
                     if isinstance(outcome, Reply):
                         replies += 1
                     elif outcome.fatal is not None or (
-                        outcome.refused is not None and not self.journal.has_reply_of(self.endpoint.judge)
+                        outcome.refused is not None and not self.means.journal.has_reply_of(self.endpoint.judge)
                     ):
                         fatal = fatal or outcome
                         continue
@@ -327,15 +293,13 @@ class BatchSession:
         if digest not in self.missing:
             return
         if isinstance(outcome, Reply):
-            self.stats.replied += 1
+            self.means.stats.replied += 1
             yield self.missing.pop(digest), outcome
             return
         self.reasons[digest] = outcome.reason
         if outcome.reason == EXCHANGED and self.exchanges[digest] < MOST_EXCHANGES:
             self.exchanges[digest] += 1
-            if outcome.message:  # else another request has told it already
-                self.notice(f"the endpoint {self.endpoint.base_url} refuses a parameter: {outcome.message} from now on")
-                self.journal.take_note(self.endpoint.name, dict(self.endpoint.parameters.changes))
+            self.means.keep_exchange(self.endpoint, outcome)
             return
         self.tries[digest] += 1
         if outcome.again and self.tries[digest] < MAX_ROUNDS:
@@ -346,18 +310,15 @@ class BatchSession:
 
     def _failed(self, digest: str, failure: Failure) -> _Outcome:
         indices = self.missing.pop(digest)
-        self.stats.failed[failure.reason] += len(indices)
+        self.means.stats.failed[failure.reason] += len(indices)
         return indices, failure
 
     def _book(self, settled: SettledItem) -> None:
         if settled.digest in self.reasons:
-            self.stats.retried[self.reasons.pop(settled.digest)] += 1
+            self.means.stats.retried[self.reasons.pop(settled.digest)] += 1
         else:
-            self.stats.sent += 1
-        bill = Bill.of(settled.outcome)
-        worst = self.budget.worst(settled.request, BATCH)
-        cost = worst if bill.is_unsure else self.budget.cost(bill.usage or Usage(0, 0), BATCH)
-        self.stats.book(bill, cost if bill.cost is None else bill.cost)
+            self.means.stats.sent += 1
+        self.means.book(Bill.of(settled.outcome), self.means.budget.worst(settled.request, BATCH), BATCH)
 
     def _shrink(self, batch: ProviderBatch | None, error: QueueFull) -> None:
         """The provider's queue is full: wait for our own batches, else try with half as many requests."""
@@ -368,7 +329,7 @@ class BatchSession:
                 raise RunError(f"the endpoint {self.endpoint.base_url} takes no batch now: {error}; {KEPT}") from None
             self.largest = -(-batch.n // 2)
         how = "the next waits until one of them ends" if self.is_held else f"the next holds {self.largest} requests"
-        self.notice(f"the provider's queue for batches is full ({error}); {how}")
+        self.means.notice(f"the provider's queue for batches is full ({error}); {how}")
 
     # --- what is told
 
@@ -380,11 +341,11 @@ class BatchSession:
         if is_new or (now - self.told_at > TELL and not sys.stderr.isatty()):
             self.told_at = now
             strange = "" if status in (*ENDED, *_ON_ITS_WAY) else " (a status that is not known here; waiting)"
-            self.notice(self.endpoint.words(f"batch {batch.name}: {counts_in_words(state, batch)}{strange}"))
+            self.means.notice(self.endpoint.words(f"batch {batch.name}: {counts_in_words(state, batch)}{strange}"))
 
     def _tell_interrupted(self) -> None:
         names = [batch.name for batch in self.ledger.open() if batch.name]
         if names:
-            self.notice(
+            self.means.notice(
                 f"batch {', '.join(names)} goes on at the provider, and is billed; the same command takes its replies"
             )

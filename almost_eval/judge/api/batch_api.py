@@ -96,7 +96,9 @@ class BatchAPI:
         file = (name, content, "application/jsonl")
         files = self._sdk.files.with_raw_response
         body = self._call(lambda: files.create(file=file, purpose="batch", timeout=PATIENCE))
-        return self._id(body, "an uploaded file")
+        if not isinstance(id := body.get("id"), str) or not id:
+            raise RunError(f"the endpoint {self._endpoint.base_url} gave an uploaded file no id; {KEPT}")
+        return id
 
     def create(self, file: str, key: str) -> JSONObject:
         """Order that a file be worked on, once: this costs money.
@@ -234,12 +236,6 @@ class BatchAPI:
         if status in (401, 403):
             raise InputError(f"{at} refuses the key for batches ({why}); check the key and what it may do") from None
         raise InputError(f"{at} refuses the batch ({why}); leave out --batch") from None
-
-    def _id(self, body: JSONObject, what: str) -> str:
-        name = body.get("id")
-        if not isinstance(name, str) or not name:
-            raise RunError(f"the endpoint {self._endpoint.base_url} gave {what} no id; {KEPT}")
-        return name
 
     @property
     def _sdk(self) -> Any:  # its types want literals

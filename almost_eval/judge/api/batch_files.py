@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from almost_eval.judge.api.bodies import parsed
+from almost_eval.judge.api.cost import Estimate, Price
 from almost_eval.judge.api.endpoint import JudgeEndpoint, Trouble
 from almost_eval.judge.records import JudgeRequest, Reply
 from almost_eval.types import JSONMapping, JSONObject
@@ -24,6 +25,10 @@ MAX_REQUESTS = 50_000
 """Requests of one file, as OpenAI allows them."""
 MAX_BYTES = 100_000_000
 """Of one file: half of the 200 MB that OpenAI allows, for it is held in memory while it is sent."""
+_BYTES_AROUND = 500
+"""Of a line of the input file, besides its texts."""
+_ESCAPED = 1.1
+"""Bytes that JSON makes of one."""
 
 EXPIRED = "batch_expired"
 """The code of a request that was not worked on in time: nothing is billed for it."""
@@ -91,3 +96,23 @@ def outcome_of(line: OutputLine, endpoint: JudgeEndpoint, request: JudgeRequest,
     return Trouble(
         endpoint.words(line.code) or "batch_error", words, again=True, may_be_billed=line.code not in _UNTOUCHED
     )
+
+
+def batch_facts(needed: Estimate, price: Price | None, *, batch: bool) -> JSONObject:
+    """What `--batch --dry-run` says of batches; none where nothing is sent in batches, and nothing was.
+
+    Args:
+        needed: what would be sent.
+        price: of the judge.
+        batch: whether `--batch` is there.
+    """
+    facts: JSONObject = {"requests_in_a_batch_already": needed.n_under_way} if needed.n_under_way else {}
+    if not batch:
+        return facts
+    size = needed.bytes * _ESCAPED + needed.requests * _BYTES_AROUND
+    facts["batches"] = max(-(-needed.requests // MAX_REQUESTS), -int(-size // MAX_BYTES))
+    if price is not None:
+        unknown = "unknown, so the whole price counts: --price-batch SHARE states it"
+        known = f"{price.batch or 1:g} of the price ({price.batch_source})"
+        facts["batch_price"] = unknown if price.batch is None else known
+    return facts

@@ -78,6 +78,9 @@ class BatchLedger:
 
     Args:
         journal: open.
+
+    Raises:
+        RunError: of whatever writes: the disk is full, or gone.
     """
 
     def __init__(self, journal: Journal) -> None:
@@ -111,11 +114,7 @@ class BatchLedger:
         return ProviderBatch(id, key, endpoint, account, PLANNED, "", "", len(items), now)
 
     def mark(self, batch: ProviderBatch, state: str, *, file: str = "", name: str = "") -> ProviderBatch:
-        """Write down how far a batch has come; ids where they are known now.
-
-        Raises:
-            RunError: the disk is full, or gone.
-        """
+        """Write down how far a batch has come; ids where they are known now."""
         now = replace(batch, state=state, file=file or batch.file, name=name or batch.name)
         with self._journal.writing() as database:
             query = "UPDATE batches SET state = ?, file = ?, name = ? WHERE id = ?"
@@ -169,11 +168,7 @@ class BatchLedger:
         return {digest for batch in batches for (digest,) in self._journal.rows(query, batch.id)}
 
     def settle(self, batch: ProviderBatch, outcomes: Mapping[str, Reply | Trouble]) -> None:
-        """Store what became of items, all of it or nothing: replies, bills and reasons.
-
-        Raises:
-            RunError: the disk is full, or gone.
-        """
+        """Store what became of items, all of it or nothing: replies, bills and reasons."""
         with self._journal.writing() as database:
             for digest, outcome in outcomes.items():
                 [(sending,)] = database.execute(
@@ -210,9 +205,15 @@ class BatchLedger:
             database.execute("UPDATE batch_items SET is_told = 1 WHERE digest = ? AND is_told = 0", (digest,))
 
 
+def under_way(journal: Journal | None) -> set[str]:
+    """Digests of requests that batches of a folder still owe: they are paid for, or will be."""
+    if journal is None:
+        return set()
+    ledger = BatchLedger(journal)
+    return ledger.unsettled(ledger.open())
+
+
 def _request(text: str) -> JudgeRequest:
     stored = json.loads(text)
     messages = tuple(Message(message["role"], message["content"]) for message in stored["messages"])
-    return JudgeRequest(
-        stored["judge"], messages, stored["temperature"], stored["max_tokens"], stored["attempt"], stored["options"]
-    )
+    return JudgeRequest(**stored | {"messages": messages})

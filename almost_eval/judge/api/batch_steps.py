@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from almost_eval.errors import AlmostError, InputError, RunError
@@ -142,7 +142,7 @@ class BatchSteps:
 
     def _read(self, batch: ProviderBatch, file: str, lines: _Lines) -> Iterator[list[SettledItem]]:
         for tries in range(1, MAX_TRIES + 1):
-            before = lines.copy()
+            before = replace(lines, seen=set(lines.seen))
             outcomes: dict[str, tuple[JudgeRequest, Reply | Trouble]] = {}
             try:
                 for line in output_lines(self._api.content(file)):
@@ -162,7 +162,7 @@ class BatchSteps:
                 return
             except ConnectionError as error:
                 yield self._store(batch, outcomes)  # whole lines
-                lines.become(before)
+                vars(lines).update(vars(before))
                 if tries == MAX_TRIES:
                     raise RunError(f"batch {batch.name}: its file {file} cannot be read ({error}); {KEPT}") from None
                 self._api.pause(tries, str(error))
@@ -237,35 +237,27 @@ class BatchSteps:
         return InputError(f"{words}; nothing was billed for it")
 
 
+@dataclass
 class _Lines:
     """What the files of one batch held, beside the outcomes."""
 
-    def __init__(self) -> None:
-        self.seen: set[str] = set()
-        self.answers = 0
-        """Requests with an answer of status 2xx."""
-        self.unreadable = 0
-        self.strange = 0
-        """Lines that belong to no request of the batch."""
-        self.double = 0
-        self.is_gone = False
-        """A file is no longer there."""
-
-    def copy(self) -> _Lines:
-        """As it is now."""
-        same = _Lines()
-        same.become(self)
-        return same
-
-    def become(self, other: _Lines) -> None:
-        """Take the other's counts."""
-        self.__dict__ = other.__dict__ | {"seen": set(other.seen)}
+    seen: set[str] = field(default_factory=set)
+    answers: int = 0
+    """Requests with an answer of status 2xx."""
+    unreadable: int = 0
+    strange: int = 0
+    """Lines that belong to no request of the batch."""
+    double: int = 0
+    is_gone: bool = False
+    """A file is no longer there."""
 
     def words(self) -> str:
         """What was wrong with the lines; empty where nothing was."""
-        counts = Counter(
-            {"cannot be read": self.unreadable, "belong to no request of it": self.strange, "stand twice": self.double}
-        )
+        counts = {
+            "cannot be read": self.unreadable,
+            "belong to no request of it": self.strange,
+            "stand twice": self.double,
+        }
         told = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
         return f"lines of its files: {told} (the first of two is taken)" if told else ""
 

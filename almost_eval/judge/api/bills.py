@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from almost_eval.judge.api.endpoint import Trouble
-from almost_eval.judge.api.journal import BILLED, FREE, UNSURE
+from almost_eval.errors import InputError
+from almost_eval.judge.api.cost import Budget
+from almost_eval.judge.api.endpoint import JudgeEndpoint, Trouble
+from almost_eval.judge.api.journal import BILLED, FREE, STANDARD, UNSURE, Journal
 from almost_eval.judge.records import Reply, Usage
 
 
@@ -37,12 +41,7 @@ class ClientStats:
     """Addresses, of several, that could not be reached to the end, or were left out."""
 
     def book(self, bill: Bill, cost: float) -> None:
-        """Count what a sending was billed.
-
-        Args:
-            bill: what is known of it.
-            cost: USD, or the most it may be.
-        """
+        """Count what a sending was billed: `cost` is USD, or the most it may be."""
         usage = bill.usage or Usage(0, 0)
         self.prompt_tokens += usage.prompt
         self.completion_tokens += usage.completion
@@ -80,3 +79,42 @@ class Bill:
         if self.is_unsure:
             return UNSURE
         return FREE if self.usage is None and self.cost is None else BILLED
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeMeans:
+    """What all calls of one client share."""
+
+    journal: Journal
+    """Where each reply is stored before it is handed on."""
+    budget: Budget
+    stats: ClientStats
+    """Counted up as things are done."""
+    random: random.Random
+    """Of the jitter."""
+    concurrency: int
+    """Requests on their way at a time, at most."""
+    max_attempts: int
+    """Sendings of one request, the first included."""
+    notice: Callable[[str], None]
+    """Takes a line that the user must see at once."""
+
+    def book(self, bill: Bill, worst: float, tier: str = STANDARD) -> float:
+        """Count what a sending was billed; USD, at most `worst` where nobody says for how much."""
+        cost = worst if bill.is_unsure else self.budget.cost(bill.usage or Usage(0, 0), tier)
+        cost = cost if bill.cost is None else bill.cost
+        self.stats.book(bill, cost)
+        return cost
+
+    def keep_exchange(self, endpoint: JudgeEndpoint, refusal: Trouble) -> None:
+        """Tell and remember what an endpoint refuses, once: later processes send it so from the start."""
+        if refusal.message:  # else another request has told it already
+            self.notice(f"the endpoint {endpoint.base_url} refuses a parameter: {refusal.message} from now on")
+            self.journal.take_note(endpoint.name, dict(endpoint.parameters.changes))
+
+    def unbounded(self, endpoint: JudgeEndpoint) -> InputError | None:
+        """What ends a run whose budget needs a bound on the tokens of a reply, where an endpoint takes none."""
+        if self.budget.max_cost is None or endpoint.parameters.is_bounded:
+            return None
+        words = "takes no bound on the tokens of a reply, so that --max-cost cannot be kept; leave it out"
+        return InputError(f"the endpoint {endpoint.base_url} {words}")

@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from almost_eval.errors import InputError
-from almost_eval.judge.api.bills import ClientStats
+from almost_eval.judge.api.bills import ClientStats, JudgeMeans
 from almost_eval.judge.api.cost import Budget
 from almost_eval.judge.api.endpoints import judge_endpoints, serving_the_same
 from almost_eval.judge.api.journal import Journal
@@ -43,8 +43,7 @@ class JudgeClient:
         max_attempts: sendings of one request, the first included.
         concurrency: requests on their way at a time, to all endpoints together; fewer where an endpoint refuses.
         budget: what may be spent; by default no bound, at the price of the table.
-        progress: where it is shown.
-        notice: takes a line that the user must see at once; by default it goes to `progress`.
+        notice: takes a line that the user must see at once; None shows none.
         batch: send by the provider's batch API, cheaper and slower; see `batch`.
         batch_wait: seconds to wait for batches at most, from the start of a `stream`; None waits until they end.
         seed: of the jitter.
@@ -64,7 +63,6 @@ class JudgeClient:
         max_attempts: int = 6,
         concurrency: int = 32,
         budget: Budget | None = None,
-        progress: Progress | None = None,
         notice: Callable[[str], None] | None = None,
         batch: bool = False,
         batch_wait: float | None = None,
@@ -81,8 +79,7 @@ class JudgeClient:
         self.max_attempts = max_attempts
         self.concurrency = concurrency
         self.budget = budget or Budget(judge=judge)
-        self.progress = progress or Progress()
-        self.notice = notice or self.progress.notice
+        self.notice = notice or Progress().notice
         self.batch = batch
         self.batch_wait = batch_wait
         self.ahead: Sequence[Sequence[JudgeRequest]] = ()
@@ -103,66 +100,43 @@ class JudgeClient:
             RunError: the endpoint stopped working, or a reply cannot be written down.
             StoreError: the journal was damaged.
         """
-        with self.progress.track("judging", len(requests)) as advance:
-            missing: dict[str, list[int]] = {}
-            for i in range(len(requests)):
-                request = requests[i]
-                if request.judge != self.judge:
-                    raise InputError(f"a request for the judge {request.judge!r} was given to {self.judge!r}")
-                digest = request.digest
-                stored = None if digest in missing else self.journal.get(digest)
-                if stored is None:
-                    missing.setdefault(digest, []).append(i)
-                    continue
-                self.stats.cached += 1
-                advance()
-                yield i, stored
-            if not missing:
-                return
-            session = self._session(requests, missing)
-            with closing(session.outcomes()) as outcomes:
-                for indices, outcome in outcomes:
-                    for copy, i in enumerate(indices):
-                        if copy and isinstance(outcome, Reply):
-                            self.stats.cached += 1
-                            outcome = replace(outcome, cached=True)
-                        advance()
-                        yield i, outcome
+        missing: dict[str, list[int]] = {}
+        for i in range(len(requests)):
+            request = requests[i]
+            if request.judge != self.judge:
+                raise InputError(f"a request for the judge {request.judge!r} was given to {self.judge!r}")
+            digest = request.digest
+            stored = None if digest in missing else self.journal.get(digest)
+            if stored is None:
+                missing.setdefault(digest, []).append(i)
+                continue
+            self.stats.cached += 1
+            yield i, stored
+        if not missing:
+            return
+        session = self._session(requests, missing)
+        with closing(session.outcomes()) as outcomes:
+            for indices, outcome in outcomes:
+                for copy, i in enumerate(indices):
+                    if copy and isinstance(outcome, Reply):
+                        self.stats.cached += 1
+                        outcome = replace(outcome, cached=True)
+                    yield i, outcome
 
     def _session(self, requests: Sequence[JudgeRequest], missing: dict[str, list[int]]) -> JudgeSession | BatchSession:
         """What sends the requests that no stored reply answers."""
+        means = JudgeMeans(
+            self.journal, self.budget, self.stats, self.random, self.concurrency, self.max_attempts, self.notice
+        )
         if self.batch:
             from almost_eval.judge.api.batch import BatchSession
 
-            return BatchSession(
-                requests,
-                missing,
-                endpoint=self.endpoint,
-                journal=self.journal,
-                budget=self.budget,
-                stats=self.stats,
-                random_=self.random,
-                max_attempts=self.max_attempts,
-                wait=self.batch_wait,
-                notice=self.notice,
-                ahead=self.ahead,
-            )
+            return BatchSession(requests, missing, self.endpoint, means, self.batch_wait, self.ahead)
         self._refuse_what_is_in_a_batch(missing)
         if not self._is_checked:
             self.endpoints = serving_the_same(self.endpoints, self.notice, self.stats.lost)
             self._is_checked = True
-        return JudgeSession(
-            requests,
-            list(missing.values()),
-            endpoints=self.endpoints,
-            journal=self.journal,
-            budget=self.budget,
-            stats=self.stats,
-            random_=self.random,
-            concurrency=self.concurrency,
-            max_attempts=self.max_attempts,
-            notice=self.notice,
-        )
+        return JudgeSession(requests, list(missing.values()), self.endpoints, means)
 
     def _refuse_what_is_in_a_batch(self, missing: Mapping[str, object]) -> None:
         """Send nothing that a batch of an earlier command has under way: it would be paid for twice."""

@@ -15,7 +15,7 @@ from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import TypedDict
+from typing import TypedDict, Unpack
 
 from almost_eval.errors import InputError
 from almost_eval.judge.api.journal import BATCH, STANDARD, Journal, Ledger, LedgerEntry
@@ -68,14 +68,19 @@ class Price:
         return (prompt * dearest + completion * max(self.output, self.reasoning or 0.0)) / 1e6
 
 
-class StatedPrices(TypedDict):
-    """What the flags state; None is the table's."""
+class RarerPrices(TypedDict, total=False):
+    """What the flags state besides the two that go together; None is the table's."""
 
-    price_in: float | None
-    price_out: float | None
     price_cached: float | None
     price_reasoning: float | None
     price_batch: float | None
+
+
+class StatedPrices(RarerPrices, total=False):
+    """What the flags state."""
+
+    price_in: float | None
+    price_out: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,27 +172,19 @@ def estimate_tokens(request: JudgeRequest) -> int:
 def estimate(
     requests: Iterable[JudgeRequest],
     *,
-    price_in: float | None = None,
-    price_out: float | None = None,
-    price_cached: float | None = None,
-    price_reasoning: float | None = None,
-    price_batch: float | None = None,
     journal: Journal | None = None,
     less: Container[str] = (),
     ahead: int | None = None,
+    **prices: Unpack[StatedPrices],
 ) -> Estimate:
     """What asking these would take; nothing is sent. Requests that `journal` can answer are left out.
 
     Args:
         requests: what would be sent.
-        price_in: see `price_of`, as for the other prices.
-        price_out: see there.
-        price_cached: see there.
-        price_reasoning: see there.
-        price_batch: see there.
         journal: of the folder, where there is one.
         less: digests of requests that were sent already, and are paid for.
         ahead: how many are sent by themselves before the rest goes into a batch; None where there is none.
+        prices: see `price_of`.
 
     Raises:
         InputError: see `price_of`.
@@ -208,7 +205,7 @@ def estimate(
         prompt += tokens
         completion += request.max_tokens
         size += sum(len(message.content.encode(errors="replace")) for message in request.messages)
-        price = price_of(request.judge, price_in, price_out, price_cached, price_reasoning, price_batch)
+        price = price_of(request.judge, **prices)
         if price is None or total is None:
             total = None
         else:
@@ -222,10 +219,10 @@ class Budget:
 
     Args:
         max_cost: USD; None is no bound.
-        price_in: USD per million prompt tokens; with `price_out`, None looks the judge up in the table.
-        price_out: USD per million completion tokens.
+        price_in: see `price_of`, as for the other prices.
+        price_out: see there.
         judge: the model to look up.
-        spent: USD that count already, as of an earlier process of the same run.
+        more: the other prices.
 
     Raises:
         InputError: a bound without a price, or a number out of range.
@@ -237,13 +234,10 @@ class Budget:
         price_in: float | None = None,
         price_out: float | None = None,
         *,
-        price_cached: float | None = None,
-        price_reasoning: float | None = None,
-        price_batch: float | None = None,
         judge: str = "",
-        spent: float = 0.0,
+        **more: Unpack[RarerPrices],
     ) -> None:
-        self.price = price_of(judge, price_in, price_out, price_cached, price_reasoning, price_batch)
+        self.price = price_of(judge, price_in, price_out, **more)
         if max_cost is not None:
             if not 0 < max_cost < float("inf"):
                 raise InputError("--max-cost must be a number above 0 (USD); without it there is no bound")
@@ -253,7 +247,7 @@ class Budget:
                     "--price-out (USD per million tokens)"
                 )
         self.max_cost = max_cost
-        self.spent = spent
+        self.spent = 0.0
         """USD, for what the provider counted; and the worst case where it did not, or where a reply was lost."""
         self.reserved = 0.0
         """USD set aside for requests on their way."""
@@ -301,6 +295,10 @@ class Budget:
         self.reserved += amount
         self.pending += 1
         return True
+
+    def too_dear(self, worst: float) -> str:
+        """Why a request is not sent that may cost so many USD."""
+        return f"not sent: it may cost {worst:.4f} USD, and {self.spent:.4f} USD are spent"
 
     def settle(self, reserved: float, cost: float) -> None:
         """What was set aside became a cost (0 where nothing was billed)."""

@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,6 +121,8 @@ class Journal:
 
     Raises:
         StoreError: the file is damaged, not a journal, or made by a later version; or its folder cannot be written.
+            Whatever reads may find damage later.
+        RunError: of whatever writes: the disk is full, or gone.
     """
 
     def __init__(self, path: Path) -> None:
@@ -154,11 +157,7 @@ class Journal:
         return bool(self._one("SELECT 1 FROM replies WHERE json_extract(request, '$.judge') = ? LIMIT 1", judge))
 
     def get(self, digest: str) -> Reply | None:
-        """The stored reply to the request of this digest, marked `cached`; None where there is none.
-
-        Raises:
-            StoreError: the file was damaged.
-        """
+        """The stored reply to the request of this digest, marked `cached`; None where there is none."""
         row = self._one("SELECT reply FROM replies WHERE digest = ?", digest)
         if row is None:
             return None
@@ -170,38 +169,22 @@ class Journal:
             ) from None
 
     def begin(self, request: JudgeRequest, most: Usage) -> int:
-        """Enter a sending into the ledger before it leaves, at the most it can take; its number.
-
-        Raises:
-            RunError: the disk is full, or gone.
-        """
+        """Enter a sending into the ledger before it leaves, at the most it can take; its number."""
         with self.writing() as database:
             return enter(database, request.digest, _SENT, most)
 
     def settle(self, sending: int, state: str, usage: Usage | None = None, cost: float | None = None) -> None:
-        """Enter what became of a sending: one of the states above, and its tokens or its USD where it was billed.
-
-        Raises:
-            RunError: the disk is full, or gone.
-        """
+        """Enter what became of a sending: one of the states above, and its tokens or its USD where it was billed."""
         with self.writing() as database:
             settle(database, sending, state, usage, cost)
 
     def name_judge(self, judge: str, digests: Iterable[str]) -> None:
-        """Enter whose requests these are, before they are sent: each judge of a panel has its price.
-
-        Raises:
-            RunError: the disk is full, or gone.
-        """
+        """Enter whose requests these are, before they are sent: each judge of a panel has its price."""
         with self.writing() as database:
             database.executemany("INSERT OR IGNORE INTO judges VALUES (?, ?)", ((digest, judge) for digest in digests))
 
     def ledger(self, judge: str | None = None) -> Ledger:
-        """What all sendings took, those of earlier processes too; with a judge, what its own took (`name_judge`).
-
-        Raises:
-            StoreError: the file was damaged.
-        """
+        """What all sendings took, those of earlier processes too; with a judge, what its own took (`name_judge`)."""
         sums = ", ".join(f"sum({name})" for name in Usage._fields)
         mine, names = ("", ()) if judge is None else (_OF_JUDGE, (judge,))
         query = (
@@ -221,11 +204,7 @@ class Journal:
         return dict(json.loads(row[0])) if row else {}
 
     def take_note(self, name: str, value: JSONObject) -> None:
-        """Keep something for later processes.
-
-        Raises:
-            RunError: the disk is full, or gone.
-        """
+        """Keep something for later processes."""
         with self.writing() as database:
             database.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", (name, json.dumps(value)))
 
@@ -236,9 +215,6 @@ class Journal:
             request: what was sent.
             reply: what came back.
             sending: its number in the ledger, where it will be settled at once; None enters it there too.
-
-        Raises:
-            RunError: the disk is full, or gone.
         """
         row = (request.digest, request_text(request), reply_text(reply), time.time())
         known = any(reply.usage) or reply.cost is not None
@@ -295,11 +271,7 @@ class Journal:
         return self._database
 
     def rows(self, query: str, *values: str | int) -> list[Any]:
-        """What a SELECT gives.
-
-        Raises:
-            StoreError: the file was damaged.
-        """
+        """What a SELECT gives."""
         try:
             with self._lock:
                 return self._connection.execute(query, values).fetchall()
@@ -412,32 +384,11 @@ def settle(
 
 def request_text(request: JudgeRequest) -> str:
     """A request as it is stored."""
-    sent = {
-        "judge": request.judge,
-        "messages": [message.to_dict() for message in request.messages],
-        "temperature": request.temperature,
-        "max_tokens": request.max_tokens,
-        "attempt": request.attempt,
-        "options": dict(request.options),
-    }
-    return json.dumps(sent)
+    return json.dumps(request.to_dict())
 
 
 def reply_text(reply: Reply) -> str:
     """A reply as it is stored; `Journal.get` gives it back."""
-    answered = {
-        "text": reply.text,
-        "finish_reason": reply.finish_reason,
-        "model": reply.model,
-        "prompt_tokens": reply.prompt_tokens,
-        "completion_tokens": reply.completion_tokens,
-        "cached_tokens": reply.cached_tokens,
-        "reasoning_tokens": reply.reasoning_tokens,
-        "thinking": reply.thinking,
-        "parameters": dict(reply.parameters),
-    }
-    if reply.logprobs is not None:
-        answered["logprobs"] = reply.logprobs
-    if reply.written_tokens:
-        answered["written_tokens"] = reply.written_tokens
-    return json.dumps(answered | ({} if reply.cost is None else {"cost": reply.cost}))
+    whole = {field.name: getattr(reply, field.name) for field in fields(reply) if field.name != "cached"}
+    stated = {name: value for name, value in whole.items() if value is not None}
+    return json.dumps(stated | {"parameters": dict(reply.parameters)})

@@ -102,11 +102,6 @@ class Parameters:
         return f"{name} left out" if now is None else f"{name} sent as {now}"
 
     @property
-    def changed(self) -> list[str]:
-        """What became of each parameter that was refused."""
-        return [self.words(name) for name in sorted(self.changes)]
-
-    @property
     def is_bounded(self) -> bool:
         """Whether the endpoint takes a bound on the tokens of a reply at all."""
         return self.changes.get(self.first, self.first) is not None

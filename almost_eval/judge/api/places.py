@@ -8,13 +8,13 @@ or asks for hours, is left out from then on. A request that is sent again takes 
 from __future__ import annotations
 
 import asyncio
-import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from almost_eval.judge.api.adaptive import AdaptiveLimit
+from almost_eval.judge.api.bills import JudgeMeans
 from almost_eval.judge.api.endpoint import JudgeEndpoint, Trouble
 from almost_eval.judge.records import Reply
 from almost_eval.models.endpoint_load import EndpointLoad, first_to_answer
@@ -43,25 +43,12 @@ class JudgePlaces:
 
     Args:
         endpoints: one or several.
-        ceiling: requests on their way at each, at most.
-        random_: of the jitter.
-        notice: takes a line that the user must see at once.
-        lost: the addresses of endpoints that were lost or left out are added here.
+        means: of the client; the addresses of endpoints that are lost or left out are added to its `stats.lost`.
     """
 
-    def __init__(
-        self,
-        endpoints: Sequence[JudgeEndpoint],
-        ceiling: int,
-        random_: random.Random,
-        notice: Callable[[str], None],
-        lost: list[str],
-    ) -> None:
+    def __init__(self, endpoints: Sequence[JudgeEndpoint], means: JudgeMeans) -> None:
         self._endpoints = endpoints
-        self._ceiling = ceiling
-        self._random = random_
-        self._notice = notice
-        self._lost = lost
+        self._means = means
         self._changed = asyncio.Event()
         self._places: list[JudgePlace] = []
 
@@ -71,7 +58,7 @@ class JudgePlaces:
         async with AsyncExitStack() as stack:
             for endpoint in self._endpoints:
                 connection = await stack.enter_async_context(endpoint.connect())
-                limit = AdaptiveLimit(self._ceiling, self._random, self._changed)
+                limit = AdaptiveLimit(self._means.concurrency, self._means.random, self._changed)
                 self._places.append(JudgePlace(endpoint, connection, limit, EndpointLoad(endpoint.base_url)))
             yield
 
@@ -117,7 +104,7 @@ class JudgePlaces:
             if is_lost:
                 self._add_lost(place)
         if line:
-            self._notice(line)
+            self._means.notice(line)
 
     def leave(self, place: JudgePlace, why: str) -> bool:
         """Send nothing there any more; False where there is no other endpoint."""
@@ -126,7 +113,7 @@ class JudgePlaces:
         if not place.is_out:
             place.is_out = True
             self._add_lost(place)
-            self._notice(f"{place.load.shown} is left out from now on ({why}); the others go on")
+            self._means.notice(f"{place.load.shown} is left out from now on ({why}); the others go on")
         return True
 
     def others_are_ready(self, place: JudgePlace) -> bool:
@@ -136,5 +123,5 @@ class JudgePlaces:
         return any(not other.load.rests(now) and other.limit.pause(now) <= 0 for other in others)
 
     def _add_lost(self, place: JudgePlace) -> None:
-        if place.load.shown not in self._lost:
-            self._lost.append(place.load.shown)
+        if place.load.shown not in self._means.stats.lost:
+            self._means.stats.lost.append(place.load.shown)

@@ -7,7 +7,6 @@ the session ends, and what is on its way is awaited, because it will be billed.
 from __future__ import annotations
 
 import asyncio
-import random
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -17,12 +16,10 @@ from queue import SimpleQueue
 
 from almost_eval.errors import InputError, RunError
 from almost_eval.judge.api.adaptive import MAX_PAUSE, backoff
-from almost_eval.judge.api.bills import Bill, ClientStats
-from almost_eval.judge.api.cost import Budget
+from almost_eval.judge.api.bills import Bill, JudgeMeans
 from almost_eval.judge.api.endpoint import EXCHANGED, KEPT, THOUGHT_ONLY, JudgeEndpoint, Trouble, duration
-from almost_eval.judge.api.journal import Journal
 from almost_eval.judge.api.places import JudgePlace, JudgePlaces
-from almost_eval.judge.records import Failure, JudgeRequest, Reply, Usage
+from almost_eval.judge.records import Failure, JudgeRequest, Reply
 
 BREAKER = 20
 """Requests that fail for good in a row, all for the endpoint's sake, before the run ends instead of trying the rest."""
@@ -54,39 +51,20 @@ class JudgeSession:
         requests: what to send, and what to pass over.
         groups: places in `requests`, identical ones together: each group is sent once.
         endpoints: where to; several serve the same judge.
-        journal: where each reply is stored before it is handed on.
-        budget: what may be spent.
-        stats: what was done; counted up here.
-        random_: of the jitter.
-        concurrency: requests on their way at a time, at most.
-        max_attempts: sendings of one request, the first included.
-        notice: takes a line that the user must see at once: what is waited for, what was exchanged.
+        means: of the client.
     """
 
     def __init__(
         self,
         requests: Sequence[JudgeRequest],
         groups: list[list[int]],
-        *,
         endpoints: Sequence[JudgeEndpoint],
-        journal: Journal,
-        budget: Budget,
-        stats: ClientStats,
-        random_: random.Random,
-        concurrency: int,
-        max_attempts: int,
-        notice: Callable[[str], None],
+        means: JudgeMeans,
     ) -> None:
         self.requests = requests
         self.groups = groups
         self.endpoints = endpoints
-        self.journal = journal
-        self.budget = budget
-        self.stats = stats
-        self.random = random_
-        self.concurrency = concurrency
-        self.max_attempts = max_attempts
-        self.notice = notice
+        self.means = means
         self.waits_until = 0.0
         """The loop's clock, s: up to when the user was told to wait."""
         self.is_probing = False
@@ -129,7 +107,7 @@ class JudgeSession:
         async def main() -> None:
             self.loop = asyncio.get_running_loop()
             self.main = asyncio.current_task()
-            self.room = asyncio.Semaphore(2 * self.concurrency)
+            self.room = asyncio.Semaphore(2 * self.means.concurrency)
             self.settled = asyncio.Event()
             self.probed = asyncio.Event()
             started.set()
@@ -144,10 +122,10 @@ class JudgeSession:
             started.set()
 
     async def _run(self) -> None:
-        self.places = JudgePlaces(self.endpoints, self.concurrency, self.random, self.notice, self.stats.lost)
+        self.places = JudgePlaces(self.endpoints, self.means)
         todo = iter(self.groups)
         async with self.places.connected():
-            count = min(self.concurrency, len(self.groups))
+            count = min(self.means.concurrency, len(self.groups))
             self.workers = [asyncio.create_task(self._work(todo)) for _ in range(count)]
             await asyncio.gather(*self.workers, return_exceptions=True)
         if self.undecided and self.ending is None:
@@ -173,7 +151,7 @@ class JudgeSession:
                 await self.room.acquire()
                 outcome = await self._reply_to(self.requests[indices[0]])
                 if isinstance(outcome, Reply):
-                    self.stats.replied += 1
+                    self.means.stats.replied += 1
                     self.lost_in_a_row = 0
                     self.ready.put((indices, outcome))
                     while self.undecided:
@@ -187,7 +165,7 @@ class JudgeSession:
 
     def _decide(self, indices: list[int], trouble: Trouble) -> None:
         """Whether the fault is this request's, or concerns all of them."""
-        proven = self.stats.replied + self.stats.cached > 0
+        proven = self.means.stats.replied + self.means.stats.cached > 0
         if trouble.fatal is not None:
             self._end(trouble.fatal)
         elif trouble.refused is not None and not proven:
@@ -205,7 +183,7 @@ class JudgeSession:
             self._fail(indices, trouble)
 
     def _fail(self, indices: list[int], trouble: Trouble) -> None:
-        self.stats.failed[trouble.reason] += len(indices)
+        self.means.stats.failed[trouble.reason] += len(indices)
         self.ready.put((indices, Failure(trouble.reason, trouble.message)))
         if trouble.again or trouble.reason == THOUGHT_ONLY:
             self.lost_in_a_row += 1
@@ -220,24 +198,22 @@ class JudgeSession:
 
     async def _reply_to(self, request: JudgeRequest) -> Reply | Trouble | None:
         """Send until there is a reply or no hope; None where it was stopped in between."""
-        worst = self.budget.worst(request)
-        attempts, exchanges, answered_before, sent = 0, 0, self.stats.replied, False
+        worst = self.means.budget.worst(request)
+        attempts, exchanges, answered_before, sent = 0, 0, self.means.stats.replied, False
         why = ""
         await self._probe()
         while True:
             if not await self._afford(worst):
-                return Trouble(
-                    "budget", f"not sent: it may cost {worst:.4f} USD, and {self.budget.spent:.4f} USD are spent"
-                )
+                return Trouble("budget", self.means.budget.too_dear(worst))
             try:
                 place = await self.places.take()
             except asyncio.CancelledError:
-                self.budget.settle(worst, 0.0)
+                self.means.budget.settle(worst, 0.0)
                 raise
             if sent:
-                self.stats.retried[why] += 1
+                self.means.stats.retried[why] += 1
             else:
-                self.stats.sent += 1
+                self.means.stats.sent += 1
             sent = True
             outcome = await self._send(request, worst, place)
             if not isinstance(outcome, Reply) and outcome.reason == EXCHANGED and exchanges < MOST_EXCHANGES:
@@ -254,10 +230,10 @@ class JudgeSession:
                 continue
             if not outcome.again:
                 return outcome
-            if outcome.reason != "rate_limited" or self.stats.replied == answered_before:
+            if outcome.reason != "rate_limited" or self.means.stats.replied == answered_before:
                 attempts += 1
-            answered_before = self.stats.replied
-            if attempts >= self.max_attempts:
+            answered_before = self.means.stats.replied
+            if attempts >= self.means.max_attempts:
                 return outcome
             if self.ending is not None:
                 return None
@@ -265,7 +241,9 @@ class JudgeSession:
                 continue
             self._tell_wait(outcome)
             if why != "rate_limited":
-                await asyncio.sleep(max(backoff(attempts, self.random), min(outcome.retry_after or 0.0, MAX_PAUSE)))
+                await asyncio.sleep(
+                    max(backoff(attempts, self.means.random), min(outcome.retry_after or 0.0, MAX_PAUSE))
+                )
 
     async def _probe(self) -> None:
         """Let one request go first, until it is known what the endpoint takes, or it takes its time."""
@@ -277,14 +255,9 @@ class JudgeSession:
 
     def _exchange(self, refusal: Trouble, endpoint: JudgeEndpoint) -> Trouble | None:
         """Remember what an endpoint refuses; what ends the run where its replies have no bound that a budget needs."""
-        parameters = endpoint.parameters
-        if refusal.message:  # else another request has told it already
-            self.notice(f"the endpoint {endpoint.base_url} refuses a parameter: {refusal.message} from now on")
-            self.journal.take_note(endpoint.name, dict(parameters.changes))
-        if self.budget.max_cost is not None and not parameters.is_bounded:
-            words = "takes no bound on the tokens of a reply, so that --max-cost cannot be kept; leave it out"
-            return replace(refusal, fatal=InputError(f"the endpoint {endpoint.base_url} {words}"))
-        return None
+        self.means.keep_exchange(endpoint, refusal)
+        unbounded = self.means.unbounded(endpoint)
+        return None if unbounded is None else replace(refusal, fatal=unbounded)
 
     def _tell_wait(self, trouble: Trouble) -> None:
         """Say for what and how long the run waits, once for each wait."""
@@ -293,7 +266,7 @@ class JudgeSession:
         if pause >= TOLD and until > self.waits_until + TOLD / 2:
             self.waits_until = until
             at = time.strftime("%H:%M:%S", time.localtime(time.time() + pause))
-            self.notice(f"waiting {duration(pause)}, until {at}, as the endpoint asks to ({trouble.message})")
+            self.means.notice(f"waiting {duration(pause)}, until {at}, as the endpoint asks to ({trouble.message})")
 
     async def _send(self, request: JudgeRequest, worst: float, place: JudgePlace) -> Reply | Trouble:
         """Send once, and commit the reply."""
@@ -303,10 +276,10 @@ class JudgeSession:
         number: int | None = None
         began = time.monotonic()
         try:
-            number = self.journal.begin(request, self.budget.most(request))
+            number = self.means.journal.begin(request, self.means.budget.most(request))
             outcome = await place.endpoint.send(place.connection, request)
             if isinstance(outcome, Reply):
-                self.journal.put(request, outcome, number)
+                self.means.journal.put(request, outcome, number)
         finally:
             self.sending.discard(task)
             self._settle(outcome, worst, number)
@@ -324,17 +297,14 @@ class JudgeSession:
         bill = Bill(False, None, None) if number is None else Bill.of(outcome)
         if number is not None and not isinstance(outcome, Reply):  # a reply is settled as it is stored
             with suppress(RunError):  # then it stays at its most
-                self.journal.settle(number, bill.state, bill.usage, bill.cost)
-        cost = worst if bill.is_unsure else self.budget.cost(bill.usage or Usage(0, 0))
-        cost = cost if bill.cost is None else bill.cost
-        self.budget.settle(worst, cost)
-        self.stats.book(bill, cost)
+                self.means.journal.settle(number, bill.state, bill.usage, bill.cost)
+        self.means.budget.settle(worst, self.means.book(bill, worst))
         self.settled.set()
 
     async def _afford(self, worst: float) -> bool:
         """Set the worst case aside. What is on its way may turn out cheaper: it is awaited before the answer is no."""
-        while not self.budget.reserve(worst):
-            if not self.budget.pending:
+        while not self.means.budget.reserve(worst):
+            if not self.means.budget.pending:
                 return False
             self.settled.clear()
             await self.settled.wait()

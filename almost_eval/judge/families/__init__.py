@@ -1,4 +1,4 @@
-"""Prompt families: what a judge is shown, and how its reviews are read. One file and one line for each.
+"""Prompt families: what a judge is shown, and how its reviews are read. One line for each; MT-Bench's two share a file.
 
 A family is a `PromptFamily` (see `judge.prompts`), which states all of itself: what it is, how its reviews are read,
 its own wording with the categories of questions (a `.yaml` beside it), and where the official wording comes from.
@@ -7,7 +7,7 @@ its own wording with the categories of questions (a `.yaml` beside it), and wher
 FAMILIES = {
     "vicuna": "almost_eval.judge.families.vicuna:FAMILY",
     "mt-bench": "almost_eval.judge.families.mt_bench:FAMILY",
-    "mt-bench-single": "almost_eval.judge.families.mt_bench_single:FAMILY",
+    "mt-bench-single": "almost_eval.judge.families.mt_bench:FAMILY_OF_ONE",
 }
 """Name -> import path."""
 

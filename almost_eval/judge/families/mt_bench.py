@@ -1,4 +1,4 @@
-"""FastChat's pair prompts of MT-Bench: the letter of the winner, after the reasons.
+"""FastChat's prompts of MT-Bench: for a pair the letter of the winner, for one answer a mark, after the reasons.
 
 Departures from FastChat: a question without a reference answer is judged by `pair-v2`, where FastChat stops; and the
 prompts of two turns serve for any number of them, the block of a turn repeated and "second" made "third" and so on.
@@ -7,6 +7,7 @@ prompts of two turns serve for any number of them, the block of a turn repeated 
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 from almost_eval.data.sources import DataSource
@@ -26,15 +27,9 @@ _BLOCK = re.compile(
 """Two turns, written out."""
 
 
-def official_wording(data: DataSource, kind: str) -> Wording:
-    """Four of FastChat's prompts: for every question and for those with a reference answer, of one turn and of two.
-
-    Args:
-        data: where FastChat's file is looked for.
-        kind: `pair` or `single`.
-    """
+def _official(data: DataSource, *, general: str, reference: str) -> Wording:
+    """Four of FastChat's prompts: for every question and for those with a reference answer, of one turn and of two."""
     rows = {row["name"]: row for row in fastchat_rows(_PROMPTS, data)}
-    general, reference = {"pair": ("pair-v2", "pair-math-v1"), "single": ("single-v1", "single-math-v1")}[kind]
     templates = {}
     for category, name in ((GENERAL, general), (REFERENCE, reference)):
         templates[category] = _of_one_turn(rows[name])
@@ -58,14 +53,15 @@ def _of_several(row: JSONMapping) -> PromptTemplate:
     return PromptTemplate(system, _BLOCK.sub(block, row["prompt_template"]))
 
 
-def official(data: DataSource) -> Wording:
-    """FastChat's prompts for two answers."""
-    return official_wording(data, "pair")
-
-
 FAMILY = PromptFamily(
     title="the letter of the winner, after the reasons",
     form="letters",
     builtin=Path(__file__).with_suffix(".yaml"),
-    official=official,
+    official=partial(_official, general="pair-v2", reference="pair-math-v1"),
+)
+FAMILY_OF_ONE = PromptFamily(
+    title="one answer by itself: a mark from 1 to 10, after the reasons",
+    form="rating",
+    builtin=Path(__file__).with_name("mt_bench_single.yaml"),
+    official=partial(_official, general="single-v1", reference="single-math-v1"),
 )
