@@ -38,8 +38,9 @@ class Worker(CPUWorker):
     def init_device(self) -> None:
         """Make the model runner, and change one part of its sampler."""
         super().init_device()
-        if not expands_rows(rejection_sampler.expand_batch_to_tokens):
-            rejection_sampler.expand_batch_to_tokens = expand_rows
+        guesses: Any = rejection_sampler
+        if not expands_rows(guesses.expand_batch_to_tokens):
+            guesses.expand_batch_to_tokens = expand_rows
         sampler: Any = getattr(self.model_runner, "sampler", None)
         vllms: Any = getattr(sampler, "topk_topp_sampler", None)
         if reason := _reason_to_leave(vllms):

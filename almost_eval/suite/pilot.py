@@ -64,7 +64,7 @@ class Pilot:
             for _ in engine.stream(few(indices)):
                 pass
 
-        count = trie_tokens
+        count: Callable[[Any, Sequence[EncodedRequest]], int] = trie_tokens
         with _as_parts(engine, requests):
             # Before the first request of a kind (longer than a window, say) an engine finds out what the checkpoint can
             # do: that is done once, however many requests follow.
