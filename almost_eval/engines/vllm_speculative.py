@@ -2,7 +2,7 @@
 
 What is written is drawn from the model's own distribution (rejection sampling, arXiv 2302.01318): greedy answers are
 the same tokens as without guesses; with the same seed, sampled ones are other draws of that distribution, the same each
-time (on a CPU: see `vllm_worker.expand_rows`). So the method
+time (on a CPU: see `vllm_sampling.expand_rows`). So the method
 and the draft model's digest are a part of the spec. Log-likelihoods draw nothing: there is no token to guess.
 """
 

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
 from vllm.v1.sample import rejection_sampler
 from vllm.v1.sample.ops import topk_topp_sampler
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from almost_eval.engines.vllm_sampling import ExactSampler, draws_are_torchs_own
+from almost_eval.engines.vllm_sampling import ExactSampler, draws_are_torchs_own, expand_rows, expands_rows
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
 
@@ -48,38 +47,6 @@ class Worker(CPUWorker):
             return
         sampler.topk_topp_sampler = ExactSampler(vllms, topk_topp_sampler.apply_top_k_top_p)
         logger.info("top-p and seeds without sorting the vocabulary")
-
-
-def expand_rows(
-    values: torch.Tensor, ends: torch.Tensor, total: int, replace_from: float = 0, replace_to: float = 0
-) -> torch.Tensor:
-    """Each row's value once for each of its guessed tokens, in place of vLLM's `expand_batch_to_tokens`.
-
-    On a CPU (0.31) that writes into an integer copy of its output, which it then forgets: temperature and top-p of
-    guessed tokens are whatever was in the memory.
-
-    Args:
-        values: (B,), any dtype.
-        ends: (B,) one past the last guessed token of each row.
-        total: guessed tokens of all rows.
-        replace_from: a value that is changed: the temperature 0 of greedy rows, by which nothing can be divided.
-        replace_to: what stands in its place.
-
-    Returns:
-        (total,), of the dtype of `values`.
-    """
-    counts = torch.diff(ends, prepend=ends.new_zeros(1))
-    return values.masked_fill(values == replace_from, replace_to).repeat_interleave(counts, output_size=total)
-
-
-def expands_rows(vllms: Any) -> bool:
-    """Whether vLLM's own function does what `expand_rows` does."""
-    ends = torch.tensor([2, 2, 5], dtype=torch.int32)
-    # Twice, on other numbers: memory that nobody writes to may hold the right ones by chance, but not both times.
-    return all(
-        torch.equal(vllms(values, ends, 5, 0, 1), expand_rows(values, ends, 5, 0, 1))
-        for values in (torch.tensor([0.7, 0.3, 0.0]), torch.tensor([1.9, 0.0, 0.4]))
-    )
 
 
 def _reason_to_leave(vllms: Any) -> str:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from almost_eval.engines.build import EngineOptions
 from almost_eval.engines.vllm import VLLMEngine
@@ -136,20 +135,6 @@ def test_guessed_tokens_change_no_greedy_answer(
     spec = guessed["settings"]["speculative_config"]
     assert spec["method"] == method
     assert ("draft_digest" in spec) == (method == "draft_model")
-
-
-@pytest.mark.slow
-def test_each_guessed_token_has_the_temperature_of_its_row() -> None:
-    """On a CPU vLLM 0.31 leaves what was in the memory there; by hand: rows of 2, 0 and 3 guessed tokens."""
-    pytest.importorskip("vllm", reason="vllm is not installed")
-    from almost_eval.engines.vllm_worker import expand_rows, expands_rows
-
-    ends = torch.tensor([2, 2, 5], dtype=torch.int32)
-    of_rows = torch.tensor([0.7, 0.3, 0.0])
-    assert expand_rows(of_rows, ends, 5, 0, 1).tolist() == pytest.approx([0.7, 0.7, 1, 1, 1])
-    assert expand_rows(torch.tensor([5, 0, 7]), ends, 5).tolist() == [5, 5, 7, 7, 7]
-    assert expands_rows(expand_rows)
-    assert not expands_rows(lambda values, *rest: torch.full((5,), 0.7))
 
 
 # --- without vLLM ---
