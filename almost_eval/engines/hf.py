@@ -70,6 +70,9 @@ class HFEngine(CheckpointEngine):
         self.part: int | None = None
         """Number of the part that is computed next, of a run whose parts get the same list of requests: they share its
         trie, and the first alone measures rounding. None: a stream is a whole run, or what is left of one."""
+        self.longest = 0
+        """Positions of the longest request of the run, where a stream is of some of its requests: what depends on
+        lengths (a window, a rotary embedding) is then as it is in the run."""
         self._planned: tuple[Sequence[EncodedRequest], TokenTrie] | None = None
         self._headers: SharedHeader | None = None
         self._attention = settled_attention(attention, self.checkpoint, trust_remote_code=self._trust_remote_code)
@@ -123,7 +126,7 @@ class HFEngine(CheckpointEngine):
         yield from scores_of_nothing(requests, wanted)
         if not any(request.continuations for request in requests):
             return
-        longest = self._refuse_long(requests)
+        longest = max(self.longest, self._refuse_long(requests))
         model, config = self.model, self.model.config
         window = scoring.AttentionWindow.of(config, longest)
         probe = self._probe(window)

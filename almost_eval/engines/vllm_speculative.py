@@ -1,7 +1,8 @@
 """Speculative decoding on vLLM: tokens are guessed ahead, and the model checks several in one pass.
 
 What is written is drawn from the model's own distribution (rejection sampling, arXiv 2302.01318): greedy answers are
-the same tokens as without guesses; with the same seed, sampled ones are other draws of that distribution. So the method
+the same tokens as without guesses; with the same seed, sampled ones are other draws of that distribution, the same each
+time (on a CPU: see `vllm_sampling.expand_rows`). So the method
 and the draft model's digest are a part of the spec. Log-likelihoods draw nothing: there is no token to guess.
 """
 

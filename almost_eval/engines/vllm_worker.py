@@ -1,4 +1,4 @@
-"""vLLM's worker for a CPU with `ExactSampler` in its sampler and room for a pipeline.
+"""vLLM's worker for a CPU with `ExactSampler` in its sampler, room for a pipeline, and temperatures for guessed tokens.
 
 vLLM loads it by name (its option `--worker-cls`).
 """
@@ -9,10 +9,11 @@ from typing import Any
 
 from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
+from vllm.v1.sample import rejection_sampler
 from vllm.v1.sample.ops import topk_topp_sampler
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from almost_eval.engines.vllm_sampling import ExactSampler, draws_are_torchs_own
+from almost_eval.engines.vllm_sampling import ExactSampler, draws_are_torchs_own, expand_rows, expands_rows
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
 
@@ -36,6 +37,9 @@ class Worker(CPUWorker):
     def init_device(self) -> None:
         """Make the model runner, and change one part of its sampler."""
         super().init_device()
+        guesses: Any = rejection_sampler
+        if not expands_rows(guesses.expand_batch_to_tokens):
+            guesses.expand_batch_to_tokens = expand_rows
         sampler: Any = getattr(self.model_runner, "sampler", None)
         vllms: Any = getattr(sampler, "topk_topp_sampler", None)
         if reason := _reason_to_leave(vllms):

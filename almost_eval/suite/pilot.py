@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from almost_eval.engines.base import SamplingParams
+from almost_eval.engines.prefix import EncodedRequest
 from almost_eval.judge.model_system import ModelSystem
 from almost_eval.progress import Progress
 from almost_eval.suite.plan import Planned, trie_tokens
@@ -29,7 +31,7 @@ class Pilot:
 
     progress: Progress
     loading: float = 0.0
-    """Seconds in which weights were loaded and kernels made ready, by the first request of each model."""
+    """Seconds in which weights were loaded, kernels made ready and checkpoints tried, by the first request of each."""
     _warm: set[int] = field(default_factory=set)
 
     def seconds(self, one: Planned, answer_tokens: int | None = None) -> float | None:
@@ -50,18 +52,48 @@ class Pilot:
     # --- log-likelihoods ---
 
     def _scores(self, run: Any, tokens: int) -> float:
-        requests = run.prepared.requests
+        engine, requests = run.model, run.prepared.requests
+        scored = [i for i, request in enumerate(requests) if request.continuations]
+        if not scored or not tokens:
+            return 0.0
 
-        def timed(indices: Sequence[int]) -> tuple[int, float]:
-            mine = [requests[i] for i in indices]
-            began = time.perf_counter()
-            for _ in run.model.stream(mine):
+        def few(indices: Sequence[int]) -> list[EncodedRequest]:
+            return [requests[scored[i]] for i in indices]
+
+        def read(indices: Sequence[int]) -> None:
+            for _ in engine.stream(few(indices)):
                 pass
-            return trie_tokens(run.model, mine), time.perf_counter() - began
 
-        return self._by_tokens(
-            run.model, tokens, len(requests), timed, lambda at: trie_tokens(run.model, [requests[i] for i in at])
-        )
+        count: Callable[[Any, Sequence[EncodedRequest]], int] = trie_tokens
+        with _as_parts(engine, requests):
+            # Before the first request of a kind (longer than a window, say) an engine finds out what the checkpoint can
+            # do: that is done once, however many requests follow.
+            shortest = min(range(len(scored)), key=lambda i: requests[scored[i]].n_positions)
+            self._warm_up(engine, lambda: read([shortest]), again=True)
+            if engine.report.path == "plain":  # no prefix is shared after all
+                count = _plain_tokens
+                tokens = round(tokens * count(engine, requests) / trie_tokens(engine, requests))
+            chosen = stretches(len(scored), tokens, lambda indices: count(engine, few(indices)))
+            rate = _seconds_a_token(chosen, read, lambda indices: count(engine, few(indices)))
+        return tokens * rate + self._rounding(engine, requests, few(chosen[0]), rate)
+
+    def _rounding(
+        self, engine: Any, requests: Sequence[EncodedRequest], few: list[EncodedRequest], rate: float
+    ) -> float:
+        """Seconds in which a run in half precision measures its rounding, on a sample that grows with the run."""
+        if getattr(engine, "dtype", None) not in ("bfloat16", "float16") or engine.report.path != "shared-prefix":
+            return 0.0
+        from almost_eval.engines.hf_rounding import rounding_sample
+
+        def sampled(requests: Sequence[EncodedRequest]) -> int:
+            places = rounding_sample(requests, trie_tokens(engine, requests))
+            return sum(_plain_tokens(engine, [requests[i]]) for i in places)
+
+        began = time.perf_counter()
+        for _ in engine.stream(few):
+            pass
+        measured = time.perf_counter() - began - rate * trie_tokens(engine, few)
+        return max(0.0, measured) * sampled(requests) / sampled(few)
 
     # --- rewards ---
 
@@ -70,33 +102,17 @@ class Pilot:
         lengths = [len(ids) for ids in run.model.encode(conversations)]
         limit = run.model.context_length
         fitting = [i for i, length in enumerate(lengths) if limit is None or length <= limit]
+        if not fitting or not tokens:
+            return 0.0
 
-        def timed(indices: Sequence[int]) -> tuple[int, float]:
-            began = time.perf_counter()
+        def read(indices: Sequence[int]) -> None:
             run.model.score([conversations[fitting[i]] for i in indices])
-            return count(indices), time.perf_counter() - began
 
         def count(indices: Sequence[int]) -> int:
             return sum(lengths[fitting[i]] for i in indices)
 
-        return self._by_tokens(run.model, tokens, len(fitting), timed, count)
-
-    def _by_tokens(
-        self,
-        model: Any,
-        tokens: int,
-        count: int,
-        timed: Callable[[Sequence[int]], tuple[int, float]],
-        size: Callable[[Sequence[int]], int],
-    ) -> float:
-        if not count or not tokens:
-            return 0.0
-        self._warm_up(model, lambda: timed([0]))
-        read, seconds = 0, 0.0
-        for stretch in stretches(count, tokens, size):
-            its_tokens, its_seconds = timed(stretch)
-            read, seconds = read + its_tokens, seconds + its_seconds
-        return tokens * seconds / read
+        self._warm_up(run.model, lambda: read([0]))
+        return tokens * _seconds_a_token(stretches(len(fitting), tokens, count), read, count)
 
     # --- answers ---
 
@@ -125,13 +141,45 @@ class Pilot:
         step = max(0.0, timed(long) - first) / (long - short)
         return first + (new - short) * step
 
-    def _warm_up(self, model: Any, first: Callable[[], object]) -> None:
-        if id(model) in self._warm:
+    def _warm_up(self, model: Any, first: Callable[[], object], *, again: bool = False) -> None:
+        if id(model) in self._warm and not again:
             return
         self._warm.add(id(model))
         began = time.perf_counter()
         first()
         self.loading += time.perf_counter() - began
+
+
+def _seconds_a_token(
+    chosen: Sequence[Sequence[int]], read: Callable[[Sequence[int]], object], size: Callable[[Sequence[int]], int]
+) -> float:
+    """Of reading some stretches, each of which has `size` tokens."""
+    began = time.perf_counter()
+    for stretch in chosen:
+        read(stretch)
+    return (time.perf_counter() - began) / sum(size(stretch) for stretch in chosen)
+
+
+@contextmanager
+def _as_parts(engine: Any, requests: Sequence[EncodedRequest]) -> Iterator[None]:
+    """Streams of some requests take the path of a run of all: its windows, and no measure of rounding for each."""
+    from almost_eval.engines.hf import HFEngine
+
+    if not isinstance(engine, HFEngine):
+        yield
+        return
+    before = engine.part, engine.longest
+    engine.part, engine.longest = 1, max(request.n_positions for request in requests)
+    try:
+        yield
+    finally:
+        engine.part, engine.longest = before
+
+
+def _plain_tokens(_: Any, requests: Sequence[EncodedRequest]) -> int:
+    from almost_eval.engines.hf_loglikelihood import plain_tokens
+
+    return plain_tokens(requests)
 
 
 def stretches(count: int, whole: int, size: Callable[[Sequence[int]], int], tokens: int = TOKENS) -> list[list[int]]:

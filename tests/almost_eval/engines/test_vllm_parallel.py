@@ -112,6 +112,7 @@ def assert_same(one: dict[str, Any], plain: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # two starts of vLLM, which wait for cores on a busy machine
 @pytest.mark.parametrize("size", ["tensor_parallel_size", "pipeline_parallel_size"])
 def test_two_processes_equal_one(size: str, checkpoint: Path, plain: dict[str, Any], tmp_path: Path) -> None:
     divided = answers(checkpoint, tmp_path, **{size: 2})
@@ -121,6 +122,7 @@ def test_two_processes_equal_one(size: str, checkpoint: Path, plain: dict[str, A
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # two starts of vLLM, which wait for cores on a busy machine
 @pytest.mark.parametrize("method", ["ngram", "draft_model"])
 def test_guessed_tokens_change_no_greedy_answer(
     method: str, checkpoint: Path, plain: dict[str, Any], tmp_path: Path

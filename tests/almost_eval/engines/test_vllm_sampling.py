@@ -14,7 +14,14 @@ import torch
 from almost_eval.engines import vllm_process, vllm_sampling
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.vllm import VLLMEngine
-from almost_eval.engines.vllm_sampling import ExactSampler, Membership, draws_are_torchs_own, membership
+from almost_eval.engines.vllm_sampling import (
+    ExactSampler,
+    Membership,
+    draws_are_torchs_own,
+    expand_rows,
+    expands_rows,
+    membership,
+)
 
 VOCABULARY = 5000
 ROWS = 12
@@ -228,3 +235,13 @@ def test_the_engine_draws_the_same_with_vllms_own_worker(monkeypatch: pytest.Mon
         engine.close()
     assert made[0] == made[1]
     assert len({completion.token_ids for answers in made[0] for completion in answers}) > 2
+
+
+def test_each_guessed_token_has_the_temperature_of_its_row() -> None:
+    """On a CPU vLLM 0.31 leaves what was in the memory there; by hand: rows of 2, 0 and 3 guessed tokens."""
+    ends = torch.tensor([2, 2, 5], dtype=torch.int32)
+    of_rows = torch.tensor([0.7, 0.3, 0.0])
+    assert expand_rows(of_rows, ends, 5, 0, 1).tolist() == pytest.approx([0.7, 0.7, 1, 1, 1])
+    assert expand_rows(torch.tensor([5, 0, 7]), ends, 5).tolist() == [5, 5, 7, 7, 7]
+    assert expands_rows(expand_rows)
+    assert not expands_rows(lambda values, *rest: torch.full((5,), 0.7))
