@@ -61,7 +61,7 @@ def iterate_lines(file: Path, *, torn_end: bool = False, absent: str = "") -> It
 
 def _placed_lines(file: Path, torn_end: bool, absent: str) -> Iterator[tuple[int, int, Any]]:
     """`iterate_lines`, with the byte at which each line begins between its number and its value."""
-    place = 0
+    place, first = 0, True
     try:
         with file.open("rb") as stream:  # bytes: half a line may end inside a character
             for number, line in enumerate(stream, 1):
@@ -69,6 +69,9 @@ def _placed_lines(file: Path, torn_end: bool, absent: str) -> Iterator[tuple[int
                     return
                 text = _decoded(file, number, line)
                 if text.strip():
+                    if first:
+                        _refuse_spread(file, number, text.strip())
+                    first = False
                     yield number, place, parse_line(file, number, text)
                 place += len(line)
     except FileNotFoundError:
@@ -82,6 +85,16 @@ def _decoded(file: Path, number: int, line: bytes) -> str:
         return line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{file}, row {number} is not UTF-8 ({error.reason} at byte {error.start} of it)") from None
+
+
+def _refuse_spread(file: Path, number: int, text: str) -> None:
+    """A first line that shows JSON whose values do not stand on a line each."""
+    whole = "a JSON array" if text.startswith("[") else "a JSON object that goes on below" if text == "{" else ""
+    if whole:
+        raise DataError(
+            f"malformed data: {file}, row {number}: not a JSON object on one line, but the beginning of {whole}; write "
+            "one object a line"
+        )
 
 
 def parse_line(file: Path | str, number: int, text: str, *, unit: str = "row") -> Any:

@@ -110,13 +110,18 @@ def open_console() -> Any:
 
 
 def run_command_line(cli: click.Command, name: str) -> NoReturn:
-    """Run a command line and exit: every foreseen failure is one line on stderr and its exit code."""
+    """Run a command line and exit: see `run_program`."""
+    run_program(lambda: cli.main(standalone_mode=False, prog_name=name))
+
+
+def run_program(main: Callable[[], int | None]) -> NoReturn:
+    """Run and exit: every foreseen failure is one line on stderr and its exit code."""
     code = 1
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # the name of a folder may be no text in any encoding
     with prompt_interrupt():
         try:
-            code = cli.main(standalone_mode=False, prog_name=name) or 0
+            code = main() or 0
             sys.stdout.flush()
         except AlmostError as error:
             code = _fail(str(error), error.exit_code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -61,15 +62,15 @@ def read_any(source: Path | str) -> Table:
         raise DataError(f"{file} is a folder; name the file in it ({', '.join(SUFFIXES)})")
     if file.exists() and suffix not in (*SUFFIXES, ""):
         raise DataError(f"{file} is no table; give {', '.join(SUFFIXES)}, or a data set of the hub (org/name)")
-    reader = {".json": _json, ".csv": _csv, ".parquet": read_table}.get(suffix, read_rows)
+    reader = {".csv": _csv, ".parquet": read_table}.get(suffix, _json)
     return Table(str(file), _plain(str(file), reader(file), has_lists=suffix not in (".csv", ".parquet")), file)
 
 
 def _json(file: Path) -> list[Row]:
-    """A JSON array of objects; one object a line is taken too, as some programs write it under this name."""
-    text = _text(file)
-    if not text.lstrip().startswith("["):
+    """A JSON array of objects, or one object a line: programs write either under both names, .json and .jsonl."""
+    if not _is_array(file):
         return read_rows(file)
+    text = _text(file)
     try:
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -78,6 +79,14 @@ def _json(file: Path) -> list[Row]:
         if not isinstance(row, dict):
             raise DataError(f"malformed data: {file}, row {number}: not a JSON object")
     return list(rows)
+
+
+def _is_array(file: Path) -> bool:
+    try:
+        with file.open("rb") as stream:
+            return stream.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+    except OSError:  # `read_rows` says what it is
+        return False
 
 
 def _csv(file: Path) -> list[Row]:

@@ -27,6 +27,11 @@ def test_rows_come_back(tmp_path: Path) -> None:
         (b'{"id": "a"}\n\n{}\n', "row 3: 'id' must be str, and is nothing"),
         (b'{"id": "a"}\n{"id"', "row 2: not JSON"),
         (b"[1]\n", "row 1: not a JSON object"),
+        (
+            b'\n[\n{"id": "a"}]\n',
+            "row 2: not a JSON object on one line, but the beginning of a JSON array; write one object a line",
+        ),
+        (b'{\n"id": "a"\n}\n', "row 1: not a JSON object on one line, but the beginning of a JSON object that goes on"),
         (b"\xff\n", "row 1 is not UTF-8"),
     ],
 )

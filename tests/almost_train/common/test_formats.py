@@ -292,6 +292,13 @@ def test_a_file_that_cannot_be_read_is_one_line(name: str, content: bytes | None
         read_any(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a"])
+@pytest.mark.parametrize("content", [b'\xef\xbb\xbf\n[{"a": 1},\n{"a": 2}]', b'{"a": 1}\n{"a": 2}\n'])
+def test_json_and_json_lines_are_told_apart_by_their_content(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert read_any(tmp_path / name).rows == [{"a": 1}, {"a": 2}]
+
+
 def test_a_data_set_that_is_nowhere_is_one_line() -> None:
     with pytest.raises(DataError, match=r"nobody/nothing@test is no file, and as a data set: .* see ALMOST_DATA_ROOT"):
         read_any("nobody/nothing@test")
