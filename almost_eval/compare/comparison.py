@@ -313,6 +313,9 @@ def _verdict(difference: float, ci95: tuple[float, float] | None, p_value: float
 def _warnings(a: _Run, b: _Run, pairs: Mapping[str, tuple[_Line, _Line]]) -> list[str]:
     """What makes the two runs less comparable than they look; only what both have on record can be checked."""
     warnings = [f"{run.folder} has no results.json: the run is not finished" for run in (a, b) if not run.finished]
+    warnings += [
+        f"{run.folder}/spec.json is not there or empty: nothing says how it was run" for run in (a, b) if not run.spec
+    ]
     told: set[str] = set()
     for key, what in SHOULD_MATCH.items():
         in_a, in_b = a.fact(key), b.fact(key)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from almost_eval.data.sources import find_data, fingerprint, read_table
 from almost_eval.errors import DataError, problem_of
-from almost_eval.files import Row, read_rows
+from almost_eval.files import Row, not_text, read_rows
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 """Of the files that can be read. A file without one of them is read as JSON Lines."""
@@ -97,6 +97,10 @@ def _csv(file: Path) -> list[Row]:
         header = next(lines, [])
         if twice := [name for name in header if header.count(name) > 1]:
             raise DataError(f"malformed data: {file}: the header has {twice[0]!r} twice; keep one column")
+        if header and header[0].startswith("{"):
+            raise DataError(f"malformed data: {file} holds JSON and not CSV; name it .jsonl")
+        if len(header) == 1 and (other := next((mark for mark in "\t;|" if mark in header[0]), None)):
+            raise DataError(f"malformed data: {file}: the cells are separated by {other!r}; separate them by commas")
         rows = list(_cells(file, header, lines))
     except csv.Error as error:
         raise DataError(f"malformed data: {file}, line {lines.line_num}: not CSV ({error})") from None
@@ -116,10 +120,12 @@ def _cells(file: Path, header: list[str], lines: Iterator[list[str]]) -> Iterato
 def _text(file: Path) -> str:
     if not file.exists():
         raise DataError(f"{file} is not there; run the stage that writes it first")
+    content = file.read_bytes()
     try:
-        return file.read_bytes().decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 ({error.reason} at byte {error.start})") from None
+        cure = not_text(content)
+        raise DataError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}); {cure}") from None
 
 
 def _plain(name: str, rows: list[Row], *, has_lists: bool = False) -> list[Row]:

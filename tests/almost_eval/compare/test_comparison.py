@@ -189,6 +189,12 @@ def test_refuses_another_task_or_protocol(tmp_path: Path, key: str, other: str) 
         compare_runs(a, b)
 
 
+def test_a_run_without_a_spec_is_told(tmp_path: Path) -> None:
+    a, b = write_scores(tmp_path / "a", [1.0]), write_scores(tmp_path / "b", [1.0])
+    (b / "spec.json").write_text("{}")
+    assert compare_runs(a, b).warnings == (f"{b}/spec.json is not there or empty: nothing says how it was run",)
+
+
 def test_refuses_runs_without_a_shared_sample(tmp_path: Path) -> None:
     a, b = write_run(tmp_path / "a", [line("1", 1.0)]), write_run(tmp_path / "b", [line("2", 1.0)])
     with pytest.raises(InputError, match="share no sample id"):
