@@ -7,6 +7,7 @@ so a reader sees the old content or the new, never half. A folder of work is hel
 
 from __future__ import annotations
 
+import codecs
 import errno
 import hashlib
 import json
@@ -61,7 +62,7 @@ def iterate_lines(file: Path, *, torn_end: bool = False, absent: str = "") -> It
 
 def _placed_lines(file: Path, torn_end: bool, absent: str) -> Iterator[tuple[int, int, Any]]:
     """`iterate_lines`, with the byte at which each line begins between its number and its value."""
-    place = 0
+    place, first = 0, True
     try:
         with file.open("rb") as stream:  # bytes: half a line may end inside a character
             for number, line in enumerate(stream, 1):
@@ -69,10 +70,14 @@ def _placed_lines(file: Path, torn_end: bool, absent: str) -> Iterator[tuple[int
                     return
                 text = _decoded(file, number, line)
                 if text.strip():
+                    if first:
+                        _refuse_spread(file, number, text.strip())
+                    first = False
                     yield number, place, parse_line(file, number, text)
                 place += len(line)
     except FileNotFoundError:
-        raise DataError(f"{file} is not there" + (f"; {absent}" if absent else "")) from None
+        problem = f"is a link to {file.readlink()}, which is not there" if file.is_symlink() else "is not there"
+        raise DataError(f"{file} {problem}" + (f"; {absent}" if absent else "")) from None
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror})") from None
 
@@ -81,7 +86,30 @@ def _decoded(file: Path, number: int, line: bytes) -> str:
     try:
         return line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{file}, row {number} is not UTF-8 ({error.reason} at byte {error.start} of it)") from None
+        cure = not_text(line) if number == 1 else "save the file as UTF-8"
+        raise DataError(
+            f"{file}, row {number} is not UTF-8 ({error.reason} at byte {error.start} of it); {cure}"
+        ) from None
+
+
+def not_text(beginning: bytes) -> str:
+    """What to do about a file that is no UTF-8, by its first bytes."""
+    if beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "it is UTF-16: save it as UTF-8"
+    for name, mark in {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "zip": b"PK\x03\x04"}.items():
+        if beginning.startswith(mark):
+            return f"it is packed ({name}): unpack it"
+    return "save the file as UTF-8"
+
+
+def _refuse_spread(file: Path, number: int, text: str) -> None:
+    """A first line that shows JSON whose values do not stand on a line each."""
+    whole = "a JSON array" if text.startswith("[") else "a JSON object that goes on below" if text == "{" else ""
+    if whole:
+        raise DataError(
+            f"malformed data: {file}, row {number}: not a JSON object on one line, but the beginning of {whole}; write "
+            "one object a line"
+        )
 
 
 def parse_line(file: Path | str, number: int, text: str, *, unit: str = "row") -> Any:
@@ -186,7 +214,11 @@ def placed_records(
     if not file.exists():
         return
     place = 0
-    with file.open("rb") as stream:  # bytes: half a line may end inside a character
+    try:
+        stream = file.open("rb")  # bytes: half a line may end inside a character
+    except OSError as error:
+        raise StoreError(f"{file} cannot be read ({error.strerror})") from None
+    with stream:
         for number, line in enumerate(stream, 1):
             if not line.endswith(b"\n"):
                 return
@@ -317,9 +349,13 @@ def whole_file(file: Path) -> Iterator[IO[bytes]]:
         with scratch.open("wb") as stream:
             yield stream
         scratch.replace(file)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             scratch.unlink()
+        if (
+            isinstance(error, OSError) and error.filename is None
+        ):  # a disk that is full says so of a write, not of a file
+            error.filename = str(file)
         raise
 
 
@@ -427,7 +463,8 @@ def locked_folder(folder: Path, of: str) -> Iterator[None]:
     except Timeout:
         raise StoreError(f"{folder} is in use by another process; wait for it, or choose another --output") from None
     except FileExistsError:
-        raise StoreError(f"{folder} is a file; --output names the folder of a {of}") from None
+        kind = f"a link to {folder.readlink()}, which is not there" if folder.is_symlink() else "a file"
+        raise StoreError(f"{folder} is {kind}; --output names the folder of a {of}") from None
     except OSError as error:
         raise StoreError(f"cannot write to {folder} ({error.strerror}); choose another --output") from None
     try:

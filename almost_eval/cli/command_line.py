@@ -8,13 +8,14 @@ from __future__ import annotations
 import errno
 import gc
 import io
+import itertools
 import json
 import math
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -24,6 +25,11 @@ from almost_eval.errors import AlmostError, InputError, ModelError, RunError, di
 
 Command = Callable[..., Any]
 INTERRUPTED = "interrupted; what was done is kept, and the same command goes on from there"
+_OF_THE_SYSTEM = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EISDIR,
+    errno.ENOTDIR, errno.ELOOP,
+}  # fmt: skip
+"""What a disk or its rights refuse: no fault of the program, whose traceback would say nothing more."""
 PATIENCE = 1.2
 """Seconds that an interrupted process has to end by itself."""
 
@@ -40,7 +46,10 @@ class Commands(click.Group):
         known = not args or args[0].startswith("-") or args[0] in self.commands
         if not known and not ctx.resilient_parsing:  # a shell that completes a line wants no error
             raise InputError(f"unknown command or task {args[0]!r}; {did_you_mean(args[0], self.commands)}")
-        return super().resolve_command(ctx, args)
+        name, command, rest = super().resolve_command(ctx, args)
+        if command is not None and not ctx.resilient_parsing:
+            _refuse_empty_paths(command, rest)
+        return name, command, rest
 
     def invoke(self, ctx: click.Context) -> Any:
         """click's, which would say a bare line of its own when interrupted."""
@@ -57,6 +66,16 @@ class Commands(click.Group):
             if error.consent not in {param.name for param in command.get_params(ctx)}:
                 raise
             raise ModelError(f"{error} (--{error.consent.replace('_', '-')})") from None
+
+
+def _refuse_empty_paths(command: click.Command, args: Sequence[str]) -> None:
+    """Python takes an empty path for the current folder, and `--output "$UNSET"` would fill it."""
+    empty = {a for a, value in itertools.pairwise(args) if not value} | {a[:-1] for a in args if a.endswith("=")}
+    for param in command.params:
+        if isinstance(param.type, click.Path) and (names := empty.intersection(param.opts)):
+            raise InputError(
+                f"{names.pop()} is empty; name a path, `.` for the current folder (is a variable not set?)"
+            )
 
 
 def options(*groups: list[Any]) -> Callable[[Command], Command]:
@@ -110,13 +129,18 @@ def open_console() -> Any:
 
 
 def run_command_line(cli: click.Command, name: str) -> NoReturn:
-    """Run a command line and exit: every foreseen failure is one line on stderr and its exit code."""
+    """Run a command line and exit: see `run_program`."""
+    run_program(lambda: cli.main(standalone_mode=False, prog_name=name))
+
+
+def run_program(main: Callable[[], int | None]) -> NoReturn:
+    """Run and exit: every foreseen failure is one line on stderr and its exit code."""
     code = 1
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # the name of a folder may be no text in any encoding
     with prompt_interrupt():
         try:
-            code = cli.main(standalone_mode=False, prog_name=name) or 0
+            code = main() or 0
             sys.stdout.flush()
         except AlmostError as error:
             code = _fail(str(error), error.exit_code)
@@ -126,9 +150,12 @@ def run_command_line(cli: click.Command, name: str) -> NoReturn:
         except click.ClickException as error:
             code = _fail(error.format_message(), 2)
         except OSError as error:
-            if error.errno != errno.ENAMETOOLONG:
+            if error.errno == errno.ENAMETOOLONG:
+                code = _fail(f"{str(error.filename)[:60]}...: {error.strerror}; give a shorter one", 2)
+            elif error.errno in _OF_THE_SYSTEM and error.filename:
+                code = _fail(f"{error.filename}: {error.strerror}; what was done is kept: the same command goes on", 1)
+            else:
                 raise
-            code = _fail(f"{str(error.filename)[:60]}...: {error.strerror}; give a shorter one", 2)
         except (KeyboardInterrupt, click.Abort):
             code = _fail(INTERRUPTED, 1)
         except BrokenPipeError:  # the reader has gone (`| head`): what is left to say goes nowhere

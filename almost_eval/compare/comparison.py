@@ -144,13 +144,17 @@ _Pairs = Mapping[str, tuple[_Line, _Line]]
 
 
 def compare_runs(a: Path, b: Path, *, seed: int = 0, n_resamples: int = 10_000) -> Comparison:
-    """Pair two run folders of one task and protocol on their sample ids, and judge each metric they share."""
+    """Pair two run folders of one task and protocol on their sample ids, and judge each metric they share.
+
+    Of protocols that list metrics or tasks (`mc1+mc2`), the order says nothing, and one that both have is enough.
+    """
     for folder in (a, b):
         refuse_shard(Path(folder))
     run_a, run_b = _read_run(Path(a)), _read_run(Path(b))
+    in_both = [part for part in _parts(run_a) if part in _parts(run_b)]
     for key in MUST_MATCH:
         in_a, in_b = run_a.fact(key), run_b.fact(key)
-        if in_a != in_b:
+        if in_a != in_b and not (key == "protocol" and in_both):
             raise InputError(
                 f"the runs differ in {key}: {in_a!r} in {a}, {in_b!r} in {b}; compare two runs of the same {key}"
             )
@@ -176,16 +180,15 @@ def compare_runs(a: Path, b: Path, *, seed: int = 0, n_resamples: int = 10_000) 
         _compare_metric(name, of, n_resamples=n_resamples, rng=np.random.default_rng(seed))
         for name, of in compared
     ]
-    scored = [
-        (id, x.score, y.score)
-        for id, (x, y) in (together or pairs).items()
-        if x.score is not None and y.score is not None
-    ]
+    # A line's score is the first metric that its run lists; the other run may list another first.
+    headline = next((part for part in in_both if part in names), HEADLINE)
+    values = {id: (_value(x, headline), _value(y, headline)) for id, (x, y) in (together or pairs).items()}
+    scored = [(id, x, y) for id, (x, y) in values.items() if x is not None and y is not None]
     return Comparison(
         a=str(a),
         b=str(b),
         task=run_a.fact("task"),
-        protocol=run_a.fact("protocol"),
+        protocol="+".join(in_both),
         shared=len(ids),
         only_in_a=len(run_a.lines) - len(ids),
         only_in_b=len(run_b.lines) - len(ids),
@@ -310,6 +313,9 @@ def _verdict(difference: float, ci95: tuple[float, float] | None, p_value: float
 def _warnings(a: _Run, b: _Run, pairs: Mapping[str, tuple[_Line, _Line]]) -> list[str]:
     """What makes the two runs less comparable than they look; only what both have on record can be checked."""
     warnings = [f"{run.folder} has no results.json: the run is not finished" for run in (a, b) if not run.finished]
+    warnings += [
+        f"{run.folder}/spec.json is not there or empty: nothing says how it was run" for run in (a, b) if not run.spec
+    ]
     told: set[str] = set()
     for key, what in SHOULD_MATCH.items():
         in_a, in_b = a.fact(key), b.fact(key)
@@ -326,6 +332,11 @@ def _warnings(a: _Run, b: _Run, pairs: Mapping[str, tuple[_Line, _Line]]) -> lis
 
 def _metric_names(run: _Run) -> set[str]:
     return {name for line in run.lines.values() for name in line.metrics}
+
+
+def _parts(run: _Run) -> list[str]:
+    """What its protocol lists (`mc1+mc2`), in its order; one that lists nothing is its only part."""
+    return str(run.fact("protocol")).split("+")
 
 
 def _value(line: _Line, name: str) -> float | None:

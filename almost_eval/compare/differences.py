@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from almost_eval.run.store import flat
@@ -48,14 +48,20 @@ def setting_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]
     """Every setting in which two specs differ, as `engine.dtype: float32 in A, bfloat16 in B`; digests come last."""
     if not a or not b:  # a spec that is not there says nothing
         return []
-    of_a, of_b = _as_read(flat(a)), _as_read(flat(b))
+    lists = [f"settings.{s.name}" for s in stated_by(str(a.get("task"))).task_settings if s.kind == "names"]
+    of_a, of_b = (_as_read(flat(spec), lists) for spec in (a, b))
     keys = [key for key in {**of_a, **of_b} if of_a.get(key) != of_b.get(key) and not _is_model(key)]
     keys.sort(key=_is_digest)
     return [f"{key}: {shown(of_a.get(key))} in A, {shown(of_b.get(key))} in B" for key in keys]
 
 
-def _as_read(values: Mapping[str, Any]) -> dict[str, Any]:
-    """An adapter's own tokenizer and template are read in the place of its base's: the same key, whichever it is."""
+def _as_read(values: Mapping[str, Any], lists: Sequence[str]) -> dict[str, Any]:
+    """Without what changes nothing that is read.
+
+    An adapter's own tokenizer and template are read in the place of its base's: the same key, whichever it is. And a
+    list of names (`lists` are the keys of such) may have any order.
+    """
+    values = {k: sorted(v) if k in lists and isinstance(v, list) else v for k, v in values.items()}
     own = {f"model_files.{k.removeprefix(_OF_ADAPTER)}": v for k, v in values.items() if k.startswith(_OF_ADAPTER)}
     return {key: value for key, value in values.items() if not key.startswith(_OF_ADAPTER)} | own
 

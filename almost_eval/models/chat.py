@@ -137,7 +137,9 @@ class ChatTemplate:
 
     def _fail(self, error: Exception) -> NoReturn:
         problem = " ".join(str(error).split()) or type(error).__name__
-        line = f" (line {error.lineno})" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+        line = ""
+        if isinstance(error, jinja2.TemplateSyntaxError):
+            line = f" (line {error.lineno}); mend it, or choose another template"
         raise TemplateError(f"chat template {self.name!r} cannot render: {problem}{line}") from error
 
 

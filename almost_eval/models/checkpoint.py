@@ -155,7 +155,8 @@ def find_checkpoint(name: str, *, allow_pickle: bool = False, architectures: Col
         if foreign := _foreign(path):
             raise ModelError(f"{path} {foreign}")
         names = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
-        raise ModelError(f"{path} is not a model: it has no config.json (found {names}); give a checkpoint directory")
+        lacks = "its config.json is a folder" if config_file.is_dir() else f"it has no config.json (found {names})"
+        raise ModelError(f"{path} is not a model: {lacks}; give a checkpoint directory")
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
         kinds = config.get("architectures") or []

@@ -10,7 +10,7 @@ import json
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -209,7 +209,9 @@ def load_weights(
         raise RunError(f"not enough memory for the weights of {checkpoint.name}: {first_line(error)}") from None
     except Exception as error:  # of many kinds without a common base, as the parts of transformers raise them
         refuse_own_code(checkpoint, str(error))
-        raise ModelError(f"transformers cannot load {checkpoint.path}: {first_line(error)}") from None
+        refuse_unknown_value(checkpoint, error)
+        cure = "; a value in its config.json most likely has the wrong type" if isinstance(error, TypeError) else ""
+        raise ModelError(f"transformers cannot load {checkpoint.path}: {first_line(error)}{cure}") from None
     lost = sorted({*info.get("missing_keys", ()), *(key for key, *_ in info.get("mismatched_keys", ()))})
     if checkpoint.brings_head:  # transformers fills it at random, and the adapter then replaces it
         lost = [name for name in lost if not name.startswith(("score.", "classifier."))]
@@ -232,6 +234,25 @@ def load_weights(
         return model.eval() if quantization is not None else model.to(device).eval()
     except torch.OutOfMemoryError:
         raise RunError(f"not enough memory on {device} for {checkpoint.name}; use a smaller dtype or device") from None
+
+
+def refuse_unknown_value(checkpoint: Checkpoint, error: Exception) -> None:
+    """Raise ModelError where an error is a name in `config.json` that transformers has in no table of its own."""
+    if isinstance(error, KeyError):
+        key = next((key for key, value in _flat(checkpoint.config) if value == error.args[0]), None)
+        if key is not None:
+            raise ModelError(
+                f"{checkpoint.path / 'config.json'} says {key}: {error.args[0]!r}, which transformers does not know; "
+                "mend it, or install the version of transformers that the checkpoint was saved with"
+            ) from None
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """`rope_parameters.rope_type` and its value, for every setting."""
+    for key, value in config.items():
+        yield f"{prefix}{key}", value
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
 
 
 def pick_dtype(dtype: str, checkpoint: Checkpoint, device: str, purpose: Purpose = "score") -> str:

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from almost_eval.errors import ModelError
@@ -21,6 +22,8 @@ _SCALES = re.compile(
     r"\.(?:qweight|qzeros|scales?|zeros|\w*g_idx|SCB|weight_format|absmax|quant_map|\w*_scales?|\w*_scale_inv|"
     r"\w*_scale_2|weight_packed|weight_shape|\w*_zero_point|\w*_blocks)$|\.(?:quant_state|absmax|quant_map|nested_\w+)(?:\.|$)"
 )
+_INTEGERS = re.compile(r"[IU]\d+|BOOL")
+"""How safetensors names the dtypes of whole numbers."""
 _OTHER_HEAD = re.compile(r"^(?:score|classifier|v_head|lm_head|classification_head|qa_outputs|summary|cls)\.")
 _SIZES = {
     "num_key_value_heads": r"\.(?:k_proj|v_proj)\.",
@@ -51,6 +54,8 @@ class Tensors:
     """In the files, and not of the model; what transformers itself ignores by design is not among them."""
     untied: str | None = None
     """An output head in the files that differs from the embedding that the config ties it to."""
+    integers: tuple[str, ...] = ()
+    """Whole numbers in the files where the model has fractions: quantised, and no scale is stated."""
     unknown: str | None = None
     """Why this could not be found out; None where it could."""
 
@@ -77,7 +82,7 @@ def compare_tensors(
         auto_class = "AutoModelForCausalLM"  # the base as it is; the adapter brings the score head
     import transformers
 
-    from almost_eval.models.loading import first_line, quiet_transformers, refuse_own_code
+    from almost_eval.models.loading import first_line, quiet_transformers, refuse_own_code, refuse_unknown_value
 
     try:
         with quiet_transformers():
@@ -92,6 +97,7 @@ def compare_tensors(
             )
     except Exception as error:  # a package is missing, an architecture is unknown: loading itself will say so
         refuse_own_code(checkpoint, str(error))
+        refuse_unknown_value(checkpoint, error)
         return Tensors(unknown=first_line(error))
     unfit = None
     if checkpoint.adapter:
@@ -103,6 +109,7 @@ def compare_tensors(
         tuple(sorted(str(key if isinstance(key, str) else key[0]) for key in info["mismatched_keys"])),
         tuple(sorted({*info["unexpected_keys"], *((untied,) if untied else ())})),
         untied,
+        _integers(checkpoint, model),
         unfit,
     )
 
@@ -132,6 +139,11 @@ def refuse_tensors(checkpoint: Checkpoint, tensors: Tensors, *, allow_unused: bo
         raise ModelError(
             f"{where} {kind} {len(lost)} weights of its own architecture, first {lost[0]!r}; transformers would set "
             f"them at random, so nothing it says would mean anything{cause}"
+        )
+    if tensors.integers:
+        raise ModelError(
+            f"{where} holds {len(tensors.integers)} weights as whole numbers: {names(tensors.integers)}; they are "
+            "quantised, and config.json has no quantization_config that says how; save it with one, or unquantised"
         )
     if tensors.unused and not allow_unused:
         way = ", or go on without them" if flag else ""
@@ -174,6 +186,8 @@ def _cause(checkpoint: Checkpoint, tensors: Tensors) -> str:
     unused, config = tensors.unused, checkpoint.config
     if tensors.missing == ("lm_head.weight",) and not tensors.mismatched and not unused:
         return '; most likely its head is the embedding, and config.json lacks "tie_word_embeddings": true'
+    if prefix := _prefix(tensors):
+        return f"; the files have all names with {prefix!r} in front, as a wrapper gives them: save the model inside it"
     if any(_SCALES.search(name) for name in unused) and "quantization_config" not in config:
         return "; it looks quantised, and its config.json has lost the quantization_config"
     if cause := _biases(unused, checkpoint) or _sizes(checkpoint, tensors):
@@ -190,6 +204,37 @@ def _cause(checkpoint: Checkpoint, tensors: Tensors) -> str:
     if layers := _layers(unused):
         return f"; config.json says fewer layers than the files have (num_hidden_layers; the files have {layers})"
     return ""
+
+
+def _prefix(tensors: Tensors) -> str:
+    """What stands before the names of all tensors in the files; empty where they are named otherwise."""
+    for lost in tensors.missing:
+        for name in tensors.unused:
+            prefix = name.removesuffix(lost)
+            if prefix != name and prefix.endswith(".") and all(name.startswith(prefix) for name in tensors.unused):
+                return prefix
+    return ""
+
+
+def _integers(checkpoint: Checkpoint, model: Any) -> tuple[str, ...]:
+    """Parameters of the model that the files have as whole numbers, where no quantisation is stated."""
+    if "quantization_config" in checkpoint.config:
+        return ()
+    head = f"{model.base_model_prefix}."
+    parameters = {name.removeprefix(head) for name, _ in model.named_parameters()}  # a buffer may hold whole numbers
+    kinds = {name: entry["dtype"] for file in checkpoint.weight_files for name, entry in _header(file)[1].items()}
+    return tuple(
+        sorted(n for n, kind in kinds.items() if _INTEGERS.fullmatch(kind) and n.removeprefix(head) in parameters)
+    )
+
+
+def _header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Bytes of the header of a safetensors file, and name -> dtype, shape and place of each tensor."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header: dict[str, Any] = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    return length, header
 
 
 def _biases(unused: Sequence[str], checkpoint: Checkpoint) -> str:
@@ -253,15 +298,14 @@ def _values(checkpoint: Checkpoint, tensor: str) -> tuple[str, bytes]:
     import hashlib
 
     for file in checkpoint.weight_files:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header: dict[str, Any] = json.loads(stream.read(length))
-            if tensor in header:
-                begin, end = header[tensor]["data_offsets"]
+        length, header = _header(file)
+        if tensor in header:
+            begin, end = header[tensor]["data_offsets"]
+            digest, left = hashlib.sha256(), end - begin
+            with file.open("rb") as stream:
                 stream.seek(8 + length + begin)
-                digest, left = hashlib.sha256(), end - begin
                 while left and (block := stream.read(min(left, 1 << 24))):
                     digest.update(block)
                     left -= len(block)
-                return str(header[tensor]["dtype"]), digest.digest()
+            return str(header[tensor]["dtype"]), digest.digest()
     return "", b""

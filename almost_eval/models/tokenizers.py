@@ -95,6 +95,11 @@ def _compare_with_own_file(tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
         own = Tokenizer.from_file(str(file))
     except Exception as error:  # the package raises plain Exception
         raise ModelError(f"{file} is no tokenizer that can be read ({str(error)[:120]}); save it again") from None
+    if share := getattr(own.model, "dropout", None):
+        raise ModelError(
+            f'{file} has a dropout of {share:g}: it cuts the same text into other tokens each time; set "dropout" to '
+            "null"
+        )
     own.no_truncation()
     own.no_padding()
     # Whether a text begins with a space of its own is a setting beside the file: then only the rest is compared.
@@ -166,9 +171,20 @@ def _refuse_ids_without_row(tokenizer: PreTrainedTokenizerBase, opening: Opening
     if written:
         raise ModelError(
             f"the tokenizer of {folder} writes {len(written)} tokens that the model has no row for, first "
-            f"{written[0]!r} with the id {beyond[written[0]]} where the embedding has {rows} rows; take them out of "
-            "the tokenizer, or add rows with model.resize_token_embeddings, train them, and save the model"
+            f"{written[0]!r} with the id {beyond[written[0]]} where the embedding has {rows} rows"
+            f"{_named_as(tokenizer, written[0], folder)}; take them out of the tokenizer, or add rows with "
+            "model.resize_token_embeddings, train them, and save the model"
         )
+
+
+def _named_as(tokenizer: PreTrainedTokenizerBase, token: str, folder: Path) -> str:
+    """Where a token comes from that `tokenizer.json` does not have; empty where it has it."""
+    file = folder / "tokenizer.json"
+    if not file.is_file() or json.dumps(token)[1:-1] in file.read_text(encoding="utf-8"):
+        return ""
+    roles = [role for role, name in tokenizer.special_tokens_map.items() if str(name) == token]
+    kind = f", as its {roles[0]}" if roles else ""
+    return f" (tokenizer.json has no such token: another file adds it, or the class {type(tokenizer).__name__}{kind})"
 
 
 # --- what stands before a text ---

@@ -30,6 +30,7 @@ _STYLE = (
 _LOOKS = (("#0b62a4", "o"), ("#b5522b", "s"), ("#3b7d3a", "^"), ("#a3781f", "v"), ("#2a7f8e", "P"), ("#8a3b5c", "X"))
 """Colour and marker of the benchmarks, in their order; they repeat after the last."""
 _ORACLE_LOOK = ("#7a4fa3", "D")
+_LOGGED_APART = {"reward": "Reward in training, by its own model", "kl": "KL in training, to its own start"}
 _POINT, _LOG = "#0b62a4", "#9aa4ae"
 
 
@@ -114,6 +115,10 @@ def _panels(tax: Tax) -> list[tuple[str, Draw]]:
     for name, title in titles.items():
         if name in measured:
             panels.append((title, partial(_measure, tax=tax, name=name)))
+    for (
+        name
+    ) in tax.log_apart:  # logits of two reward models have no axis in common, nor have distances from two policies
+        panels.append((_LOGGED_APART[name], partial(_logged, tax=tax, name=name, label=None)))
     if tax.log:
         panels.append(("Length in training, tokens", partial(_logged, tax=tax, name="length", label=None)))
     return panels
@@ -127,7 +132,7 @@ def _shares(axes: Axes, tax: Tax, looks: Mapping[str, tuple[str, str]]) -> None:
 
 
 def _measure(axes: Axes, tax: Tax, name: str) -> None:
-    if tax.log and name in tax.log[0]:
+    if tax.log and name in tax.log[0] and name not in tax.log_apart:
         _logged(axes, tax, name, label="in training, each step's batch")
     # Without a log there is nothing to be told apart from.
     _points(axes, tax.policies, name, _POINT, "o", 1, 0.0, "held-out prompts" if tax.log else None)

@@ -121,6 +121,8 @@ def load_lm_eval_tasks(names: Sequence[str], data: DataSource) -> LmEvalTasks:
             raise
         except Exception as error:  # a task's own code may raise anything
             problem = next(iter(str(error).splitlines()), "") or type(error).__name__
+            if isinstance(error, KeyError):  # of which the text is the key alone
+                problem = f"it looks for {problem}, a split or a column that its data has not; add it"
             raise InputError(f"lm-eval cannot load {', '.join(names)}: {problem}") from None
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(seed=FEWSHOT_SEED)

@@ -305,7 +305,7 @@ def _sample(subject: str, category: str, number: int, row: dict[str, Any], split
         problem = "`question` is not a text"
     elif not isinstance(choices, list) or len(choices) != 4 or not all(isinstance(c, str) for c in choices):
         problem = "`choices` are not four texts"
-    elif not isinstance(answer, int) or not 0 <= answer < 4:
+    elif not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < 4:
         problem = f"`answer` is {answer!r}, not 0 to 3"
     if problem is not None:
         raise malformed(DATASET, f"{subject} ({split})", number + 1, problem)

@@ -85,6 +85,8 @@ def settings_from(cls: type[T], values: Mapping[str, object], where: str) -> T:
         name = str(key).replace("-", "_")
         if name not in settings:
             raise InputError(f"{where}: unknown setting {str(key)!r}; {did_you_mean(name, settings, limit=30)}")
+        if name in checked:
+            raise InputError(f"{where}: {name} stands there twice, with - and with _; keep one")
         checked[name] = _checked(value, settings[name], f"{where}: {name}")
     return cls(**checked)
 

@@ -133,11 +133,11 @@ def _read(table: Table, formats: tuple[Format[T], ...], what: str, *, skip_empty
         raise DataError(f"{table.name} holds no {what}")
     first = table.rows[0]
     fitting = [one for one in formats if one.fits(first)]
-    columns = ", ".join(map(repr, first)) or "none"
     if not fitting:
         raise DataError(
-            f"malformed data: {table.where(1)}: no format of {what} has its columns ({columns}); known: "
+            f"malformed data: {table.where(1)}: no format of {what} has its columns ({_kinds(first)}); known: "
             + "; ".join(f"{one.name} ({_columns(one)})" for one in formats)
+            + _inside(first)
         )
     if len(fitting) > 1:
         names = " and ".join(f"{one.name} ({_columns(one)})" for one in fitting)
@@ -150,7 +150,8 @@ def _read(table: Table, formats: tuple[Format[T], ...], what: str, *, skip_empty
     for number, row in enumerate(table.rows, 1):
         if not chosen.fits(row):
             raise DataError(
-                f"malformed data: {table.where(number)}: not {chosen.name} ({_columns(chosen)}), as the first row is"
+                f"malformed data: {table.where(number)}: not {chosen.name} ({_columns(chosen)}), as the first row is; "
+                f"it has {_kinds(row)}"
             )
         for column in _UNREAD:
             if row.get(column):
@@ -194,6 +195,24 @@ _UNREAD = ("tools", "history", "chat_template_kwargs")
 
 def _columns(one: Format[T]) -> str:
     return ", ".join(f"{name}: {'text' if kind is str else 'messages'}" for name, kind in one.columns.items())
+
+
+def _kinds(row: Row) -> str:
+    """The columns of a row, and what each holds."""
+    return ", ".join(f"{name!r}: {_kind(value)}" for name, value in row.items()) or "none"
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, list):
+        return "messages" if value and all(isinstance(item, dict) for item in value) else "a list"
+    names = {str: "text", bool: "true or false", int: "a number", float: "a number", dict: "an object"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _inside(row: Row) -> str:
+    """Where the rows are, if the whole file is one object with a list of them in it."""
+    lists = [name for name, value in row.items() if _kind(value) == "messages"]
+    return f"; if {lists[0]!r} holds the rows, write these alone" if len(row) == len(lists) == 1 else ""
 
 
 # --- preferences ---

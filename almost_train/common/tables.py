@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from almost_eval.data.sources import find_data, fingerprint, read_table
 from almost_eval.errors import DataError, problem_of
-from almost_eval.files import Row, read_rows
+from almost_eval.files import Row, not_text, read_rows
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 """Of the files that can be read. A file without one of them is read as JSON Lines."""
@@ -61,15 +62,15 @@ def read_any(source: Path | str) -> Table:
         raise DataError(f"{file} is a folder; name the file in it ({', '.join(SUFFIXES)})")
     if file.exists() and suffix not in (*SUFFIXES, ""):
         raise DataError(f"{file} is no table; give {', '.join(SUFFIXES)}, or a data set of the hub (org/name)")
-    reader = {".json": _json, ".csv": _csv, ".parquet": read_table}.get(suffix, read_rows)
+    reader = {".csv": _csv, ".parquet": read_table}.get(suffix, _json)
     return Table(str(file), _plain(str(file), reader(file), has_lists=suffix not in (".csv", ".parquet")), file)
 
 
 def _json(file: Path) -> list[Row]:
-    """A JSON array of objects; one object a line is taken too, as some programs write it under this name."""
-    text = _text(file)
-    if not text.lstrip().startswith("["):
+    """A JSON array of objects, or one object a line: programs write either under both names, .json and .jsonl."""
+    if not _is_array(file):
         return read_rows(file)
+    text = _text(file)
     try:
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -80,6 +81,14 @@ def _json(file: Path) -> list[Row]:
     return list(rows)
 
 
+def _is_array(file: Path) -> bool:
+    try:
+        with file.open("rb") as stream:
+            return stream.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+    except OSError:  # `read_rows` says what it is
+        return False
+
+
 def _csv(file: Path) -> list[Row]:
     # newline="": a quoted cell may hold line breaks, which stay as they are. Not splitlines: it splits at U+2028.
     csv.field_size_limit(sys.maxsize)  # its own, of 131,072 characters, is no limit of ours: long texts are counted
@@ -88,6 +97,10 @@ def _csv(file: Path) -> list[Row]:
         header = next(lines, [])
         if twice := [name for name in header if header.count(name) > 1]:
             raise DataError(f"malformed data: {file}: the header has {twice[0]!r} twice; keep one column")
+        if header and header[0].startswith("{"):
+            raise DataError(f"malformed data: {file} holds JSON and not CSV; name it .jsonl")
+        if len(header) == 1 and (other := next((mark for mark in "\t;|" if mark in header[0]), None)):
+            raise DataError(f"malformed data: {file}: the cells are separated by {other!r}; separate them by commas")
         rows = list(_cells(file, header, lines))
     except csv.Error as error:
         raise DataError(f"malformed data: {file}, line {lines.line_num}: not CSV ({error})") from None
@@ -107,10 +120,12 @@ def _cells(file: Path, header: list[str], lines: Iterator[list[str]]) -> Iterato
 def _text(file: Path) -> str:
     if not file.exists():
         raise DataError(f"{file} is not there; run the stage that writes it first")
+    content = file.read_bytes()
     try:
-        return file.read_bytes().decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 ({error.reason} at byte {error.start})") from None
+        cure = not_text(content)
+        raise DataError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}); {cure}") from None
 
 
 def _plain(name: str, rows: list[Row], *, has_lists: bool = False) -> list[Row]:

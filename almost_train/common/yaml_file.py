@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from almost_eval.errors import DataError
+from almost_eval.files import not_text
 
 if TYPE_CHECKING:
     from yaml import Node
@@ -37,7 +38,8 @@ def read_yaml(file: Path, absent: str) -> object:
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 ({error.reason} at byte {error.start})") from None
+        cure = not_text(error.object)
+        raise DataError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}); {cure}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date or number that there is not
         raise DataError(f"{file} is not YAML ({' '.join(str(error).split())})") from None
 

@@ -120,6 +120,9 @@ def train_dpo(
         # 3. Training.
         checkpoint = training_base(checkpoint, output, settings, bf16=settings.bf16)
         progress.note(f"dpo: {len(rows)} pairs ({data.format}), {plan.steps} steps of {settings.batch_size}")
+        if repeats := data.repeat_figures():
+            told = " and ".join(f"{count} {name.replace('_', ' ')}" for name, count in repeats.items())
+            progress.note(f"dpo: {comparisons} has {told}, which are trained on as they are")
         fit(
             lambda: make_trainer(
                 preference_trainer_class(),
@@ -152,6 +155,7 @@ def train_dpo(
                 "dropped": dict(sorted(dropped.items())),
                 "eval_dropped": dict(sorted(eval_unusable.items())),
                 **data.empty_figures(),
+                **repeats,
                 "loss_first_step": log[0]["loss"],
                 "loss_last_step": last["loss"],
                 **{f"{name}_last_step": last[name] for name in ("accuracy", "chosen_logratio", "rejected_logratio")},

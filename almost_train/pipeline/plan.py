@@ -285,6 +285,8 @@ def engine_options(section: JSONObject, where: str) -> EngineOptions:
         name = str(key).replace("-", "_")
         if name not in known:
             raise InputError(f"{where}: unknown option {key!r}; {did_you_mean(name, known, 30)}")
+        if name in options:
+            raise InputError(f"{where}: {name} stands there twice, with - and with _; keep one")
         flag = known[name].metadata["flag"]
         taken = tuple(get_origin(kind) or kind for kind in get_args(kinds[name]) or (kinds[name],))
         taken += (int,) if float in taken else ()

@@ -95,6 +95,21 @@ class Comparisons:
             if file and file.empty
         }
 
+    def repeat_figures(self) -> JSONObject:
+        """Of `result.json`: pairs for training that stand there before, as they are or the other way round.
+
+        A repeated pair counts twice. Two that contradict each other teach nothing but a difference of nothing.
+        """
+        seen: set[tuple[object, ...]] = set()
+        counts: Counter[str] = Counter()
+        for pair in self.training.pairs:
+            prompt = conversation_key(pair.prompt)
+            chosen, rejected = (conversation_key(side[len(pair.prompt) :]) for side in (pair.chosen, pair.rejected))
+            counts["repeated_pairs"] += (prompt, chosen, rejected) in seen
+            counts["contradicted_pairs"] += (prompt, rejected, chosen) in seen
+            seen.add((prompt, chosen, rejected))
+        return {name: count for name, count in counts.items() if count}
+
 
 def read_comparisons(
     comparisons: Path | str, held_out: Path | str | None, *, margin: bool, skip_empty: bool

@@ -132,6 +132,9 @@ def train_reward(
         # 3. Training.
         checkpoint = training_base(checkpoint, output, settings, bf16=settings.bf16, whole=True)
         progress.note(f"reward: {len(train)} pairs ({data.format}), {plan.steps} steps of {settings.batch_size}")
+        if repeats := data.repeat_figures():
+            told = " and ".join(f"{count} {name.replace('_', ' ')}" for name, count in repeats.items())
+            progress.note(f"reward: {comparisons} has {told}, which are trained on as they are")
         fit(
             lambda: _trainer(settings, checkpoint, tokenizer, train, plan, output),
             stage,
@@ -155,6 +158,7 @@ def train_reward(
                 "dropped": dict(sorted(dropped.items())),
                 "eval_dropped": dict(sorted(eval_unusable.items())),
                 **data.empty_figures(),
+                **repeats,
                 "loss_last_step": log[-1]["loss"],
                 **held_out_figures(log, measured),
                 "eval": pair_metrics(rows),

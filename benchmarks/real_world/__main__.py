@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import benchmarks.real_world
-from almost_eval.cli.command_line import import_transformers
+from almost_eval.cli.command_line import import_transformers, run_program
 from almost_eval.progress import progress_for
 from almost_train.common.resume import RowLog
 from benchmarks.real_world.figures import write_figures
@@ -66,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

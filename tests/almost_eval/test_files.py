@@ -6,8 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from almost_eval.errors import DataError
-from almost_eval.files import digest_path, iterate_rows, read_rows, repair_end, row_at, write_rows
+from almost_eval.errors import DataError, StoreError
+from almost_eval.files import (
+    digest_path,
+    iterate_rows,
+    locked_folder,
+    read_records,
+    read_rows,
+    repair_end,
+    row_at,
+    write_rows,
+)
 
 
 def test_rows_come_back(tmp_path: Path) -> None:
@@ -27,6 +36,11 @@ def test_rows_come_back(tmp_path: Path) -> None:
         (b'{"id": "a"}\n\n{}\n', "row 3: 'id' must be str, and is nothing"),
         (b'{"id": "a"}\n{"id"', "row 2: not JSON"),
         (b"[1]\n", "row 1: not a JSON object"),
+        (
+            b'\n[\n{"id": "a"}]\n',
+            "row 2: not a JSON object on one line, but the beginning of a JSON array; write one object a line",
+        ),
+        (b'{\n"id": "a"\n}\n', "row 1: not a JSON object on one line, but the beginning of a JSON object that goes on"),
         (b"\xff\n", "row 1 is not UTF-8"),
     ],
 )
@@ -42,6 +56,9 @@ def test_malformed_rows_are_named(tmp_path: Path, content: bytes, message: str) 
 def test_a_missing_file_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not there; run the stage that writes it first"):
         read_rows(tmp_path / "none.jsonl")
+    (tmp_path / "link.jsonl").symlink_to("none.jsonl")
+    with pytest.raises(DataError, match=r"is a link to none\.jsonl, which is not there"):
+        read_rows(tmp_path / "link.jsonl")
 
 
 def test_digests_follow_content_not_place(tmp_path: Path) -> None:
@@ -77,3 +94,15 @@ def test_a_row_is_read_again_at_its_place(tmp_path: Path) -> None:
         assert [row_at(stream, places[id]) for id in "cbä"] == [{"id": "c"}, {"id": "b"}, {"id": "ä"}]
         with pytest.raises(DataError, match="was changed while it was read"):
             row_at(stream, places["b"] + 3)
+
+
+def test_what_is_no_file_or_no_folder_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"cannot be read \(Is a directory\)"):
+        list(read_records(tmp_path, str, "a line"))
+    link = tmp_path / "link"
+    link.symlink_to("nowhere")
+    with (
+        pytest.raises(StoreError, match="link is a link to nowhere, which is not there; --output"),
+        locked_folder(link, "run"),
+    ):
+        pass

@@ -14,6 +14,7 @@ from almost_eval.files import read_json, read_rows
 from benchmarks.real_world.data import halves, human_pairs, prepare, static_hhh
 from benchmarks.real_world.labels import faults, judge_by_rules, rouge_l
 from benchmarks.real_world.refusals import is_refusal
+from benchmarks.real_world.study import FOLDERS
 
 ROOT = Path(__file__).parents[2]
 
@@ -117,3 +118,15 @@ def test_the_whole_study_on_both_models(sources: Path, real_models: Any, tmp_pat
     of_tries = {row[0]: row[-1] != "-" for row in titles["Policies"]["rows"]}
     assert of_tries == {name: name.startswith("hhh") for name in of_tries}
     assert "<table>" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_a_recipe_with_an_error_is_one_line(tmp_path: Path) -> None:
+    for name in FOLDERS.values():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    command = [sys.executable, "-m", "benchmarks.real_world", "--parts", "recipe", "--until", "no-such-stage"]
+    command += ["--data-root", str(tmp_path), "--models", str(tmp_path), "--output", str(tmp_path / "study")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in run.stderr

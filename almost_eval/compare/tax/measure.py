@@ -212,6 +212,8 @@ def summarise(plan: TaxPlan, warnings: Sequence[str] = ()) -> tax.Tax:
     findings = tax.findings(comparisons, labels)
     training = plan.training
     log = [asdict(row) for row in training.rows] if training else []
+    by_models = {"reward": ("reward_model", measured.reward_model), "kl": ("policy", measured.models[labels[0]])}
+    apart = [key for key, (name, model) in by_models.items() if training and model and not training.read(name, model)]
     first = read_results(measured.folder(labels[0]) / plan.first_run)["provenance"]
     facts = {
         "data": first["data_source"],
@@ -226,9 +228,8 @@ def summarise(plan: TaxPlan, warnings: Sequence[str] = ()) -> tax.Tax:
         "command": provenance.command(),
     }
     sentence = tax.sentence(findings, labels)
-    return tax.Tax(
-        policies, plan.steps_are, comparisons, findings, sentence, tax.kl_source(sampling), log=log, facts=facts
-    )
+    kl_source = tax.kl_source(sampling)
+    return tax.Tax(policies, plan.steps_are, comparisons, findings, sentence, kl_source, log, apart, facts)
 
 
 def _policy(plan: TaxPlan, label: str, step: float) -> tax.MeasuredPolicy:

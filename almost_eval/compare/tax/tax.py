@@ -136,6 +136,8 @@ class Tax:
     """See the function."""
     log: Sequence[Mapping[str, float]] = ()
     """Rows of the training's own log."""
+    log_apart: Sequence[str] = ()
+    """What in the log is not known to be by the reward model, or from the policy, that the measures are by and from."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Data, prompts, reward model, warnings, versions."""
 
@@ -160,6 +162,7 @@ class Tax:
             "over_optimisation": {"rule": RULE, "findings": [asdict(finding) for finding in self.findings]},
             "kl_source": self.kl_source,
             "training_log_is": LOG_IS if self.log else None,
+            "training_log_apart": list(self.log_apart),
             "training_log": [dict(row) for row in self.log],
             **self.facts,
         }

@@ -2,6 +2,7 @@
 
 - `log.jsonl`: a row a step, of the policy *before* that step's update: `step`, `reward` (mean raw logit over the step's
   completions), `kl` (nats a completion, to the policy that training began with), `length` (tokens a completion).
+- `stage.json`: `inputs`, which models training read: a digest of `policy` and of `reward_model`, or a name on the hub.
 - `policy/` and `result.json`: the policy at the end, and `metrics.policy_step`.
 - `policies/step-000020/`, ...: with `--keep-every`, the policies on the way there, as `policy/`; those after a guard's
   stop are there too.
@@ -16,12 +17,14 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from almost_eval.errors import DataError, InputError
-from almost_eval.files import read_json, read_records, whole_folder
+from almost_eval.files import digest_path, read_json, read_records, whole_folder
 from almost_eval.models.checkpoint import Checkpoint, find_checkpoint
+from almost_eval.nano import SHIPPED, shipped
 from almost_eval.types import JSONObject
 
 LOGGED = ("reward", "kl", "length")
@@ -54,6 +57,16 @@ class TrainingRun:
     """The policy that training began with, where it stands beside the stage."""
     reward_model: Path | None
     prompts: Path | None
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """Of `stage.json`."""
+
+    def read(self, name: str, model: str) -> bool:
+        """Whether training is known to have read this model as its `policy` or its `reward_model`."""
+        made_with = self.inputs.get(name)
+        if made_with is None:
+            return model == str({"policy": self.before, "reward_model": self.reward_model}[name])
+        folder = shipped(model) if model in SHIPPED else Path(model)
+        return made_with == (digest_path(folder) if folder.is_dir() else model)  # as a stage writes it
 
 
 def read_training(folder: Path) -> TrainingRun:
@@ -86,6 +99,7 @@ def read_training(folder: Path) -> TrainingRun:
         beside("sft/model"),
         beside("reward/model"),
         beside("evaluation-prompts.jsonl"),
+        read_json(stage / "stage.json", "inputs")["inputs"] if (stage / "stage.json").exists() else {},
     )
 
 

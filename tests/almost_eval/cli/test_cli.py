@@ -1,5 +1,6 @@
 """The command line: what it refuses and how, and what goes to which stream."""
 
+import errno
 import json
 import os
 import re
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 from machine_time import seconds_to_end
 
+from almost_eval.cli.command_line import run_program
+from almost_eval.files import whole_file
 from almost_eval.nano.data import data_root as nano_root
 from almost_eval.nano.seeded import checkpoint
 
@@ -130,11 +133,12 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "row": (["truthfulqa", "--data-root", "broken"], "truthfulqa/truthful_qa, multiple_choice, row 3: `mc1_targets`"),
     "file as output": (["hhh", "--limit", "1", "--output", "file.json"], "file.json is a file; --output names the"),
     "output": (["hhh", "--limit", "1", "--output", "file.json/run"], "cannot write to file.json/run (Not a directory)"),
+    "empty output": (["hhh", "--limit", "1", "--output", ""], "--output is empty; name a path"),
     "long output": (["hhh", "--limit", "1", "--output", "x" * 300], "File name too long; give a shorter one"),
     "seed": (["hhh", "--seed", "-1"], "'--seed': -1 is not in the range x>=0"),
     "no number": (["vicuna", "--temperature", "nan"], "'--temperature': nan is no finite number"),
     "infinity": (["vicuna", "--max-cost", "inf"], "'--max-cost': inf is no finite number"),
-    "another run": (["hhh", "--limit", "1", "--output", "taken"], 'task was "mmlu", is "hhh"; '),
+    "another run": (["hhh", "--limit", "1", "--output", "taken"], "taken/spec.json is not a run's: it lacks"),
     "a nameless run": (["hhh", "--limit", "1", "--output", "nameless"], "has a samples.jsonl but no spec.json"),
     "verify": (["verify", "nope"], "nope/spec.json is not there; give the folder of a run"),
     "report": (["report", "nope"], "nope/results.json is not there; give the folder of a run"),
@@ -250,6 +254,20 @@ COMMANDS = [
     *("all", "plan", *(task for task in TASKS if task != "all")),
     *("judge", "merge", "compare", "parity", "verify", "report", "tax", "arena", "list", "completion"),
 ]
+
+
+def test_what_a_disk_refuses_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def write() -> None:
+        with whole_file(tmp_path / "stage.json"):
+            raise OSError(errno.ENOSPC, "No space left on device")  # as a write says it: of no file
+
+    with pytest.raises(SystemExit) as end:
+        run_program(write)
+    assert end.value.code == 1
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: {tmp_path}/stage.json: No space left on device; what was done is kept")
+    with pytest.raises(FileNotFoundError):  # this one is a fault of the program
+        run_program(lambda: len((tmp_path / "never-written").read_text()))
 
 
 def test_bare_command_is_help(almost_eval: Command) -> None:

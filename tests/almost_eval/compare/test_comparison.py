@@ -125,6 +125,26 @@ def test_metrics_both_runs_name(tmp_path: Path) -> None:
     assert mc2.verdict == "B is better by 50.0 points (95 % interval 50.0 to 50.0)"
 
 
+@pytest.mark.parametrize(("listed", "in_both"), [(["mc2", "mc1"], ["mc1", "mc2"]), (["mc2"], ["mc2"])])
+def test_the_order_in_which_metrics_are_listed_says_nothing(
+    tmp_path: Path, listed: list[str], in_both: list[str]
+) -> None:
+    """A sample's score is the first metric that its run lists: what flipped must be told by one metric of both."""
+    both, values = ["mc1", "mc2"], {"mc1": 1.0, "mc2": 0.25}
+
+    def run(name: str, metrics: list[str]) -> Path:
+        rows = [line("s", values[metrics[0]], metrics={metric: values[metric] for metric in metrics})]
+        spec = {"settings": {"metrics": metrics}}
+        return write_run(tmp_path / name, rows, task="truthfulqa", protocol="+".join(metrics), spec=spec)
+
+    comparison = compare_runs(run("a", both), run("b", listed))
+    assert [metric.name for metric in comparison.metrics] == in_both
+    assert [metric.difference for metric in comparison.metrics] == [0.0] * len(in_both)
+    assert comparison.flipped == ()
+    assert comparison.protocol == "+".join(in_both)
+    assert len(comparison.warnings) == (listed == ["mc2"])  # that one has fewer metrics; the order is no difference
+
+
 def test_a_metric_of_another_category_is_not_unscored(tmp_path: Path) -> None:
     rows = [line("1", 1.0, metrics={"accuracy/honest": 1.0}), line("2", 1.0, metrics={"accuracy/other": 1.0})]
     comparison = compare_runs(write_run(tmp_path / "a", rows), write_run(tmp_path / "b", rows))
@@ -167,6 +187,12 @@ def test_refuses_another_task_or_protocol(tmp_path: Path, key: str, other: str) 
     b = write_scores(tmp_path / "b", [1.0], **{key: other})
     with pytest.raises(InputError, match=f"differ in {key}: .* '{other}'"):
         compare_runs(a, b)
+
+
+def test_a_run_without_a_spec_is_told(tmp_path: Path) -> None:
+    a, b = write_scores(tmp_path / "a", [1.0]), write_scores(tmp_path / "b", [1.0])
+    (b / "spec.json").write_text("{}")
+    assert compare_runs(a, b).warnings == (f"{b}/spec.json is not there or empty: nothing says how it was run",)
 
 
 def test_refuses_runs_without_a_shared_sample(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from almost_eval.compare.tax.training import read_training
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.hf import HFEngine
 from almost_eval.errors import DataError, InputError
+from almost_eval.files import digest_path
 from almost_eval.nano import shipped
 from almost_eval.report.tax_page import draw, html
 from almost_eval.run import prompt_log
@@ -445,8 +446,18 @@ def test_the_checkpoints_and_the_log_of_a_training_run(
     assert found["policies"][0]["model"] == str(training / "sft" / "model")
     assert found["reward_model"] == str(training / "reward" / "model")
     assert [row["kl"] for row in found["training_log"]] == [0, 0.5, 1, 1.5, 2, 2.5]  # the half line is left out
+    assert found["training_log_apart"] == []
     again = command("--run", training / "rlsf", *options, "--output", output)
     assert json.loads(again.out)["policies"] == found["policies"]
+
+
+def test_the_models_that_training_read_are_known_by_their_content(training: Path) -> None:
+    inputs = {"policy": digest_path(training / "sft" / "model"), "reward_model": "org/on-the-hub"}
+    (training / "rlsf" / "stage.json").write_text(json.dumps({"inputs": inputs}))
+    run = read_training(training)
+    assert run.read("policy", "nano/sft")
+    assert not run.read("policy", "nano/almost")
+    assert not run.read("reward_model", str(training / "reward" / "model"))
 
 
 def test_a_finished_stage_gives_the_policy_at_its_step(training: Path) -> None:

@@ -234,7 +234,7 @@ def test_response_prefix_implies_the_generation_prompt() -> None:
 @pytest.mark.parametrize(
     ("source", "problem"),
     [
-        ("a\n{% if %}", r"Expected an expression.* \(line 2\)"),
+        ("a\n{% if %}", r"Expected an expression.* \(line 2\); mend it, or choose another"),
         ("{{ nothing.at_all }}", "'nothing' is undefined"),
         ("{{ raise_exception('no\nsystem role') }}", "no system role"),
         ("{{ 1 + 'a' }}", "unsupported operand"),

@@ -49,6 +49,16 @@ def _opening(number: int) -> Callable[[Path], object]:
     return lambda folder: _change(folder / "tokenizer.json", post_processor=processor)
 
 
+def _rope(**values: object) -> Callable[[Path], object]:
+    return lambda folder: _change(folder / "config.json", rope_parameters={"rope_theta": 10000.0, **values})
+
+
+def _dropout(folder: Path) -> None:
+    """Left on after a training with it."""
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    _change(folder / "tokenizer.json", model=model | {"dropout": 0.5})
+
+
 def _class(name: str) -> Callable[[Path], object]:
     return lambda folder: _change(folder / "tokenizer_config.json", tokenizer_class=name)
 
@@ -76,6 +86,13 @@ def _eos(name: str) -> Callable[[Path], object]:
             r"config\.json is no valid config: .*torch\.float16",
         ),
         (lambda f: _change(f / "config.json", architectures="LlamaForCausalLM"), "architectures is 'LlamaForCausalLM'"),
+        (
+            lambda f: _change(f / "config.json", hidden_act="sillu"),
+            r"config\.json says hidden_act: 'sillu', which .* mend",
+        ),
+        (_rope(rope_type="magic"), r"says rope_parameters\.rope_type: 'magic', which transformers does not know"),
+        (lambda f: [(f / "config.json").unlink(), (f / "config.json").mkdir()], "its config.json is a folder"),
+        (_dropout, r'tokenizer\.json has a dropout of 0\.5: .*set "dropout" to null'),
         (_longer, r"model\.safetensors is not a whole safetensors file"),
         (
             lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
@@ -86,7 +103,10 @@ def _eos(name: str) -> Callable[[Path], object]:
         (_class("T5Tokenizer"), 'no tokenizer that transformers can read .*"PreTrainedTokenizerFast"'),
         (_opening(4000), r"puts the ids \[4000\] before a text, and the embedding has 1114 rows"),
         (lambda f: _change(f / "config.json", tie_word_embeddings=False), 'lacks "tie_word_embeddings": true'),
-        (lambda f: _change(f / "tokenizer_config.json", eos_token="</none>"), "'</none>' with the id .* has .* rows"),
+        (
+            lambda f: _change(f / "tokenizer_config.json", eos_token="</none>"),
+            "'</none>' .* rows .*no such token.* as its eos_token",
+        ),
         (lambda f: _change(f / "special_tokens_map.json", eos_token="</none>"), "'</none>' with the id"),
     ],
 )

@@ -184,6 +184,27 @@ def test_another_shape_is_refused(folder: Path) -> None:
     assert "another shape" in _refused(folder)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "pretrained_model."])
+def test_names_as_a_wrapper_gives_them_are_told_by_their_prefix(prefix: str, folder: Path) -> None:
+    def wrap(weights: dict[str, Any]) -> None:
+        for name in list(weights):
+            weights[prefix + name] = weights.pop(name)
+
+    _weights(folder, wrap)
+    assert f"the files have all names with {prefix!r} in front" in _refused(folder)
+
+
+def test_whole_numbers_without_their_scales_are_refused(folder: Path) -> None:
+    """Read as 3.0, a 3 makes a model that answers: 1 in 5 right where it was 19 in 20."""
+
+    def quantise(weights: dict[str, Any]) -> None:
+        for name, values in weights.items():
+            weights[name] = (values * 100).char()
+
+    _weights(folder, quantise)
+    assert "weights as whole numbers: model.embed_tokens.weight, " in _refused(folder)
+
+
 def test_fewer_layers_in_the_config_are_refused(folder: Path) -> None:
     layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
     change_config(folder, num_hidden_layers=layers - 1)

@@ -14,10 +14,12 @@ from almost_eval.data.prompt_sets import load_prompt_set
 from almost_eval.data.sources import DataSource, find_data
 from almost_eval.engines.scripted import ScriptedEngine
 from almost_eval.errors import DataError, InputError
+from almost_eval.files import write_rows
 from almost_eval.models.chat import load_template
 from almost_eval.run.preflight import prepare
 from almost_eval.run.validity import check
 from almost_eval.tasks.base import Prompting
+from almost_eval.tasks.harness import load_lm_eval_tasks
 from almost_eval.tasks.mmlu import CATEGORIES, MMLU
 from almost_eval.types import Sample, SampleRecord
 
@@ -261,6 +263,24 @@ def test_malformed_row(tmp_path: Path, split: str, change: dict[str, Any], probl
     parquet.write_table(pa.Table.from_pylist(rows), file)
     with pytest.raises(DataError, match=rf"malformed data: {DATASET}, anatomy \({split}\), row 2: {problem}"):
         MMLU(["anatomy"], 5, data).samples()
+
+
+def test_true_is_no_answer(tmp_path: Path) -> None:
+    """Python takes True for 1, which is B."""
+    data = write_subject(tmp_path, [3, 3])
+    file = tmp_path / DATASET / "anatomy" / "test-00000-of-00001.parquet"
+    rows = parquet.read_table(file).to_pylist()
+    file.unlink()
+    write_rows(file.with_name("test.jsonl"), [row | {"answer": True} for row in rows])
+    with pytest.raises(DataError, match="row 1: `answer` is True, not 0 to 3"):
+        MMLU(["anatomy"], 0, data).samples()
+
+
+def test_a_split_that_lm_eval_looks_for_is_named(tmp_path: Path) -> None:
+    data = write_subject(tmp_path, [3])
+    (tmp_path / DATASET / "anatomy" / "dev-00000-of-00001.parquet").unlink()
+    with pytest.raises(InputError, match="cannot load mmlu_anatomy: it looks for 'dev', a split or a column that its"):
+        load_lm_eval_tasks(["mmlu_anatomy"], data)
 
 
 def test_too_few_examples(tmp_path: Path) -> None:

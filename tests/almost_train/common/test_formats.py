@@ -172,8 +172,13 @@ def test_a_prompt_may_have_a_system_message_and_earlier_turns() -> None:
         ([{"prompt": "  "}], "prompt 1: an empty prompt"),
         ([{"prompt": [answer]}], "prompt 1: it must end in a user message"),
         ([{"id": "a", "prompt": ASK}, {"id": "a", "prompt": BAD}], "prompt 2: the id 'a' is there twice"),
-        ([{"prompt": ASK}, {"prompt": [user]}], "row 2: not prompts .prompt: text., as the first row is"),
-        ([{"question": ASK}], "row 1: no format of prompts has its columns .'question'.; known: prompts"),
+        (
+            [{"prompt": ASK}, {"prompt": [user]}],
+            "row 2: not prompts .prompt: text., as the first row is; it has 'prompt': messages",
+        ),
+        ([{"question": ASK}], "no format of prompts has its columns .'question': text.; known: prompts"),
+        ([{"id": 1, "prompt": 5}], "has its columns .'id': a number, 'prompt': a number."),
+        ([{"data": [{"prompt": ASK}]}], "if 'data' holds the rows, write these alone"),
     ],
 )
 def test_prompts_that_cannot_be_used_are_one_line(rows: list[dict[str, Any]], message: str) -> None:
@@ -280,7 +285,12 @@ def test_a_data_set_is_found_under_the_data_root(tmp_path: Path, monkeypatch: py
         ("a.json", b'[{"a": 1},', "is not JSON"),
         ("a.csv", b"a,b\n1,2,3\n", "row 1 has 3 cells and the header 2; quote cells"),
         ("a.csv", b'a,b\n"1,2\n', "not CSV"),
-        ("a.csv", b"\xff\xfe", "is not UTF-8"),
+        ("a.csv", b"\xff\xfe", "is not UTF-8 .*; it is UTF-16: save it as UTF-8"),
+        ("a.csv", b"prompt;chosen;rejected\n", "cells are separated by ';'; separate them by commas"),
+        ("a.csv", b"prompt\tchosen\n", "cells are separated by .*t'; separate them"),
+        ("a.csv", b'{"prompt": "a", "chosen": "b"}\n', "holds JSON and not CSV; name it .jsonl"),
+        ("a.jsonl", b"\x1f\x8b\x08\n", "is not UTF-8 .*; it is packed .gzip.: unpack it"),
+        ("a.jsonl", b'{"a": "\xe9"}\n', "is not UTF-8 .*; save the file as UTF-8"),
         ("a.parquet", b"PAR1", "not a readable parquet file"),
         ("absent.csv", None, "is not there"),
     ],
@@ -290,6 +300,13 @@ def test_a_file_that_cannot_be_read_is_one_line(name: str, content: bytes | None
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         read_any(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a"])
+@pytest.mark.parametrize("content", [b'\xef\xbb\xbf\n[{"a": 1},\n{"a": 2}]', b'{"a": 1}\n{"a": 2}\n'])
+def test_json_and_json_lines_are_told_apart_by_their_content(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert read_any(tmp_path / name).rows == [{"a": 1}, {"a": 2}]
 
 
 def test_a_data_set_that_is_nowhere_is_one_line() -> None:

@@ -54,6 +54,7 @@ def test_yaml_reads_2e_5_as_a_text() -> None:
     ("given", "message"),
     [
         ({"learning_rat": 1}, "recipe, reward: unknown setting 'learning_rat'; did you mean 'learning_rate'?"),
+        ({"bf16": True, "learning-rate": 1, "learning_rate": 2}, "learning_rate stands there twice, with - and with _"),
         ({"epochs": 0}, "recipe, reward: epochs is 0; it must be at least 1"),
         ({"epochs": 11}, "it must be at most 10"),
         ({"epochs": 1.5}, "epochs is 1.5; it must be a whole number"),

@@ -56,6 +56,7 @@ CONFIGURATIONS = NANO["responses"]["configurations"]
             "recipe mine, sft: --eval-every measures held-out rows, and there are none; set eval_",
         ),
         ({"dpo": {"batch_size": 9}}, "recipe mine, dpo: batch_size 9 is not a multiple of 8"),
+        ({"engine": {"batch-size": 4, "batch_size": 8}}, "recipe mine, engine: batch_size stands there twice"),
         ({"dpo": {"bta": 1}}, "recipe mine, dpo: unknown setting 'bta'; did you mean 'beta'"),
         ({"online_dpo": {"loss": "ipo", "label_smoothing": 0.1}}, "recipe mine, online_dpo: --label-smoothing belongs"),
         ({"sft__model": "nano/reward"}, "recipe mine, sft: .* holds a LlamaForSequenceClassification"),

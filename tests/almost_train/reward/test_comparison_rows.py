@@ -120,3 +120,11 @@ def test_the_loss_with_margins_by_hand() -> None:
     _, difference, losses = _pair_losses(cast("torch.nn.Module", model), {"margin": torch.tensor([1.5, 0.0])})
     assert difference.tolist() == [2.0, -1.0]
     assert losses.tolist() == pytest.approx([math.log1p(math.exp(-0.5)), math.log1p(math.exp(1.0))], abs=1e-6)
+
+
+@pytest.mark.parametrize("form", [standard, conversational, hh_rlhf])
+def test_pairs_that_repeat_or_contradict_others_are_counted(form: Any, tmp_path: Path) -> None:
+    file = write(tmp_path, [form(0), form(1), form(0), form(1, chosen="no idea", rejected="It is big."), form(2)])
+    data = read_comparisons(file, None, margin=False, skip_empty=False)
+    assert data.repeat_figures() == {"repeated_pairs": 1, "contradicted_pairs": 1}
+    assert read_comparisons(write(tmp_path, [form(0)]), None, margin=False, skip_empty=False).repeat_figures() == {}
