@@ -289,10 +289,13 @@ class _Source:
     def answer(self, prompts: RowIndex, missing: Numbers, engine: GenerationEngine) -> Iterator[Row]:
         """The finished row of each missing prompt (by number) as soon as it is known, in any order."""
         for numbers in self._lists(prompts, missing):
-            rows = list(prompts.read(numbers))
-            documents = [self.document(row) for row in rows]
-            for index, completions in engine.stream_completions(documents, self.params):
-                yield self._row(rows[index], completions[0])
+            # A call of its own: here, the documents of one list would stay until those of the next are made.
+            yield from self._answer_list(list(prompts.read(numbers)), engine)
+
+    def _answer_list(self, rows: Sequence[Row], engine: GenerationEngine) -> Iterator[Row]:
+        documents = [self.document(row) for row in rows]
+        for index, completions in engine.stream_completions(documents, self.params):
+            yield self._row(rows[index], completions[0])
 
     def _lists(self, prompts: RowIndex, missing: Numbers) -> Iterator[Numbers]:
         """What goes to the engine at once."""
