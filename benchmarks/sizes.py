@@ -1,5 +1,6 @@
 """What grows with a run: memory, time and their growth at a hundred thousand and a million.
 
+    python benchmarks/sizes.py responses --prompts 1000000     (four configurations, no model; 5 GB)
     python benchmarks/sizes.py comparisons --prompts 1000000   (four configurations; 8 GB of scratch files)
     python benchmarks/sizes.py overlap --prompts 100000        (the ROUGE-L filter of prompt mining)
     python benchmarks/sizes.py report --samples 200000         (a page in a real chromium; verify, compare)
@@ -21,42 +22,56 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from sizes_inputs import CONFIGURATIONS, MAKERS, ROOT, WORDS, review
+
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "almost_train" / "synthetic")]
 
 GIBIBYTE = 1024.0  # MiB
 OPENS_WITHIN = 3.0  # seconds
-CONFIGURATIONS = ("large-5", "large-1", "small-5", "small-1")
 
 Figures = dict[str, Any]
 
 
-# --- comparisons ---
+# --- responses and comparisons ---
 
 
-def make_answers(folder: Path, count: int) -> None:
-    """Answers of four configurations to `count` prompts, judged by the official rules; the ranking beside them."""
-    from almost_train.synthetic.filters import broken_rule
+class Talker:
+    """An engine: words that depend on the prompt. (`ScriptedEngine` counts those of each prompt, which takes long.)"""
 
-    rng = random.Random(0)
-    words = "the a of to and is in it you that plants water slowly because often heat light garden never bread".split()
-    (folder / "responses").mkdir(parents=True)
-    for place, name in enumerate(CONFIGURATIONS):
-        with (folder / "responses" / f"{name}.jsonl").open("w", encoding="utf-8") as stream:
-            for i in range(count):
-                text = " ".join(rng.choices(words, k=rng.randint(5, 80 - 10 * place))) + rng.choice(".....!?")
-                row: dict[str, str | None] = {
-                    "id": f"p{i:05d}",
-                    "prompt": f"What should I know about number {i}?",
-                    "response": text,
-                }
-                row |= {"finish_reason": "stop", "configuration": name, "rejected": broken_rule(text, 50)}
-                stream.write(json.dumps(row) + "\n")
-    (folder / "ranking.yaml").write_text(json.dumps(CONFIGURATIONS), encoding="utf-8")
+    def stream_completions(self, prompts: Sequence[str], params: Any) -> Iterator[tuple[int, list[Any]]]:
+        """One completion of each."""
+        from almost_eval.types import Completion
+
+        for number, prompt in enumerate(prompts):
+            rng = random.Random(zlib.crc32(prompt.encode()))
+            text = " ".join(rng.choices(WORDS, k=rng.randint(5, 80))) + rng.choice(".....!?")
+            yield number, [Completion(" " + text, (), "stop")]
+
+    def generate(self, prompts: Sequence[str], params: Any) -> list[list[Any]]:
+        """The same in a list."""
+        return [completions for _, completions in self.stream_completions(prompts, params)]
+
+
+def responses(folder: Path, count: int) -> Figures:
+    """The stage, with an engine that is no model: its answers are made of the words of `make_answers`."""
+    from almost_eval.data.sources import DataSource
+    from almost_train.synthetic.responses import Configuration, ResponseSettings, synthesize_responses
+
+    configurations = [Configuration(name, "scripted", "better", int(name[-1])) for name in CONFIGURATIONS]
+    result = synthesize_responses(
+        ResponseSettings(prompt_set="builtin"),
+        folder / "prompts.jsonl",
+        configurations,
+        folder / "out",
+        data=DataSource("nano", None),
+        engine_for=lambda _: Talker(),
+    )
+    return {"kept": sum(of["kept"] for of in result["metrics"]["configurations"].values())}
 
 
 def comparisons(folder: Path, count: int) -> Figures:
@@ -96,72 +111,6 @@ def overlap(_: Path, count: int, *, plain: bool = False) -> Figures:
 
 
 # --- reports ---
-
-
-def make_run(folder: Path, count: int) -> None:
-    """Two finished runs of `count` samples: a small real run's again and again, each with its own id and numbers.
-
-    Each has 60 words of its own, too, so that a sample takes as much room in a page as a question of MMLU.
-    """
-    from almost_eval.data.sources import DataSource
-    from almost_eval.files import read_rows, write_json, write_rows
-    from almost_eval.run.runner import summarise
-    from almost_eval.run.store import read_results, read_samples, read_spec
-    from almost_eval.run.validity import check
-    from almost_eval.tasks.registry import build_task
-
-    small = folder / "small"
-    command = [sys.executable, "-m", "almost_eval.cli.main", "hhh", "--limit", "200", "--output", str(small)]
-    subprocess.run(command, cwd=ROOT, check=False, capture_output=True)  # 3: the small model's ties block its headline
-    lines = read_rows(small / "samples.jsonl")
-    asked = read_rows(small / "prompts.jsonl")
-    pieces, prompts = [row for row in asked if "piece" in row], {row["id"]: row for row in asked if "id" in row}
-
-    def samples(seed: int) -> Iterator[Any]:
-        rng = random.Random(seed)
-        for i in range(count):
-            line = json.loads(json.dumps(lines[i % len(lines)]))
-            line["id"] += f"-{i:06d}"
-            line["sample"]["cluster"] += f" ({i:06d})"
-            likely = line["outputs"]["loglikelihoods"]
-            line["outputs"]["loglikelihoods"] = [[value - rng.random() / 8 for value in row] for row in likely]
-            yield line
-
-    def texts() -> Iterator[Any]:
-        yield from pieces
-        rng = random.Random("words")
-        words = ["".join(rng.choices("aeioubcdfglmnprst", k=rng.randint(3, 9))) for _ in range(4_000)]
-        for i in range(count):
-            row = json.loads(json.dumps(prompts[lines[i % len(lines)]["id"]]))
-            row["id"] += f"-{i:06d}"
-            case = f"(case {i}) {' '.join(rng.choices(words, k=60))}. "
-            for prompt in row["prompts"]:
-                prompt["text"] = case + prompt["text"]
-            yield row
-
-    spec, results = read_spec(small), read_results(small)
-    spec["n_samples"] = count
-    spec["settings"].pop("limit", None)
-    for seed, name in enumerate(("run", "other")):
-        target = folder / name
-        write_rows(target / "samples.jsonl", samples(seed))
-        write_rows(target / "prompts.jsonl", texts())
-        spec |= {"weight_digest": f"digest of {name}", "model_name": f"nano/{name}"}
-        write_json(target / "spec.json", spec)
-        task = build_task(spec["task"], spec["protocol"], spec["settings"], DataSource("nano", None))
-        records = list(read_samples(target))
-        # What the changed numbers say, and what is stored, are to agree.
-        from dataclasses import replace
-
-        from almost_eval.run.store import record_to_dict
-        from almost_eval.run.texts import score_texts
-
-        records = [replace(one, score=score_texts(task, one.sample, one.outputs)) for one in records]
-        write_rows(target / "samples.jsonl", map(record_to_dict, records))
-        allowed = {name: entry["allowed"] for name, entry in results["validity"]["checks"].items()}
-        again = summarise(task, records, check(records, count, allowed), spec, results["engine"])
-        write_json(target / "results.json", results | again)
-    shutil.rmtree(small)
 
 
 def page(folder: Path, count: int) -> Figures:
@@ -219,30 +168,6 @@ def compared(folder: Path, count: int) -> Figures:
 # --- journals ---
 
 
-def make_journal(folder: Path, count: int) -> None:
-    """A journal of `count` replies, written in large transactions."""
-    from almost_eval.judge.api.journal import BILLED, Journal, enter, reply_text, request_text, settle
-
-    with Journal(folder / "journal.sqlite") as journal:
-        for first in range(0, count, 10_000):
-            with journal.writing() as database:
-                for i in range(first, min(count, first + 10_000)):
-                    request, reply = review(i)
-                    row = (request.digest, request_text(request), reply_text(reply), 2e9 + i)  # after its sending
-                    database.execute("INSERT INTO replies VALUES (?, ?, ?, ?)", row)
-                    settle(database, enter(database, request.digest, BILLED, reply.usage), BILLED, reply.usage)
-
-
-def review(i: int) -> tuple[Any, Any]:
-    """A request of the size of a short review, and its reply."""
-    from almost_eval.judge.records import JudgeRequest, Reply
-    from almost_eval.types import Message
-
-    text = f"[Question] {i}\n" + " ".join(str(i * k % 9973) for k in range(1, 301))
-    request = JudgeRequest("judge", (Message("user", text),), temperature=0.0, max_tokens=512)
-    return request, Reply(f"{i % 10} {i % 7}\n" + text[:900], "stop", "judge-1", 800, 200)
-
-
 class Reviews(Sequence[Any]):
     """The requests of a run, each made when it is looked at."""
 
@@ -292,12 +217,8 @@ def exhaustive(folder: Path, count: int) -> Figures:
     return overlap(folder, count, plain=True)
 
 
-MAKERS: dict[str, Callable[[Path, int], None]] = {
-    "comparisons": make_answers,
-    "report": make_run,
-    "journal": make_journal,
-}
 MEASURES: dict[str, tuple[Callable[[Path, int], Figures], ...]] = {
+    "responses": (responses,),
     "comparisons": (comparisons,),
     "overlap": (overlap,),
     "report": (page, opened, verified, compared),
@@ -360,7 +281,7 @@ def measure(what: str, sizes: Sequence[int], scratch: Path | None) -> list[str]:
 def bounds(what: str, count: int, figures: Figures) -> list[str]:
     """What of the figures is beyond its bound."""
     missed = []
-    if what in ("comparisons", "resumed") and figures["peak_mib"] >= GIBIBYTE:
+    if what in ("responses", "comparisons", "resumed") and figures["peak_mib"] >= GIBIBYTE:
         missed.append(f"{what} of {count:,}: {figures['peak_mib']:.0f} MiB, the bound is {GIBIBYTE:.0f}")
     if what == "opened" and figures["opened_s"] >= OPENS_WITHIN:
         missed.append(f"a page of {count:,} samples opened in {figures['opened_s']:.1f} s, the bound is {OPENS_WITHIN}")
@@ -374,6 +295,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True)
     for name, unit, default in (
+        ("responses", "prompts", 1_000_000),
         ("comparisons", "prompts", 1_000_000),
         ("overlap", "prompts", 100_000),
         ("report", "samples", 200_000),

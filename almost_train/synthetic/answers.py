@@ -6,25 +6,17 @@ about 200 bytes, however long the answers are. So a million prompts are read in 
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
-from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from almost_eval.errors import DataError
-from almost_eval.files import iterate_rows, row_at
+from almost_eval.files import Row, row_at
 from almost_train.synthetic.ranking import RankedAnswer
-
-_DIGEST = 16
-"""Bytes. That two of a million ids share one has a probability of 1e-27."""
-
-Places = npt.NDArray[np.int64]
+from almost_train.synthetic.row_index import Numbers, RowIndex, as_digests, digest, digests_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,23 +42,17 @@ class AnswerFiles:
 
     def __init__(self, files: Mapping[str, Path]) -> None:
         self._files = dict(files)
-        self._places: list[Places] = []
+        first, *others = self._files.values()
+        self._first = _Answers(first)
+        self._places: list[Numbers] = [self._first.places]
         """Of each file: the byte at which the row of each prompt begins, prompts in the order of the first file."""
-        first: _Scan | None = None
-        for file in self._files.values():
-            scan = _Scan(file)
-            if first is None:
-                first = scan
-                self._ids = scan.ids
-                self._places.append(scan.places)
-            else:
-                if scan.texts.size != first.texts.size or not np.array_equal(np.sort(scan.texts), np.sort(first.texts)):
-                    other = next(iter(self._files.values()))
-                    raise DataError(f"{file} does not answer the same prompts as {other}; finish or redo its responses")
-                self._places.append(scan.places[_positions(first.ids, scan.ids)])
-            if scan.unanswered is not None:
-                id = scan.row(scan.unanswered)["id"]
-                raise DataError(f"{file}: the row of {id!r} has no 'response' or no 'rejected'; redo its responses")
+        texts = np.sort(self._first.texts)
+        del self._first.texts
+        for file in others:
+            scan = _Answers(file)
+            if not np.array_equal(np.sort(scan.texts), texts):
+                raise DataError(f"{file} does not answer the same prompts as {first}; finish or redo its responses")
+            self._places.append(scan.places[scan.find(self._first.ids)])
 
     def __len__(self) -> int:
         """Prompts."""
@@ -85,57 +71,32 @@ class AnswerFiles:
                 }
                 yield AnsweredPrompt(rows[0]["id"], rows[0]["prompt"], answers)
 
-    def numbers(self, ids: Sequence[str]) -> Places:
+    def numbers(self, ids: Sequence[str]) -> Numbers:
         """The number of the prompt of each id; -1 where there is none."""
-        wanted = np.array([_digest(id) for id in ids], f"S{_DIGEST}")
-        at = np.minimum(np.searchsorted(self._ids, wanted, sorter=self._order), len(self) - 1)
-        return np.where(self._ids[self._order[at]] == wanted, self._order[at], -1)
-
-    @cached_property
-    def _order(self) -> Places:
-        return np.argsort(self._ids, kind="stable")
+        return self._first.find(digests_of(ids))
 
 
-class _Scan:
-    """One pass over a file: its rows are checked, and what tells them apart is kept."""
+class _Answers(RowIndex):
+    """One file: its rows are checked, and what tells their prompts apart is kept.
+
+    Raises:
+        DataError: absent, empty or malformed; an id twice; a row without an answer.
+    """
 
     def __init__(self, file: Path) -> None:
-        self._file = file
-        places, ids, texts = array("q"), bytearray(), bytearray()
-        self.unanswered: int | None = None
-        """Number of the first row without an answer."""
-        for place, row in iterate_rows(file, {"id": str, "prompt": str}):
-            if self.unanswered is None and (not isinstance(row.get("response"), str) or "rejected" not in row):
-                self.unanswered = len(places)
-            places.append(place)
-            ids += _digest(row["id"])
-            texts += _digest(row["id"], row["prompt"])
-        if not places:
-            raise DataError(f"{file} is empty; mine prompts first")
-        self.places: Places = np.array(places, np.int64)
-        self.ids = np.frombuffer(ids, f"S{_DIGEST}")
-        self.texts = np.frombuffer(texts, f"S{_DIGEST}")
+        self._unanswered: int | None = None  # number of the first row without an answer
+        self._texts = bytearray()
+        super().__init__(file, {"prompt": str})
+        self.texts = as_digests(bytes(self._texts))
         """Digests of id and prompt."""
-        _, firsts, counts = np.unique(self.ids, return_index=True, return_counts=True)
-        if (twice := firsts[counts > 1]).size:
-            id = self.row(int(twice.min()))["id"]
-            raise DataError(f"{file} has the id {id!r} more than once; every prompt needs its own")
+        del self._texts
+        self.check_prompts()
+        if self._unanswered is not None:
+            [row] = self.read([self._unanswered])
+            raise DataError(f"{file}: the row of {row['id']!r} has no 'response' or no 'rejected'; redo its responses")
 
-    def row(self, number: int) -> Mapping[str, object]:
-        """A row, read again."""
-        with self._file.open("rb") as stream:
-            return row_at(stream, int(self.places[number]))
-
-
-def _digest(*texts: str) -> bytes:
-    digest = blake2b(digest_size=_DIGEST)
-    for text in texts:
-        data = text.encode("utf-8", "surrogatepass")
-        digest.update(len(data).to_bytes(8) + data)
-    return digest.digest()
-
-
-def _positions(wanted: npt.NDArray[np.bytes_], ids: npt.NDArray[np.bytes_]) -> Places:
-    """Where each wanted id is among these, which hold them all."""
-    order = np.argsort(ids, kind="stable")
-    return order[np.searchsorted(ids, wanted, sorter=order)]
+    def look(self, number: int, row: Row) -> None:
+        """Keep the digest, and whether there is an answer."""
+        if self._unanswered is None and (not isinstance(row.get("response"), str) or "rejected" not in row):
+            self._unanswered = number
+        self._texts += digest(row["id"], row["prompt"])

@@ -37,13 +37,14 @@ def tokens(text: str) -> list[str]:
 class Overlap:
     """The most similar earlier prompt."""
 
-    text: str
+    number: int
+    """How many were added before it."""
     score: float
     """ROUGE-L F1, 0 to 1."""
 
 
 class OverlapIndex:
-    """The prompts so far, by their tokens: a prompt meets only those that can reach the threshold.
+    """The prompts so far, by their tokens and not by their texts: one meets only those that can reach the threshold.
 
     An LCS is no longer than what two prompts have in common as bags of tokens, and F1 >= threshold needs an LCS of a
     certain length. So a prompt that has too few tokens in common with the new one is left out before any LCS, and no
@@ -73,12 +74,14 @@ class OverlapIndex:
         self._least: dict[int, int] = {}
         # Among prompts of one length the LCS alone decides. A length's place says when it was first seen.
         self._places: dict[int, int] = {}
+        self._added = 0
 
     def add(self, text: str) -> None:
         """Every later prompt is compared with this one, too."""
         code = "".join([self._codes.setdefault(token, chr(len(self._codes) + 1)) for token in tokens(text)])
         self._places.setdefault(len(code), len(self._places))
-        self._bands.setdefault(_band_of(len(code)), _Band()).add(text, code)
+        self._bands.setdefault(_band_of(len(code)), _Band()).add(self._added, code)
+        self._added += 1
 
     def nearest(self, text: str) -> Overlap | None:
         """The earlier prompt with the largest F1, where that reaches the threshold; else None."""
@@ -96,7 +99,7 @@ class OverlapIndex:
             codes = [band.codes[place] for place in places]
             match = self._extract_one(query, codes, scorer=self._lcs, score_cutoff=wanted)
             if match is not None and match[1] >= wanted:
-                best = Overlap(band.texts[places[match[2]]], 2 * match[1] / total)
+                best = Overlap(band.numbers[places[match[2]]], 2 * match[1] / total)
         return best
 
     def _candidates(self, query: str, known: int) -> dict[int, tuple[_Band, list[int]]]:
@@ -144,7 +147,8 @@ class _Band:
     """The inverted index of some prompts."""
 
     def __init__(self) -> None:
-        self.texts: list[str] = []
+        self.numbers = array("i")
+        """How many prompts of all bands were added before each."""
         self.codes: list[str] = []
         self.present: set[int] = set()
         """Lengths of these prompts, in tokens."""
@@ -152,9 +156,9 @@ class _Band:
         self._lists: dict[tuple[str, int], array[int]] = {}
         """Element -> places of the prompts that have it, each once, ascending."""
 
-    def add(self, text: str, code: str) -> None:
+    def add(self, number: int, code: str) -> None:
         place = len(self.codes)
-        self.texts.append(text)
+        self.numbers.append(number)
         self.codes.append(code)
         self.present.add(len(code))
         self._lengths.append(len(code))

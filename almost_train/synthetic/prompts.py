@@ -13,21 +13,26 @@ Departures from the official code:
 - Shots are drawn by (seed, round), and a round does not use its own prompts as shots, as in an official batch. Every
   completion is on disk as soon as it is finished, so a killed run loses those that the model was writing.
 - ROUGE-L: see `overlap`.
+
+Memory is bounded by the prompts that are kept: what `overlap` holds of each, some 700 bytes of tokens and lists, and
+eight for the place of its text. Texts, rejections and rounds are on disk alone.
 """
 
 from __future__ import annotations
 
 import re
 import string
-from collections import Counter
-from collections.abc import Iterable
+from array import array
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from almost_eval.data.sources import DataSource
 from almost_eval.engines.base import GenerationEngine, SamplingParams
 from almost_eval.errors import InputError, RunError
-from almost_eval.files import Row, write_rows
+from almost_eval.files import LineWriter, Row, iterate_rows, write_rows
 from almost_eval.progress import Progress
 from almost_eval.types import Completion, JSONObject
 from almost_train.common.config import option
@@ -105,18 +110,18 @@ def synthesize_prompts(
         if stage.result is not None:
             return stage.result
         journal, answers = output / ".rounds.jsonl", output / ".answers.jsonl"
-        with RowLog(journal) as log, RowLog(answers) as answered:
-            mine = _Mine(settings, seeds, kept_out, log, answered)
+        with LineWriter(journal) as log, RowLog(answers) as answered, _Texts(output) as texts:
+            mine = _Mine(settings, seeds, kept_out, log, answered, texts)
             engine: GenerationEngine | None = None
-            with (progress or Progress()).track("prompts", settings.count, len(mine.prompts)) as advance:
-                while len(mine.prompts) < settings.count and not mine.stopped:
+            with (progress or Progress()).track("prompts", settings.count, mine.kept) as advance:
+                while mine.kept < settings.count and not mine.stopped:
                     if engine is None:
                         engine = engine_for(model)
                         pin_dtype(stage, "model", engine)
                     advance(mine.round(engine))
-        if len(mine.prompts) < settings.count and not (settings.accept_fewer and mine.prompts):
-            raise RunError(mine.why_stopped())
-        result = mine.finish(stage)
+            if mine.kept < settings.count and not (settings.accept_fewer and mine.kept):
+                raise RunError(mine.why_stopped())
+            result = mine.finish(stage)
         journal.unlink(missing_ok=True)
         answers.unlink(missing_ok=True)
         return result
@@ -134,6 +139,37 @@ def check_shots(settings: PromptSettings, seeds: SeedSet) -> None:
         )
 
 
+class _Texts:
+    """Texts by number, in a file without a name: it is gone when this is closed, or the process. Eight bytes each.
+
+    Args:
+        folder: whose disk it is on.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._stream = TemporaryFile(dir=folder)  # noqa: SIM115 - closed in __exit__
+        self._ends = array("q", [0])
+
+    def __enter__(self) -> _Texts:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, number: int) -> str:
+        begin, end = self._ends[number], self._ends[number + 1]
+        self._stream.seek(begin)
+        return self._stream.read(end - begin).decode("utf-8", "surrogatepass")
+
+    def append(self, text: str) -> None:
+        """Add one."""
+        self._stream.seek(self._ends[-1])
+        self._ends.append(self._ends[-1] + self._stream.write(text.encode("utf-8", "surrogatepass")))
+
+
 @dataclass
 class _Mine:
     """The state of the mining; after a kill it is made again from the journal."""
@@ -141,35 +177,53 @@ class _Mine:
     settings: PromptSettings
     seeds: SeedSet
     held_out: HeldOut
-    log: RowLog
+    log: LineWriter
     """One row for each finished round: its candidates, in order, each with its reason or None."""
     answered: RowLog
     """One row for each finished completion of the round that is not finished."""
-    prompts: list[str] = field(default_factory=list)
+    texts: _Texts
+    """The seed prompts, then those that were kept."""
+    rounds: int = 0
+    """Those that are finished."""
+    candidates: int = 0
+    """Of these rounds."""
+    reasons: Counter[str] = field(default_factory=Counter)
+    """Their rejections."""
+    characters: int = 0
+    """Of the prompts that were kept."""
 
     def __post_init__(self) -> None:
         self.index = OverlapIndex(self.settings.overlap)
+        self.new: deque[int] = deque(maxlen=self.settings.patience)  # new prompts of each of the last rounds
         for prompt in self.seeds.seed_prompts:
-            self.index.add(prompt)
-        for row in self.log.rows:
+            self._add(prompt)
+        for _, row in iterate_rows(self.log.file):
             for candidate in row["candidates"]:
                 if candidate["reason"] is None:
                     self._keep(candidate["text"])
+            self._count(row)
+
+    @property
+    def kept(self) -> int:
+        """Prompts so far."""
+        return len(self.texts) - len(self.seeds.seed_prompts)
 
     @property
     def stopped(self) -> bool:
         """Whether too many rounds in a row brought nothing new, or the rounds are over."""
-        patience, rounds = self.settings.patience, self.log.rows
-        fruitless = len(rounds) >= patience and not any(row["new"] for row in rounds[-patience:])
-        return fruitless or len(rounds) == self.settings.max_rounds
+        fruitless = len(self.new) == self.settings.patience and not any(self.new)
+        return fruitless or self.rounds == self.settings.max_rounds
 
     def round(self, engine: GenerationEngine) -> int:
         """One round: draw shots, generate, judge in order, write it down. Returns the number of new prompts."""
-        s, number = self.settings, len(self.log.rows) + 1
+        s, number = self.settings, self.rounds + 1
         # 1. Shots from the seeds and from the prompts of earlier rounds.
         rng = derived_rng(s.seed, f"shots/{number}")
-        pool = [*self.seeds.seed_prompts, *self.prompts]
-        requests = [request_text(self.seeds.instruction, rng.sample(pool, s.shots)) for _ in range(s.round_size)]
+        pool = range(len(self.texts))  # numbers: the draw is that from a list of the texts
+        requests = [
+            request_text(self.seeds.instruction, (self.texts[shot] for shot in rng.sample(pool, s.shots)))
+            for _ in range(s.round_size)
+        ]
         # 2. All requests at once.
         params = SamplingParams(
             s.max_new_tokens,
@@ -180,12 +234,14 @@ class _Mine:
         )
         completions = self._complete(number, requests, params, engine)
         # 3. Judge in the order of the requests: the engine may finish them in another order.
-        before = len(self.prompts)
+        before = self.kept
         candidates = [self._judge(completion) for completion in completions]
-        self.log.append({"round": number, "new": len(self.prompts) - before, "candidates": candidates})
+        row = {"round": number, "new": self.kept - before, "candidates": candidates}
+        self.log.append(row)
+        self._count(row)
         self.answered.rewrite([])
         self.answered.rows.clear()
-        return len(self.prompts) - before
+        return self.kept - before
 
     def _complete(
         self, number: int, requests: list[str], params: SamplingParams, engine: GenerationEngine
@@ -202,10 +258,9 @@ class _Mine:
 
     def why_stopped(self) -> str:
         """One line for the user."""
-        reasons = self._reasons()
-        told = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common()) or "none"
+        told = ", ".join(f"{reason} {count}" for reason, count in self.reasons.most_common()) or "none"
         return (
-            f"mining stopped after {len(self.log.rows)} rounds with {len(self.prompts)} of {self.settings.count} "
+            f"mining stopped after {self.rounds} rounds with {self.kept} of {self.settings.count} "
             f"prompts (rejected: {told}); in a new --output use fewer prompts, more patience, a higher overlap or "
             "temperature, or --accept-fewer"
         )
@@ -213,14 +268,15 @@ class _Mine:
     def finish(self, stage: Stage) -> JSONObject:
         """Write the outputs."""
         files = {"prompts": stage.folder / "prompts.jsonl", "rejected": stage.folder / "prompts.rejected.jsonl"}
-        write_rows(files["prompts"], ({"id": f"p{i:05d}", "prompt": text} for i, text in enumerate(self.prompts, 1)))
+        texts = (self.texts[number] for number in range(len(self.seeds.seed_prompts), len(self.texts)))
+        write_rows(files["prompts"], ({"id": f"p{i:05d}", "prompt": text} for i, text in enumerate(texts, 1)))
         write_rows(files["rejected"], self._rejections())
         metrics = {
-            "prompts": len(self.prompts),
-            "rounds": len(self.log.rows),
-            "candidates": sum(len(row["candidates"]) for row in self.log.rows),
-            "rejected": dict(sorted(self._reasons().items())),
-            "mean_characters": round(sum(map(len, self.prompts)) / len(self.prompts), 1),
+            "prompts": self.kept,
+            "rounds": self.rounds,
+            "candidates": self.candidates,
+            "rejected": dict(sorted(self.reasons.items())),
+            "mean_characters": round(self.characters / self.kept, 1),
             "prompt_set": self.seeds.name,
         }
         return stage.finish(metrics, files)
@@ -230,13 +286,14 @@ class _Mine:
         reason = self._fault(text, completion)
         if reason is None and is_held_out(text, self.held_out):
             reason = "held_out"
-        if reason is None and len(self.prompts) == self.settings.count:
+        if reason is None and self.kept == self.settings.count:
             reason = "not_needed"  # the count was reached earlier in this round
         if reason is not None:
             return {"text": text, "reason": reason}
         nearest = self.index.nearest(text)
         if nearest is not None:
-            return {"text": text, "reason": "overlap", "score": round(nearest.score, 4), "nearest": nearest.text}
+            earlier = self.texts[nearest.number]
+            return {"text": text, "reason": "overlap", "score": round(nearest.score, 4), "nearest": earlier}
         self._keep(text)
         return {"text": text, "reason": None}
 
@@ -251,17 +308,25 @@ class _Mine:
         return None if ended or self.settings.reading == "official" else "unfinished"
 
     def _keep(self, text: str) -> None:
-        self.prompts.append(text)
+        self.characters += len(text)
+        self._add(text)
+
+    def _add(self, text: str) -> None:
+        self.texts.append(text)
         self.index.add(text)
 
-    def _rejections(self) -> Iterable[Row]:
-        for row in self.log.rows:
+    def _count(self, row: Row) -> None:
+        """Take a finished round into the figures."""
+        self.rounds += 1
+        self.new.append(row["new"])
+        self.candidates += len(row["candidates"])
+        self.reasons.update(one["reason"] for one in row["candidates"] if one["reason"] is not None)
+
+    def _rejections(self) -> Iterator[Row]:
+        for _, row in iterate_rows(self.log.file):
             for candidate in row["candidates"]:
                 if candidate["reason"] is not None:
                     yield {"round": row["round"], **candidate}
-
-    def _reasons(self) -> Counter[str]:
-        return Counter(row["reason"] for row in self._rejections())
 
 
 def request_text(instruction: str, shots: Iterable[str]) -> str:

@@ -6,39 +6,51 @@ for answers.
 
 Departures from the official code:
 
-- The whole list of prompts goes to the engine at once; the official code sends four.
+- The prompts go to the engine all at once, or 16,384 at once where there are more; the official code sends four.
 - An answer that breaks a rule keeps its text and gets the reason; the official file says BAD.
 - No shots means no shots; the official `0` shows the whole set.
 - `draw_shots` shows other demonstrations for each prompt.
+
+Memory is bounded by the documents of 16,384 prompts, which the engine is given together, and by 100 bytes of every
+prompt, however long prompts and answers are: both are read from their files when they are wanted (`row_index`). A shard
+holds the ids of all prompts, too.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 from almost_eval.data.sources import DataSource
 from almost_eval.engines.base import GenerationEngine, SamplingParams
 from almost_eval.engines.partition import partition_lengths
-from almost_eval.errors import DataError, InputError, StoreError
-from almost_eval.files import Row, read_rows, write_rows
+from almost_eval.errors import InputError, StoreError
+from almost_eval.files import LineWriter, Row, write_rows
 from almost_eval.models.release import release_memory
 from almost_eval.progress import Progress
 from almost_eval.run.shards import Mark, Shard, begin_shard, file_names
 from almost_eval.types import Completion, JSONObject, Message
 from almost_train.common.config import option, settings_from
-from almost_train.common.resume import RowLog
-from almost_train.common.shards import folder_of, joined_rows, shard_result, whole_stage
+from almost_train.common.shards import folder_of, shard_result, whole_stage
 from almost_train.common.stage import Stage, model_input
 from almost_train.synthetic.filters import RULES, STOPS, broken_rule, read_response
 from almost_train.synthetic.prompt_sets import PROMPT_SETS, DemonstrationSet, SeedSet, load_seed_set
+from almost_train.synthetic.row_index import Numbers, RowIndex, digests_of
 from almost_train.synthetic.sampling import EngineFactory, derived_rng, derived_seed, pin_dtype
 
 STAGE = "synthesize-responses"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # it becomes a file's name
+_PROMPT = {"prompt": str}
+_ANSWER = {"prompt": str, "response": str, "finish_reason": str}
+
+TOGETHER = 16_384
+"""Prompts that go to the engine at once. It starts anew for each such list, so with far fewer its batches would run
+empty between two of them; with more, documents and their tokens would be what bounds the memory (some 200 MiB)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,18 +148,22 @@ def synthesize_responses(
         has = len(seeds.demonstration_set(c.demonstrations).conversations)
         if c.shots > has:
             raise InputError(f"configuration {c.name!r} wants {c.shots} shots; {c.demonstrations!r} has {has}")
-    rows = read_prompts(prompts)
+    index = RowIndex(prompts, _PROMPT)
+    index.check_prompts()
     inputs: dict[str, Path | str] = {"prompts": prompts, "prompt_set": seeds.digest}
     for c in configurations:
         # The model is an input of its own, by content: the same weights in another folder are the same model.
         inputs[f"configuration {c.name}"] = str({k: v for k, v in asdict(c).items() if k not in ("name", "model")})
         inputs[f"model of {c.name}"] = model_input(c.model)
-    every_id = [row["id"] for row in rows]
-    places: Sequence[int] = range(len(rows))
+    every_id: list[str] = []
+    places: Sequence[int] = range(len(index))
     if shard:
         # All prompts of a configuration stand behind the same demonstrations: what differs is their length.
-        places = shard.part(partition_lengths([len(row["prompt"]) for row in rows], shard.of).parts, "prompts")
-        rows = [rows[place] for place in places]
+        lengths = []
+        for row in index.read(places):
+            every_id.append(row["id"])
+            lengths.append(len(row["prompt"]))
+        places = shard.part(partition_lengths(lengths, shard.of).parts, "prompts")
     output = folder_of(output, shard)
     with Stage(output, STAGE, settings, inputs, is_shard=shard is not None) as stage:
         mark = begin_shard(output, shard, places, every_id, _names(configurations)) if shard else None
@@ -156,31 +172,32 @@ def synthesize_responses(
         if stage.result is not None:
             return stage.result
         # 2. One model after the other: the answers that are missing, then all in the order of the prompts.
+        own = np.array(places, np.int64)
         metrics: JSONObject = {}
         for model, group in _by_model(configurations):
             engine: GenerationEngine | None = None  # made for the first configuration that lacks an answer
             for c in group:
                 file = output / f"{c.name}.jsonl"
-                with RowLog(file) as log:
-                    done = {row["id"] for row in log.rows}
-                    missing = [row for row in rows if row["id"] not in done]
-                    if missing:
+                with LineWriter(file) as log:
+                    answers = RowIndex(file, _ANSWER)
+                    missing = own[answers.find(index.ids[own]) < 0]
+                    if missing.size:
                         engine = engine or engine_for(model)
                         pin_dtype(stage, c.name, engine)
-                        with (progress or Progress()).track(c.name, len(rows), len(done)) as advance:
-                            for row in _Source(settings, seeds, c).answer(missing, engine):
+                        with (progress or Progress()).track(c.name, own.size, own.size - missing.size) as advance:
+                            for row in _Source(settings, seeds, c).answer(index, missing, engine):
                                 log.append(row)
                                 advance(1)
-                answered = {row["id"]: row for row in log.rows}
-                in_order = [answered[row["id"]] for row in rows]
-                write_rows(file, in_order)
-                metrics[c.name] = _metrics(in_order)
+                        answers = RowIndex(file, _ANSWER)
+                tally = _Tally()
+                write_rows(file, tally.count(answers.read(answers.find(index.ids[own]))))
+                metrics[c.name] = tally.metrics()
             del engine
             release_memory()  # for the next model
         if mark:
-            return shard_result(mark.write({"answers": len(rows) * len(configurations)}), STAGE)
+            return shard_result(mark.write({"answers": len(places) * len(configurations)}), STAGE)
         files = {c.name: output / f"{c.name}.jsonl" for c in configurations}
-        return stage.finish({"prompts": len(rows), "configurations": metrics}, files)
+        return stage.finish({"prompts": len(places), "configurations": metrics}, files)
 
 
 def merge_responses(marks: Sequence[Mark], output: Path) -> JSONObject:
@@ -190,36 +207,58 @@ def merge_responses(marks: Sequence[Mark], output: Path) -> JSONObject:
         StoreError: shards that lack a row, or an output that holds something else.
     """
     names = file_names(marks[0], "configurations")
-    rows = joined_rows(marks, names, lambda _, place: place)
-    if short := next((name for name in names if len(rows[name]) != marks[0].total), None):
-        raise StoreError(f"the shards hold {len(rows[short])} answers of {short!r} to {marks[0].total} prompts")
-    with whole_stage(marks, output, rows) as stage:
-        metrics = {name: _metrics(rows[name]) for name in file_names(marks[0], "answered")}
+    joined = {name: _Joined(marks, name) for name in names}
+    tallies = {name: _Tally() for name in names}
+    with whole_stage(marks, output, {}) as stage:
+        for name in names:
+            write_rows(output / f"{name}.jsonl", tallies[name].count(joined[name].read()))
+        answered = file_names(marks[0], "answered")
         return stage.finish(
-            {"prompts": marks[0].total, "configurations": metrics},
+            {"prompts": marks[0].total, "configurations": {name: tallies[name].metrics() for name in answered}},
             {name: output / f"{name}.jsonl" for name in names},
         )
+
+
+class _Joined:
+    """The answers of one configuration in all shards, in the order of the prompts.
+
+    Args:
+        marks: of all shards, which have every place among them.
+        name: of the configuration.
+
+    Raises:
+        StoreError: a row that is none of the shard's, or one that is missing.
+    """
+
+    def __init__(self, marks: Sequence[Mark], name: str) -> None:
+        self._files = [RowIndex(mark.folder / f"{name}.jsonl", _ANSWER) for mark in marks]
+        self._shard = np.empty(marks[0].total, np.int64)
+        """Place of a prompt -> which of the files has its answer."""
+        self._number = np.full(marks[0].total, -1)
+        """Place of a prompt -> the number of that row there; -1 where it is missing."""
+        for at, (mark, file) in enumerate(zip(marks, self._files, strict=True)):
+            ids, places = digests_of(mark.ids), list(mark.places)
+            foreign = np.flatnonzero(~np.isin(file.ids, ids))
+            if foreign.size:
+                [row] = file.read(foreign[:1].tolist())
+                raise StoreError(f"{file.file} has a row of {row['id']!r}, which is another shard's")
+            self._shard[places], self._number[places] = at, file.find(ids)
+        rows = sum(map(len, self._files))
+        if (self._number < 0).any() or rows != marks[0].total:
+            raise StoreError(f"the shards hold {rows} answers of {name!r} to {marks[0].total} prompts")
+
+    def read(self) -> Iterator[Row]:
+        """All rows."""
+        # A shard's rows are in the order of the prompts, so each file is read from its begin to its end.
+        streams = [file.read(self._number[self._shard == at]) for at, file in enumerate(self._files)]
+        for at in self._shard.tolist():
+            yield next(streams[at])
 
 
 def _names(configurations: Sequence[Configuration]) -> JSONObject:
     """The names of the configurations, as listed and as answered: results hold them in both orders."""
     answered = [c.name for _, group in _by_model(configurations) for c in group]
     return {"configurations": [c.name for c in configurations], "answered": answered}
-
-
-def read_prompts(file: Path) -> list[Row]:
-    """The rows of a `prompts.jsonl`.
-
-    Raises:
-        DataError: absent, empty, malformed, or an id twice.
-    """
-    rows = read_rows(file, {"id": str, "prompt": str})
-    if not rows:
-        raise DataError(f"{file} is empty; mine prompts first")
-    twice = [id for id, count in Counter(row["id"] for row in rows).items() if count > 1]
-    if twice:
-        raise DataError(f"{file} has the id {twice[0]!r} more than once; every prompt needs its own")
-    return rows
 
 
 class _Source:
@@ -247,11 +286,26 @@ class _Source:
             shots = tuple(order[: self.configuration.shots])
         return self.demonstrations.document((Message("user", row["prompt"]),), shots)
 
-    def answer(self, rows: Sequence[Row], engine: GenerationEngine) -> Iterator[Row]:
-        """The finished row of each prompt as soon as it is known, in any order."""
+    def answer(self, prompts: RowIndex, missing: Numbers, engine: GenerationEngine) -> Iterator[Row]:
+        """The finished row of each missing prompt (by number) as soon as it is known, in any order."""
+        for numbers in self._lists(prompts, missing):
+            # A call of its own: here, the documents of one list would stay until those of the next are made.
+            yield from self._answer_list(list(prompts.read(numbers)), engine)
+
+    def _answer_list(self, rows: Sequence[Row], engine: GenerationEngine) -> Iterator[Row]:
         documents = [self.document(row) for row in rows]
         for index, completions in engine.stream_completions(documents, self.params):
             yield self._row(rows[index], completions[0])
+
+    def _lists(self, prompts: RowIndex, missing: Numbers) -> Iterator[Numbers]:
+        """What goes to the engine at once."""
+        if missing.size > TOGETHER:
+            # The longest documents first: what does not fit the model is to be refused before the first answer. And
+            # documents of one length share a batch, as they would if the engine had all of them.
+            lengths = (len(self.document(row).encode(errors="surrogatepass")) for row in prompts.read(missing))
+            missing = missing[np.argsort(-np.fromiter(lengths, np.int64, missing.size), kind="stable")]
+        for at in range(0, missing.size, TOGETHER):
+            yield np.sort(missing[at : at + TOGETHER])
 
     def _row(self, row: Row, completion: Completion) -> Row:
         response = read_response(completion.text)
@@ -274,12 +328,32 @@ def _by_model(configurations: Sequence[Configuration]) -> list[tuple[str, list[C
     return list(groups.items())
 
 
-def _metrics(rows: Sequence[Row]) -> JSONObject:
-    kept = [row for row in rows if row["rejected"] is None]
-    rejected = Counter(row["rejected"] for row in rows if row["rejected"] is not None)
-    return {
-        "kept": len(kept),
-        "rejected": dict(sorted(rejected.items())),
-        "cut_by_budget": sum(row["finish_reason"] == "length" for row in rows),
-        "mean_characters": round(sum(len(row["response"]) for row in kept) / len(kept), 1) if kept else None,
-    }
+@dataclass(slots=True)
+class _Tally:
+    """The metrics of one configuration, from its rows as they pass."""
+
+    kept: int = 0
+    characters: int = 0
+    """Of the answers that are kept."""
+    cut: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+
+    def count(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """The same rows, each counted."""
+        for row in rows:
+            if row["rejected"] is None:
+                self.kept += 1
+                self.characters += len(row["response"])
+            else:
+                self.rejected[row["rejected"]] += 1
+            self.cut += row["finish_reason"] == "length"
+            yield row
+
+    def metrics(self) -> JSONObject:
+        """As `result.json` has them."""
+        return {
+            "kept": self.kept,
+            "rejected": dict(sorted(self.rejected.items())),
+            "cut_by_budget": self.cut,
+            "mean_characters": round(self.characters / self.kept, 1) if self.kept else None,
+        }

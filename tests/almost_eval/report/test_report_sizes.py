@@ -14,6 +14,8 @@ from almost_eval.files import read_rows, write_json, write_rows
 from almost_eval.report.page import write_page
 from almost_eval.run.store import read_results, read_spec
 
+pytest_plugins = ["report_fixtures"]
+
 SAMPLES = 200_000
 SECONDS = 3.0
 

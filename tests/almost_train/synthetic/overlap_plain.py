@@ -25,7 +25,8 @@ class Exhaustive:
         self.threshold = threshold
         self._codes: dict[str, str] = {}
         self._encoded: dict[int, list[str]] = {}
-        self._texts: dict[int, list[str]] = {}
+        self._numbers: dict[int, list[int]] = {}
+        self._added = 0
 
     def _encode(self, text: str) -> str:
         return "".join(self._codes.setdefault(token, chr(len(self._codes) + 1)) for token in tokens(text))
@@ -33,7 +34,8 @@ class Exhaustive:
     def add(self, text: str) -> None:
         code = self._encode(text)
         self._encoded.setdefault(len(code), []).append(code)
-        self._texts.setdefault(len(code), []).append(text)
+        self._numbers.setdefault(len(code), []).append(self._added)
+        self._added += 1
 
     def nearest(self, text: str) -> Overlap | None:
         query = self._encode(text)
@@ -43,7 +45,7 @@ class Exhaustive:
             if len(row) and length + len(query):
                 score = 2 * int(row.max()) / (length + len(query))
                 if score >= self.threshold and (best is None or score > best.score):
-                    best = Overlap(self._texts[length][int(row.argmax())], score)
+                    best = Overlap(self._numbers[length][int(row.argmax())], score)
         return best
 
 

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 
 from almost_eval.data.sources import DataSource
 from almost_eval.engines.base import SamplingParams
+from almost_eval.engines.hf import HFEngine
 from almost_eval.engines.scripted import ScriptedEngine
 from almost_eval.errors import DataError, InputError
 from almost_eval.types import Completion
@@ -127,6 +129,39 @@ class TestRequests:
 
         respond(tmp_path, LARGE, SMALL, LARGE_0, engine_for=engine_for)
         assert loaded == ["large", "small"]
+
+
+class TestLists:
+    """More prompts than go to the engine at once."""
+
+    def test_the_longest_documents_come_first(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "whole").mkdir()
+        (tmp_path / "parts").mkdir()
+        respond(tmp_path / "whole", LARGE, SMALL)
+        monkeypatch.setattr("almost_train.synthetic.responses.TOGETHER", 8)
+        engine = Recorder()
+        respond(tmp_path / "parts", LARGE, SMALL, engine_for=lambda _: engine)
+        assert [len(documents) for documents, _ in engine.calls] == [8, 8, 4] * 2
+        numbers = [
+            [int(re.findall(r"number (\d+) odd", document)[-1]) for document in asked] for asked, _ in engine.calls
+        ]
+        # Numbers of two digits make the longer documents; a list is in the order of the prompts.
+        assert numbers == [[*range(10, 18)], [*range(1, 6), *range(18, 21)], [6, 7, 8, 9]] * 2
+        for name in ("large-5.jsonl", "small-1.jsonl", "result.json"):
+            one, other = ((tmp_path / folder / "out" / name).read_bytes() for folder in ("whole", "parts"))
+            if name == "result.json":
+                one, other = (json.dumps({**json.loads(text), "seconds": 0}).encode() for text in (one, other))
+            assert one == other
+
+    def test_a_model_says_the_same(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In float32 on transformers: each answer has a generator of its own, so the lists change nothing."""
+        configuration = Configuration("n", "nano/vanilla-small", "good", 2, max_new_tokens=12)
+        settings = ResponseSettings(prompt_set="nano")
+        for folder, together in (("whole", 20), ("parts", 7)):
+            monkeypatch.setattr("almost_train.synthetic.responses.TOGETHER", together)
+            (tmp_path / folder).mkdir()
+            respond(tmp_path / folder, configuration, settings=settings, engine_for=HFEngine)
+        assert (tmp_path / "whole/out/n.jsonl").read_bytes() == (tmp_path / "parts/out/n.jsonl").read_bytes()
 
 
 class TestOutputs:
