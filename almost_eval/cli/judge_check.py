@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from almost_eval.cli.command_line import open_console, print_json
-from almost_eval.cli.tasks import show_plan
+from almost_eval.cli.options import show_plan
 from almost_eval.errors import InputError
 from almost_eval.judge.build import NANO_JUDGE, JudgeOptions, without_api
 from almost_eval.judge.families import DEFAULT_FAMILY

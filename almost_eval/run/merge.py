@@ -8,7 +8,7 @@ from pathlib import Path
 from almost_eval.data.sources import find_data
 from almost_eval.errors import RunError, StoreError
 from almost_eval.files import whole_file
-from almost_eval.run.prompt_log import NAME as PROMPTS
+from almost_eval.run.prompts import PROMPTS
 from almost_eval.run.runner import finish, whole_report
 from almost_eval.run.shards import Mark, check_marks
 from almost_eval.run.store import RunStore, read_samples, read_spec, spec_change

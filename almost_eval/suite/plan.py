@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from almost_eval.errors import AlmostError, InputError, did_you_mean
 from almost_eval.judge.build import DEFAULT_BASELINE, NANO_JUDGE, JudgeOptions, answer_budget, open_judge
 from almost_eval.nano import BUILT_IN, DEFAULT_MODEL, DEFAULT_REWARD_MODEL
-from almost_eval.run.request import RunRequest, open_run
+from almost_eval.run.runner import RunRequest, open_run
 from almost_eval.run.store import RunStore, default_folder
 from almost_eval.tasks.facts import Preset
 from almost_eval.tasks.registry import task_classes
