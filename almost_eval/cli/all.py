@@ -13,7 +13,7 @@ import click
 from almost_eval.cli.command_line import comma_list, import_transformers, open_console, options, options_of, print_json
 from almost_eval.cli.judge_options import JUDGE_OPTIONS, JUDGES_OWN, REASK
 from almost_eval.cli.options import DATA_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, Values, run_request
-from almost_eval.progress import Progress
+from almost_eval.progress import PipeProgress
 
 if TYPE_CHECKING:
     from almost_eval.judge.build import JudgeOptions
@@ -193,12 +193,11 @@ def _rows(outcome: Outcome) -> Iterator[list[str]]:
 # --- one display for all ---
 
 
-class Silent(Progress):
+class Silent(PipeProgress):
     """Reports nothing but notices, as lines on stderr."""
 
-    def notice(self, message: str) -> None:
-        """One line."""
-        print(message, file=sys.stderr, flush=True)
+    def __init__(self) -> None:
+        super().__init__(sys.stderr, seconds=0)
 
     def begin(self, one: Planned) -> None:
         """A task begins."""
@@ -216,6 +215,7 @@ class Display(Silent):
     """
 
     def __init__(self, planned: Sequence[Planned], bars: Any) -> None:
+        super().__init__()
         self._bars = bars
         self._sizes = {one.name: one.read + one.write for one in planned if not one.refused}
         self._over = 0  # tokens of the tasks that are over

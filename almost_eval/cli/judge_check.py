@@ -58,7 +58,7 @@ def check_judges(
     if flags["dry_run"]:
         plan = new.describe(folder)
         return show_plan({"new": plan, OLD: old.describe(folder / OLD)} if old else plan, as_json=as_json)
-    from almost_eval.report.certificate_page import write_certificate
+    from almost_eval.report.certificate import write_certificate
 
     certificate = certify(new, old, folder, progress_for())
     write_certificate(certificate, folder)

@@ -53,7 +53,7 @@ def plan(
     """
     from almost_eval.errors import InputError
     from almost_eval.suite.cost import cost_on_gpus, work_of
-    from almost_eval.suite.hardware import gpu_named, size_named
+    from almost_eval.suite.hardware import gpu_named, rates_in_words, size_named
     from almost_eval.suite.plan import plan as plan_suite
 
     if gpu and measure:
@@ -74,11 +74,12 @@ def plan(
         for size in named_sizes or [_own_size(planned, model)]:
             costs.append(cost_on_gpus(work, size, named_gpu, devices))
     measured = _measured(planned, answer_tokens) if measure else {}
+    rates = rates_in_words(gpu, measure, "reading", "writing") + ("; loading is not counted" if gpu else "")
     if values["as_json"]:
         content = {
             "model": model,
             "tasks": {one.name: one.to_dict() for one in planned},
-            "rates": _rates(gpu, measure),
+            "rates": rates,
             "sizes": {cost.size: cost.to_dict(price_per_gpu_hour) for cost in costs},
             "measured": measured,
         }
@@ -88,7 +89,7 @@ def plan(
         print_plan(planned, model, console)
         _print_costs(costs, measured, work, price_per_gpu_hour, console)
         say = "at most" if not answer_tokens and any(one.write for one in planned) else "expected"
-        console.print(f"times are {say}, and by {_rates(gpu, measure)}", soft_wrap=True)
+        console.print(f"times are {say}, and by {rates}", soft_wrap=True)
     return 1 if any(one.refused for one in planned) else 0
 
 
@@ -157,16 +158,3 @@ def _time(seconds: float | None) -> str:
     if seconds >= 3600:
         return f"{seconds / 3600:,.1f} h"
     return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s"
-
-
-def _rates(gpu: str | None, measure: bool) -> str:
-    from almost_eval.suite.hardware import GPUS, SAMPLING_SHARE, TRAINING_SHARE
-
-    if measure:
-        return "what was measured on this machine"
-    if gpu is None:
-        return "no rates: give --gpu for those of a datasheet, or --measure"
-    return (
-        f"the {GPUS[gpu].source}: reading at {TRAINING_SHARE:.0%} of its bfloat16 operations, writing at "
-        f"{SAMPLING_SHARE:.0%} of its memory bandwidth; loading is not counted"
-    )

@@ -13,6 +13,7 @@ from almost_train.cli.options import recipe_options, scale_options
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from almost_eval.suite.hardware import rates_in_words
     from almost_train.pipeline.budget import StageBudget, WholeCost
     from almost_train.pipeline.needs import Need
 
@@ -78,11 +79,12 @@ def plan(
     rates = Rates(engine, progress_for()) if measure else None
     rows = list(budgets(loaded, Estimator(chosen), data_root, rates))
     total = whole_cost(rows, chosen.count)
+    by = rates_in_words(gpu, measure, "training", "sampling")
     if as_json:
         content = {
             "recipe": loaded.name,
             "devices": chosen.describe(),
-            "rates": _rates(gpu, measure),
+            "rates": by,
             "total": total.to_dict(price_per_gpu_hour),
             "stages": [row.to_dict() for row in rows],
         }
@@ -90,7 +92,7 @@ def plan(
     else:
         console = open_console()
         console.print(_table(rows, f"{loaded.name} on {chosen.describe()}"))
-        console.print(f"times are at most, and by {_rates(gpu, measure)}", soft_wrap=True)
+        console.print(f"times are at most, and by {by}", soft_wrap=True)
         console.print(_total(total, price_per_gpu_hour), soft_wrap=True, highlight=False)
         for row in rows:
             if not row.fits:
@@ -152,17 +154,4 @@ def _time(seconds: float | None) -> str:
         else f"{seconds / 60:.1f} min"
         if seconds >= 60
         else f"{seconds:.0f} s"
-    )
-
-
-def _rates(gpu: str | None, measure: bool) -> str:
-    from almost_eval.suite.hardware import GPUS, SAMPLING_SHARE, TRAINING_SHARE
-
-    if measure:
-        return "what was measured on this machine"
-    if gpu is None:
-        return "no rates: give --gpu for those of a datasheet, or --measure"
-    return (
-        f"the {GPUS[gpu].source}: training at {TRAINING_SHARE:.0%} of its bfloat16 operations, sampling at "
-        f"{SAMPLING_SHARE:.0%} of its memory bandwidth"
     )
