@@ -25,13 +25,18 @@ JUDGE_OF_ALL = [
     REASK,
 ]
 """Those of `vicuna` that no other group has an option of the same name for."""
+SUITE_OPTIONS = [
+    click.option("--reward-model", help="Checkpoint of a reward model, for Static HHH."),
+    click.option("--baseline", help="Checkpoint or answer file that the judge compares the model with."),
+    click.option(
+        "--tasks", callback=comma_list, help="Some only: hhh, hhh-choice, truthfulqa, mmlu, vicuna, ...  [all]"
+    ),
+]
+"""What `all` is about; `plan` asks the same."""
 
 
 @click.command("all")
-@click.option("--reward-model", help="Checkpoint of a reward model, for Static HHH.")
-@click.option("--baseline", help="Checkpoint or answer file that the judge compares the model with.")
-@click.option("--tasks", callback=comma_list, help="Some only: hhh, hhh-choice, truthfulqa, mmlu, vicuna, ...  [all]")
-@options(MODEL_OPTIONS, JUDGE_OF_ALL, DATA_OPTIONS, RUN_OPTIONS)
+@options(SUITE_OPTIONS, MODEL_OPTIONS, JUDGE_OF_ALL, DATA_OPTIONS, RUN_OPTIONS)
 def all_tasks(**values: Any) -> int:
     """All benchmarks of one model, and one page that shows them.
 

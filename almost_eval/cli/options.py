@@ -102,16 +102,17 @@ DATA_ROOT = click.option("--data-root", help="Folder laid out like the hub, look
 LIMIT = click.option("--limit", type=click.IntRange(min=1), help="Samples of each category, subject or task.")
 DATA = click.option("--data", help="Data: hub (the real sets) or nano (built in; the default for built-in models).")
 PROMPT_SET = click.option("--prompt-set", help="official (the default on real data) or builtin (our own wording).")
+TEMPLATE = click.option(
+    "--template",
+    default="auto",
+    show_default=True,
+    help="auto, none, tokenizer, almost, alpaca, vicuna, dolly, oasst, a FILE.",
+)
 DATA_OPTIONS = [
     DATA,
     DATA_ROOT,
     PROMPT_SET,
-    click.option(
-        "--template",
-        default="auto",
-        show_default=True,
-        help="auto, none, tokenizer, almost, alpaca, vicuna, dolly, oasst, a FILE.",
-    ),
+    TEMPLATE,
     LIMIT,
 ]
 

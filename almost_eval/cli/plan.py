@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from almost_eval.cli.all import JUDGE_OF_ALL, print_plan, suite_request
+from almost_eval.cli.all import JUDGE_OF_ALL, SUITE_OPTIONS, print_plan, suite_request
 from almost_eval.cli.command_line import FiniteRange, comma_list, import_transformers, open_console, options
 from almost_eval.cli.options import DATA_OPTIONS, MODEL_OPTIONS
 
@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--reward-model", help="Checkpoint of a reward model, for Static HHH.")
-@click.option("--baseline", help="Checkpoint or answer file that the judge compares the model with.")
-@click.option("--tasks", callback=comma_list, help="Some only: hhh, hhh-choice, truthfulqa, mmlu, vicuna, ...  [all]")
+@options(SUITE_OPTIONS)
 @click.option("--gpu", help="By whose datasheet: a100-80gb, h100-80gb, l40s-48gb, rtx4090-24gb.")
 @click.option("--devices", type=click.IntRange(min=1), default=1, show_default=True, help="How many of them.")
 @click.option("--sizes", callback=comma_list, help="7b, 13b, 70b, by commas, in place of the model's own size.")

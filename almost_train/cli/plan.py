@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from almost_eval.cli.command_line import import_transformers, open_console, print_json
-from almost_train.cli.options import recipe_options, scale_options
+from almost_eval.cli.command_line import import_transformers, open_console, options, print_json
+from almost_train.cli.options import RECIPE_OPTIONS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,8 +36,7 @@ DOES_NOT_FIT = 3
 @click.option("--price-per-gpu-hour", type=click.FloatRange(min=0), help="USD; without it, GPU-hours alone.")
 @click.option("--measure", is_flag=True, help="Time a pass of each model on this machine; needs its weights.")
 @click.option("--data-root", help="Folder laid out like the hub, looked in first. [env: ALMOST_DATA_ROOT]")
-@recipe_options
-@scale_options
+@options(RECIPE_OPTIONS)
 @click.option("--json", "as_json", is_flag=True, help="Print bytes and seconds instead of the table.")
 def plan(
     recipe: str,
