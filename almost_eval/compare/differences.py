@@ -50,7 +50,7 @@ def setting_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]
         return []
     of_a, of_b = _as_read(flat(a)), _as_read(flat(b))
     keys = [key for key in {**of_a, **of_b} if of_a.get(key) != of_b.get(key) and not _is_model(key)]
-    keys.sort(key=_is_digest)
+    keys.sort(key=lambda key: "digest" in key or "fingerprint" in key)
     return [f"{key}: {shown(of_a.get(key))} in A, {shown(of_b.get(key))} in B" for key in keys]
 
 
@@ -74,7 +74,3 @@ def shown(value: Any) -> str:
 
 def _is_model(key: str) -> bool:
     return key in MODEL | NO_SETTING or key.startswith(_ALIKE_MODELS)
-
-
-def _is_digest(key: str) -> bool:
-    return "digest" in key or "fingerprint" in key
