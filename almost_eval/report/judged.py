@@ -52,7 +52,7 @@ def outcomes(run: LoadedRun) -> list[VerdictCounts]:
     turns = sorted({record.sample.metadata.get("turn", 1) for record in run.records})
     parts += [(f"turn {turn}", _stated("turn", turn, 1)) for turn in turns if len(turns) > 1]
     groups = list(dict.fromkeys(record.sample.group for record in run.records))
-    parts += [(group, lambda record, group=group: record.sample.group == group) for group in groups if len(groups) > 1]
+    parts += [(group, _in_group(group)) for group in groups if len(groups) > 1]
     counts = [_counts(label, [record for record in run.records if keep(record)]) for label, keep in parts]
     return [part for part in counts if part.n + part.unscored]
 
@@ -63,6 +63,10 @@ ORDERS = {"forward": "model shown second", "reverse": "model shown first"}
 def _stated(key: str, value: object, default: object = None) -> Callable[[SampleRecord], bool]:
     """Whether the metadata of a record have this value."""
     return lambda record: record.sample.metadata.get(key, default) == value
+
+
+def _in_group(group: str) -> Callable[[SampleRecord], bool]:
+    return lambda record: record.sample.group == group
 
 
 def _counts(label: str, records: Sequence[SampleRecord]) -> VerdictCounts:

@@ -91,17 +91,12 @@ def show(result: JSONObject, as_json: bool) -> None:
         return
     from rich.table import Table
 
+    from almost_eval.run.store import flat
+
     table = Table("metric", "value", title=result["stage"], title_justify="left")
-    for name, value in _flat(result["metrics"]):
+    for name, value in flat(result["metrics"], joint="/").items():
         table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
     console = open_console()
     console.print(table)
     for name, output in result["outputs"].items():
         console.print(f"{name}: {output['path']}", soft_wrap=True)
-
-
-def _flat(value: object, at: str = "") -> list[tuple[str, object]]:
-    """Nested objects as one list: `filters/length/in`."""
-    if not isinstance(value, dict):
-        return [(at, value)]
-    return [leaf for key, item in value.items() for leaf in _flat(item, f"{at}/{key}" if at else str(key))]
