@@ -11,7 +11,6 @@ import json
 import shlex
 import warnings
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +28,6 @@ FILES = CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetens
 _PROMPTS = {"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT"}
 """Kinds of PEFT that add to the input, not to the weights: nothing can be merged."""
 _HEADS = {"lm_head", "embed_out", "embed_tokens", "wte", "word_embeddings"}
-_LFS = b"version https://git-lfs"
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's `max_lora_rank` may be (0.31)."""
 
@@ -94,32 +92,21 @@ class Adapter:
         Raises:
             ModelError: the file is not whole.
         """
-        return tensor_shapes(self.weights) if self.weights.suffix == ".safetensors" else {}
+        if self.weights.suffix != ".safetensors":
+            return {}
+        from safetensors import safe_open
+
+        try:
+            with safe_open(str(self.weights), framework="np") as tensors:
+                return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        except Exception as error:  # safetensors has an error of its own, without a base
+            raise ModelError(f"{self.weights} is not a whole safetensors file ({error}); save it again") from None
 
     @property
     def embedding_rows(self) -> int | None:
         """Rows of the embedding that it brings, or None where it leaves the base's."""
         rows = [shape[0] for name, shape in self.shapes.items() if name.endswith(("embed_tokens.weight", "wte.weight"))]
         return max(rows) if rows else None
-
-
-def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the tensors of a safetensors file, from its header alone.
-
-    Raises:
-        ModelError: the file is not whole: what its own package would refuse to load.
-    """
-    from safetensors import safe_open
-
-    try:
-        with safe_open(file, framework="np") as tensors:
-            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    except Exception as error:  # safetensors has an error of its own, without a base
-        problem, cure = str(error), "download or save it again"
-        with suppress(OSError), file.open("rb") as stream:
-            if stream.read(len(_LFS)) == _LFS:
-                problem, cure = "it is a pointer of Git LFS", "get its content with `git lfs pull`"
-        raise ModelError(f"{file} is not a whole safetensors file ({problem}); {cure}") from None
 
 
 def merge_command(adapter: Adapter) -> str:

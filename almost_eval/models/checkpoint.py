@@ -11,12 +11,13 @@ import math
 import os
 import re
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from almost_eval.errors import ModelError, did_you_mean, problem_of
-from almost_eval.models.adapters import CONFIG, FILES, Adapter, merge_command, open_adapter, tensor_shapes
+from almost_eval.models.adapters import CONFIG, FILES, Adapter, merge_command, open_adapter
 from almost_eval.nano import BUILT_IN, DEFAULT_MODEL, SEEDED, SHIPPED, shipped
 from almost_eval.types import JSONObject
 
@@ -25,6 +26,7 @@ _PICKLES = (
     "pytorch_model*.bin"  # its name for pickled weights; an optimizer's state or training_args.bin are no weights
 )
 _WEIGHTS = ("*.safetensors", _PICKLES)
+_LFS = b"version https://git-lfs"
 _NO_WEIGHTS = ("training_args.bin", "optimizer.bin")
 """Names of pickles that vLLM leaves out."""
 _BESIDE = (
@@ -117,7 +119,7 @@ class Checkpoint:
         shapes: dict[str, tuple[int, ...]] = {}
         for file in self.weight_files:
             if file.suffix == ".safetensors":
-                shapes |= tensor_shapes(file)
+                shapes |= _tensor_shapes(file)
         return shapes
 
 
@@ -350,7 +352,7 @@ def _weight_files(path: Path, allow_pickle: bool) -> tuple[Path, ...]:
             raise ModelError(f"{path} lacks {len(missing)} of {len(files)} weight files, first {missing[0]}")
     place: dict[str, str] = {}
     for file in files:
-        for tensor in tensor_shapes(file):
+        for tensor in _tensor_shapes(file):
             if (other := place.setdefault(tensor, file.name)) != file.name:  # engines differ in which of the two wins
                 raise ModelError(
                     f"{path} holds {tensor!r} twice, in {other} and in {file.name}: shards of two checkpoints; "
@@ -383,6 +385,25 @@ def _foreign(path: Path) -> str | None:
                 f"checkpoint, with config.json and {_WHOLE}, or serve it elsewhere and use the engine openai"
             )
     return None
+
+
+def _tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors of a safetensors file, from its header alone.
+
+    Raises:
+        ModelError: the file is not whole: what its own package would refuse to load.
+    """
+    from safetensors import safe_open
+
+    try:
+        with safe_open(file, framework="np") as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except Exception as error:  # safetensors has an error of its own, without a base
+        problem, cure = str(error), "download or save it again"
+        with suppress(OSError), file.open("rb") as stream:
+            if stream.read(len(_LFS)) == _LFS:
+                problem, cure = "it is a pointer of Git LFS", "get its content with `git lfs pull`"
+        raise ModelError(f"{file} is not a whole safetensors file ({problem}); {cure}") from None
 
 
 def context_length(config: JSONObject, tokenizer: object = None) -> int:
