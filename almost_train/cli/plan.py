@@ -13,7 +13,6 @@ from almost_train.cli.options import RECIPE_OPTIONS
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from almost_eval.suite.hardware import rates_in_words
     from almost_train.pipeline.budget import StageBudget, WholeCost
     from almost_train.pipeline.needs import Need
 
@@ -61,6 +60,7 @@ def plan(
       almost-train plan llama-7b --gpu a100-80gb --devices 8 --price-per-gpu-hour 2
     """
     from almost_eval.progress import progress_for
+    from almost_eval.suite.hardware import rates_in_words
     from almost_train.pipeline.budget import budgets, whole_cost
     from almost_train.pipeline.hardware import devices
     from almost_train.pipeline.measure import Rates
