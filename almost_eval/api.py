@@ -70,7 +70,7 @@ def evaluate(
         RunError: the run could not finish; the same call goes on.
     """
     from almost_eval.progress import progress_for
-    from almost_eval.run.request import RunRequest, open_run
+    from almost_eval.run.runner import RunRequest, open_run
     from almost_eval.run.validity import parse_allowed
 
     presets = {preset.name: (cls.name, preset) for cls in task_classes() for preset in cls.presets}

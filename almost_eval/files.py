@@ -359,6 +359,16 @@ def whole_file(file: Path) -> Iterator[IO[bytes]]:
         raise
 
 
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file at once, whole or not at all.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    with whole_file(file) as stream:
+        stream.write(content)
+
+
 def write_rows(
     file: Path, rows: Iterable[Any], *, key: Callable[[Any], Any] | None = None, ascii_only: bool = False
 ) -> None:
@@ -382,8 +392,7 @@ def write_json(file: Path, value: Mapping[str, Any]) -> None:
         OSError: the folder cannot be written.
     """
     content = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    with whole_file(file) as stream:
-        stream.write(content.encode(errors=_HALVES))
+    write_whole(file, content.encode(errors=_HALVES))
 
 
 def read_json(

@@ -23,7 +23,7 @@ from almost_eval.engines.build import EngineOptions, generation_engine
 from almost_eval.judge.model_system import ModelSystem, Sampling
 from almost_eval.judge.questions import find_questions
 from almost_eval.progress import Progress
-from almost_eval.run.request import RunRequest
+from almost_eval.run.runner import RunRequest
 from almost_eval.suite.pilot import Pilot
 from almost_eval.suite.plan import SuiteRequest, plan
 

@@ -31,13 +31,13 @@ from almost_eval.progress import Progress, progress_for
 from almost_eval.rewards.hf import HFRewardModel
 from almost_eval.types import Message
 from almost_train.nano.data import write_prompts
-from almost_train.nano.ladder import Respondent, oracle_ladder
 from almost_train.pipeline.evaluation import EvaluationSettings, evaluate_policies
 from almost_train.pipeline.recipe import Recipe, load_recipe
 from almost_train.pipeline.run import Pipeline
 from almost_train.reward.run import RewardSettings, train_reward
 from almost_train.synthetic.comparisons import ComparisonSettings, synthesize_comparisons
 from almost_train.synthetic.responses import Configuration, ResponseSettings, read_configurations, synthesize_responses
+from benchmarks.nano_ladder import Respondent, oracle_ladder
 
 Figures = dict[str, float]
 HeldOutPair = tuple[str, str, str]

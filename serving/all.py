@@ -8,7 +8,8 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import IO, TypedDict
+from functools import partial
+from typing import IO
 
 from almost_eval.errors import InputError
 from serving.gateway.settings import KEY, POLICY_KEY, REWARD_KEY, GatewayLimits, GatewaySettings, flag_of
@@ -64,10 +65,10 @@ def serve_everything(
     # Checks the keys and the names, before any start.
     GatewaySettings(policy_url="http://127.0.0.1:1", host=host, port=port, allowed_hosts=tuple(allowed_hosts))
     keys = {POLICY_KEY: secrets.token_urlsafe(24), REWARD_KEY: secrets.token_urlsafe(24)}
-    shared: _Shared = {"log": log, "allow_unused_weights": allow_unused_weights}
-    policy = _model_server("policy", model, policy_options, keys[POLICY_KEY], 0.0, shared)
+    model_server = partial(_model_server, log=log, allow_unused_weights=allow_unused_weights)
+    policy = model_server("policy", model, policy_options, keys[POLICY_KEY], 0.0)
     taken = policy.vllm.needed_bytes
-    reward = _model_server("reward", reward_model, reward_options, keys[REWARD_KEY], taken, shared)
+    reward = model_server("reward", reward_model, reward_options, keys[REWARD_KEY], taken)
     port = port or free_port(host)
     command = _gateway_command(policy, reward, reward_model, host, port, limits)
     command += [text for name in allowed_hosts for text in ("--allowed-host", name)]
@@ -93,14 +94,16 @@ def serve_everything(
     run_servers([policy, reward, gateway], ready, in_turn=not runs_on_cpu(), timeout_s=start_timeout)
 
 
-class _Shared(TypedDict):
-    """What both servers are started with."""
-
-    log: IO[str] | None
-    allow_unused_weights: bool
-
-
-def _model_server(kind: str, model: str, text: str, key: str, reserved_bytes: float, shared: _Shared) -> VLLMServer:
+def _model_server(
+    kind: str,
+    model: str,
+    text: str,
+    key: str,
+    reserved_bytes: float,
+    *,
+    log: IO[str] | None,
+    allow_unused_weights: bool,
+) -> VLLMServer:
     try:
         options: Sequence[str] = shlex.split(text)
     except ValueError as error:
@@ -117,8 +120,8 @@ def _model_server(kind: str, model: str, text: str, key: str, reserved_bytes: fl
         reserved_bytes=reserved_bytes,
         allow_pickle="--allow-pickle" in own,
         trust_remote_code="--trust-remote-code" in own,
-        allow_unused_weights=shared["allow_unused_weights"] or "--allow-unused-weights" in own,
-        log=shared["log"],
+        allow_unused_weights=allow_unused_weights or "--allow-unused-weights" in own,
+        log=log,
     )
 
 

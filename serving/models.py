@@ -15,7 +15,7 @@ from typing import Any
 
 from almost_eval.errors import InputError
 from almost_eval.models.adapters import refuse_for_vllm
-from almost_eval.models.chat import ChatTemplate, load_template, special_tokens
+from almost_eval.models.chat import ChatTemplate, load_template, special_tokens, stop_strings
 from almost_eval.models.checkpoint import (
     Checkpoint,
     context_length,
@@ -23,7 +23,7 @@ from almost_eval.models.checkpoint import (
     refuse_adapter,
     refuse_stray_weights,
 )
-from almost_eval.models.stops import STOP_STRINGS, stop_strings, template_file
+from almost_eval.models.stops import STOP_STRINGS, template_file
 from almost_eval.models.tokenizers import Opening
 from almost_eval.types import JSONObject, Message
 from serving.door.names import served_name as name_of

@@ -13,7 +13,7 @@ import click
 from almost_eval.cli.command_line import comma_list, import_transformers, open_console, options, options_of, print_json
 from almost_eval.cli.judge_options import JUDGE_OPTIONS, JUDGES_OWN, REASK
 from almost_eval.cli.options import DATA_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, Values, run_request
-from almost_eval.progress import Progress
+from almost_eval.progress import PipeProgress
 
 if TYPE_CHECKING:
     from almost_eval.judge.build import JudgeOptions
@@ -25,13 +25,18 @@ JUDGE_OF_ALL = [
     REASK,
 ]
 """Those of `vicuna` that no other group has an option of the same name for."""
+SUITE_OPTIONS = [
+    click.option("--reward-model", help="Checkpoint of a reward model, for Static HHH."),
+    click.option("--baseline", help="Checkpoint or answer file that the judge compares the model with."),
+    click.option(
+        "--tasks", callback=comma_list, help="Some only: hhh, hhh-choice, truthfulqa, mmlu, vicuna, ...  [all]"
+    ),
+]
+"""What `all` is about; `plan` asks the same."""
 
 
 @click.command("all")
-@click.option("--reward-model", help="Checkpoint of a reward model, for Static HHH.")
-@click.option("--baseline", help="Checkpoint or answer file that the judge compares the model with.")
-@click.option("--tasks", callback=comma_list, help="Some only: hhh, hhh-choice, truthfulqa, mmlu, vicuna, ...  [all]")
-@options(MODEL_OPTIONS, JUDGE_OF_ALL, DATA_OPTIONS, RUN_OPTIONS)
+@options(SUITE_OPTIONS, MODEL_OPTIONS, JUDGE_OF_ALL, DATA_OPTIONS, RUN_OPTIONS)
 def all_tasks(**values: Any) -> int:
     """All benchmarks of one model, and one page that shows them.
 
@@ -193,12 +198,11 @@ def _rows(outcome: Outcome) -> Iterator[list[str]]:
 # --- one display for all ---
 
 
-class Silent(Progress):
+class Silent(PipeProgress):
     """Reports nothing but notices, as lines on stderr."""
 
-    def notice(self, message: str) -> None:
-        """One line."""
-        print(message, file=sys.stderr, flush=True)
+    def __init__(self) -> None:
+        super().__init__(sys.stderr, seconds=0)
 
     def begin(self, one: Planned) -> None:
         """A task begins."""
@@ -216,6 +220,7 @@ class Display(Silent):
     """
 
     def __init__(self, planned: Sequence[Planned], bars: Any) -> None:
+        super().__init__()
         self._bars = bars
         self._sizes = {one.name: one.read + one.write for one in planned if not one.refused}
         self._over = 0  # tokens of the tasks that are over

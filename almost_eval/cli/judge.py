@@ -27,8 +27,7 @@ from almost_eval.cli.judge_options import (
     RUN_OPTIONS,
     TURN_OPTIONS,
 )
-from almost_eval.cli.options import SHARD, engine_options
-from almost_eval.cli.tasks import show_plan, show_results, show_shard
+from almost_eval.cli.options import SHARD, engine_options, show_plan, show_results, show_shard
 from almost_eval.errors import InputError
 from almost_eval.judge.build import DEFAULT_BASELINE, NANO_JUDGE, answer_budget
 from almost_eval.judge.families import DEFAULT_FAMILY

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from almost_eval.cli.command_line import open_console, print_json
-from almost_eval.cli.tasks import show_plan
+from almost_eval.cli.options import show_plan
 from almost_eval.errors import InputError
 from almost_eval.judge.build import NANO_JUDGE, JudgeOptions, without_api
 from almost_eval.judge.families import DEFAULT_FAMILY
@@ -58,7 +58,7 @@ def check_judges(
     if flags["dry_run"]:
         plan = new.describe(folder)
         return show_plan({"new": plan, OLD: old.describe(folder / OLD)} if old else plan, as_json=as_json)
-    from almost_eval.report.certificate_page import write_certificate
+    from almost_eval.report.certificate import write_certificate
 
     certificate = certify(new, old, folder, progress_for())
     write_certificate(certificate, folder)

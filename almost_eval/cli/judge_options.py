@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from almost_eval.cli.command_line import SEED, FiniteRange
-from almost_eval.cli.options import ENGINE_FIELDS, GENERATION_FIELDS, engine_flag, joined
+from almost_eval.cli.options import DATA_ROOT, ENGINE_FIELDS, GENERATION_FIELDS, TEMPLATE, engine_flag, joined
 from almost_eval.errors import InputError
 from almost_eval.judge.build import MAX_NEW_TOKENS, NANO_MAX_NEW_TOKENS, JudgeOptions
 from almost_eval.judge.families import DEFAULT_FAMILY, FAMILIES, FAMILY_OF_TURNS
@@ -122,7 +122,7 @@ CHECK_OPTIONS = [
 """Of a judge and, perhaps, the one it is to replace."""
 DATA_OPTIONS = [
     click.option("--data", help="Data: hub (the real questions) or nano (built in; the default for built-in models)."),
-    click.option("--data-root", help="Folder laid out like the hub, looked in first. [env: ALMOST_DATA_ROOT]"),
+    DATA_ROOT,
     click.option(
         "--questions", type=PATH, help="mt-bench, or a question file (Vicuna's, MT-Bench's or AlpacaEval's shape)."
     ),
@@ -170,12 +170,7 @@ ANSWER_OPTIONS = [
         help=f"Tokens of an answer.  [{MAX_NEW_TOKENS}; nano data: {NANO_MAX_NEW_TOKENS}]",
     ),
     click.option("--stop", multiple=True, help="A string that ends an answer, besides the template's own."),
-    click.option(
-        "--template",
-        default="auto",
-        show_default=True,
-        help="auto, none, tokenizer, almost, alpaca, vicuna, dolly, oasst, a FILE.",
-    ),
+    TEMPLATE,
     click.option(
         "--answer-reasoning",
         "--reasoning",

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 from importlib.util import find_spec
-from math import prod
 
 import click
 
@@ -69,7 +67,7 @@ def inventory() -> dict[str, list[JSONObject]]:
             {
                 "name": name,
                 "package": (package := PACKAGES.get(name, ("transformers", ""))[0]),
-                "installed": _is(package),
+                "installed": find_spec(package) is not None,
             }
             for name in ENGINES
         ],
@@ -81,10 +79,6 @@ def inventory() -> dict[str, list[JSONObject]]:
         "judge_prompts": _judge_prompts(),
         "models": _models(),
     }
-
-
-def _is(package: str) -> bool:
-    return find_spec(package) is not None
 
 
 def _tasks() -> list[JSONObject]:
@@ -115,18 +109,14 @@ def _judge_prompts() -> list[JSONObject]:
 
 
 def _models() -> list[JSONObject]:
-    from almost_eval.nano import SEEDED, SHIPPED, shipped
+    from almost_eval.models.checkpoint import find_checkpoint
+    from almost_eval.nano import SEEDED, SHIPPED
 
-    rows = []
+    rows: list[JSONObject] = []
     for name in SHIPPED:
-        file = shipped(name) / "model.safetensors"
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-        shapes = [tensor["shape"] for key, tensor in header.items() if key != "__metadata__"]
-        rows.append(
-            {"name": name, "parameters": sum(map(prod, shapes)), "bytes": file.stat().st_size, "weights": "trained"}
-        )
+        checkpoint = find_checkpoint(name, architectures=("",))  # of any kind
+        size = sum(file.stat().st_size for file in checkpoint.weight_files)
+        rows.append({"name": name, "parameters": checkpoint.n_parameters(), "bytes": size, "weights": "trained"})
     # Made on first use, which `list` is not.
     rows += [
         {"name": name, "parameters": None, "bytes": None, "weights": "random, made on first use"} for name in SEEDED

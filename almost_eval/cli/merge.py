@@ -6,8 +6,7 @@ from pathlib import Path
 
 import click
 
-from almost_eval.cli.options import DATA_ROOT, LOG_TO
-from almost_eval.cli.tasks import show_results
+from almost_eval.cli.options import DATA_ROOT, LOG_TO, show_results
 
 
 @click.command()

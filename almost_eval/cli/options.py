@@ -1,4 +1,4 @@
-"""Groups of flags that several commands share, and the `RunRequest` that they add up to."""
+"""Groups of flags that several commands share, the `RunRequest` that they add up to, and how a run is shown."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from almost_eval.cli.command_line import SEED, FiniteRange
+from almost_eval.cli.command_line import SEED, FiniteRange, open_console, print_json
 from almost_eval.engines.build import EngineOptions, Flag
 
 if TYPE_CHECKING:
-    from almost_eval.run.request import RunRequest
-    from almost_eval.run.shards import Shard
+    from almost_eval.run.runner import RunRequest
+    from almost_eval.run.shards import Mark, Shard
+    from almost_eval.types import JSONMapping, JSONObject
 
 Values = dict[str, Any]
 """Values of a command's flags by name, as click checked them."""
@@ -101,16 +102,17 @@ DATA_ROOT = click.option("--data-root", help="Folder laid out like the hub, look
 LIMIT = click.option("--limit", type=click.IntRange(min=1), help="Samples of each category, subject or task.")
 DATA = click.option("--data", help="Data: hub (the real sets) or nano (built in; the default for built-in models).")
 PROMPT_SET = click.option("--prompt-set", help="official (the default on real data) or builtin (our own wording).")
+TEMPLATE = click.option(
+    "--template",
+    default="auto",
+    show_default=True,
+    help="auto, none, tokenizer, almost, alpaca, vicuna, dolly, oasst, a FILE.",
+)
 DATA_OPTIONS = [
     DATA,
     DATA_ROOT,
     PROMPT_SET,
-    click.option(
-        "--template",
-        default="auto",
-        show_default=True,
-        help="auto, none, tokenizer, almost, alpaca, vicuna, dolly, oasst, a FILE.",
-    ),
+    TEMPLATE,
     LIMIT,
 ]
 
@@ -177,7 +179,7 @@ def run_request(
     Raises:
         InputError: `--allow` names an unknown check, or no share.
     """
-    from almost_eval.run.request import RunRequest
+    from almost_eval.run.runner import RunRequest
     from almost_eval.run.validity import parse_allowed
 
     names = ("model", "data", "data_root", "prompt_set", "template", "limit", "seed", "output")
@@ -189,3 +191,46 @@ def run_request(
         allowed=parse_allowed(values["allow"]) if "allow" in values else None,
         **{name: values[name] for name in names if name in values},
     )
+
+
+# --- what is shown ---
+
+
+def show_shard(mark: Mark, *, as_json: bool) -> int:
+    """Say what a finished shard is, and what is to be done with it; returns the exit code."""
+    if as_json:
+        facts = {
+            "shard": str(mark.shard),
+            "folder": str(mark.folder),
+            "samples": len(mark.ids),
+            **(mark.finished or {}),
+        }
+        print_json(facts)
+    else:
+        click.echo(
+            f"shard {mark.shard} is done: {len(mark.ids)} of {mark.total} samples, in {mark.folder}\n"
+            f"no results yet; once all {mark.shard.of} are done: almost-eval merge {mark.folder.parent}"
+        )
+    return 0
+
+
+def show_plan(facts: JSONMapping, *, as_json: bool) -> int:
+    """Print what `--dry-run` tells; returns the exit code."""
+    if as_json:
+        print_json(facts)
+    else:
+        from almost_eval.report.console import print_preflight
+
+        print_preflight(facts, open_console())
+    return 0
+
+
+def show_results(results: JSONObject, folder: Path | None, *, as_json: bool) -> int:
+    """Print `results.json`, or its table; returns the exit code: 3 where the headline is withheld."""
+    if as_json:
+        print_json(results)
+    else:
+        from almost_eval.report.console import print_results
+
+        print_results(results, open_console(), folder=str(folder) if folder else None)
+    return 0 if results["validity"]["passed"] else 3

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from almost_eval.cli.all import JUDGE_OF_ALL, print_plan, suite_request
+from almost_eval.cli.all import JUDGE_OF_ALL, SUITE_OPTIONS, print_plan, suite_request
 from almost_eval.cli.command_line import FiniteRange, comma_list, import_transformers, open_console, options
 from almost_eval.cli.options import DATA_OPTIONS, MODEL_OPTIONS
 
@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--reward-model", help="Checkpoint of a reward model, for Static HHH.")
-@click.option("--baseline", help="Checkpoint or answer file that the judge compares the model with.")
-@click.option("--tasks", callback=comma_list, help="Some only: hhh, hhh-choice, truthfulqa, mmlu, vicuna, ...  [all]")
+@options(SUITE_OPTIONS)
 @click.option("--gpu", help="By whose datasheet: a100-80gb, h100-80gb, l40s-48gb, rtx4090-24gb.")
 @click.option("--devices", type=click.IntRange(min=1), default=1, show_default=True, help="How many of them.")
 @click.option("--sizes", callback=comma_list, help="7b, 13b, 70b, by commas, in place of the model's own size.")
@@ -53,7 +51,7 @@ def plan(
     """
     from almost_eval.errors import InputError
     from almost_eval.suite.cost import cost_on_gpus, work_of
-    from almost_eval.suite.hardware import gpu_named, size_named
+    from almost_eval.suite.hardware import gpu_named, rates_in_words, size_named
     from almost_eval.suite.plan import plan as plan_suite
 
     if gpu and measure:
@@ -74,11 +72,12 @@ def plan(
         for size in named_sizes or [_own_size(planned, model)]:
             costs.append(cost_on_gpus(work, size, named_gpu, devices))
     measured = _measured(planned, answer_tokens) if measure else {}
+    rates = rates_in_words(gpu, measure, "reading", "writing") + ("; loading is not counted" if gpu else "")
     if values["as_json"]:
         content = {
             "model": model,
             "tasks": {one.name: one.to_dict() for one in planned},
-            "rates": _rates(gpu, measure),
+            "rates": rates,
             "sizes": {cost.size: cost.to_dict(price_per_gpu_hour) for cost in costs},
             "measured": measured,
         }
@@ -88,7 +87,7 @@ def plan(
         print_plan(planned, model, console)
         _print_costs(costs, measured, work, price_per_gpu_hour, console)
         say = "at most" if not answer_tokens and any(one.write for one in planned) else "expected"
-        console.print(f"times are {say}, and by {_rates(gpu, measure)}", soft_wrap=True)
+        console.print(f"times are {say}, and by {rates}", soft_wrap=True)
     return 1 if any(one.refused for one in planned) else 0
 
 
@@ -157,16 +156,3 @@ def _time(seconds: float | None) -> str:
     if seconds >= 3600:
         return f"{seconds / 3600:,.1f} h"
     return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s"
-
-
-def _rates(gpu: str | None, measure: bool) -> str:
-    from almost_eval.suite.hardware import GPUS, SAMPLING_SHARE, TRAINING_SHARE
-
-    if measure:
-        return "what was measured on this machine"
-    if gpu is None:
-        return "no rates: give --gpu for those of a datasheet, or --measure"
-    return (
-        f"the {GPUS[gpu].source}: reading at {TRAINING_SHARE:.0%} of its bfloat16 operations, writing at "
-        f"{SAMPLING_SHARE:.0%} of its memory bandwidth; loading is not counted"
-    )

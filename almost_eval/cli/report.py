@@ -10,7 +10,7 @@ import click
 
 from almost_eval.cli.command_line import SEED, open_console, print_json
 from almost_eval.errors import InputError
-from almost_eval.files import whole_file
+from almost_eval.files import write_whole
 from almost_eval.types import JSONObject
 
 if TYPE_CHECKING:
@@ -113,8 +113,7 @@ def _write(file: Path, run_set: RunSet, matrix: Matrix | None, *, samples: bool)
         return
     text = _table(FORMATS[file.suffix.lower()], run_set, matrix)
     try:
-        with whole_file(file) as stream:
-            stream.write(text.encode("utf-8", "replace"))
+        write_whole(file, text.encode("utf-8", "replace"))
     except OSError as error:
         raise InputError(f"cannot write {file} ({error.strerror}); choose another --output") from None
     click.echo(f"table: {file}", err=True)

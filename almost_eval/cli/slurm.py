@@ -16,6 +16,7 @@ import click
 
 from almost_eval.errors import InputError
 from almost_eval.run.provenance import command
+from almost_eval.run.shards import without_shard
 
 _SCRIPT = """\
 #!/bin/bash
@@ -86,9 +87,9 @@ def print_script(context: click.Context, option: str, shards: int) -> None:
     path = context.command_path.split()[1:]
     if sys.argv[1 : 1 + len(path)] != path:
         raise InputError(f"--{option} is for the command line alone")
-    arguments = _without(option, sys.argv)[1 + len(path) :]
+    arguments = without_shard(sys.argv, option)[1 + len(path) :]
     with context.command.make_context(context.info_name, arguments, parent=context.parent) as whole:
-        words = _without(option, [sys.argv[0], *command()[1:]])  # with the options that a file stands for
+        words = without_shard([sys.argv[0], *command()[1:]], option)  # with the options that a file stands for
         values = whole.params
     if values.get("shard"):
         raise InputError("--slurm makes the shards itself; leave out --shard")
@@ -103,19 +104,6 @@ def print_script(context: click.Context, option: str, shards: int) -> None:
     merge = [*program, next(name for name in ("merge-shards", "merge") if name in root.commands)]
     click.echo(script([*program, *words[1:]], merge, values["output"], shards, then="judge" in values), nl=False)
     context.exit(0)
-
-
-def _without(name: str, words: Sequence[str]) -> list[str]:
-    """Words of a command line without an option and its value."""
-    flag, kept, skip = f"--{name}", [], False
-    for word in words:
-        if skip or word.startswith(f"{flag}="):
-            skip = False
-        elif word == flag:
-            skip = True
-        else:
-            kept.append(word)
-    return kept
 
 
 def _program(name: str) -> list[str]:

@@ -12,7 +12,7 @@ from almost_eval.cli.command_line import SEED, import_transformers, open_console
 from almost_eval.cli.options import DATA_ROOT, MODEL_OPTIONS, Values, run_request
 
 if TYPE_CHECKING:
-    from almost_eval.run.request import RunRequest
+    from almost_eval.run.runner import RunRequest
     from almost_eval.run.verify import Verification
 
 PROBLEMS_SHOWN = 20
@@ -44,7 +44,7 @@ def verify(run_folder: Path, samples: int, seed: int, **values: Any) -> int:
         return _show(verify_judged(run_folder), rescored=False)
     verification = verify_run(run_folder, find_data(spec["data"]["source"], values["data_root"]))
     if values["model"]:
-        from almost_eval.run.request import open_run
+        from almost_eval.run.runner import open_run
 
         import_transformers()
         rescore(run_folder, open_run(_request(spec, values)), verification, n=samples, seed=seed)

@@ -51,7 +51,7 @@ def setting_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]
     lists = [f"settings.{s.name}" for s in stated_by(str(a.get("task"))).task_settings if s.kind == "names"]
     of_a, of_b = (_as_read(flat(spec), lists) for spec in (a, b))
     keys = [key for key in {**of_a, **of_b} if of_a.get(key) != of_b.get(key) and not _is_model(key)]
-    keys.sort(key=_is_digest)
+    keys.sort(key=lambda key: "digest" in key or "fingerprint" in key)
     return [f"{key}: {shown(of_a.get(key))} in A, {shown(of_b.get(key))} in B" for key in keys]
 
 
@@ -80,7 +80,3 @@ def shown(value: Any) -> str:
 
 def _is_model(key: str) -> bool:
     return key in MODEL | NO_SETTING or key.startswith(_ALIKE_MODELS)
-
-
-def _is_digest(key: str) -> bool:
-    return "digest" in key or "fingerprint" in key

@@ -22,7 +22,7 @@ from almost_eval.errors import InputError, did_you_mean
 from almost_eval.files import write_json
 from almost_eval.progress import Progress
 from almost_eval.run import provenance
-from almost_eval.run.request import RunRequest, open_run
+from almost_eval.run.runner import RunRequest, open_run
 from almost_eval.run.store import read_samples, read_spec
 from almost_eval.tasks.registry import comparison_presets
 from almost_eval.types import SampleRecord

@@ -35,7 +35,7 @@ from almost_eval.judge.records import Answer, Answers, AnswerTurn, Question
 from almost_eval.judge.results import summarise
 from almost_eval.progress import Progress
 from almost_eval.run import provenance
-from almost_eval.run.prompt_log import Prompt, SamplePrompts, write_prompts
+from almost_eval.run.prompts import Prompt, SamplePrompts, write_prompts
 from almost_eval.run.store import RunStore, default_folder, read_spec
 from almost_eval.run.validity import ALLOWED, Validity
 from almost_eval.types import JSONObject

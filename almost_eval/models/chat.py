@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
+_OPENING_LINE = re.compile(r"\A\{\{- (?:bos_token|'[^'\n]*') -\}\}\n")
 
 # What a template, which is a program, may fail with; jinja lets Python's own errors through.
 _PYTHON_FAULTS = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
@@ -292,6 +293,17 @@ def _compile(source: str) -> jinja2.Template:
     # What `load_template` read has a time of its own, which hides this one.
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(source)
+
+
+def stop_strings(template: ChatTemplate) -> tuple[str, ...]:
+    """The strings that end an answer, besides EOS.
+
+    A tokenizer's own template has those of the built-in one whose text it is, with or without the line that training
+    puts in front where the tokenizer adds BOS (`Opening.line`): other programs add no special token of their own.
+    """
+    source = _OPENING_LINE.sub("", template.source)
+    alike = (name for name in STOP_STRINGS if template_file(name).read_text(encoding="utf-8") == source)
+    return template.stop or STOP_STRINGS.get(next(alike, ""), ())
 
 
 # --- prompts with placeholders ---

@@ -6,21 +6,19 @@ new template is one file and one line.
 
 Two rules follow from them, each stated once. In-process evaluation ends an answer at `ChatTemplate.stop`: a template of
 the tokenizer's own has the token that it writes after an answer, where the checkpoint's EOS is another one. A server
-ends a chat at `stop_strings`: there the tokenizer's template has those of the built-in format that it is.
+ends a chat at `chat.stop_strings`: there the tokenizer's template has those of the built-in format that it is.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_OPENING_LINE = re.compile(r"\A\{\{- (?:bos_token|'[^'\n]*') -\}\}\n")
 _FOLDER = Path(__file__).with_name("templates")
 
 STOP_STRINGS: dict[str, tuple[str, ...]] = {
@@ -29,34 +27,9 @@ STOP_STRINGS: dict[str, tuple[str, ...]] = {
 """Name of a built-in template -> the strings that end an answer."""
 
 
-class AnswerFormat(Protocol):
-    """The part of a `ChatTemplate` that decides where an answer ends."""
-
-    @property
-    def source(self) -> str:
-        """Jinja."""
-        ...
-
-    @property
-    def stop(self) -> tuple[str, ...]:
-        """The stop strings that it states."""
-        ...
-
-
 def template_file(name: str) -> Path:
     """The Jinja file of a built-in template."""
     return _FOLDER / f"{name}.jinja"
-
-
-def stop_strings(template: AnswerFormat) -> tuple[str, ...]:
-    """The strings that end an answer, besides EOS.
-
-    A tokenizer's own template has those of the built-in one whose text it is, with or without the line that training
-    puts in front where the tokenizer adds BOS (`Opening.line`): other programs add no special token of their own.
-    """
-    source = _OPENING_LINE.sub("", template.source)
-    alike = (name for name in STOP_STRINGS if template_file(name).read_text(encoding="utf-8") == source)
-    return template.stop or STOP_STRINGS.get(next(alike, ""), ())
 
 
 def first_stop(text: str, stop: Sequence[str]) -> int | None:

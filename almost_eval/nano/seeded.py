@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -28,6 +28,7 @@ from almost_eval.nano.world import World
 from almost_eval.types import JSONObject
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 CHECKPOINTS: dict[str, JSONObject] = {"nano/seeded": {}, "nano/seeded-reward": {"reward": True}}
@@ -120,21 +121,29 @@ def _no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def train_tokenizer(text: Iterable[str], *, vocab_size: int, model_max_length: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer that puts BOS before every text and loses nothing; it has no chat template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
+def byte_level_bpe(text: Iterable[str], vocab_size: int, special_tokens: Sequence[str]) -> Tokenizer:
+    """A tokenizer of the package `tokenizers`, trained: every byte is a token, so it loses nothing of any text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=list(special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(text, trainer)
+    return tokenizer
+
+
+def train_tokenizer(text: Iterable[str], *, vocab_size: int, model_max_length: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer that puts BOS before every text and loses nothing; it has no chat template."""
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = byte_level_bpe(text, vocab_size, SPECIAL_TOKENS)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
     )

@@ -1,8 +1,12 @@
-"""`results.json` of judged runs in a terminal. Everything is read from the results; nothing is computed here."""
+"""`results.json` of judged runs in a terminal. Everything is read from the results; nothing is computed here.
+
+Names come from outside, so they are `Text`: "[b]x" is no markup.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -11,7 +15,6 @@ from rich.text import Text
 from almost_eval.judge.aggregate import Combined, JudgeResults, RoundRobin, SignTest
 from almost_eval.judge.calibration import Calibration, CalibrationBin
 from almost_eval.judge.names import CORRECTED, STYLE_CONTROLLED, STYLE_STRENGTH
-from almost_eval.report.judge_tables import print_judge_results, print_round_robin
 from almost_eval.report.judged import VOTE_ROWS, vote_words
 from almost_eval.report.turns import is_of_turn, print_grades, print_turn_table
 from almost_eval.types import JSONMapping, JSONObject, Metric
@@ -21,6 +24,10 @@ ORDERS_IN_WORDS = {
     "forward": ("forward order only, the baseline is Assistant 1",),
     "reverse": ("reverse order only, the model is Assistant 1",),
 }
+
+ELO = 400 / math.log(10)
+"""Points per unit of log strength: 400 points are odds of 10 to 1."""
+ELO_MEAN = 1000
 
 
 def print_judged(results: JSONMapping, console: Console) -> None:
@@ -193,3 +200,188 @@ def _share(value: float | None) -> str:
 
 def _number(value: float | None, form: str = ".3f") -> str:
     return "-" if value is None else f"{value:{form}}"
+
+
+# --- tables ---
+
+
+def print_judge_results(
+    results: JudgeResults, console: Console, *, title: str = "", style: JSONMapping | None = None
+) -> None:
+    """Wins, win rate, categories, scores, biases, and what was not scored.
+
+    Args:
+        results: two systems compared.
+        console: where to.
+        title: judge, prompts and the like, put behind the names.
+        style: the style model of `judge.style` as JSON, where there is one.
+    """
+    heading = f"{results.model} against {results.baseline}" + (f" · {title}" if title else "")
+    table = Table(title=Text(heading), title_justify="left", title_style="bold")
+    table.add_column("metric")
+    for column in ("value", "95 % interval", "n", "unscored"):
+        table.add_column(column, justify="right")
+    _add(
+        table, f"win rate, ties {'half' if results.ties == 'half' else 'dropped'}", results.metrics["win_rate"], "bold"
+    )
+    _add(table, "win rate at equal length", results.length_controlled)
+    if style is not None:
+        _add(table, "win rate at equal style", results.metrics[STYLE_CONTROLLED])
+    categories = [name for name in results.metrics if name.startswith("win_rate/")]
+    if len(categories) > 1 and not any(map(is_of_turn, categories)):  # those of several turns have a table
+        table.add_section()
+        for name in categories:
+            _add(table, f"  {name.removeprefix('win_rate/')}", results.metrics[name])
+    table.add_section()
+    one_order = not results.consistency.n
+    if not one_order:
+        _add(table, "both orders agree", results.consistency, "dim")
+    confounded = " (one order: the place or the system)" if one_order else ""
+    _add(table, f"Assistant 1 wins a decisive verdict{confounded}", results.first_wins, "dim")
+    _add(table, "the longer answer wins one", results.longer_wins, "dim")
+    console.print(table)
+    for line in _notes(results) + (_style_notes(style) if style else []):
+        console.print(line)
+
+
+def _notes(results: JudgeResults) -> list[Text]:
+    wins, ties, losses, unparsed = (results.metrics[name] for name in ("wins", "ties", "losses", "unparsed"))
+    reviews = f"{unparsed.n} reviews of {results.n_questions} questions, orders: {results.orders}"
+    lines = [Text(f"{_count(wins)} wins, {_count(ties)} ties, {_count(losses)} losses in {reviews}")]
+    totals = [name for name in results.metrics if name.startswith("total_score/")]
+    if totals:  # FastChat prints the baseline, its Assistant 1, first
+        baseline, model = (results.metrics[name].value or 0.0 for name in reversed(totals))
+        lines.append(Text(f"total score: {results.baseline} {baseline:g} : {model:g} {results.model}"))
+    both = results.combined
+    if conflicts := both.conflict_first + both.conflict_second:
+        what = "turns" if any(map(is_of_turn, results.metrics)) else "questions"
+        lines.append(
+            Text(
+                f"the two orders contradict each other on {conflicts} {what}: Assistant 1 twice on "
+                f"{both.conflict_first}, Assistant 2 twice on {both.conflict_second}"
+            )
+        )
+    sign = results.sign_test
+    lines.append(Text(f"sign test over questions: {sign.model} against {sign.baseline}, p = {sign.p_value:.2g}"))
+    if (calibration := results.calibration) is not None:
+        lines.append(Text(calibration_words(calibration)))
+    if unparsed.value and results.bounds:
+        low, high = results.bounds
+        why = ", ".join(f"{reason} {count}" for reason, count in results.reasons.items())
+        lines.append(
+            Text.assemble(
+                ("unscored:", "yellow"),
+                f" {_count(unparsed)} ({why}); were all of them losses or all wins, the win rate would be {low:.1%} or "
+                f"{high:.1%}",
+            )
+        )
+    return lines
+
+
+def _style_notes(style: JSONMapping) -> list[Text]:
+    """The coefficients of the style model, and why there is no rate or no interval."""
+    notes = [Text.assemble(("equal style:", "yellow"), f" {style['problem']}")] if style["problem"] else []
+    fitted = [effect for effect in style["effects"] if effect["coefficient"] is not None]
+    if fitted:
+        notes.append(Text(f"style, logit per root mean square: {', '.join(map(_effect, fitted))}"))
+    return notes
+
+
+def _effect(effect: JSONMapping) -> str:
+    """A feature of the style model with its coefficient."""
+    ends = effect["ci95"]
+    interval = f" ({ends[0]:+.2f} to {ends[1]:+.2f})" if ends else ""
+    held = ", held by the ridge alone" if effect["held_by_ridge"] else ""
+    return f"{effect['name']} {effect['coefficient']:+.2f}{interval}{held}"
+
+
+def calibration_words(calibration: Calibration) -> str:
+    """How far a judge's probabilities hold in the swapped order, in a sentence."""
+    confidence, agreed, gap = calibration.confidence, calibration.agreed, calibration.overconfidence
+    interval = f" ({100 * gap.ci95[0]:+.1f} to {100 * gap.ci95[1]:+.1f})" if gap.ci95 else ""
+    return (
+        f"calibration: its winners have a probability of {confidence.value:.1%} and win in the swapped order in "
+        f"{agreed.value:.1%} of {agreed.n} reviews; difference {100 * (gap.value or 0.0):+.1f} points{interval}, "
+        f"expected calibration error {100 * (calibration.error or 0.0):.1f} points"
+    )
+
+
+def print_round_robin(
+    results: RoundRobin,
+    console: Console,
+    *,
+    title: str = "",
+    style: JSONMapping | None = None,
+    at_equal_style: Mapping[str, Metric] | None = None,
+) -> None:
+    """Ratings on a scale where 400 points are odds of 10 to 1 and the mean is 1,000, then who beat whom how often.
+
+    Args:
+        results: of several systems.
+        console: where to.
+        title: judge, prompts and the like.
+        style: the style model of `judge.style_ranking` as JSON, where there is one.
+        at_equal_style: system -> its strength by that model; empty where it has none.
+    """
+    table = Table(title=Text(f"round robin{f' · {title}' if title else ''}"), title_justify="left", title_style="bold")
+    table.add_column("system")
+    for column in ("rating", "95 % interval", "games"):
+        table.add_column(column, justify="right")
+    for name in results.names:
+        table.add_column(Text(f"beats {name}"), justify="right")
+    for name, row in zip(results.names, results.wins, strict=True):
+        strength = results.strengths.get(name)
+        against = [_won(row, results.wins, results.names.index(name), j) for j in range(len(results.names))]
+        table.add_row(
+            Text(name),
+            _points(strength.value) if strength else "-",
+            _points_interval(strength),
+            str(strength.n) if strength else "-",
+            *against,
+        )
+    console.print(table)
+    for line in _ratings_at_equal_style(at_equal_style or {}) + (_style_notes(style) if style else []):
+        console.print(line)
+    if results.problem:
+        console.print(
+            Text.assemble(("not ranked:" if not results.strengths else "no intervals:", "yellow"), " "), end=""
+        )
+        console.print(Text(results.problem))
+    if results.unscored:
+        console.print(
+            Text.assemble(("unscored:", "yellow"), f" {results.unscored} reviews, which are in no figure here")
+        )
+
+
+def _won(row: Sequence[float], wins: Sequence[Sequence[float]], i: int, j: int) -> str:
+    games = row[j] + wins[j][i]
+    return f"{row[j] / games:.1%}" if games else "-"
+
+
+def _points(strength: float | None) -> str:
+    return "-" if strength is None else f"{ELO_MEAN + ELO * strength:.0f}"
+
+
+def _ratings_at_equal_style(strengths: Mapping[str, Metric]) -> list[Text]:
+    """One line, the strongest first."""
+    ranked = sorted(strengths.items(), key=lambda item: -(item[1].value or 0.0))
+    ratings = ", ".join(f"{name} {_points(metric.value)} ({_points_interval(metric)})" for name, metric in ranked)
+    return [Text(f"rating at equal style: {ratings}")] if ratings else []
+
+
+def _points_interval(strength: Metric | None) -> str:
+    if strength is None or strength.ci95 is None:
+        return "-"
+    return f"{_points(strength.ci95[0])} to {_points(strength.ci95[1])}"
+
+
+def _add(table: Table, name: str, metric: Metric | None, style: str | None = None) -> None:
+    if metric is None or metric.value is None:
+        table.add_row(Text(name), "-", "-", str(metric.n) if metric else "-", "", style=style)
+        return
+    interval = f"{metric.ci95[0]:.1%} to {metric.ci95[1]:.1%}" if metric.ci95 else "-"
+    table.add_row(Text(name), f"{metric.value:.1%}", interval, str(metric.n), str(metric.unscored or ""), style=style)
+
+
+def _count(metric: Metric) -> str:
+    return f"{metric.value:g}"

@@ -47,10 +47,10 @@ def outcomes(run: LoadedRun) -> list[VerdictCounts]:
     """All reviews, then each judge of a panel, then each order, turn and category where there are several."""
     parts: list[tuple[str, Callable[[SampleRecord], bool]]] = [("all reviews", lambda _: True)]
     judges = dict.fromkeys(str(r.sample.metadata["judge"]) for r in run.records if "judge" in r.sample.metadata)
-    parts += [(f"judge {judge}", _by_judge(judge)) for judge in judges]
-    parts += [(label, _in_order(order)) for order, label in ORDERS.items()]
+    parts += [(f"judge {judge}", _stated("judge", judge)) for judge in judges]
+    parts += [(label, _stated("order", order)) for order, label in ORDERS.items()]
     turns = sorted({record.sample.metadata.get("turn", 1) for record in run.records})
-    parts += [(f"turn {turn}", _of_turn(turn)) for turn in turns if len(turns) > 1]
+    parts += [(f"turn {turn}", _stated("turn", turn, 1)) for turn in turns if len(turns) > 1]
     groups = list(dict.fromkeys(record.sample.group for record in run.records))
     parts += [(group, _in_group(group)) for group in groups if len(groups) > 1]
     counts = [_counts(label, [record for record in run.records if keep(record)]) for label, keep in parts]
@@ -60,16 +60,9 @@ def outcomes(run: LoadedRun) -> list[VerdictCounts]:
 ORDERS = {"forward": "model shown second", "reverse": "model shown first"}
 
 
-def _by_judge(judge: str) -> Callable[[SampleRecord], bool]:
-    return lambda record: record.sample.metadata.get("judge") == judge
-
-
-def _in_order(order: str) -> Callable[[SampleRecord], bool]:
-    return lambda record: record.sample.metadata.get("order") == order
-
-
-def _of_turn(turn: int) -> Callable[[SampleRecord], bool]:
-    return lambda record: record.sample.metadata.get("turn", 1) == turn
+def _stated(key: str, value: object, default: object = None) -> Callable[[SampleRecord], bool]:
+    """Whether the metadata of a record have this value."""
+    return lambda record: record.sample.metadata.get(key, default) == value
 
 
 def _in_group(group: str) -> Callable[[SampleRecord], bool]:

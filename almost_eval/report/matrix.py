@@ -7,7 +7,6 @@ neither compared nor marked.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from almost_eval.compare.comparison import ALPHA, HEADLINE, Comparison, MetricComparison, compare_runs
@@ -94,15 +93,10 @@ def build_matrix(run_set: RunSet, *, baseline: str | None = None, seed: int = 0,
                 delta = _delta(benchmark, run, against, seed=seed, n_resamples=n_resamples)
             cells[model, place] = Cell(run, run.metrics[run.headline], delta)
     matrix = Matrix(first, models, run_set.benchmarks, cells)
-    adjust(matrix.deltas)
-    return matrix
-
-
-def adjust(deltas: Sequence[BaselineDelta]) -> None:
-    """Set the Holm-adjusted p-value of every comparison that has a p-value."""
-    tested = [(delta, delta.metric.p_value) for delta in deltas if delta.metric.p_value is not None]
+    tested = [(delta, delta.metric.p_value) for delta in matrix.deltas if delta.metric.p_value is not None]
     for (delta, _), adjusted in zip(tested, holm([p for _, p in tested]), strict=True):
         delta.p_holm = adjusted
+    return matrix
 
 
 def _delta(benchmark: Benchmark, run: LoadedRun, against: LoadedRun, *, seed: int, n_resamples: int) -> BaselineDelta:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,6 @@ from almost_eval.errors import InputError
 from almost_eval.files import whole_file
 from almost_eval.report import views
 from almost_eval.report.matrix import Matrix, build_matrix
-from almost_eval.report.reference import reference_rows
 from almost_eval.report.runs import RunSet, load_runs
 from almost_eval.report.samples import Payload, pack
 
@@ -38,6 +38,20 @@ class Page:
     """Bytes."""
     n_samples: int
     """Distinct samples in its browser."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceRow:
+    """One published figure."""
+
+    task: str
+    system: str
+    """What was measured, against what."""
+    value: str
+    """As published: text, so that nothing can compute with it."""
+    what: str
+    protocol: str
+    source: str
 
 
 def write_page(
@@ -117,6 +131,12 @@ def render(run_set: RunSet, matrix: Matrix | None, payload: Payload) -> Iterator
             n_samples=payload.n_samples,
         )
     )
+
+
+def reference_rows() -> list[ReferenceRow]:
+    """All published figures on record, shown greyed in a table of their own. No export and no comparison reads them."""
+    content = json.loads(_PAGE.with_name("reference.json").read_text(encoding="utf-8"))
+    return [ReferenceRow(**row) for row in content["rows"]]
 
 
 def _with_svg(sections: list[views.View]) -> list[views.View]:

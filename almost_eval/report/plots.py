@@ -81,7 +81,7 @@ def by_length(ratios: Sequence[float], series: Sequence[Series], *, ident: str, 
 
 
 def _points(axes: Axes, series: Series, xs: Sequence[float], *, line: bool) -> None:
-    colour = _colour(series.place)
+    colour = f"#f0f0f{series.place % SERIES}"
     shown = [(x, v, i) for x, v, i in zip(xs, series.values, series.intervals, strict=True) if v is not None]
     for x, _, interval in shown:
         if interval is not None:
@@ -94,10 +94,6 @@ def _points(axes: Axes, series: Series, xs: Sequence[float], *, line: bool) -> N
         markersize=5.5,
         linewidth=1.2 if line else 0,
     )
-
-
-def _colour(place: int) -> str:
-    return f"#f0f0f{place % SERIES}"
 
 
 def _svg(draw: Callable[[Axes], None], *, ident: str, title: str, scale: Scale = PERCENT) -> str:

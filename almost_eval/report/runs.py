@@ -12,7 +12,7 @@ from almost_eval.compare.differences import measure_of
 from almost_eval.errors import InputError
 from almost_eval.files import read_json
 from almost_eval.judge.names import STYLE_STRENGTH, VOTES_FILE
-from almost_eval.run.prompt_log import SamplePrompts, StoredPrompts
+from almost_eval.run.prompts import SamplePrompts, StoredPrompts
 from almost_eval.run.shards import refuse_shard
 from almost_eval.run.store import read_results, read_samples, read_spec
 from almost_eval.tasks.facts import Unit

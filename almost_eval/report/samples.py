@@ -18,7 +18,7 @@ from pathlib import Path
 from almost_eval.files import read_rows
 from almost_eval.judge.questions import LATER, OTHERS
 from almost_eval.report.runs import Benchmark, LoadedRun, RunSet
-from almost_eval.run.prompt_log import SamplePrompts
+from almost_eval.run.prompts import SamplePrompts
 from almost_eval.tasks.registry import stated_by
 from almost_eval.types import JSONObject, SampleRecord
 

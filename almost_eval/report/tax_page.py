@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from almost_eval.compare.tax.tax import LOG_IS, MeasuredPolicy, Tax, benchmarks, shown
 from almost_eval.errors import RunError
-from almost_eval.files import whole_file
+from almost_eval.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -44,8 +44,7 @@ def write_page(tax: Tax, folder: Path) -> list[Path]:
     files = {"tax.svg": svg.encode(), "tax.png": png, "tax.html": html(tax, svg).encode()}
     try:
         for name, content in files.items():
-            with whole_file(folder / name) as stream:
-                stream.write(content)
+            write_whole(folder / name, content)
     except OSError as error:
         raise RunError(f"cannot write to {folder} ({error.strerror}); tax.json is kept") from None
     return [folder / name for name in files]

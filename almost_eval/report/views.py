@@ -273,6 +273,7 @@ def _judged(run: LoadedRun, ident: str) -> View:
         by_length = plots.by_length([b.ratio for b in bins], [series], ident=ident, title=title)
     parts, judging = judged.outcomes(run), run.results.get("judging") or {}
     style = judging.get("style") or {}
+    votes = [_bias(run.votes["metrics"][name], called, "") for name, called in judged.VOTE_ROWS.items() if run.votes]
     return {
         "label": run.label,
         "baseline": run.baseline_system,
@@ -292,12 +293,8 @@ def _judged(run: LoadedRun, ident: str) -> View:
         + ([_bias(run.metrics[STYLE_CONTROLLED], "win rate at equal style", "by a logistic model")] if style else []),
         "by_length": by_length,
         **({"style": judged.style_rows(run), "style_problem": style["problem"]} if style else {}),
-        **({"votes": _votes(run.votes), "vote_words": judged.vote_words(run.votes["votes"])} if run.votes else {}),
+        **({"votes": votes, "vote_words": judged.vote_words(run.votes["votes"])} if run.votes else {}),
     }
-
-
-def _votes(votes: JSONObject) -> list[View]:
-    return [_bias(votes["metrics"][name], called, "") for name, called in judged.VOTE_ROWS.items()]
 
 
 def _panel(run: LoadedRun) -> View:

@@ -13,8 +13,7 @@ from typing import Any, cast
 from almost_eval.engines.base import Described, SamplingParams
 from almost_eval.engines.partition import Partition, partition_lengths, partition_prompts, partition_requests
 from almost_eval.errors import InputError, TemplateError
-from almost_eval.run.preflight import Prepared, describe, prepare
-from almost_eval.run.prompt_log import Prompt, SamplePrompts
+from almost_eval.run.prompts import Prepared, Prompt, SamplePrompts, describe, prepare
 from almost_eval.run.shards import Shard
 from almost_eval.run.texts import score_texts, text_outputs
 from almost_eval.tasks.base import GenerationRequest, Task, loglikelihood_outputs, reward_outputs

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from almost_eval.data.sources import find_data
 from almost_eval.errors import RunError, StoreError
-from almost_eval.files import whole_file
-from almost_eval.run.prompt_log import NAME as PROMPTS
+from almost_eval.files import write_whole
+from almost_eval.run.prompts import PROMPTS
 from almost_eval.run.runner import finish, whole_report
 from almost_eval.run.shards import Mark, check_marks
 from almost_eval.run.store import RunStore, read_samples, read_spec, spec_change
@@ -18,11 +18,6 @@ from almost_eval.types import JSONObject, SampleRecord
 
 TOKENS = ("path", "tokens_plain", "tokens_in_trie", "tokens_computed")
 """What the engine's reports of all shards must agree in: each is of the plan of the whole run."""
-
-
-def check_runs(marks: Sequence[Mark]) -> None:
-    """Refuse shards that are not the whole of one run; see `check_marks`."""
-    check_marks(marks, lambda one, other: spec_change(read_spec(one.folder), read_spec(other.folder)))
 
 
 def merge_runs(marks: Sequence[Mark], output: Path, data_root: str | None = None) -> tuple[JSONObject, Validity]:
@@ -39,7 +34,7 @@ def merge_runs(marks: Sequence[Mark], output: Path, data_root: str | None = None
         StoreError: shards that are missing, of another run, not finished or damaged; an output that holds another run.
         RunError: the disk is full, or gone.
     """
-    check_runs(marks)
+    check_marks(marks, lambda one, other: spec_change(read_spec(one.folder), read_spec(other.folder)))
     records = _records(marks)
     spec = read_spec(marks[0].folder)
     task = build_task(spec["task"], spec["protocol"], spec["settings"], find_data(spec["data"]["source"], data_root))
@@ -96,7 +91,6 @@ def _copy_prompts(marks: Sequence[Mark], output: Path) -> None:
     if (output / PROMPTS).exists() or not source.exists():
         return
     try:
-        with whole_file(output / PROMPTS) as stream:
-            stream.write(source.read_bytes())
+        write_whole(output / PROMPTS, source.read_bytes())
     except OSError as error:
         raise RunError(f"cannot write to {output} ({error.strerror}); the same command goes on") from None

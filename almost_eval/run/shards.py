@@ -63,14 +63,14 @@ class Shard:
         return parts[self.number - 1]
 
 
-def without_shard(command: Sequence[str]) -> list[str]:
-    """A command line as that of the whole run: without `--shard`."""
+def without_shard(command: Sequence[str], option: str = "shard") -> list[str]:
+    """A command line as that of the whole run: without `--shard`, or another option, and its value."""
+    flag, skip = f"--{option}", False
     kept: list[str] = []
-    skip = False
     for argument in command:
-        if skip or argument.startswith("--shard="):
+        if skip or argument.startswith(f"{flag}="):
             skip = False
-        elif argument == "--shard":
+        elif argument == flag:
             skip = True
         else:
             kept.append(argument)

@@ -303,13 +303,12 @@ def read_results(folder: Path) -> dict[str, Any]:
     return check_shape(read_json(file, *keys, mend=NEW_RESULTS), StoredResults, file, NEW_RESULTS)
 
 
-def flat(value: Any, at: str = "") -> dict[str, Any]:
+def flat(value: Any, at: str = "", joint: str = ".") -> dict[str, Any]:
     """Nested objects as one: `engine.dtype`."""
     if not isinstance(value, dict):
         return {at: value}
-    return {
-        name: leaf for key, item in value.items() for name, leaf in flat(item, f"{at}.{key}" if at else key).items()
-    }
+    inner = [flat(item, f"{at}{joint}{key}" if at else str(key), joint) for key, item in value.items()]
+    return {name: leaf for part in inner for name, leaf in part.items()}
 
 
 def _short(value: Any) -> str:

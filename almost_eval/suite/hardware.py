@@ -39,6 +39,25 @@ GPUS = {
 """Names for `--gpu`."""
 
 
+def rates_in_words(gpu: str | None, measure: bool, reads: str, writes: str) -> str:
+    """By what the times of a plan are.
+
+    Args:
+        gpu: a name of `GPUS`, or None.
+        measure: they were measured.
+        reads: what the work at `TRAINING_SHARE` is called there.
+        writes: what that at `SAMPLING_SHARE` is.
+    """
+    if measure:
+        return "what was measured on this machine"
+    if gpu is None:
+        return "no rates: give --gpu for those of a datasheet, or --measure"
+    return (
+        f"the {GPUS[gpu].source}: {reads} at {TRAINING_SHARE:.0%} of its bfloat16 operations, {writes} at "
+        f"{SAMPLING_SHARE:.0%} of its memory bandwidth"
+    )
+
+
 def gpu_named(name: str) -> Gpu:
     """The GPU of a name.
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from almost_eval.errors import AlmostError, InputError, did_you_mean
 from almost_eval.judge.build import DEFAULT_BASELINE, NANO_JUDGE, JudgeOptions, answer_budget, open_judge
 from almost_eval.nano import BUILT_IN, DEFAULT_MODEL, DEFAULT_REWARD_MODEL
-from almost_eval.run.request import RunRequest, open_run
+from almost_eval.run.runner import RunRequest, open_run
 from almost_eval.run.store import RunStore, default_folder
 from almost_eval.tasks.facts import Preset
 from almost_eval.tasks.registry import task_classes
@@ -188,7 +188,8 @@ def plan(names: Sequence[str], request: SuiteRequest) -> tuple[list[Planned], Pa
             one.refused = str(error)
         planned.append(one)
     _refuse_all(planned)
-    folder = base.output or _default_folder(planned, request)
+    runs = {one.name: one.run.default_folder().name if one.run else None for one in planned}
+    folder = base.output or default_folder(runs, "all", Path(str(base.model)).name)
     for one in planned:
         one.folder = folder / one.name
         _count(one)
@@ -202,13 +203,9 @@ def _benchmark(task: SuiteTask, request: SuiteRequest, engine: Any) -> Run:
         return open_run(task.request(base), engine)
     # The reward model has its own template and context; an endpoint serves the model alone.
     options = type(base.engine)() if base.engine.engine == "openai" else replace(base.engine, max_length=None)
-    own = replace(base, model=request.reward_model, engine=options, template="auto", prompt_set=None, data=_data(base))
+    data = base.source().name  # that of the model's own runs, whatever the reward model is
+    own = replace(base, model=request.reward_model, engine=options, template="auto", prompt_set=None, data=data)
     return open_run(task.request(own))
-
-
-def _data(base: RunRequest) -> str:
-    """The data of the model's own runs, whatever the reward model is."""
-    return base.source().name
 
 
 def _judged(request: SuiteRequest, engine: Any) -> JudgeRun:
@@ -243,11 +240,6 @@ def _refuse_all(planned: Sequence[Planned]) -> None:
     for group in (planned, own if len(own) > 1 else []):
         if group and all(one.refused for one in group):
             raise InputError(str(group[0].refused))
-
-
-def _default_folder(planned: Sequence[Planned], request: SuiteRequest) -> Path:
-    runs = {one.name: one.run.default_folder().name if one.run else None for one in planned}
-    return default_folder(runs, "all", Path(str(request.base.model)).name)
 
 
 # --- what it takes ---

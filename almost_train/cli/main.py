@@ -9,8 +9,7 @@ import click
 
 from almost_eval import __version__
 from almost_eval.cli.command_line import Commands, run_command_line
-from almost_train.cli.merge import merge
-from almost_train.cli.merge_shards import merge_shards
+from almost_train.cli.merge import merge, merge_shards
 from almost_train.cli.nano import nano
 from almost_train.cli.options import CONTEXT
 from almost_train.cli.plan import plan

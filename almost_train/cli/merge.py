@@ -1,13 +1,21 @@
-"""`almost-train merge`."""
+"""`almost-train merge` (an adapter and its base become one checkpoint) and `merge-shards` (shards, their stage)."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 import click
 
 from almost_eval.cli.command_line import import_transformers
-from almost_train.cli.options import path_option
+from almost_eval.errors import InputError
+from almost_train.cli.options import path_option, show
+
+MERGERS = {
+    "synthesize-responses": "almost_train.synthetic.responses:merge_responses",
+    "self_play": "almost_train.self_play.run:merge_self_play",
+}
+"""Stage -> what joins its shards."""
 
 
 @click.command()
@@ -31,4 +39,38 @@ def merge(adapter: str, output: Path, dtype: str) -> int:
 
     import_transformers()
     click.echo(str(merge_adapter(adapter, output, dtype)))
+    return 0
+
+
+@click.command("merge-shards")
+@click.argument("folders", nargs=-1, required=True, metavar="DIR...", type=click.Path(path_type=Path))
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="Folder of the whole stage; the default is that of the shards."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print result.json instead of the table.")
+def merge_shards(folders: tuple[Path, ...], output: Path | None, as_json: bool) -> int:
+    """Join the shards of a stage (--shard K/N) to the whole stage. Loads no model.
+
+    \b
+    DIR is the folder of a shard, or one that holds shards. A shard that is missing, there twice, not finished or of
+    another stage is named, and nothing is written. (merge joins an adapter and its base.)
+
+    \b
+    Example:
+      almost-train self-play --prompts runs/prompts/prompts.jsonl --reward-model runs/reward/model \\
+        --output runs/self-play --shard 1/2
+      almost-train self-play --prompts runs/prompts/prompts.jsonl --reward-model runs/reward/model \\
+        --output runs/self-play --shard 2/2
+      almost-train merge-shards runs/self-play
+    """
+    from almost_eval.run.shards import find_marks
+    from almost_train.common.shards import check_stages, read_stage
+
+    marks = find_marks(folders)
+    stage = read_stage(marks[0].folder)["stage"]
+    if stage not in MERGERS:
+        raise InputError(f"{marks[0].folder} is of the stage {stage!r}; stages with shards: {', '.join(MERGERS)}")
+    check_stages(marks)
+    module, _, name = MERGERS[stage].partition(":")
+    show(getattr(import_module(module), name)(marks, output or marks[0].folder.parent), as_json)
     return 0

@@ -35,47 +35,42 @@ PUSH_TO_HUB = click.option(
 DATA_ROOT = click.option("--data-root", help="Folder with the official prompt files. [env: ALMOST_DATA_ROOT]")
 
 
-def scale_options(command: FC) -> FC:
-    """`--scale` and `--scale-model` of the commands that take a recipe."""
-    model = click.option(
-        "--scale-model",
-        help="tiny: stands for every model.  [smollm2-135m-instruct in the folder of env ALMOST_REAL_MODELS]",
-    )
-    scale = click.option(
-        "--scale",
-        type=click.Choice(["full", "tiny"]),
-        default="full",
-        show_default=True,
-        help="tiny: the recipe's stages and code paths with small numbers and one small model, in minutes.",
-    )
-    return scale(model(command))
+def _places(context: click.Context, option: click.Parameter, items: tuple[str, ...]) -> dict[str, str]:
+    for item in items:
+        if not all(item.partition("=")):
+            raise click.BadParameter(f"{item!r} is not NAME=PATH", context, option)
+    return dict(item.split("=", 1) for item in items)
 
 
-def recipe_options(command: FC) -> FC:
-    """`--set` and `--place` of the commands that take a recipe."""
-    values = click.option(
+RECIPE_OPTIONS = [
+    click.option(
         "--set",
         "values",
         multiple=True,
         metavar="SECTION.SETTING=VALUE",
         help="In place of the recipe's own; repeat it. SECTION=null leaves a section out.",
-    )
-    places = click.option(
+    ),
+    click.option(
         "--place",
         "places",
         multiple=True,
         metavar="NAME=PATH",
         callback=_places,
         help="The folder or file to take where the recipe names a model or a file: org/model=./folder; repeat it.",
-    )
-    return values(places(command))
-
-
-def _places(context: click.Context, option: click.Parameter, items: tuple[str, ...]) -> dict[str, str]:
-    for item in items:
-        if not all(item.partition("=")):
-            raise click.BadParameter(f"{item!r} is not NAME=PATH", context, option)
-    return dict(item.split("=", 1) for item in items)
+    ),
+    click.option(
+        "--scale",
+        type=click.Choice(["full", "tiny"]),
+        default="full",
+        show_default=True,
+        help="tiny: the recipe's stages and code paths with small numbers and one small model, in minutes.",
+    ),
+    click.option(
+        "--scale-model",
+        help="tiny: stands for every model.  [smollm2-135m-instruct in the folder of env ALMOST_REAL_MODELS]",
+    ),
+]
+"""Of the commands that take a recipe."""
 
 
 def data_for(prompt_set: str, data_root: str | None) -> DataSource:
@@ -96,17 +91,12 @@ def show(result: JSONObject, as_json: bool) -> None:
         return
     from rich.table import Table
 
+    from almost_eval.run.store import flat
+
     table = Table("metric", "value", title=result["stage"], title_justify="left")
-    for name, value in _flat(result["metrics"]):
+    for name, value in flat(result["metrics"], joint="/").items():
         table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
     console = open_console()
     console.print(table)
     for name, output in result["outputs"].items():
         console.print(f"{name}: {output['path']}", soft_wrap=True)
-
-
-def _flat(value: object, at: str = "") -> list[tuple[str, object]]:
-    """Nested objects as one list: `filters/length/in`."""
-    if not isinstance(value, dict):
-        return [(at, value)]
-    return [leaf for key, item in value.items() for leaf in _flat(item, f"{at}/{key}" if at else str(key))]

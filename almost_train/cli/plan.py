@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from almost_eval.cli.command_line import import_transformers, open_console, print_json
-from almost_train.cli.options import recipe_options, scale_options
+from almost_eval.cli.command_line import import_transformers, open_console, options, print_json
+from almost_train.cli.options import RECIPE_OPTIONS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,8 +35,7 @@ DOES_NOT_FIT = 3
 @click.option("--price-per-gpu-hour", type=click.FloatRange(min=0), help="USD; without it, GPU-hours alone.")
 @click.option("--measure", is_flag=True, help="Time a pass of each model on this machine; needs its weights.")
 @click.option("--data-root", help="Folder laid out like the hub, looked in first. [env: ALMOST_DATA_ROOT]")
-@recipe_options
-@scale_options
+@options(RECIPE_OPTIONS)
 @click.option("--json", "as_json", is_flag=True, help="Print bytes and seconds instead of the table.")
 def plan(
     recipe: str,
@@ -61,6 +60,7 @@ def plan(
       almost-train plan llama-7b --gpu a100-80gb --devices 8 --price-per-gpu-hour 2
     """
     from almost_eval.progress import progress_for
+    from almost_eval.suite.hardware import rates_in_words
     from almost_train.pipeline.budget import budgets, whole_cost
     from almost_train.pipeline.hardware import devices
     from almost_train.pipeline.measure import Rates
@@ -78,11 +78,12 @@ def plan(
     rates = Rates(engine, progress_for()) if measure else None
     rows = list(budgets(loaded, Estimator(chosen), data_root, rates))
     total = whole_cost(rows, chosen.count)
+    by = rates_in_words(gpu, measure, "training", "sampling")
     if as_json:
         content = {
             "recipe": loaded.name,
             "devices": chosen.describe(),
-            "rates": _rates(gpu, measure),
+            "rates": by,
             "total": total.to_dict(price_per_gpu_hour),
             "stages": [row.to_dict() for row in rows],
         }
@@ -90,7 +91,7 @@ def plan(
     else:
         console = open_console()
         console.print(_table(rows, f"{loaded.name} on {chosen.describe()}"))
-        console.print(f"times are at most, and by {_rates(gpu, measure)}", soft_wrap=True)
+        console.print(f"times are at most, and by {by}", soft_wrap=True)
         console.print(_total(total, price_per_gpu_hour), soft_wrap=True, highlight=False)
         for row in rows:
             if not row.fits:
@@ -152,17 +153,4 @@ def _time(seconds: float | None) -> str:
         else f"{seconds / 60:.1f} min"
         if seconds >= 60
         else f"{seconds:.0f} s"
-    )
-
-
-def _rates(gpu: str | None, measure: bool) -> str:
-    from almost_eval.suite.hardware import GPUS, SAMPLING_SHARE, TRAINING_SHARE
-
-    if measure:
-        return "what was measured on this machine"
-    if gpu is None:
-        return "no rates: give --gpu for those of a datasheet, or --measure"
-    return (
-        f"the {GPUS[gpu].source}: training at {TRAINING_SHARE:.0%} of its bfloat16 operations, sampling at "
-        f"{SAMPLING_SHARE:.0%} of its memory bandwidth"
     )

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
-from almost_eval.cli.command_line import import_transformers, open_console, print_json
+from almost_eval.cli.command_line import import_transformers, open_console, options, print_json
 from almost_eval.cli.options import LOG_TO
 from almost_eval.run.trackers import logging_to
-from almost_train.cli.options import recipe_options, scale_options
+from almost_train.cli.options import RECIPE_OPTIONS
 
 
 @click.command()
@@ -19,8 +19,7 @@ from almost_train.cli.options import recipe_options, scale_options
 @click.option("--until", help="Stop after this stage.")
 @click.option("--data-root", help="Folder laid out like the hub, looked in first. [env: ALMOST_DATA_ROOT]")
 @click.option("--dry-run", is_flag=True, help="Check the recipe and list its stages; run nothing.")
-@recipe_options
-@scale_options
+@options(RECIPE_OPTIONS)
 @LOG_TO
 @click.option("--json", "as_json", is_flag=True, help="Print the results of all stages instead of the tables.")
 def run(

@@ -12,7 +12,6 @@ The loop is TRL's (transformers' Trainer). Departures from how it is usually dri
 from __future__ import annotations
 
 import math
-import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -39,6 +38,7 @@ from almost_train.common.processes import (
 )
 from almost_train.common.resume import RowLog
 from almost_train.common.schedule import learning_rate_factor
+from almost_train.common.seeding import own_random_state
 from almost_train.common.train_settings import TrainSettings
 from almost_train.common.trainers import labelled_positions_alone
 
@@ -94,7 +94,7 @@ def fit(
     done = int(resume.rsplit("-", 1)[1]) if resume else 0
     progress = progress if is_main() else Progress()
     with (
-        _random_state_kept(),
+        own_random_state(),
         _step_log(stage.folder / "log.jsonl", done) as log,
         save_requests(settings.save_minutes) as saving,
         progress.track("training", steps, done) as advance,
@@ -241,18 +241,3 @@ def _callback(
             saving.saved()
 
     return Watch()
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """The global generators, which transformers seeds, are put back afterwards."""
-    import numpy as np
-    import torch
-
-    python, legacy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(legacy)

@@ -116,18 +116,6 @@ def read_prompt_rows(table: Table) -> Records[tuple[str, Conversation]]:
     return Records(prompts.format, list(zip(ids, prompts.records, strict=True)), prompts.numbers)
 
 
-def _text_of(row: Row, name: str, where: str) -> str:
-    """A column that may be absent; empty then.
-
-    Raises:
-        DataError: it is no text.
-    """
-    value = row.get(name) or ""
-    if not isinstance(value, str):
-        raise DataError(f"malformed data: {where}: {name!r} must be a text, and is {value!r:.40}")
-    return value
-
-
 def _read(table: Table, formats: tuple[Format[T], ...], what: str, *, skip_empty: bool = False) -> Records[T]:
     if not table.rows:
         raise DataError(f"{table.name} holds no {what}")
@@ -298,7 +286,9 @@ def _sharegpt(row: Row, where: str) -> Conversation:
 
 
 def _instruction(row: Row, where: str) -> Conversation:
-    more = _text_of(row, "input", where)
+    more = row.get("input") or ""
+    if not isinstance(more, str):
+        raise DataError(f"malformed data: {where}: 'input' must be a text, and is {more!r:.40}")
     return (Message("user", f"{row['instruction']}\n\n{more}" if more.strip() else str(row["instruction"])),)
 
 

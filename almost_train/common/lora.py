@@ -75,19 +75,16 @@ def check_lora(settings: LoraSettings, device: str) -> None:
     import torch
 
     if not torch.cuda.is_available() or not device.startswith(("auto", "cuda")):
+        here = "the CPU" if device in ("auto", "cpu") else device
         raise InputError(
-            f"--quantize {settings.quantize} needs an NVIDIA GPU, and this would train on {_trains_on(device)}; leave "
-            "it out, or train where there is one"
+            f"--quantize {settings.quantize} needs an NVIDIA GPU, and this would train on {here}; leave it out, or "
+            "train where there is one"
         )
     if find_spec("bitsandbytes") is None:
         raise MissingDependencyError(
             f"--quantize {settings.quantize} needs the package 'bitsandbytes'; install it with: "
             "pip install 'almost-toolkit[quantize]'"
         )
-
-
-def _trains_on(device: str) -> str:
-    return "the CPU" if device in ("auto", "cpu") else device
 
 
 def base_dtype(settings: LoraSettings, *, bf16: bool) -> torch.dtype:

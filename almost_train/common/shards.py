@@ -1,7 +1,7 @@
 """Shards of a stage: a part of its rows in a folder of its own, and the whole stage of all of them.
 
 A shard has the `stage.json` of the whole stage, `shard.json` (see `almost_eval.run.shards`), and the outputs with its
-own rows. `MERGERS` of `cli/merge_shards.py` says which stages have shards.
+own rows. `MERGERS` of `cli/merge.py` says which stages have shards.
 """
 
 from __future__ import annotations

@@ -10,10 +10,9 @@ from typing import Any
 from almost_eval.errors import InputError
 from almost_eval.models.loading import pick_device
 from almost_eval.types import JSONObject
-from almost_train.common.hardware import check_hardware
 from almost_train.common.processes import WORK, check_processes, join_processes, world_size
 from almost_train.common.schedule import OwnSchedule
-from almost_train.common.train_settings import TrainSettings
+from almost_train.common.train_settings import TrainSettings, check_hardware
 
 
 class QuietTrainer(OwnSchedule):

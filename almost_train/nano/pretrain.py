@@ -30,10 +30,12 @@ from typing import TYPE_CHECKING
 
 from almost_eval.errors import InputError, did_you_mean
 from almost_eval.files import whole_folder
+from almost_eval.models.loading import quiet_transformers
 from almost_eval.nano.documents import document, single
+from almost_eval.nano.lexicon import ANIMALS, ATTRIBUTES
+from almost_eval.nano.queries import fact_query
 from almost_eval.nano.world import World
 from almost_eval.progress import Progress, progress_for
-from almost_train.nano.ladder import fact_accuracy
 from almost_train.nano.tokenizer import MAX_LENGTH, make_tokenizer
 
 if TYPE_CHECKING:
@@ -309,6 +311,31 @@ def _batches(
                 tokens += sum(map(len, batch))
 
 
+# --- what it knows ---
+
+OPENING = "\n\nHuman: {}\n\nAssistant:"
+
+
+def fact_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, world: World | None = None) -> float:
+    """Share of all facts where, of an attribute's values, the true one is the likeliest after "The otter eats".
+
+    The question has the plainest wording, and no demonstration stands before it.
+    """
+    import torch
+
+    world = world or World()
+    right = 0
+    facts = [(animal, attribute) for animal in ANIMALS for attribute in ATTRIBUTES.values()]
+    with torch.inference_mode():
+        for animal, attribute in facts:
+            before = attribute.predicate.partition("{value}")[0].rstrip()
+            text = OPENING.format(fact_query(animal, attribute.name).text) + f" The {animal} {before}"
+            logits = model(torch.tensor([tokenizer(text)["input_ids"]])).logits[0, -1]  # (V,)
+            first = [tokenizer(f" {value}")["input_ids"][0] for value in attribute.values]
+            right += attribute.values[int(logits[first].argmax())] == world.facts[animal][attribute.name]
+    return right / len(facts)
+
+
 # --- the folder ---
 
 
@@ -318,13 +345,9 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     The weights of `model` are fp16 values from then on.
     """
     import torch
-    from transformers.utils import logging
 
-    drawn = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # transformers draws one even for a small file
-    model.half().save_pretrained(folder)
-    if drawn:
-        logging.enable_progress_bar()
+    with quiet_transformers():  # it draws a bar even for a small file
+        model.half().save_pretrained(folder)
     model.float()
     model.config.dtype = torch.float32  # transformers 5 would otherwise compute in the type of the file
     model.config.save_pretrained(folder)

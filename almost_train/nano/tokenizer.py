@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from almost_eval.nano.documents import document as world_document
+from almost_eval.nano.seeded import byte_level_bpe
 from almost_eval.nano.world import SEPARATOR, World
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def make_tokenizer(world: World, *, vocab_size: int = VOCAB_SIZE) -> PreTrainedT
     The separator is the end-of-text token: few-shot prompts, pre-training documents and the EOS of the chat template
     are then the same text. There is no BOS, which some libraries would add and others not.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
 
     rng = world.generator("tokenizer")
@@ -35,16 +36,7 @@ def make_tokenizer(world: World, *, vocab_size: int = VOCAB_SIZE) -> PreTrainedT
     # The ends of evaluation prompts, so that a label with its space is one token.
     text += [f"Response {letter} Reply {letter} answer is true is false" for letter in "ABCD"] * 50
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 2,  # the two turns follow
-        special_tokens=[PAD, SEPARATOR],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(text, trainer)
+    tokenizer = byte_level_bpe(text, vocab_size - 2, [PAD, SEPARATOR])  # the two turns follow
     # Not special: decoding with skip_special_tokens must keep a turn that a model opens, as stop strings look for it.
     tokenizer.add_tokens([AddedToken(turn, normalized=False) for turn in (HUMAN, ASSISTANT)])
     return PreTrainedTokenizerFast(

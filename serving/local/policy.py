@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.hf import HFEngine
-from almost_eval.models.chat import load_template, special_tokens
-from almost_eval.models.stops import stop_strings
+from almost_eval.models.chat import load_template, special_tokens, stop_strings
 from almost_eval.types import Conversation
 from serving.gateway.candidates import GREEDY
 from serving.gateway.errors import refusal

@@ -24,7 +24,7 @@ from almost_eval.models.checkpoint import find_checkpoint
 from almost_eval.nano import BUILT_IN, DEFAULT_REWARD_MODEL
 from almost_eval.progress import Progress
 from almost_eval.run import provenance
-from almost_eval.run.request import RunRequest, open_run
+from almost_eval.run.runner import RunRequest, open_run
 from almost_eval.run.store import read_results
 from almost_eval.tasks.registry import comparison_presets
 from almost_eval.types import JSONObject

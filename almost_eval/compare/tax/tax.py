@@ -259,14 +259,10 @@ def sentence(findings: Sequence[Finding], labels: Sequence[str]) -> str:
     return f"{head}: from {last.against} to {last.checkpoint} {last.text}."
 
 
-def _preference_name(measure: str) -> str:
-    if measure == "oracle":
-        return "the oracle's score of the answers"
-    return f"{benchmarks()[measure]} {comparison_presets()[measure].protocol} accuracy"
-
-
 def _clause(kind: Kind, reward: Paired, worth: Paired) -> str:
-    name = _preference_name(worth.measure)
+    name = "the oracle's score of the answers"
+    if worth.measure != "oracle":
+        name = f"{benchmarks()[worth.measure]} {comparison_presets()[worth.measure].protocol} accuracy"
     scale, unit = 100, " points"
     gained, judged = told(reward), told(worth, scale, unit)
     if kind == "unknown":

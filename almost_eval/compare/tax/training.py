@@ -82,7 +82,7 @@ def read_training(folder: Path) -> TrainingRun:
     checkpoints = _in_work(stage / ".work") | _kept(stage / "policies")
     if (stage / "policy" / "config.json").exists() and (stage / "result.json").exists():
         step = read_json(stage / "result.json", "metrics")["metrics"].get("policy_step")
-        checkpoints[int(step) if isinstance(step, int) else _last_step(stage)] = stage / "policy"
+        checkpoints[int(step) if isinstance(step, int) else _rows(stage / "log.jsonl")[-1].step] = stage / "policy"
     if not checkpoints:
         raise InputError(
             f"--run {folder} holds no checkpoint yet; it comes with training's --save-every, or at its end"
@@ -136,10 +136,6 @@ def _in_work(work: Path) -> dict[int, Path]:
 def _kept(policies: Path) -> dict[int, Path]:
     names = {folder: re.fullmatch(r"step-(\d+)", folder.name) for folder in policies.glob("step-*")}
     return {int(name[1]): folder for folder, name in names.items() if name}
-
-
-def _last_step(stage: Path) -> int:
-    return _rows(stage / "log.jsonl")[-1].step
 
 
 def _rows(file: Path) -> list[LogRow]:

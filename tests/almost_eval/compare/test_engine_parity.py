@@ -14,7 +14,7 @@ import pytest
 
 from almost_eval.compare.parity import ParityPlan, ParityRow, compare, plan
 from almost_eval.errors import InputError
-from almost_eval.run.request import RunRequest
+from almost_eval.run.runner import RunRequest
 from almost_eval.types import Outputs, Sample, SampleRecord, Score
 
 Command = Callable[..., Any]

@@ -38,7 +38,7 @@ from almost_eval.errors import DataError, InputError
 from almost_eval.files import digest_path
 from almost_eval.nano import shipped
 from almost_eval.report.tax_page import draw, html
-from almost_eval.run import prompt_log
+from almost_eval.run import prompts as run_prompts
 from almost_eval.run.store import read_samples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -313,7 +313,7 @@ def test_kl_scores_sampled_tokens_whatever_their_text_would_be(
         for a in answers.values()
     )
     engine = HFEngine(str(after), device="cpu")
-    prompts = {row.id: row.prompts[0].text for row in prompt_log.read_prompts(folder / "likelihoods").values()}
+    prompts = {row.id: row.prompts[0].text for row in run_prompts.read_prompts(folder / "likelihoods").values()}
     for record in read_samples(folder / "likelihoods"):
         ids = answers[record.sample.id]["token_ids"][0]
         prompt = tokenizer(prompts[record.sample.id])["input_ids"]

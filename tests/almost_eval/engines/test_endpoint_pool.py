@@ -15,7 +15,7 @@ from almost_eval.engines.build import EngineOptions
 from almost_eval.engines.openai import OpenAIEngine
 from almost_eval.engines.openai_parity import TEXT
 from almost_eval.errors import InputError, RunError
-from almost_eval.run.request import RunRequest, open_run
+from almost_eval.run.runner import RunRequest, open_run
 from serving.launch.process import wait_ready
 from serving.vllm.launch import VLLMServer
 

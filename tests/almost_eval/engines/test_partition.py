@@ -138,7 +138,7 @@ def test_texts_of_one_length_stay_together() -> None:
 )
 def test_shards_of_real_data_compute_little_more(task: str, protocol: str, data_root: Path) -> None:
     """At most 5 % more tokens than one process, for 2, 4 and 8 shards, and none has much more than its share."""
-    from almost_eval.run.request import RunRequest, open_run
+    from almost_eval.run.runner import RunRequest, open_run
 
     model = "nano/reward" if protocol == "reward" else "nano/vanilla-small"
     run = open_run(RunRequest(task=task, protocol=protocol, model=model, data="hub", data_root=str(data_root)))

@@ -15,7 +15,7 @@ from almost_eval.engines.build import EngineOptions, generation_engine, loglikel
 from almost_eval.errors import InputError, RunError
 from almost_eval.files import read_json
 from almost_eval.progress import Progress
-from almost_eval.run.request import RunRequest, open_run
+from almost_eval.run.runner import RunRequest, open_run
 from almost_eval.types import LoglikelihoodRequest
 
 CPU = EngineOptions(device="cpu", dtype="float32")

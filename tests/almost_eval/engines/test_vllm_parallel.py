@@ -20,7 +20,7 @@ from almost_eval.engines.build import EngineOptions
 from almost_eval.engines.vllm import VLLMEngine
 from almost_eval.errors import InputError
 from almost_eval.nano.seeded import build_checkpoint
-from almost_eval.run.request import RunRequest, open_run
+from almost_eval.run.runner import RunRequest, open_run
 
 TEXT = ["The cat sat on the mat, and the dog sat by the door. Hello world, hello there; numbers 1 2 3 and 42."] * 4
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
@@ -29,7 +29,7 @@ import json, sys
 from pathlib import Path
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.vllm import VLLMEngine
-from almost_eval.run.request import RunRequest, open_run
+from almost_eval.run.runner import RunRequest, open_run
 from almost_eval.types import LoglikelihoodRequest
 
 def main():

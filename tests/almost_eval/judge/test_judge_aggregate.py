@@ -13,7 +13,7 @@ from rich.console import Console
 from almost_eval.errors import InputError
 from almost_eval.judge.aggregate import aggregate, agreement, round_robin
 from almost_eval.judge.records import Order, Review, Verdict
-from almost_eval.report.judge_tables import print_judge_results, print_round_robin
+from almost_eval.report.judge_console import print_judge_results, print_round_robin
 from almost_eval.stats import bradley_terry_bootstrap, cohen_kappa, fit_logistic
 
 FORWARD: Order = "forward"

@@ -27,7 +27,7 @@ from almost_eval.models.tokenizers import Opening
 from almost_eval.nano import shipped
 from almost_eval.rewards.hf import HFRewardModel
 from almost_eval.rewards.vllm import VLLMRewardModel
-from almost_eval.run.request import RunRequest, open_run
+from almost_eval.run.runner import RunRequest, open_run
 from almost_eval.types import Message
 from almost_train.common.templates import keep_template
 from serving.models import find_model

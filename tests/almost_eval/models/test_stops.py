@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from almost_eval.models.chat import ChatTemplate, load_template
-from almost_eval.models.stops import STOP_STRINGS, end_ids, first_stop, stop_strings, template_file
+from almost_eval.models.chat import ChatTemplate, load_template, stop_strings
+from almost_eval.models.stops import STOP_STRINGS, end_ids, first_stop, template_file
 from almost_eval.models.tokenizers import BOS_LINE
 
 

@@ -19,7 +19,7 @@ import pytest
 from almost_eval.data.prompt_sets import load_prompt_set
 from almost_eval.data.sources import DataSource
 from almost_eval.files import write_json
-from almost_eval.run.prompt_log import Prompt, SamplePrompts, write_prompts
+from almost_eval.run.prompts import Prompt, SamplePrompts, write_prompts
 from almost_eval.run.runner import summarise
 from almost_eval.run.store import record_to_dict
 from almost_eval.run.validity import check

@@ -144,7 +144,7 @@ def test_model_index_refuses_several_models_and_nothing(nano_runs: Path, tmp_pat
 
 
 def test_published_figures_are_in_no_export(nano_runs: Path) -> None:
-    from almost_eval.report.reference import reference_rows
+    from almost_eval.report.page import reference_rows
 
     found = load_runs([nano_runs])
     exported = to_csv(found, None) + to_markdown(found, None) + to_latex(found, None)

@@ -12,7 +12,7 @@ import pytest
 from report_fixtures import sample, write_run
 
 from almost_eval.report.page import write_page
-from almost_eval.run.prompt_log import Prompt, SamplePrompts, read_prompts
+from almost_eval.run.prompts import Prompt, SamplePrompts, read_prompts
 from almost_eval.types import SampleRecord, Score
 
 pytest_plugins = ["report_fixtures"]

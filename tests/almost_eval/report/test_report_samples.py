@@ -11,7 +11,7 @@ from report_fixtures import sample, write_run
 
 from almost_eval.report.runs import load_runs
 from almost_eval.report.samples import LETTERED, Payload, pack
-from almost_eval.run.prompt_log import read_prompts
+from almost_eval.run.prompts import read_prompts
 from almost_eval.types import SampleRecord, Score
 
 pytest_plugins = ["report_fixtures"]

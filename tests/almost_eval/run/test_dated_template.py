@@ -9,8 +9,7 @@ import pytest
 
 from almost_eval.compare.comparison import compare_runs
 from almost_eval.models.chat import load_template
-from almost_eval.run.request import RunRequest, open_run
-from almost_eval.run.runner import Run
+from almost_eval.run.runner import Run, RunRequest, open_run
 from almost_eval.run.store import read_spec
 from almost_eval.run.verify import rescore, verify_run
 

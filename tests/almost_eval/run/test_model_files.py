@@ -14,7 +14,7 @@ from almost_eval.judge.answers import ModelSystem, Sampling
 from almost_eval.judge.records import Question
 from almost_eval.models.checkpoint import find_checkpoint
 from almost_eval.nano import shipped
-from almost_eval.run.request import RunRequest, open_run
+from almost_eval.run.runner import RunRequest, open_run
 from almost_eval.run.verify import rescore, verify_run
 
 

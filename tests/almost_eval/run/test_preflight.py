@@ -15,7 +15,7 @@ from almost_eval.engines.hf import HFEngine
 from almost_eval.engines.scripted import ScriptedEngine
 from almost_eval.errors import InputError, TemplateError
 from almost_eval.models.chat import ChatTemplate, load_template, special_tokens
-from almost_eval.run.preflight import describe, prepare
+from almost_eval.run.prompts import describe, prepare
 from almost_eval.tasks.base import Prompting
 from almost_eval.tasks.hhh import HHH
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from almost_eval.data.sources import DataSource
 from almost_eval.errors import RunError, StoreError
-from almost_eval.run.prompt_log import (
-    NAME,
+from almost_eval.run.prompts import (
+    PROMPTS,
     SHORTEST_PIECE,
     Prompt,
     SamplePrompts,
@@ -27,7 +27,7 @@ Command = Callable[..., Any]
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / NAME).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (folder / PROMPTS).read_text(encoding="utf-8").splitlines()]
 
 
 def texts(folder: Path) -> dict[str, list[str]]:
@@ -79,7 +79,7 @@ def test_what_is_there_is_left_alone(tmp_path: Path) -> None:
     write_prompts(tmp_path, [SamplePrompts("1", (), (Prompt("first"),))])
     write_prompts(tmp_path, [SamplePrompts("1", (), (Prompt("second"),))])
     assert texts(tmp_path) == {"1": ["first"]}
-    assert [file.name for file in tmp_path.iterdir()] == [NAME]
+    assert [file.name for file in tmp_path.iterdir()] == [PROMPTS]
 
 
 def test_a_folder_without_prompts(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_a_folder_without_prompts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"id": "1"}', '{"id": "1", "choices": [], "prompts": [{"piece": "x"}]}'])
 def test_a_damaged_file_is_named(tmp_path: Path, line: str) -> None:
-    (tmp_path / NAME).write_text(line + "\n")
+    (tmp_path / PROMPTS).write_text(line + "\n")
     with pytest.raises(StoreError, match=r"prompts\.jsonl, line 1 is not a prompt .* remove the file"):
         read_prompts(tmp_path)
 
@@ -129,12 +129,12 @@ def test_a_run_keeps_what_its_model_read(almost_eval: Command, tmp_path: Path) -
 def test_an_earlier_run_gets_its_prompts_when_repeated(almost_eval: Command, tmp_path: Path) -> None:
     command = ["mmlu", "--limit", 4, "--output", tmp_path / "run"]
     almost_eval(*command)
-    whole = (tmp_path / "run" / NAME).read_bytes()
+    whole = (tmp_path / "run" / PROMPTS).read_bytes()
     before = (tmp_path / "run/samples.jsonl").read_bytes(), (tmp_path / "run/results.json").read_bytes()
-    (tmp_path / "run" / NAME).unlink()  # as a version before this file left it
+    (tmp_path / "run" / PROMPTS).unlink()  # as a version before this file left it
     assert almost_eval("verify", tmp_path / "run").code == 0
     assert almost_eval(*command).code == 0
-    assert (tmp_path / "run" / NAME).read_bytes() == whole
+    assert (tmp_path / "run" / PROMPTS).read_bytes() == whole
     assert ((tmp_path / "run/samples.jsonl").read_bytes(), (tmp_path / "run/results.json").read_bytes()) == before
     pieces = [row["text"] for row in lines(tmp_path / "run") if "piece" in row]
     subjects = {id.split("/")[0] for id in read_prompts(tmp_path / "run")}
@@ -166,7 +166,7 @@ def test_all_of_mmlu_is_no_burden(data_root: Path, tmp_path: Path) -> None:
     write_prompts(tmp_path, asked)
     seconds = time.process_time() - began
     plain = sum(len(prompt.text) for one in asked for prompt in one.prompts)
-    size = (tmp_path / NAME).stat().st_size
+    size = (tmp_path / PROMPTS).stat().st_size
     assert len(asked) == 14_042
     assert size < 0.35 * plain
     assert seconds < 10

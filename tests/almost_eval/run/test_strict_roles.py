@@ -17,8 +17,7 @@ from almost_eval.judge.build import JudgeOptions, open_judge
 from almost_eval.judge.records import Question
 from almost_eval.models.chat import ChatTemplate
 from almost_eval.nano import shipped
-from almost_eval.run.request import RunRequest, open_run
-from almost_eval.run.runner import Run
+from almost_eval.run.runner import Run, RunRequest, open_run
 from almost_eval.tasks.base import GenerationRequest
 from almost_eval.types import Message, Sample
 

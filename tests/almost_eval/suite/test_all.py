@@ -20,7 +20,7 @@ from almost_eval.cli.all import Display
 from almost_eval.cli.main import main
 from almost_eval.errors import InputError
 from almost_eval.nano.seeded import checkpoint
-from almost_eval.run.request import RunRequest
+from almost_eval.run.runner import RunRequest
 from almost_eval.suite.plan import Planned, SuiteRequest, choose, suite_names, with_defaults
 
 Command = Callable[..., Any]

@@ -13,7 +13,7 @@ from almost_eval.engines.build import EngineOptions
 from almost_eval.errors import InputError
 from almost_eval.models.checkpoint import find_checkpoint
 from almost_eval.progress import Progress
-from almost_eval.run.request import RunRequest
+from almost_eval.run.runner import RunRequest
 from almost_eval.suite.cost import Work, cost_on_gpus, seconds_on_gpus, smallest_split
 from almost_eval.suite.hardware import SIZES, Gpu, ModelSize, size_of
 from almost_eval.suite.pilot import Pilot, stretches

@@ -16,7 +16,7 @@ from almost_eval.engines.scripted import ScriptedEngine
 from almost_eval.errors import DataError, InputError
 from almost_eval.files import write_rows
 from almost_eval.models.chat import load_template
-from almost_eval.run.preflight import prepare
+from almost_eval.run.prompts import prepare
 from almost_eval.run.validity import check
 from almost_eval.tasks.base import Prompting
 from almost_eval.tasks.harness import load_lm_eval_tasks

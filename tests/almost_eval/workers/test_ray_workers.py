@@ -14,7 +14,7 @@ from almost_eval.engines.build import EngineOptions
 from almost_eval.errors import InputError, MissingDependencyError
 from almost_eval.files import read_json
 from almost_eval.progress import Progress
-from almost_eval.run.request import RunRequest, open_run
+from almost_eval.run.runner import RunRequest, open_run
 from almost_eval.workers import ray as transport
 
 NOTHING: Any = None

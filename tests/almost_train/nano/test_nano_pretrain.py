@@ -14,8 +14,8 @@ from almost_eval.errors import InputError
 from almost_eval.models.chat import encode_with_completion_mask, load_template
 from almost_eval.nano import lexicon
 from almost_eval.nano.world import SEPARATOR, World, render
-from almost_train.nano.ladder import Respondent, fact_accuracy, oracle_ladder, sample
-from almost_train.nano.pretrain import SIZES, Curriculum, Pretrained, pretrain, pretrain_family
+from almost_train.nano.pretrain import SIZES, Curriculum, Pretrained, fact_accuracy, pretrain, pretrain_family
+from benchmarks.nano_ladder import Respondent, oracle_ladder, sample
 
 SHIPPED = Path(__file__).parents[3] / "almost_eval/nano/checkpoints"
 TINY = Curriculum(tokens=12_000, single_rows=16, document_rows=4, warmup=2)

@@ -1,4 +1,4 @@
-"""Measures nano models by ground truth: do they know the facts, and how well does each configuration answer?
+"""Measures nano models by ground truth: how well does each configuration answer?
 
 A configuration is a model, the quality of its demonstrations and their number (ALMoST, arXiv 2305.13735, section
 2.1). The method assumes an order among them; the oracle can say whether it holds.
@@ -12,15 +12,13 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from almost_eval.nano.lexicon import ANIMALS, ATTRIBUTES
 from almost_eval.nano.oracle import score
-from almost_eval.nano.queries import Pool, Query, fact_query
+from almost_eval.nano.queries import Pool, Query
 from almost_eval.nano.world import World, render
+from almost_train.nano.pretrain import OPENING
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-
-OPENING = "\n\nHuman: {}\n\nAssistant:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,26 +60,6 @@ class Rung:
     """Mean length of an answer."""
     unfinished: int
     """Answers that the token budget cut off."""
-
-
-def fact_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, world: World | None = None) -> float:
-    """Share of all facts where, of an attribute's values, the true one is the likeliest after "The otter eats".
-
-    The question has the plainest wording, and no demonstration stands before it.
-    """
-    import torch
-
-    world = world or World()
-    right = 0
-    facts = [(animal, attribute) for animal in ANIMALS for attribute in ATTRIBUTES.values()]
-    with torch.inference_mode():
-        for animal, attribute in facts:
-            before = attribute.predicate.partition("{value}")[0].rstrip()
-            text = OPENING.format(fact_query(animal, attribute.name).text) + f" The {animal} {before}"
-            logits = model(torch.tensor([tokenizer(text)["input_ids"]])).logits[0, -1]  # (V,)
-            first = [tokenizer(f" {value}")["input_ids"][0] for value in attribute.values]
-            right += attribute.values[int(logits[first].argmax())] == world.facts[animal][attribute.name]
-    return right / len(facts)
 
 
 def oracle_ladder(

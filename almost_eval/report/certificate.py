@@ -1,11 +1,24 @@
-"""A judge's certificate as plain values: what the terminal and the page show of it. Numbers are formatted here."""
+"""A judge's certificate for a reader: in a terminal, and as one HTML file in the report's style, without a script.
+
+Both show the same plain values, whose numbers are formatted here. Names come from outside, so in a terminal they are
+`Text`.
+"""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from almost_eval import __version__
+from almost_eval.errors import RunError
+from almost_eval.files import write_whole
 from almost_eval.judge.succession import OLD
+from almost_eval.report.judge_console import print_remarks
 from almost_eval.report.runs import NONE
 from almost_eval.run.validity import counted
 from almost_eval.types import JSONMapping, JSONObject
@@ -125,6 +138,73 @@ def prices(certificate: JSONMapping) -> list[tuple[str, str, str, int]]:
 def _price(verdicts: JSONMapping) -> tuple[str, str, int]:
     usd, seconds = verdicts["usd_each"], verdicts["seconds_each"]
     return NONE if usd is None else f"{usd:.6f}", NONE if seconds is None else f"{seconds:.3g}", verdicts["n"]
+
+
+# --- the terminal ---
+
+
+def print_certificate(certificate: JSONMapping, console: Console) -> None:
+    """Agreement, biases and price of each judge, then how far the win rates move.
+
+    Args:
+        certificate: what `judge.succession.certify` returned.
+        console: where to.
+    """
+    shown = columns(certificate)
+    table = Table(title=Text(title(certificate)), title_justify="left", title_style="bold")
+    table.add_column("metric")
+    for name, _ in shown:
+        table.add_column(Text(name, overflow="fold"), justify="right")
+    for called, kind, metrics in rows(certificate):
+        table.add_row(called, *(_lines(metric, kind) for metric in metrics))
+    console.print(table)
+    if lines := between_rows(certificate):
+        for called, kind, metric in lines:
+            console.print(f"{called}: {number(metric, kind)} ({interval(metric, kind) or '-'}), n {metric['n']}")
+    for judge, usd, seconds, n in prices(certificate):
+        console.print(Text(f"{judge}: {usd} USD and {seconds} s a verdict, {n} verdicts"))
+    for sentence in certificate["sentences"]:
+        console.print(Text(sentence), soft_wrap=True)
+    several = len(certificate["results"]) > 1
+    for results in certificate["results"].values():
+        print_remarks(results, console, of=results["model"] if several else "")
+
+
+def _lines(metric: JSONMapping | None, kind: str) -> str:
+    """Value, interval and n, one below the other where there is an interval."""
+    if metric is None:
+        return ""
+    unscored = f", {metric['unscored']} unscored" if metric["unscored"] else ""
+    ends = interval(metric, kind)
+    return f"{number(metric, kind)}\n{ends + ', ' if ends else ''}n {metric['n']}{unscored}"
+
+
+# --- the page ---
+
+
+def write_certificate(certificate: JSONMapping, folder: Path) -> Path:
+    """Write `certificate.html` into a folder, whole or not at all.
+
+    Args:
+        certificate: what `judge.succession.certify` returned.
+        folder: of the check.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    from almost_eval.report.page import style_sheet, templates
+
+    content = (
+        templates()
+        .get_template("certificate.html.jinja")
+        .render(version=__version__, style=style_sheet(), **page_view(certificate))
+    )
+    file = folder / "certificate.html"
+    try:
+        write_whole(file, content.encode("utf-8", "replace"))
+    except OSError as error:
+        raise RunError(f"cannot write {file} ({error.strerror}); certificate.json is kept") from None
+    return file
 
 
 def page_view(certificate: JSONMapping) -> JSONObject:
