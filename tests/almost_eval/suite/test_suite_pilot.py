@@ -15,7 +15,7 @@ from almost_eval.engines import hf_rounding
 from almost_eval.engines.build import EngineOptions
 from almost_eval.nano.seeded import build_checkpoint
 from almost_eval.progress import Progress
-from almost_eval.run.request import RunRequest
+from almost_eval.run.runner import RunRequest
 from almost_eval.suite import pilot as pilots
 from almost_eval.suite.pilot import Pilot
 from almost_eval.suite.plan import Planned, SuiteRequest, plan
