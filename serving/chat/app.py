@@ -8,10 +8,12 @@ import hmac
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import UnionType
 
 import gradio as gr
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from gradio.blocks import Block
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
@@ -225,8 +227,15 @@ def create_app(
         max_file_size=1,
         run_history=False,
     )
-    events = EventGuard(app, {number: event.inputs for number, event in page.fns.items()})
+    events = EventGuard(app, {number: [_type_of(one) for one in event.inputs] for number, event in page.fns.items()})
     return HostGuard(Guard(events, login, desk.visitors), host, allowed_hosts)
+
+
+def _type_of(component: Block) -> type | UnionType:
+    """Of the values that a page sends for a component; what they mean is for the event to check."""
+    if isinstance(component, gr.Slider):
+        return int | float
+    return str | None if isinstance(component, gr.Textbox | gr.Dropdown) else object  # a state's value stays here
 
 
 def _asset(name: str) -> str:
