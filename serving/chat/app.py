@@ -8,9 +8,12 @@ import hmac
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import UnionType
 
 import gradio as gr
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from gradio.blocks import Block
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
@@ -18,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from almost_eval.arena.votes import VoteStore
 from serving.chat.arena import Arena
+from serving.chat.event_guard import EventGuard, unreadable
 from serving.chat.kept import ConversationStore, add_routes
 from serving.chat.options import lines_of
 from serving.chat.parts import parts_script
@@ -205,10 +209,12 @@ def create_app(
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     if desk.conversations is not None:
         add_routes(app, ConversationStore(desk.conversations))
+    page = build_page(desk)
     gr.mount_gradio_app(
         app,
-        build_page(desk),
+        page,
         path="/",
+        app_kwargs={"exception_handlers": {RequestValidationError: unreadable}},
         theme=_theme(),
         css=_asset("chat.css") + _asset("first.css"),
         head=_scripts(keeper_script(on_server=desk.conversations is not None)),
@@ -221,7 +227,15 @@ def create_app(
         max_file_size=1,
         run_history=False,
     )
-    return HostGuard(Guard(app, login, desk.visitors), host, allowed_hosts)
+    events = EventGuard(app, {number: [_type_of(one) for one in event.inputs] for number, event in page.fns.items()})
+    return HostGuard(Guard(events, login, desk.visitors), host, allowed_hosts)
+
+
+def _type_of(component: Block) -> type | UnionType:
+    """Of the values that a page sends for a component; what they mean is for the event to check."""
+    if isinstance(component, gr.Slider):
+        return int | float
+    return str | None if isinstance(component, gr.Textbox | gr.Dropdown) else object  # a state's value stays here
 
 
 def _asset(name: str) -> str:

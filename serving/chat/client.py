@@ -32,6 +32,8 @@ _QUICK_S = 20.0
 """Seconds for a request that is no answer."""
 _WHOLE_BYTES = 16 << 20
 """Of an answer that is no stream: a list of models, an OpenAPI document, rewards, an error."""
+_MESSAGE = 4000
+"""Characters of an error that are looked at: what finds keys in it takes the square of a word's length."""
 _SILENCE_S = 120.0
 """Seconds without a byte after which the client gives up. Best-of-N is silent until the best is known."""
 
@@ -313,7 +315,8 @@ class Endpoint:
     def _refusal(self, status: int, body: JSONObject | None) -> EndpointError:
         details = body.get("error", body) if isinstance(body, dict) else {}
         details = details if isinstance(details, dict) else {"message": details}
-        words = server_words(str(details.get("message") or "no reason given"), self.key).rstrip(".")
+        message = str(details.get("message") or "no reason given")[:_MESSAGE]
+        words = server_words(message, self.key).rstrip(".")
         code = str(details.get("code") or "")
         if code == "context_length_exceeded" or (status in (400, 413, 422) and _CONTEXT.search(words)):
             sentence = "The context is full: the conversation and the answer do not fit the model."

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, aclosing, asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractContextManager, aclosing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -210,15 +210,8 @@ class Desk:
             del self._stops[key]
 
     def place(self) -> AbstractContextManager[Place]:
-        """A place among the answers that wait, for whoever tells the visitor about it; see `turn`."""
+        """A place among the answers that wait."""
         return self._line.join()
-
-    @asynccontextmanager
-    async def turn(self, stop: asyncio.Event) -> AsyncIterator[None]:
-        """Wait until this answer is among those at work, or `stop` is set."""
-        with self.place() as place:
-            await place.come(stop)
-            yield
 
     def stop(self, where: str, page: str | None) -> None:
         """End what this page waits for, if anything."""

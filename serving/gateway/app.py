@@ -4,8 +4,9 @@
                      \\-> reward server (vLLM, pooling)
 
 A request that needs the policy alone is passed through: its body goes there, and the answer comes back byte for byte,
-a stream as it is written. Only the paths below exist. No path, query or header of a client is forwarded, so no key
-either. `best_of` does best-of-N, `limits` decides who is let in, `schema` says what is accepted.
+a stream as it is written. A refusal is written anew (`errors`), since its bytes may be anything. Only the paths below
+exist. No path, query or header of a client is forwarded, so no key either. `best_of` does best-of-N, `limits` decides
+who is let in, `schema` says what is accepted.
 """
 
 from __future__ import annotations
@@ -106,6 +107,8 @@ class Gateway:
 
     async def _pass(self, path: str, body: bytes, reply: ReplyWriter) -> None:
         async with self.policy.request("POST", path, body) as response:
+            if response.status >= 400:
+                raise await self.policy.refused(response)
             if response.header(b"content-type").startswith(EVENTS.encode()):
                 await relay_events(response, reply)
                 return
@@ -119,6 +122,8 @@ class Gateway:
         """GET /v1/models: the policy's, by the names that they are served under."""
         try:
             async with asyncio.timeout(_LIST_S), self.policy.request("GET", "/v1/models") as response:
+                if response.status >= 400:
+                    raise await self.policy.refused(response)
                 whole = await response.read()
                 self.policy.parsed(whole)
                 return Response(names_alone(whole), response.status, media_type="application/json")

@@ -62,7 +62,8 @@ class BestOf:
             reply: where the answer goes.
 
         Raises:
-            HTTPException: either server is down, or fewer candidates than are returned could be scored.
+            HTTPException: either server is down, the policy server refuses the request, or fewer candidates than are
+                returned could be scored.
         """
         assert request.best_of is not None
         rewards = self._usable(request)
@@ -75,9 +76,7 @@ class BestOf:
         if racing and isinstance(rewards, Rewards):
             drawn = await self._race(rewards, request, drawing, reply)
         else:
-            drawn = await self._draw(rewards, request, drawing, reply)
-        if drawn is None:  # the policy server refuses, and has said so
-            return
+            drawn = await self._draw(rewards, request, drawing)
 
         # 2. The best.
         note = drawing.note
@@ -107,17 +106,13 @@ class BestOf:
             await start_events(reply, drawn.notes)
         await send_as_events(completion, reply, include_usage=_wants_usage(request))
 
-    async def _draw(
-        self, rewards: Rewards | str, request: ChatRequest, drawing: Drawing, reply: ReplyWriter
-    ) -> _Drawn | None:
-        """All candidates, then all rewards; None where the policy server refuses the request."""
+    async def _draw(self, rewards: Rewards | str, request: ChatRequest, drawing: Drawing) -> _Drawn:
+        """All candidates, then all rewards."""
         body = json.dumps(drawing.fields).encode()
         async with self._policy.request("POST", "/v1/chat/completions", body) as response:
-            whole, notes = await response.read(), notes_of(response)
-            completion = self._policy.parsed(whole)
-            if response.status != 200:
-                await reply.whole(response.status, whole, notes)
-                return None
+            if response.status >= 400:
+                raise await self._policy.refused(response)
+            completion, notes = self._policy.parsed(await response.read()), notes_of(response)
         choices = choices_of(completion, drawing.count)
         if choices is None:
             raise self._policy.malformed(f"the {drawing.count} choices of the request")
@@ -133,18 +128,15 @@ class BestOf:
             return _Drawn(completion, choices, notes, [], message_of(error))
         return _Drawn(completion, choices, notes, scored, None)
 
-    async def _race(
-        self, rewards: Rewards, request: ChatRequest, drawing: Drawing, reply: ReplyWriter
-    ) -> _Drawn | None:
-        """Each candidate is scored when it ends, and the best so far told; None where the policy server refuses."""
+    async def _race(self, rewards: Rewards, request: ChatRequest, drawing: Drawing, reply: ReplyWriter) -> _Drawn:
+        """Each candidate is scored when it ends, and the best so far told."""
         conversation = drawing.fields["messages"]
 
         async def score(message: JSONObject) -> Scored:
             return (await self._score(rewards, conversation, [message]))[0]
 
         race = Race(self._policy, drawing, score, reply, include_usage=_wants_usage(request))
-        if not await race.run(fallback=bool(request.best_of_fallback)):
-            return None
+        await race.run(fallback=bool(request.best_of_fallback))
         fallback = race.fallback
         if fallback is None:
             try:

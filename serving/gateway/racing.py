@@ -127,25 +127,23 @@ class Race:
         """One result for each candidate."""
         return [self._results[i] for i in range(len(self._growing))]
 
-    async def run(self, *, fallback: bool) -> bool:
-        """Draw and score all candidates; False where the policy server refuses the request, and has said so.
+    async def run(self, *, fallback: bool) -> None:
+        """Draw and score all candidates.
 
         Args:
             fallback: whether candidates without rewards are an answer.
 
         Raises:
-            HTTPException: the policy server fails, or, without `fallback`, the reward server does.
+            HTTPException: the policy server fails or refuses the request, or, without `fallback`, the reward server
+                fails.
         """
         body = {**self._drawing.fields, "stream": True, "stream_options": {"include_usage": True}}
         try:
             async with self._policy.request("POST", "/v1/chat/completions", json.dumps(body).encode()) as response:
+                if response.status >= 400:
+                    raise await self._policy.refused(response)
                 if not response.header(b"content-type").startswith(EVENTS.encode()):
-                    whole = await response.read()
-                    self._policy.parsed(whole)
-                    if response.status == 200:
-                        raise self._policy.malformed("a stream")
-                    await self._reply.whole(response.status, whole, notes_of(response))
-                    return False
+                    raise self._policy.malformed("a stream")
                 await start_events(self._reply, notes_of(response))
                 await self._follow(response, fallback=fallback)
             if not all(one.ended for one in self._growing):
@@ -158,7 +156,6 @@ class Race:
         finally:
             for task in self._scoring.values():
                 _drop(task)
-        return True
 
     async def _follow(self, response: HttpResponse, *, fallback: bool) -> None:
         """Take the stream's events and the rewards in whatever order they come."""

@@ -22,7 +22,7 @@ from serving.gateway.metrics import Metrics
 from serving.gateway.render import Renderer
 from serving.gateway.schema import RewardRequest
 from serving.gateway.streaming import ReplyWriter
-from serving.gateway.upstream import Upstream
+from serving.gateway.upstream import Upstream, error_body
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +100,12 @@ class Rewards:
         if model is not None:
             fields["model"] = model
         async with self.upstream.request("POST", "/classify", json.dumps(fields).encode()) as response:
+            if response.status >= 400:
+                words = self.upstream.words(await error_body(response))
+                if response.status == 404 and model is not None:
+                    raise refusal(404, words, "model_not_found", param="model")
+                return words
             body = await response.read()
-            if response.status == 404 and model is not None:
-                raise refusal(404, self.upstream.words(body), "model_not_found", param="model")
-            if response.status != 200:
-                return self.upstream.words(body)
         return self.read(body, count)
 
     def read(self, body: bytes, count: int) -> list[Scored]:

@@ -70,7 +70,8 @@ class ReplyWriter:
     async def fail(self, error: HTTPException) -> None:
         """Tell the failure: as the answer's status, or as the last event of a stream that has begun."""
         if not self._started:
-            headers = [(name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items()]
+            told = (error.headers or {}).items()
+            headers = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in told]
             return await self.whole(error.status_code, error.detail.encode(), headers)
         if self._events and not self._ended:
             try:

@@ -16,13 +16,16 @@ from typing import Any
 from starlette.exceptions import HTTPException
 
 from serving.door.strict_json import NotJSON, read_json
-from serving.gateway.errors import refusal, upstream_words
+from serving.gateway.errors import refusal, upstream_refusal, upstream_words
 from serving.gateway.http_client import BrokenOff, HttpClient, HttpResponse, Unreachable
 from serving.gateway.metrics import Metrics
+from serving.gateway.streaming import notes_of
 
 _HEALTH_S = 5.0
 _CONSTRAINTS = (b'"structured_outputs"', b'"response_format"', b'"guided_', b'"tools"')
 """Fields of a request that hold a grammar, a regular expression or a schema."""
+_ERROR_BYTES = 8 << 20
+"""Of an error that is read: a message may repeat a request, which is half of it at most."""
 _GRAMMAR = re.compile(
     r"grammar|json.?schema|regex|regular expression|structured.?output|structural.?tag|guidance", re.I
 )
@@ -76,7 +79,7 @@ class Upstream:
         try:
             async with self._client.request(method, path, body) as answer:
                 if answer.status >= 500:
-                    words = self.words(await answer.read())
+                    words = self.words(await error_body(answer))
                     if _GRAMMAR.search(words) and any(name in body for name in _CONSTRAINTS):
                         message = f"the {self.name} server cannot work with the grammar of this request: {words}"
                         raise refusal(400, message, "invalid_grammar")
@@ -103,6 +106,12 @@ class Upstream:
             return read_json(body)
         except NotJSON:
             raise self._failure("malformed", "gave an answer that is no JSON") from None
+
+    async def refused(self, answer: HttpResponse) -> HTTPException:
+        """What the client gets for an answer of 400 to 499; see `upstream_refusal`."""
+        error = upstream_refusal(self.name, answer.status, await error_body(answer), self._key)
+        notes = {name.decode("latin-1"): value.decode("latin-1") for name, value in notes_of(answer)}
+        return HTTPException(error.status_code, error.detail, notes)
 
     def words(self, body: bytes) -> str:
         """What its error says, fit for the client; see `upstream_words`."""
@@ -134,3 +143,17 @@ class Upstream:
 
     def _count(self, kind: str) -> None:
         self._metrics.upstream_failures.labels(self.name, kind).inc()
+
+
+async def error_body(answer: HttpResponse) -> bytes:
+    """The body of an error; nothing where it is longer than what an error has to say.
+
+    Raises:
+        BrokenOff: it stops before its end.
+    """
+    body = bytearray()
+    async for part in answer.parts():
+        body += part
+        if len(body) > _ERROR_BYTES:
+            return b""
+    return bytes(body)

@@ -121,7 +121,8 @@ def test_answers_wait_their_turn_and_stop_ends_the_wait(tmp_path: Path) -> None:
         stop = {name: asyncio.Event() for name in "abc"}
 
         async def answer(name: str, seconds: float) -> None:
-            async with own.turn(stop[name]):
+            with own.place() as place:
+                await place.come(stop[name])
                 order.append(f"{name} begins" if not stop[name].is_set() else f"{name} was stopped")
                 await asyncio.sleep(seconds)
 
@@ -141,7 +142,8 @@ def test_nobody_waits_for_whom_the_page_was_closed(tmp_path: Path) -> None:
         never = asyncio.Event()
 
         async def answer() -> None:
-            async with own.turn(never):
+            with own.place() as place:
+                await place.come(never)
                 await asyncio.sleep(0.05)
 
         first, second = asyncio.create_task(answer()), asyncio.create_task(answer())

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import uvicorn
-from raw_upstream import STREAM, chunk, raw_upstream
+from raw_upstream import STREAM, chunk, raw_upstream, whole
 
 from serving.chat.app import create_app
 from serving.chat.client import Delta, Endpoint, EndpointError
@@ -73,6 +74,16 @@ def test_a_figure_that_no_float_holds_is_none(field: str) -> None:
     with raw_upstream(lambda _: iter((STREAM, said, DONE))) as url:
         *_, last = asyncio.run(steps_of(url))
     assert (last.error, last.reply.text, last.reply.tokens, last.reply.reward) == (None, "x", None, None)
+
+
+def test_an_error_of_one_long_word_holds_nobody_up() -> None:
+    """A pattern that looks for keys took the square of its length, in the one thread that all pages have."""
+    began = time.monotonic()
+    with raw_upstream(lambda _: iter((whole({"error": {"message": "x" * 400_000}}, "400 Bad"),))) as url:
+        *_, last = asyncio.run(steps_of(url))
+    assert "refuses the request (400): xxx" in str(last.error)
+    assert len(str(last.error)) < 500
+    assert time.monotonic() - began < 10
 
 
 def test_the_first_event_is_read_after_a_byte_order_mark() -> None:
@@ -188,7 +199,7 @@ def page(folder: Path, login: str | None = None) -> Iterator[httpx.Client]:
     desk.votes = folder / "votes.db"
     desk.conversations = folder / "kept.db" if login else None
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(create_app(desk, login), log_level="critical"))
+        server = uvicorn.Server(uvicorn.Config(create_app(desk, login), log_level="error"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         address = f"http://127.0.0.1:{listening.getsockname()[1]}"
@@ -205,13 +216,22 @@ def visitor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
         yield client
 
 
-def number_of(config: dict[str, Any], elem_id: str) -> int:
-    """Of the event of a button."""
+@pytest.fixture
+def log(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], str]]:
+    """What the server has written to its log since the test began."""
+    logger = logging.getLogger("uvicorn.error")
+    logger.addHandler(caplog.handler)
+    yield lambda: capfd.readouterr().err + caplog.text
+    logger.removeHandler(caplog.handler)
+
+
+def number_of(config: dict[str, Any], elem_id: str, event_name: str = "click") -> int:
+    """Of the event of a component."""
     ids = {component["id"]: component["props"].get("elem_id") for component in config["components"]}
     return next(
         int(event["id"])
         for event in config["dependencies"]
-        if any((ids.get(target[0]), target[1]) == (elem_id, "click") for target in event["targets"])
+        if any((ids.get(target[0]), target[1]) == (elem_id, event_name) for target in event["targets"])
     )
 
 
@@ -274,6 +294,78 @@ def test_a_cookie_among_others_is_read() -> None:
 @pytest.mark.parametrize("name", ["a" * 300, ""])
 def test_a_name_that_no_file_has_is_not_looked_for(visitor: httpx.Client, name: str) -> None:
     assert visitor.get(f"/assets/{name}").status_code == 404
+
+
+EVENTS = ("/gradio_api/queue/join", "/gradio_api/run/predict")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"fn_index": 9999},
+        {"fn_index": -1},
+        {"fn_index": 10**30},
+        {"fn_index": True},
+        {"fn_index": "0"},
+        {"fn_index": None},
+        {"data": []},
+        {"data": None},
+        {"data": [5]},
+        {"data": [["a"]]},
+        {"session_hash": ""},
+        {"session_hash": None},
+        {"session_hash": HALF},
+        {"session_hash": "a/b"},
+        {"session_hash": "s" * 65},
+        {"trigger_id": HALF},
+        {"trigger_id": [float("nan")]},
+    ],
+    ids=lambda change: str(change)[:30],
+)
+@pytest.mark.parametrize("path", EVENTS)
+def test_an_event_that_is_none_is_refused_in_one_line(
+    visitor: httpx.Client, path: str, change: dict[str, Any], log: Callable[[], str]
+) -> None:
+    """Each was a 500, or a traceback in the log of a server that had nothing wrong with it."""
+    number = number_of(visitor.get("/config").json(), "report-run", "input")
+    body = json.dumps({"data": ["x"], "fn_index": number, "session_hash": "s", **change})
+    refused = visitor.post(path, content=body, headers={"Content-Type": "application/json"})
+    assert refused.status_code in (400, 422)
+    assert refused.headers["content-type"].startswith("text/plain")
+    assert len(refused.text.splitlines()) == 1
+    assert log() == ""
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'{"data": NaN}', b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize("path", [*EVENTS, "/gradio_api/cancel", "/gradio_api/reset"])
+def test_a_body_that_is_no_event_is_refused_in_one_line(
+    visitor: httpx.Client, path: str, body: bytes, log: Callable[[], str]
+) -> None:
+    refused = visitor.post(path, content=body, headers={"Content-Type": "application/json"})
+    assert refused.status_code in (400, 422)
+    assert len(refused.text.splitlines()) == 1
+    assert log() == ""
+
+
+def test_a_session_that_is_none_is_no_crash(visitor: httpx.Client, log: Callable[[], str]) -> None:
+    """A page that is open when the server starts again asks so, and each left a traceback."""
+    told = visitor.get("/gradio_api/queue/data", params={"session_hash": "nope"}).text
+    assert json.loads(told.removeprefix("data: "))["session_not_found"] is True
+    assert "Traceback" not in log()
+
+
+def test_several_who_listen_to_one_page_and_leave_are_no_crash(visitor: httpx.Client, log: Callable[[], str]) -> None:
+    """From the second on, who left was a KeyError of Gradio's."""
+    session = uuid.uuid4().hex
+    body = {"data": [None], "fn_index": number_of(visitor.get("/config").json(), "report-run", "input")}
+    visitor.post("/gradio_api/queue/join", json={**body, "session_hash": session}).raise_for_status()
+    news = f"/gradio_api/queue/data?session_hash={session}"
+    with ExitStack() as listeners:
+        for _ in range(4):  # of whom one hears the event, and the others wait
+            listeners.enter_context(visitor.stream("GET", news))
+        time.sleep(0.5)
+    time.sleep(0.5)  # they have left
+    assert "Traceback" not in log()
 
 
 # --- kept conversations ---

@@ -45,6 +45,8 @@ def without_ids(text: str) -> str:
 
 def said(answer: httpx.Response) -> Any:
     """What an answer says; of a stream the texts and ends, since a busy vLLM puts several tokens in a chunk."""
+    if answer.status_code >= 400:  # written anew, with the same words
+        return answer.json()
     if not answer.headers["content-type"].startswith("text/event-stream"):
         return without_ids(answer.text)
     *events, done, rest = answer.text.split("\n\n")

@@ -315,7 +315,7 @@ def test_answers_of_one_request_are_bounded(
 ) -> None:
     answer = gateway(max_sequences=16).post("/v1/completions", json=body)
     if sequences is None:
-        assert error_of(answer)["code"] == "policy_failed"  # it was passed on, and the fake has no such path
+        assert error_of(answer)["code"] == "policy_refused"  # it was passed on, and the fake has no such path
         return
     assert (answer.status_code, error_of(answer)["code"]) == (400, "too_many_sequences")
     assert f"are {sequences} answers" in answer.text

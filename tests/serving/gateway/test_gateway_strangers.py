@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -132,6 +133,95 @@ def test_a_policy_that_names_no_models_is_not_waited_for(monkeypatch: pytest.Mon
             refused = httpx.get(served.url + "/v1/models", timeout=20)
             assert (refused.status_code, refused.json()["error"]["code"]) == (504, "timeout")
             assert time.monotonic() - began < 10
+
+
+# --- refusals of the policy server ---
+
+KEPT = {"message": "The model `gpt-5` does not exist.", "type": "NotFoundError", "param": "model", "code": 404}
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"stream": True},
+    {"best_of": 2},
+    {"best_of": 2, "stream": True, "almost_stream": "racing"},
+]
+
+
+def refused_with(body: bytes, status: str = "400 Bad", kind: str = "application/json") -> bytes:
+    head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+@pytest.mark.parametrize("fields", WAYS)
+def test_a_refusal_in_openais_form_keeps_what_it_says(ask: Ask, fields: dict[str, Any]) -> None:
+    for error in (
+        KEPT,
+        {**KEPT, "code": "x", "param": None},
+        {**KEPT, "message": "bad <script>:\n  two lines", "code": None},
+    ):
+        told = ask([whole({"error": error, "more": 1}, "404 Not Found")], **fields)
+        assert (told.status_code, told.json()) == (404, {"error": error})
+        told = ask([whole({"object": "error", **error}, "422 No")], **fields)  # the form of older versions
+        assert (told.status_code, told.json()) == (422, {"error": error})
+
+
+@pytest.mark.parametrize("fields", WAYS)
+@pytest.mark.parametrize(
+    "said",
+    [
+        refused_with(b""),
+        refused_with(b"<html><h1>no such page</h1></html>", kind="text/html"),
+        refused_with(b"\x00\xff\x80\x1b[31m"),
+        refused_with(b'{"error": {"message": "cut'),
+        refused_with(b'{"error": "no"}'),
+        refused_with(b'{"id": "x", "choices": []}'),
+        refused_with(b'{"detail": [{"msg": "Field required"}]}'),
+        refused_with(b"[" * 100_000),
+        refused_with(b'data: {"choices": []}\n\n', kind="text/event-stream"),
+        refused_with(b"x" * (9 << 20)),
+        whole({"error": {"message": "x" * 5_000_000}}, "400 Bad"),
+        whole({"error": {"message": "a\nb\x1b\u202e\ud83d", "type": 5, "param": ["x"], "code": 10**400}}, "400 Bad"),
+        whole({"error": {"message": "at /home/secret/x.py, file:///srv/secret/y for the-policys-own-key"}}, "400 Bad"),
+    ],
+    ids=lambda said: said.partition(b"\r\n\r\n")[2][:30] if isinstance(said, bytes) else "",
+)
+def test_any_other_refusal_is_told_in_openais_form(ask: Ask, said: bytes, fields: dict[str, Any]) -> None:
+    refused = ask([said], **fields)
+    assert refused.status_code == 400
+    assert refused.headers["content-type"] == "application/json"
+    error = refused.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"].replace("\n", "").isprintable()
+    assert 0 < len(error["message"]) <= 2000
+    assert isinstance(error["type"], str)
+    for word in ("secret", "own-key", "<", '{"error', "choices"):
+        assert word not in error["message"]
+    if said.endswith(b'{"error": "no"}'):
+        assert error["message"] == "the policy server refuses the request (400): no"
+
+
+def test_a_failure_with_a_long_word_holds_nobody_up(ask: Ask) -> None:
+    """A pattern that looks for keys took the square of its length."""
+    began = time.monotonic()
+    assert ask([whole({"error": {"message": "x" * 400_000}}, "500 Failed")]).status_code == 502
+    assert time.monotonic() - began < 5
+
+
+def test_a_refused_list_of_models_is_told_in_openais_form() -> None:
+    said = refused_with(b"<html>/home/secret</html>", "404 Not Found", "text/html")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(said)
+
+        threading.Thread(target=serve, daemon=True).start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        with Served.of(create_app(GatewaySettings(policy_url=url, api_key=None))) as served:
+            refused = httpx.get(served.url + "/v1/models", timeout=20)
+    assert refused.status_code == 404
+    assert refused.json()["error"]["message"].endswith("(404): it does not say why")
 
 
 # --- requests ---
