@@ -19,8 +19,11 @@ from almost_eval.models.chat import dialogue_text
 from almost_eval.suite.hardware import GPUS, SAMPLING_SHARE, TRAINING_SHARE
 from almost_eval.types import JSONObject
 from almost_train.common.tables import read_any
+from almost_train.dpo.online import OnlineDPOSettings
+from almost_train.dpo.run import DPOSettings
 from almost_train.pipeline.evaluation import EvaluationSettings, prompts_of
 from almost_train.pipeline.needs import PROMPT_TOKENS, Estimator, Need
+from almost_train.pipeline.policy_needs import dpo_need, online_dpo_need, rlsf_need
 from almost_train.pipeline.recipe import Recipe
 from almost_train.pipeline.sampling_needs import generation_need
 from almost_train.reward.run import RewardSettings
@@ -125,7 +128,7 @@ def seconds(need: Need, estimator: Estimator, rate_of: RateOf | None) -> float |
     gpu = GPUS.get(estimator.devices.gpu or "")
     if gpu is None:
         return None
-    operations = 2 * need.parameters * need.passes * need.trained_tokens
+    operations = 2 * need.parameters * (need.passes * need.trained_tokens + need.measured_tokens)
     training = operations / (gpu.flops * TRAINING_SHARE * estimator.devices.count)
     steps = need.generated_tokens / need.rows / (estimator.devices.count if need.trained else 1)
     sampling = steps * (need.parameters * 2 if need.trained else need.weights + need.cache / 2)
@@ -250,7 +253,16 @@ class _Sizes:
     def rlsf(self, recipe: Recipe) -> list[Need]:
         s = recipe.settings("rlsf", RLSFSettings)
         policy, reward = str(recipe.value("sft", "model")), str(recipe.value("reward", "model"))
-        return [self._estimator.rlsf("rlsf", policy, reward, s)]
+        return [rlsf_need(self._estimator, "rlsf", policy, reward, s)]
+
+    def dpo(self, recipe: Recipe) -> list[Need]:
+        s = recipe.settings("dpo", DPOSettings)
+        return [dpo_need(self._estimator, "dpo", str(recipe.value("sft", "model")), s, self._pairs)]
+
+    def online_dpo(self, recipe: Recipe) -> list[Need]:
+        s = recipe.settings("online_dpo", OnlineDPOSettings)
+        policy, reward = str(recipe.value("sft", "model")), str(recipe.value("reward", "model"))
+        return [online_dpo_need(self._estimator, "online_dpo", policy, reward, s, self._prompts)]
 
     def evaluation(self, recipe: Recipe) -> list[Need]:
         s = recipe.settings("evaluation", EvaluationSettings, "prompts", "vanilla", "nano_prompts")
@@ -260,7 +272,7 @@ class _Sizes:
         if file and Path(str(file)).is_file():
             count = len(read_any(str(file)).rows)
         count = min(count, s.limit or count)
-        policies = 1 + ("vanilla" in section) + ("rlsf" in recipe.sections)
+        policies = 1 + ("vanilla" in section) + sum(name in recipe.sections for name in ("rlsf", "dpo", "online_dpo"))
         return [
             generation_need(
                 self._estimator,
