@@ -39,8 +39,9 @@ CHARACTERS = 3
 """Characters of a token of few-shot text: fewer than in English (about 4), so that lengths are not too small."""
 MINED_TOKENS = 64
 """Tokens of a prompt among the shots of mining: it has at most 250 characters."""
-RateOf = Callable[[Need], float | None]
-"""Tokens a second of a stage, measured on this machine; None where it cannot be."""
+RateOf = Callable[[Need, bool], float | None]
+"""Stage, and whether it is about training -> tokens a second of a forward pass as training does it, or sampled ones,
+measured on this machine; None where it cannot be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +123,14 @@ def budgets(
 def seconds(need: Need, estimator: Estimator, rate_of: RateOf | None) -> float | None:
     """How long a stage takes at most; None where no rate is known."""
     if rate_of is not None:
-        rate = rate_of(need)
-        tokens = need.trained_tokens or need.generated_tokens
-        return tokens / rate if rate else None
+        read = need.passes * need.trained_tokens + need.measured_tokens
+        total = 0.0
+        for tokens, trains in ((read, True), (need.generated_tokens, False)):
+            rate = rate_of(need, trains) if tokens else 1.0
+            if not rate:
+                return None
+            total += tokens / rate
+        return total
     gpu = GPUS.get(estimator.devices.gpu or "")
     if gpu is None:
         return None

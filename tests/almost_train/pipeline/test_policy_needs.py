@@ -14,10 +14,10 @@ from almost_eval.errors import InputError
 from almost_eval.nano import BUILT_IN
 from almost_train.dpo.online import OnlineDPOSettings
 from almost_train.dpo.run import DPOSettings
-from almost_train.pipeline.budget import budgets
+from almost_train.pipeline.budget import budgets, seconds
 from almost_train.pipeline.hardware import Devices
 from almost_train.pipeline.meter import measured, optimiser_size
-from almost_train.pipeline.needs import PROMPT_TOKENS, Estimator, row_tokens
+from almost_train.pipeline.needs import PROMPT_TOKENS, Estimator, Need, row_tokens
 from almost_train.pipeline.policy_needs import dpo_need, online_dpo_need, rlsf_need
 from almost_train.pipeline.recipe import load_recipe
 from almost_train.pipeline.sampling_needs import VLLM_SHARE
@@ -113,6 +113,15 @@ def test_vllm_beside_the_policy_takes_its_share() -> None:
     server = rlsf_need(Estimator(GPU), "rlsf", POLICY, REWARD, replace(settings, sampler="vllm-server"))
     assert server.cache == 0
     assert "not planned here" in server.note
+
+
+def test_measured_time_has_sampling_and_held_out_passes_by_hand() -> None:
+    """As --measure says it: RLSF samples most of its time."""
+    need = Need("rlsf", POLICY, trained=1, trained_tokens=100, measured_tokens=60, generated_tokens=40, passes=3)
+    # 3 x 100 + 60 tokens of forward passes at 60 a second, and 40 sampled ones at 2 a second.
+    assert seconds(need, Estimator(GPU), lambda _, trains: 60 if trains else 2) == 6 + 20
+    assert seconds(need, Estimator(GPU), lambda _, trains: 60 if trains else None) is None
+    assert seconds(replace(need, generated_tokens=0), Estimator(GPU), lambda _, trains: 60 if trains else None) == 6
 
 
 RECIPE: dict[str, Any] = {
