@@ -249,7 +249,7 @@ class Estimator:
         )
 
 
-def row_tokens(settings: TrainSettings, rows: int, length: int) -> dict[str, int]:
+def row_tokens(settings: TrainSettings, rows: int, length: int) -> dict[str, Any]:
     """`trained_tokens` and `measured_tokens` of a training on rows of so many tokens, a share of them held out."""
     share, every = getattr(settings, "eval_share", 0.0), getattr(settings, "eval_every", 0)
     held_out = max(round(share * rows), 1 if share and rows > 1 else 0)
