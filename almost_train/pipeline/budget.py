@@ -19,8 +19,11 @@ from almost_eval.models.chat import dialogue_text
 from almost_eval.suite.hardware import GPUS, SAMPLING_SHARE, TRAINING_SHARE
 from almost_eval.types import JSONObject
 from almost_train.common.tables import read_any
+from almost_train.dpo.online import OnlineDPOSettings
+from almost_train.dpo.run import DPOSettings
 from almost_train.pipeline.evaluation import EvaluationSettings, prompts_of
 from almost_train.pipeline.needs import PROMPT_TOKENS, Estimator, Need
+from almost_train.pipeline.policy_needs import dpo_need, online_dpo_need, rlsf_need
 from almost_train.pipeline.recipe import Recipe
 from almost_train.pipeline.sampling_needs import generation_need
 from almost_train.reward.run import RewardSettings
@@ -36,8 +39,9 @@ CHARACTERS = 3
 """Characters of a token of few-shot text: fewer than in English (about 4), so that lengths are not too small."""
 MINED_TOKENS = 64
 """Tokens of a prompt among the shots of mining: it has at most 250 characters."""
-RateOf = Callable[[Need], float | None]
-"""Tokens a second of a stage, measured on this machine; None where it cannot be."""
+RateOf = Callable[[Need, bool], float | None]
+"""Stage, and whether it is about training -> tokens a second of a forward pass as training does it, or sampled ones,
+measured on this machine; None where it cannot be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +123,18 @@ def budgets(
 def seconds(need: Need, estimator: Estimator, rate_of: RateOf | None) -> float | None:
     """How long a stage takes at most; None where no rate is known."""
     if rate_of is not None:
-        rate = rate_of(need)
-        tokens = need.trained_tokens or need.generated_tokens
-        return tokens / rate if rate else None
+        read = need.passes * need.trained_tokens + need.measured_tokens
+        total = 0.0
+        for tokens, trains in ((read, True), (need.generated_tokens, False)):
+            rate = rate_of(need, trains) if tokens else 1.0
+            if not rate:
+                return None
+            total += tokens / rate
+        return total
     gpu = GPUS.get(estimator.devices.gpu or "")
     if gpu is None:
         return None
-    operations = 2 * need.parameters * need.passes * need.trained_tokens
+    operations = 2 * need.parameters * (need.passes * need.trained_tokens + need.measured_tokens)
     training = operations / (gpu.flops * TRAINING_SHARE * estimator.devices.count)
     steps = need.generated_tokens / need.rows / (estimator.devices.count if need.trained else 1)
     sampling = steps * (need.parameters * 2 if need.trained else need.weights + need.cache / 2)
@@ -250,7 +259,16 @@ class _Sizes:
     def rlsf(self, recipe: Recipe) -> list[Need]:
         s = recipe.settings("rlsf", RLSFSettings)
         policy, reward = str(recipe.value("sft", "model")), str(recipe.value("reward", "model"))
-        return [self._estimator.rlsf("rlsf", policy, reward, s)]
+        return [rlsf_need(self._estimator, "rlsf", policy, reward, s)]
+
+    def dpo(self, recipe: Recipe) -> list[Need]:
+        s = recipe.settings("dpo", DPOSettings)
+        return [dpo_need(self._estimator, "dpo", str(recipe.value("sft", "model")), s, self._pairs)]
+
+    def online_dpo(self, recipe: Recipe) -> list[Need]:
+        s = recipe.settings("online_dpo", OnlineDPOSettings)
+        policy, reward = str(recipe.value("sft", "model")), str(recipe.value("reward", "model"))
+        return [online_dpo_need(self._estimator, "online_dpo", policy, reward, s, self._prompts)]
 
     def evaluation(self, recipe: Recipe) -> list[Need]:
         s = recipe.settings("evaluation", EvaluationSettings, "prompts", "vanilla", "nano_prompts")
@@ -260,7 +278,7 @@ class _Sizes:
         if file and Path(str(file)).is_file():
             count = len(read_any(str(file)).rows)
         count = min(count, s.limit or count)
-        policies = 1 + ("vanilla" in section) + ("rlsf" in recipe.sections)
+        policies = 1 + ("vanilla" in section) + sum(name in recipe.sections for name in ("rlsf", "dpo", "online_dpo"))
         return [
             generation_need(
                 self._estimator,

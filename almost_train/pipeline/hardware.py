@@ -9,6 +9,8 @@ import os
 import platform
 import re
 from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
 
 from almost_eval.errors import InputError
 from almost_eval.suite.hardware import GB, gpu_named
@@ -33,19 +35,31 @@ class Devices:
     """`full` or `none`; see `needs`."""
     gpu: str | None = None
     _runtimes: dict[str, int] = field(default_factory=dict)
+    _libraries: dict[str, int] = field(default_factory=dict)
+    """Module -> what its import took of this process, once it is imported here."""
 
     @property
     def room(self) -> int:
         """Bytes that may be used of each."""
         return int(self.memory * (1 - RESERVE)) if self.on_gpu else self.memory
 
-    def runtime(self, model: str) -> int:
-        """Bytes of a process before it holds a tensor: on a CPU what this one has, with the model's tokenizer."""
+    def runtime(self, model: str, library: str = "") -> int:
+        """Bytes of a process before it holds a tensor: on a CPU what this one has, with the model's tokenizer.
+
+        Args:
+            model: whose tokenizer it has.
+            library: a module that it imports besides what every training does.
+        """
         if self.on_gpu:
             return CONTEXT
         if model not in self._runtimes:
-            self._runtimes[model] = _runtime_here(model)
-        return self._runtimes[model]
+            # What was imported for another stage is none of this one's.
+            self._runtimes[model] = _runtime_here(model) - sum(self._libraries.values())
+        if library and library not in self._libraries:
+            before = _resident()
+            import_module(library)
+            self._libraries[library] = _resident() - before
+        return self._runtimes[model] + self._libraries.get(library, 0)
 
     def heap_note(self, activations: int) -> str:
         """A sentence where the allocator may hold far more than is alive; "" elsewhere.
@@ -102,17 +116,11 @@ def parse_memory(text: str) -> int:
 
 
 def _machine_memory() -> int:
-    import os
-
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _runtime_here(model: str) -> int:
     """Measured on this process, once it has what a training process has: the libraries and the tokenizer."""
-    import resource
-    import sys
-    from pathlib import Path
-
     import accelerate  # noqa: F401
     import datasets  # noqa: F401
     import trl.trainer.reward_trainer
@@ -123,13 +131,17 @@ def _runtime_here(model: str) -> int:
     from almost_train.pipeline.shapes import ANY, local_folder
 
     kept = load_tokenizer(find_checkpoint(model, architectures=ANY)) if local_folder(model) else None
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        import os
-
-        pages = int(statm.read_text().split()[1])
-        size = pages * os.sysconf("SC_PAGE_SIZE")
-    else:
-        size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    size = _resident()
     del kept
     return size
+
+
+def _resident() -> int:
+    """Bytes of this process in memory; where the system does not say, the most that they were."""
+    import resource
+    import sys
+
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

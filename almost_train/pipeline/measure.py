@@ -22,31 +22,30 @@ class Rates:
     """Tokens a second of a stage on this machine, each model and kind measured once.
 
     Args:
-        engine: the recipe's options.
+        engine: the recipe's options; a stage that trains samples with transformers.
         progress: says what is measured.
     """
 
     def __init__(self, engine: EngineOptions, progress: Progress) -> None:
         self._engine = engine
         self._progress = progress
-        self._known: dict[tuple[str, bool], float | None] = {}
+        self._known: dict[tuple[str, bool, bool], float | None] = {}
 
-    def __call__(self, need: Need) -> float | None:
-        """Trained tokens a second, or generated ones; None for a model whose weights are not on this machine."""
-        trains = bool(need.trained)
-        key = (need.model, trains)
+    def __call__(self, need: Need, trains: bool) -> float | None:
+        """See `RateOf`; None for a model whose weights are not on this machine."""
+        key = (need.model, trains, bool(need.trained))
         if key not in self._known:
             self._progress.notice(f"measures {'training' if trains else 'sampling'} with {need.model}")
             if local_folder(need.model) is None:
                 self._known[key] = None
             else:
-                self._known[key] = _trained(need.model) if trains else self._generated(need.model)
+                self._known[key] = _trained(need.model) if trains else self._generated(need)
         rate = self._known[key]
         # What is timed is a forward and a backward pass: three forward passes' work.
-        return rate * 3 / need.passes if rate and trains else rate
+        return rate * 3 if rate and trains else rate
 
-    def _generated(self, model: str) -> float:
-        engine = generation_engine(model, self._engine)
+    def _generated(self, need: Need) -> float:
+        engine = generation_engine(need.model, EngineOptions() if need.trained else self._engine)
         params = SamplingParams(NEW_TOKENS, 1.0, 1.0)
         prompts = [f"{number}. {TEXT * 3}" for number in range(ROWS)]
         engine.generate(prompts[:1], params)  # loads the weights

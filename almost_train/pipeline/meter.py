@@ -170,13 +170,36 @@ def count(model: nn.Module, *, trained: bool = False) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
 
 
+def optimiser_size(*models: nn.Module, optim: str) -> int:
+    """Bytes of what an optimiser keeps of the trained parameters; see `almost_train.common.hardware.OPTIMIZERS`.
+
+    AdamW keeps two moments of a number, in float32. bitsandbytes holds them in a byte each, with a float32 scale for
+    every 256 numbers; tensors of fewer than 4,096 numbers stay in float32 (its `Optimizer2State`). Adafactor keeps of a
+    matrix a float32 number for each row and column (arXiv 1804.04235, section 3), of a vector one for each entry.
+    """
+    trained = [p for model in models for p in model.parameters() if p.requires_grad]
+    if optim == "adafactor":
+        return sum(
+            4 * (p.numel() // p.shape[-1] + p.numel() // p.shape[-2] if p.dim() > 1 else p.numel()) for p in trained
+        )
+    if optim.endswith("8bit"):
+        return sum(8 * p.numel() if p.numel() < 4096 else 2 * p.numel() + 8 * -(-p.numel() // 256) for p in trained)
+    return 8 * sum(p.numel() for p in trained)
+
+
 def step_peak(
-    meter: Meter, models: list[nn.Module], update: Callable[[], None], *, micro_batches: int, on_gpu: bool
+    meter: Meter,
+    models: list[nn.Module],
+    update: Callable[[], None],
+    *,
+    micro_batches: int,
+    on_gpu: bool,
+    optim: str = "adamw_torch",
 ) -> int:
     """The most bytes that an update needs, all models included.
 
-    AdamW keeps two moments of a trained number. On a CPU its update goes parameter by parameter. On a GPU it goes over
-    all at once ("foreach"), with a copy of their size (torch.optim.AdamW: "~ sizeof(params) more peak memory").
+    On a CPU AdamW's update goes parameter by parameter. On a GPU it goes over all at once ("foreach"), with a copy of
+    their size (torch.optim.AdamW: "~ sizeof(params) more peak memory"). The other optimisers do without that copy.
 
     Args:
         meter: it has counted the models.
@@ -184,7 +207,13 @@ def step_peak(
         update: the forward and backward pass of a micro-batch.
         micro_batches: of an update; from the second on, gradients are added to those there are.
         on_gpu: which AdamW.
+        optim: the optimiser.
     """
+    if optim not in ("adamw_torch", "adamw_torch_fused"):
+        meter.peak = meter.live
+        for _ in range(min(2, micro_batches)):
+            update()
+        return meter.peak + optimiser_size(*models, optim=optim)
     optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-5) for m in models]
     # 1. The moments are there from the second update on: made here without a pass.
     for model in models:
@@ -200,7 +229,8 @@ def step_peak(
     peak = meter.peak
     for optimizer, model in zip(optimizers, models, strict=True):
         if on_gpu:
-            peak = max(peak, meter.live + size_of(model, trained=True))
+            copy = 0 if optim == "adamw_torch_fused" else size_of(model, trained=True)
+            peak = max(peak, meter.live + copy)
         else:
             meter.peak = meter.live
             optimizer.step()

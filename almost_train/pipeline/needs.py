@@ -1,10 +1,11 @@
 """What each stage of a recipe needs: parameters, memory of one device at its fullest moment, tokens that it computes.
 
 A stage that trains runs one update on tensors without content (`meter`), with the longest rows that its settings
-allow. One that generates is arithmetic, in `sampling_needs.py`. Several devices:
+allow: reward model and SFT here, the stages that start from SFT's policy in `policy_needs.py`. One that generates is
+arithmetic, in `sampling_needs.py`. Several devices:
 
 - `full` sharding (ZeRO stage 3, arXiv 1910.02054, section 5.3; PyTorch's FSDP): weights, gradients and moments of what
-  is trained, and PPO's reference, are divided by the devices. Two layers and the largest embedding are whole at a time.
+  is trained, and a reference, are divided by the devices. Two layers and the largest embedding are whole at a time.
 - `none`: every device holds all, and a bucket of gradients to sum (at most the gradients' size).
 
 4-bit weights: 4.127 bits for a number of a linear layer (QLoRA, arXiv 2305.14314, section 3: double quantisation), and
@@ -13,6 +14,7 @@ one layer of them at a time in bfloat16.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -21,8 +23,7 @@ from typing import TYPE_CHECKING, Any
 from almost_train.common.lora import LoraSettings, lora_config
 from almost_train.common.train_settings import TrainSettings
 from almost_train.pipeline.hardware import Devices
-from almost_train.pipeline.shapes import cache_bytes, load_config
-from almost_train.rlsf.job import RLSFSettings
+from almost_train.pipeline.shapes import load_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -56,6 +57,8 @@ class Need:
     """Of the process itself: libraries and tokenizer on a CPU, the CUDA context on a GPU."""
     trained_tokens: int = 0
     """Read in forward and backward passes, at most."""
+    measured_tokens: int = 0
+    """Read in forward passes alone, at most: held-out rows, as often as they are measured."""
     generated_tokens: int = 0
     """At most."""
     rows: int = 1
@@ -91,116 +94,58 @@ class Estimator:
         """The reward model: chosen and rejected of a pair in one batch."""
         from transformers import AutoModelForSequenceClassification
 
-        micro = self._micro(settings)
-        length = self._length(model, settings)
+        micro = self.micro(settings)
+        length = self.length(model, settings)
 
         def step(meter: Meter) -> tuple[list[Any], Callable[[], None]]:
             import torch
 
-            whole = self._built(AutoModelForSequenceClassification, model, settings, "SEQ_CLS", id2label={0: "reward"})
+            whole = self.built(AutoModelForSequenceClassification, model, settings, "SEQ_CLS", id2label={0: "reward"})
             whole.config.pad_token_id = whole.config.get_text_config().pad_token_id = 0
 
             def update() -> None:
-                with _autocast(settings.bf16):
-                    logits = whole(**_inputs(2 * micro, length), use_cache=False).logits.float()
+                with autocast(settings.bf16):
+                    logits = whole(**inputs(2 * micro, length), use_cache=False).logits.float()
                 torch.nn.functional.logsigmoid(logits[:micro] - logits[micro:]).mean().backward()
 
             return [whole], update
 
-        need = self._trained(stage, model, settings, step, accumulation=settings.batch_size // micro)
-        return replace(need, trained_tokens=2 * pairs * length * settings.epochs)
+        need = self.trained(stage, model, settings, step, updated=settings.batch_size, micro=micro)
+        return replace(need, **row_tokens(settings, pairs, 2 * length))
 
     def sft(self, stage: str, model: str, settings: TrainSettings, answers: int) -> Need:
         """SFT with TRL's head, which makes the logits of some tokens at a time."""
         from transformers import AutoModelForCausalLM
         from trl.trainer.utils import add_fused_lm_head
 
-        micro = self._micro(settings)
-        length = self._length(model, settings)
+        micro = self.micro(settings)
+        length = self.length(model, settings)
 
         def step(meter: Meter) -> tuple[list[Any], Callable[[], None]]:
             def with_head(base: Any) -> None:
                 add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
 
-            whole = self._built(AutoModelForCausalLM, model, settings, "CAUSAL_LM", prepare=with_head)
+            whole = self.built(AutoModelForCausalLM, model, settings, "CAUSAL_LM", prepare=with_head)
 
             def update() -> None:
-                inputs = _inputs(micro, length)
-                with _autocast(settings.bf16):
-                    output = whole(**inputs, labels=inputs["input_ids"], fused_lm_head=True, use_cache=False)
+                texts = inputs(micro, length)
+                with autocast(settings.bf16):
+                    output = whole(**texts, labels=texts["input_ids"], fused_lm_head=True, use_cache=False)
                 (-output.log_probs.sum()).backward()
 
             return [whole], update
 
-        need = self._trained(stage, model, settings, step, accumulation=settings.batch_size // micro)
-        return replace(need, trained_tokens=answers * length * settings.epochs)
-
-    def rlsf(self, stage: str, policy: str, reward: str, settings: RLSFSettings) -> Need:
-        """PPO trains a policy and a value model of the reward model's size; RLOO and GRPO the policy alone."""
-        from transformers import AutoModel, AutoModelForCausalLM
-
-        from almost_train.rlsf.rollouts import completion_logprobs
-
-        is_ppo = settings.algorithm == "ppo"
-        width, micro = settings.max_new_tokens, settings.micro_batch_size
-        update_size = settings.mini_batch_size if is_ppo else settings.batch_size
-        judged = 0
-        """Bytes of the reward model."""
-
-        def step(meter: Meter) -> tuple[list[Any], Callable[[], None]]:
-            nonlocal judged
-            before = meter.live
-            dtype = "bfloat16" if settings.reward_dtype == "bfloat16" else "float32"  # as the stage `reward` saves it
-            judge = _from_config(AutoModel, self.config(reward), dtype)
-            judged = meter.live - before
-            reference = None if settings.lora_rank else self._built(AutoModelForCausalLM, policy, LoraSettings(), "")
-            kept = [judge, reference]  # in memory as long as `update` is
-            model = self._built(AutoModelForCausalLM, policy, settings, "CAUSAL_LM")
-            value = self._built(AutoModel, reward, settings, "FEATURE_EXTRACTION") if is_ppo else None
-
-            def update() -> None:
-                assert kept
-                ids, mask = _inputs(micro, PROMPT_TOKENS + width).values()
-                with _autocast(settings.bf16):
-                    logprobs = completion_logprobs(model, ids, mask, width, settings.temperature)
-                logprobs.sum().backward()
-                if value is not None:
-                    with _autocast(settings.bf16):
-                        states = value(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-                    states.float().sum().backward()
-
-            return [model, value] if value is not None else [model], update
-
-        accumulation = max(1, update_size // (micro * self.devices.count))
-        need = self._trained(stage, policy, settings, step, accumulation=accumulation, whole=lambda: judged)
-        # Sampling comes before the first gradient and between updates: it needs keys and values in their place.
-        here = settings.batch_size // self.devices.count
-        rows = min(settings.sampling_batch_size, here) if is_ppo else here
-        number = 2 if settings.bf16 else 4
-        config = self.config(policy)
-        # transformers makes the keys of a layer anew with each token; the draw is from a cumulative sum in float64.
-        layers = config.get_text_config().num_hidden_layers
-        cache = cache_bytes(config, rows * (PROMPT_TOKENS + width), number) * (layers + 1) // layers
-        draws = rows * config.get_text_config().vocab_size * 36
-        updating = need.gradients + need.activations
-        if cache + draws > updating:
-            need = replace(need, gradients=0, activations=draws, cache=cache)
-        tokens = settings.batch_size * settings.steps
-        epochs = settings.ppo_epochs if is_ppo else 1
-        # The update, twice the models in PPO; and what measures: policy, reference, reward model, value.
-        return replace(
-            need,
-            trained_tokens=tokens * (PROMPT_TOKENS + width) * (epochs * (2 if is_ppo else 1) + 1),
-            generated_tokens=tokens * width,
-            rows=rows,
-        )
+        need = self.trained(stage, model, settings, step, updated=settings.batch_size, micro=micro)
+        return replace(need, **row_tokens(settings, answers, length))
 
     # --- parts ---
 
-    def _micro(self, settings: TrainSettings) -> int:
+    def micro(self, settings: TrainSettings) -> int:
+        """Items of one forward pass on a device."""
         return min(settings.micro_batch_size, max(1, settings.batch_size // self.devices.count))
 
-    def _length(self, model: str, settings: TrainSettings) -> int:
+    def length(self, model: str, settings: TrainSettings) -> int:
+        """Tokens of the longest text: what the settings allow, and the model reads."""
         most = getattr(self.config(model).get_text_config(), "max_position_embeddings", None)
         return min(settings.max_length, most or settings.max_length)
 
@@ -211,9 +156,9 @@ class Estimator:
         from almost_train.pipeline.meter import count, measured
 
         with measured():
-            return count(_from_config(AutoModelForCausalLM, self.config(model)))
+            return count(from_config(AutoModelForCausalLM, self.config(model)))
 
-    def _built(
+    def built(
         self,
         kind: Any,
         model: str,
@@ -229,7 +174,7 @@ class Estimator:
         config = self.config(model).__class__.from_dict({**self.config(model).to_dict(), **changes})
         bf16 = getattr(settings, "bf16", False)
         held = torch.bfloat16 if settings.lora_rank and (bf16 or settings.is_quantized) else torch.float32
-        whole = _from_config(kind, config, held)
+        whole = from_config(kind, config, held)
         if prepare:
             prepare(whole)
         if settings.lora_rank:
@@ -243,28 +188,43 @@ class Estimator:
                 base.enable_input_require_grads()
         return whole.train()
 
-    def _trained(
+    def trained(
         self,
         stage: str,
         model: str,
         settings: Any,
         step: Callable[[Meter], tuple[list[Any], Callable[[], None]]],
         *,
-        accumulation: int,
+        updated: int,
+        micro: int,
         whole: Callable[[], int] = lambda: 0,
     ) -> Need:
-        from almost_train.pipeline.meter import count, measured, size_of, step_peak
+        """The memory of an update.
 
+        Args:
+            stage: its name.
+            model: that is trained.
+            settings: of the stage.
+            step: makes models that are trained, and the forward and backward pass of a micro-batch.
+            updated: items of one update, over all devices.
+            micro: items of that pass.
+            whole: bytes of a model that every device holds whole; read after `step`.
+        """
+        from almost_train.pipeline.meter import count, measured, optimiser_size, size_of, step_peak
+
+        micro_batches = max(1, updated // (micro * self.devices.count))
         with measured() as meter:
             models, update = step(meter)
             base, trained = count(models[0]), sum(count(one, trained=True) for one in models)
             weights = meter.live
             gradients = size_of(*models, trained=True)
             saved, spare = _quantized(models) if settings.is_quantized else (0, 0)
-            peak = step_peak(meter, models, update, micro_batches=accumulation, on_gpu=self.devices.on_gpu)
+            optim = getattr(settings, "optim", "adamw_torch")
+            optimiser = optimiser_size(*models, optim=optim)
+            on_gpu = self.devices.on_gpu
+            peak = step_peak(meter, models, update, micro_batches=micro_batches, on_gpu=on_gpu, optim=optim)
             layer = max((_largest_layer(one) for one in models), default=0)
             del models, update
-        optimiser = 2 * gradients
         activations = max(0, peak - weights - gradients - optimiser)
         if peak < weights + gradients + optimiser:  # gradients and moments are small beside the activations
             gradients = max(0, peak - weights - optimiser)
@@ -289,19 +249,34 @@ class Estimator:
         )
 
 
-def _from_config(kind: Any, config: PretrainedConfig, dtype: Any = "float32") -> Any:
+def row_tokens(settings: TrainSettings, rows: int, length: int) -> dict[str, Any]:
+    """`trained_tokens` and `measured_tokens` of a training on rows of so many tokens, a share of them held out."""
+    share, every = getattr(settings, "eval_share", 0.0), getattr(settings, "eval_every", 0)
+    held_out = max(round(share * rows), 1 if share and rows > 1 else 0)
+    trained = (rows - held_out) * settings.epochs
+    steps = settings.epochs * math.ceil((rows - held_out) / settings.batch_size)
+    if (most := getattr(settings, "max_steps", None)) is not None:
+        steps, trained = min(steps, most), min(trained, most * settings.batch_size)
+    # The last step is measured in any case.
+    times = 1 + (steps - 1) // every if every and steps else 1
+    return {"trained_tokens": trained * length, "measured_tokens": held_out * times * length}
+
+
+def from_config(kind: Any, config: PretrainedConfig, dtype: Any = "float32") -> Any:
+    """A model of a class of transformers, without content inside `meter.measured`."""
     settings = config.get_text_config().to_dict()
     caps = any(value for name, value in settings.items() if "att" in name and "softcap" in name)
     return kind.from_config(config, dtype=dtype, attn_implementation="eager" if caps else "sdpa")
 
 
-def _autocast(bf16: bool) -> Any:
+def autocast(bf16: bool) -> Any:
+    """As the trainers compute with and without `bf16`."""
     import torch
 
     return torch.autocast("cpu", dtype=torch.bfloat16) if bf16 else nullcontext()
 
 
-def _inputs(rows: int, length: int) -> dict[str, Any]:
+def inputs(rows: int, length: int) -> dict[str, Any]:
     """(rows, length) token ids and their mask."""
     import torch
 

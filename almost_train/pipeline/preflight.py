@@ -181,7 +181,7 @@ class _Checks:
 
     def rlsf(self) -> None:
         settings = self.recipe.settings("rlsf", RLSFSettings)
-        check_shares(settings, check_settings(settings).update_size(settings))
+        check_shares(settings, check_settings(settings, here=self.here).update_size(settings))
         if self.here:
             pick_device(settings.device)
             check_lora(settings, settings.device)

@@ -10,6 +10,10 @@ from almost_eval.models.loading import LARGE, cpu_has_bfloat16
 from almost_train.pipeline.needs import Estimator, Need
 from almost_train.pipeline.shapes import cache_bytes, local_folder
 
+VLLM_SHARE = 0.92
+"""Of a GPU's memory, which vLLM 0.31 takes where it is not told."""
+VLLM_PASS = 1 << 30
+"""Bytes of a pass over 2,048 tokens and its logits, as vLLM profiles it on a GPU."""
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -72,12 +76,12 @@ def generation_need(
         if stated is not None:
             cache, room = int(stated * (1 << 30)), f"{stated:g} GiB of keys and values have"
         else:
-            share = engine.get("gpu_memory") or 0.9  # vLLM's default
-            cache, room = int(share * devices.memory) - weights - (1 << 30), f"vLLM's share of {share:g} has"
+            share = engine.get("gpu_memory") or VLLM_SHARE
+            cache, room = int(share * devices.memory) - weights - VLLM_PASS, f"vLLM's share of {share:g} has"
         rows = max(0, min(256, cache * split // one))
         if rows == 0:
             cache, note = one // split, f"{room} no room for one answer"
-        activations = 1 << 30  # of a pass over 2,048 tokens and its logits, as vLLM profiles it
+        activations = VLLM_PASS
         weights += beside
     else:
         budget = engine.get("batch_tokens") or (

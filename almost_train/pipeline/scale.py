@@ -17,6 +17,7 @@ from typing import Any
 from almost_eval.errors import InputError
 from almost_eval.types import JSONObject
 from almost_train.pipeline.recipe import Recipe
+from almost_train.rlsf.job import SAMPLER_SETTINGS
 
 SCALES = ("full", "tiny")
 MODELS_VARIABLE = "ALMOST_REAL_MODELS"
@@ -43,12 +44,23 @@ TINY: Mapping[str, JSONObject] = {
         "save_every": 1,
         "guard_window": 0,
     },
+    "dpo": {"epochs": 1, "batch_size": 4, "micro_batch_size": 2, "max_length": 256, "max_steps": 2},
+    "online_dpo": {
+        "epochs": 1,
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "sampling_batch_size": 4,
+        "max_length": 256,
+        "max_steps": 2,
+        "max_new_tokens": 8,
+    },
     "evaluation": {"max_new_tokens": 8, "limit": 2},
 }
 """Section -> settings in the place of the recipe's."""
 _PPO: JSONObject = {"mini_batch_size": 4, "sampling_batch_size": 4, "ppo_epochs": 1}
 _MODELS = ("model", "assistant_model", "user_model", "vanilla", "as_is_reward_model")
-_LEFT_OUT = ("quantize", "vllm", "tensor_parallel_size")
+_LEFT_OUT = ("quantize", "optim", "attention", *SAMPLER_SETTINGS)
+"""Settings that need a GPU or a server, and those of a sampler that is left out."""
 
 
 def scaled(recipe: Recipe, scale: str, model: Path | str | None) -> Recipe:

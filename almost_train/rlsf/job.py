@@ -200,11 +200,16 @@ def load_algorithm(name: str) -> Algorithm:
     return cast(Algorithm, getattr(importlib.import_module(module), attribute))
 
 
-def check_settings(settings: RLSFSettings) -> Algorithm:
+def check_settings(settings: RLSFSettings, *, here: bool = True) -> Algorithm:
     """The algorithm that the settings name, once it is known that it takes them all.
+
+    Args:
+        settings: of the run.
+        here: whether this machine is to run it: its packages, processes and GPU count then.
 
     Raises:
         InputError: a setting of another algorithm, or settings that do not go together.
+        MissingDependencyError: vLLM is to sample here, and is not installed.
     """
     algorithm = load_algorithm(settings.algorithm)
     foreign = [
@@ -221,6 +226,8 @@ def check_settings(settings: RLSFSettings) -> Algorithm:
     refuse_empty_stop(settings.stop)
     algorithm.update_size(settings)
     _check_sampler(settings)
+    if here and settings.sampler != "transformers":
+        _check_sampler_here(settings)
     return algorithm
 
 
@@ -244,21 +251,26 @@ def _check_sampler(settings: RLSFSettings) -> None:
         raise InputError(f"--sampler {where} takes no {flags}; leave it out, or choose another --sampler")
     if where == "transformers":
         return
-    package, line = PACKAGES["vllm"]
-    if find_spec(package) is None:
-        raise MissingDependencyError(f"--sampler {where} needs the package {package!r}; install it with: {line}")
     if settings.is_quantized:
         raise InputError(f"--sampler {where} takes no --quantize: vLLM is sent whole weights, not packed ones")
     if settings.temperature > 2:
         raise InputError(f"vLLM takes no temperature above 2, not {settings.temperature:g}; use --sampler transformers")
-    if where == "vllm" and world_size() > 1:
-        raise InputError("--sampler vllm is for one process: vLLM would take its group over; use --sampler vllm-server")
     if where == "vllm-server":
         if not settings.sampler_url:
             raise InputError(
                 "--sampler vllm-server needs --sampler-url, the server's address, as http://127.0.0.1:8000"
             )
         EndpointAddress.parse(settings.sampler_url, "--sampler-url", "http://127.0.0.1:8000")
+
+
+def _check_sampler_here(settings: RLSFSettings) -> None:
+    package, line = PACKAGES["vllm"]
+    if find_spec(package) is None:
+        raise MissingDependencyError(
+            f"--sampler {settings.sampler} needs the package {package!r}; install it with: {line}"
+        )
+    if settings.sampler == "vllm" and world_size() > 1:
+        raise InputError("--sampler vllm is for one process: vLLM would take its group over; use --sampler vllm-server")
     if (settings.sampler_sleep or settings.weight_transfer == "nccl") and pick_device("auto") == "cpu":
         raise InputError("--sampler-sleep and --weight-transfer nccl need a GPU, and there is none; leave them out")
 

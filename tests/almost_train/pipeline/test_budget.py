@@ -17,6 +17,7 @@ from almost_train.cli.main import cli
 from almost_train.pipeline.hardware import Devices, devices, parse_memory
 from almost_train.pipeline.meter import count, measured, size_of, step_peak
 from almost_train.pipeline.needs import Estimator
+from almost_train.pipeline.policy_needs import rlsf_need
 from almost_train.pipeline.shapes import cache_bytes, load_config
 from almost_train.rlsf.job import RLSFSettings
 from almost_train.sft.run import SFTSettings
@@ -92,8 +93,8 @@ def test_what_a_setting_saves() -> None:
     fewer = SFTSettings(batch_size=8, micro_batch_size=2, max_length=64)
     assert estimator.sft("sft", "nano/vanilla-medium", fewer, 8).activations < plain.activations
     judges = [
-        estimator.rlsf(
-            "rlsf", "nano/vanilla-medium", "nano/reward", RLSFSettings(algorithm="grpo", reward_dtype=dtype)
+        rlsf_need(
+            estimator, "rlsf", "nano/vanilla-medium", "nano/reward", RLSFSettings(algorithm="grpo", reward_dtype=dtype)
         ).weights
         for dtype in ("auto", "bfloat16")
     ]

@@ -21,7 +21,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reas
 
 TOLERANCE = 0.15
 LENGTH = 128
-STAGES = ("sft", "reward", "rlsf", "rlsf-lora", "responses")
+STAGES = ("sft", "reward", "rlsf", "rlsf-lora", "rlsf-rloo", "dpo", "dpo-lora", "online_dpo", "responses")
+"""Each a section of a recipe, some with the settings of a variant."""
 TRAINING: dict[str, Any] = {"batch_size": 4, "micro_batch_size": 2, "max_length": LENGTH, "device": "cpu"}
 RLSF: dict[str, Any] = {
     "steps": 2,
@@ -34,6 +35,9 @@ RLSF: dict[str, Any] = {
     "keep_state": False,
     "device": "cpu",
 }
+OF_PPO = ("mini_batch_size", "sampling_batch_size", "ppo_epochs")
+RLOO = {key: value for key, value in RLSF.items() if key not in OF_PPO} | {"algorithm": "rloo", "num_generations": 2}
+ONLINE = {**TRAINING, "max_length": 144, "max_new_tokens": 16, "sampling_batch_size": 4, "eos_penalty": 0.0}
 
 
 def command(*arguments: str) -> list[str]:
@@ -67,9 +71,17 @@ def flags(settings: dict[str, Any]) -> list[str]:
     return words
 
 
+def section(stage: str) -> dict[str, Any]:
+    """Its settings."""
+    name, _, variant = stage.partition("-")
+    own = {"rlsf": RLOO if variant == "rloo" else RLSF, "online_dpo": ONLINE}.get(name, TRAINING)
+    return {**own, **({"lora_rank": 8} if variant == "lora" else {})}
+
+
 @cache
-def plans(model: str, lora_rank: int) -> list[dict[str, Any]]:
+def plans(model: str, variant: str) -> list[dict[str, Any]]:
     """The rows of a plan for all stages of one model."""
+    after_sft = [stage for stage in ("rlsf", "dpo", "online_dpo") if not variant or f"{stage}-{variant}" in STAGES]
     recipe = {
         "prompt_set": "builtin",
         "engine": {"dtype": "float32"},
@@ -83,7 +95,7 @@ def plans(model: str, lora_rank: int) -> list[dict[str, Any]]:
         "comparisons": {"ranking": ["one", "two"]},
         "reward": {"model": model, **TRAINING},
         "sft": {"model": model, **TRAINING},
-        "rlsf": {**RLSF, "lora_rank": lora_rank},
+        **{stage: section(f"{stage}-{variant}") for stage in after_sft},
     }
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "recipe.yaml"
@@ -97,8 +109,8 @@ def plans(model: str, lora_rank: int) -> list[dict[str, Any]]:
 
 
 def planned(model: str, stage: str) -> dict[str, Any]:
-    rows = plans(model, 8 if stage == "rlsf-lora" else 0)
-    return next(row for row in rows if row["stage"] == stage.removesuffix("-lora"))
+    name, _, variant = stage.partition("-")
+    return next(row for row in plans(model, variant) if row["stage"] == name)
 
 
 def text_of(model: str, tokens: int) -> str:
@@ -130,10 +142,11 @@ def measured(model: str, folder: Path, stage: str) -> int:
         ]
         file = rows(folder / "demonstrations.jsonl", talks)
         return peak("sft", "--demonstrations", file, "--model", model, *flags(TRAINING), *output)
-    if stage == "reward":
+    if stage == "reward" or stage.startswith("dpo"):
         pairs = [{"prompt": f"Tell me {i}.", "chosen": f"{long} {i}", "rejected": f"{long} {i + 1}"} for i in range(10)]
         file = rows(folder / "comparisons.jsonl", pairs)
-        return peak("reward", "--comparisons", file, "--model", model, *flags(TRAINING), *output)
+        kind, starts = ("reward", "--model") if stage == "reward" else ("dpo", "--policy")
+        return peak(kind, "--comparisons", file, starts, model, *flags(section(stage)), *output)
     prompts = [{"id": f"p{i}", "prompt": f"{i} {text_of(model, 100)}"} for i in range(8)]
     file = rows(folder / "prompts.jsonl", prompts)
     if stage == "responses":
@@ -146,8 +159,9 @@ def measured(model: str, folder: Path, stage: str) -> int:
         )
     judge = folder / "judge"
     _judge(model, judge)
-    own = {**RLSF, **({"lora_rank": 8} if stage == "rlsf-lora" else {})}
-    return peak("rlsf", "--policy", model, "--reward-model", str(judge), "--prompts", file, *flags(own), *output)
+    command_of = stage.partition("-")[0].replace("_", "-")
+    inputs = ("--policy", model, "--reward-model", str(judge), "--prompts", file)
+    return peak(command_of, *inputs, *flags(section(stage)), *output)
 
 
 def _judge(model: str, folder: Path) -> None:
@@ -171,7 +185,7 @@ def compare(model: str, folder: Path, stage: str) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_nano(stage: str, tmp_path: Path) -> None:
-    compare("nano/sft" if stage.startswith("rlsf") else "nano/vanilla-medium", tmp_path, stage)
+    compare("nano/vanilla-medium" if stage in ("sft", "reward", "responses") else "nano/sft", tmp_path, stage)
 
 
 @pytest.mark.real
