@@ -143,6 +143,7 @@ class Race:
                 if response.status >= 400:
                     raise await self._policy.refused(response)
                 if not response.header(b"content-type").startswith(EVENTS.encode()):
+                    self._policy.parsed(await response.read())  # where it breaks off, that is the fault
                     raise self._policy.malformed("a stream")
                 await start_events(self._reply, notes_of(response))
                 await self._follow(response, fallback=fallback)

@@ -316,7 +316,8 @@ def test_a_refusal_of_the_policy_is_passed_on(gateway: Callable[..., httpx.Clien
         yield whole({"error": {"message": "too long"}}, "400 Bad Request")
 
     answer = gateway(parts).post(CHAT, json={**RACING, "best_of": 2})
-    assert (answer.status_code, answer.json()) == (400, {"error": {"message": "too long"}})
+    error = {"message": "too long", "type": "invalid_request_error", "param": None, "code": None}
+    assert (answer.status_code, answer.json()) == (400, {"error": error})
 
 
 def test_without_rewards_a_race_falls_back_or_fails(gateway: Callable[..., httpx.Client]) -> None:
