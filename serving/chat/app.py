@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
+from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
@@ -148,13 +149,24 @@ def _digest(token: bytes) -> bytes:
     return hashlib.sha256(token).digest()
 
 
+class _Page(gr.Blocks):
+    """Puts no traceback into the log for a value that a page may not send: of no list, beyond a slider's end."""
+
+    async def preprocess_data(self, *arguments: Any, **options: Any) -> Any:
+        try:
+            return await super().preprocess_data(*arguments, **options)
+        except gr.Error as error:
+            error.print_exception = False
+            raise
+
+
 def build_page(desk: Desk) -> gr.Blocks:
     """The tabs, connected."""
     arena = None
     if len(desk.systems) > 1:
         # Its own list: a model that is loaded later does not join the rounds of those before.
         arena = Arena(tuple(desk.systems), VoteStore(desk.votes), desk.defaults, desk.seed)
-    with gr.Blocks(title="ALMoST chat", analytics_enabled=False, fill_width=True, delete_cache=None) as page:
+    with _Page(title="ALMoST chat", analytics_enabled=False, fill_width=True, delete_cache=None) as page:
         gr.HTML(
             '<header class="top"><h1>ALMoST <span>chat</span></h1>'
             '<button type="button" id="theme" aria-label="Switch between dark and light">Dark</button></header>',

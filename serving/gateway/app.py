@@ -110,7 +110,7 @@ class Gateway:
             if response.status >= 400:
                 raise await self.policy.refused(response)
             if response.header(b"content-type").startswith(EVENTS.encode()):
-                await relay_events(response, reply)
+                await relay_events(response, reply, self.policy.error_in_stream)
                 return
             whole = await response.read()
             self.policy.parsed(whole)  # an answer that is no JSON is told as a failure

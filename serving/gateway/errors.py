@@ -79,17 +79,29 @@ def upstream_refusal(server: str, status: int, body: bytes, key: str | None) -> 
         body: the refusal.
         key: what the gateway sends to that server.
     """
+    error = shaped_error(body, key)
+    if error is None:
+        words = upstream_words(body, key)
+        return refusal(status, f"the {server} server refuses the request ({status}): {words}", f"{server}_refused")
+    return HTTPException(status, json.dumps({"error": error | {"type": error["type"] or "invalid_request_error"}}))
+
+
+def shaped_error(body: bytes, key: str | None) -> JSONObject | None:
+    """Message, type, param and code of an error in OpenAI's form, as far as they can be shown; None of anything else.
+
+    Args:
+        body: the error.
+        key: what the gateway sends to that server.
+    """
     content = _content_of(body)
     error = content.get("error", content) if isinstance(content, dict) else None
     if not isinstance(error, dict) or not isinstance(error.get("message"), str):
-        words = upstream_words(body, key)
-        return refusal(status, f"the {server} server refuses the request ({status}): {words}", f"{server}_refused")
+        return None
     details: JSONObject = {"message": _shown(error["message"], key, _MESSAGE) or _NO_REASON}
     details |= {name: _shown(error.get(name), key, _WORD) for name in ("type", "param", "code")}
-    details["type"] = details["type"] or "invalid_request_error"
     if type(error.get("code")) is int and 0 <= error["code"] < 1000:  # vLLM writes the status there
         details["code"] = error["code"]
-    return HTTPException(status, json.dumps({"error": details}))
+    return details
 
 
 def upstream_words(body: bytes, key: str | None) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterable, Sequence
+import re
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
 from starlette.exceptions import HTTPException
 from starlette.types import Send
 
 from almost_eval.types import JSONObject
-from serving.gateway.events import MAX_EVENT_BYTES
+from serving.gateway.events import MAX_EVENT_BYTES, EventReader
 from serving.gateway.http_client import BrokenOff, HttpResponse
 
 EVENTS = "text/event-stream"
@@ -20,6 +21,8 @@ _TAIL_BYTES = 32
 """Of a stream's end, which `_LAST` stands in."""
 _EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 _END_BYTES = 4
+_ERROR = re.compile(rb'"error"\s*:')
+"""A field of an event; in an answer's text the quotes are escaped."""
 _SHARED = ("id", "created", "model", "system_fingerprint")
 _FAREWELL_S = 2.0
 
@@ -82,8 +85,13 @@ class ReplyWriter:
         return None
 
 
-async def relay_events(answer: HttpResponse, reply: ReplyWriter) -> None:
-    """Pass a stream through as it comes, byte for byte.
+async def relay_events(answer: HttpResponse, reply: ReplyWriter, told: Callable[[bytes], bytes | None]) -> None:
+    """Pass a stream through as it comes, byte for byte, but for errors in it.
+
+    Args:
+        answer: the stream.
+        reply: where it goes.
+        told: an event's data -> the error to be told in its place; None where the event is no error.
 
     Only the beginning of an event that is not whole yet is held back: should the upstream die there, what the client
     has can still be closed with a well-formed error.
@@ -96,11 +104,21 @@ async def relay_events(answer: HttpResponse, reply: ReplyWriter) -> None:
     )  # not the upstream's own words for it
     tail = b""
     async for events in whole_events(answer):
-        await reply.part(events)
+        await reply.part(_errors_told(events, told) if _ERROR.search(events) else events)
         tail = (tail + events[-_TAIL_BYTES:])[-_TAIL_BYTES:]
     if not tail.rstrip().endswith(_LAST):  # a server that dies may close its connection as if all was said
         raise BrokenOff("a stream without its end")
     await reply.end()
+
+
+def _errors_told(events: bytes, told: Callable[[bytes], bytes | None]) -> bytes:
+    """Whole events, each that is an error in the words of `told`."""
+    reader = EventReader()
+    pieces = []
+    for data in [*reader.feed(events), *reader.finish()]:
+        data = data if data == _LAST else told(data) or data
+        pieces.append(b"".join(b"data: %s\n" % line for line in data.split(b"\n")) + b"\n")
+    return b"".join(pieces)
 
 
 async def whole_events(answer: HttpResponse) -> AsyncIterator[bytes]:

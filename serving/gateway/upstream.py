@@ -7,6 +7,7 @@ and the client decides whether to ask again.
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,7 +17,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 
 from serving.door.strict_json import NotJSON, read_json
-from serving.gateway.errors import refusal, upstream_refusal, upstream_words
+from serving.gateway.errors import refusal, shaped_error, upstream_refusal, upstream_words
 from serving.gateway.http_client import BrokenOff, HttpClient, HttpResponse, Unreachable
 from serving.gateway.metrics import Metrics
 from serving.gateway.streaming import notes_of
@@ -112,6 +113,17 @@ class Upstream:
         error = upstream_refusal(self.name, answer.status, await error_body(answer), self._key)
         notes = {name.decode("latin-1"): value.decode("latin-1") for name, value in notes_of(answer)}
         return HTTPException(error.status_code, error.detail, notes)
+
+    def error_in_stream(self, data: bytes) -> bytes | None:
+        """An event's data where it is an error, written anew as in `upstream_refusal`; None where it is none."""
+        content = self.parsed(data)
+        if not isinstance(content, dict) or not content.get("error"):
+            return None
+        self._count("failed")
+        if error := shaped_error(data, self._key):
+            return json.dumps({"error": error | {"type": error["type"] or "server_error"}}).encode()
+        failed = f"the {self.name} server failed within its answer: {self.words(data)}"
+        return refusal(self.status, failed, f"{self.name}_failed").detail.encode()
 
     def words(self, body: bytes) -> str:
         """What its error says, fit for the client; see `upstream_words`."""

@@ -63,6 +63,8 @@ class FakeUpstream:
 
     def __init__(self) -> None:
         self.mode = "good"
+        self.error_in_stream = b""
+        """The data of an event before `[DONE]`."""
         """`good`, `hang`, `garbage`, `die`, `half-event`, `fail`, `slow`: what it does from now on."""
         self.seen: list[tuple[str, dict[str, str], Any]] = []
         """Path, headers and body of every request."""
@@ -119,6 +121,8 @@ class FakeUpstream:
                 yield event(9)[:20]
                 await asyncio.sleep(0.05)
                 raise ConnectionResetError  # the connection closes in the middle of the event
+            if self.error_in_stream:
+                yield b"data: " + self.error_in_stream + b"\n\n"
             yield b"data: [DONE]\n\n"
         finally:
             self.running -= 1

@@ -235,7 +235,7 @@ def test_the_server_answers_with_the_adapter(adapter: Path) -> None:
     plain = HFEngine(str(adapter)).loglikelihood(MANY)
     with VLLMServer("policy", str(adapter)) as server:
         server.wait_ready(timeout_s=300)
-        served = OpenAIScorer(server.model, base_url=f"{server.url}/v1").loglikelihood(MANY)
+        served = OpenAIScorer(server.model, base_url=f"{server.url}/v1", tokenizer=str(adapter)).loglikelihood(MANY)
     for mine, theirs in zip(served, plain, strict=True):
         assert [score.logprob for score in mine] == pytest.approx([s.logprob for s in theirs], abs=1e-3)
 

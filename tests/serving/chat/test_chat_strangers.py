@@ -354,6 +354,26 @@ def test_a_session_that_is_none_is_no_crash(visitor: httpx.Client, log: Callable
     assert "Traceback" not in log()
 
 
+@pytest.mark.parametrize(("elem_id", "event_name"), [("report-run", "input"), ("send", "click")])
+def test_a_value_that_the_page_does_not_offer_leaves_no_traceback(
+    visitor: httpx.Client, elem_id: str, event_name: str, log: Callable[[], str]
+) -> None:
+    """Of a list, and of a slider beyond its end: Gradio refused it, and wrote a traceback each time."""
+    config = visitor.get("/config").json()
+    number, session = number_of(config, elem_id, event_name), uuid.uuid4().hex
+    components = {component["id"]: component for component in config["components"]}
+    inputs = next(event["inputs"] for event in config["dependencies"] if event["id"] == number)
+    outside: dict[str, Any] = {"dropdown": "../../etc/passwd", "slider": 10**9}
+    data = [outside.get(components[i]["type"], components[i]["props"].get("value")) for i in inputs]
+    assert set(data) & set(outside.values())
+    body = {"data": data, "fn_index": number, "session_hash": session}
+    visitor.post("/gradio_api/queue/join", json=body).raise_for_status()
+    with visitor.stream("GET", "/gradio_api/queue/data", params={"session_hash": session}) as answer:
+        ended = next(line for line in answer.iter_lines() if '"process_completed"' in line)
+    assert json.loads(ended.removeprefix("data: "))["success"] is False
+    assert log() == ""
+
+
 def test_several_who_listen_to_one_page_and_leave_are_no_crash(visitor: httpx.Client, log: Callable[[], str]) -> None:
     """From the second on, who left was a KeyError of Gradio's."""
     session = uuid.uuid4().hex

@@ -106,6 +106,45 @@ def test_a_stream_passes_byte_for_byte(two: Two) -> None:
     assert answer.content == b"".join(map(event, range(500))) + b"data: [DONE]\n\n"
 
 
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (
+            {"error": {"message": "out of luck in /srv/models/x/run.py", "type": "BadRequestError", "code": 400}},
+            {"message": "out of luck in .../run.py", "type": "BadRequestError", "param": None, "code": 400},
+        ),
+        (
+            {"error": {"message": "sk-secret-of-another", "trace": "/root/x.py"}, "choices": []},
+            {"message": "***", "type": "server_error", "param": None, "code": None},
+        ),
+        (
+            {"error": "/root/x.py failed"},
+            {
+                "message": "the policy server failed within its answer: .../x.py failed",
+                "type": "server_error",
+                "param": None,
+                "code": "policy_failed",
+            },
+        ),
+    ],
+)
+def test_an_error_within_a_stream_is_written_anew(two: Two, error: dict[str, Any], expected: dict[str, Any]) -> None:
+    two.policy.error_in_stream = json.dumps(error, indent=1).replace("\n", "\ndata: ").encode()  # in several lines
+    answer = two.post({**PLAIN, "stream": True})
+    whole = b"".join(map(event, range(4)))
+    assert answer.content.startswith(whole)
+    told, done, rest = answer.content[len(whole) :].split(b"\n\n")
+    assert json.loads(told.removeprefix(b"data: ")) == {"error": expected}
+    assert (done, rest) == (b"data: [DONE]", b"")
+
+
+def test_an_answer_about_errors_passes_as_it_is(two: Two) -> None:
+    chunk = {"choices": [{"index": 0, "delta": {"content": 'say "error": {"error": 1}'}}], "error": None}
+    two.policy.error_in_stream = json.dumps(chunk).encode()
+    answer = two.post({**PLAIN, "stream": True})
+    assert b"data: " + json.dumps(chunk).encode() + b"\n\ndata: [DONE]" in answer.content
+
+
 @pytest.mark.alone("0.15 s to the first token")
 def test_a_slow_stream_is_not_held_back(two: Two) -> None:
     two.policy.mode = "slow"

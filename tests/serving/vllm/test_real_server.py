@@ -34,7 +34,8 @@ def test_a_real_policy_answers_in_the_dtype_it_says(real_models: Any, dtype: str
         question = {"role": "user", "content": "What is the capital of France? Answer in one sentence."}
         body = {"model": server.model, "messages": [question], "temperature": 0, "max_tokens": 24}
         reply = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
-        (served,) = OpenAIScorer(server.model, base_url=f"{server.url}/v1").loglikelihood([CAPITALS])
+        scorer = OpenAIScorer(server.model, base_url=f"{server.url}/v1", tokenizer=str(real_models.smollm2))
+        (served,) = scorer.loglikelihood([CAPITALS])
     assert "Paris" in reply["choices"][0]["message"]["content"]
     (exact,) = HFEngine(str(real_models.smollm2), dtype="float32").loglikelihood([CAPITALS])
     off = [abs(a.logprob - b.logprob) for a, b in zip(served, exact, strict=True)]
