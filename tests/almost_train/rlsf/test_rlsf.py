@@ -295,7 +295,7 @@ def test_killed_just_before_the_policy_is_saved(
     whole = rlsf(chosen, **world, output=tmp_path / "whole")
     assert whole["metrics"]["stopped"] == ("kl" if limit == 5 else None)
     with monkeypatch.context() as patch:
-        patch.setattr(f"almost_train.rlsf.{'loop' if algorithm == 'ppo' else 'trl'}.save_policy", die)
+        patch.setattr(f"almost_train.rlsf.{'ppo_models' if algorithm == 'ppo' else 'trl'}.save_policy", die)
         with pytest.raises(Stopped):
             rlsf(chosen, **world, output=tmp_path / "killed")
     assert rlsf(chosen, **world, output=tmp_path / "killed")["metrics"] == whole["metrics"]
@@ -306,13 +306,13 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import torch
-from almost_train.rlsf.job import ALGORITHMS, COMMON_SETTINGS, RLSFSettings, check_settings, load_algorithm
-from almost_train.rlsf.rollouts import conversation
+from almost_train.common.config import settings_from
+from almost_train.rlsf.job import RLSFSettings
 from almost_train.rlsf.run import rlsf
 torch.set_num_threads(1)
 given = json.loads(sys.argv[1])
 world = given["world"] | {"prompts": Path(given["world"]["prompts"])}
-rlsf(RLSFSettings(**given["settings"]), **world, output=Path(given["output"]))
+rlsf(settings_from(RLSFSettings, given["settings"], "settings"), **world, output=Path(given["output"]))
 """
 
 
