@@ -53,7 +53,8 @@ class Preference:
 
         Raises:
             EmptyAnswer: what the user says last, or the last message of an answer, has no words.
-            DataError: no prompt, an answer that does not end in an assistant's message, a margin that is no number.
+            DataError: no prompt, an answer that does not end in an assistant's message, a margin that is no number or
+                is below 0.
         """
         prompt = with_system(row, prompt, where)
         if not prompt or any(not answer or answer[-1].role != "assistant" for answer in (chosen, rejected)):
@@ -63,14 +64,7 @@ class Preference:
         for side, answer in (("chosen", chosen), ("rejected", rejected)):
             if not answer[-1].content.strip():
                 raise EmptyAnswer(f"malformed data: {where}: the {side} answer is empty")
-        margin = row.get("margin")
-        if margin is not None:
-            try:
-                margin = float(margin)
-            except (TypeError, ValueError, OverflowError):
-                margin = math.nan
-            if not math.isfinite(margin):
-                raise DataError(f"malformed data: {where}: 'margin' must be a number, and is {row['margin']!r:.40}")
+        margin = _margin(row, where)
         chosen_source, rejected_source = (str(row.get(f"{side}_source") or "") for side in ("chosen", "rejected"))
         prompt_id = row.get("prompt_id") or hashlib.sha256(json.dumps(_as_json(prompt)).encode()).hexdigest()[:12]
         return cls(prompt, chosen, rejected, chosen_source, rejected_source, str(prompt_id), margin)
@@ -86,6 +80,25 @@ class Preference:
             "prompt_id": self.prompt_id,
             **({} if self.margin is None else {"margin": self.margin}),
         }
+
+
+def _margin(row: Row, where: str) -> float | None:
+    value = row.get("margin")
+    if value is None:
+        return None
+    try:
+        # A text too: a cell of a CSV is one. Not true, which Python takes for 1.
+        margin = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        margin = math.nan
+    if not math.isfinite(margin):
+        raise DataError(f"malformed data: {where}: 'margin' must be a number, and is {value!r:.40}")
+    if margin < 0:
+        raise DataError(
+            f"malformed data: {where}: 'margin' is {margin:g}, and must not be below 0: it says by how much the chosen "
+            "answer is better; swap the two answers, or leave the row out"
+        )
+    return margin
 
 
 def messages_of(items: Sequence[object], where: str) -> Conversation:

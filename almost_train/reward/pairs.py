@@ -16,6 +16,7 @@ from almost_eval.rewards.base import is_framed
 from almost_eval.stats import mean_metric
 from almost_eval.types import Conversation, JSONObject
 from almost_train.common.formats import read_preferences
+from almost_train.common.special_text import SpecialText, without_special
 from almost_train.common.split import conversation_key, split_by_prompt
 from almost_train.common.tables import read_any
 
@@ -180,6 +181,16 @@ def split_pairs(
     return split.training, split.held_out, Counter({"prompt_in_eval": split.dropped} if split.dropped else {})
 
 
+def plain_pairs(
+    pairs: Sequence[RewardPair], special: SpecialText, *, skip: bool
+) -> tuple[list[RewardPair], Counter[str]]:
+    """The pairs whose texts hold no special token, and how many others were left out; see `without_special`."""
+    plain, others = without_special(
+        pairs, special, lambda pair: pair.chosen + pair.rejected, lambda pair: pair.where, skip=skip
+    )
+    return plain, Counter({"special_token": len(others)} if others else {})
+
+
 def encode_pairs(
     pairs: Sequence[RewardPair], encode: Callable[[Conversation], list[int]], limit: int, pad: int
 ) -> tuple[list[RewardPair], Counter[str]]:
@@ -210,6 +221,7 @@ def no_pair(comparisons: Path | str, dropped: Counter[str]) -> DataError:
     """The error of comparisons of which none can be trained on."""
     advice = {
         "too_long": "raise --max-length",
+        "special_token": "their texts hold special tokens",
         "same_text": "chosen and rejected must differ",
         "prompt_in_eval": "the held-out file has all of their prompts",
     }

@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 
-def make_trainer(job: Job, log: StepLog, advance: Callable[[int], None], saving: SaveRequests) -> tuple[Trainer, PolicyWatch]:
+def make_trainer(
+    job: Job, log: StepLog, advance: Callable[[int], None], saving: SaveRequests
+) -> tuple[Trainer, PolicyWatch]:
     """The trainer, and what watches it."""
     from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 

@@ -204,6 +204,12 @@ def test_prompts_that_cannot_be_used_are_one_line(rows: list[dict[str, Any]], me
         ({"prompt": [user], "chosen": [user], "rejected": [wrong]}, "end in an assistant's message"),
         (PREFERENCES["standard preferences"] | {"margin": "much"}, "'margin' must be a number, and is 'much'"),
         (PREFERENCES["standard preferences"] | {"margin": 10**400}, "'margin' must be a number, and is 1000"),
+        (PREFERENCES["standard preferences"] | {"margin": float("nan")}, "'margin' must be a number, and is nan"),
+        (PREFERENCES["standard preferences"] | {"margin": "Infinity"}, "'margin' must be a number, and is 'Infinity'"),
+        (PREFERENCES["standard preferences"] | {"margin": True}, "'margin' must be a number, and is True"),
+        (PREFERENCES["standard preferences"] | {"margin": [1.0]}, r"'margin' must be a number, and is \[1.0\]"),
+        (PREFERENCES["standard preferences"] | {"margin": -0.5}, "'margin' is -0.5, and must not be below 0"),
+        (PREFERENCES["standard preferences"] | {"margin": "-2"}, "'margin' is -2, and must not be below 0"),
     ],
 )
 def test_pairs_that_cannot_be_used_are_one_line(row: dict[str, Any], message: str) -> None:
