@@ -31,7 +31,7 @@ from almost_train.dpo.run import DPOSettings
 from almost_train.dpo.trainer import PreferenceSettings, check_loss
 from almost_train.nano.data import VoteSettings
 from almost_train.pipeline.evaluation import EvaluationSettings, prompts_of
-from almost_train.pipeline.recipe import Recipe
+from almost_train.pipeline.recipe import SAMPLED, Recipe
 from almost_train.reward.pairs import read_comparisons
 from almost_train.reward.run import KINDS, RewardSettings
 from almost_train.rlsf.job import RLSFSettings, check_settings, refuse_empty_stop
@@ -47,8 +47,6 @@ from almost_train.synthetic.responses import Configuration, ResponseSettings, re
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SAMPLED = ("prompts", "responses", "self_play")
-"""Stages that run the recipe's engine."""
 REWARD_KINDS = ("SequenceClassification", "RewardModel")
 COPIES = {"reward": 4, "sft": 4, "rlsf": 7, "dpo": 4, "online_dpo": 4, "as_is_reward": 4}
 """Stage -> how many times the weights of its model, in float32, it writes at most at one time: the result, and a

@@ -48,6 +48,8 @@ SECTIONS = (
     "online_dpo",
     "evaluation",
 )
+SAMPLED = ("prompts", "responses", "self_play")
+"""Stages that run the recipe's engine; training and evaluation sample with transformers."""
 
 
 @dataclass(frozen=True, slots=True)
