@@ -19,7 +19,7 @@ from almost_eval.models.endpoints import EndpointAddress
 from almost_eval.models.loading import pick_device
 from almost_eval.progress import Progress
 from almost_eval.types import JSONObject
-from almost_train.common.config import option
+from almost_train.common.config import MOST_SEED, option
 from almost_train.common.lora import ADAPTER, LoraSettings
 from almost_train.common.merge import merge
 from almost_train.common.processes import WORK, world_size
@@ -104,7 +104,7 @@ class RLSFSettings(LoraSettings):
         choices=("running", "sft", "none"),
     )
     eos_penalty: float = option(1.0, "Taken off the (normalised) reward of a completion without EOS.", least=0)
-    seed: int = option(0, "Of prompt order, sampling and mini-batches.", least=0)
+    seed: int = option(0, "Of prompt order, sampling and mini-batches.", least=0, most=MOST_SEED)
     bf16: bool = option(False, "Compute in bfloat16; master weights stay float32.")
     reward_dtype: str = option(
         "auto",

@@ -35,7 +35,7 @@ from almost_eval.models.release import release_memory
 from almost_eval.progress import Progress
 from almost_eval.run.shards import Mark, Shard, begin_shard, file_names
 from almost_eval.types import Completion, JSONObject, Message
-from almost_train.common.config import option, settings_from
+from almost_train.common.config import MOST_SEED, option, settings_from
 from almost_train.common.shards import folder_of, shard_result, whole_stage
 from almost_train.common.stage import Stage, model_input
 from almost_train.synthetic.filters import RULES, STOPS, broken_rule, read_response
@@ -68,7 +68,7 @@ class ResponseSettings:
     draw_shots: bool = option(False, "Draw the demonstrations anew for each prompt; else the first of the set.")
     min_characters: int = option(50, "Shorter answers are rejected.", least=1)
     rules: tuple[str, ...] = option(tuple(RULES), "Rules that an answer must keep.", choices=tuple(RULES))
-    seed: int = option(0, "Seed of the sampling and of the draws.", least=0)
+    seed: int = option(0, "Seed of the sampling and of the draws.", least=0, most=MOST_SEED)
 
 
 @dataclass(frozen=True, slots=True)
