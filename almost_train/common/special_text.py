@@ -104,8 +104,8 @@ def without_special(
         item, (role, text) = others[0]
         raise DataError(
             f"malformed data: {where(item)}: the {role}'s message holds {text!r}, which the model would read as a "
-            f"control token or the end of a turn, and not as text ({len(others)} of {len(items)} rows hold one); write "
-            "it in another way, or leave such rows out with --skip-special"
+            f"control token or the end of a turn, and not as text; write it in "
+            "another way, or leave such rows out with --skip-special"
         )
     return plain, [item for item, _ in others]
 

@@ -93,7 +93,7 @@ def train_dpo(
     check_batches(settings)
     check_loss(settings)
     check_lora(settings, settings.device)
-    data = read_comparisons(comparisons, eval_comparisons, margin=False, skip_empty=settings.skip_empty)
+    data = read_comparisons(comparisons, eval_comparisons, margin=None, skip_empty=settings.skip_empty)
     inputs = {**data.inputs, "policy": model_input(policy)}
     train, held_out, dropped = data.split(settings.eval_share, settings.seed)
     refuse_without_rows(settings.eval_every, len(held_out), "give --eval-share or --eval-comparisons")

@@ -113,14 +113,14 @@ class Comparisons:
 
 
 def read_comparisons(
-    comparisons: Path | str, held_out: Path | str | None, *, margin: bool, skip_empty: bool
+    comparisons: Path | str, held_out: Path | str | None, *, margin: bool | None, skip_empty: bool
 ) -> Comparisons:
     """The comparisons of a stage.
 
     Args:
         comparisons: for training.
         held_out: for measuring; None where a share of the former is.
-        margin: whether the loss uses margins.
+        margin: whether the loss uses margins; None for one that has none.
         skip_empty: leave out rows of which an answer is empty, and say which.
 
     Raises:
@@ -157,7 +157,7 @@ def read_pairs(source: Path | str, *, skip_empty: bool = False) -> PairFile:
     return PairFile(pairs, preferences.format, table.input, preferences.empty)
 
 
-def check_margins(source: Path | str, pairs: Sequence[RewardPair], *, used: bool) -> None:
+def check_margins(source: Path | str, pairs: Sequence[RewardPair], *, used: bool | None) -> None:
     """Refuse margins that the loss would ignore, and a loss with margins where a pair has none.
 
     Raises:
@@ -169,7 +169,7 @@ def check_margins(source: Path | str, pairs: Sequence[RewardPair], *, used: bool
     if not used and lacking < len(pairs):
         raise DataError(
             f"{len(pairs) - lacking} of {len(pairs)} rows of {source} have a 'margin', which the loss would leave out; "
-            "give --margin, or remove the column"
+            + ("remove the column" if used is None else "give --margin, or remove the column")
         )
 
 

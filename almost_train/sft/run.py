@@ -132,7 +132,13 @@ def train_sft(
         rows, dropped = answers(split.training, table)
         dropped += Counter({"prompt_in_eval": split.dropped} if split.dropped else {})
         if not rows:
-            raise DataError(f"{demonstrations} leaves no answer to train on (dropped: {dict(dropped)})")
+            cure = {
+                "answer_too_long": "; raise --max-length",
+                "dialogue_too_long": "; raise --max-length",
+                "prompt_in_eval": "; the held-out file has all of their prompts",
+                "special_token": "; their texts hold special tokens",
+            }.get(max(dropped, key=lambda reason: dropped[reason], default=""), "")
+            raise DataError(f"{demonstrations} leaves no answer to train on (dropped: {dict(dropped)}){cure}")
         eval_rows, eval_dropped = answers(split.held_out, eval_table or table)
         refuse_without_rows(settings.eval_every, len(eval_rows), "none of the held-out answers fits --max-length")
         measured = None
