@@ -183,7 +183,7 @@ def set_values(content: Mapping[str, Any], values: Sequence[str], name: str) -> 
             raise InputError(f"{item!r} sets nothing; write SECTION.SETTING=VALUE, as comparisons.length_rule=false")
         if section not in HEAD + SECTIONS:
             raise InputError(f"recipe {name}: unknown section {section!r}; {did_you_mean(section, HEAD + SECTIONS)}")
-        value = yaml_value(text, repr(item))
+        value = yaml_value(text, f"{item!r}: the value")
         if not key:
             changed[section] = value
         elif isinstance(changed.setdefault(section, {}), dict):
