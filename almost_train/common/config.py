@@ -13,6 +13,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T")
+
+
+MOST_SEED = 2**32 - 1
+"""The largest seed: numpy's global generator, which trainers of transformers seed, takes no larger one."""
 
 
 def option(
@@ -132,7 +137,9 @@ def _one(value: object, setting: SettingField, where: str) -> object:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise InputError(f"{where} is {value!r}; it must be {_named(kind)}")
+        # Without quotes YAML reads `no` as false, 3 as a number and 2020-01-01 as a date.
+        cure = ": put quotes around it" if kind is str and isinstance(value, bool | int | float | date) else ""
+        raise InputError(f"{where} is {value!r}; it must be {_named(kind)}{cure}")
     # 2. The bounds.
     if setting.choices and value not in setting.choices:
         raise InputError(f"{where} is {value!r}; {did_you_mean(str(value), setting.choices)}")
@@ -145,7 +152,7 @@ def _one(value: object, setting: SettingField, where: str) -> object:
             ("above", setting.above, setting.above is None or value > setting.above),
         ):
             if not kept:
-                raise InputError(f"{where} is {value}; it must be {word} {bound:g}")
+                raise InputError(f"{where} is {value}; it must be {word} {bound:.15g}")
     return value
 
 

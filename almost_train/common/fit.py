@@ -199,7 +199,7 @@ def _callback(
 ) -> TrainerCallback:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-    class Watch(TrainerCallback):
+    class FitWatch(TrainerCallback):
         """Writes the log, shows the progress, marks whole checkpoints."""
 
         def __init__(self) -> None:
@@ -240,4 +240,4 @@ def _callback(
                 evaluation.best.checkpoint_saved(state.global_step)
             saving.saved()
 
-    return Watch()
+    return FitWatch()

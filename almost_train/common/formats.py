@@ -17,7 +17,7 @@ from almost_eval.errors import DataError
 from almost_eval.files import Row
 from almost_eval.models.chat import parse_dialogue
 from almost_eval.types import Conversation, Message
-from almost_train.common.records import EmptyAnswer, Preference, messages_of, with_system
+from almost_train.common.records import EmptyAnswer, Preference, messages_of, refuse_half, with_system
 from almost_train.common.tables import Table
 
 T = TypeVar("T")
@@ -105,8 +105,11 @@ def read_prompt_rows(table: Table) -> Records[tuple[str, Conversation]]:
     ids: list[str] = []
     seen: set[str] = set()
     for number, (row, messages) in enumerate(zip(table.rows, prompts.records, strict=True), 1):
-        id = str(row.get("id", row.get("prompt_id", number)))
+        given = row.get("id", row.get("prompt_id", number))
         where = f"malformed data: {table.name}, prompt {number}"
+        if isinstance(given, bool) or not isinstance(given, str | int) or not str(given).strip():
+            raise DataError(f"{where}: the id must be a text or a whole number, and is {given!r:.40}")
+        id = str(given)
         if id in seen:
             raise DataError(f"{where}: the id {id!r} is there twice")
         if not messages or messages[-1].role != "user" or not messages[-1].content.strip():
@@ -164,17 +167,9 @@ def _read(table: Table, formats: tuple[Format[T], ...], what: str, *, skip_empty
 
 
 def _refuse_halves(record: object, where: str) -> None:
-    """A JSON text may hold half of a surrogate pair (`"\\ud83d"`), which no UTF-8 has and no tokenizer takes."""
     parts = (record.prompt, record.chosen, record.rejected) if isinstance(record, Preference) else (record,)
     for message in (message for part in parts for message in cast(Conversation, part)):
-        try:
-            message.content.encode()
-        except UnicodeEncodeError as error:
-            half = message.content[error.start]
-            raise DataError(
-                f"malformed data: {where}: half of a surrogate pair ({half!a}), which is no character; the text was "
-                "cut inside one"
-            ) from None
+        refuse_half(message.content, where)
 
 
 _UNREAD = ("tools", "history", "chat_template_kwargs")

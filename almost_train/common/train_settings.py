@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 from almost_eval.errors import InputError
 from almost_eval.models.loading import ATTENTION, pick_device
-from almost_train.common.config import option
+from almost_train.common.config import MOST_SEED, option
 from almost_train.common.lora import LoraSettings
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "adafactor")
@@ -31,7 +31,7 @@ class TrainSettings(LoraSettings):
     max_length: int = option(1024, "longest text, tokens; longer ones are dropped and counted, never cut", least=8)
     batch_size: int = option(128, "items of one optimiser step, over all devices", least=1)
     micro_batch_size: int = option(8, "items of one forward pass on one device", least=1)
-    seed: int = option(0, "of the order of the data, of new weights and of dropout", least=0)
+    seed: int = option(0, "of the order of the data, of new weights and of dropout", least=0, most=MOST_SEED)
     bf16: bool = option(False, "compute in bfloat16; the weights stay float32")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
     device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda", "mps"))

@@ -31,6 +31,7 @@ from almost_train.common.lora import check_lora
 from almost_train.common.merge import training_base
 from almost_train.common.policy import policy_tokenizer
 from almost_train.common.processes import is_main, shared_stage
+from almost_train.common.special_text import SKIP_SPECIAL
 from almost_train.common.templates import keep_template
 from almost_train.common.trainers import check_batches
 from almost_train.dpo.trainer import (
@@ -44,7 +45,7 @@ from almost_train.dpo.trainer import (
 )
 from almost_train.rlsf.job import refuse_empty_stop
 from almost_train.rlsf.log import refuse_non_finite
-from almost_train.rlsf.run import dated_judge, fitting_prompts, read_inputs
+from almost_train.rlsf.run import dated_judge, fitting_prompts, plain_prompts, read_inputs
 from almost_train.sft.run import TrainingRow
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class OnlineDPOSettings(PreferenceSettings):
     eos_penalty: float = option(1.0, "taken off the reward of an answer without EOS", least=0)
     sampling_batch_size: int = option(32, "answers sampled at once by a process", least=1)
     samples_every: int = option(10, "steps between entries of samples.jsonl", least=1)
+    skip_special: bool = option(False, SKIP_SPECIAL)
 
 
 def train_online_dpo(
@@ -120,9 +122,8 @@ def train_online_dpo(
         tokenizer = policy_tokenizer(checkpoint)
         template = stage.dated(keep_template(tokenizer))
         reward = dated_judge(reward_checkpoint, settings.device, stage)
-        kept, too_long = fitting_prompts(
-            source.records, checkpoint, tokenizer, template, reward, settings.max_new_tokens
-        )
+        plain, others = plain_prompts(source.records, tokenizer, template, skip=settings.skip_special)
+        kept, too_long = fitting_prompts(plain, checkpoint, tokenizer, template, reward, settings.max_new_tokens)
         longest = settings.max_length - settings.max_new_tokens
         too_long += [prompt.id for prompt in kept if len(prompt.token_ids) > longest]
         kept = [prompt for prompt in kept if len(prompt.token_ids) <= longest]
@@ -151,6 +152,7 @@ def train_online_dpo(
                 "prompts": len(kept),
                 "prompts_too_long": len(too_long),
                 "prompts_too_long_ids": too_long[:20],
+                **({"prompts_special": others} if others else {}),
                 "steps": plan.steps,
                 "answer_tokens": round(sum(row["length"] * 2 * row["pairs"] for row in log)),
                 "ties": round(sum(row["ties"] for row in log)),

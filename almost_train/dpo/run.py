@@ -27,6 +27,7 @@ from almost_train.common.lora import check_lora
 from almost_train.common.merge import training_base
 from almost_train.common.policy import policy_tokenizer
 from almost_train.common.processes import is_main, shared_stage
+from almost_train.common.special_text import SKIP_SPECIAL, SpecialText
 from almost_train.common.stage import model_input
 from almost_train.common.templates import keep_template
 from almost_train.common.trainers import check_batches
@@ -40,7 +41,7 @@ from almost_train.dpo.trainer import (
     preference_trainer_class,
     shortened,
 )
-from almost_train.reward.pairs import SKIP_EMPTY, RewardPair, no_pair, read_comparisons
+from almost_train.reward.pairs import SKIP_EMPTY, RewardPair, no_pair, plain_pairs, read_comparisons
 from almost_train.sft.run import answer_row
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class DPOSettings(PreferenceSettings):
     )
     eval_share: float = option(0.1, "share of the prompts held out, where no file of comparisons is", least=0, most=0.5)
     skip_empty: bool = option(False, SKIP_EMPTY)
+    skip_special: bool = option(False, SKIP_SPECIAL)
 
 
 def train_dpo(
@@ -91,7 +93,7 @@ def train_dpo(
     check_batches(settings)
     check_loss(settings)
     check_lora(settings, settings.device)
-    data = read_comparisons(comparisons, eval_comparisons, margin=False, skip_empty=settings.skip_empty)
+    data = read_comparisons(comparisons, eval_comparisons, margin=None, skip_empty=settings.skip_empty)
     inputs = {**data.inputs, "policy": model_input(policy)}
     train, held_out, dropped = data.split(settings.eval_share, settings.seed)
     refuse_without_rows(settings.eval_every, len(held_out), "give --eval-share or --eval-comparisons")
@@ -103,9 +105,13 @@ def train_dpo(
         tokenizer = policy_tokenizer(checkpoint)
         template = stage.dated(keep_template(tokenizer))
         limit = min(settings.max_length, context_length(checkpoint.config, tokenizer))
+        special = SpecialText.of(tokenizer, template)
+        train, unplain = plain_pairs(train, special, skip=settings.skip_special)
+        held_out, eval_unplain = plain_pairs(held_out, special, skip=settings.skip_special)
         rows, unusable = encode_rows(train, tokenizer, template, limit)
         eval_rows, eval_unusable = encode_rows(held_out, tokenizer, template, limit)
-        dropped += unusable
+        dropped += unusable + unplain
+        eval_unusable += eval_unplain
         if not rows:
             raise no_pair(comparisons, dropped)
         refuse_without_rows(settings.eval_every, len(eval_rows), "none of the held-out pairs fits --max-length")

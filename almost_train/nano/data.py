@@ -30,7 +30,7 @@ from almost_eval.nano.queries import Query
 from almost_eval.nano.responses import Level
 from almost_eval.nano.world import STYLES, World
 from almost_eval.types import JSONObject, Message
-from almost_train.common.config import option
+from almost_train.common.config import MOST_SEED, option
 from almost_train.common.records import Preference
 from almost_train.common.stage import Stage
 
@@ -103,7 +103,7 @@ class VoteSettings:
 
     count: int = option(2000, "Pairs.", least=1)
     wrong: float = option(0.2, "Share of the pairs on which the community errs.", least=0, most=0.5)
-    seed: int = option(0, "Of queries, answers and votes.", least=0)
+    seed: int = option(0, "Of queries, answers and votes.", least=0, most=MOST_SEED)
 
 
 def votes(settings: VoteSettings, output: Path) -> JSONObject:

@@ -24,8 +24,8 @@ from almost_train.dpo.run import DPOSettings
 from almost_train.pipeline.evaluation import EvaluationSettings, prompts_of
 from almost_train.pipeline.needs import PROMPT_TOKENS, Estimator, Need
 from almost_train.pipeline.policy_needs import dpo_need, online_dpo_need, rlsf_need
-from almost_train.pipeline.recipe import Recipe
-from almost_train.pipeline.sampling_needs import generation_need
+from almost_train.pipeline.recipe import SAMPLED, Recipe
+from almost_train.pipeline.sampling_needs import generation_need, judging_need
 from almost_train.reward.run import RewardSettings
 from almost_train.rlsf.job import RLSFSettings
 from almost_train.self_play.settings import SelfPlaySettings
@@ -61,7 +61,7 @@ class StageBudget:
 
 @dataclass(frozen=True, slots=True)
 class WholeCost:
-    """All stages of a recipe, one after the other on the same devices."""
+    """All stages of a recipe, one after the other on the same devices; without the time of endpoints."""
 
     devices: int
     read: int
@@ -88,7 +88,7 @@ class WholeCost:
 
 def whole_cost(rows: Sequence[StageBudget], devices: int) -> WholeCost:
     """The sum of a plan's stages."""
-    times = [row.need.seconds for row in rows]
+    times = [row.need.seconds for row in rows if not row.need.elsewhere]
     seconds = sum(time for time in times if time is not None)
     return WholeCost(
         devices,
@@ -121,7 +121,9 @@ def budgets(
 
 
 def seconds(need: Need, estimator: Estimator, rate_of: RateOf | None) -> float | None:
-    """How long a stage takes at most; None where no rate is known."""
+    """How long a stage takes at most; None where no rate is known, or an endpoint does it."""
+    if need.elsewhere:
+        return None
     if rate_of is not None:
         read = need.passes * need.trained_tokens + need.measured_tokens
         total = 0.0
@@ -185,12 +187,9 @@ class _Sizes:
         ]
 
     def responses(self, recipe: Recipe) -> list[Need]:
-        s = recipe.settings("responses", ResponseSettings, "configurations")
-        where = f"recipe {recipe.name}, responses"
         by_model: dict[str, list[tuple[int, int]]] = {}
-        for c in read_configurations(recipe.value("responses", "configurations"), where):
-            new = c.max_new_tokens or s.max_new_tokens or self._seeds.demonstration_set(c.demonstrations).max_new_tokens
-            by_model.setdefault(c.model, []).append((self._shots(c.demonstrations, c.shots), new))
+        for model, shots, new in self._configurations(recipe):
+            by_model.setdefault(model, []).append((shots, new))
         return [
             generation_need(
                 self._estimator,
@@ -207,12 +206,36 @@ class _Sizes:
             for model, sizes in by_model.items()
         ]
 
+    def _configurations(self, recipe: Recipe) -> list[tuple[str, int, int]]:
+        """(model, tokens of its shots, tokens of an answer) of each configuration."""
+        if "responses" not in recipe.sections:
+            return []
+        s = recipe.settings("responses", ResponseSettings, "configurations")
+        where = f"recipe {recipe.name}, responses"
+        sizes = []
+        for c in read_configurations(recipe.value("responses", "configurations"), where):
+            new = c.max_new_tokens or s.max_new_tokens or self._seeds.demonstration_set(c.demonstrations).max_new_tokens
+            sizes.append((c.model, self._shots(c.demonstrations, c.shots), new))
+        return sizes
+
     def as_is_reward(self, recipe: Recipe) -> list[Need]:
         s = recipe.settings("as_is_reward", RewardSettings, "model", "comparisons")
         file = recipe.sections["as_is_reward"].get("comparisons")
         votes = int(recipe.sections.get("votes", {}).get("count", 0))
         pairs = len(read_any(str(file)).rows) if file else votes
         return [self._estimator.reward("as_is_reward", str(recipe.value("as_is_reward", "model")), s, pairs)]
+
+    def comparisons(self, recipe: Recipe) -> list[Need]:
+        """The as-is filter's reward model; the other filters have none."""
+        model = recipe.sections["comparisons"].get("as_is_reward_model")
+        if model is None and "as_is_reward" in recipe.sections:
+            model = recipe.value("as_is_reward", "model")
+        if model is None:
+            return []
+        ranked = sum(map(len, as_ranking(recipe.value("comparisons", "ranking"), f"recipe {recipe.name}, comparisons")))
+        longest = PROMPT_TOKENS + max((new for *_, new in self._configurations(recipe)), default=0)
+        texts = self._prompts * ranked
+        return [judging_need(self._estimator, "comparisons", str(model), length=longest, texts=texts)]
 
     def reward(self, recipe: Recipe) -> list[Need]:
         s = recipe.settings("reward", RewardSettings, "model")
@@ -326,7 +349,9 @@ ENGINE_CHANGES: tuple[Mapping[str, object], ...] = (
 
 def _advice(section: str, need: Need, recipe: Recipe, sizes: _Sizes, estimator: Estimator) -> str:
     """The smallest of the changes that makes it fit."""
-    engine = section in ("prompts", "responses", "self_play")
+    if need.elsewhere:
+        return "a smaller reward model, or devices with more memory"
+    engine = section in SAMPLED
     changes: dict[str, object] = {}
     own = recipe.engine if engine else recipe.sections[section]
     is_vllm = recipe.engine.get("engine") == "vllm"

@@ -22,7 +22,7 @@ from almost_eval.errors import InputError
 from almost_eval.progress import Progress
 from almost_eval.run.store import RunChanged
 from almost_eval.types import JSONObject
-from almost_train.common.config import option, settings_from
+from almost_train.common.config import MOST_SEED, option, settings_from
 from almost_train.common.stage import Stage, StageChanged
 from almost_train.pipeline.recipe import Recipe
 
@@ -36,7 +36,7 @@ class EvaluationSettings:
     max_new_tokens: int = option(384, "Tokens of an answer.", least=1)
     stop: tuple[str, ...] = option((), "Strings that end an answer, besides EOS and the template's own.")
     limit: int | None = option(None, "Prompts.", least=1)
-    seed: int = option(0, "Of the sampling.", least=0)
+    seed: int = option(0, "Of the sampling.", least=0, most=MOST_SEED)
     device: str = option("auto", "auto, cpu, cuda, ...")
 
 

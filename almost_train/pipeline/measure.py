@@ -9,6 +9,7 @@ from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.build import EngineOptions, generation_engine
 from almost_eval.progress import Progress
 from almost_train.pipeline.needs import Need
+from almost_train.pipeline.recipe import SAMPLED
 from almost_train.pipeline.shapes import ANY, local_folder
 
 TOKENS = 512
@@ -22,18 +23,19 @@ class Rates:
     """Tokens a second of a stage on this machine, each model and kind measured once.
 
     Args:
-        engine: the recipe's options; a stage that trains samples with transformers.
+        engine: the recipe's options; the stages of `SAMPLED` sample with it.
         progress: says what is measured.
     """
 
     def __init__(self, engine: EngineOptions, progress: Progress) -> None:
         self._engine = engine
         self._progress = progress
-        self._known: dict[tuple[str, bool, bool], float | None] = {}
+        self._known: dict[tuple[str, bool, bool, bool], float | None] = {}
 
     def __call__(self, need: Need, trains: bool) -> float | None:
         """See `RateOf`; None for a model whose weights are not on this machine."""
-        key = (need.model, trains, bool(need.trained))
+        # A model trains in one way, and samples in three.
+        key = (need.model, trains, not trains and need.stage in SAMPLED, not trains and bool(need.trained))
         if key not in self._known:
             self._progress.notice(f"measures {'training' if trains else 'sampling'} with {need.model}")
             if local_folder(need.model) is None:
@@ -45,7 +47,10 @@ class Rates:
         return rate * 3 if rate and trains else rate
 
     def _generated(self, need: Need) -> float:
-        engine = generation_engine(need.model, EngineOptions() if need.trained else self._engine)
+        # A model in training is held in float32, whatever it computes in.
+        plain = EngineOptions(dtype="float32") if need.trained else EngineOptions()
+        options = self._engine if need.stage in SAMPLED else plain
+        engine = generation_engine(need.model, options)
         params = SamplingParams(NEW_TOKENS, 1.0, 1.0)
         prompts = [f"{number}. {TEXT * 3}" for number in range(ROWS)]
         engine.generate(prompts[:1], params)  # loads the weights
@@ -57,14 +62,17 @@ class Rates:
 
 def _trained(model: str) -> float:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
 
-    from almost_eval.models.checkpoint import find_checkpoint
+    from almost_eval.models.checkpoint import CAUSAL, find_checkpoint
     from almost_eval.models.loading import load_weights, pick_device
 
+    checkpoint = find_checkpoint(model, architectures=ANY)
+    is_causal = any(part in checkpoint.architecture for part in CAUSAL)
     whole: Any = load_weights(
-        AutoModelForCausalLM,
-        find_checkpoint(model, architectures=ANY),
+        AutoModelForCausalLM if is_causal else AutoModel,
+        checkpoint,
+        allow_unused=not is_causal,  # the head
         dtype=torch.float32,
         device=pick_device("auto"),
         attention="auto",
@@ -75,7 +83,10 @@ def _trained(model: str) -> float:
     rate = 0.0
     for _ in range(2):  # the first one prepares kernels
         began = time.perf_counter()
-        whole(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        if is_causal:
+            whole(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        else:
+            whole(input_ids=ids)[0].float().sum().backward()
         if whole.device.type == "cuda":
             torch.cuda.synchronize()
         rate = ids.numel() / (time.perf_counter() - began)

@@ -5,7 +5,8 @@ allow: reward model and SFT here, the stages that start from SFT's policy in `po
 arithmetic, in `sampling_needs.py`. Several devices:
 
 - `full` sharding (ZeRO stage 3, arXiv 1910.02054, section 5.3; PyTorch's FSDP): weights, gradients and moments of what
-  is trained, and a reference, are divided by the devices. Two layers and the largest embedding are whole at a time.
+  is trained, and a reference, are divided by the devices. Two layers and the largest embedding are whole at a time; a
+  policy that samples is whole (`policy_needs.py`), and so is what the main process saves, in the memory of the host.
 - `none`: every device holds all, and a bucket of gradients to sum (at most the gradients' size).
 
 4-bit weights: 4.127 bits for a number of a linear layer (QLoRA, arXiv 2305.14314, section 3: double quantisation), and
@@ -20,6 +21,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from almost_eval.models.checkpoint import CAUSAL
 from almost_train.common.lora import LoraSettings, lora_config
 from almost_train.common.train_settings import TrainSettings
 from almost_train.pipeline.hardware import Devices
@@ -66,6 +68,8 @@ class Need:
     passes: float = 3.0
     """Forward passes that a trained token costs: the backward pass is two, recomputing one."""
     seconds: float | None = None
+    elsewhere: bool = False
+    """An endpoint's model generates: its memory and time are no matter of these devices."""
     note: str = ""
 
     @property
@@ -150,13 +154,16 @@ class Estimator:
         return min(settings.max_length, most or settings.max_length)
 
     def count(self, model: str) -> int:
-        """Parameters of a language model."""
-        from transformers import AutoModelForCausalLM
+        """Parameters of a language model; of another one, an encoder or a classifier, without its head."""
+        from transformers import AutoModel, AutoModelForCausalLM
 
         from almost_train.pipeline.meter import count, measured
 
+        config = self.config(model)
+        kinds = getattr(config, "architectures", None) or ["CausalLM"]  # published sizes name none
+        is_causal = any(part in kind for part in CAUSAL for kind in kinds)
         with measured():
-            return count(from_config(AutoModelForCausalLM, self.config(model)))
+            return count(from_config(AutoModelForCausalLM if is_causal else AutoModel, config))
 
     def built(
         self,
@@ -198,6 +205,7 @@ class Estimator:
         updated: int,
         micro: int,
         whole: Callable[[], int] = lambda: 0,
+        moments_saved: bool = False,
     ) -> Need:
         """The memory of an update.
 
@@ -209,6 +217,7 @@ class Estimator:
             updated: items of one update, over all devices.
             micro: items of that pass.
             whole: bytes of a model that every device holds whole; read after `step`.
+            moments_saved: whether what is saved whole has the optimiser's moments too.
         """
         from almost_train.pipeline.meter import count, measured, optimiser_size, size_of, step_peak
 
@@ -224,6 +233,9 @@ class Estimator:
             on_gpu = self.devices.on_gpu
             peak = step_peak(meter, models, update, micro_batches=micro_batches, on_gpu=on_gpu, optim=optim)
             layer = max((_largest_layer(one) for one in models), default=0)
+            saved_whole = size_of(models[0])
+            if moments_saved:
+                saved_whole += size_of(models[0], trained=True) + optimiser_size(models[0], optim=optim)
             del models, update
         activations = max(0, peak - weights - gradients - optimiser)
         if peak < weights + gradients + optimiser:  # gradients and moments are small beside the activations
@@ -232,6 +244,8 @@ class Estimator:
         undivided = whole() if shares > 1 else 0  # the reward model is whole everywhere
         if shares > 1:
             activations += 2 * layer
+            if not on_gpu:  # on GPUs it is gathered in the host's memory
+                activations = max(activations, saved_whole - gradients // shares)
         elif self.devices.count > 1:
             activations += gradients  # the buckets
         recompute = 1 if settings.gradient_checkpointing else 0

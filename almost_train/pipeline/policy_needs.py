@@ -2,6 +2,8 @@
 
 Beside the policy they hold what it is compared with: a reference (a second copy, or with a LoRA the base with the
 adapter off, which is none) and, where answers are judged, the reward model, whole on every device.
+A policy whose weights are divided is whole on every device while it samples: `rlsf.sharding.FSDP.whole`, and TRL's
+`ds3_gather_for_generation`.
 """
 
 from __future__ import annotations
@@ -14,7 +16,16 @@ from almost_train.common.lora import LoraSettings
 from almost_train.dpo.loss import preference_loss
 from almost_train.dpo.online import OnlineDPOSettings
 from almost_train.dpo.trainer import PreferenceSettings
-from almost_train.pipeline.needs import PROMPT_TOKENS, Estimator, Need, autocast, from_config, inputs, row_tokens
+from almost_train.pipeline.needs import (
+    NF4_BYTES,
+    PROMPT_TOKENS,
+    Estimator,
+    Need,
+    autocast,
+    from_config,
+    inputs,
+    row_tokens,
+)
 from almost_train.pipeline.sampling_needs import VLLM_PASS, VLLM_SHARE
 from almost_train.pipeline.shapes import cache_bytes
 from almost_train.rlsf.job import RLSFSettings
@@ -63,7 +74,9 @@ def rlsf_need(estimator: Estimator, stage: str, policy: str, reward: str, settin
         return [model, value] if value is not None else [model], update
 
     updated = settings.mini_batch_size if is_ppo else settings.batch_size
-    need = estimator.trained(stage, policy, settings, step, updated=updated, micro=micro, whole=lambda: judged)
+    need = estimator.trained(
+        stage, policy, settings, step, updated=updated, micro=micro, whole=lambda: judged, moments_saved=is_ppo
+    )
     here = settings.batch_size // estimator.devices.count
     rows = min(settings.sampling_batch_size, here) if is_ppo else here
     if settings.sampler == "vllm":
@@ -71,7 +84,9 @@ def rlsf_need(estimator: Estimator, stage: str, policy: str, reward: str, settin
     elif settings.sampler == "vllm-server":
         need = replace(need, rows=here, note="the vLLM server's devices are others, and not planned here")
     else:
-        need = _or_sampling(estimator, need, rows, width, bf16=settings.bf16)
+        need = _or_sampling(
+            estimator, need, rows, width, bf16=settings.bf16, gathered=_gathered(estimator, need, settings)
+        )
     if not is_ppo or settings.sampler == "vllm":
         need = replace(need, runtime=estimator.devices.runtime(policy, WITH_VLLM))
     tokens = settings.batch_size * settings.steps
@@ -194,9 +209,17 @@ def _and_vllm(estimator: Estimator, need: Need, settings: RLSFSettings) -> Need:
     return replace(need, rows=max(1, min(256, rows, settings.batch_size)), note=note)
 
 
-def _or_sampling(estimator: Estimator, need: Need, rows: int, new: int, *, bf16: bool) -> Need:
+def _gathered(estimator: Estimator, need: Need, settings: RLSFSettings) -> int:
+    """Bytes of the policy that samples, where devices hold shares of it; as it computes, in bfloat16 or float32."""
+    devices = estimator.devices
+    if devices.count == 1 or devices.sharding != "full":
+        return 0
+    return int(need.parameters * (NF4_BYTES if settings.is_quantized else 2 if settings.bf16 else 4))
+
+
+def _or_sampling(estimator: Estimator, need: Need, rows: int, new: int, *, bf16: bool, gathered: int = 0) -> Need:
     """The larger of an update and of sampling so many rows, which comes before the first gradient and between updates:
-    it needs keys and values in the place of gradients and activations.
+    it needs keys and values, and the `gathered` bytes of the policy, in the place of gradients and activations.
     """
     number = 2 if bf16 else 4
     config = estimator.config(need.model)
@@ -204,6 +227,6 @@ def _or_sampling(estimator: Estimator, need: Need, rows: int, new: int, *, bf16:
     layers = config.get_text_config().num_hidden_layers
     cache = cache_bytes(config, rows * (PROMPT_TOKENS + new), number) * (layers + 1) // layers
     draws = rows * config.get_text_config().vocab_size * 36
-    if cache + draws > need.gradients + need.activations:
-        need = replace(need, gradients=0, activations=draws, cache=cache)
+    if cache + draws + gathered > need.gradients + need.activations:
+        need = replace(need, weights=need.weights + gathered, gradients=0, activations=draws, cache=cache)
     return replace(need, rows=rows)

@@ -8,7 +8,7 @@ stage that downloads them.
 from __future__ import annotations
 
 import math
-import shutil
+import os
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING
 from almost_eval.compare.tax.tasks import read_prompts
 from almost_eval.data.sources import find_data
 from almost_eval.engines.build import TAKES, EngineOptions, engine_arguments, generation_engine, one_process
-from almost_eval.errors import AlmostError, InputError, ModelError, did_you_mean
-from almost_eval.models.checkpoint import CAUSAL, Checkpoint, context_length, find_checkpoint
+from almost_eval.errors import AlmostError, InputError, did_you_mean
+from almost_eval.models.chat import load_template
+from almost_eval.models.checkpoint import CAUSAL, Checkpoint, context_length
+from almost_eval.models.endpoints import BASE_URL, EndpointAddress
 from almost_eval.models.loading import load_tokenizer, pick_device
-from almost_eval.nano import BUILT_IN
+from almost_eval.types import Message
 from almost_train.common.held_out import read_held_out
 from almost_train.common.held_out_loss import refuse_without_rows
 from almost_train.common.lora import ALL, LoraSettings, check_lora
@@ -31,8 +33,9 @@ from almost_train.dpo.run import DPOSettings
 from almost_train.dpo.trainer import PreferenceSettings, check_loss
 from almost_train.nano.data import VoteSettings
 from almost_train.pipeline.evaluation import EvaluationSettings, prompts_of
-from almost_train.pipeline.recipe import Recipe
-from almost_train.reward.pairs import read_comparisons
+from almost_train.pipeline.recipe import SAMPLED, Recipe
+from almost_train.pipeline.room import check_disk, local_checkpoint
+from almost_train.reward.pairs import read_comparisons, reward_encoder
 from almost_train.reward.run import KINDS, RewardSettings
 from almost_train.rlsf.job import RLSFSettings, check_settings, refuse_empty_stop
 from almost_train.rlsf.run import check_shares
@@ -47,12 +50,7 @@ from almost_train.synthetic.responses import Configuration, ResponseSettings, re
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SAMPLED = ("prompts", "responses", "self_play")
-"""Stages that run the recipe's engine."""
 REWARD_KINDS = ("SequenceClassification", "RewardModel")
-COPIES = {"reward": 4, "sft": 4, "rlsf": 7, "dpo": 4, "online_dpo": 4, "as_is_reward": 4}
-"""Stage -> how many times the weights of its model, in float32, it writes at most at one time: the result, and a
-checkpoint with AdamW's two moments; PPO's checkpoints hold the value model too."""
 
 
 def check_recipe(recipe: Recipe, seeds: SeedSet, folder: Path | None, options: EngineOptions) -> None:
@@ -79,7 +77,7 @@ def check_recipe(recipe: Recipe, seeds: SeedSet, folder: Path | None, options: E
             if options.engine == "hf":
                 pick_device(options.device)
     _check_files(recipe)
-    _check_disk(recipe, folder)
+    check_disk(recipe, folder, [name for name in recipe.sections if not _is_done(folder, name)])
 
 
 def check_elsewhere(recipe: Recipe, data_root: str | None, options: EngineOptions) -> None:
@@ -141,6 +139,11 @@ class _Checks:
                 if names is not None and name not in names:
                     raise InputError(f"the ranking names {name!r}; {did_you_mean(name, names, limit=20)}")
         if section.get("as_is_reward_model"):
+            if "as_is_reward" in self.recipe.sections:
+                raise InputError(
+                    "as_is_reward_model names a reward model for the filter, and the section as_is_reward trains "
+                    "another; leave one of them out"
+                )
             self._checkpoint(self.recipe.text("comparisons", "as_is_reward_model"), REWARD_KINDS)
         settings = self.recipe.settings("comparisons", ComparisonSettings, "ranking", "as_is_reward_model")
         if self.here:
@@ -233,12 +236,30 @@ class _Checks:
     def _dpo(self, settings: PreferenceSettings) -> None:
         check_loss(settings)
         self._policy(settings)
+        self._length(settings, self._checkpoint(self.recipe.text("sft", "model"), CAUSAL))
         self._batches(settings)
 
     def _trained(self, settings: TrainSettings, model: str, kinds: Collection[str]) -> None:
         """What a stage that trains a model wants of it, and of this machine."""
-        self._targets(settings, self._checkpoint(model, kinds))
+        checkpoint = self._checkpoint(model, kinds)
+        self._targets(settings, checkpoint)
+        self._length(settings, checkpoint)
         self._batches(settings)
+
+    def _length(self, settings: TrainSettings, checkpoint: Checkpoint | None) -> None:
+        """Whether `max_length` holds the shortest of the seed prompts with an answer of a word."""
+        if checkpoint is None:
+            return
+        tokenizer = self._tokenizer(checkpoint)
+        template = load_template("auto", tokenizer)
+        assert template is not None  # only `none` is
+        shortest = min(self.seeds.seed_prompts, key=len)
+        read = len(reward_encoder(tokenizer, template)((Message("user", shortest), Message("assistant", "Yes."))))
+        if read > settings.max_length:
+            raise InputError(
+                f"max_length {settings.max_length} holds no dialogue: the shortest seed prompt with an answer of one "
+                f"word is {read} tokens; raise it"
+            )
 
     def _batches(self, settings: TrainSettings) -> None:
         if self.here:
@@ -283,6 +304,11 @@ class _Checks:
 
     def _sampler(self, model: str) -> None:
         if not self.samples_here:
+            url = self.options.base_url or (self.here and os.environ.get(BASE_URL)) or None
+            if url:
+                EndpointAddress.parse_all(url, "base_url")
+            elif self.here:
+                generation_engine(model, self.options)  # says that there is no endpoint
             return
         is_here = self._checkpoint(model, CAUSAL) is not None and self.here
         if is_here and self.options.engine == "hf" and model not in self._samplers:
@@ -321,19 +347,6 @@ def shots_text(demonstrations: DemonstrationSet, shots: int, *, longest: bool) -
     return demonstrations.document((), shown[:shots])
 
 
-def local_checkpoint(model: str, kinds: Collection[str]) -> Checkpoint | None:
-    """The checkpoint of a folder or a built-in name, checked; None for a name that only the hub may know.
-
-    Raises:
-        ModelError: no such folder, or a model of another kind.
-    """
-    if model in BUILT_IN or Path(model).exists() or model.startswith(("nano/", "/", ".", "~")):
-        return find_checkpoint(model, architectures=kinds)
-    if model.count("/") != 1:
-        raise ModelError(f"no model at {model!r}: give a checkpoint directory, a hub id (org/name) or a built-in name")
-    return None
-
-
 def _refuse_margin(settings: RewardSettings, stage: str) -> None:
     if settings.margin:
         raise InputError(f"margin: the pairs of the stage {stage!r} have none; leave it out")
@@ -350,29 +363,3 @@ def _check_files(recipe: Recipe) -> None:
     if file is not None:
         with recipe.section("evaluation"):
             read_prompts(Path(str(file)))
-
-
-def _check_disk(recipe: Recipe, folder: Path) -> None:
-    """Whether the disk has room for the weights that the stages write, checkpoints to resume from among them."""
-    kept, most = 0, 0
-    for section, copies in COPIES.items():
-        if section not in recipe.sections or _is_done(folder, section):
-            continue
-        # RLSF and DPO train what SFT has made.
-        starts_at_sft = section in ("rlsf", "dpo", "online_dpo")
-        model = recipe.sections.get("sft" if starts_at_sft else section, {}).get("model")
-        if recipe.sections[section].get("eval_every"):  # the best so far, and one that may become it
-            copies += 2
-        checkpoint = local_checkpoint(str(model), KINDS) if model else None
-        if checkpoint is None:
-            continue
-        weights = 4 * checkpoint.n_parameters()
-        most = max(most, kept + copies * weights)
-        kept += weights
-    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(there).free
-    if most > free:
-        raise InputError(
-            f"recipe {recipe.name}: its stages write up to {most / 2**30:.1f} GiB of weights at one time, and {there} "
-            f"has {free / 2**30:.1f} GiB free; give another --output"
-        )

@@ -9,12 +9,10 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from almost_eval.errors import AlmostError, InputError, did_you_mean
 from almost_eval.types import JSONObject
-from almost_train.common.config import option, settings_from
-from almost_train.common.yaml_file import read_yaml
+from almost_train.common.config import MOST_SEED, option, settings_from
+from almost_train.common.yaml_file import read_yaml, yaml_value
 
 T = TypeVar("T")
 
@@ -26,10 +24,10 @@ class RecipeHead:
     """The keys of a recipe that hold one value."""
 
     description: str = option("", "What it makes.")
-    seed: int = option(0, "Of every stage that names none.", least=0)
+    seed: int = option(0, "Of every stage that names none.", least=0, most=MOST_SEED)
     prompt_set: str = option("builtin", "official, builtin or nano.")
     held_out: str | None = option(None, "A file of prompts that no stage may train on, or nano.")
-    threads: int | None = option(None, "CPU threads of torch.", least=1)
+    threads: int | None = option(None, "CPU threads of torch.", least=1, most=4096)
 
 
 HEAD = (*(field.name for field in fields(RecipeHead)), "engine")
@@ -48,6 +46,8 @@ SECTIONS = (
     "online_dpo",
     "evaluation",
 )
+SAMPLED = ("prompts", "responses", "self_play")
+"""Stages that run the recipe's engine; training and evaluation sample with transformers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,11 +152,13 @@ def load_recipe(
     if not sections:
         raise InputError(f"recipe {file.stem} has no stage; name one of {', '.join(SECTIONS)}")
     single = {key: value for key, value in content.items() if key in HEAD and key != "engine"}
+    if seed is not None:
+        single["seed"] = seed
     head = settings_from(RecipeHead, single, f"recipe {file.stem}")
     return Recipe(
         name=file.stem,
         description=head.description,
-        seed=head.seed if seed is None else seed,
+        seed=head.seed,
         prompt_set=head.prompt_set,
         engine=content.get("engine") or {},
         threads=head.threads,
@@ -181,10 +183,7 @@ def set_values(content: Mapping[str, Any], values: Sequence[str], name: str) -> 
             raise InputError(f"{item!r} sets nothing; write SECTION.SETTING=VALUE, as comparisons.length_rule=false")
         if section not in HEAD + SECTIONS:
             raise InputError(f"recipe {name}: unknown section {section!r}; {did_you_mean(section, HEAD + SECTIONS)}")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise InputError(f"{item!r}: the value is not YAML ({' '.join(str(error).split())})") from None
+        value = yaml_value(text, f"{item!r}: the value")
         if not key:
             changed[section] = value
         elif isinstance(changed.setdefault(section, {}), dict):

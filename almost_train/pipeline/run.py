@@ -78,6 +78,9 @@ class Pipeline:
         return states
 
     def _steps(self, until: str | None) -> dict[str, Step]:
+        for place in (self.folder, *self.folder.parents):
+            if place.exists() and not place.is_dir():
+                raise InputError(f"{place} is a file; --output names the folder of a recipe's stages")
         steps = plan(self.recipe, self.folder, self.data_root, self.progress)
         if until is None:
             return steps

@@ -1,4 +1,7 @@
-"""What a stage that generates needs: weights, keys and values (`shapes.cache_bytes`), logits. Arithmetic alone."""
+"""What a stage needs that generates or judges: weights, keys and values (`shapes.cache_bytes`), logits.
+
+Arithmetic alone.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,34 @@ VLLM_SHARE = 0.92
 VLLM_PASS = 1 << 30
 """Bytes of a pass over 2,048 tokens and its logits, as vLLM profiles it on a GPU."""
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def judging_need(estimator: Estimator, stage: str, model: str, *, length: int, texts: int) -> Need:
+    """A stage that reads texts with a reward model, as `almost_eval.rewards.hf.HFRewardModel` does.
+
+    Args:
+        estimator: with the devices and the configurations of models.
+        stage: its name.
+        model: the reward model, or the one that it will be made of.
+        length: tokens of the longest text.
+        texts: how many.
+    """
+    devices = estimator.devices
+    text = estimator.config(model).get_text_config()
+    count = estimator.count(model)
+    length = min(length, getattr(text, "max_position_embeddings", None) or length)
+    tokens = max(length, 16384 if devices.on_gpu else 1024)  # of one pass
+    # Reward models of this project are saved in float32.
+    return Need(
+        stage,
+        model,
+        parameters=count,
+        weights=4 * count,
+        activations=4 * tokens * (8 * text.hidden_size + 3 * (getattr(text, "intermediate_size", None) or 0)),
+        runtime=devices.runtime(model),
+        measured_tokens=texts * length,
+        rows=max(1, tokens // length),
+    )
 
 
 def generation_need(
@@ -48,6 +79,17 @@ def generation_need(
         InputError: vLLM would divide the model among more devices than there are.
     """
     devices = estimator.devices
+    beside = estimator.count(reward) * 4 if reward else 0
+    if engine.get("engine") == "openai":
+        return Need(
+            stage,
+            model,
+            weights=beside,
+            runtime=devices.runtime(reward or model),
+            generated_tokens=requests * new,
+            elsewhere=True,
+            note=f"{model} is served elsewhere, and not planned here" + (", but the reward model is" if beside else ""),
+        )
     config = estimator.config(model)
     count = estimator.count(model)
     text = config.get_text_config()
@@ -59,7 +101,6 @@ def generation_need(
         dtype = "bfloat16" if count >= LARGE and cpu_has_bfloat16() else "float32"
     number = _BYTES.get(dtype, 4)
     split = engine.get("tensor_parallel_size", 1) * engine.get("pipeline_parallel_size", 1)
-    beside = estimator.count(reward) * 4 if reward else 0
     # A text that does not fit the model's context is refused by its stage.
     context = engine.get("max_length") or getattr(text, "max_position_embeddings", None)
     read = min(read, context - new) if context and context > new else read

@@ -16,6 +16,7 @@ from almost_eval.rewards.base import is_framed
 from almost_eval.stats import mean_metric
 from almost_eval.types import Conversation, JSONObject
 from almost_train.common.formats import read_preferences
+from almost_train.common.special_text import SpecialText, without_special
 from almost_train.common.split import conversation_key, split_by_prompt
 from almost_train.common.tables import read_any
 
@@ -112,14 +113,14 @@ class Comparisons:
 
 
 def read_comparisons(
-    comparisons: Path | str, held_out: Path | str | None, *, margin: bool, skip_empty: bool
+    comparisons: Path | str, held_out: Path | str | None, *, margin: bool | None, skip_empty: bool
 ) -> Comparisons:
     """The comparisons of a stage.
 
     Args:
         comparisons: for training.
         held_out: for measuring; None where a share of the former is.
-        margin: whether the loss uses margins.
+        margin: whether the loss uses margins; None for one that has none.
         skip_empty: leave out rows of which an answer is empty, and say which.
 
     Raises:
@@ -156,7 +157,7 @@ def read_pairs(source: Path | str, *, skip_empty: bool = False) -> PairFile:
     return PairFile(pairs, preferences.format, table.input, preferences.empty)
 
 
-def check_margins(source: Path | str, pairs: Sequence[RewardPair], *, used: bool) -> None:
+def check_margins(source: Path | str, pairs: Sequence[RewardPair], *, used: bool | None) -> None:
     """Refuse margins that the loss would ignore, and a loss with margins where a pair has none.
 
     Raises:
@@ -168,7 +169,7 @@ def check_margins(source: Path | str, pairs: Sequence[RewardPair], *, used: bool
     if not used and lacking < len(pairs):
         raise DataError(
             f"{len(pairs) - lacking} of {len(pairs)} rows of {source} have a 'margin', which the loss would leave out; "
-            "give --margin, or remove the column"
+            + ("remove the column" if used is None else "give --margin, or remove the column")
         )
 
 
@@ -178,6 +179,16 @@ def split_pairs(
     """(for training, held out, dropped by reason): no prompt is on both sides, whatever its id."""
     split = split_by_prompt(pairs, held_out, lambda pair: conversation_key(pair.prompt), eval_share, seed)
     return split.training, split.held_out, Counter({"prompt_in_eval": split.dropped} if split.dropped else {})
+
+
+def plain_pairs(
+    pairs: Sequence[RewardPair], special: SpecialText, *, skip: bool
+) -> tuple[list[RewardPair], Counter[str]]:
+    """The pairs whose texts hold no special token, and how many others were left out; see `without_special`."""
+    plain, others = without_special(
+        pairs, special, lambda pair: pair.chosen + pair.rejected, lambda pair: pair.where, skip=skip
+    )
+    return plain, Counter({"special_token": len(others)} if others else {})
 
 
 def encode_pairs(
@@ -210,6 +221,7 @@ def no_pair(comparisons: Path | str, dropped: Counter[str]) -> DataError:
     """The error of comparisons of which none can be trained on."""
     advice = {
         "too_long": "raise --max-length",
+        "special_token": "their texts hold special tokens",
         "same_text": "chosen and rejected must differ",
         "prompt_in_eval": "the held-out file has all of their prompts",
     }

@@ -31,6 +31,7 @@ from almost_train.common.lora import add_lora, base_dtype, check_lora, quantizat
 from almost_train.common.merge import training_base
 from almost_train.common.processes import is_main, shared_stage
 from almost_train.common.seeding import seeded
+from almost_train.common.special_text import SKIP_SPECIAL, SpecialText
 from almost_train.common.stage import model_input
 from almost_train.common.templates import keep_template
 from almost_train.common.train_settings import HeldOutSettings
@@ -41,6 +42,7 @@ from almost_train.reward.pairs import (
     encode_pairs,
     no_pair,
     pair_metrics,
+    plain_pairs,
     read_comparisons,
     reward_encoder,
 )
@@ -62,6 +64,7 @@ class RewardSettings(HeldOutSettings):
 
     weight_decay: float = option(0.1, "AdamW's weight decay", least=0)
     skip_empty: bool = option(False, SKIP_EMPTY)
+    skip_special: bool = option(False, SKIP_SPECIAL)
     margin: bool = option(False, "-log sigmoid(difference - the pair's margin); the rows must have a margin each")
 
 
@@ -113,12 +116,16 @@ def train_reward(
             check_weights(checkpoint, "AutoModelForCausalLM")
         template = stage.dated(keep_template(tokenizer))
         encode = reward_encoder(tokenizer, template)
+        special = SpecialText.of(tokenizer, template)
         set_pad_token(tokenizer)
         limit = _length_limit(settings, checkpoint, tokenizer)
         train, held_out, dropped = data.split(settings.eval_share, settings.seed)
+        train, unplain = plain_pairs(train, special, skip=settings.skip_special)
+        held_out, eval_unplain = plain_pairs(held_out, special, skip=settings.skip_special)
         train, unusable = encode_pairs(train, encode, limit, tokenizer.pad_token_id)
         held_out, eval_unusable = encode_pairs(held_out, encode, limit, tokenizer.pad_token_id)
-        dropped += unusable
+        dropped += unusable + unplain
+        eval_unusable += eval_unplain
         if not train:
             raise no_pair(comparisons, dropped)
         refuse_without_rows(settings.eval_every, len(held_out), "give --eval-share or --eval-comparisons")

@@ -19,11 +19,12 @@ from almost_eval.models.endpoints import EndpointAddress
 from almost_eval.models.loading import pick_device
 from almost_eval.progress import Progress
 from almost_eval.types import JSONObject
-from almost_train.common.config import option
+from almost_train.common.config import MOST_SEED, option
 from almost_train.common.lora import ADAPTER, LoraSettings
 from almost_train.common.merge import merge
 from almost_train.common.processes import WORK, world_size
 from almost_train.common.resume import replaced_folder
+from almost_train.common.special_text import SKIP_SPECIAL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,7 +43,7 @@ COMMON_SETTINGS = frozenset(
     "algorithm steps batch_size micro_batch_size learning_rate schedule warmup_ratio weight_decay max_grad_norm "
     "max_new_tokens temperature stop eos_penalty clip kl_coefficient kl_limit guard_window seed device bf16 "
     "reward_dtype gradient_checkpointing save_every save_minutes samples_every keep_every keep_state lora_rank "
-    "lora_alpha lora_targets lora_dropout quantize merge".split()
+    "lora_alpha lora_targets lora_dropout quantize merge skip_special".split()
 )
 """Settings that every algorithm takes."""
 SAMPLER_SETTINGS = frozenset(
@@ -103,7 +104,7 @@ class RLSFSettings(LoraSettings):
         choices=("running", "sft", "none"),
     )
     eos_penalty: float = option(1.0, "Taken off the (normalised) reward of a completion without EOS.", least=0)
-    seed: int = option(0, "Of prompt order, sampling and mini-batches.", least=0)
+    seed: int = option(0, "Of prompt order, sampling and mini-batches.", least=0, most=MOST_SEED)
     bf16: bool = option(False, "Compute in bfloat16; master weights stay float32.")
     reward_dtype: str = option(
         "auto",
@@ -119,6 +120,7 @@ class RLSFSettings(LoraSettings):
     keep_every: int = option(
         0, "Steps between policies kept in policies/, each a whole model, for almost-eval tax; 0: none.", least=0
     )
+    skip_special: bool = option(False, f"{SKIP_SPECIAL[0].upper()}{SKIP_SPECIAL[1:]}.")
     sampler: str = option(
         "transformers",
         "What draws completions: the model itself, vLLM in this process, or a vLLM server.",
@@ -160,6 +162,8 @@ class Job:
     is_first: bool
     """Whether this process is the one that writes."""
     progress: Progress
+    prompts_special: int = 0
+    """Prompts that were left out because their texts hold special tokens."""
 
     @property
     def work(self) -> Path:

@@ -26,6 +26,7 @@ from almost_train.common.interrupts import what_is_kept
 from almost_train.common.lora import check_lora
 from almost_train.common.merge import training_base
 from almost_train.common.processes import SharedStage, is_main, shared_stage, world_size
+from almost_train.common.special_text import SpecialText, without_special
 from almost_train.common.stage import model_input
 from almost_train.common.tables import read_any
 from almost_train.common.templates import keep_template
@@ -94,6 +95,7 @@ def rlsf(
             "prompts": len(job.prompts),
             "prompts_too_long": len(job.prompts_too_long),
             "prompts_too_long_ids": job.prompts_too_long[:20],
+            **({"prompts_special": job.prompts_special} if job.prompts_special else {}),
         }
         if earlier:
             metrics |= {"steps_before": earlier, "as_never_stopped": as_never_stopped(settings, earlier)}
@@ -158,6 +160,7 @@ def _prepare(
         raise InputError(f"the tokenizer of {policy} has no EOS token, so no completion could end; set eos_token")
     template = stage.dated(keep_template(tokenizer))
     reward = dated_judge(reward_checkpoint, settings.device, stage, dtype=settings.reward_dtype)
+    prompts, others = plain_prompts(prompts, tokenizer, template, skip=settings.skip_special)
     kept, dropped = fitting_prompts(prompts, checkpoint, tokenizer, template, reward, settings.max_new_tokens)
     # A new adapter must name weights that are on disk, and TRL reads its reference from the policy's folder.
     checkpoint = training_base(
@@ -167,6 +170,7 @@ def _prepare(
         settings=settings,
         prompts=kept,
         prompts_too_long=dropped,
+        prompts_special=others,
         policy=checkpoint,
         tokenizer=tokenizer,
         template=template,
@@ -176,6 +180,21 @@ def _prepare(
         is_first=is_main(),
         progress=progress if is_main() else Progress(),
     )
+
+
+def plain_prompts(
+    prompts: Sequence[tuple[str, Conversation]],
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    *,
+    skip: bool,
+) -> tuple[list[tuple[str, Conversation]], int]:
+    """(prompts whose texts hold no special token, how many others); see `without_special`."""
+    special = SpecialText.of(tokenizer, template)
+    plain, others = without_special(prompts, special, lambda one: one[1], lambda one: f"prompt {one[0]}", skip=skip)
+    if not plain:
+        raise DataError(f"all of {len(others)} prompts hold special tokens of the policy; none is left to answer")
+    return plain, len(others)
 
 
 def fitting_prompts(

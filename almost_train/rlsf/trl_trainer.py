@@ -31,14 +31,16 @@ from almost_train.rlsf.job import Job
 from almost_train.rlsf.log import StepLog
 from almost_train.rlsf.models import load_policy
 from almost_train.rlsf.rollouts import batch_prompts, end_ids, sample, uniforms
-from almost_train.rlsf.trl_watch import Watch
+from almost_train.rlsf.trl_watch import PolicyWatch
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import Trainer
 
 
-def make_trainer(job: Job, log: StepLog, advance: Callable[[int], None], saving: SaveRequests) -> tuple[Trainer, Watch]:
+def make_trainer(
+    job: Job, log: StepLog, advance: Callable[[int], None], saving: SaveRequests
+) -> tuple[Trainer, PolicyWatch]:
     """The trainer, and what watches it."""
     from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
@@ -85,7 +87,7 @@ def make_trainer(job: Job, log: StepLog, advance: Callable[[int], None], saving:
     # 2. Models and data. TRL pads, and so changes the tokenizer: it gets a copy.
     _ = job.reward.model  # loaded before TRL's set-up, under which DeepSpeed would spread it over the processes
     policy = load_policy(job.policy, "cpu", base_dtype(settings, bf16=settings.bf16), quantization(settings))
-    watch = Watch(job, log, advance, saving, frozenset(end_ids(policy, job.tokenizer)))
+    watch = PolicyWatch(job, log, advance, saving, frozenset(end_ids(policy, job.tokenizer)))
 
     class PolicyTrainer(QuietTrainer, _with_own_sampling(trainer_class, job)):  # type: ignore[misc]
         """TRL's, with our learning rate. The adapter's dropout is for updates alone, not for samples."""
@@ -131,7 +133,7 @@ def _with_own_sampling(trainer_class: Any, job: Job) -> Any:
 
     own, settings = trainer_class._generate_single_turn, job.settings
 
-    class Sampling(trainer_class):
+    class SeededCompletions(trainer_class):
         """One method of TRL's trainer in another way."""
 
         def _generate_single_turn(self, prompt_ids: list[list[int]], *rest: Any, **options: Any) -> Any:
@@ -157,7 +159,7 @@ def _with_own_sampling(trainer_class: Any, job: Job) -> Any:
             ids = [list(completion.token_ids) for completion in completions]
             return ids if settings.algorithm == "rloo" else (ids, None)  # GRPO's has vLLM's log-probabilities too
 
-    return Sampling
+    return SeededCompletions
 
 
 def _dataset(job: Job) -> Dataset:

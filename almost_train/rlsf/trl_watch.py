@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 
-class Watch(TrainerCallback):
+class PolicyWatch(TrainerCallback):
     """Collects what the reward function sees, and makes a row of it with what the trainer logs."""
 
     def __init__(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from almost_train.common.config import option
+from almost_train.common.config import MOST_SEED, option
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,4 +28,4 @@ class SelfPlaySettings:
         ("bye", "goodbye", "thanks", "thank you", "that is all", "that's all", "see you"),
         "Phrases that end a dialogue, in a short user turn without a question.",
     )
-    seed: int = option(0, "Seed of every draw.", least=0)
+    seed: int = option(0, "Seed of every draw.", least=0, most=MOST_SEED)

@@ -33,6 +33,7 @@ from almost_train.common.merge import training_base
 from almost_train.common.policy import load_causal_lm, policy_tokenizer, stop_at_eos
 from almost_train.common.processes import is_main, shared_stage
 from almost_train.common.records import has_question
+from almost_train.common.special_text import SKIP_SPECIAL, SpecialText, without_special
 from almost_train.common.split import opening, split_by_prompt
 from almost_train.common.stage import model_input
 from almost_train.common.tables import Table, read_any
@@ -56,6 +57,7 @@ class SFTSettings(HeldOutSettings):
     eval_share: float = option(
         0.0, "share of the first prompts held out, where no file of dialogues is", least=0, most=0.5
     )
+    skip_special: bool = option(False, SKIP_SPECIAL)
     packing: bool = option(False, "several answers share a row of max_length tokens, of which batch_size are a step")
 
 
@@ -115,15 +117,28 @@ def train_sft(
         tokenizer = policy_tokenizer(checkpoint)
         limit = min(settings.max_length, context_length(checkpoint.config, tokenizer))
         template = stage.dated(keep_template(tokenizer))
+        special = SpecialText.of(tokenizer, template)
 
-        def answers(part: list[tuple[int, Conversation, int]], of: Table) -> tuple[list[TrainingRow], Counter[str]]:
-            dialogues, given = [one[1] for one in part], [one[2] for one in part]
-            return training_rows(tokenizer, template, dialogues, limit, lambda at: of.where(part[at - 1][0]), given)
+        def answers(part: list[Numbered], of: Table) -> tuple[list[TrainingRow], Counter[str]]:
+            kept, left_out = without_special(
+                part, special, lambda one: one[1], lambda one: of.where(one[0]), skip=settings.skip_special
+            )
+            dialogues, given = [one[1] for one in kept], [one[2] for one in kept]
+            rows, dropped = training_rows(
+                tokenizer, template, dialogues, limit, lambda at: of.where(kept[at - 1][0]), given
+            )
+            return rows, dropped + Counter({"special_token": len(left_out)} if left_out else {})
 
         rows, dropped = answers(split.training, table)
         dropped += Counter({"prompt_in_eval": split.dropped} if split.dropped else {})
         if not rows:
-            raise DataError(f"{demonstrations} leaves no answer to train on (dropped: {dict(dropped)})")
+            cure = {
+                "answer_too_long": "; raise --max-length",
+                "dialogue_too_long": "; raise --max-length",
+                "prompt_in_eval": "; the held-out file has all of their prompts",
+                "special_token": "; their texts hold special tokens",
+            }.get(max(dropped, key=lambda reason: dropped[reason], default=""), "")
+            raise DataError(f"{demonstrations} leaves no answer to train on (dropped: {dict(dropped)}){cure}")
         eval_rows, eval_dropped = answers(split.held_out, eval_table or table)
         refuse_without_rows(settings.eval_every, len(eval_rows), "none of the held-out answers fits --max-length")
         measured = None
@@ -171,8 +186,11 @@ def train_sft(
 # --- data ---
 
 
-def _numbered(source: Records[Conversation]) -> list[tuple[int, Conversation, int]]:
-    """(row, dialogue, messages that are not learned) of each."""
+Numbered = tuple[int, Conversation, int]
+"""(row, dialogue, messages that are not learned)."""
+
+
+def _numbered(source: Records[Conversation]) -> list[Numbered]:
     return list(zip(source.numbers, source.records, source.given, strict=True))
 
 

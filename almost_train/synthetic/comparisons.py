@@ -32,7 +32,7 @@ from almost_eval.files import LineWriter, Row, iterate_rows, write_rows
 from almost_eval.models.checkpoint import Checkpoint, find_checkpoint
 from almost_eval.progress import Progress
 from almost_eval.types import JSONObject, Message
-from almost_train.common.config import option
+from almost_train.common.config import MOST_SEED, option
 from almost_train.common.records import Preference
 from almost_train.common.stage import Stage, model_input
 from almost_train.synthetic.answers import AnsweredPrompt, AnswerFiles
@@ -59,7 +59,7 @@ class ComparisonSettings:
     )
     drop_identical: bool = option(True, "Drop pairs of two equal texts.")
     balance_length: bool = option(False, "Keep as many pairs with the longer answer chosen as with the shorter.")
-    seed: int = option(0, "Seed of the draw of balance-length.", least=0)
+    seed: int = option(0, "Seed of the draw of balance-length.", least=0, most=MOST_SEED)
     device: str = option("auto", "Where the as-is reward model runs.")
 
 

@@ -35,7 +35,7 @@ from almost_eval.errors import InputError, RunError
 from almost_eval.files import LineWriter, Row, iterate_rows, write_rows
 from almost_eval.progress import Progress
 from almost_eval.types import Completion, JSONObject
-from almost_train.common.config import option
+from almost_train.common.config import MOST_SEED, option
 from almost_train.common.held_out import HeldOut, is_held_out, read_held_out
 from almost_train.common.resume import RowLog
 from almost_train.common.stage import Stage, model_input
@@ -69,7 +69,7 @@ class PromptSettings:
     patience: int = option(20, "Rounds in a row without a new prompt after which mining stops.", least=1)
     max_rounds: int | None = option(None, "Rounds after which mining stops.", least=1)
     accept_fewer: bool = option(False, "Where mining stops early, go on with the prompts there are.")
-    seed: int = option(0, "Seed of the shots and of the sampling.", least=0)
+    seed: int = option(0, "Seed of the shots and of the sampling.", least=0, most=MOST_SEED)
 
 
 def synthesize_prompts(

@@ -29,13 +29,14 @@ import numpy as np
 from almost_eval.data.sources import DataSource
 from almost_eval.engines.base import GenerationEngine, SamplingParams
 from almost_eval.engines.partition import partition_lengths
-from almost_eval.errors import InputError, StoreError
+from almost_eval.errors import DataError, InputError, StoreError
 from almost_eval.files import LineWriter, Row, write_rows
 from almost_eval.models.release import release_memory
 from almost_eval.progress import Progress
 from almost_eval.run.shards import Mark, Shard, begin_shard, file_names
 from almost_eval.types import Completion, JSONObject, Message
-from almost_train.common.config import option, settings_from
+from almost_train.common.config import MOST_SEED, option, settings_from
+from almost_train.common.records import refuse_half
 from almost_train.common.shards import folder_of, shard_result, whole_stage
 from almost_train.common.stage import Stage, model_input
 from almost_train.synthetic.filters import RULES, STOPS, broken_rule, read_response
@@ -68,7 +69,7 @@ class ResponseSettings:
     draw_shots: bool = option(False, "Draw the demonstrations anew for each prompt; else the first of the set.")
     min_characters: int = option(50, "Shorter answers are rejected.", least=1)
     rules: tuple[str, ...] = option(tuple(RULES), "Rules that an answer must keep.", choices=tuple(RULES))
-    seed: int = option(0, "Seed of the sampling and of the draws.", least=0)
+    seed: int = option(0, "Seed of the sampling and of the draws.", least=0, most=MOST_SEED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +149,7 @@ def synthesize_responses(
         has = len(seeds.demonstration_set(c.demonstrations).conversations)
         if c.shots > has:
             raise InputError(f"configuration {c.name!r} wants {c.shots} shots; {c.demonstrations!r} has {has}")
-    index = RowIndex(prompts, _PROMPT)
+    index = _Prompts(prompts, _PROMPT)
     index.check_prompts()
     inputs: dict[str, Path | str] = {"prompts": prompts, "prompt_set": seeds.digest}
     for c in configurations:
@@ -259,6 +260,17 @@ def _names(configurations: Sequence[Configuration]) -> JSONObject:
     """The names of the configurations, as listed and as answered: results hold them in both orders."""
     answered = [c.name for _, group in _by_model(configurations) for c in group]
     return {"configurations": [c.name for c in configurations], "answered": answered}
+
+
+class _Prompts(RowIndex):
+    """The file of prompts; one that no model could be asked is refused by its row."""
+
+    def look(self, number: int, row: Row) -> None:
+        where = f"{self.file}, row {number + 1}"
+        for name in ("id", "prompt"):
+            if not row[name].strip():
+                raise DataError(f"malformed data: {where}: the {name} is empty; write one, or remove the row")
+            refuse_half(row[name], where)
 
 
 class _Source:

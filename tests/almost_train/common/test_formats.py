@@ -137,6 +137,10 @@ def test_two_system_messages_are_refused() -> None:
         ({"messages": [user, {**answer, "reasoning_content": "Hm."}]}, "row 1: a message has 'reasoning_content'"),
         ({"messages": [user, {**answer, "weight": 0}]}, "row 1: a message has the weight 0"),
         ({"prompt": "Why \ud83d", "completion": GOOD}, "row 1: half of a surrogate pair"),
+        ({"messages": [{**user, "role": "User"}, answer]}, "row 1: a message has the role 'User'; did you mean 'user'"),
+        ({"messages": [user, {**answer, "role": "bot"}]}, "row 1: a message has the role 'bot'; known: assistant, "),
+        ({"messages": [user, answer], "system": 3}, "row 1: 'system' must be a text, and is 3"),
+        ({"messages": [user, answer], "system": ["Be brief."]}, "row 1: 'system' must be a text, and is "),
     ],
 )
 def test_what_a_text_would_lack_is_refused(row: dict[str, Any], message: str) -> None:
@@ -172,6 +176,9 @@ def test_a_prompt_may_have_a_system_message_and_earlier_turns() -> None:
         ([{"prompt": "  "}], "prompt 1: an empty prompt"),
         ([{"prompt": [answer]}], "prompt 1: it must end in a user message"),
         ([{"id": "a", "prompt": ASK}, {"id": "a", "prompt": BAD}], "prompt 2: the id 'a' is there twice"),
+        ([{"id": ["a"], "prompt": ASK}], "prompt 1: the id must be a text or a whole number, and is "),
+        ([{"id": " ", "prompt": ASK}], "prompt 1: the id must be a text or a whole number, and is ' '"),
+        ([{"id": True, "prompt": ASK}], "prompt 1: the id must be a text or a whole number, and is True"),
         (
             [{"prompt": ASK}, {"prompt": [user]}],
             "row 2: not prompts .prompt: text., as the first row is; it has 'prompt': messages",
@@ -204,6 +211,13 @@ def test_prompts_that_cannot_be_used_are_one_line(rows: list[dict[str, Any]], me
         ({"prompt": [user], "chosen": [user], "rejected": [wrong]}, "end in an assistant's message"),
         (PREFERENCES["standard preferences"] | {"margin": "much"}, "'margin' must be a number, and is 'much'"),
         (PREFERENCES["standard preferences"] | {"margin": 10**400}, "'margin' must be a number, and is 1000"),
+        (PREFERENCES["standard preferences"] | {"margin": float("nan")}, "'margin' must be a number, and is nan"),
+        (PREFERENCES["standard preferences"] | {"margin": "Infinity"}, "'margin' must be a number, and is 'Infinity'"),
+        (PREFERENCES["standard preferences"] | {"margin": True}, "'margin' must be a number, and is True"),
+        (PREFERENCES["standard preferences"] | {"margin": [1.0]}, r"'margin' must be a number, and is \[1.0\]"),
+        (PREFERENCES["standard preferences"] | {"margin": 1e300}, "'margin' is 1e.300, which float32 does not hold"),
+        (PREFERENCES["standard preferences"] | {"margin": -0.5}, "'margin' is -0.5, and must not be below 0"),
+        (PREFERENCES["standard preferences"] | {"margin": "-2"}, "'margin' is -2, and must not be below 0"),
     ],
 )
 def test_pairs_that_cannot_be_used_are_one_line(row: dict[str, Any], message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,19 +10,23 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
+from transformers import AutoModel
 
 from almost_eval.errors import InputError
 from almost_eval.nano import BUILT_IN
+from almost_train.cli.main import cli
 from almost_train.dpo.online import OnlineDPOSettings
 from almost_train.dpo.run import DPOSettings
-from almost_train.pipeline.budget import budgets, seconds
+from almost_train.pipeline.budget import budgets, seconds, whole_cost
 from almost_train.pipeline.hardware import Devices
-from almost_train.pipeline.meter import measured, optimiser_size
+from almost_train.pipeline.meter import count, measured, optimiser_size
 from almost_train.pipeline.needs import PROMPT_TOKENS, Estimator, Need, row_tokens
 from almost_train.pipeline.policy_needs import dpo_need, online_dpo_need, rlsf_need
 from almost_train.pipeline.recipe import load_recipe
 from almost_train.pipeline.sampling_needs import VLLM_SHARE
 from almost_train.pipeline.scale import scaled
+from almost_train.pipeline.shapes import load_config
 from almost_train.rlsf.job import RLSFSettings, check_settings
 from almost_train.sft.run import SFTSettings
 
@@ -178,3 +183,80 @@ def test_the_small_form_has_small_dpo_and_no_gpu(tmp_path: Path) -> None:
     dpo, online = tiny.settings("dpo", DPOSettings), tiny.settings("online_dpo", OnlineDPOSettings)
     assert (dpo.optim, dpo.batch_size, dpo.max_steps) == ("adamw_torch", 4, 2)
     assert (online.batch_size, online.max_new_tokens, online.max_steps) == (4, 8, 2)
+
+
+# --- what is not the policy's own update ---
+
+
+def test_the_as_is_filter_has_a_row(tmp_path: Path) -> None:
+    recipe = recipe_file(tmp_path, comparisons={"ranking": ["a", "b"], "as_is_reward_model": "nano/reward"})
+    (need,) = [
+        row.need for row in budgets(load_recipe(recipe), Estimator(GPU), None) if row.need.stage == "comparisons"
+    ]
+    assert need.model == "nano/reward"
+    with measured():
+        parameters = count(AutoModel.from_config(load_config("nano/reward")))
+    assert (need.parameters, need.weights) == (parameters, 4 * parameters)
+    # 8 prompts with 2 answers each: a prompt of 128 tokens and an answer of 24, in the nano model's context.
+    length = min(128 + 24, load_config("nano/reward").max_position_embeddings)
+    assert need.measured_tokens == 8 * 2 * length
+    assert need.generated_tokens == need.trained_tokens == 0
+
+
+def test_a_filter_that_the_recipe_trains_has_its_bases_size(tmp_path: Path) -> None:
+    recipe = recipe_file(tmp_path, votes={"count": 4}, as_is_reward={"model": "nano/vanilla-small", "max_length": 64})
+    rows = {row.need.stage: row.need for row in budgets(load_recipe(recipe), Estimator(GPU), None)}
+    assert rows["comparisons"].model == rows["as_is_reward"].model == "nano/vanilla-small"
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_policy_that_is_divided_is_whole_while_it_samples(bf16: bool) -> None:
+    # One completion of one token, and an adapter: the update is small, so sampling is the fullest moment.
+    small = RLSFSettings(batch_size=4, mini_batch_size=4, micro_batch_size=1, max_new_tokens=1, bf16=bf16, lora_rank=1)
+    full, none = (
+        rlsf_need(Estimator(Devices(4, 24 * 10**9, True, kind)), "rlsf", "huggyllama/llama-7b", REWARD, small)
+        for kind in ("full", "none")
+    )
+    # A quarter of the policy, the reward model whole, and the policy in the bytes that it computes in.
+    assert full.weights - none.weights // 4 == pytest.approx(full.parameters * (2 if bf16 else 4), rel=0.01)
+    assert full.gradients == 0
+
+
+def test_what_a_cpu_saves_is_whole_in_its_memory() -> None:
+    settings = SFTSettings(batch_size=4, micro_batch_size=1, max_length=8, lora_rank=1)
+    cpu, gpu = (
+        Estimator(Devices(8, 10**12, on_gpu)).sft("sft", "huggyllama/llama-7b", settings, 4) for on_gpu in (False, True)
+    )
+    assert cpu.activations + cpu.gradients >= 4 * cpu.parameters  # the base in float32, gathered to be saved
+    assert gpu.activations < cpu.activations
+
+
+def test_a_served_model_is_planned_elsewhere(tmp_path: Path) -> None:
+    served: dict[str, Any] = {
+        "engine": {"engine": "openai", "base_url": "http://127.0.0.1:9/v1"},
+        "prompts": {"model": "big-one", "count": 8},
+        "self_play": RECIPE["self_play"] | {"assistant_model": "big-one", "user_model": "big-one"},
+    }
+    recipe = load_recipe(recipe_file(tmp_path, **served))
+    rows = list(budgets(recipe, Estimator(GPU), None, lambda need, trains: 100.0))
+    first, play = rows[0], next(row for row in rows if row.need.stage == "self_play")
+    assert first.need.elsewhere
+    assert (first.need.weights, first.need.seconds, first.fits) == (0, None, True)
+    assert first.need.note == "big-one is served elsewhere, and not planned here"
+    assert play.need.weights == 4 * Estimator(GPU).count("nano/vanilla-small")  # the reward model is beside it
+    assert next(row for row in rows if row.need.stage == "evaluation").need.elsewhere is False
+    total = whole_cost(rows, 1)
+    assert total.seconds == sum(row.need.seconds for row in rows if row.need.seconds)
+    outcome = CliRunner().invoke(cli, ["plan", recipe_file(tmp_path, **served), "--gpu", "a100-80gb"])
+    assert outcome.exit_code == 0, outcome.output
+    assert "big-one is served elsewhere" in outcome.output
+
+
+def test_measured_rates_of_a_whole_recipe(tmp_path: Path) -> None:
+    recipe = recipe_file(tmp_path, comparisons={"ranking": ["a", "b"], "as_is_reward_model": "nano/reward"})
+    outcome = CliRunner().invoke(cli, ["plan", recipe, "--measure", "--json"])
+    assert outcome.exit_code == 0, outcome.output
+    content = json.loads(outcome.stdout)
+    assert content["total"]["seconds"] > 0
+    assert all(stage["seconds"] > 0 for stage in content["stages"])
+    assert content["rates"] == "what was measured on this machine"

@@ -115,6 +115,18 @@ CONFIGURATIONS = NANO["responses"]["configurations"]
         ({"threads": True}, "recipe mine: threads is True; it must be a whole number"),
         ({"dpo": None}, "recipe mine, dpo: is empty; write dpo: {} for its defaults"),
         ({1: {}}, "recipe mine: unknown section 1; known: "),
+        ({"seed": 2**32}, "recipe mine: seed is 4294967296; it must be at most 4294967295"),
+        ({"threads": 10**13}, "recipe mine: threads is 10000000000000; it must be at most 4096"),
+        ({"prompt_set": True}, "recipe mine: prompt_set is True; it must be a text: put quotes around it"),
+        (
+            {"comparisons__as_is_reward_model": "nano/reward"},
+            "recipe mine, comparisons: as_is_reward_model names a reward model .* as_is_reward trains another",
+        ),
+        ({"reward__max_length": 8}, "recipe mine, reward: max_length 8 holds no dialogue: the shortest seed prompt"),
+        ({"sft__max_length": 8}, "recipe mine, sft: max_length 8 holds no dialogue"),
+        ({"dpo": {"max_length": 8}}, "recipe mine, dpo: max_length 8 holds no dialogue"),
+        ({"engine": {"engine": "openai"}}, "the engine 'openai' needs an endpoint: give base_url"),
+        ({"engine": {"engine": "openai", "base_url": "localhost:8000"}}, "base_url is not an http.* address"),
     ],
 )
 def test_what_would_fail_later_is_refused_at_once(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -129,6 +141,8 @@ def test_what_would_fail_later_is_refused_at_once(changes: dict[str, Any], messa
         ("seed: 1\nreward: {epochs: 1}\nseed: 2\n", "line 3: 'seed' stands there twice; keep one"),
         ("reward:\n  epochs: 1\n  model: a\n  epochs: 2\n", "line 4: 'epochs' stands there twice; keep one"),
         ("reward: &own\n  model: *own\n", "line 1: what the anchor there names holds itself"),
+        ("seed: 010\nreward: {}\n", "line 1: YAML reads 010 as a number of base 8; write it in base 10"),
+        ("reward:\n  epochs: 1:30\n", "line 2: YAML reads 1:30 as a number of base 60; write it in base 10"),
         ("description: nothing\n", "recipe mine has no stage; name one of prompts, responses"),
     ],
 )
@@ -137,6 +151,35 @@ def test_what_yaml_would_take_in_silence(content: str, message: str, tmp_path: P
     with pytest.raises(InputError) as error:
         load_recipe(str(tmp_path / "mine.yaml"))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["seed=010", "prompts={count: 1, count: 2}", "rlsf.kl_limit=1:30"])
+def test_a_value_from_the_command_line_is_read_as_a_file_is(value: str) -> None:
+    with pytest.raises(InputError, match=re.escape(repr(value))):
+        load_recipe("nano", values=[value])
+
+
+def test_numbers_that_people_write_are_read(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "seed: 0\nreward: {epochs: 0x2, seed: 1_000, learning_rate: 0.5, model: '010'}\n"
+    )
+    expected = {"epochs": 2, "seed": 1000, "learning_rate": 0.5, "model": "010"}
+    assert load_recipe(str(tmp_path / "mine.yaml")).sections["reward"] == expected
+
+
+def test_a_seed_of_the_command_line_has_the_same_bounds() -> None:
+    with pytest.raises(InputError, match="seed is 4294967296; it must be at most 4294967295"):
+        load_recipe("nano", seed=2**32)
+
+
+@pytest.mark.parametrize("below", ["", "deeper/still"])
+def test_an_output_that_is_a_file_is_refused_first(below: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    pipeline = Pipeline(load_recipe("nano"), tmp_path / "file" / below)
+    for begin in (pipeline.states, pipeline.run):
+        with pytest.raises(InputError, match="file is a file; --output names the folder of a recipe's stages"):
+            begin()
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_anchors_and_merges_are_read(tmp_path: Path) -> None:

@@ -112,6 +112,12 @@ def test_margins_of_held_out_rows_fit_the_loss_too(tmp_path: Path) -> None:
         read_comparisons(marked, plain, margin=True, skip_empty=False)
 
 
+def test_a_loss_without_margins_names_no_flag_for_them(tmp_path: Path) -> None:
+    marked = write(tmp_path, [standard(1) | {"margin": 1.5}])
+    with pytest.raises(DataError, match="which the loss would leave out; remove the column"):
+        train_dpo(DPOSettings(**SMALL), marked, "nano/sft", tmp_path / "out")
+
+
 def test_the_loss_with_margins_by_hand() -> None:
     # Rewards 2 and 0 with margin 1.5, and 0 and 1 with margin 0: differences less margins are 0.5 and -1.
     def model(**_: object) -> SimpleNamespace:

@@ -1,4 +1,4 @@
-"""RLOO and GRPO on TRL's trainers: the loss by hand, the batch after the last update, adapters, what breaks."""
+"""RLOO and GRPO on TRL's trainers: the batch after the last update, adapters, what breaks."""
 
 from __future__ import annotations
 
@@ -17,13 +17,10 @@ from almost_eval.errors import RunError
 from almost_eval.files import digest_path, read_rows, write_rows
 from almost_eval.models.checkpoint import find_checkpoint
 from almost_eval.progress import Progress
-from almost_eval.types import LoglikelihoodRequest, Message
-from almost_train.common.interrupts import SaveRequests
-from almost_train.common.processes import SharedStage
+from almost_eval.types import LoglikelihoodRequest
 from almost_train.rlsf import trl
 from almost_train.rlsf.job import RLSFSettings
-from almost_train.rlsf.log import StepLog
-from almost_train.rlsf.run import _prepare, rlsf
+from almost_train.rlsf.run import rlsf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -61,51 +58,6 @@ def play(tmp_path: Path) -> Play:
 
 def logprobs(model: str | Path) -> list[float]:
     return [score.logprob for score in HFEngine(str(model)).loglikelihood([REQUEST])[0]]
-
-
-# --- the loss ---
-
-BY_HAND = {
-    # Two completions of 2 and 6 tokens, with advantages 1 and -1. The policy is the one that sampled, so every ratio is
-    # 1 and a token's loss is -advantage + 0.1 x k3. The reference gives each token twice the probability: k3 is
-    # 2 - ln 2 - 1 = 0.3069.
-    "dapo": (-2 + 6) / 8 + 0.1 * (1 - math.log(2)),  # over the tokens of the batch
-    "grpo": (-1 + 1) / 2 + 0.1 * (1 - math.log(2)),  # over those of each completion, then over completions
-    "dr_grpo": (-2 + 6) / (2 * 10) + 0.1 * (1 - math.log(2)) * 8 / (2 * 10),  # over max_new_tokens
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("loss_type", BY_HAND)
-def test_grpos_loss_by_hand(loss_type: str, tmp_path: Path) -> None:
-    settings = RLSFSettings(
-        **SMALL | {"batch_size": 2, "micro_batch_size": 2, "num_generations": 2},
-        algorithm="grpo",
-        loss_type=loss_type,
-        kl_coefficient=0.1,
-    )
-    prompts = [("p", (Message("user", "How big is the cat?"),))]
-    job = _prepare(settings, prompts, "nano/sft", "nano/reward", SharedStage(tmp_path, None, None), Progress())
-    with StepLog(tmp_path, 0) as log:
-        made, _ = trl.make_trainer(job, log, lambda _: None, SaveRequests(0))
-    trainer: Any = made
-    trainer.model.train()
-    trainer.current_gradient_accumulation_steps = 1
-    mask = torch.tensor([[1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
-    batch = {
-        "prompt_ids": torch.full((2, 3), 7),
-        "prompt_mask": torch.ones(2, 3, dtype=torch.long),
-        "completion_ids": torch.full((2, 6), 9),
-        "completion_mask": mask,
-        "advantages": torch.tensor([1.0, -1.0]),
-        "num_items_in_batch": mask.sum(),
-    }
-    ids, attention = (torch.cat([batch[f"prompt_{n}"], batch[f"completion_{n}"]], 1) for n in ("ids", "mask"))
-    own, *_ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, attention, 6)
-    batch["ref_per_token_logps"] = own.detach() + math.log(2)
-    assert trainer._compute_loss(trainer.model, batch).item() == pytest.approx(BY_HAND[loss_type], abs=1e-5)
-    # Dr. GRPO's other half: rewards are not divided by their deviation within the prompt.
-    assert trainer.scale_rewards == ("none" if loss_type == "dr_grpo" else "group")
 
 
 # --- the batch after the last update ---

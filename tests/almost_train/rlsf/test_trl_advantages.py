@@ -12,15 +12,10 @@ import pytest
 import torch
 
 from almost_eval.files import read_rows, write_rows
-from almost_eval.progress import Progress
 from almost_eval.rewards.hf import HFRewardModel
-from almost_eval.types import Message
-from almost_train.common.interrupts import SaveRequests
-from almost_train.common.processes import SharedStage
 from almost_train.rlsf import trl
 from almost_train.rlsf.job import RLSFSettings
-from almost_train.rlsf.log import StepLog
-from almost_train.rlsf.run import _prepare, rlsf
+from almost_train.rlsf.run import rlsf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -180,30 +175,3 @@ def test_advantages_of_a_training(algorithm: str, watched: Callable[..., Seen], 
         first = [row for row in read_rows(tmp_path / "out" / "samples.jsonl") if row["step"] == step]
         given = [row["reward"] - (not row["ended"]) for row in first]
         assert rewards[: len(given)] == pytest.approx(given, abs=1e-6)
-
-
-# --- the loss that the advantages go into ---
-
-
-def test_rloos_loss_by_hand(tmp_path: Path) -> None:
-    settings = RLSFSettings(**SMALL | {"batch_size": 2, "micro_batch_size": 2, "num_generations": 2}, algorithm="rloo")
-    prompts = [("p", (Message("user", "How big is the cat?"),))]
-    job = _prepare(settings, prompts, "nano/sft", "nano/reward", SharedStage(tmp_path, None, None), Progress())
-    with StepLog(tmp_path, 0) as log:
-        made, _ = trl.make_trainer(job, log, lambda _: None, SaveRequests(0))
-    trainer: Any = made
-    trainer.model.train()
-    trainer.current_gradient_accumulation_steps = 1
-    batch = {
-        "prompt_ids": torch.full((2, 3), 7),
-        "prompt_mask": torch.ones(2, 3, dtype=torch.long),
-        "completion_ids": torch.full((2, 6), 9),
-        "completion_mask": torch.tensor([[1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]]),
-        "advantages": torch.tensor([2.0, -1.0]),
-    }
-    ids, attention = (torch.cat([batch[f"prompt_{n}"], batch[f"completion_{n}"]], 1) for n in ("ids", "mask"))
-    own, *_ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, attention, 6)
-    logprobs = (own.detach() * batch["completion_mask"]).sum(1)
-    # A completion is one action: the first is now 1.5 times as likely as when it was drawn, and counts as 1.2 of that.
-    batch["old_logps"] = logprobs - torch.tensor([1.5, 1.0]).log()
-    assert trainer._compute_loss(trainer.model, batch).item() == pytest.approx((-2 * 1.2 + 1) / 2, abs=1e-5)

@@ -264,3 +264,10 @@ def test_bad_input_is_refused_before_anything_is_written(base: Path, demonstrati
     assert not (tmp_path / "out").exists()
     with pytest.raises(DataError, match="leaves no answer"):
         train_sft(SFTSettings(**SETTINGS | {"max_length": 8}), demonstrations, str(base), tmp_path / "out")
+
+
+def test_a_held_out_file_of_the_same_dialogues_is_named(base: Path, demonstrations: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"leaves no answer to train on .*; the held-out file has all of their prompts"):
+        train_sft(
+            SFTSettings(**SETTINGS), demonstrations, str(base), tmp_path / "o", eval_demonstrations=demonstrations
+        )

@@ -288,3 +288,21 @@ def test_killed_and_run_again(tmp_path: Path, answers: int) -> None:
 def test_done_needs_no_engine(tmp_path: Path) -> None:
     result = respond(tmp_path, SMALL)
     assert respond(tmp_path, SMALL, engine_for=lambda _: 1 / 0) == result
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"id": "p2", "prompt": "  "}, "row 2: the prompt is empty"),
+        ({"id": "", "prompt": "Why?"}, "row 2: the id is empty"),
+        ({"id": "p2", "prompt": "Why \ud83d?"}, "row 2: half of a surrogate pair"),
+    ],
+)
+def test_a_prompt_that_no_model_can_be_asked_is_refused_by_its_row(
+    row: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, [{"id": "p1", "prompt": "Why?"}, row])), encoding="utf-8")
+    with pytest.raises(DataError, match=message):
+        synthesize_responses(SETTINGS, file, [LARGE], tmp_path / "out", data=DATA, engine_for=lambda _: Recorder())
+    assert not (tmp_path / "out").exists()
