@@ -1,7 +1,8 @@
 """Prompt sets: the words of the evaluation prompts, ours or those of the official repository.
 
-The official set is looked for in the data root, then in the cache, then downloaded from its pinned commit, and only where
-a prompt of it is used. Its digest is in this file, so a changed copy is refused. Prompts are read as data: nothing downloaded is run.
+The official set is looked for in the data root, then in the cache, then downloaded from its pinned commit, and only
+where a prompt of it is used. Its digest is in this file, so a changed copy is refused. Prompts are read as data:
+nothing downloaded is run.
 """
 
 from __future__ import annotations

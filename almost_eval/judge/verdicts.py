@@ -11,9 +11,9 @@ its scores in five ways, each a *reading*:
 5. `prose`: "Assistant 1 receives a score of 8 ...", where 1 to 4 see nothing.
 
 Readings that disagree make the review ambiguous: no verdict is better than a wrong one. So does "8 - 9" where nothing
-else says what it is: two scores, or a range of one. To take it only where it falls would favour the first assistant. Numbers that the review quotes
-from the question (three words or more in a row) are struck out first, and so is what it states without meaning it
-(`asides.py`). Nothing else is a score: no equation, no count of mistakes, no range.
+else says whether it is two scores or a range of one; to take it only where it falls would favour the first assistant.
+Numbers that the review quotes from the question (three words or more in a row) are struck out first, and so is what it
+states without meaning it (`asides.py`). Nothing else is a score: no equation, no count of mistakes, no range.
 
 A score of 0 is off the scale of 1 to 10 that the prompt gives. It is taken only where the scores are the first line and
 the explanation says in words that it is meant ("a score of 0", "provided no answer"): archived reviews of empty answers

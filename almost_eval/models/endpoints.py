@@ -30,8 +30,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _NO_KEY = "none"
 """The SDK does not start without a key. A server that wants none ignores this one."""
 _HIDDEN = "***"
-_KEY_LIKE = re.compile(r"\bsk-[\w*.-]+|\S*\*{3,}\S*")
-"""A key, or one that the server has masked in part."""
+_KEY_LIKE = re.compile(r"\bsk-[\w*.-]+")
+_WORD = re.compile(r"\S+")
 _MAX_WORDS = 300
 """Characters of a server's message that are shown."""
 
@@ -138,7 +138,17 @@ def hide_key(text: str, key: str | None) -> str:
 
 def server_words(text: str, key: str | None) -> str:
     """What a server said, fit to be shown: one line, no key and nothing that looks like one, 300 characters at most."""
-    return " ".join(_KEY_LIKE.sub(_HIDDEN, hide_key(text, key)).split())[:_MAX_WORDS]
+    words: list[str] = []
+    length = 0
+    # Word by word, not by one pattern: a server's word may have megabytes, and must be gone through once.
+    for match in _WORD.finditer(hide_key(text, key)):
+        word = match[0]
+        # Masked in part by the server, or all of it by us.
+        words.append(_HIDDEN if _HIDDEN in word else _KEY_LIKE.sub(_HIDDEN, word))
+        length += len(words[-1]) + 1
+        if length > _MAX_WORDS:
+            break
+    return " ".join(words)[:_MAX_WORDS]
 
 
 # --- clients ---

@@ -109,7 +109,7 @@ class TestReadWhereUsed:
         "arguments", [("hhh", "--protocol", "likelihood"), ("truthfulqa", "--metrics", "mc1,mc2")], ids=str
     )
     def test_what_uses_none(self, run: Callable[..., Any], tmp_path: Path, arguments: tuple[str, ...]) -> None:
-        assert run(*arguments).code == 0
+        assert run(*arguments).code in (0, 3)  # a random model may tie
         assert (tmp_path / "run" / "results.json").is_file()
 
     @pytest.mark.parametrize("arguments", [("hhh",), ("truthfulqa", "--metrics", "mc1_true_prompt,mc1")], ids=str)
