@@ -32,6 +32,8 @@ _NO_KEY = "none"
 _HIDDEN = "***"
 _KEY_LIKE = re.compile(r"\bsk-[\w*.-]+")
 _WORD = re.compile(r"\S+")
+_SEVERAL = re.compile(r"\s|[;|]https?://", re.I)
+"""Two addresses in one, by something else than a comma."""
 _MAX_WORDS = 300
 """Characters of a server's message that are shown."""
 
@@ -57,7 +59,7 @@ class EndpointAddress:
         """
         try:
             parts = urlsplit(url)
-            well_formed = parts.scheme in ("http", "https") and bool(parts.hostname)
+            well_formed = parts.scheme in ("http", "https") and bool(parts.hostname) and not _SEVERAL.search(url)
             _ = parts.port  # raises where it is no number
         except ValueError:
             well_formed = False
@@ -76,7 +78,7 @@ class EndpointAddress:
         if not addresses:
             raise InputError(f"{option} is empty; it must look like http://localhost:8000/v1")
         for at, address in enumerate(addresses):
-            if address.url.rstrip("/") in {one.url.rstrip("/") for one in addresses[:at]}:
+            if address.place in {one.place for one in addresses[:at]}:
                 raise InputError(f"{option} names {address.shown} twice; give each endpoint once")
         return addresses
 
@@ -84,6 +86,13 @@ class EndpointAddress:
     def parts(self) -> SplitResult:
         """The address, taken apart."""
         return urlsplit(self.url)
+
+    @property
+    def place(self) -> tuple[str | int | None, ...]:
+        """The same for all spellings of an address."""
+        parts = self.parts
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        return parts.scheme, parts.hostname, port, parts.path.rstrip("/"), parts.query
 
     @property
     def shown(self) -> str:
