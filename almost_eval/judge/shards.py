@@ -95,11 +95,12 @@ def merge_answers(marks: Sequence[Mark], output: Path | None) -> None:
         for name in file_names(marks[0], "answers"):
             rows: dict[int, Row] = {}
             for mark in marks:
-                own = {str(row["question_id"]): row for row in read_rows(mark.folder / "answers" / name)}
-                if set(own) != set(mark.ids):
+                answered = [(str(row.get("question_id")), row) for row in read_rows(mark.folder / "answers" / name)]
+                own = dict(answered)
+                if sorted(id for id, _ in answered) != sorted(mark.ids):
                     raise StoreError(
                         f"{mark.folder / 'answers' / name} does not answer the {len(mark.ids)} questions of shard "
-                        f"{mark.shard}; run its command again in a new folder"
+                        f"{mark.shard} once each; run its command again in a new folder"
                     )
                 rows |= {place: own[id] for place, id in zip(mark.places, mark.ids, strict=True)}
             write_rows(output / "answers" / name, [rows[place] for place in sorted(rows)], ascii_only=True)
