@@ -31,19 +31,20 @@ def merge(
       almost-eval merge runs/hhh    # after `almost-eval hhh --output runs/hhh --shard 1/2` and the same with 2/2
     """
     from almost_eval.run.merge import merge_runs
-    from almost_eval.run.shards import find_marks
+    from almost_eval.run.shards import find_marks, whole_folder
     from almost_eval.run.store import read_spec
 
     marks = find_marks(folders)
-    whole = output or marks[0].folder.parent
     if read_spec(marks[0].folder).get("requires") == "judge":
         from almost_eval.judge.shards import merge_answers
 
-        merge_answers(marks, whole)
+        merge_answers(marks, output)
+        whole = whole_folder(marks, output)
         click.echo(f"the answers of all {marks[0].shard.of} shards are in {whole}")
         click.echo(f"no results yet; now the judge: repeat the command without --shard, with --output {whole}")
         return 0
-    results, _ = merge_runs(marks, whole, data_root)
+    results, _ = merge_runs(marks, output, data_root)
+    whole = whole_folder(marks, output)
     if log_to:
         from almost_eval.run.trackers import log_results
 

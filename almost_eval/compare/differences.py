@@ -35,6 +35,12 @@ def measure_of(spec: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def protocol_parts(task: str, protocol: str) -> tuple[str, ...]:
+    """What a protocol lists (`mc2+mc1`), in one order; one of a task that takes no list of names is its only part."""
+    takes_names = any(setting.kind == "names" for setting in stated_by(task).task_settings)
+    return tuple(sorted(protocol.split("+"))) if takes_names else (protocol,)
+
+
 def other_measure(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
     """The first thing by which the metrics of two specs are not the same, in words; None where they are."""
     of_a, of_b = measure_of(a), measure_of(b)
@@ -49,8 +55,11 @@ def setting_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]
     if not a or not b:  # a spec that is not there says nothing
         return []
     lists = [f"settings.{s.name}" for s in stated_by(str(a.get("task"))).task_settings if s.kind == "names"]
-    of_a, of_b = (_as_read(flat(spec), lists) for spec in (a, b))
+    flat_a, flat_b = flat(a), flat(b)
+    of_a, of_b = _as_read(flat_a, lists), _as_read(flat_b, lists)
     keys = [key for key in {**of_a, **of_b} if of_a.get(key) != of_b.get(key) and not _is_model(key)]
+    if any(flat_a.get(key) != flat_b.get(key) for key in lists):  # of prompts in their order, which is the lists'
+        keys = [key for key in keys if key != "prompt_ids_digest"]
     keys.sort(key=lambda key: "digest" in key or "fingerprint" in key)
     return [f"{key}: {shown(of_a.get(key))} in A, {shown(of_b.get(key))} in B" for key in keys]
 

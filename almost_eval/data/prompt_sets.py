@@ -1,16 +1,19 @@
 """Prompt sets: the words of the evaluation prompts, ours or those of the official repository.
 
-The official set is looked for in the data root, then in the cache, then downloaded from its pinned commit. Its digest
-is in this file, so a changed copy is refused. Prompts are read as data: nothing downloaded is run.
+The official set is looked for in the data root, then in the cache, then downloaded from its pinned commit, and only
+where a prompt of it is used. Its digest is in this file, so a changed copy is refused. Prompts are read as data:
+nothing downloaded is run.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import http.client
 import json
 import urllib.request
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,34 +38,53 @@ class PromptSet:
     """Named prompts in the dialogue format, with `{placeholders}`."""
 
     name: str
-    prompts: dict[str, str]
+    digest: str
+    """sha256 of the prompts as canonical JSON."""
+    read: Callable[[], Mapping[str, str]]
+    """Gives them; the official ones are looked for when the first is wanted, and many protocols want none."""
+
+    @classmethod
+    def of(cls, name: str, prompts: Mapping[str, str]) -> PromptSet:
+        """A set of prompts that are at hand."""
+        return cls(name, _digest(prompts), lambda: prompts)
 
     @property
-    def digest(self) -> str:
-        """sha256 of the prompts as canonical JSON."""
-        canonical = json.dumps(self.prompts, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+    def prompts(self) -> Mapping[str, str]:
+        """All of them, by name.
+
+        Raises:
+            DataError: an official set that cannot be had or is not the pinned one.
+        """
+        return self.read()
+
+
+def _digest(prompts: Mapping[str, str]) -> str:
+    canonical = json.dumps(dict(prompts), sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def load_prompt_set(name: str, data: DataSource) -> PromptSet:
     """The evaluation prompts: `static_HHH_prompt` and `truthfulQA_prompt`; `builtin` has its own shots as well.
 
     Raises:
-        DataError: an unknown name, or an official set that cannot be had or is not the pinned one.
+        DataError: an unknown name. What is wrong with an official set is told when its first prompt is read.
     """
     if name == "builtin":
         text = (Path(__file__).parent / "prompts" / "builtin.json").read_text(encoding="utf-8")
-        return PromptSet("builtin", json.loads(text))
+        return PromptSet.of("builtin", json.loads(text))
     if name != "official":
         raise DataError(f"unknown prompt set {name!r}; {did_you_mean(name, PROMPT_SET_NAMES)}")
+    return PromptSet("official", _OFFICIAL_DIGEST, functools.cache(lambda: _pinned_prompts(data)))
+
+
+def _pinned_prompts(data: DataSource) -> dict[str, str]:
     prompts, origin = _official_prompts(data)
-    official = PromptSet("official", prompts)
-    if official.digest != _OFFICIAL_DIGEST:
+    if (digest := _digest(prompts)) != _OFFICIAL_DIGEST:
         raise DataError(
             f"{origin} does not hold the official prompts of {_OFFICIAL_REPOSITORY}@{_OFFICIAL_COMMIT[:7]} (sha256 "
-            f"{official.digest[:12]}, expected {_OFFICIAL_DIGEST[:12]}); remove that copy, or use --prompt-set builtin"
+            f"{digest[:12]}, expected {_OFFICIAL_DIGEST[:12]}); remove that copy, or use --prompt-set builtin"
         )
-    return official
+    return prompts
 
 
 def _official_prompts(data: DataSource) -> tuple[dict[str, str], str]:
@@ -100,7 +122,7 @@ def _official_prompts(data: DataSource) -> tuple[dict[str, str], str]:
         and isinstance(statement.value, ast.Constant)
         and isinstance(statement.value.value, str)
     }
-    if PromptSet("official", prompts).digest == _OFFICIAL_DIGEST:  # never cache what would be refused
+    if _digest(prompts) == _OFFICIAL_DIGEST:  # never cache what would be refused
         keep(cached, json.dumps(prompts, indent=1).encode())
     return prompts, _OFFICIAL_URL
 

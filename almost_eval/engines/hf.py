@@ -73,6 +73,8 @@ class HFEngine(CheckpointEngine):
         self.longest = 0
         """Positions of the longest request of the run, where a stream is of some of its requests: what depends on
         lengths (a window, a rotary embedding) is then as it is in the run."""
+        self.probes: dict[AttentionWindow, Probe] = {}
+        """What the checkpoint can do, by what its layers see; a worker gets what another has found out."""
         self._planned: tuple[Sequence[EncodedRequest], TokenTrie] | None = None
         self._headers: SharedHeader | None = None
         self._attention = settled_attention(attention, self.checkpoint, trust_remote_code=self._trust_remote_code)
@@ -195,11 +197,9 @@ class HFEngine(CheckpointEngine):
     def _probe(self, window: AttentionWindow) -> Probe:
         from almost_eval.engines.hf_probe import probe
 
-        if not hasattr(self, "_probes"):
-            self._probes: dict[AttentionWindow, Probe] = {}
-        if window not in self._probes:
-            self._probes[window] = probe(self.model, window, min(len(self.tokenizer), self._vocabulary))
-        return self._probes[window]
+        if window not in self.probes:
+            self.probes[window] = probe(self.model, window, min(len(self.tokenizer), self._vocabulary))
+        return self.probes[window]
 
     @property
     def _vocabulary(self) -> int:

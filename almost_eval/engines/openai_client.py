@@ -159,7 +159,7 @@ class OpenAIClient:
             except openai.APIConnectionError:
                 problems.append((address, "is not reachable"))
             except openai.OpenAIError as error:
-                self.fail(error)
+                self.fail(error, at=address.shown)
         if not answers:
             address, problem = problems[0]
             raise InputError(f"the endpoint {address.shown} {problem}; start it, or check base_url")
@@ -278,11 +278,14 @@ class OpenAIClient:
             "endpoint, /v1 included"
         )
 
-    def fail(self, error: openai.OpenAIError, path: str = "/completions") -> NoReturn:
-        """One line for what the SDK raises. The server's own words are quoted where they cannot hold the key."""
+    def fail(self, error: openai.OpenAIError, path: str = "/completions", at: str | None = None) -> NoReturn:
+        """One line for what the SDK raises. The server's own words are quoted where they cannot hold the key.
+
+        `at` is the endpoint, where it is known which of several it was.
+        """
         import openai
 
-        at = f"the endpoint {self.endpoint}"
+        at = f"the endpoint {at or self.endpoint}"
         kept = "what was done is kept: the same command goes on"
         failure: AlmostError
         if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):

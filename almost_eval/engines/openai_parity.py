@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING
@@ -35,6 +36,11 @@ def compare_endpoints(model: str, clients: Sequence[tuple[str, openai.OpenAI]]) 
         raise InputError(
             f"the endpoint {silent[0]} tells no log-probabilities, so it cannot be compared with the others: give one "
             "base_url, or a proxy that stands before your servers"
+        )
+    if broken := [shown for shown, answer in answers.items() if not all(map(math.isfinite, answer.values()))]:
+        raise InputError(
+            f"the endpoint {broken[0]} gives log-probabilities that are no numbers (nan or infinite): its weights or "
+            "its number format are broken; mend it, or leave it out"
         )
     first = next(iter(answers.values()))
     if any(answer.keys() != first.keys() for answer in answers.values()):

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,11 @@ class Scoring:
     """A task: requests to score."""
 
     requests: list[EncodedRequest]
+    longest: int = 0
+    """See `HFEngine`, which also says what a part is."""
+    is_part: bool = False
+    probes: bytes = b""
+    """What other workers have found out about the checkpoint, pickled: this process reads it without torch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +60,15 @@ class Writing:
 
     prompts: list[str]
     params: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class UnitReport:
+    """What a worker did for a unit."""
+
+    engine: EngineReport
+    probes: bytes = b""
+    """See `Scoring`."""
 
 
 class EngineServant:
@@ -65,17 +80,19 @@ class EngineServant:
     def answer(self, task: Scoring | Writing, unit: Unit) -> Iterator[tuple[int, Any]]:
         """Scores of requests, or completions of prompts."""
         if isinstance(task, Scoring):
-            self._engine.part = unit.number
+            self._engine.part, self._engine.longest = unit.number or int(task.is_part), task.longest
+            if task.probes:
+                self._engine.probes.update(pickle.loads(task.probes))  # written by a worker of this very command
             yield from self._engine.stream(task.requests, unit.items)
             return
         prompts = [task.prompts[index] for index in unit.items]
         for place, completions in self._engine.stream_completions(prompts, task.params):
             yield unit.items[place], completions
 
-    def report(self) -> EngineReport:
+    def report(self) -> UnitReport:
         """Of the last unit."""
-        report: EngineReport = self._engine.report
-        return report
+        probes = getattr(self._engine, "probes", None)
+        return UnitReport(self._engine.report, pickle.dumps(probes) if probes else b"")
 
     def identity(self) -> Mapping[str, str | None]:
         """See `identity_of`."""
@@ -112,6 +129,9 @@ class PooledEngine:
         self.engine = engine
         self.pool = pool
         self._report = EngineReport()
+        self._probes = b""
+        self._last: tuple[Scoring | Writing, tuple[int, ...]] | None = None
+        """The last task and a part of it."""
 
     def __getattr__(self, name: str) -> Any:
         """Tokenizer, checkpoint, settings and the like are the engine's own."""
@@ -144,7 +164,9 @@ class PooledEngine:
             self.engine._refuse_long(requests)  # before a worker starts
         parts = self._parts(requests, SCORING_UNITS * self.pool.size)
         # An empty part where nothing is wanted: the report of the whole plan belongs in the results all the same.
-        yield from self._run(Scoring(list(requests)), wanted_of(parts, wanted) or [()])
+        is_part = getattr(self.engine, "part", None) is not None
+        task = Scoring(list(requests), getattr(self.engine, "longest", 0), is_part, self._probes)
+        yield from self._run(task, wanted_of(parts, wanted) or [()])
 
     def _parts(self, requests: Sequence[EncodedRequest], parts: int) -> Sequence[tuple[int, ...]]:
         """Requests that begin alike together, unless the engine shares no prefix."""
@@ -182,15 +204,29 @@ class PooledEngine:
         done = dict(self.stream_completions(prompts, params))
         return [done[i] for i in range(len(prompts))]
 
+    def rehearse(self) -> None:
+        """Have every worker compute a part of the last stream: all then have their weights, and know the checkpoint.
+
+        Raises:
+            RunError: see `Pool.run`.
+        """
+        if self._last is None:
+            return
+        task, part = self._last
+        self.pool.run_everywhere(replace(task, probes=self._probes) if isinstance(task, Scoring) else task, part)
+
     def close(self) -> None:
         """End the workers; the next stream starts others."""
         self.pool.close()
 
     def _run(self, task: Scoring | Writing, parts: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, Any]]:
+        self._last = (task, parts[0]) if parts else None
         try:
             yield from self.pool.run(task, parts)
         finally:
-            self._report = merged(self.pool.reports, self.pool.warnings)
+            self._report = merged([unit.engine for unit in self.pool.reports], self.pool.warnings)
+            # The longest: units of one stream meet the same windows, and a worker keeps those of earlier streams.
+            self._probes = max((self._probes, *(unit.probes for unit in self.pool.reports)), key=len)
 
 
 def wanted_of(parts: Sequence[tuple[int, ...]], wanted: Collection[int] | None) -> list[tuple[int, ...]]:

@@ -18,7 +18,16 @@ from almost_eval.judge.model_judge import ModelJudge
 from almost_eval.judge.model_system import ModelSystem
 from almost_eval.judge.run import JudgeRun
 from almost_eval.progress import Progress
-from almost_eval.run.shards import Mark, Shard, begin_shard, check_marks, file_names, without_shard
+from almost_eval.run.shards import (
+    Mark,
+    Shard,
+    begin_shard,
+    begun_shard,
+    check_marks,
+    file_names,
+    whole_folder,
+    without_shard,
+)
 from almost_eval.run.store import RunStore, read_spec, spec_change
 from almost_eval.types import JSONObject
 
@@ -33,8 +42,8 @@ def write_shard(run: JudgeRun, whole: Path, shard: Shard, progress: Progress) ->
     """
     started = time.perf_counter()
     folder = shard.folder(whole)
-    if (folder / "spec.json").is_file():
-        run.adopt_dates(read_spec(folder)["settings"])
+    if begun := begun_shard(whole, shard):  # a date that a template writes is that of all shards
+        run.adopt_dates(read_spec(begun)["settings"])
     mine = shard.part(_partition(run, shard.of).parts, "questions")
     ids = [question.id for question in run.questions]
     spec = run.spec()
@@ -71,23 +80,27 @@ def _partition(run: JudgeRun, parts: int) -> Partition:
     return partition_prompts(encoder.encode_texts(system.prompts), parts, new_tokens=new_tokens)
 
 
-def merge_answers(marks: Sequence[Mark], output: Path) -> None:
+def merge_answers(marks: Sequence[Mark], output: Path | None) -> None:
     """Write the answers of all shards into `output`, in the order of the questions: the judge goes on from there.
+
+    Without `output` they go into the folder that all shards are in.
 
     Raises:
         StoreError: shards that are missing, of another run, not finished or damaged; an output that holds another run.
         RunError: the disk is full, or gone.
     """
     check_marks(marks, lambda one, other: spec_change(read_spec(one.folder), read_spec(other.folder)))
+    output = whole_folder(marks, output)
     with RunStore(output, read_spec(marks[0].folder)):
         for name in file_names(marks[0], "answers"):
             rows: dict[int, Row] = {}
             for mark in marks:
-                own = {str(row["question_id"]): row for row in read_rows(mark.folder / "answers" / name)}
-                if set(own) != set(mark.ids):
+                answered = [(str(row.get("question_id")), row) for row in read_rows(mark.folder / "answers" / name)]
+                own = dict(answered)
+                if sorted(id for id, _ in answered) != sorted(mark.ids):
                     raise StoreError(
                         f"{mark.folder / 'answers' / name} does not answer the {len(mark.ids)} questions of shard "
-                        f"{mark.shard}; run its command again in a new folder"
+                        f"{mark.shard} once each; run its command again in a new folder"
                     )
                 rows |= {place: own[id] for place, id in zip(mark.places, mark.ids, strict=True)}
             write_rows(output / "answers" / name, [rows[place] for place in sorted(rows)], ascii_only=True)

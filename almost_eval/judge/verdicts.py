@@ -10,9 +10,10 @@ its scores in five ways, each a *reading*:
 4. `table`: a table with a column for each assistant, and a row for the score, the total or the like;
 5. `prose`: "Assistant 1 receives a score of 8 ...", where 1 to 4 see nothing.
 
-Readings that disagree make the review ambiguous: no verdict is better than a wrong one. Numbers that the review quotes
-from the question (three words or more in a row) are struck out first, and so is what it states without meaning it
-(`asides.py`). Nothing else is a score: no equation, no count of mistakes, no range.
+Readings that disagree make the review ambiguous: no verdict is better than a wrong one. So does "8 - 9" where nothing
+else says whether it is two scores or a range of one; to take it only where it falls would favour the first assistant.
+Numbers that the review quotes from the question (three words or more in a row) are struck out first, and so is what it
+states without meaning it (`asides.py`). Nothing else is a score: no equation, no count of mistakes, no range.
 
 A score of 0 is off the scale of 1 to 10 that the prompt gives. It is taken only where the scores are the first line and
 the explanation says in words that it is meant ("a score of 0", "provided no answer"): archived reviews of empty answers
@@ -24,7 +25,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from almost_eval.judge.asides import without_asides
 from almost_eval.judge.letters import parse_letters
@@ -38,9 +39,10 @@ _NUMBER = r"(\d{1,4}(?:\.\d{1,3})?)(?: ?/ ?(\d{1,3})(?![\d/])| out of (\d{1,3}))
 _BEFORE, _AFTER = r"(?<![\w.,/$-])", r"(?![\w%]|[.,]\d| ?[/^])"
 _N = _BEFORE + _NUMBER + _AFTER
 """A number and the scale it names, if any. Three groups."""
-_BETWEEN = r" ?[\])]* ?(?:,? and |, ?|; ?|\| ?|& ?|vs\.? |- | )[\[(]* ?"
+_BETWEEN = r" ?[\])]* ?(?:,? and |, ?|; ?|\| ?|& ?|vs\.? | )[\[(]* ?"
 _PAIR = rf"[\[(]* ?{_BEFORE}{_NUMBER}{_BETWEEN}{_NUMBER}{_AFTER} ?[\])]*"
-"""Two numbers. Six groups. A bare hyphen or slash between them is a range or a fraction, and no pair."""
+"""Two numbers. Six groups. A slash between them is a fraction, and a dash, with spaces or without, may be a range."""
+_DASHED = rf"[\[(]* ?{_BEFORE}{_NUMBER} ?- ?{_NUMBER}{_AFTER} ?[\])]*"
 _WORD = r"(?:scor|rating|rated?\b|grad|mark|verdict|evaluation result)"
 _LABEL = rf"\b{NAME}(?: ?[#_-]?| number | no\.? )(1|2|a|b|one|two)\b(?!-)"
 _LABELLED = _LABEL.replace("(1|2", "(?:1|2")
@@ -68,11 +70,13 @@ _TOTAL_ROW = re.compile(
 """The first cell of a row of scores, in whole: "Total errors" and "Final answer" are none."""
 _FINAL = re.compile(r"\b(?:final|overall|total|conclusion|output|in summary)", re.I)
 
-_LINE = re.compile(
+_LEAD = (
     rf"(?:(?:here (?:are|is) )?(?:the |my |final |overall )*(?:{_WORD}\w*|output|result|answer)"
-    rf"[^.\d\n:=()-]{{0,60}}(?:\([^()\n]{{0,40}}\) ?)?[:=-] ?)?{_PAIR} ?[.,;]?",
-    re.I,
+    r"[^.\d\n:=()-]{0,60}(?:\([^()\n]{0,40}\) ?)?[:=-] ?)?"
 )
+_LINE = re.compile(rf"{_LEAD}{_PAIR} ?[.,;]?", re.I)
+_LINE_WITH_DASH = re.compile(rf"{_LEAD}{_DASHED} ?[.,;]?", re.I)
+"""Two scores, or a range of one. Of "8/10 - 9/10" each has its scale, so these are two."""
 _SENTENCE = re.compile(r"(?<=[.:!?]) ")
 _FIRST_THEN_TEXT = re.compile(rf"{_PAIR}(?: ?[.:;,(-] ?(?=[A-Za-z]{{2}})| (?=[A-Z][a-z]))")
 _SINGLE = re.compile(rf"{_N}[.,;]?")
@@ -96,8 +100,10 @@ _TAIL = re.compile(
 )
 """What may follow a labelled score: a word that is counted ("3 errors") may not, nor the next number in a table."""
 _CLAUSE = re.compile(r"[;\n]|\.(?= |$)|,? (?:and|while|whereas|but)(?= )|, ", re.I)
+_ALONE = rf"(?<!\d - )(?<!\d to )(?<!\d or ){_N}(?! ?(?:-|to|or|through) ?\d)"
+"""A number that neither begins nor ends a range."""
 _GIVEN = re.compile(
-    rf"\b(?:(?:score|rating|grade) ?(?:is|of|:|=|would be)? ?(?:a |an )?{_N}"
+    rf"\b(?:(?:score|rating|grade) ?(?:is|of|:|=|would be)? ?(?:a |an )?{_ALONE}"
     rf"|(?:(?:scored|gets?|got|receives?|received|earns?|earned|deserves?)(?: an?)?|{_LABELLED} an?) {_N}(?=\W*$))",
     re.I,
 )
@@ -117,6 +123,8 @@ class _Reading:
     """Called final, overall, the output or the conclusion."""
     first: bool = False
     """It is the first line."""
+    is_unsure: bool = False
+    """It may as well be a range of one score."""
 
 
 def parse_scores(review: str, question_text: str = "") -> Verdict | Unparsed:
@@ -157,7 +165,7 @@ def _verdict_of(readings: list[_Reading], text: str) -> Verdict | Unparsed:
     if not readings:
         return Unparsed("no_scores")
     decisive = [r for r in readings if r.first or r.final] if any(r.final for r in readings) else readings
-    if len({(r.scores, r.scale) for r in decisive}) > 1:
+    if len({(r.scores, r.scale) for r in decisive}) > 1 or all(r.is_unsure for r in decisive):
         return Unparsed("ambiguous")
     reading = decisive[0]
     if not reading.scale or not all(_in_range(side, reading, text) for side in (0, 1)):
@@ -188,6 +196,10 @@ def _lines(text: str) -> list[_Reading]:
         first = _FIRST_THEN_TEXT.match(stated) if i == 0 else None
         if match := _LINE.fullmatch(stated) or first or _LINE.fullmatch(alone):
             readings.append(_reading(match.groups(), final=bool(_FINAL.search(stated)), first=i == 0))
+        elif match := _LINE_WITH_DASH.fullmatch(stated) or _LINE_WITH_DASH.fullmatch(alone):
+            reading = _reading(match.groups(), final=bool(_FINAL.search(stated)), first=i == 0)
+            each_of_ten = any(match.groups()[1:3]) and any(match.groups()[4:])
+            readings.append(replace(reading, is_unsure=not each_of_ten))
     alone = [match for line in lines[:2] if (match := _SINGLE.fullmatch(line))]
     if not readings and len(alone) == 2:  # one below the other
         readings.append(_reading(alone[0].groups() + alone[1].groups(), first=True))
@@ -332,7 +344,7 @@ def _prose(text: str) -> list[_Reading]:
             labels = {SIDES[m[1].lower()] for m in re.finditer(_LABEL, clause, re.I)}
             numbers = [_three(match.groups()) for match in _GIVEN.finditer(clause)]
             if not numbers and labels:  # "... and Assistant 2 a 9", "8 for Assistant 1"
-                match = re.search(rf"(?:\ba|\ban)? ?{_N} (?:to|for) {_LABEL}", clause, re.I)
+                match = re.search(rf"(?:\ba|\ban)? ?{_ALONE} (?:to|for) {_LABEL}", clause, re.I)
                 numbers = [_three(match.groups()[:3])] if match else []
             if not labels and header and len(others) == 1:
                 labels = {SIDES[header[1].lower()]}

@@ -30,8 +30,10 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _NO_KEY = "none"
 """The SDK does not start without a key. A server that wants none ignores this one."""
 _HIDDEN = "***"
-_KEY_LIKE = re.compile(r"\bsk-[\w*.-]+|\S*\*{3,}\S*")
-"""A key, or one that the server has masked in part."""
+_KEY_LIKE = re.compile(r"\bsk-[\w*.-]+")
+_WORD = re.compile(r"\S+")
+_SEVERAL = re.compile(r"\s|[;|]https?://", re.I)
+"""Two addresses in one, by something else than a comma."""
 _MAX_WORDS = 300
 """Characters of a server's message that are shown."""
 
@@ -57,7 +59,7 @@ class EndpointAddress:
         """
         try:
             parts = urlsplit(url)
-            well_formed = parts.scheme in ("http", "https") and bool(parts.hostname)
+            well_formed = parts.scheme in ("http", "https") and bool(parts.hostname) and not _SEVERAL.search(url)
             _ = parts.port  # raises where it is no number
         except ValueError:
             well_formed = False
@@ -76,7 +78,7 @@ class EndpointAddress:
         if not addresses:
             raise InputError(f"{option} is empty; it must look like http://localhost:8000/v1")
         for at, address in enumerate(addresses):
-            if address.url.rstrip("/") in {one.url.rstrip("/") for one in addresses[:at]}:
+            if address.place in {one.place for one in addresses[:at]}:
                 raise InputError(f"{option} names {address.shown} twice; give each endpoint once")
         return addresses
 
@@ -84,6 +86,13 @@ class EndpointAddress:
     def parts(self) -> SplitResult:
         """The address, taken apart."""
         return urlsplit(self.url)
+
+    @property
+    def place(self) -> tuple[str | int | None, ...]:
+        """The same for all spellings of an address."""
+        parts = self.parts
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        return parts.scheme, parts.hostname, port, parts.path.rstrip("/"), parts.query
 
     @property
     def shown(self) -> str:
@@ -138,7 +147,17 @@ def hide_key(text: str, key: str | None) -> str:
 
 def server_words(text: str, key: str | None) -> str:
     """What a server said, fit to be shown: one line, no key and nothing that looks like one, 300 characters at most."""
-    return " ".join(_KEY_LIKE.sub(_HIDDEN, hide_key(text, key)).split())[:_MAX_WORDS]
+    words: list[str] = []
+    length = 0
+    # Word by word, not by one pattern: a server's word may have megabytes, and must be gone through once.
+    for match in _WORD.finditer(hide_key(text, key)):
+        word = match[0]
+        # Masked in part by the server, or all of it by us.
+        words.append(_HIDDEN if _HIDDEN in word else _KEY_LIKE.sub(_HIDDEN, word))
+        length += len(words[-1]) + 1
+        if length > _MAX_WORDS:
+            break
+    return " ".join(words)[:_MAX_WORDS]
 
 
 # --- clients ---

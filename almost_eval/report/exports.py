@@ -138,14 +138,16 @@ def _latex(text: str) -> str:
 def _table(run_set: RunSet, matrix: Matrix | None) -> tuple[list[str], list[list[str]], list[str]]:
     """(header, rows, notes) of a table for people."""
     if matrix is None:
-        header = ["benchmark", "metric", "score", "95 % interval", "n", "unscored"]
+        several = len(run_set.models) > 1  # which have no benchmark in common
+        header = ["benchmark", *(["model"] if several else []), "metric", "score", "95 % interval", "n", "unscored"]
         rows = [
-            _run_row(benchmark.label, run, name)
+            [benchmark.label, *([run.label] if several else []), *_run_row(run, name)]
             for benchmark in run_set.benchmarks
             for run in benchmark.runs
             for name in _main(run)
         ]
-        return header, rows, [f"Model: {run_set.models[0]}. Shares in percent.", *_withheld(run_set)]
+        of = "" if several else f"Model: {run_set.models[0]}. "
+        return header, rows, [f"{of}Shares in percent.", *_withheld(run_set)]
     header = ["model", *(benchmark.label for benchmark in matrix.benchmarks)]
     rows = []
     for model in matrix.models:
@@ -174,10 +176,10 @@ def _interval(metric: JSONObject, unit: Unit) -> str:
     return f"[{low}, {high}]"
 
 
-def _run_row(label: str, run: LoadedRun, name: str) -> list[str]:
+def _run_row(run: LoadedRun, name: str) -> list[str]:
     metric, unit = run.metrics[name], unit_of(run.task, name)
     value = "withheld" if metric.get("withheld") else shown(metric["value"], unit)
-    return [label, readable(name), value, _interval(metric, unit), str(metric["n"]), str(metric["unscored"])]
+    return [readable(name), value, _interval(metric, unit), str(metric["n"]), str(metric["unscored"])]
 
 
 def _cell(cell: Cell) -> str:

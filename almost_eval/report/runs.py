@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from almost_eval.compare.differences import measure_of
+from almost_eval.compare.differences import measure_of, protocol_parts
 from almost_eval.errors import InputError
 from almost_eval.files import read_json
 from almost_eval.judge.names import STYLE_STRENGTH, VOTES_FILE
@@ -61,6 +61,8 @@ class LoadedRun:
     """The model's name, made unique among the runs of a report."""
     series: int = 0
     """Place of the model among those of a report; gives its colour."""
+    shown_metric: str = ""
+    """The headline of its benchmark, where a run that lists the same metrics in another order stands before it."""
 
     @property
     def task(self) -> str:
@@ -82,7 +84,7 @@ class LoadedRun:
     @property
     def headline(self) -> str:
         """Name of the headline metric."""
-        return str(self.results["headline"])
+        return self.shown_metric or str(self.results["headline"])
 
     @property
     def metrics(self) -> Mapping[str, JSONObject]:
@@ -116,7 +118,7 @@ class LoadedRun:
         prompts = self.spec.get("prompt_set") or {}
         return (
             self.task,
-            self.results["protocol"],
+            protocol_parts(self.task, str(self.results["protocol"])),
             self.baseline_system,
             self.spec["settings"].get("judging"),
             self.spec["data"]["fingerprint"],
@@ -225,6 +227,9 @@ def _benchmarks(runs: Sequence[LoadedRun]) -> list[Benchmark]:
     by_key: dict[tuple[object, ...], list[LoadedRun]] = {}
     for run in runs:
         by_key.setdefault(run.key, []).append(run)
+    for members in by_key.values():
+        for run in members:
+            run.shown_metric = members[0].headline if members[0].headline in run.metrics else ""
     labels = [_label(members[0]) for members in by_key.values()]
     for tell_apart in (_protocol, _data):
         count = Counter(labels)

@@ -74,6 +74,8 @@ class PooledRewardModel:
         self.pool = pool
         self.warnings: list[str] = list(reader.warnings)
         """What the last `stream` did that its caller should show."""
+        self._last: tuple[Rewarding, tuple[int, ...]] | None = None
+        """The last task and a part of it."""
 
     def __getattr__(self, name: str) -> Any:
         """Tokenizer, checkpoint, template, settings and the like are the reader's own."""
@@ -93,8 +95,10 @@ class PooledRewardModel:
         n_samples = len(conversations) if sample_of is None else 1 + max(sample_of, default=-1)
         parts = self.reader.partition(conversations, sample_of, n_samples, SCORING_UNITS * self.pool.size).parts
         task = Rewarding(list(conversations), None if sample_of is None else list(sample_of), self.reader.template)
+        units = wanted_of(_conversations(parts, sample_of), wanted)
+        self._last = (task, units[0]) if units else None
         try:
-            yield from self.pool.run(task, wanted_of(_conversations(parts, sample_of), wanted))
+            yield from self.pool.run(task, units)
         finally:
             warnings = [warning for report in self.pool.reports for warning in report] or self.reader.notes
             self.warnings = list(dict.fromkeys([*warnings, *self.pool.warnings]))
@@ -103,6 +107,15 @@ class PooledRewardModel:
         """Raw logits, in order; raises as `stream` does."""
         rewards = dict(self.stream(conversations))
         return [rewards[i] for i in range(len(conversations))]
+
+    def rehearse(self) -> None:
+        """Have every worker compute a part of the last stream: all then have their weights.
+
+        Raises:
+            RunError: see `Pool.run`.
+        """
+        if self._last is not None:
+            self.pool.run_everywhere(*self._last)
 
     def close(self) -> None:
         """End the workers; the next stream starts others."""

@@ -148,15 +148,26 @@ def read_mark(folder: Path) -> Mark:
         StoreError: none, or a damaged one.
     """
     row = read_json(folder / MARK, "shard", "of", "total", "places", "ids", "whole", "finished")
-    try:
-        shard = Shard(int(row["shard"]), int(row["of"]))
-        return Mark(
-            folder, shard, int(row["total"]), tuple(row["places"]), tuple(row["ids"]), row["whole"], row["finished"]
-        )
-    except (TypeError, ValueError) as error:
-        raise StoreError(
-            f"{folder / MARK} is not a shard's ({error}); run the shard's command in a new folder"
-        ) from None
+    shard, total, places, ids = row["shard"], row["total"], row["places"], row["ids"]
+    if problem := _problem(row):
+        raise StoreError(f"{folder / MARK} is not a shard's ({problem}); run the shard's command in a new folder")
+    return Mark(folder, Shard(shard, row["of"]), total, tuple(places), tuple(ids), row["whole"], row["finished"])
+
+
+def _problem(row: JSONMapping) -> str | None:
+    """What is wrong with the content of a mark; None where it may be one."""
+    if any(type(row[key]) is not int for key in ("shard", "of", "total")) or not 1 <= row["shard"] <= row["of"]:
+        return "its shard, of and total are no numbers of one"
+    places, ids = row["places"], row["ids"]
+    if not isinstance(places, list) or any(type(at) is not int or not 0 <= at < row["total"] for at in places):
+        return f"its places are not among {row['total']} samples"
+    if any(one >= other for one, other in itertools.pairwise(places)):
+        return "its places do not ascend"
+    if not isinstance(ids, list) or any(not isinstance(id, str) for id in ids) or len(ids) != len(places):
+        return "its ids are not those of its places"
+    if not isinstance(row["whole"], dict) or not isinstance(row["finished"], dict | None):
+        return "its whole or finished is no object"
+    return None
 
 
 def file_names(mark: Mark, key: str) -> list[str]:
@@ -186,6 +197,30 @@ def refuse_shard(folder: Path) -> None:
         raise StoreError(f"{folder} holds shards that are not joined; join them first: almost-eval merge {folder}")
 
 
+def begun_shard(whole: Path, shard: Shard) -> Path | None:
+    """The folder of a shard, or of another of its run that has begun: what all must have in common is in its spec."""
+    folders = [shard.folder(whole), *(Shard(number, shard.of).folder(whole) for number in range(1, shard.of + 1))]
+    return next((folder for folder in folders if (folder / "spec.json").is_file()), None)
+
+
+def whole_folder(marks: Sequence[Mark], output: Path | None) -> Path:
+    """Where the joined run goes: `output`, else the folder that holds all shards.
+
+    Raises:
+        StoreError: they lie in several folders and `output` is None, or it is a shard's own.
+    """
+    parents = {mark.folder.resolve().parent: mark.folder.parent for mark in marks}
+    if output is None and len(parents) > 1:
+        one, other = list(parents.values())[:2]
+        raise StoreError(f"there are shards in {one} and in {other}: say with --output where the run goes")
+    whole = output or marks[0].folder.parent
+    if (whole / MARK).is_file():
+        raise StoreError(
+            f"{whole} is a shard's own folder, which the joined run would replace; choose another --output"
+        )
+    return whole
+
+
 def find_marks(folders: Iterable[Path]) -> list[Mark]:
     """The shards in these folders, each a shard's or one that holds shards, by number.
 
@@ -204,6 +239,16 @@ def find_marks(folders: Iterable[Path]) -> list[Mark]:
     return sorted(marks, key=lambda mark: (mark.shard.number, str(mark.folder)))
 
 
+def _change(one: Mark, other: Mark) -> str:
+    """The first thing outside their specs in which two marks differ."""
+    was, now = ({"total": mark.total, **mark.whole} for mark in (one, other))
+    key = next(key for key in {**was, **now} if was.get(key) != now.get(key))
+    if isinstance(was.get(key), dict) and isinstance(now.get(key), dict):
+        part = next(part for part in {**was[key], **now[key]} if was[key].get(part) != now[key].get(part))
+        return f"{key}.{part} was {was[key].get(part)}, is {now[key].get(part)}"
+    return f"{key} was {was.get(key)}, is {now.get(key)}"
+
+
 def check_marks(marks: Sequence[Mark], change: Callable[[Mark, Mark], str | None]) -> None:
     """Refuse shards that are not the whole of one run.
 
@@ -219,8 +264,9 @@ def check_marks(marks: Sequence[Mark], change: Callable[[Mark, Mark], str | None
         if mark.shard.of != first.shard.of:
             raise StoreError(f"{first.folder} is shard {first.shard}, {mark.folder} is {mark.shard}: give all of one")
         if (differs := change(first, mark)) or mark.total != first.total or mark.whole != first.whole:
-            what = differs or f"{first.total} samples and {first.whole}, or {mark.total} and {mark.whole}"
-            raise StoreError(f"{mark.folder} is a shard of another run than {first.folder}: {what}")
+            raise StoreError(
+                f"{mark.folder} is a shard of another run than {first.folder}: {differs or _change(first, mark)}"
+            )
     for one, other in itertools.pairwise(marks):
         if one.shard == other.shard:
             raise StoreError(f"shard {one.shard} is there twice: {one.folder} and {other.folder}; leave one out")

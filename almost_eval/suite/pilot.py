@@ -147,6 +147,8 @@ class Pilot:
         self._warm.add(id(model))
         began = time.perf_counter()
         first()
+        if hasattr(model, "rehearse"):  # one worker has read it, and the others would load within a stretch
+            model.rehearse()
         self.loading += time.perf_counter() - began
 
 
@@ -164,7 +166,9 @@ def _seconds_a_token(
 def _as_parts(engine: Any, requests: Sequence[EncodedRequest]) -> Iterator[None]:
     """Streams of some requests take the path of a run of all: its windows, and no measure of rounding for each."""
     from almost_eval.engines.hf import HFEngine
+    from almost_eval.engines.pooled import PooledEngine
 
+    engine = engine.engine if isinstance(engine, PooledEngine) else engine  # which says it to its workers
     if not isinstance(engine, HFEngine):
         yield
         return

@@ -275,7 +275,7 @@ def resolve_prompting(
     """
     name = prompt_set or ("builtin" if data.name == "nano" else "official")
     if own_prompts and name == "official":
-        chosen = PromptSet("lm-eval", {"version": metadata.version("lm_eval")})
+        chosen = PromptSet.of("lm-eval", {"version": metadata.version("lm_eval")})
     else:
         chosen = load_prompt_set(name, data)
     auto = template == "auto"

@@ -261,7 +261,8 @@ class Harness(Task):
                 docs = dict(zip(_numbered(name), islice(task.eval_docs, self.limit), strict=False))
                 self._docs[name] = docs
                 samples += [Sample(i, (), (), 0, cluster=fingerprint([doc]), group=name) for i, doc in docs.items()]
-        self._fingerprint = fingerprint([doc for docs in self._docs.values() for doc in docs.values()])
+        by_name = sorted(self._docs.items())  # `--tasks b,a` asks the same as `--tasks a,b`
+        self._fingerprint = fingerprint([doc for _, docs in by_name for doc in docs.values()])
         return samples
 
     def _doc(self, sample: Sample) -> Any:

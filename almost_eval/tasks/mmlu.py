@@ -174,7 +174,9 @@ class MMLU(Task):
         for name in self.chosen:
             members = {s: c for s, c in known.items() if name in (s, c)}
             if not members:
-                raise InputError(f"unknown subject {name!r}; {did_you_mean(name, [*CATEGORIES, *known], limit=8)}")
+                raise InputError(
+                    f"unknown subject {name!r}; {did_you_mean(name, [*dict.fromkeys(known.values()), *known], limit=8)}"
+                )
             wanted |= members
         return {subject: category for subject, category in known.items() if subject in wanted}
 

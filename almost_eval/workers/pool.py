@@ -15,7 +15,7 @@ from typing import Any
 
 from almost_eval.errors import InputError, RunError
 from almost_eval.types import JSONObject
-from almost_eval.workers.work import Answer, Finished, Item, Message, Ready, Refused, Transport, Unit
+from almost_eval.workers.work import Answer, Finished, Item, Lost, Message, Ready, Refused, Transport, Unit
 
 MOST_LOSSES = 3
 """Workers that may end over one unit: samples that end every worker must not end them all."""
@@ -118,14 +118,8 @@ class Pool:
                             raise RunError(f"worker {place + 1} left out items of its unit; this is a bug, report it")
                         reports.setdefault(unit.number, message.report)
                         self._idle.add(place)
-                    elif isinstance(message, Ready):
-                        self._refuse_other(place, message)
-                        self._starting.discard(place)
-                        self._idle.add(place)
-                    elif isinstance(message, Refused):
-                        raise message.error
                     else:
-                        self._lose(place, message.reason, waiting, left)
+                        self._meet(place, message, waiting, left)
                 if self._silence_s is not None and self._silent_s >= self._silence_s:
                     self._end_silent(waiting, left)
             is_done = True
@@ -134,6 +128,22 @@ class Pool:
             self.reports = [reports[number] for number in sorted(reports)]
             if not is_done:  # an error, or the caller left early: nobody wants what the workers are at
                 self.close()
+
+    def run_everywhere(self, task: Any, part: tuple[int, ...]) -> None:
+        """Start all workers, and have each answer the same part of a task, unread; raises as `run` does."""
+        for place in sorted(self._unused):
+            self._starting.add(place)
+            self._transport.start(place)
+        self._unused.clear()
+        try:
+            while self._starting:
+                for place, message in self._heard():
+                    self._meet(place, message, deque(), {})
+        except BaseException:
+            self.close()
+            raise
+        for _ in self.run(task, [part] * len(self._idle)):  # all are idle, so each gets one
+            pass
 
     def close(self) -> None:
         """End the workers; the next `run` starts others."""
@@ -167,6 +177,17 @@ class Pool:
             raise RunError(
                 f"{who} ended ({self.lost[-1]}); what was done is kept, and the same command goes on from there"
             )
+
+    def _meet(self, place: int, message: Message, waiting: deque[Unit], left: dict[int, set[int]]) -> None:
+        """A worker is there, or will not be."""
+        if isinstance(message, Ready):
+            self._refuse_other(place, message)
+            self._starting.discard(place)
+            self._idle.add(place)
+        elif isinstance(message, Refused):
+            raise message.error
+        elif isinstance(message, Lost):
+            self._lose(place, message.reason, waiting, left)
 
     def _heard(self) -> Iterator[tuple[int, Message]]:
         """What the workers say now; where they say nothing for a while, the clock of their silence goes on."""

@@ -54,8 +54,8 @@ class TestPromptSets:
     @pytest.mark.usefixtures("cache")
     def test_official_from_the_data_root(self, data_root: Path, official: dict[str, str]) -> None:
         found = load_prompt_set("official", DataSource("hub", data_root))
-        assert found == PromptSet("official", official)
-        assert found.digest == prompt_sets._OFFICIAL_DIGEST
+        assert found.prompts == official
+        assert found.digest == prompt_sets._OFFICIAL_DIGEST == PromptSet.of("official", official).digest
 
     def test_a_changed_prompt_is_refused(self, tmp_path: Path, cache: Path, official: dict[str, str]) -> None:
         mirror = tmp_path / "root" / MIRROR
@@ -64,7 +64,7 @@ class TestPromptSets:
             changed = {**official, "static_HHH_prompt": official["static_HHH_prompt"] + " "}
             file.write_text(json.dumps(changed), encoding="utf-8")
             with pytest.raises(DataError, match="does not hold the official prompts of naver-ai/ALMoST@4ed89fa") as e:
-                load_prompt_set("official", DataSource("hub", tmp_path / "root"))
+                _ = load_prompt_set("official", DataSource("hub", tmp_path / "root")).prompts
             assert str(file) in one_line(e.value)  # the copy to remove
             file.unlink()
 
@@ -74,15 +74,50 @@ class TestPromptSets:
         file.parent.mkdir(parents=True)
         file.write_text(content)
         with pytest.raises(DataError, match="is not the JSON of a prompt set") as caught:
-            load_prompt_set("official", DataSource("hub", tmp_path))
+            _ = load_prompt_set("official", DataSource("hub", tmp_path)).prompts
         one_line(caught.value)
 
     @pytest.mark.usefixtures("cache")
     def test_nowhere(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="its download failed") as caught:
-            load_prompt_set("official", DataSource("hub", tmp_path))
+            _ = load_prompt_set("official", DataSource("hub", tmp_path)).prompts
         message = one_line(caught.value)
         assert f"--data-root DIR with DIR/{MIRROR}, or use --prompt-set builtin" in message
+
+
+class TestReadWhereUsed:
+    """Without the official words, whatever does not use them runs, and what does is refused before a weight is read."""
+
+    @pytest.fixture
+    def run(
+        self,
+        almost_eval: Callable[..., Any],
+        tiny_checkpoint: Callable[[str], Path],
+        data_root: Path,
+        tmp_path: Path,
+        cache: Path,
+    ) -> Callable[..., Any]:
+        """A benchmark on the real data, in a data root that lacks the official prompts and with no network."""
+        root = tmp_path / "hub"
+        root.mkdir()
+        for folder in ("HuggingFaceH4", "truthfulqa"):
+            (root / folder).symlink_to(data_root / folder)
+        common = ("--model", tiny_checkpoint("bloom"), "--data-root", root, "--limit", 1, "--output", tmp_path / "run")
+        return lambda *arguments: almost_eval(*arguments, *common)
+
+    @pytest.mark.parametrize(
+        "arguments", [("hhh", "--protocol", "likelihood"), ("truthfulqa", "--metrics", "mc1,mc2")], ids=str
+    )
+    def test_what_uses_none(self, run: Callable[..., Any], tmp_path: Path, arguments: tuple[str, ...]) -> None:
+        assert run(*arguments).code in (0, 3)  # a random model may tie
+        assert (tmp_path / "run" / "results.json").is_file()
+
+    @pytest.mark.parametrize("arguments", [("hhh",), ("truthfulqa", "--metrics", "mc1_true_prompt,mc1")], ids=str)
+    def test_what_uses_some(self, run: Callable[..., Any], tmp_path: Path, arguments: tuple[str, ...]) -> None:
+        code, _, err = run(*arguments)
+        assert code == 2
+        assert "the official prompt set is not in the data root" in err
+        assert not (tmp_path / "run").exists()
 
 
 def as_python(prompts: dict[str, str]) -> str:
@@ -135,7 +170,8 @@ class TestDownload:
         assert load_prompt_set("official", source).prompts == official
         assert json.loads((cache / MIRROR).read_text(encoding="utf-8")) == official
         assert [p.name for p in (cache / MIRROR).parent.iterdir()] == ["eval_prompt.json"]  # no scratch file
-        assert load_prompt_set("official", source).prompts == official
+        again = load_prompt_set("official", source)
+        assert again.prompts == again.prompts == official
         assert len(asked) == 1
 
     def test_a_changed_file_is_refused_and_not_kept(
@@ -143,13 +179,13 @@ class TestDownload:
     ) -> None:
         serve(as_python({**official, "vicuna_prompt": "another"}))
         with pytest.raises(DataError, match="does not hold the official prompts"):
-            load_prompt_set("official", DataSource("hub", None))
+            _ = load_prompt_set("official", DataSource("hub", None)).prompts
         assert not (cache / MIRROR).exists()
 
     def test_a_page_that_is_no_python(self, serve: Callable[[str], list[str]]) -> None:
         serve("<html><body>Sign in to the network</body></html>")
         with pytest.raises(DataError, match=r"gave no Python file \(a proxy's page\?\)") as caught:
-            load_prompt_set("official", DataSource("hub", None))
+            _ = load_prompt_set("official", DataSource("hub", None)).prompts
         one_line(caught.value)
 
     def test_a_cache_that_cannot_be_written(

@@ -158,6 +158,24 @@ def test_one_with_other_log_probabilities_is_refused_by_name(endpoints: list[End
     engine(endpoints[:2]).check()
 
 
+@pytest.mark.parametrize("offsets", [(0.0, float("nan"), 0.0), (0.0, float("inf"), 0.0), (float("nan"),) * 3])
+def test_log_probabilities_that_are_no_numbers_are_refused_by_name(
+    endpoints: list[Endpoint], offsets: tuple[float, ...]
+) -> None:
+    """Nothing is larger than a tolerance where it is compared with NaN."""
+    for endpoint, offset in zip(endpoints, offsets, strict=True):
+        endpoint.answer = serving(offset)
+    broken = endpoints[1] if offsets[0] == 0 else endpoints[0]
+    with pytest.raises(InputError, match=f"{broken.url} gives log-probabilities that are no numbers"):
+        engine(endpoints).check()
+
+
+def test_one_that_refuses_the_key_is_named(endpoints: list[Endpoint]) -> None:
+    endpoints[2].models = failed(401)
+    with pytest.raises(InputError, match=rf"^the endpoint {endpoints[2].url} refuses the key \(401\)"):
+        engine(endpoints).check()
+
+
 def test_one_that_tells_nothing_cannot_be_compared(endpoints: list[Endpoint]) -> None:
     endpoints[1].answer = completed
     with pytest.raises(InputError, match=f"{endpoints[1].url} tells no log-probabilities"):
@@ -183,7 +201,11 @@ def test_the_shortest_context_counts(endpoints: list[Endpoint]) -> None:
     ("urls", "message"),
     [
         ("http://a/v1,http://a/v1/", "names http://a/v1/ twice"),
+        ("http://a/v1,HTTP://A:80/v1/", "names http://A:80/v1/ twice"),
+        ("https://a/v1,https://a:443/v1", "names https://a:443/v1 twice"),
         ("http://a/v1,b", "is not an http"),
+        ("http://a/v1 http://b/v1", "is not an http"),
+        ("http://a/v1;http://b/v1", "is not an http"),
         ("http://a/v1,http://me:pw@b/v1", "none may hold a user or a password"),
         (",", "is empty"),
     ],

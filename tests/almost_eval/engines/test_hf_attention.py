@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
-from almost_eval.engines import hf_attention, hf_loglikelihood
+from almost_eval.engines import hf_attention, hf_loglikelihood, hf_probe
 from almost_eval.engines.hf import HFEngine
 from almost_eval.engines.hf_attention import BLOCK, ChunkPlan, LastLayer, attending, visible_attention
 from almost_eval.engines.hf_loglikelihood import AttentionWindow, Limits, SharedPrefixScorer
@@ -214,6 +216,26 @@ def test_the_probe_sees_a_module_that_is_not_position_wise(models: Callable[[str
     forward = attention.q_proj.forward
     attention.q_proj.forward = lambda x: forward(x) + x.mean((1, 2), keepdim=True)
     assert not probe(model, window, 290).sharing_is_exact
+
+
+@pytest.mark.parametrize("size", [8, 300])
+def test_the_probe_reaches_over_the_edge_of_the_window(
+    size: int, tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ended at 256 tokens, so that the window of Gemma 3 (512) was never tried."""
+    folder = str(tiny_checkpoint("gemma3"))
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, sliding_window=size, max_position_embeddings=512).eval()
+    window = AttentionWindow.of(model.config, size + 1)
+    assert window.size == size
+    right = probe(model, window, 290)
+    assert right.sharing_is_exact
+    assert right.padding_is_exact
+    for wrong in (replace(window, size=size + 1), replace(window, size=size - 1), replace(window, size=10_000)):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                hf_probe, "SharedPrefixScorer", lambda m, _, w=wrong, **more: SharedPrefixScorer(m, w, **more)
+            )
+            assert not probe(model, window, 290).sharing_is_exact
 
 
 # --- what is left behind ----------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,24 @@ def test_joined_answers_are_those_of_one_process(almost_eval: Command) -> None:
     assert almost_eval(*VICUNA, "--output", "run").code == 0
     assert joined == content(Path("run"))
     assert almost_eval("verify", "joined").code == 0
+
+
+def test_shards_write_one_date_and_answer_each_question_once(almost_eval: Command) -> None:
+    Path("dated.jinja").write_text(
+        '{{ strftime_now("%H:%M:%S") }}{% for m in messages %}\n\nHuman: {{ m.content }}{% endfor %}\n\nAssistant:'
+    )
+    dated = (*VICUNA, "--template", "dated.jinja", "--output", "run", "--shard")
+    assert almost_eval(*dated, "1/2").code == 0
+    began = time.time()
+    while int(time.time()) == int(began):  # the next second, which is another date to a template
+        time.sleep(0.05)
+    assert almost_eval(*dated, "2/2").code == 0
+    assert almost_eval("merge", "run").code == 0
+    file = next(Path("run/shard-2-of-2/answers").iterdir())
+    file.write_text(file.read_text() + file.read_text().splitlines(keepends=True)[0])
+    code, _, err = almost_eval("merge", "run", "--output", "other")
+    assert code == 2
+    assert f"{file} does not answer the 3 questions of shard 2/2 once each" in err
 
 
 def test_answer_files_have_no_shards(almost_eval: Command) -> None:

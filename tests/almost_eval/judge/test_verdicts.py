@@ -166,7 +166,11 @@ def test_half_points() -> None:
         "The points are (2, -2) and (10, 4), so the length is 10.",
         "Assistant 1: 10 units.\nAssistant 2: 8 units.",
         "Assistant 1:\n1. Distribute the 5.\nAssistant 2:\n2. Collect the terms.",
-        "8-9" + SAID,
+        "Assistant 1 gets a score of 8 - 9. Assistant 2 gets a score of 7.",
+        "Assistant 1 gets a score of 8 to 9. Assistant 2 gets a score of 7.",
+        "Assistant 1 gets a score of 8/10 - 9/10. Assistant 2 gets a score of 7/10.",
+        "I would give a score of 8 \u2013 9 to Assistant 1 and a score of 7 to Assistant 2.",
+        "Assistant 1: 7 - 8\nAssistant 2: 8" + SAID,
         "Assistant 1 receives a score of 8. The other one is better.",
         "| | Assistant 1 | Assistant 2 |\n|---|---|---|\n| Errors | 3 | 4 |\n| Lines | 5 | 6 |",
         "| | Assistant 1 | Assistant 2 |\n|---|---|---|\n| Total errors | 3 in all | 4 |",
@@ -201,6 +205,17 @@ def test_empty(review: str) -> None:
 )
 def test_readings_that_disagree(review: str) -> None:
     assert scores(review) == "ambiguous"
+
+
+@pytest.mark.parametrize("dash", ["-", " - ", " \u2013 ", "\u2014", "- "])
+def test_a_dash_between_two_numbers_is_two_scores_or_a_range(dash: str) -> None:
+    """Whichever is larger: a rule that takes only what falls would favour the first assistant."""
+    for line in (f"8{dash}9", f"9{dash}8", f"Scores: 8{dash}9", f"(8{dash}9)", f"Score: 8{dash}9/10"):
+        assert scores(line + SAID) == scores(f"Both are good.\n{line}") == "ambiguous"
+        assert scores(f"{line}\nBoth are good.\n\n7 9") == "ambiguous"
+    assert scores(f"8{dash}9\nBoth are good.\n\nFinal scores: 8 9") == (8.0, 9.0)
+    assert scores(f"8{dash}9\nAssistant 1: 8\nAssistant 2: 9") == (8.0, 9.0)
+    assert scores(f"8/10{dash}9/10" + SAID) == (8.0, 9.0)  # each with its scale
 
 
 @pytest.mark.parametrize("review", ["11 9", "85 90", "4/5 5/5", "0 9", "0 0", "100 8", "Final scores: (0, 9)"])

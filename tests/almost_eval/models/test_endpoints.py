@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,6 +84,7 @@ def test_what_a_server_says_is_one_line_without_keys() -> None:
     said = "Incorrect  key\nmy-key, or sk-abcdef, or sk-ab****yz. " + "x" * 400
     assert server_words(said, "my-key").startswith("Incorrect key *** or ***, or *** xxx")
     assert len(server_words(said, "my-key")) == 300
+    assert server_words("a=my-key; b sk-x,de***f", "my-key") == "*** b ***"
     assert hide_key("a my-key b sk-abcdef", "my-key") == "a *** b sk-abcdef"  # a reply is changed nowhere else
     assert hide_key("as it is", None) == "as it is"
 
@@ -99,3 +101,11 @@ def test_no_other_file_reads_a_key() -> None:
     assert reading == ["models/endpoints.py"]
     assert read_key(EndpointAddress(OURS)) is None
     assert not any(os.environ.get(name) for name in KEYS)
+
+
+@pytest.mark.parametrize("unit", ["x", "*", "sk", "sk-", "-", "x ", "x***y", "my-key"])
+def test_a_message_of_megabytes_is_gone_through_once(unit: str) -> None:
+    """It took minutes for one long word: the time grew with its square."""
+    began = time.process_time()
+    assert len(server_words(unit * (2_000_000 // len(unit)), "my-key")) <= 300
+    assert time.process_time() - began < 2

@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_fixtures import sample, write_run
+from report_fixtures import evaluate, sample, write_run
 
+from almost_eval.compare.comparison import compare_runs
 from almost_eval.errors import InputError, StoreError
+from almost_eval.report.exports import to_csv, to_markdown
 from almost_eval.report.matrix import Matrix, build_matrix
 from almost_eval.report.runs import load_runs
 from almost_eval.types import SampleRecord, Score
@@ -134,3 +136,40 @@ def test_refused(tmp_path: Path) -> None:
         build_matrix(load_runs([first, second]), baseline="c")
     with pytest.raises(StoreError, match="give the folder of a run"):
         load_runs([tmp_path / "nothing"])
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [(("truthfulqa", "--metrics"), ("mc1", "mc2")), (("harness", "--tasks"), ("truthfulqa_mc1", "truthfulqa_mc2"))],
+    ids=["truthfulqa", "harness"],
+)
+def test_a_list_in_another_order_is_the_same_benchmark(
+    tmp_path: Path, command: tuple[str, ...], names: tuple[str, str]
+) -> None:
+    """One column, and in it one metric: that of the first run."""
+    a = evaluate(tmp_path / "a", *command, ",".join(names), "--limit", 4, "--model", "nano/sft")
+    b = evaluate(tmp_path / "b", *command, ",".join(reversed(names)), "--limit", 4, "--model", "nano/almost")
+    run_set = load_runs([a, b])
+    [benchmark] = run_set.benchmarks
+    matrix = build_matrix(run_set)
+    assert benchmark.headline.startswith(names[0])
+    shown = [matrix.cell(model, 0) for model in ("nano/sft", "nano/almost")]
+    assert [cell and cell.metric for cell in shown] == [run.metrics[benchmark.headline] for run in run_set.runs]
+    [delta] = matrix.deltas
+    assert delta.metric.name == benchmark.headline
+    assert to_markdown(run_set, matrix).count("\n| nano/") == 2
+    [compared] = [
+        line for line in to_csv(run_set, matrix).splitlines() if "nano/sft" in line and ",nano/almost," in line
+    ]
+    assert f",metric,{benchmark.headline}," in compared
+    comparison = compare_runs(a, b)
+    assert comparison.warnings == ()
+    assert comparison.protocol == "+".join(names)
+
+
+def test_models_with_no_benchmark_in_common_are_named(tmp_path: Path) -> None:
+    for task, model in (("hhh", "a"), ("mmlu", "b")):
+        write_run(tmp_path / model, records([1.0, 0.0]), task=task, model=model)
+    header, _, *rows = to_markdown(load_runs([tmp_path / "a", tmp_path / "b"]), None).splitlines()[:4]
+    assert [cell.strip() for cell in header.split("|")[1:3]] == ["benchmark", "model"]
+    assert [row.split("|")[2].strip() for row in rows] == ["a", "b"]

@@ -95,7 +95,8 @@ def test_what_cannot_be_joined_is_named(almost_eval: Command, shards: Path) -> N
     # Overlapping samples, a lost line, a line of another shard, an unfinished shard.
     mark = json.loads((two / "shard.json").read_text())
     first = json.loads((one / "shard.json").read_text())
-    (two / "shard.json").write_text(json.dumps({**mark, "places": [first["places"][0], *mark["places"][1:]]}))
+    both = sorted([first["places"][0], *mark["places"][1:]])
+    (two / "shard.json").write_text(json.dumps({**mark, "places": both}))
     assert "overlap: both hold sample 1" in refused("merge", shards)
     (two / "shard.json").write_text(json.dumps({**mark, "finished": None}))
     assert "shard 2/3 in run/shard-2-of-3 is not finished" in refused("merge", shards)
@@ -111,6 +112,63 @@ def test_what_cannot_be_joined_is_named(almost_eval: Command, shards: Path) -> N
     (two / "samples.jsonl").write_text("".join(lines))
     assert almost_eval("merge", three, one, two, "--output", "elsewhere").code == 0
     assert almost_eval("verify", "elsewhere").code == 0
+
+
+def test_a_damaged_shard_is_named(almost_eval: Command, shards: Path) -> None:
+    """Whatever of a mark is changed, the end is one line, or the right run: no other order and no traceback."""
+    one, two = shards / "shard-1-of-3", shards / "shard-2-of-3"
+    mark = json.loads((one / "shard.json").read_text())
+    places, ids, finished = mark["places"], mark["ids"], mark["finished"]
+    damage: list[tuple[dict[str, object], str]] = [
+        ({"places": places[::-1]}, "its places do not ascend"),
+        ({"places": [*places[:-1], 9999]}, "its places are not among"),
+        ({"places": [-1, *places[1:]]}, "its places are not among"),
+        ({"places": None}, "its places are not among"),
+        ({"places": places[:-1]}, "its ids are not those of its places"),
+        ({"ids": [1] * len(ids)}, "its ids are not those of its places"),
+        ({"of": 0}, "no numbers of one"),
+        ({"total": True}, "no numbers of one"),
+        ({"whole": None}, "its whole or finished is no object"),
+        ({"finished": [1]}, "its whole or finished is no object"),
+        ({"finished": {}}, "its finished is no report"),
+        ({"finished": {**finished, "engine": None}}, "its finished is no report"),
+        ({"finished": {**finished, "timing": {}}}, "its finished is no report"),
+        ({"total": 99}, "another run than run/shard-1-of-3: total was 99, is 32"),
+        ({"whole": {"allowed": {**mark["whole"]["allowed"], "missing": 1.0}}}, ": allowed.missing was 1.0, is 0.01"),
+    ]
+    for changed, problem in damage:
+        (one / "shard.json").write_text(json.dumps({**mark, **changed}))
+        code, out, err = almost_eval("merge", shards)
+        assert (code, out, err.count("\n")) == (2, "", 1), changed
+        assert problem in err
+    (one / "shard.json").write_text(json.dumps(mark))
+    prompts = (two / "prompts.jsonl").read_bytes()
+    (two / "prompts.jsonl").write_bytes(prompts[: len(prompts) // 2])
+    code, _, err = almost_eval("merge", shards)
+    assert code == 2
+    assert "error: run/shard-2-of-3/prompts.jsonl and run/shard-1-of-3/prompts.jsonl differ" in err
+    assert not (shards / "spec.json").exists()
+    (two / "prompts.jsonl").unlink()  # any shard's will do
+    assert almost_eval("merge", shards).code == 0
+    assert (shards / "prompts.jsonl").read_bytes() == prompts
+
+
+def test_the_joined_run_goes_nowhere_by_chance(almost_eval: Command, shards: Path) -> None:
+    """Not into a shard, whose lines it would replace, and not beside the first of several folders."""
+    Path("copy").mkdir()
+    moved = (shards / "shard-2-of-3").rename(Path("copy") / "shard-2-of-3")
+    before = {file: file.read_bytes() for file in moved.iterdir()}
+    code, _, err = almost_eval("merge", "copy", shards)
+    assert code == 2
+    assert "error: there are shards in run and in copy: say with --output where the run goes" in err
+    code, _, err = almost_eval("merge", "copy", shards, "--output", moved)
+    assert code == 2
+    assert "copy/shard-2-of-3 is a shard's own folder" in err
+    assert {file: file.read_bytes() for file in moved.iterdir()} == before
+    assert almost_eval("merge", "copy", shards, "--output", "joined").code == 0
+    first = content(Path("joined"))
+    assert almost_eval("merge", "copy", shards, "--output", "joined").code == 0  # once more is the same
+    assert content(Path("joined")) == first
 
 
 def test_a_killed_shard_goes_on(almost_eval: Command, shards: Path) -> None:

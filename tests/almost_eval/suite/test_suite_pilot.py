@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,15 @@ import pytest
 
 from almost_eval.engines import hf_rounding
 from almost_eval.engines.build import EngineOptions
+from almost_eval.engines.hf import HFEngine
+from almost_eval.engines.pooled import EngineServant, Scoring
 from almost_eval.nano.seeded import build_checkpoint
 from almost_eval.progress import Progress
 from almost_eval.run.runner import RunRequest
 from almost_eval.suite import pilot as pilots
 from almost_eval.suite.pilot import Pilot
 from almost_eval.suite.plan import Planned, SuiteRequest, plan
+from almost_eval.workers.work import Unit
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +31,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_checkpoint(tmp_path_factory.mktemp("pilot") / "model", hidden_size=32, layers=1)
 
 
-def planned(checkpoint: Path, dtype: str = "float32", **changed: Any) -> tuple[Planned, Any]:
+def planned(
+    checkpoint: Path, dtype: str = "float32", workers: int | None = None, **changed: Any
+) -> tuple[Planned, Any]:
     """HHH on nano's pairs, planned, and its run, on a copy of the checkpoint with `changed` in its config."""
     copy = Path(tempfile.mkdtemp(dir=checkpoint.parent)) / "model"
     shutil.copytree(checkpoint, copy)
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, **changed}))
-    base = RunRequest(task="", model=str(copy), data="nano", template="none", engine=EngineOptions(dtype=dtype))
+    engine = EngineOptions(dtype=dtype, device="cpu", workers=workers)
+    base = RunRequest(task="", model=str(copy), data="nano", template="none", engine=engine)
     (one,), _ = plan(["hhh-choice"], SuiteRequest(base=base))
     return one, one.run
 
@@ -56,9 +64,9 @@ def test_a_window_of_the_run_is_tried_once_and_before_the_clock_runs(checkpoint:
     pilot = Pilot(Progress())
     assert one.read > pilots.TOKENS  # so not all is timed
     assert pilot.seconds(one)
-    assert set(run.model._probes) == {AttentionWindow.of(run.model.model.config, longest)}
+    assert set(run.model.probes) == {AttentionWindow.of(run.model.model.config, longest)}
     run.execute(tmp_path)
-    assert len(run.model._probes) == 1
+    assert len(run.model.probes) == 1
 
 
 def test_each_task_tries_its_windows_before_its_clock_runs(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,12 +79,12 @@ def test_each_task_tries_its_windows_before_its_clock_runs(checkpoint: Path, mon
     tried: list[int] = []
 
     def counted(*words: Any) -> float:
-        tried.append(len(run.model._probes))
+        tried.append(len(run.model.probes))
         return a_second_a_token(*words)
 
     monkeypatch.setattr(pilots, "_seconds_a_token", counted)
     assert pilot.seconds(one)
-    assert tried == [len(run.model._probes)]
+    assert tried == [len(run.model.probes)]
 
 
 def test_a_path_that_shares_no_prefix_is_counted_as_it_is(
@@ -104,3 +112,33 @@ def test_rounding_is_measured_once_as_in_a_run(checkpoint: Path, monkeypatch: py
     assert Pilot(Progress()).seconds(one)
     assert len(measured) == 1
     assert (run.model.part, run.model.longest) == (None, 0)
+
+
+def test_workers_load_and_try_the_checkpoint_before_the_clock_runs(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first finds out what the checkpoint can do, and the others are told; all are warm when the clock starts."""
+    one, run = planned(checkpoint, workers=2)
+    warm: list[tuple[int, set[Any]]] = []
+
+    def counted(*words: Any) -> float:
+        warm.append((len(run.model.pool._idle), set(pickle.loads(run.model._probes))))
+        return a_second_a_token(*words)
+
+    monkeypatch.setattr(pilots, "_seconds_a_token", counted)
+    try:
+        assert Pilot(Progress()).seconds(one) == one.read
+        assert [n for n, _ in warm] == [2]
+        assert warm[0][1] == set(pickle.loads(run.model._probes)) != set()
+    finally:
+        run.model.close()
+
+
+def test_a_worker_that_is_told_tries_nothing(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, run = planned(checkpoint)
+    task = Scoring(run.prepared.requests[:2], longest=run.prepared.requests[0].n_positions)
+    first, second = (EngineServant(HFEngine(str(run.model.checkpoint.path), device="cpu")) for _ in range(2))
+    answers = dict(first.answer(task, Unit(1, 0, (0, 1))))
+    monkeypatch.setattr("almost_eval.engines.hf_probe.probe", None)  # whoever tries fails
+    told = replace(task, probes=first.report().probes)
+    assert dict(second.answer(told, Unit(1, 0, (0, 1)))) == answers

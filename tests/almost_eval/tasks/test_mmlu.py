@@ -290,3 +290,10 @@ def test_too_few_examples(tmp_path: Path) -> None:
     MMLU(["anatomy"], 2, data).samples()
     with pytest.raises(DataError, match="anatomy: 2 rows in dev, 3 shots need as many"):
         MMLU(["anatomy"], 3, data).samples()
+
+
+def test_a_category_that_the_data_lacks_is_not_offered() -> None:
+    nano = find_data("nano", None, built_in_model=True)
+    task = MMLU(["stem"], 0, nano, Prompting(load_prompt_set("builtin", nano)))
+    with pytest.raises(InputError, match=r"unknown subject 'stem'; known: .*other"):
+        task.samples()
