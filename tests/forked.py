@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 _PARENT = """
-import json, os, sys
+import gc, json, os, sys
+gc.disable()  # what is imported is there to stay
 from almost_eval.cli.command_line import import_transformers
 import_transformers()
 import almost_eval.cli.main, filelock
@@ -21,6 +22,8 @@ from almost_eval.run import provenance
 from importlib import import_module
 for name in sys.argv[1:]:
     import_module(name)
+gc.freeze()  # a collection in a child would copy every page that it shares
+gc.enable()
 provenance.commit = lambda: "0"  # this tree may be edited meanwhile, and a resumed run would say so
 print("ready", flush=True)
 for line in sys.stdin:
