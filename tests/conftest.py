@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 from fake_endpoint import Endpoint
 from own_environment import DATA_ROOT  # before what reads the environment as it is imported
+from side_by_side import scope_of
 
 VOCABULARY = 300
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -127,6 +128,20 @@ gc.callbacks.append(_FreezeModules())
 def pytest_configure(config: pytest.Config) -> None:
     """One more mark; the others are in pyproject.toml, and any change there makes `make` set up .venv anew."""
     config.addinivalue_line("markers", "alone(reason): measures time; `make test` runs it when no other test runs")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """`--dist loadfile`, by the scopes of `make test`."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return scope_of(nodeid)
+
+    return Scheduling(config, log)
 
 
 class RealModels:
