@@ -15,6 +15,8 @@ from typing import Any
 _PARENT = """
 import gc, json, os, sys
 gc.disable()  # what is imported is there to stay
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has begun with it ignored
 from almost_eval.cli.command_line import import_transformers
 import_transformers()
 import almost_eval.cli.main, filelock
