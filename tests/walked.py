@@ -15,8 +15,6 @@ from types import FrameType
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = tuple(f"{ROOT / package}/" for package in ("almost_eval", "almost_train", "serving"))
-HEAVY = "torch transformers.modeling_utils transformers.models.auto.modeling_auto torch.optim".split()
-"""What the command lines import from other packages, in the main."""
 entered: dict[str, str | None] = {}
 """File -> the file that called into it first."""
 
@@ -41,8 +39,11 @@ def main() -> None:
     """Run the command line, whatever its end, and print the files."""
     sys.path[0] = str(ROOT)  # this file's own folder holds folders of the packages' names
     package = sys.argv[1].replace("-", "_")
-    for name in HEAVY:  # ten million calls, none of them in a file of ours
-        importlib.import_module(name)
+    import torch  # noqa: F401  # as below: millions of calls, none of them in a file of ours
+
+    from almost_eval.cli.command_line import import_transformers
+
+    import_transformers()
     program = importlib.import_module(f"{package}.cli.main")
     sys.argv = sys.argv[1:]
     code: str | int | None = 0

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -348,15 +349,20 @@ def ask_in_the_arena(client: httpx.Client, config: dict[str, Any]) -> str:
 
 def test_new_pages_and_new_cookies_are_no_new_allowance(page: str) -> None:
     """45 of 45 questions of one address were let in, each with a session number of its own."""
-    admitted = 0
-    with httpx.Client(base_url=page, headers=LOGIN, trust_env=False, timeout=30) as client:
-        config = client.get("/config").json()
-        for number in range(45):
-            client.cookies.clear()
-            forwarded = {"X-Forwarded-For": f"10.0.0.{number}"}
-            client.headers.update(forwarded)
-            admitted += "questions a minute" not in ask_in_the_arena(client, config)
-    assert admitted == 30
+    config = httpx.get(page + "/config", headers=LOGIN, trust_env=False).json()
+
+    def ask(first: int) -> int:
+        """Whether each of nine questions was let in, counted; others ask at the same time."""
+        admitted = 0
+        with httpx.Client(base_url=page, headers=LOGIN, trust_env=False, timeout=30) as client:
+            for number in range(first, first + 9):
+                client.cookies.clear()
+                client.headers["X-Forwarded-For"] = f"10.0.0.{number}"
+                admitted += "questions a minute" not in ask_in_the_arena(client, config)
+        return admitted
+
+    with ThreadPoolExecutor(5) as pool:
+        assert sum(pool.map(ask, range(0, 45, 9))) == 30
 
 
 @pytest.mark.parametrize(
