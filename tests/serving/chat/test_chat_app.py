@@ -28,6 +28,7 @@ from serving.chat.questions import EXAMPLES, arena_questions
 from serving.chat.render import candidates_html, markdown, past_html
 from serving.chat.session import ChatSystem
 from serving.chat.tab_report import report_html, runs_with_report
+from serving.cli.chat import main
 
 ATTACKS = [
     "<script>document.title='owned'</script>",
@@ -214,13 +215,19 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
         (["--engine", "tgi"], "tgi"),
     ],
 )
-def test_bad_input_is_one_line(arguments: list[str], words: str) -> None:
-    done = command(*arguments, ALMOST_CHAT_AUTH="")
-    assert done.returncode == 2, done.stderr
-    assert len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("error: ")
-    assert words in done.stderr
-    assert "pass@" not in done.stderr
+def test_bad_input_is_one_line(
+    arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ALMOST_CHAT_AUTH", "")
+    monkeypatch.setattr("sys.argv", ["almost-chat", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    err = capfd.readouterr().err
+    assert ended.value.code == 2, err
+    assert len(err.splitlines()) == 1
+    assert err.startswith("error: ")
+    assert words in err
+    assert "pass@" not in err
 
 
 def test_a_port_in_use_and_a_wrong_votes_file_are_one_line(tmp_path: Path) -> None:
