@@ -1,7 +1,8 @@
 """`make test`: the tests on several cores, then those that need the machine for themselves, and one summary of both.
 
 The first part is `pytest -n JOBS --dist loadfile`: the tests of a file stay in one process, so its fixtures are built
-once. The second part is what has the mark `alone`: it measures time, and would measure its neighbours too. The exit
+once, and so do all that need a real vLLM (`scope_of`).
+The second part is what has the mark `alone`: it measures time, and would measure its neighbours too. The exit
 code is 0 where both parts ran and nothing failed.
 """
 
@@ -43,6 +44,16 @@ def marks(project: Path) -> str:
     options = tomllib.loads((project / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
     words = shlex.split(options["addopts"])
     return words[words.index("-m") + 1]
+
+
+def scope_of(nodeid: str) -> str:
+    """The tests of one scope run in one process of `make test`: a file, or all files that need a real vLLM.
+
+    A process starts its two servers once, which takes it 40 s: when each process had some of these files, each did.
+    """
+    file = nodeid.split("::", 1)[0]
+    text = (Path(__file__).parents[1] / file).read_text(encoding="utf-8") if file.startswith("tests/serving/") else ""
+    return "vLLM" if "policy_server: " in text or "reward_server: " in text else file
 
 
 def run(name: str, *arguments: str, environment: dict[str, str]) -> Part:

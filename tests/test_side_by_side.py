@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from side_by_side import scope_of
 
 TESTS = """
 import os, pytest
@@ -45,3 +46,12 @@ def test_both_parts_count(tmp_path: Path, fails: str, passed: int, code: int) ->
     assert f"\n--- {passed} passed, {2 - passed} failed, 0 skipped or expected to fail in " in done.stdout
     assert f"\non 1 cores: {int(fails != 'beside')} passed, " in done.stdout
     assert f"\nalone: {int(fails != 'alone')} passed, " in done.stdout
+
+
+def test_what_needs_a_real_vllm_is_in_one_process() -> None:
+    folder = Path(__file__).parent / "serving"
+    names = ("gateway/test_gateway.py", "gateway/test_gateway_best_of.py", "vllm/test_server.py")
+    assert {scope_of(f"tests/serving/{name}::test_it[a::b]") for name in names} == {"vLLM"}
+    scopes = [scope_of(file.relative_to(folder.parents[1]).as_posix()) for file in folder.rglob("test_*.py")]
+    assert 5 < scopes.count("vLLM") < len(scopes) / 2
+    assert scope_of("tests/test_docs.py::test_it") == "tests/test_docs.py"

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +13,7 @@ from typing import Any
 
 import pytest
 from batch_server import PRICE, BatchServer, Event
+from forked import Forks, Process, forks
 
 from almost_eval.judge.api.cost import Budget
 from almost_eval.judge.api.journal import Journal
@@ -50,19 +48,39 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Path(f"{model}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
 
 
-def start(server: BatchServer, *more: str, size: int = 3) -> subprocess.Popen[str]:
+Start = Callable[..., Process]
+
+
+@pytest.fixture(scope="module")
+def started() -> Iterator[Forks]:
+    modules = "almost_eval.judge.run almost_eval.judge.api.batch almost_eval.judge.api.batch_steps sklearn.linear_model"
+    modules += " almost_eval.nano.data almost_eval.report.console almost_eval.report.judge_console"
+    modules += " openai.resources.chat.completions openai.resources.batches openai.resources.files"
+    with forks(*modules.split(), ALMOST_API_KEY="sk-test") as started:
+        yield started
+
+
+@pytest.fixture
+def start(started: Forks, server: BatchServer) -> Start:
+    """`start("--json", size=3)`: the command, with batches of so many requests at most."""
+
+    def run(*more: str, size: int = 3) -> Process:
+        return started(str(size), "vicuna", *flags(server), *more, cwd=Path.cwd(), code=DRIVER)
+
+    return run
+
+
+def flags(server: BatchServer) -> list[str]:
     flags = ["--questions", "questions.jsonl", "--answers", "a.jsonl", "--baseline", "b.jsonl", "--data", "hub"]
     flags += ["--judge", "j", "--judge-base-url", server.url, "--prompt-set", "builtin", "--output", "run"]
     prices = ["--price-in", f"{PRICE[0]}", "--price-out", f"{PRICE[1]}", "--price-batch", f"{PRICE[2]}"]
-    command = [sys.executable, "-c", DRIVER, str(size), "vicuna", *flags, *prices, "--batch", *more]
-    environment = os.environ | {"ALMOST_API_KEY": "sk-test"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return [*flags, *prices, "--batch"]
 
 
-def finish(server: BatchServer) -> str:
-    process = start(server)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+def finish(start: Start) -> str:
+    process = start()
+    code, out, err = process.wait(), process.out.read_text(), process.err.read_text()
+    assert code == 0, err
     assert "Traceback" not in err
     lines = [json.loads(line) for line in Path("run/samples.jsonl").read_text().splitlines()]
     assert len(lines) == 2 * QUESTIONS
@@ -78,29 +96,34 @@ def ledger() -> tuple[float, float, int]:
         return *Budget(None, *PRICE[:2], price_batch=PRICE[2]).of_ledger(entries), entries.n_unsure
 
 
-def test_a_command_that_is_killed_at_every_step_in_turn_pays_each_request_once(server: BatchServer) -> None:
+def test_a_command_that_is_killed_at_every_step_in_turn_pays_each_request_once(
+    start: Start, server: BatchServer
+) -> None:
     steps = ("list", "chat", "upload", "create", "retrieve", "content")
     points: list[Event] = [(step, when) for step in steps for when in ("before", "worked", "sent")]
     points.remove(("chat", "worked"))  # the plain client's; its server has no such moment
-    left, lock = list(points), threading.Lock()
-    process: list[subprocess.Popen[str]] = []
+    left, lock, started = list(points), threading.Lock(), threading.Event()
+    process: list[Process] = []
     n_chats: list[int] = []
 
     def kill(event: Event) -> None:
         with lock:
             if left and event == left[0]:
                 left.pop(0)
-                os.kill(process[-1].pid, signal.SIGKILL)
+                started.wait(30)
+                process[-1].send(signal.SIGKILL)
 
     server.event = kill
     for _ in range(len(points) + 2):
-        process.append(start(server))
-        process[-1].communicate(timeout=120)
+        started.clear()
+        process.append(start())
+        started.set()  # a process that was forked may be at its point before this one knows its id
+        code = process[-1].wait()
         n_chats.append(server.count)
-        if process[-1].returncode == 0:
+        if code == 0:
             break
-        assert process[-1].returncode == -signal.SIGKILL
-    finish(server)
+        assert code == -signal.SIGKILL
+    finish(start)
     assert left == []
     assert max(server.worked.values()) == 1
     known, unsure, n_unsure = ledger()
@@ -112,24 +135,24 @@ def test_a_command_that_is_killed_at_every_step_in_turn_pays_each_request_once(s
 
 
 @pytest.mark.slow
-def test_a_command_that_is_killed_at_random_pays_each_request_once(server: BatchServer) -> None:
+def test_a_command_that_is_killed_at_random_pays_each_request_once(start: Start, server: BatchServer) -> None:
     chance = random.Random(7)
     server.polls = 3
     server.fate = lambda digest, times, body: "expired" if times == 1 and int(digest[:4], 16) % 3 == 0 else None
-    process = start(server)  # the request ahead, undisturbed
-    while not server.calls["upload"] and process.poll() is None:
+    process = start()  # the request ahead, undisturbed
+    while not server.calls["upload"] and process.runs():
         time.sleep(0.005)
     for _ in range(6):
         time.sleep(chance.uniform(0.0, 0.15))
-        process.kill()
-        process.communicate(timeout=300)
+        process.send(signal.SIGKILL)
+        process.wait()
         before = server.calls["list"]
-        process = start(server)
-        while server.calls["list"] == before and process.poll() is None:
+        process = start()
+        while server.calls["list"] == before and process.runs():
             time.sleep(0.005)
-    process.kill()
-    process.communicate(timeout=300)
-    finish(server)
+    process.send(signal.SIGKILL)
+    process.wait()
+    finish(start)
     assert server.count == 1
     assert {server.worked[digest] for digest in server.seen} == {1}
     known, unsure, _ = ledger()
@@ -139,18 +162,18 @@ def test_a_command_that_is_killed_at_random_pays_each_request_once(server: Batch
     assert results["timing"]["cost_usd_all_runs"] == pytest.approx(server.invoice, abs=1e-6)
 
 
-def test_ctrl_c_says_that_the_batch_goes_on(server: BatchServer) -> None:
+def test_ctrl_c_says_that_the_batch_goes_on(start: Start, server: BatchServer) -> None:
     server.polls = 10**6
-    process = start(server, size=100)
-    while server.calls["retrieve"] < 2 and process.poll() is None:
+    process = start(size=100)
+    while server.calls["retrieve"] < 2 and process.runs():
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode != 0
+    process.send(signal.SIGINT)
+    assert process.wait() != 0
+    err = process.err.read_text()
     assert "batch batch_0 goes on at the provider, and is billed; the same command takes its replies" in err
     assert "Traceback" not in err
     server.polls = 0
-    out = finish(server)
+    out = finish(start)
     assert (server.orders, server.count) == (1, 1)
     assert "win rate" in out
 
@@ -199,21 +222,21 @@ def test_a_panel_and_other_forms_of_a_verdict_go_into_batches(
     assert timing["cost_usd_all_runs"] == pytest.approx(server.invoice, abs=1e-5)
 
 
-def test_a_dry_run_says_what_a_batch_costs_and_what_is_under_way(server: BatchServer) -> None:
-    process = start(server, "--dry-run", "--json")
-    out, err = process.communicate(timeout=300)
-    assert (process.returncode, err) == (0, "")
-    plan = json.loads(out)
+def test_a_dry_run_says_what_a_batch_costs_and_what_is_under_way(start: Start, server: BatchServer) -> None:
+    process = start("--dry-run", "--json")
+    assert (process.wait(), process.err.read_text()) == (0, "")
+    plan = json.loads(process.out.read_text())
     assert server.calls.total() == server.count == 0
     assert (plan["requests"], plan["batches"], plan["batch_price"]) == (10, 1, "0.5 of the price (--price-batch)")
     whole = (plan["prompt_tokens_at_most"] * PRICE[0] + plan["completion_tokens_at_most"] * PRICE[1]) / 1e6
     assert plan["price_usd_at_most"] == pytest.approx(whole * (0.9 * 0.5 + 0.1), rel=0.01)  # one goes ahead
     server.polls = 10**6
-    process = start(server, "--batch-wait", "0.1", size=100)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert err.splitlines()[-1].startswith("error: batch batch_0 has not ended within --batch-wait; it goes on")
-    out, _ = start(server, "--dry-run", "--json").communicate(timeout=300)
-    plan = json.loads(out)
+    process = start("--batch-wait", "0.1", size=100)
+    assert process.wait() == 1
+    last = process.err.read_text().splitlines()[-1]
+    assert last.startswith("error: batch batch_0 has not ended within --batch-wait; it goes on")
+    process = start("--dry-run", "--json")
+    process.wait()
+    plan = json.loads(process.out.read_text())
     assert (plan["requests"], plan["requests_in_a_batch_already"], plan["price_usd_at_most"]) == (0, 9, 0.0)
     assert plan["of_it_uncertain_usd"] > 0

@@ -34,6 +34,16 @@ NEUTRAL = "Let me compare both answers. They differ in depth."
 TENTATIVE = "Assistant 1: 2\nAssistant 2: 9. The final scores would be 2 and 9. [[B]] Hmm, but no.\n2 9"
 
 
+def pair_of(one: Archived) -> Pair:
+    return Pair(Question("1", one.question), Answer("1", one.answer_1, "a"), Answer("1", one.answer_2, "b"), "forward")
+
+
+@pytest.fixture(scope="module")
+def verdicts(archive: list[Archived]) -> list[Verdict | Unparsed]:
+    """Of every archived review, as it stands."""
+    return [parse_review("scores", one.review, pair_of(one)) for one in archive]
+
+
 @pytest.mark.parametrize("thought", [NEUTRAL, TENTATIVE], ids=["neutral", "tentative"])
 @pytest.mark.parametrize(
     ("opening", "closing"),
@@ -46,16 +56,13 @@ TENTATIVE = "Assistant 1: 2\nAssistant 2: 9. The final scores would be 2 and 9. 
     ],
 )
 def test_every_archived_review_is_read_as_before_behind_a_thought(
-    archive: list[Archived], thought: str, opening: str, closing: str
+    archive: list[Archived], verdicts: list[Verdict | Unparsed], thought: str, opening: str, closing: str
 ) -> None:
+    """A thought that holds no score is the easier case: every eighth review."""
     assert len(archive) == 400
-    for one in archive:
-        pair = Pair(
-            Question("1", one.question), Answer("1", one.answer_1, "a"), Answer("1", one.answer_2, "b"), "forward"
-        )
-        bare = parse_review("scores", one.review, pair)
+    for one, bare in list(zip(archive, verdicts, strict=True))[:: 8 if thought is NEUTRAL else 1]:
         assert isinstance(bare, Verdict)
-        assert parse_review("scores", opening + thought + closing + one.review, pair) == bare
+        assert parse_review("scores", opening + thought + closing + one.review, pair_of(one)) == bare
 
 
 @pytest.mark.parametrize("opening", ["<think>\n", "[THINK]", "<reasoning>\n", "<|channel|>analysis<|message|>"])

@@ -16,7 +16,7 @@ from almost_eval.cli.options import GENERATION_FIELDS
 from almost_eval.errors import AlmostError
 from almost_eval.files import read_rows
 from almost_eval.nano.oracle import scores_by_dimension
-from almost_train.cli.main import cli
+from almost_train.cli.main import cli, main
 from almost_train.nano.data import write_prompts, write_votes
 
 COMMANDS = (
@@ -67,18 +67,22 @@ def test_every_command_shows_a_working_example(command: str) -> None:
         (["self-play", "--data-parallel-size", "0"], "0 is not in the range x>=1"),
     ],
 )
-def test_refusals_are_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "almost_train.cli", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert message in done.stderr
+def test_refusals_are_one_line(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["almost-train", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    err = capfd.readouterr().err
+    assert ended.value.code == 2, err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
     assert not list(tmp_path.rglob("result.json"))
 
 

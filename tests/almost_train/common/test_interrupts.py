@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from forked import ALMOST_TRAIN, Forks, forks
 
 from almost_eval.errors import RunError
 from almost_eval.files import digest_path, read_rows, write_rows
@@ -32,7 +31,7 @@ def data(tmp_path: Path) -> Path:
 def command(stage: str, data: Path) -> list[str]:
     common = ["--device", "cpu", "--save-every", "1000", "--save-minutes", "0"]
     own = {
-        "sft": f"sft --demonstrations {data}/dialogues.jsonl --model nano/vanilla-small --epochs 60 --batch-size 4",
+        "sft": f"sft --demonstrations {data}/dialogues.jsonl --model nano/vanilla-small --epochs 20 --batch-size 4",
         "reward": f"reward --comparisons {data}/pairs.jsonl --model nano/vanilla-small --epochs 80 --batch-size 4",
         **{
             algorithm: f"rlsf --algorithm {algorithm} --prompts {data}/prompts.jsonl --policy nano/sft --reward-model "
@@ -41,28 +40,24 @@ def command(stage: str, data: Path) -> list[str]:
             for algorithm in ("ppo", "grpo")
         },
     }
-    return [sys.executable, "-m", "almost_train.cli", *own[stage].split(), *common]
+    return [*own[stage].split(), *common]
 
 
-def run(arguments: list[str], output: Path, stop: signal.Signals | None = None, after: int = 6) -> tuple[int, str]:
+@pytest.fixture(scope="module")
+def start() -> Iterator[Forks]:
+    modules = "almost_train.cli.main almost_train.sft.run almost_train.common.fit trl.trainer.sft_trainer"
+    with forks(*modules.split(), "transformers.models.llama.modeling_llama") as started:
+        yield started
+
+
+def run(
+    start: Forks, arguments: list[str], output: Path, stop: signal.Signals | None = None, after: int = 6
+) -> tuple[int, str]:
     """(exit code, stderr); with `stop`, the signal is sent when so many steps are in the log."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(
-        [*arguments, "--output", str(output)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
-    )
-    log = output / "log.jsonl"
-    while stop and process.poll() is None:
-        if log.is_file() and log.read_bytes().count(b"\n") >= after:
-            process.send_signal(stop)
-            break
-        time.sleep(0.01)
-    _, error = process.communicate(timeout=300)
-    return process.returncode, error
+    process = start(*arguments, "--output", output, cwd=output.parent, code=ALMOST_TRAIN)
+    if stop and process.until_lines(output / "log.jsonl", after):
+        process.send(stop)
+    return process.wait(), process.err.read_text()
 
 
 @pytest.mark.parametrize(
@@ -75,10 +70,10 @@ def run(arguments: list[str], output: Path, stop: signal.Signals | None = None, 
     ],
 )
 def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bytes(
-    stage: str, stop: signal.Signals, data: Path
+    start: Forks, stage: str, stop: signal.Signals, data: Path
 ) -> None:
     output, whole = data / "stopped", data / "whole"
-    code, error = run(command(stage, data), output, stop)
+    code, error = run(start, command(stage, data), output, stop)
     assert code == 1
     assert f"{stop.name}: saves after this step and ends" in error
     assert "it is saved, and the same command goes on from there" in error
@@ -86,8 +81,8 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bytes(
     steps = len(read_rows(output / "log.jsonl"))
     saved = [folder.name for folder in (output / ".work").iterdir()]
     assert any(name.rpartition("-")[2].lstrip("0") == str(steps) for name in saved), (steps, saved)
-    assert run(command(stage, data), output)[0] == 0
-    assert run(command(stage, data), whole)[0] == 0
+    assert run(start, command(stage, data), output)[0] == 0
+    assert run(start, command(stage, data), whole)[0] == 0
     model = "policy" if stage in ("ppo", "grpo") else "model"
     assert digest_path(output / model) == digest_path(whole / model)
     assert len(read_rows(output / "log.jsonl")) == len(read_rows(whole / "log.jsonl"))

@@ -41,7 +41,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def policies(tiny_checkpoint: Callable[[str], Path]) -> dict[str, Path | str]:
     return {"sft": tiny_checkpoint("llama-gqa"), "rlsf": tiny_checkpoint("llama-tied")}
 
@@ -57,6 +57,16 @@ def evaluate(
     assert draw(output, [StageReport("evaluation", "made", 1.0, result)])
     metrics: dict[str, dict[str, dict[str, Any]]] = result["metrics"]
     return metrics
+
+
+Whole = tuple[Path, dict[str, dict[str, dict[str, Any]]]]
+
+
+@pytest.fixture(scope="module")
+def whole(prompts: Path, policies: dict[str, Path | str], tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """An evaluation of both policies with nothing odd, to be read: its folder and its metrics."""
+    folder = tmp_path_factory.mktemp("evaluated") / "whole"
+    return folder, evaluate(prompts, policies, folder)
 
 
 def answered(output: Path, policy: str) -> dict[str, SampleRecord]:
@@ -92,9 +102,9 @@ def logprob(model: Path | str, prompt: list[int], answer: list[int]) -> float:
     return float(scores[torch.arange(len(answer)), torch.tensor(answer)].sum())
 
 
-def test_kl_is_that_of_the_sampled_tokens(prompts: Path, policies: dict[str, Path | str], tmp_path: Path) -> None:
-    metrics = evaluate(prompts, policies, tmp_path)
-    records = answered(tmp_path, "rlsf").values()
+def test_kl_is_that_of_the_sampled_tokens(policies: dict[str, Path | str], whole: Whole) -> None:
+    folder, metrics = whole
+    records = answered(folder, "rlsf").values()
     tokenizer = AutoTokenizer.from_pretrained(policies["rlsf"])
     differences, as_text, lengths = [], [], []
     for record in records:
@@ -113,7 +123,9 @@ def test_kl_is_that_of_the_sampled_tokens(prompts: Path, policies: dict[str, Pat
     assert "kl" not in metrics["sft"]
 
 
-def test_a_template_that_adds_to_the_bos_token(prompts: Path, policies: dict[str, Path | str], tmp_path: Path) -> None:
+def test_a_template_that_adds_to_the_bos_token(
+    prompts: Path, policies: dict[str, Path | str], whole: Whole, tmp_path: Path
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(policies["rlsf"])
     policy = shutil.copytree(policies["rlsf"], tmp_path / "policy")
     (policy / "chat_template.jinja").write_text(
@@ -122,9 +134,8 @@ def test_a_template_that_adds_to_the_bos_token(prompts: Path, policies: dict[str
     metrics = evaluate(prompts, {**policies, "rlsf": policy}, tmp_path / "out")
     assert metrics["rlsf"]["reward"]["n"] == metrics["rlsf"]["kl"]["n"] == 4
     # BOS is read once: the same prompts as without the template, so the same answers.
-    plain = evaluate(prompts, policies, tmp_path / "plain")
     assert tokenizer.bos_token == "<s>"
-    assert metrics == plain
+    assert metrics == whole[1]
 
 
 def test_a_reward_that_is_not_a_number_is_unscored(
@@ -141,12 +152,11 @@ def test_a_reward_that_is_not_a_number_is_unscored(
 
 
 def test_an_answer_that_the_reward_model_cannot_read_whole_is_unscored(
-    prompts: Path, policies: dict[str, Path | str], tmp_path: Path
+    prompts: Path, policies: dict[str, Path | str], whole: Whole, tmp_path: Path
 ) -> None:
-    evaluate(prompts, policies, tmp_path / "whole")
     conversations = [
         (Message("user", r.sample.metadata["prompt"]), Message("assistant", r.outputs["completions"][0].strip()))
-        for r in answered(tmp_path / "whole", "rlsf").values()
+        for r in answered(whole[0], "rlsf").values()
     ]
     reader = HFRewardModel("nano/reward", device="cpu")
     lengths = reader.lengths(conversations)
@@ -222,17 +232,16 @@ def test_a_prompt_that_leaves_no_room_is_unscored(policies: dict[str, Path | str
 
 
 def test_what_was_answered_before_a_kill_is_kept(
-    prompts: Path, policies: dict[str, Path | str], tmp_path: Path
+    prompts: Path, policies: dict[str, Path | str], whole: Whole, tmp_path: Path
 ) -> None:
-    whole = evaluate(prompts, policies, tmp_path / "whole")
-    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    shutil.copytree(whole[0], tmp_path / "killed")
     (tmp_path / "killed" / "result.json").unlink()
     shutil.rmtree(tmp_path / "killed" / "rlsf" / "rewards")
     file = tmp_path / "killed" / "rlsf" / "answers" / "samples.jsonl"
     (file.parent / "results.json").unlink()
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     file.write_text("".join(lines[:2]) + lines[2][:20], encoding="utf-8")  # a line cut short
-    assert evaluate(prompts, policies, tmp_path / "killed") == whole
+    assert evaluate(prompts, policies, tmp_path / "killed") == whole[1]
     assert sorted(file.read_text(encoding="utf-8").splitlines(keepends=True)) == sorted(lines)
 
 
@@ -243,12 +252,10 @@ def test_there_is_no_kl_between_two_tokenizers(prompts: Path, policies: dict[str
     assert metrics["vanilla"]["reward"]["n"] == metrics["rlsf"]["kl"]["n"] == 4
 
 
-def test_answers_cut_at_the_limit_are_counted_and_shown(
-    prompts: Path, policies: dict[str, Path | str], tmp_path: Path
-) -> None:
-    metrics = evaluate(prompts, policies, tmp_path)
+def test_answers_cut_at_the_limit_are_counted_and_shown(policies: dict[str, Path | str], whole: Whole) -> None:
+    folder, metrics = whole
     for policy, by_name in metrics.items():
-        reasons = [record.outputs["finish_reasons"][0] for record in answered(tmp_path, policy).values()]
+        reasons = [record.outputs["finish_reasons"][0] for record in answered(folder, policy).values()]
         assert by_name["cut"]["value"] == reasons.count("length") > 0
         assert (by_name["cut"]["n"], by_name["cut"]["unscored"]) == (4, 0)
     (row,) = (line for line in shown(metrics).splitlines() if "cut at the limit of new tokens" in line)

@@ -25,7 +25,7 @@ def test_mining_is_not_gone_on_with_in_another_dtype(tmp_path: Path, monkeypatch
 
         settings = PromptSettings(prompt_set="nano", count=10_000, max_rounds=rounds, round_size=2, max_new_tokens=4)
         data = find_data("nano", None)
-        synthesize_prompts(settings, "nano/vanilla-large", tmp_path / "s", data=data, engine_for=engine_for)
+        synthesize_prompts(settings, "nano/vanilla-small", tmp_path / "s", data=data, engine_for=engine_for)
 
     monkeypatch.setattr(loading, "cpu_has_bfloat16", lambda: True)
     with pytest.raises(RunError, match="after 1 rounds"):

@@ -17,6 +17,7 @@ import uvloop
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from serving.gateway import http_client
 from serving.gateway.http_client import BrokenOff, HttpClient, HttpResponse, Unreachable
 from serving.launch.process import free_port
 
@@ -255,16 +256,19 @@ def test_who_leaves_closes_the_connection(run: Run) -> None:
     run(check())
 
 
-def test_an_idle_connection_is_closed_before_the_server_would(run: Run) -> None:
+def test_an_idle_connection_is_closed_before_the_server_would(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert http_client._IDLE_S < 5  # uvicorn's
+    monkeypatch.setattr(http_client, "_IDLE_S", 1.0)
+
     async def check() -> None:
         async with served(says(WHOLE)) as (server, client):
             await asyncio.gather(*(ask(client) for _ in range(5)))
             assert server.open == 5
-            await asyncio.sleep(1.2)
+            await asyncio.sleep(0.6)
             await ask(client)
-            await asyncio.sleep(1.2)
+            await asyncio.sleep(0.6)
             assert (server.open, len(client._idle)) == (1, 1)  # the one that was used again
-            await asyncio.sleep(1.2)
+            await asyncio.sleep(0.6)
             assert (server.open, len(client._idle), client._sweeper) == (0, 0, None)
 
     run(check())
