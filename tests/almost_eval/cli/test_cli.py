@@ -128,7 +128,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "labels": (["hhh", "--model", "letterless", "--data", "nano"], "no single token for each of the labels ' A', ' B'"),
     "no data root": (["hhh", "--data-root", "nope"], "is not a folder; give one laid out like the hub"),
     "no data": (["hhh", "--data", "hub", "--prompt-set", "builtin"], "pass --data-root DIR with DIR/Hug"),
-    "no prompts": (["hhh", "--data", "hub"], "pass --data-root DIR with DIR/github"),
+    "no prompts": (["hhh", "--data", "nano", "--prompt-set", "official"], "pass --data-root DIR with DIR/github"),
     "no questions": (["truthfulqa", "--data", "hub"], "pass --data-root DIR with DIR/truthfulqa"),
     "row": (["truthfulqa", "--data-root", "broken"], "truthfulqa/truthful_qa, multiple_choice, row 3: `mc1_targets`"),
     "file as output": (["hhh", "--limit", "1", "--output", "file.json"], "file.json is a file; --output names the"),
