@@ -63,7 +63,7 @@ def merge_shards(folders: tuple[Path, ...], output: Path | None, as_json: bool) 
         --output runs/self-play --shard 2/2
       almost-train merge-shards runs/self-play
     """
-    from almost_eval.run.shards import find_marks
+    from almost_eval.run.shards import find_marks, whole_folder
     from almost_train.common.shards import check_stages, read_stage
 
     marks = find_marks(folders)
@@ -72,5 +72,5 @@ def merge_shards(folders: tuple[Path, ...], output: Path | None, as_json: bool) 
         raise InputError(f"{marks[0].folder} is of the stage {stage!r}; stages with shards: {', '.join(MERGERS)}")
     check_stages(marks)
     module, _, name = MERGERS[stage].partition(":")
-    show(getattr(import_module(module), name)(marks, output or marks[0].folder.parent), as_json)
+    show(getattr(import_module(module), name)(marks, whole_folder(marks, output)), as_json)
     return 0

@@ -80,6 +80,11 @@ def test_responses(almost_train: Train) -> None:
     code, _, err = almost_train("merge-shards", one, two, "--output", "new")
     assert (code, err.count("\n")) == (2, 1)
     assert "shard 3 of 3 missing" in err
+    kept = {file: file.read_bytes() for file in one.iterdir() if file.is_file()}
+    code, _, err = almost_train("merge-shards", whole, "--output", one)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "is a shard's own folder, which the joined run would replace" in err
+    assert {file: file.read_bytes() for file in one.iterdir() if file.is_file()} == kept
     code, _, err = almost_train(*arguments, "--output", one)
     assert code == 2
     assert "is a shard's" in err
