@@ -69,7 +69,7 @@ def read_config(file: Path, context: click.Context) -> dict[click.Option, Any]:
         context: of the command whose options they are.
 
     Raises:
-        InputError: no such file, not a mapping, an unknown name, or a value that the option does not take.
+        InputError: no such file, not a mapping, an unknown name, one option twice, or a value that it does not take.
     """
     known = {
         name.removeprefix("--"): param
@@ -78,11 +78,13 @@ def read_config(file: Path, context: click.Context) -> dict[click.Option, Any]:
         for name in param.opts
         if name.startswith("--")
     }
-    values = {}
+    values: dict[click.Option, Any] = {}
     for key, value in _read(file).items():
         option = known.get(key.replace("_", "-"))
         if option is None:
             raise InputError(f"{file}: {context.info_name} has no option {key!r}; {did_you_mean(key, known)}")
+        if option in values:  # in two spellings, or by two names of one flag
+            raise InputError(f"{file}: {key!r} and another key set one option; keep one")
         values[option] = _value(option, value, context, f"{file}: {key}")
     return values
 

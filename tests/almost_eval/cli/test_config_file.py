@@ -92,6 +92,7 @@ def test_a_repeated_flag_is_replaced_not_added_to() -> None:
         ("model: {name: a}", "options.yaml: model: is nested"),
         ("model:", "options.yaml: model: has no value; leave it out, or give one"),
         ("limit: 1\nlimit: 2", "options.yaml: limit stands there twice; keep one"),
+        ("batch-size: 1\nbatch_size: 2", "options.yaml: 'batch_size' and another key set one option; keep one"),
         ("- limit", "options.yaml holds no options; write one a line, as in limit: 10"),
         ("a: [", "options.yaml is not YAML: while parsing a flow"),
         ("config: other.yaml", "hhh has no option 'config'"),
