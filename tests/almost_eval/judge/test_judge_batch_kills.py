@@ -124,6 +124,7 @@ def test_a_command_that_is_killed_at_every_step_in_turn_pays_each_request_once(
             break
         assert code == -signal.SIGKILL
     finish(start)
+    server.work_off()
     assert left == []
     assert max(server.worked.values()) == 1
     known, unsure, n_unsure = ledger()
@@ -153,6 +154,7 @@ def test_a_command_that_is_killed_at_random_pays_each_request_once(start: Start,
     process.send(signal.SIGKILL)
     process.wait()
     finish(start)
+    server.work_off()
     assert server.count == 1
     assert {server.worked[digest] for digest in server.seen} == {1}
     known, unsure, _ = ledger()
