@@ -18,7 +18,7 @@ from almost_eval.suite.hardware import GB, gpu_named
 CONTEXT = int(1.0 * GB)
 """Bytes of a GPU that a process needs beside tensors: CUDA's context, cuBLAS's workspace."""
 HEAP_MATTERS = GB
-"""Bytes below which nothing is said of what the allocator may hold beyond the plan."""
+"""Bytes of activations below which no more is said of the allocator."""
 RESERVE = 0.05
 """Share of a GPU's memory that stays free: the allocator's blocks have gaps."""
 
@@ -62,29 +62,23 @@ class Devices:
         return self._runtimes[model] + self._libraries.get(library, 0)
 
     @property
-    def heap(self) -> tuple[float, float]:
-        """Times what is alive of an update's activations, at least and at most, that the allocator holds.
+    def old_heap(self) -> str:
+        """The version of a glibc that holds more than is alive; "" elsewhere.
 
         glibc before 2.38 finds no room for an aligned block where one of the same size was freed (its bug 14581), and
-        torch aligns every block: 1.4 to 2.3 times were measured (benchmarks/LOG.md).
+        torch aligns every block: 1.4 to 2.3 times the activations were measured (benchmarks/LOG.md).
         """
         name, version = platform.libc_ver()
         numbers = [int(number) for number in re.findall(r"\d+", version)[:2]]
         is_old = name == "glibc" and numbers < [2, 38] and "malloc" not in os.environ.get("LD_PRELOAD", "")
-        return (1.4, 2.3) if is_old and not self.on_gpu else (1.0, 1.0)
+        return version if is_old and not self.on_gpu else ""
 
     def heap_note(self, activations: int) -> str:
-        """A sentence where the allocator may hold far more than the plan counts; "" elsewhere.
-
-        Args:
-            activations: as the plan has them, so what the allocator holds at least.
-        """
-        least, most = self.heap
-        more = activations * (most / least - 1)
-        if more < HEAP_MATTERS:
+        """A sentence where the allocator may hold far more than is alive; "" elsewhere."""
+        if not self.old_heap or activations < HEAP_MATTERS:
             return ""
         return (
-            f"glibc {platform.libc_ver()[1]} may hold {more / GB:.1f} GB more, which no tensor has; another allocator, "
+            f"glibc {self.old_heap} may hold twice the activations, {activations / GB:.1f} GB more; another allocator, "
             "or --gradient-checkpointing, saves that (docs/train.md)"
         )
 

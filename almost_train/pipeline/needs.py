@@ -52,7 +52,7 @@ class Need:
     gradients: int = 0
     optimiser: int = 0
     activations: int = 0
-    """At the fullest moment: activations, logits, what an operation holds while it runs, what the allocator adds."""
+    """At the fullest moment: activations, logits, what an operation holds while it runs."""
     cache: int = 0
     """Keys and values."""
     runtime: int = 0
@@ -257,7 +257,7 @@ class Estimator:
             weights=(weights - undivided) // shares + undivided - saved,
             gradients=gradients // shares,
             optimiser=optimiser // shares,
-            activations=int((activations + spare) * self.devices.heap[0]),
+            activations=activations + spare,
             runtime=self.devices.runtime(model),
             passes=(2 if settings.lora_rank else 3) + recompute,
         )

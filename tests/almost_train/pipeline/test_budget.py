@@ -121,8 +121,8 @@ def test_an_allocator_that_holds_more_is_told(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("LD_PRELOAD", raising=False)
     cpu, gpu = Devices(1, 24 * 10**9, False), Devices(1, 24 * 10**9, True)
     monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.36"))
-    assert cpu.heap == (1.4, 2.3)
-    assert cpu.heap_note(4 * 10**9).startswith("glibc 2.36 may hold 2.6 GB more, which no tensor has; ")
+    assert (cpu.old_heap, gpu.old_heap) == ("2.36", "")
+    assert cpu.heap_note(4 * 10**9).startswith("glibc 2.36 may hold twice the activations, 4.0 GB more; ")
     assert cpu.heap_note(10**8) == gpu.heap_note(4 * 10**9) == ""
     monkeypatch.setenv("LD_PRELOAD", "/opt/lib/libtcmalloc.so.4")
     assert cpu.heap_note(4 * 10**9) == ""
@@ -130,7 +130,7 @@ def test_an_allocator_that_holds_more_is_told(monkeypatch: pytest.MonkeyPatch) -
     for libc in (("glibc", "2.38"), ("glibc", "2.100"), ("", "")):
         monkeypatch.setattr("platform.libc_ver", lambda found=libc: found)
         assert cpu.heap_note(4 * 10**9) == ""
-        assert cpu.heap == (1, 1)
+        assert cpu.old_heap == ""
 
 
 def write(folder: Path, **sections: object) -> str:

@@ -147,7 +147,8 @@ def measured(model: str, folder: Path, stage: str) -> int:
         file = rows(folder / "comparisons.jsonl", pairs)
         kind, starts = ("reward", "--model") if stage == "reward" else ("dpo", "--policy")
         return peak(kind, "--comparisons", file, starts, model, *flags(section(stage)), *output)
-    prompts = [{"id": f"p{i}", "prompt": f"{i} {text_of(model, 100)}"} for i in range(8)]
+    short = text_of(model, 84 if stage == "online_dpo" else 100)  # with its template it is to leave room for an answer
+    prompts = [{"id": f"p{i}", "prompt": f"{i} {short}"} for i in range(8)]
     file = rows(folder / "prompts.jsonl", prompts)
     if stage == "responses":
         configurations = folder / "configurations.yaml"
