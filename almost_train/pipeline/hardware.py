@@ -133,9 +133,11 @@ def _runtime_here(model: str) -> int:
 
     from almost_eval.models.checkpoint import find_checkpoint
     from almost_eval.models.loading import load_tokenizer
+    from almost_eval.models.release import release_memory
     from almost_train.pipeline.shapes import ANY, local_folder
 
     kept = load_tokenizer(find_checkpoint(model, architectures=ANY)) if local_folder(model) else None
+    release_memory()  # what reading a large vocabulary leaves free, a training fills again
     size = _resident()
     del kept
     return size

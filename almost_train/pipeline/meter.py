@@ -20,15 +20,25 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+MAPPED = 32 * 2**20
+"""Bytes of a block from which on glibc maps it for itself, and gives it back when it is freed (mallopt(3))."""
+
 
 class Meter(TorchDispatchMode):
-    """Bytes of all tensors that are made while it is on: `live` now, and `peak`, the most since it was last set."""
+    """Bytes of all tensors that are made while it is on: `live` now, and `peak`, the most since `restart`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.live = 0
         self.peak = 0
+        self.mapped = 0
+        """Of what is live, in blocks of `MAPPED` bytes or more."""
+        self.mapped_at_peak = 0
         self._storages: set[int] = set()
+
+    def restart(self) -> None:
+        """Look for the peak from here on."""
+        self.peak, self.mapped_at_peak = self.live, self.mapped
 
     def __torch_dispatch__(
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -48,12 +58,15 @@ class Meter(TorchDispatchMode):
             return
         self._storages.add(key)
         self.live += size
-        self.peak = max(self.peak, self.live)
+        self.mapped += size if size >= MAPPED else 0
+        if self.live > self.peak:
+            self.restart()
         weakref.finalize(storage, self._drop, key, size)
 
     def _drop(self, key: int, size: int) -> None:
         self._storages.discard(key)
         self.live -= size
+        self.mapped -= size if size >= MAPPED else 0
 
 
 @contextmanager
@@ -155,14 +168,20 @@ class _Attention(torch.autograd.Function):
 # --- sums over models ---
 
 
-def size_of(*models: nn.Module, trained: bool = False) -> int:
-    """Bytes of the parameters and buffers, tied ones once; with `trained` of the trained parameters alone."""
+def size_of(*models: nn.Module, trained: bool = False, least: int = 0) -> int:
+    """Bytes of the parameters and buffers, tied ones once; with `trained` of the trained parameters alone.
+
+    Args:
+        models: whose.
+        trained: leave out what is not trained.
+        least: leave out tensors of fewer bytes.
+    """
     sizes: dict[int, int] = {}
     for model in models:
         tensors: list[Tensor] = [p for p in model.parameters() if p.requires_grad or not trained]
         tensors += [] if trained else list(model.buffers())
         sizes |= {id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}
-    return sum(sizes.values())
+    return sum(size for size in sizes.values() if size >= least)
 
 
 def count(model: nn.Module, *, trained: bool = False) -> int:
@@ -195,8 +214,8 @@ def step_peak(
     micro_batches: int,
     on_gpu: bool,
     optim: str = "adamw_torch",
-) -> int:
-    """The most bytes that an update needs, all models included.
+) -> tuple[int, int]:
+    """(the most bytes that an update needs, all models included; of what its passes add, the bytes in mapped blocks).
 
     On a CPU AdamW's update goes parameter by parameter. On a GPU it goes over all at once ("foreach"), with a copy of
     their size (torch.optim.AdamW: "~ sizeof(params) more peak memory"). The other optimisers do without that copy.
@@ -210,10 +229,8 @@ def step_peak(
         optim: the optimiser.
     """
     if optim not in ("adamw_torch", "adamw_torch_fused"):
-        meter.peak = meter.live
-        for _ in range(min(2, micro_batches)):
-            update()
-        return meter.peak + optimiser_size(*models, optim=optim)
+        peak, mapped = _passes_peak(meter, update, micro_batches)
+        return peak + optimiser_size(*models, optim=optim), mapped
     optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-5) for m in models]
     # 1. The moments are there from the second update on: made here without a pass.
     for model in models:
@@ -223,16 +240,22 @@ def step_peak(
         optimizer.step()
         optimizer.zero_grad()
     # 2. That update.
-    meter.peak = meter.live
-    for _ in range(min(2, micro_batches)):
-        update()
-    peak = meter.peak
+    peak, mapped = _passes_peak(meter, update, micro_batches)
     for optimizer, model in zip(optimizers, models, strict=True):
         if on_gpu:
             copy = 0 if optim == "adamw_torch_fused" else size_of(model, trained=True)
             peak = max(peak, meter.live + copy)
         else:
-            meter.peak = meter.live
+            meter.restart()
             optimizer.step()
             peak = max(peak, meter.peak)
-    return peak
+    return peak, mapped
+
+
+def _passes_peak(meter: Meter, update: Callable[[], None], micro_batches: int) -> tuple[int, int]:
+    """(bytes at the fullest moment of the passes, how much of what they add is in mapped blocks then)."""
+    meter.restart()
+    before = meter.mapped
+    for _ in range(min(2, micro_batches)):
+        update()
+    return meter.peak, meter.mapped_at_peak - before

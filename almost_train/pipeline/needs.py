@@ -53,6 +53,8 @@ class Need:
     optimiser: int = 0
     activations: int = 0
     """At the fullest moment: activations, logits, what an operation holds while it runs."""
+    heap: int = 0
+    """Of these, in blocks that the heap of a CPU process keeps when they are freed."""
     cache: int = 0
     """Keys and values."""
     runtime: int = 0
@@ -219,7 +221,7 @@ class Estimator:
             whole: bytes of a model that every device holds whole; read after `step`.
             moments_saved: whether what is saved whole has the optimiser's moments too.
         """
-        from almost_train.pipeline.meter import count, measured, optimiser_size, size_of, step_peak
+        from almost_train.pipeline.meter import MAPPED, count, measured, optimiser_size, size_of, step_peak
 
         micro_batches = max(1, updated // (micro * self.devices.count))
         with measured() as meter:
@@ -231,8 +233,9 @@ class Estimator:
             optim = getattr(settings, "optim", "adamw_torch")
             optimiser = optimiser_size(*models, optim=optim)
             on_gpu = self.devices.on_gpu
-            peak = step_peak(meter, models, update, micro_batches=micro_batches, on_gpu=on_gpu, optim=optim)
+            peak, mapped = step_peak(meter, models, update, micro_batches=micro_batches, on_gpu=on_gpu, optim=optim)
             layer = max((_largest_layer(one) for one in models), default=0)
+            mapped = max(0, mapped - size_of(*models, trained=True, least=MAPPED))  # those are gradients
             saved_whole = size_of(models[0])
             if moments_saved:
                 saved_whole += size_of(models[0], trained=True) + optimiser_size(models[0], optim=optim)
@@ -240,6 +243,7 @@ class Estimator:
         activations = max(0, peak - weights - gradients - optimiser)
         if peak < weights + gradients + optimiser:  # gradients and moments are small beside the activations
             gradients = max(0, peak - weights - optimiser)
+        heap = max(0, activations - mapped)
         shares = self.devices.count if self.devices.sharding == "full" else 1
         undivided = whole() if shares > 1 else 0  # the reward model is whole everywhere
         if shares > 1:
@@ -258,6 +262,7 @@ class Estimator:
             gradients=gradients // shares,
             optimiser=optimiser // shares,
             activations=activations + spare,
+            heap=heap,
             runtime=self.devices.runtime(model),
             passes=(2 if settings.lora_rank else 3) + recompute,
         )

@@ -38,8 +38,8 @@ WITH_VLLM = "trl.trainer.rloo_trainer"
 CPU_CACHE = 1 << 30
 """Bytes of keys and values that vLLM gets on a CPU, where it would take all of the memory."""
 HEAP_BETWEEN = 2
-"""Times the activations of an update that the heap of an old glibc holds where sampling comes between the updates: PPO
-on SmolLM2 held 1.6 times, with LoRA 2.2 to 3.0 times (benchmarks/LOG.md)."""
+"""Times an update's `Need.heap` that the heap of an old glibc holds where sampling comes between: PPO on SmolLM2
+held 1.6 times the activations, with LoRA 2.2 to 3.0 times (benchmarks/LOG.md)."""
 Update = Callable[[], None]
 """The forward and backward pass of a micro-batch."""
 
@@ -94,11 +94,11 @@ def rlsf_need(estimator: Estimator, stage: str, policy: str, reward: str, settin
         need = replace(need, runtime=estimator.devices.runtime(policy, WITH_VLLM))
     tokens = settings.batch_size * settings.steps
     epochs = settings.ppo_epochs if is_ppo else 1
-    held = HEAP_BETWEEN if estimator.devices.old_heap else 1
+    kept = (HEAP_BETWEEN - 1) * min(need.heap, need.activations) if estimator.devices.old_heap else 0
     # The update, twice the models in PPO; and what measures: policy, reference, reward model, value.
     return replace(
         need,
-        activations=held * need.activations,
+        activations=need.activations + kept,
         trained_tokens=tokens * (PROMPT_TOKENS + width) * (epochs * (2 if is_ppo else 1) + 1),
         generated_tokens=tokens * width,
     )

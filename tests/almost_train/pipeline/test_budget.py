@@ -34,10 +34,24 @@ def test_a_step_of_two_layers_by_hand() -> None:
         def update() -> None:
             model(torch.zeros((50, 100))).sum().backward()
 
-        peak = step_peak(meter, [model], update, micro_batches=1, on_gpu=False)
+        peak, mapped = step_peak(meter, [model], update, micro_batches=1, on_gpu=False)
     # AdamW's update of the larger matrix, 400,000 bytes: weights, gradients and two moments of 440,000 each, and two
     # copies of the matrix (a root and a quotient). At most one more of them is a matter of the order.
     assert 4 * 440_000 + 400_000 <= peak <= 4 * 440_000 + 3 * 400_000
+    assert mapped == 0
+
+
+def test_large_blocks_are_told_from_those_that_a_heap_keeps() -> None:
+    with measured() as meter:
+        model = torch.nn.Linear(100, 100_000, bias=False)  # its gradient and its output are 40 MB each
+
+        def update() -> None:
+            model(torch.zeros((100, 100))).sin().sum().backward()
+
+        _, mapped = step_peak(meter, [model], update, micro_batches=1, on_gpu=False)
+    # At least the output, which `sin` keeps, and the gradient.
+    assert 80_000_000 <= mapped <= 160_000_000
+    assert mapped % 40_000_000 == 0
 
 
 def test_attention_keeps_no_matrix_of_weights() -> None:
