@@ -108,13 +108,13 @@ class DataSource:
                 return datasets.load_dataset(_address_on_hub(dataset), config)
         except Exception as error:  # offline, refused, unknown: the hub client raises a dozen unrelated kinds
             raise DataError(
-                f"data set {dataset} ({config}) not found: {where} and the hub could not give it "
+                f"data set {_named(dataset, config)} not found: {where} and the hub could not give it "
                 f"({type(error).__name__}); pass --data-root DIR with DIR/{dataset} inside, or use --data nano"
             ) from None
 
     def _check_hub_may_be_read(self, dataset: str, config: str | None) -> None:
         if self.name == "nano":
-            raise DataError(f"the nano data holds no {dataset} ({config}); use --data hub for the real data set")
+            raise DataError(f"the nano data holds no {_named(dataset, config)}; use --data hub for the real data set")
 
     @contextlib.contextmanager
     def serving_lm_eval(self) -> Iterator[None]:
@@ -134,14 +134,16 @@ class DataSource:
                     raise
                 except Exception as error:  # see _from_hub
                     problem = (str(error).splitlines() or [""])[0][:120]
-                    raise DataError(f"{local} ({name}) cannot be read: {type(error).__name__}: {problem}") from None
+                    raise DataError(
+                        f"{_named(str(local), name)} cannot be read: {type(error).__name__}: {problem}"
+                    ) from None
             self._check_hub_may_be_read(path, name)
             try:
                 with _offline_where_unreachable():
                     return original(path if "data_files" in options else _address_on_hub(path), name, **options)
             except Exception as error:  # see _from_hub
                 raise DataError(
-                    f"data set {path} ({name}) not found: neither under the data root nor on the hub "
+                    f"data set {_named(path, name)} not found: neither under the data root nor on the hub "
                     f"({type(error).__name__}); pass --data-root DIR with DIR/{path} inside"
                 ) from None
 
@@ -233,6 +235,11 @@ def _read_folder(
             raise DataError(f"{folder} holds no configuration {config!r}: no folder of that name, and no card names it")
     with tempfile.TemporaryDirectory(prefix="almost-datasets-") as scratch:
         return load(str(folder), config, **{**options, "cache_dir": scratch, "keep_in_memory": True})
+
+
+def _named(dataset: str, config: str | None) -> str:
+    """For a message."""
+    return f"{dataset} ({config})" if config else dataset
 
 
 def _address_on_hub(dataset: str) -> str:

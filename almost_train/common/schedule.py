@@ -48,3 +48,13 @@ class OwnSchedule:
 
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.rate_factor)
         return self.lr_scheduler
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """transformers', with the rate of this run: a shorter run's last checkpoint holds the rate of its own end."""
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is not None:
+            update = self.lr_scheduler.state_dict()["last_epoch"]
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * self.rate_factor(update)
+            schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate wraps it
+            schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]

@@ -125,8 +125,9 @@ class PolicyWatch(TrainerCallback):
             self.trainer.model.zero_grad()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Save as the clock or a signal says."""
+        """Save as the clock or a signal says, and where a run of more steps would go on."""
         save, end = self._saving.now()
+        save = save or (self._job.settings.keep_state and state.global_step == self._job.settings.steps)
         control.should_save = control.should_save or (save and state.global_step < state.max_steps)
         control.should_training_stop = control.should_training_stop or end
 

@@ -105,7 +105,7 @@ def test_self_play(data: Path, policy: Path, reward: Path) -> None:
         f"{reward} {NANO} --assistant-demonstrations good --user-demonstrations good --max-turns 1 --candidates 2 "
         f"--max-new-tokens 12 --output {data}/play",
     )
-    assert json.loads((data / "play" / "result.json").read_text())["stage"] == "self-play"
+    assert json.loads((data / "play" / "result.json").read_text())["stage"] == "self_play"
 
 
 @pytest.mark.parametrize("lora", ["", "--lora-rank 2"])

@@ -95,10 +95,13 @@ def test_stopped_and_cut_otherwise_it_is_the_same_training(prompts: Path, whole:
 @pytest.mark.slow
 def test_a_lora_raises_the_reward(prompts: Path, tmp_path: Path) -> None:
     settings = OnlineDPOSettings(
-        **SETTINGS | {"batch_size": 20, "micro_batch_size": 20, "epochs": 12, "lora_rank": 8, "learning_rate": 3e-3}
+        **SETTINGS | {"batch_size": 20, "micro_batch_size": 20, "epochs": 40, "lora_rank": 8, "learning_rate": 3e-3}
     )
     metrics = train_online_dpo(settings, prompts, *MODELS, tmp_path / "lora")["metrics"]
-    assert metrics["reward_last"] > metrics["reward_first"] + 0.3
+    # The mean of twenty samples moves by .6 from step to step: the first ten steps against the last twenty. Four seeds
+    # gave differences of .40 to 1.17.
+    rewards = [row["reward"] for row in read_rows(tmp_path / "lora" / "log.jsonl")]
+    assert sum(rewards[20:]) / 20 > sum(rewards[:10]) / 10 + 0.2
     assert metrics["kl_last"] > 0
     assert (tmp_path / "lora" / "model" / "adapter_model.safetensors").is_file()
 
