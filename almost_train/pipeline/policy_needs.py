@@ -37,9 +37,9 @@ WITH_VLLM = "trl.trainer.rloo_trainer"
 """TRL's trainers of RLOO and GRPO import vLLM where it is installed, whatever samples: 180 MB on a CPU."""
 CPU_CACHE = 1 << 30
 """Bytes of keys and values that vLLM gets on a CPU, where it would take all of the memory."""
-HEAP_BETWEEN = 2
+HEAP_BETWEEN, HEAP_BETWEEN_LORA = 2, 3
 """Times an update's `Need.heap` that the heap of an old glibc holds where sampling comes between: PPO on SmolLM2
-held 1.6 times the activations, with LoRA 2.2 to 3.0 times (benchmarks/LOG.md)."""
+held 1.6 times the activations, with LoRA 2.3 to 3.7 times in twelve runs (benchmarks/LOG.md)."""
 Update = Callable[[], None]
 """The forward and backward pass of a micro-batch."""
 
@@ -94,7 +94,8 @@ def rlsf_need(estimator: Estimator, stage: str, policy: str, reward: str, settin
         need = replace(need, runtime=estimator.devices.runtime(policy, WITH_VLLM))
     tokens = settings.batch_size * settings.steps
     epochs = settings.ppo_epochs if is_ppo else 1
-    kept = (HEAP_BETWEEN - 1) * min(need.heap, need.activations) if estimator.devices.old_heap else 0
+    between = HEAP_BETWEEN_LORA if is_ppo and settings.lora_rank else HEAP_BETWEEN
+    kept = (between - 1) * min(need.heap, need.activations) if estimator.devices.old_heap else 0
     # The update, twice the models in PPO; and what measures: policy, reference, reward model, value.
     return replace(
         need,
