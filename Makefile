@@ -1,6 +1,6 @@
 # Everything runs in .venv, made from the pinned lock on first use.
 #   make demo      the main job on the built-in models: no GPU, no download of models or data
-#   make test      the tests, on two cores (JOBS=2)     make test-all   and the slow ones
+#   make test      the tests, on two cores (JOBS=2)     make test-all   all tests: some two hours more
 #   make test-real     the tests on two real models (MODELS=DIR, default runs/models), made when absent
 #   make real      ALMoST on the two real models in a quarter of an hour, and a page (docs/real-models.md)
 #   make test-browser  the demo in a real chromium (Debian's, installed with apt where that can be done)
@@ -21,7 +21,7 @@ MODELS ?= runs/models
 REAL_MODELS_MAKER ?= $(wildcard ../shared/real_models/make.py)
 SMOLLM2 := smollm2-135m-instruct
 GEMMA := gemma-3-270m
-REAL_TESTS = ALMOST_REAL_MODELS=$(abspath $(MODELS)) $(BIN)/python -m pytest -m real -rs
+REAL_TESTS = ALMOST_REAL_MODELS=$(abspath $(MODELS)) $(BIN)/python -m pytest -m "real and not slow" -rs
 # $(call make_models,NAMES): makes those that are not there, each in a scratch folder first, or says what to put where.
 define make_models
 @for name in $(1); do \
@@ -46,7 +46,7 @@ test: $(STAMP)
 	$(BIN)/python tests/side_by_side.py $(JOBS)
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -m ""
+	ALMOST_REAL_MODELS=$(abspath $(MODELS)) $(BIN)/python -m pytest -m "" -rs
 
 test-real: $(STAMP)
 	$(call make_models,$(SMOLLM2) $(GEMMA))

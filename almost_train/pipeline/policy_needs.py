@@ -39,7 +39,7 @@ CPU_CACHE = 1 << 30
 """Bytes of keys and values that vLLM gets on a CPU, where it would take all of the memory."""
 HEAP_BETWEEN, HEAP_BETWEEN_LORA = 2, 3
 """Times an update's `Need.heap` that the heap of an old glibc holds where sampling comes between: PPO on SmolLM2
-held 1.6 times the activations, with LoRA 2.3 to 3.7 times in twelve runs (benchmarks/LOG.md)."""
+held 1.6 times the activations, with LoRA 2.3 to 3.7 times in ten runs (benchmarks/LOG.md)."""
 Update = Callable[[], None]
 """The forward and backward pass of a micro-batch."""
 
