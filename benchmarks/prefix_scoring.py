@@ -352,12 +352,14 @@ def flips_by_metric(a: dict[str, list[float]], b: dict[str, list[float]]) -> str
     return ", ".join(f"{name}: {same[name]} of {len(keys)} predictions the same" for name, keys in groups.items())
 
 
-def _means(metrics: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Of many subjects, the mean of each metric."""
-    keys = dict.fromkeys(key for of_one in metrics.values() for key in of_one)
-    return {key: statistics.fmean(one[key] for one in metrics.values() if key in one) for key in keys} | {
-        "subjects": len(metrics)
-    }
+def _means(metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Of many subjects, the mean of each metric; a standard error that lm-eval did not take is "N/A", and left out."""
+    numbers: dict[str, list[float]] = {}
+    for of_one in metrics.values():
+        for key, value in of_one.items():
+            if isinstance(value, int | float):
+                numbers.setdefault(key, []).append(value)
+    return {key: statistics.fmean(values) for key, values in numbers.items()} | {"subjects": len(metrics)}
 
 
 def matmul_rate(threads: int) -> float:
