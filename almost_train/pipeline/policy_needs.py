@@ -19,6 +19,7 @@ from almost_train.dpo.trainer import PreferenceSettings
 from almost_train.pipeline.needs import (
     NF4_BYTES,
     PROMPT_TOKENS,
+    WITH_TRL,
     Estimator,
     Need,
     autocast,
@@ -37,9 +38,9 @@ WITH_VLLM = "trl.trainer.rloo_trainer"
 """TRL's trainers of RLOO and GRPO import vLLM where it is installed, whatever samples: 180 MB on a CPU."""
 CPU_CACHE = 1 << 30
 """Bytes of keys and values that vLLM gets on a CPU, where it would take all of the memory."""
-HEAP_BETWEEN, HEAP_BETWEEN_LORA = 2, 3
+HEAP_BETWEEN, HEAP_BETWEEN_LORA = 2, 3.5
 """Times an update's `Need.heap` that the heap of an old glibc holds where sampling comes between: PPO on SmolLM2
-held 1.6 times the activations, with LoRA 2.3 to 3.7 times in ten runs (benchmarks/LOG.md)."""
+held 2.3 times the activations, with LoRA 2.7 to 4.1 times in eleven runs (benchmarks/LOG.md)."""
 Update = Callable[[], None]
 """The forward and backward pass of a micro-batch."""
 
@@ -90,12 +91,12 @@ def rlsf_need(estimator: Estimator, stage: str, policy: str, reward: str, settin
         need = _or_sampling(
             estimator, need, rows, width, bf16=settings.bf16, gathered=_gathered(estimator, need, settings)
         )
-    if not is_ppo or settings.sampler == "vllm":
-        need = replace(need, runtime=estimator.devices.runtime(policy, WITH_VLLM))
+    libraries = (*WITH_TRL, WITH_VLLM) if not is_ppo or settings.sampler == "vllm" else ()
+    need = replace(need, runtime=estimator.devices.runtime(policy, *libraries))
     tokens = settings.batch_size * settings.steps
     epochs = settings.ppo_epochs if is_ppo else 1
     between = HEAP_BETWEEN_LORA if is_ppo and settings.lora_rank else HEAP_BETWEEN
-    kept = (between - 1) * min(need.heap, need.activations) if estimator.devices.old_heap else 0
+    kept = int((between - 1) * min(need.heap, need.activations)) if estimator.devices.old_heap else 0
     # The update, twice the models in PPO; and what measures: policy, reference, reward model, value.
     return replace(
         need,

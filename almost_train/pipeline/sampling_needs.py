@@ -157,7 +157,7 @@ def generation_need(
         weights=weights,
         activations=activations,
         cache=cache,
-        runtime=devices.runtime(model),
+        runtime=devices.runtime(model, scraps=True),
         generated_tokens=requests * new,
         rows=max(1, rows),
         note=note,
