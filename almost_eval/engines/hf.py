@@ -18,6 +18,7 @@ from almost_eval.errors import InputError, did_you_mean
 from almost_eval.models.checkpoint import Checkpoint
 from almost_eval.models.held import HeldOptions
 from almost_eval.models.loading import ATTENTION, load_weights, settled_attention
+from almost_eval.models.release import trim_heap
 from almost_eval.types import Completion, EngineReport, JSONObject
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class HFEngine(CheckpointEngine):
         import torch
         from transformers import AutoModelForCausalLM, GenerationConfig
 
+        trim_heap()  # of what reading the tokenizer left: the weights are mapped elsewhere, and would come on top
         model = load_weights(
             AutoModelForCausalLM,
             self.checkpoint,
@@ -190,6 +192,7 @@ class HFEngine(CheckpointEngine):
                 shared[index] = scores
             if index in wanted:
                 yield index, scores
+        trim_heap()  # float32 comes on top of what the run left
         self._report.rounding = measure_rounding(
             self.model, requests, shared, limits, window=scorer.window, padding=padding
         )

@@ -35,7 +35,6 @@ class Devices:
     """`full` or `none`; see `needs`."""
     gpu: str | None = None
     _runtimes: dict[str, int] = field(default_factory=dict)
-    _scraps: dict[str, int] = field(default_factory=dict)
     _libraries: dict[str, int] = field(default_factory=dict)
     """Module -> what its import took of this process, once it is imported here."""
 
@@ -44,28 +43,24 @@ class Devices:
         """Bytes that may be used of each."""
         return int(self.memory * (1 - RESERVE)) if self.on_gpu else self.memory
 
-    def runtime(self, model: str, *libraries: str, scraps: bool = False) -> int:
+    def runtime(self, model: str, *libraries: str) -> int:
         """Bytes of a process before it holds a tensor: on a CPU what this one has, with the model's tokenizer.
 
         Args:
             model: whose tokenizer it has.
             libraries: modules that it imports besides what every stage does, in this order.
-            scraps: with what reading a large vocabulary leaves free in the heap. A training fills it again; a model
-                that only samples does not.
         """
         if self.on_gpu:
             return CONTEXT
         if model not in self._runtimes:
-            size, left = _runtime_here(model)
             # What was imported for another stage is none of this one's.
-            self._runtimes[model], self._scraps[model] = size - sum(self._libraries.values()), left
+            self._runtimes[model] = _runtime_here(model) - sum(self._libraries.values())
         for library in libraries:
             if library not in self._libraries:
                 before = _resident()
                 import_module(library)
                 self._libraries[library] = _resident() - before
-        own = self._runtimes[model] + (self._scraps[model] if scraps else 0)
-        return own + sum(self._libraries[library] for library in libraries)
+        return self._runtimes[model] + sum(self._libraries[library] for library in libraries)
 
     @property
     def old_heap(self) -> str:
@@ -130,8 +125,8 @@ def _machine_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _runtime_here(model: str) -> tuple[int, int]:
-    """Measured on this process, once it has the libraries and the tokenizer: its bytes, and those that reading left."""
+def _runtime_here(model: str) -> int:
+    """Measured on this process, once it has the libraries and the tokenizer."""
     import accelerate  # noqa: F401
 
     from almost_eval.models.checkpoint import find_checkpoint
@@ -140,11 +135,10 @@ def _runtime_here(model: str) -> tuple[int, int]:
     from almost_train.pipeline.shapes import ANY, local_folder
 
     kept = load_tokenizer(find_checkpoint(model, architectures=ANY)) if local_folder(model) else None
-    before = _resident()
-    release_memory()
+    release_memory()  # what reading a large vocabulary leaves free is filled again, or given back
     size = _resident()
     del kept
-    return size, before - size
+    return size
 
 
 def _resident() -> int:

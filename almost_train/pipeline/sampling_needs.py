@@ -157,7 +157,7 @@ def generation_need(
         weights=weights,
         activations=activations,
         cache=cache,
-        runtime=devices.runtime(model, scraps=True),
+        runtime=devices.runtime(model),
         generated_tokens=requests * new,
         rows=max(1, rows),
         note=note,
