@@ -17,8 +17,7 @@ from almost_eval.engines.prefix import EncodedRequest, build_trie, scores_of_not
 from almost_eval.errors import InputError, did_you_mean
 from almost_eval.models.checkpoint import Checkpoint
 from almost_eval.models.held import HeldOptions
-from almost_eval.models.loading import ATTENTION, load_weights, settled_attention
-from almost_eval.models.release import trim_heap
+from almost_eval.models.loading import ATTENTION, load_weights, settled_attention, trim_heap
 from almost_eval.types import Completion, EngineReport, JSONObject
 
 if TYPE_CHECKING:

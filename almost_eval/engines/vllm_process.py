@@ -23,8 +23,7 @@ from almost_eval.engines.prefix import Ids
 from almost_eval.errors import InputError, ModelError, RunError, did_you_mean
 from almost_eval.models.adapters import Adapter
 from almost_eval.models.checkpoint import Checkpoint
-from almost_eval.models.loading import first_line, pick_device
-from almost_eval.models.release import release_memory
+from almost_eval.models.loading import first_line, pick_device, release_memory
 from almost_eval.types import JSONObject
 
 _ENVIRONMENT = {

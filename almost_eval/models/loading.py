@@ -1,11 +1,13 @@
-"""What every engine and reward model does before it computes: tokenizer, weights, dtype, device.
+"""Before a model computes: tokenizer, weights, dtype, device. When it is no longer needed: its memory given back.
 
 Whatever cannot be loaded is refused in one line that says what to do.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import gc
 import json
 import re
 import sys
@@ -311,3 +313,26 @@ def first_line(error: BaseException) -> str:
     """What an error says first, at most 200 characters: libraries explain themselves over many lines."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:200]
+
+
+def release_memory() -> None:
+    """Give what nobody holds any more back to the system, and to other processes on a GPU.
+
+    Python frees a model when nothing names it, but for cycles. The memory stays with the process all the same: glibc
+    keeps tensors below 32 MB in its heap (13 GB of them after a reward model of 270 M had been trained on a CPU), and
+    torch keeps what it has on a GPU.
+    """
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Give back what is free in the heap of glibc: 345 MB after a vocabulary of 262,144 tokens was read."""
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # another C library
+        return
+    trim(0)

@@ -130,8 +130,7 @@ def _runtime_here(model: str) -> int:
     import accelerate  # noqa: F401
 
     from almost_eval.models.checkpoint import find_checkpoint
-    from almost_eval.models.loading import load_tokenizer
-    from almost_eval.models.release import release_memory
+    from almost_eval.models.loading import load_tokenizer, release_memory
     from almost_train.pipeline.shapes import ANY, local_folder
 
     kept = load_tokenizer(find_checkpoint(model, architectures=ANY)) if local_folder(model) else None

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from almost_eval.errors import InputError, did_you_mean
-from almost_eval.models.release import release_memory
+from almost_eval.models.loading import release_memory
 from almost_eval.progress import Progress
 from almost_eval.types import JSONObject
 from almost_train.common.processes import alone, from_main, join_processes, main_alone, world_size

@@ -31,7 +31,7 @@ from almost_eval.engines.base import GenerationEngine, SamplingParams
 from almost_eval.engines.partition import partition_lengths
 from almost_eval.errors import DataError, InputError, StoreError
 from almost_eval.files import LineWriter, Row, write_rows
-from almost_eval.models.release import release_memory
+from almost_eval.models.loading import release_memory
 from almost_eval.progress import Progress
 from almost_eval.run.shards import Mark, Shard, begin_shard, file_names
 from almost_eval.types import Completion, JSONObject, Message

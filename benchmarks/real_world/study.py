@@ -9,7 +9,7 @@ from typing import Any
 
 from almost_eval.api import HFEngine, evaluate
 from almost_eval.files import read_rows, write_rows
-from almost_eval.models.release import release_memory
+from almost_eval.models.loading import release_memory
 from almost_eval.progress import Progress
 from almost_train.pipeline.evaluation import EvaluationSettings, evaluate_policies
 from almost_train.pipeline.recipe import load_recipe

@@ -23,7 +23,7 @@ from almost_eval.data.sources import DataSource
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.build import EngineOptions, loglikelihood_engine
 from almost_eval.models.chat import load_template, special_tokens
-from almost_eval.models.release import release_memory
+from almost_eval.models.loading import release_memory
 from almost_eval.progress import Progress
 from almost_eval.rewards.build import reward_model
 from almost_eval.run.runner import Run

@@ -7,7 +7,7 @@ import sys
 
 SCRIPT = """
 import psutil, torch
-from almost_eval.models.release import release_memory
+from almost_eval.models.loading import release_memory
 
 def resident():
     return psutil.Process().memory_info().rss // 2**20
