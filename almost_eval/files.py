@@ -453,12 +453,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked_folder(folder: Path, of: str) -> Iterator[None]:
+def locked_folder(folder: Path, of: str, *, patience: float = 0) -> Iterator[None]:
     """Hold a folder of work, made if absent, until the block ends.
 
     Args:
         folder: the folder; its lock is the file `.lock` inside.
         of: whose folder it is, for the error: `run`, `stage`.
+        patience: seconds to wait for a process that holds it.
 
     Raises:
         StoreError: another process holds it, or it cannot be written.
@@ -467,7 +468,7 @@ def locked_folder(folder: Path, of: str) -> Iterator[None]:
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=0)
+        lock = FileLock(folder / ".lock", timeout=patience)
         lock.acquire()
     except Timeout:
         raise StoreError(f"{folder} is in use by another process; wait for it, or choose another --output") from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from almost_eval.engines.partition import Partition, partition_lengths, partition_prompts
@@ -22,7 +23,7 @@ from almost_eval.run.shards import (
     Mark,
     Shard,
     begin_shard,
-    begun_shard,
+    beginning,
     check_marks,
     file_names,
     whole_folder,
@@ -42,13 +43,18 @@ def write_shard(run: JudgeRun, whole: Path, shard: Shard, progress: Progress) ->
     """
     started = time.perf_counter()
     folder = shard.folder(whole)
-    if begun := begun_shard(whole, shard):  # a date that a template writes is that of all shards
-        run.adopt_dates(read_spec(begun)["settings"])
     mine = shard.part(_partition(run, shard.of).parts, "questions")
     ids = [question.id for question in run.questions]
-    spec = run.spec()
+    own = run.spec()  # digests the weights, which may take minutes: not while other shards wait
     amend = run.judge.amend if isinstance(run.judge, ModelJudge) else None
-    with RunStore(folder, spec | {"command": without_shard(spec["command"])}, amend):
+    with ExitStack() as stack:
+        with beginning(whole, shard) as begun:
+            if begun:  # a date that a template writes is that of all shards
+                run.adopt_dates(read_spec(begun)["settings"])
+            spec = run.spec()
+            stack.enter_context(RunStore(folder, spec | {"command": without_shard(spec["command"])}, amend))
+        if spec != own:  # another date may have more tokens
+            mine = shard.part(_partition(run, shard.of).parts, "questions")
         files = answer_files(folder, [system.name for system in run.systems])
         written = [(s, file) for s, file in zip(run.systems, files, strict=True) if isinstance(s, ModelSystem)]
         mark = begin_shard(folder, shard, mine, ids, {"answers": [file.name for _, file in written]})

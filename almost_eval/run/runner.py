@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +26,7 @@ from almost_eval.rewards.build import reward_model
 from almost_eval.run import provenance
 from almost_eval.run.interview import Interview
 from almost_eval.run.prompts import write_prompts
-from almost_eval.run.shards import MARK, Mark, Shard, begin_shard, begun_shard, without_shard
+from almost_eval.run.shards import MARK, Mark, Shard, begin_shard, beginning, without_shard
 from almost_eval.run.store import RunStore, default_folder, origin, read_spec
 from almost_eval.run.validity import ALLOWED, Validity, check
 from almost_eval.tasks.base import Task, resolve_prompting
@@ -266,8 +267,13 @@ class Run(Interview):
         started = time.perf_counter() if started is None else started
         folder = shard.folder(whole)
         mine = shard.part(self.partition(shard.of).parts)
-        spec = self._spec_in(begun_shard(whole, shard) or folder)  # a date that a template writes is that of all shards
-        with RunStore(folder, spec | {"command": without_shard(spec["command"])}) as store:
+        own = self.spec()  # digests the weights, which may take minutes: not while other shards wait
+        with ExitStack() as stack:
+            with beginning(whole, shard) as begun:
+                spec = self._spec_in(begun or folder)  # a date that a template writes is that of all shards
+                store = stack.enter_context(RunStore(folder, spec | {"command": without_shard(spec["command"])}))
+            if spec != own:  # another date may have more tokens
+                mine = shard.part(self.partition(shard.of).parts)
             ids = [sample.id for sample in self.samples]
             mark = begin_shard(folder, shard, mine, ids, {"allowed": dict(self.allowed or ALLOWED)})
             if mark.finished is not None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from almost_eval.errors import InputError, StoreError
-from almost_eval.files import read_json, write_json
+from almost_eval.files import locked_folder, read_json, write_json
 from almost_eval.types import JSONMapping, JSONObject
 
 MARK = "shard.json"
@@ -197,8 +198,21 @@ def refuse_shard(folder: Path) -> None:
         raise StoreError(f"{folder} holds shards that are not joined; join them first: almost-eval merge {folder}")
 
 
-def begun_shard(whole: Path, shard: Shard) -> Path | None:
-    """The folder of a shard, or of another of its run that has begun: what all must have in common is in its spec."""
+@contextmanager
+def beginning(whole: Path, shard: Shard) -> Iterator[Path | None]:
+    """Hold the folder of the whole run while a shard writes its spec: of shards that start together one is the first.
+
+    Yields:
+        The folder of this shard, or of another that has begun, or None: what all have in common is in its spec.
+
+    Raises:
+        StoreError: see `locked_folder`.
+    """
+    with locked_folder(whole, "run", patience=600):
+        yield _begun(whole, shard)
+
+
+def _begun(whole: Path, shard: Shard) -> Path | None:
     folders = [shard.folder(whole), *(Shard(number, shard.of).folder(whole) for number in range(1, shard.of + 1))]
     return next((folder for folder in folders if (folder / "spec.json").is_file()), None)
 

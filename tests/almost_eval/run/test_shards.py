@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from almost_eval.errors import InputError
-from almost_eval.run.shards import Shard, without_shard
+from almost_eval.run.shards import Shard, beginning, without_shard
 
 Command = Callable[..., Any]
 HHH = ("hhh", "--limit", 8, "--batch-tokens", 128)
@@ -108,7 +109,7 @@ def test_what_cannot_be_joined_is_named(almost_eval: Command, shards: Path) -> N
     (two / "samples.jsonl").write_text("".join([*lines, foreign]))
     assert "which is another shard's" in refused("merge", shards)
     # Nothing was written by all this, and with the shard whole again they are joined.
-    assert sorted(path.name for path in shards.iterdir()) == [one.name, two.name, three.name]
+    assert sorted(path.name for path in shards.iterdir()) == [".lock", one.name, two.name, three.name]
     (two / "samples.jsonl").write_text("".join(lines))
     assert almost_eval("merge", three, one, two, "--output", "elsewhere").code == 0
     assert almost_eval("verify", "elsewhere").code == 0
@@ -214,3 +215,22 @@ def test_the_command_of_a_shard_is_that_of_the_run() -> None:
     assert Shard.parse("3/8") == Shard(3, 8)
     with pytest.raises(InputError, match="K/N"):
         Shard.parse("9/8")
+
+
+def test_of_shards_that_start_together_one_is_the_first() -> None:
+    whole, first, second = Path("run"), Shard(1, 2), Shard(2, 2)
+    seen: list[Path | None] = []
+
+    def begin() -> None:
+        with beginning(whole, second) as begun:
+            seen.append(begun)
+
+    with beginning(whole, first) as begun:
+        assert begun is None
+        other = threading.Thread(target=begin)
+        other.start()
+        other.join(0.3)  # it waits: what both have in common is about to be written
+        first.folder(whole).mkdir()
+        (first.folder(whole) / "spec.json").write_text("{}")
+    other.join()
+    assert seen == [first.folder(whole)]
