@@ -281,10 +281,12 @@ class OpenAIClient:
     def fail(self, error: openai.OpenAIError, path: str = "/completions", at: str | None = None) -> NoReturn:
         """One line for what the SDK raises. The server's own words are quoted where they cannot hold the key.
 
-        `at` is the endpoint, where it is known which of several it was.
+        `at` is the endpoint, where it is known which of several it was; that of an answer is.
         """
         import openai
 
+        if isinstance(error, openai.APIStatusError):
+            at = at or error.response.extensions.get("endpoint")
         at = f"the endpoint {at or self.endpoint}"
         kept = "what was done is kept: the same command goes on"
         failure: AlmostError

@@ -57,7 +57,7 @@ class EndpointPool(httpx.BaseTransport):
         return [member.load.shown for member in self._members if member.load.was_lost]
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        """Send a request to the endpoint that is likely to answer first.
+        """Send a request to the endpoint that is likely to answer first, which the answer's extension `endpoint` names.
 
         Raises:
             httpx.TransportError: that endpoint failed.
@@ -71,6 +71,7 @@ class EndpointPool(httpx.BaseTransport):
         except BaseException:  # a Ctrl-C says nothing about the endpoint
             self._return(member)
             raise
+        response.extensions["endpoint"] = member.load.shown
         if response.status_code in BUSY:
             self._return(member, rest=_seconds(response.headers.get("retry-after")))
             if self._has_ready():  # whoever sent it need not wait for this endpoint

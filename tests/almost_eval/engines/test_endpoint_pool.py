@@ -176,6 +176,18 @@ def test_one_that_refuses_the_key_is_named(endpoints: list[Endpoint]) -> None:
         engine(endpoints).check()
 
 
+@pytest.mark.parametrize(
+    ("status", "error", "words"),
+    [(401, InputError, "refuses the key"), (404, InputError, "has no model"), (400, InputError, "refuses the request")],
+)
+def test_one_that_refuses_on_the_way_is_named(
+    endpoints: list[Endpoint], status: int, error: type[Exception], words: str
+) -> None:
+    endpoints[1].answer = lambda request: serving()(request) if request["prompt"] == TEXT else failed(status)
+    with pytest.raises(error, match=f"^the endpoint {endpoints[1].url} {words}"):
+        engine(endpoints).generate(PROMPTS, PARAMS)
+
+
 def test_one_that_tells_nothing_cannot_be_compared(endpoints: list[Endpoint]) -> None:
     endpoints[1].answer = completed
     with pytest.raises(InputError, match=f"{endpoints[1].url} tells no log-probabilities"):
