@@ -269,7 +269,7 @@ def judge_report(
         return show_results(_redrawn(run_folder, votes, flags), run_folder, as_json=as_json)
     if votes is not None:
         raise InputError("--votes are votes on the pairs of a run; give the folder of a run, not --archive")
-    from almost_eval.judge.archive import aggregate_archives, find_archives
+    from almost_eval.judge.cases import aggregate_archives, find_archives
     from almost_eval.judge.prompts import load_judge_prompts
     from almost_eval.report.judge_console import print_archives
 

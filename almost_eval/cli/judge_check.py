@@ -83,7 +83,7 @@ def _checks(
     open_judge: OpenJudge,
 ) -> list[JudgeCheck]:
     """The check of the first judge and, where one is named, that of the one to be replaced."""
-    from almost_eval.judge.archive import find_archives
+    from almost_eval.judge.cases import find_archives
     from almost_eval.judge.check import JudgeCheck
     from almost_eval.judge.prompts import load_judge_prompts
 

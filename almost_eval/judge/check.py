@@ -12,8 +12,7 @@ from pathlib import Path
 
 from almost_eval.errors import DataError, InputError
 from almost_eval.judge.api.journal import Journal
-from almost_eval.judge.archive import Archive
-from almost_eval.judge.cases import Case, HumanVote, archived_cases, drawn, reversed_pair, voted_cases
+from almost_eval.judge.cases import Archive, Case, HumanVote, archived_cases, drawn, reversed_pair, voted_cases
 from almost_eval.judge.certificate import Checked, check_metrics, moves_from_archive, sentence
 from almost_eval.judge.judges import Judge, is_open
 from almost_eval.judge.lines import ORDERS, check_reviews, record_of, review_of, stored_verdict, withheld

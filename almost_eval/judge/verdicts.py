@@ -1,4 +1,4 @@
-"""What a review says that scores two answers; `letters.py` reads those that name the winner by a letter.
+"""What a review says that scores two answers; `brackets.py` reads those that name the winner by a letter.
 
 The official parser reads the first line and nothing else; a math review ends with its scores. Here a review may state
 its scores in five ways, each a *reading*:
@@ -28,12 +28,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from almost_eval.judge.asides import without_asides
-from almost_eval.judge.letters import parse_letters
 from almost_eval.judge.plain_text import EMPHASIS, PLAIN, plain_text, without_quotes, without_thoughts
 from almost_eval.judge.records import Unparsed, Verdict
 from almost_eval.judge.structured import HIGHEST, LOWEST, NAME, SIDES, Scores, embedded_scores, object_scores
-
-__all__ = ["HIGHEST", "LOWEST", "parse_letters", "parse_scores"]
 
 _NUMBER = r"(\d{1,4}(?:\.\d{1,3})?)(?: ?/ ?(\d{1,3})(?![\d/])| out of (\d{1,3}))?(?: ?points?\b)?"
 _BEFORE, _AFTER = r"(?<![\w.,/$-])", r"(?![\w%]|[.,]\d| ?[/^])"
