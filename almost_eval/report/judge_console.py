@@ -15,8 +15,8 @@ from rich.text import Text
 from almost_eval.judge.aggregate import Combined, JudgeResults, RoundRobin, SignTest
 from almost_eval.judge.calibration import Calibration, CalibrationBin
 from almost_eval.judge.names import CORRECTED, STYLE_CONTROLLED, STYLE_STRENGTH
+from almost_eval.report.judge_tables import is_of_turn, print_grades, print_turn_table
 from almost_eval.report.judged import VOTE_ROWS, vote_words
-from almost_eval.report.turns import is_of_turn, print_grades, print_turn_table
 from almost_eval.types import JSONMapping, JSONObject, Metric
 
 ORDERS_IN_WORDS = {
@@ -46,7 +46,7 @@ def print_judged(results: JSONMapping, console: Console) -> None:
         if votes := results.get("votes"):
             _print_votes(results["metrics"], votes, console)
     if "panel" in results["judging"]:
-        from almost_eval.report.panel_tables import print_panel
+        from almost_eval.report.judge_tables import print_panel
 
         print_panel(results, console)
     print_remarks(results, console)

@@ -17,19 +17,9 @@ FAMILIES = (
     *("almost", "tulu", "zephyr"),
 )
 MAKERS = (
-    *(
-        "ai2",
-        "alibaba",
-        "amazon",
-        "anthropic",
-        "cohere",
-        "databricks",
-        "deepmind",
-        "deepseek",
-        "google",
-        "hugging face",
-    ),
-    *("lmsys", "meta", "microsoft", "mistral", "moonshot", "naver", "openai", "stability ai", "xai", "zhipu"),
+    *("ai2", "alibaba", "amazon", "anthropic", "cohere", "databricks", "deepmind", "deepseek", "google"),
+    *("hugging face", "lmsys", "meta", "microsoft", "mistral", "moonshot", "naver", "openai", "stability ai"),
+    *("xai", "zhipu"),
 )
 
 _INTRODUCTION = r"\b(?:i am|i['\u2019]m|my name is|this is|call me)\s+"

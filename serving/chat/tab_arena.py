@@ -16,12 +16,10 @@ from almost_eval.arena.report import board
 from almost_eval.arena.votes import VOTES
 from almost_eval.errors import AlmostError
 from serving.chat.arena import MAX_TURNS, SIDES, Arena, Round, void_sentence
-from serving.chat.board import board_html
 from serving.chat.client import EndpointError
 from serving.chat.conversation import ChatReply
-from serving.chat.render import badge, notice_html, reply_html
-from serving.chat.session import BROKEN, Desk, NotNow, Step
-from serving.chat.together import Draw, draw_together
+from serving.chat.render import badge, board_html, notice_html, reply_html
+from serving.chat.session import BROKEN, Desk, Draw, NotNow, Step, draw_together
 from serving.chat.toyworld import hint
 from serving.chat.widgets import (
     ALONE,

@@ -10,8 +10,7 @@ from gradio.blocks import Block
 
 from serving.chat.conversation import Conversation, Settings
 from serving.chat.render import notice_html, panel_html
-from serving.chat.session import Desk, Step
-from serving.chat.together import Draw, draw_together
+from serving.chat.session import Desk, Draw, Step, draw_together
 from serving.chat.widgets import (
     ALONE,
     ANSWERING,

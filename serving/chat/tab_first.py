@@ -13,11 +13,9 @@ from gradio.blocks import Block
 
 from almost_eval.errors import AlmostError
 from serving.chat.conversation import Conversation
-from serving.chat.race import race_html, side_html
-from serving.chat.render import notice_html
-from serving.chat.session import BROKEN, ChatSystem, Desk, Step
+from serving.chat.render import notice_html, race_html, side_html
+from serving.chat.session import BROKEN, ChatSystem, Desk, Draw, Step, draw_together
 from serving.chat.small_model import ABOUT
-from serving.chat.together import Draw, draw_together
 from serving.chat.toyworld import KNOWN, PREPARED, hint
 from serving.chat.widgets import ANSWERING, QUICK, SETTLE_S, Update, answering, asker_of, button, question_box, raw_html
 

@@ -15,12 +15,11 @@ import httpx
 import pytest
 
 from almost_eval.errors import InputError, StoreError
-from serving.chat.app import create_app
+from serving.chat.app import create_app, parts_of, parts_script
 from serving.chat.client import Endpoint
 from serving.chat.conversation import MAX_CHARACTERS, MAX_TURNS, ChatReply, Conversation, Settings, Turn
 from serving.chat.kept import MAX_BYTES, Conflict, ConversationStore
 from serving.chat.line import Line
-from serving.chat.parts import parts_of, parts_script
 from serving.chat.render import markdown
 from serving.chat.session import ChatSystem, Desk
 from serving.chat.shelf import kept_text, record_of, whereabouts
