@@ -215,13 +215,8 @@ def build_page(desk: Desk) -> gr.Blocks:
 def create_app(
     desk: Desk, login: str | None = None, host: str = "127.0.0.1", allowed_hosts: Sequence[str] = ()
 ) -> ASGIApp:
-    """The whole application.
-
-    Args:
-        desk: what is served.
-        login: `user:password`, several of them on a line each, or None.
-        host: the address that is listened on.
-        allowed_hosts: names besides it, in the form of `checked_hosts`.
+    """The whole application. `login` is as in `Guard`; `allowed_hosts`, in the form of `checked_hosts`, are names
+    besides `host`, which is listened on.
 
     Raises:
         StoreError: the file of votes is something else.

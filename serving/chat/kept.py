@@ -49,10 +49,7 @@ class Conflict(InputError):
 
 
 class ConversationStore:
-    """A file of conversations.
-
-    Args:
-        path: the SQLite file; it and its folder are made at once.
+    """A file of conversations; it and its folder are made at once.
 
     Raises:
         StoreError: there is something else in its place, or it cannot be made.
@@ -64,11 +61,8 @@ class ConversationStore:
             pass
 
     def index(self, user: str, search: str = "") -> list[JSONObject]:
-        """All of a user, newest first, without what was said: `id`, `name`, `updated` [s since 1970], `version`.
-
-        Args:
-            user: whose.
-            search: only those that hold these words, in their name or in what was said.
+        """All of a user that hold the words of `search`, in their name or in what was said; newest first, without what
+        was said: `id`, `name`, `updated` [s since 1970], `version`.
         """
         with self._open() as connection:
             rows = connection.execute(
@@ -90,12 +84,8 @@ class ConversationStore:
         return values | json.loads(values.pop("body"))
 
     def write(self, user: str, id: str, record: JSONObject) -> int:
-        """Store one record, and return its new version.
-
-        Args:
-            user: whose.
-            id: its number.
-            record: `name`, `version` (that it was made from; 0 for a new one), `conversation`, `settings`.
+        """Store one record (`name`, `conversation`, `settings`, and the `version` that it was made from, 0 for a new
+        one), and return its new version.
 
         Raises:
             Conflict: another version is there.

@@ -70,41 +70,21 @@ class Models(ServerProcess):
 def with_transformers(
     models: Mapping[str, str], reward: str | None, *, dtype: str = "auto", device: str = "auto"
 ) -> Models:
-    """All models in one process (`serving.local`).
-
-    Args:
-        models: served name -> checkpoint.
-        reward: the reward model, or None.
-        dtype: of `HFEngine` and `HFRewardModel`.
-        device: of both, too.
-    """
+    """All models (served name -> checkpoint) and the reward model in one process (`serving.local`)."""
     settings = LocalModels(dict(models), reward, dtype, device)
     return Models(list(settings.policies), ["serving.cli.local", json.dumps(asdict(settings))], LOCAL_KEY)
 
 
 def with_vllm(name: str, model: str, reward: str | None) -> Models:
-    """One model, with vLLM: `almost-serve all`, or `almost-serve policy` without a reward model.
-
-    Args:
-        name: what the page calls it.
-        model: checkpoint.
-        reward: the reward model, or None.
-    """
-    names = [name]
+    """One model, with vLLM: `almost-serve all`, or `almost-serve policy` without a reward model."""
     if reward:
-        return Models(names, ["serving.cli", "all", "--model", model, "--reward", reward], KEY)
-    return Models(names, ["serving.cli", "policy", "--model", model], KEY, "/health")
+        return Models([name], ["serving.cli", "all", "--model", model, "--reward", reward], KEY)
+    return Models([name], ["serving.cli", "policy", "--model", model], KEY, "/health")
 
 
 class SmallModelLoader:
-    """One for a server.
-
-    Args:
-        systems: what the page serves; the model joins them.
-        running: the processes of models; its own joins them.
-        children: ends its process with the page.
-        dtype: see `with_transformers`.
-        device: see `with_transformers`.
+    """One for a server. What it loads joins the systems that the page serves and the processes that run, and ends with
+    the `children`.
     """
 
     def __init__(

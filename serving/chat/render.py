@@ -27,11 +27,7 @@ if TYPE_CHECKING:
     from almost_eval.arena.report import Board
     from almost_eval.types import Metric
 
-_ENDINGS = {
-    "length": "cut at the token limit",
-    "stopped": "stopped",
-    "broken": "broken off",
-}
+_ENDINGS = {"length": "cut at the token limit", "stopped": "stopped", "broken": "broken off"}
 
 
 @cache
@@ -160,13 +156,7 @@ def turn_html(turn: Turn, index: int, *, last: bool, shown: bool, live: bool = F
 
 
 def past_html(conversation: Conversation, *, live: bool = False, editing: int | None = None) -> str:
-    """All turns; with `live` the last question stands without its answer, which is being written elsewhere.
-
-    Args:
-        conversation: what was said.
-        live: whether the last answer is being written.
-        editing: the turn whose question is being edited.
-    """
+    """All turns; with `live` the last question stands without its answer, which is being written elsewhere."""
     count = len(conversation.turns)
     return "".join(
         turn_html(
@@ -215,14 +205,7 @@ FACTS = '<div class="facts">'
 
 
 def side_html(title: str, about: str, step: Step | None, *, idle: bool = False) -> str:
-    """One of the two answers.
-
-    Args:
-        title: what the side is.
-        about: the model behind it.
-        step: how far its answer is; None before its first word.
-        idle: whether nothing has been asked yet.
-    """
+    """One of the two answers, by the model `about`; `step` is None before its first word, `idle` before a question."""
     head = f'<header><h3>{escape(title)}</h3><span class="aside">{escape(about)}</span></header>'
     return f'<article class="panel side">{head}{_answer(step, idle=idle)}</article>'
 
@@ -305,11 +288,9 @@ def board_html(board: Board) -> str:
     if not board.rates:
         return f'<section class="board"><h3>Board</h3><p class="aside">{EMPTY}{_marked(board.named)}</p></section>'
     rows = "".join(_row(place, name, rate) for place, (name, rate) in enumerate(board.rates.items(), 1))
-    people = (
-        f"{board.sessions} voters; intervals are clustered by voter"
-        if board.sessions > 1
-        else ("one voter; the intervals take the votes as independent")
-    )
+    people = "one voter; the intervals take the votes as independent"
+    if board.sessions > 1:
+        people = f"{board.sessions} voters; intervals are clustered by voter"
     votes = "1 vote" if board.votes == 1 else f"{board.votes} votes"
     return (
         '<section class="board"><h3>Board</h3><table><thead><tr><th scope="col"><span class="hidden">Place</span></th>'
@@ -322,8 +303,7 @@ def board_html(board: Board) -> str:
 
 def _row(place: int, name: str, rate: Metric) -> str:
     assert rate.value is not None
-    share, interval = f"{100 * rate.value:.0f} %", ""
-    whisker = ""
+    interval, whisker = "one vote: no interval", ""
     if rate.ci95 is not None:
         low, high = (100 * end for end in rate.ci95)
         whisker = f'<span class="whisker" style="left:{low:.1f}%;width:{max(high - low, 0.5):.1f}%"></span>'
@@ -332,7 +312,7 @@ def _row(place: int, name: str, rate: Metric) -> str:
         f'<tr><td class="figure">{place}</td><th scope="row">{escape(name)}</th><td><div class="rate">'
         f'<span class="track" aria-hidden="true"><span class="half"></span>{whisker}'
         f'<span class="dot" style="left:{100 * rate.value:.1f}%"></span></span>'
-        f'<b>{share}</b> <span class="interval">{interval or "one vote: no interval"}</span></div></td>'
+        f'<b>{100 * rate.value:.0f} %</b> <span class="interval">{interval}</span></div></td>'
         f'<td class="figure">{rate.n}</td></tr>'
     )
 

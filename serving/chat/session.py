@@ -93,11 +93,8 @@ class ModelLoader(Protocol):
 
 
 class NotNow(Exception):
-    """A question that cannot be answered now; the message is a sentence for the page.
-
-    Args:
-        sentence: why, and what to do.
-        busy: whether the visitor's last answer is still being written; else too many questions came in a minute.
+    """A question that cannot be answered now; the message is a sentence for the page. `busy`: the visitor's last answer
+    is still being written; else too many questions came in a minute.
     """
 
     def __init__(self, sentence: str, *, busy: bool) -> None:
@@ -119,12 +116,7 @@ class Step:
 
 
 class RateLimit:
-    """So many questions a minute: for each visitor, and for each address.
-
-    Args:
-        per_visitor: a minute.
-        per_address: a minute; None for as many as a visitor may ask.
-    """
+    """So many questions a minute: for each visitor, and for each address, by default as many as for a visitor."""
 
     def __init__(self, per_visitor: int, per_address: int | None = None) -> None:
         self.per_visitor = per_visitor

@@ -44,12 +44,7 @@ def keeper_script(*, on_server: bool) -> str:
 
 
 def whereabouts(systems: Sequence[ChatSystem], *, on_server: bool) -> str:
-    """A sentence or two for visitors: who is sent what they say, and where it is kept.
-
-    Args:
-        systems: all that can be talked to.
-        on_server: whether the server keeps the conversations.
-    """
+    """A sentence or two for visitors: who is sent what they say, and where it is kept."""
     kept = "on this page's server, for your login" if on_server else "in this browser"
     hosts = list(dict.fromkeys(urlsplit(one.endpoint.url).netloc for one in systems if not one.endpoint.local))
     where = [f"the endpoint {escape(host)}" for host in hosts]
@@ -68,11 +63,8 @@ def kept_text(conversation: Conversation, settings: Settings) -> str:
 
 
 def record_of(value: object, defaults: Settings) -> tuple[Conversation, Settings]:
-    """The inverse, of what a browser sends: a record or its JSON; what cannot be read is new.
-
-    Args:
-        value: from the browser.
-        defaults: settings that it does not hold.
+    """The inverse, of what a browser sends: a record or its JSON; what cannot be read is new, with the default
+    settings.
     """
     try:
         record = read_json(value) if isinstance(value, str) else value

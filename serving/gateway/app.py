@@ -55,9 +55,6 @@ _GRACE_S = 10
 class Gateway:
     """The routes of one gateway.
 
-    Args:
-        settings: see there.
-
     Raises:
         InputError: `reward_model` is no reward model.
     """

@@ -40,13 +40,7 @@ class _Drawn:
 
 
 class BestOf:
-    """Answers chat requests that ask for `best_of`.
-
-    Args:
-        policy: draws the candidates.
-        rewards: scores them; None where the gateway has no reward server.
-        metrics: where candidates and fallbacks are counted.
-    """
+    """Answers chat requests that ask for `best_of`; `rewards` is None where the gateway has no reward server."""
 
     def __init__(self, policy: Upstream, rewards: Rewards | None, metrics: Metrics) -> None:
         self._policy = policy
@@ -54,12 +48,7 @@ class BestOf:
         self._metrics = metrics
 
     async def answer(self, request: ChatRequest, fields: JSONObject, reply: ReplyWriter) -> None:
-        """Answer one request.
-
-        Args:
-            request: `fields`, checked; `best_of` is set.
-            fields: the body as it was sent.
-            reply: where the answer goes.
+        """Answer one request: `fields` as they were sent, which `request` holds checked.
 
         Raises:
             HTTPException: either server is down, the policy server refuses the request, or fewer candidates than are

@@ -37,10 +37,6 @@ def drawing_of(fields: JSONObject, count: int) -> Drawing:
 
     vLLM gives candidate `i` the seed `seed + i`, so that the requests of neighbouring seeds would share all candidates
     but one. The seed is therefore hashed.
-
-    Args:
-        fields: the client's request.
-        count: candidates that it asks for.
     """
     drawn = {name: value for name, value in fields.items() if name not in _NOT_DRAWN}
     if drawn.get("seed") is not None:

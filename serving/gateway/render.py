@@ -43,10 +43,7 @@ class Renderer:
 
 
 def renderer_of(checkpoint: str) -> Renderer:
-    """The renderer of a reward model.
-
-    Args:
-        checkpoint: a directory, hub id or built-in name.
+    """The renderer of a reward model: a directory, hub id or built-in name.
 
     Raises:
         InputError: it does not exist, is no reward model, or has only the slow form of an encoder's tokenizer.

@@ -37,13 +37,8 @@ class Scored:
 
 
 class Rewards:
-    """Scores conversations over HTTP.
-
-    Args:
-        upstream: vLLM's pooling server.
-        timeout_s: for all conversations of one call.
-        metrics: where the time is counted.
-        render: writes conversations as that server would; None leaves them to it.
+    """Scores conversations over HTTP, all of one call within `timeout_s`; without `render` the server writes them
+    itself.
     """
 
     def __init__(self, upstream: Upstream, timeout_s: float, metrics: Metrics, render: Renderer | None = None) -> None:
