@@ -212,12 +212,7 @@ class Silent(PipeProgress):
 
 
 class Display(Silent):
-    """Two bars on stderr: tokens of the whole plan with the time that remains, and below it the task at work.
-
-    Args:
-        planned: the tasks.
-        bars: rich's progress, started.
-    """
+    """Two bars on stderr: tokens of the whole plan with the time that remains, and below it the task at work."""
 
     def __init__(self, planned: Sequence[Planned], bars: Any) -> None:
         super().__init__()

@@ -168,13 +168,8 @@ RUN_OPTIONS = [
 def run_request(
     values: Mapping[str, Any], task: str, protocol: str = "", settings: Mapping[str, Any] = {}
 ) -> RunRequest:
-    """The request that the flags of `MODEL_OPTIONS`, `DATA_OPTIONS` and `RUN_OPTIONS` describe.
-
-    Args:
-        values: of these flags, as far as the command has them; others are not read.
-        task: see `RunRequest`.
-        protocol: see `RunRequest`.
-        settings: see `RunRequest`.
+    """The request that the flags of `MODEL_OPTIONS`, `DATA_OPTIONS` and `RUN_OPTIONS` describe, as far as the command
+    has them.
 
     Raises:
         InputError: `--allow` names an unknown check, or no share.

@@ -98,11 +98,8 @@ def as_review(pair: Pair, baseline: str, model: str, verdict: Verdict | Unparsed
 
 
 def find_archives(paths: Sequence[Path], questions: Sequence[Question]) -> list[Archive]:
-    """The review files in folders, or named one by one.
-
-    Args:
-        paths: folders that hold `answer/*.jsonl` and `review/**/*.jsonl`, or review files below such a folder.
-        questions: what the answers are to.
+    """The review files in folders that hold `answer/*.jsonl` and `review/**/*.jsonl`, or named one by one below such a
+    folder; with the questions that they answer.
 
     Raises:
         DataError: no such files, a line that is no review, or one that names an answer or a question nobody has.

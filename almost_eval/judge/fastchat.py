@@ -68,12 +68,7 @@ PINNED = {
 
 
 def fastchat_text(path: str, data: DataSource, *, instead: str) -> str:
-    """A pinned file.
-
-    Args:
-        path: one of `PINNED`.
-        data: where the data root is.
-        instead: what else the user can do, the end of an error's line.
+    """A pinned file, a key of `PINNED`; `instead` is what else the user can do, the end of an error's line.
 
     Raises:
         DataError: it cannot be had, or is another file.

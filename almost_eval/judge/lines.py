@@ -134,14 +134,8 @@ def _cut_off(whole: Answer, shown: Answer, turn: int) -> int:
 def record_of(
     case: Subject, judgement: Judgement, *, id: str, cut: Sequence[int] = (0, 0), judge: str | None = None
 ) -> SampleRecord:
-    """The line of a judged pair, or of a graded answer.
-
-    Args:
-        case: what was judged.
-        judgement: what became of it.
-        id: of the line.
-        cut: characters that were cut off the answers, by place.
-        judge: who judged it, in a panel.
+    """The line of a judged pair, or of a graded answer; `cut` is the characters that were cut off the answers, by
+    place.
     """
     if isinstance(case, Pair):
         baseline, model = case.by_system

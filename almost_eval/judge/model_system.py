@@ -49,13 +49,8 @@ class Sampling:
 
 
 class ModelSystem:
-    """Answers that a model writes. Loads no weights until `write`.
-
-    Args:
-        model: a checkpoint directory, hub id or built-in name; for the engine `openai` the name it serves.
-        questions: a user turn each, or several.
-        sampling: how to draw.
-        options: which engine, and how.
+    """Answers that a model writes: a checkpoint directory, hub id or built-in name; for the engine `openai` the name it
+    serves. Loads no weights until `write`.
 
     Raises:
         InputError: a first turn leaves no room for `max_new_tokens`; questions of several turns, and no template that
@@ -127,12 +122,8 @@ class ModelSystem:
         return
 
     def write(self, file: Path, progress: Progress, only: Collection[str] | None = None) -> Answers:
-        """Sample what `file` lacks; a turn is on disk before the next answer is waited for.
-
-        Args:
-            file: JSONL; in the end its lines have the order of the questions.
-            progress: where to report.
-            only: ids of the questions to answer; None is all of them.
+        """Sample what `file` lacks; a turn is on disk before the next answer is waited for. In the end the file's lines
+        have the order of the questions. `only` has the ids of some; None is all of them.
 
         Raises:
             StoreError: `file`, or the turns that wait beside it, hold lines that this run did not write.

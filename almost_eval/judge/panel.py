@@ -82,10 +82,7 @@ def names_of(spec: JSONMapping) -> list[str]:
 
 
 class Panel:
-    """Several judges.
-
-    Args:
-        members: in the order of their lines.
+    """Several judges, in the order of their lines.
 
     Raises:
         InputError: a judge twice.

@@ -58,16 +58,8 @@ def summarise(
     ties: Ties | None = None,
     orders: Orders = "both",
 ) -> JSONObject:
-    """`results.json` without its times.
-
-    Args:
-        records: the lines.
-        spec: the run's.
-        validity: the gate's verdict on the lines.
-        engine: `path` and `warnings`.
-        digests: system -> digest of its answers.
-        ties: `half` or `drop`; None is as the spec says.
-        orders: which of the lines' orders count.
+    """`results.json` without its times. `digests` are of each system's answers; `ties` None is as the spec says;
+    `orders` are those of the lines that count.
     """
     settings = spec["settings"]
     ties = ties or settings["ties"]
@@ -261,11 +253,8 @@ class StoredRun:
         self.records = [stored[id] for id in self.pairs if id in stored]
 
     def again(self, record: SampleRecord, family: str | None = None) -> SampleRecord:
-        """The line as its own outputs, and the answers, make it.
-
-        Args:
-            record: a line.
-            family: whose parser reads the review; None is as the run read it.
+        """The line as its own outputs, and the answers, make it; its review read by the parser of `family`, or as the
+        run read it.
         """
         pair, cut = self.pairs[record.sample.id]
         outputs = {key: value for key, value in record.outputs.items() if key not in ("lengths", "markdown", "cut")}
@@ -324,13 +313,8 @@ class StoredRun:
 
 
 def redraw(folder: Path, *, ties: Ties | None = None, orders: Orders = "both", family: str | None = None) -> JSONObject:
-    """The results of a finished run with other settings; nothing is sent and nothing is written.
-
-    Args:
-        folder: the run folder.
-        ties: `half` or `drop`; None is as the run had it.
-        orders: `both` (all there are), `forward` or `reverse`.
-        family: read the stored reviews by this prompt family's parser.
+    """The results of a finished run with other settings; nothing is sent and nothing is written. `ties` None is as the
+    run had it; with `family` that prompt family's parser reads the stored reviews.
 
     Raises:
         InputError: the run has no lines of these orders, or no reviews to read.

@@ -90,12 +90,8 @@ def parse_object(form: str, text: str) -> Verdict | Unparsed:
 
 
 def parse_embedded(form: str, text: str, material: str = "") -> Verdict | Unparsed | None:
-    """The verdict of the JSON objects in a text, where the endpoint was not held to a schema.
-
-    Args:
-        form: a key of the forms of reviews.
-        text: what the judge wrote.
-        material: what it may have quoted: an object that stands there is no verdict.
+    """The verdict of the JSON objects in a text, where the endpoint was not held to a schema. One that stands in
+    `material`, which the judge may have quoted, is none.
 
     Returns:
         A verdict; `ambiguous` where two objects differ; None where no object is a verdict.

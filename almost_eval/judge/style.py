@@ -125,13 +125,9 @@ def style_control(
     ties: Literal["half", "drop"] = "half",
     n_resamples: int = RESAMPLES,
 ) -> StyleControl:
-    """Fit the model to the reviews of one pair of systems.
-
-    Args:
-        reviews: each with the style counts of its two answers.
-        rng: of the resamples.
-        ties: `half` counts a tie as half a win; `drop` leaves ties, or their share of the probability, out.
-        n_resamples: of whole questions, for the intervals.
+    """Fit the model to the reviews of one pair of systems, each with the style counts of its answers; resampled are
+    whole questions. `ties`: `half` counts a tie as half a win; `drop` leaves ties, or their share of the probability,
+    out.
     """
     scores = [review.model_score if ties == "half" else review.untied_score for review in reviews]
     scored = [review for review, score in zip(reviews, scores, strict=True) if score is not None]
@@ -293,12 +289,8 @@ class StyleRanking:
 
 
 def style_ranking(reviews: Sequence[Review], *, rng: np.random.Generator, n_resamples: int = RESAMPLES) -> StyleRanking:
-    """Fit the model to the reviews of several systems.
-
-    Args:
-        reviews: of all pairs of systems, each with the style counts of its answers.
-        rng: of the resamples.
-        n_resamples: of whole questions.
+    """Fit the model to the reviews of all pairs of several systems, each with the style counts of its answers;
+    resampled are whole questions.
     """
     scored = [review for review in reviews if review.model_score is not None]
     n_questions = len({review.question_id for review in scored})

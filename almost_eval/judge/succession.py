@@ -21,13 +21,8 @@ OLD = "old"
 
 
 def certify(new: JudgeCheck, old: JudgeCheck | None, folder: Path, progress: Progress | None = None) -> JSONObject:
-    """Judge what is missing, then write `certificate.json` and return its content.
-
-    Args:
-        new: the check of the judge in question.
-        old: the same of the judge it is to replace; None where the archive is all there is to compare with.
-        folder: of the new judge's run.
-        progress: where to report.
+    """Judge what is missing, then write `certificate.json` and return its content. `folder` is of the new judge's run;
+    `old` is None where the archive is all there is to compare with.
 
     Raises:
         StoreError: see `JudgeCheck.execute`.
@@ -57,10 +52,8 @@ def certify(new: JudgeCheck, old: JudgeCheck | None, folder: Path, progress: Pro
 
 
 def certificate_of(results: JSONMapping) -> JSONObject:
-    """What one check says, as a certificate without an old judge.
-
-    Args:
-        results: `results.json` of a check; one of an earlier version has no moves and no price.
+    """What one check says, as a certificate without an old judge; results of an earlier version have no moves and no
+    price.
     """
     known = results["provenance"].get("archive_judge", "GPT-4")
     return {
@@ -75,12 +68,7 @@ def certificate_of(results: JSONMapping) -> JSONObject:
 
 
 def stored_certificate(results: JSONMapping, folder: Path | None) -> JSONObject:
-    """The certificate that stands in the folder of a check, or what its results alone say.
-
-    Args:
-        results: `results.json` of the check.
-        folder: of the check, where it is known.
-    """
+    """The certificate that stands in the folder of a check, or what its results alone say."""
     file = folder / FILE if folder else None
     stored: JSONObject = read_json(file) if file and file.is_file() else certificate_of(results)
     return stored

@@ -125,11 +125,7 @@ class _Reading:
 
 
 def parse_scores(review: str, question_text: str = "") -> Verdict | Unparsed:
-    """The two scores of a review, 1 to 10.
-
-    Args:
-        review: what the judge wrote.
-        question_text: what it may have quoted: no score is taken from there.
+    """The two scores of a review, 1 to 10; none is taken from `question_text`, which it may have quoted.
 
     Returns:
         A verdict with scores, or why there is none: `empty`, `no_scores`, `ambiguous`, `out_of_range`, or
@@ -219,10 +215,8 @@ def _in_turn(match: re.Match[str]) -> str:
 
 
 def _tables(text: str) -> list[_Reading]:
-    """The rows of totals in tables that have a column for each assistant.
-
-    Args:
-        text: of the review, its bars still there: an empty cell tells the columns apart.
+    """The rows of totals in tables that have a column for each assistant, their bars still there: an empty cell tells
+    the columns apart.
     """
     readings: list[_Reading] = []
     columns: list[int] | None = None

@@ -144,12 +144,7 @@ def _price(verdicts: JSONMapping) -> tuple[str, str, int]:
 
 
 def print_certificate(certificate: JSONMapping, console: Console) -> None:
-    """Agreement, biases and price of each judge, then how far the win rates move.
-
-    Args:
-        certificate: what `judge.succession.certify` returned.
-        console: where to.
-    """
+    """Agreement, biases and price of each judge, then how far the win rates move."""
     shown = columns(certificate)
     table = Table(title=Text(title(certificate)), title_justify="left", title_style="bold")
     table.add_column("metric")
@@ -184,10 +179,6 @@ def _lines(metric: JSONMapping | None, kind: str) -> str:
 
 def write_certificate(certificate: JSONMapping, folder: Path) -> Path:
     """Write `certificate.html` into a folder, whole or not at all.
-
-    Args:
-        certificate: what `judge.succession.certify` returned.
-        folder: of the check.
 
     Raises:
         RunError: it cannot be written.

@@ -208,13 +208,8 @@ def _number(value: float | None, form: str = ".3f") -> str:
 def print_judge_results(
     results: JudgeResults, console: Console, *, title: str = "", style: JSONMapping | None = None
 ) -> None:
-    """Wins, win rate, categories, scores, biases, and what was not scored.
-
-    Args:
-        results: two systems compared.
-        console: where to.
-        title: judge, prompts and the like, put behind the names.
-        style: the style model of `judge.style` as JSON, where there is one.
+    """Wins, win rate, categories, scores, biases, and what was not scored. `title` is put behind the names; `style` is
+    the style model of `judge.style` as JSON, where there is one.
     """
     heading = f"{results.model} against {results.baseline}" + (f" · {title}" if title else "")
     table = Table(title=Text(heading), title_justify="left", title_style="bold")
@@ -315,13 +310,7 @@ def print_round_robin(
     at_equal_style: Mapping[str, Metric] | None = None,
 ) -> None:
     """Ratings on a scale where 400 points are odds of 10 to 1 and the mean is 1,000, then who beat whom how often.
-
-    Args:
-        results: of several systems.
-        console: where to.
-        title: judge, prompts and the like.
-        style: the style model of `judge.style_ranking` as JSON, where there is one.
-        at_equal_style: system -> its strength by that model; empty where it has none.
+    `style` is the style model as JSON, where there is one, and `at_equal_style` the strengths by it.
     """
     table = Table(title=Text(f"round robin{f' · {title}' if title else ''}"), title_justify="left", title_style="bold")
     table.add_column("system")

@@ -34,12 +34,7 @@ class TurnTable:
 
 
 def turn_table(metrics: Mapping[str, JSONMapping], head: str) -> TurnTable | None:
-    """The table of the metrics whose names begin with `head`; None where there is nothing to lay out.
-
-    Args:
-        metrics: as `results.json` has them.
-        head: `win_rate` or `score`.
-    """
+    """The table of the metrics whose names begin with `head` (`win_rate`, `score`); None where there are none."""
     names = [name.removeprefix(f"{head}/") for name in metrics if name.startswith(f"{head}/")]
     turns = sorted({int(match[1]) for name in names if (match := _TURN.fullmatch(name))})
     categories = [name for name in names if not _TURN.fullmatch(name)]

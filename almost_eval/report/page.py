@@ -65,13 +65,7 @@ def write_page(
 
 
 def write_report(run_set: RunSet, matrix: Matrix | None, file: Path, *, samples: bool = True) -> Page:
-    """Write the page, whole or not at all.
-
-    Args:
-        run_set: the runs.
-        matrix: their comparison, where there are several models.
-        file: where to.
-        samples: whether the samples travel with it.
+    """Write the page, whole or not at all; `matrix` compares the runs where there are several models.
 
     Raises:
         InputError: the file cannot be written.

@@ -2,9 +2,9 @@
 
 Judges differ in what they take. Reasoning models refuse `max_tokens` (they want `max_completion_tokens`) and every
 temperature but 1; others refuse the temperature beside top_p, a seed, a schema of the reply (it is then sent as
-`json_object`, and left out where that is refused too). Each provider says so in words
-of its own, inside an envelope of its own: `refused_parameter` reads them. What was refused is exchanged or left out
-from then on, for all requests to this endpoint, and every reply says with which parameters it came about.
+`json_object`, and left out where that is refused too). Each provider says so in words of its own, inside an envelope of
+its own: `refused_parameter` reads them. What was refused is exchanged or left out from then on, for all requests to
+this endpoint, and every reply says with which parameters it came about.
 """
 
 from __future__ import annotations
@@ -47,13 +47,10 @@ _LONGEST_BODY = 20_000
 
 @dataclass
 class Parameters:
-    """What is sent to one endpoint for one judge.
-
-    Args:
-        first: the name under which the bound on tokens is sent at first.
-    """
+    """What is sent to one endpoint for one judge."""
 
     first: str = MAX_TOKENS
+    """The name under which the bound on tokens is sent at first."""
     changes: dict[str, str | None] = field(default_factory=dict)
     """Parameter -> what is sent in its place; None where it is left out."""
 
@@ -70,11 +67,7 @@ class Parameters:
         return sent
 
     def change(self, sent: Mapping[str, object], refusal: object) -> str | None:
-        """Take in what a refusal says of a request that was sent.
-
-        Args:
-            sent: the parameters of the request, as `of` made them.
-            refusal: the body of the answer: JSON, or text.
+        """Take in what a refusal (its body as JSON, or text) says of a request that was sent with these parameters.
 
         Returns:
             What is done about it, in words; None where it names no parameter that was sent.
@@ -116,12 +109,7 @@ def _format_type(value: object) -> object:
 
 
 def refused_parameter(sent: Mapping[str, object], refusal: object) -> str | None:
-    """The parameter that an endpoint refuses to take, whatever envelope it says so in; None where it names none.
-
-    Args:
-        sent: the parameters of the request.
-        refusal: the body of the answer: JSON, or text.
-    """
+    """The parameter that an endpoint refuses to take, whatever envelope it says so in; None where it names none."""
     parts = [(key, text) for key, text in _parts(refusal) if key != "input"]  # pydantic repeats the value there
     if RESPONSE_FORMAT in sent and any(_FORMAT_WORDS.search(text) for _, text in parts):
         return RESPONSE_FORMAT  # however it is said: the schema is this toolkit's, so that the user cannot mend it

@@ -287,12 +287,8 @@ class JudgeSession:
         return outcome
 
     def _settle(self, outcome: Reply | Trouble | None, worst: float, number: int | None) -> None:
-        """Book what was billed.
-
-        Args:
-            outcome: None where it was cancelled on its way.
-            worst: USD that were set aside.
-            number: of the sending in the ledger; None where it never left.
+        """Book what was billed of `worst` USD that were set aside; `outcome` is None where it was cancelled on its way,
+        the `number` in the ledger where it never left.
         """
         bill = Bill(False, None, None) if number is None else Bill.of(outcome)
         if number is not None and not isinstance(outcome, Reply):  # a reply is settled as it is stored
