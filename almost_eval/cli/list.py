@@ -29,14 +29,13 @@ def list_all(as_json: bool) -> int:
     if as_json:
         click.echo(json.dumps(tables, indent=1))
         return 0
-    from rich.table import Table
     from rich.text import Text
+
+    from almost_eval.report.tables import titled
 
     console = open_console()
     for title, rows in tables.items():
-        table = Table(title=Text(title.replace("_", " ")), title_justify="left", title_style="bold")
-        for heading in rows[0]:
-            table.add_column(heading)
+        table = titled(title.replace("_", " "), rows[0])
         for row in rows:
             table.add_row(*(Text(_cell(value)) for value in row.values()))
         console.print(table)

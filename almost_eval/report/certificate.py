@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from almost_eval import __version__
@@ -20,6 +19,7 @@ from almost_eval.files import write_whole
 from almost_eval.judge.succession import OLD
 from almost_eval.report.judge_console import print_remarks
 from almost_eval.report.runs import NONE
+from almost_eval.report.tables import text_of, titled
 from almost_eval.run.validity import counted
 from almost_eval.types import JSONMapping, JSONObject
 
@@ -132,12 +132,11 @@ def prices(certificate: JSONMapping) -> list[tuple[str, str, str, int]]:
     """(judge, USD a verdict, seconds a verdict, verdicts) of each judge that was asked."""
     names = {"new": certificate["new"], OLD: certificate["old"]}
     told = {which: results["timing"].get("verdicts") for which, results in certificate["results"].items()}
-    return [(names[which], *_price(verdicts)) for which, verdicts in told.items() if verdicts]
-
-
-def _price(verdicts: JSONMapping) -> tuple[str, str, int]:
-    usd, seconds = verdicts["usd_each"], verdicts["seconds_each"]
-    return NONE if usd is None else f"{usd:.6f}", NONE if seconds is None else f"{seconds:.3g}", verdicts["n"]
+    return [
+        (names[which], text_of(one["usd_each"], ".6f"), text_of(one["seconds_each"], ".3g"), one["n"])
+        for which, one in told.items()
+        if one
+    ]
 
 
 # --- the terminal ---
@@ -146,16 +145,12 @@ def _price(verdicts: JSONMapping) -> tuple[str, str, int]:
 def print_certificate(certificate: JSONMapping, console: Console) -> None:
     """Agreement, biases and price of each judge, then how far the win rates move."""
     shown = columns(certificate)
-    table = Table(title=Text(title(certificate)), title_justify="left", title_style="bold")
-    table.add_column("metric")
-    for name, _ in shown:
-        table.add_column(Text(name, overflow="fold"), justify="right")
+    table = titled(title(certificate), ["metric"], [Text(name, overflow="fold") for name, _ in shown])
     for called, kind, metrics in rows(certificate):
         table.add_row(called, *(_lines(metric, kind) for metric in metrics))
     console.print(table)
-    if lines := between_rows(certificate):
-        for called, kind, metric in lines:
-            console.print(f"{called}: {number(metric, kind)} ({interval(metric, kind) or '-'}), n {metric['n']}")
+    for called, kind, metric in between_rows(certificate):
+        console.print(f"{called}: {number(metric, kind)} ({interval(metric, kind) or '-'}), n {metric['n']}")
     for judge, usd, seconds, n in prices(certificate):
         console.print(Text(f"{judge}: {usd} USD and {seconds} s a verdict, {n} verdicts"))
     for sentence in certificate["sentences"]:
@@ -202,6 +197,8 @@ def page_view(certificate: JSONMapping) -> JSONObject:
     """What the page's template reads."""
     shown = columns(certificate)
     table = rows(certificate)
+    judges = [certificate["new"], *([certificate["old"]] if certificate["old"] else [])]
+    named = list(zip(judges, certificate["results"].values(), strict=True))
     return {
         "title": title(certificate),
         "sentences": certificate["sentences"],
@@ -219,19 +216,9 @@ def page_view(certificate: JSONMapping) -> JSONObject:
         "between": [{"label": called, **_cell(metric, kind)} for called, kind, metric in between_rows(certificate)],
         "moves": [_move(old, move) for old, move in moves(certificate)],
         "prices": prices(certificate),
-        "notes": [
-            _note(name, results) for name, results in zip(_names(certificate), _results(certificate), strict=True)
-        ],
-        "runs": [_run(name, results) for name, results in zip(_names(certificate), _results(certificate), strict=True)],
+        "notes": [_note(name, results) for name, results in named],
+        "runs": [_run(name, results) for name, results in named],
     }
-
-
-def _names(certificate: JSONMapping) -> list[str]:
-    return [certificate["new"], *([certificate["old"]] if certificate["old"] else [])]
-
-
-def _results(certificate: JSONMapping) -> list[JSONMapping]:
-    return list(certificate["results"].values())
 
 
 def _bars(shown: Sequence[tuple[str, JSONMapping]], metrics: Sequence[JSONMapping | None]) -> list[JSONObject]:

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from almost_eval.report.tables import span_of, text_of, titled
 from almost_eval.types import JSONMapping
 
 MARKS = "score"
@@ -85,12 +85,8 @@ def print_turn_table(metrics: Mapping[str, JSONMapping], head: str, console: Con
     laid_out = turn_table(metrics, head)
     if laid_out is None:
         return
-    table = Table(title=Text(title), title_justify="left", title_style="bold")
-    table.add_column("category", overflow="fold")
-    for column in laid_out.columns:
-        table.add_column(column, justify="right")
-    table.add_column("n", justify="right")
-    table.add_column("unscored", justify="right")
+    table = titled(title, ["category"], [*laid_out.columns, "n", "unscored"])
+    table.columns[0].overflow = "fold"
     for category, cells in laid_out.rows:
         texts = [_with_interval(cell, head) for cell in cells]
         whole = cells[-1]
@@ -161,16 +157,15 @@ def panel_tables(results: JSONMapping) -> list[PanelTable]:
 
 def panel_notes(results: JSONMapping) -> list[str]:
     """How the verdicts came together, in sentences."""
-    counts = results["judging"]["panel"]["counts"]
-    n_judges = len(results["judging"]["panel"]["judges"])
-    together = (
-        f"majority of {n_judges} judges on {counts['pairs']:,} pairs in an order: {counts['unanimous']:,} unanimous"
-    )
-    notes = [f"{together}, {counts['split']:,} without a majority (a tie)"]
+    panel = results["judging"]["panel"]
+    counts = panel["counts"]
+    notes = [
+        f"majority of {len(panel['judges'])} judges on {counts['pairs']:,} pairs in an order: "
+        f"{counts['unanimous']:,} unanimous, {counts['split']:,} without a majority (a tie)"
+    ]
     if counts["incomplete"] or counts["empty"]:
         lacking = f"judges are missing on {counts['incomplete']:,} of them"
         notes.append(f"{lacking}, and nobody has a verdict on {counts['empty']:,}")
-    panel = results["judging"]["panel"]
     for judge in panel["judges"]:
         if problem := judge.get("round_robin", {}).get("problem"):
             notes.append(f"judge {judge['name']}: {problem}")
@@ -185,7 +180,7 @@ def panel_notes(results: JSONMapping) -> list[str]:
 def print_panel(results: JSONMapping, console: Console) -> None:
     """The tables and sentences of a panel, under those of its majority."""
     for content in panel_tables(results):
-        table = Table(title=Text(content.title), title_justify="left", title_style="bold")
+        table = titled(content.title, ())
         for place, column in enumerate(content.columns):
             table.add_column(Text(column), justify="right" if place else "left", overflow="fold")
         for row in content.rows:
@@ -200,7 +195,7 @@ def _judges(results: JSONMapping, panel: JSONMapping) -> PanelTable:
     for judge in panel["judges"]:
         rate = results["metrics"][JUDGE_RATE + judge["name"]]
         name = judge["name"] + (f" (of {judge['family']})" if judge["family"] else "")
-        biases = [_share(judge[key]) for key in ("consistency", "first_wins", "longer_wins")]
+        biases = [text_of(judge[key]["value"]) for key in ("consistency", "first_wins", "longer_wins")]
         rows.append((name, *_rate(rate), *biases, str(judge["unscored"] or "")))
     for name, metric in (("majority", "win_rate"), ("mean", "win_rate_mean")):
         rows.append((name, *_rate(results["metrics"][metric]), "", "", "", ""))
@@ -231,32 +226,31 @@ def _rankings(panel: JSONMapping) -> PanelTable:
 
 
 def _agreement(panel: JSONMapping) -> PanelTable:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for both in panel["agreement"]:
         names = f"{both['a']}, {both['b']}"
         if both["problem"]:
             rows.append((names, "-", "-", "-", "-", "0"))
             continue
         kappa = both["kappa"]
-        interval = f"{kappa['ci95'][0]:.3f} to {kappa['ci95'][1]:.3f}" if kappa["ci95"] else "-"
-        value = "-" if kappa["value"] is None else f"{kappa['value']:.3f}"
-        rows.append((names, value, interval, _share(both["agreement"]), _share(both["decisive"]), str(kappa["n"])))
+        beyond_chance = text_of(kappa["value"], ".3f"), span_of(kappa["ci95"], ".3f")
+        same = [text_of(both[name]["value"]) for name in ("agreement", "decisive")]
+        rows.append((names, *beyond_chance, *same, str(kappa["n"])))
     columns = ("two judges", "kappa", "95 % interval", "same verdict", "where neither ties", "n")
     return PanelTable("agreement beyond chance (Cohen's kappa)", columns, tuple(rows))
 
 
 def _self_preference(panel: JSONMapping) -> PanelTable:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for one in panel["self_preference"]:
         about = f"{one['judge']} on {', '.join(one['systems'])} (of {one['family']})"
         if one["problem"]:
             rows.append((about, "-", "-", "-", one["problem"], "0"))
             continue
         difference = one["difference"]
-        low_high = difference["ci95"]
-        interval = f"{100 * low_high[0]:+.1f} to {100 * low_high[1]:+.1f}" if low_high else "-"
-        points = f"{100 * difference['value']:+.1f}"
-        rows.append((about, _share(one["own"]), _share(one["others"]), points, interval, str(difference["n"])))
+        points = f"{100 * difference['value']:+.1f}", span_of(difference["ci95"], "+.1f", 100)
+        rates = [text_of(one[name]["value"]) for name in ("own", "others")]
+        rows.append((about, *rates, *points, str(difference["n"])))
     columns = ("judge on its own family", "win rate by it", "by the others", "difference, points", "95 % interval", "n")
     return PanelTable("self-preference", columns, tuple(rows))
 
@@ -264,16 +258,11 @@ def _self_preference(panel: JSONMapping) -> PanelTable:
 def _rate(metric: JSONMapping) -> tuple[str, str]:
     if metric.get("withheld"):
         return "withheld", "-"
-    interval = metric["ci95"]
-    return _share(metric), f"{interval[0]:.1%} to {interval[1]:.1%}" if interval else "-"
-
-
-def _share(metric: JSONMapping) -> str:
-    return "-" if metric["value"] is None else f"{metric['value']:.1%}"
+    return text_of(metric["value"]), span_of(metric["ci95"])
 
 
 def _strength(metric: JSONMapping | None) -> str:
     if metric is None or metric["value"] is None:
         return "-"
-    interval = f" ({metric['ci95'][0]:+.2f} to {metric['ci95'][1]:+.2f})" if metric["ci95"] else ""
+    interval = f" ({span_of(metric['ci95'], '+.2f')})" if metric["ci95"] else ""
     return f"{metric['value']:+.2f}{interval}"
