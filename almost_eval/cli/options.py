@@ -108,13 +108,7 @@ TEMPLATE = click.option(
     show_default=True,
     help="auto, none, tokenizer, almost, alpaca, vicuna, dolly, oasst, a FILE.",
 )
-DATA_OPTIONS = [
-    DATA,
-    DATA_ROOT,
-    PROMPT_SET,
-    TEMPLATE,
-    LIMIT,
-]
+DATA_OPTIONS = [DATA, DATA_ROOT, PROMPT_SET, TEMPLATE, LIMIT]
 
 
 def _shard(context: click.Context, param: click.Parameter, value: str | None) -> Shard | None:

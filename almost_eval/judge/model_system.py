@@ -59,11 +59,7 @@ class ModelSystem:
     """
 
     def __init__(
-        self,
-        model: str,
-        questions: Sequence[Question],
-        sampling: Sampling,
-        options: EngineOptions | None = None,
+        self, model: str, questions: Sequence[Question], sampling: Sampling, options: EngineOptions | None = None
     ) -> None:
         self.name = Path(model).name if Path(model).is_dir() else model
         self.notes: list[str] = []

@@ -8,15 +8,7 @@ from collections.abc import Sequence
 from almost_eval.judge.names import STYLE_CONTROLLED
 from almost_eval.report import judge_tables, judged, plots
 from almost_eval.report.matrix import Cell, Matrix
-from almost_eval.report.runs import (
-    NONE,
-    Benchmark,
-    LoadedRun,
-    RunSet,
-    Unit,
-    shown,
-    unit_of,
-)
+from almost_eval.report.runs import NONE, Benchmark, LoadedRun, RunSet, Unit, shown, unit_of
 from almost_eval.run.validity import counted, gate_counts, readable
 from almost_eval.tasks.facts import MetricGroup
 from almost_eval.tasks.registry import stated_by
