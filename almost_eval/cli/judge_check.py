@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def check_judges(archive: Sequence[Path], flags: Flags, as_json: bool) -> int:
     """Run the checks that the flags ask for, and show the certificate; the exit code."""
-    from almost_eval.judge.succession import OLD, certify
+    from almost_eval.judge.check import OLD, certify
     from almost_eval.progress import progress_for
 
     names = flags["judge"]

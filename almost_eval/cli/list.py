@@ -55,6 +55,8 @@ def inventory() -> dict[str, list[JSONObject]]:
     from almost_eval.data.prompt_sets import PROMPT_SET_NAMES
     from almost_eval.data.sources import DATA_NAMES
     from almost_eval.engines.build import ENGINES, PACKAGES
+    from almost_eval.judge.families import FAMILIES
+    from almost_eval.judge.prompts import load_family
     from almost_eval.models.stops import STOP_STRINGS
 
     return {
@@ -75,7 +77,7 @@ def inventory() -> dict[str, list[JSONObject]]:
             {"name": "reward:CKPT", "what": "a reward model: the higher reward wins"},
             {"name": "nano", "what": "the oracle of the built-in world, on its questions"},
         ],
-        "judge_prompts": _judge_prompts(),
+        "judge_prompts": [{"name": name, "reviews": load_family(name).title} for name in FAMILIES],
         "models": _models(),
     }
 
@@ -98,13 +100,6 @@ def _tasks() -> list[JSONObject]:
     # Judged comparison is a command, and no task of the registry.
     metrics = [HEADLINE, "wins", "ties", "losses"]
     return [*rows, {"name": TASK, "protocols": list(FAMILIES), "metrics": metrics, "data": "FastChat"}]
-
-
-def _judge_prompts() -> list[JSONObject]:
-    from almost_eval.judge.families import FAMILIES
-    from almost_eval.judge.prompts import load_family
-
-    return [{"name": name, "reviews": load_family(name).title} for name in FAMILIES]
 
 
 def _models() -> list[JSONObject]:

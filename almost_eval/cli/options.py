@@ -188,13 +188,8 @@ def run_request(
 def show_shard(mark: Mark, *, as_json: bool) -> int:
     """Say what a finished shard is, and what is to be done with it; returns the exit code."""
     if as_json:
-        facts = {
-            "shard": str(mark.shard),
-            "folder": str(mark.folder),
-            "samples": len(mark.ids),
-            **(mark.finished or {}),
-        }
-        print_json(facts)
+        facts = {"shard": str(mark.shard), "folder": str(mark.folder), "samples": len(mark.ids)}
+        print_json(facts | (mark.finished or {}))
     else:
         click.echo(
             f"shard {mark.shard} is done: {len(mark.ids)} of {mark.total} samples, in {mark.folder}\n"

@@ -174,7 +174,8 @@ class ModelSystem:
             if turns[question.id] and self._leaves_no_room(prompts[question.id]):
                 yield question, AnswerTurn("", {"finish_reason": None, "unscored": TOO_LONG})
             else:
-                groups.setdefault(self._temperature(question), []).append(question)
+                temperature = self._sampling.temperatures.get(question.category, self._sampling.temperature)
+                groups.setdefault(temperature, []).append(question)
         for temperature, group in groups.items():
             params = SamplingParams(
                 max_new_tokens=self._sampling.max_new_tokens,
@@ -196,9 +197,6 @@ class ModelSystem:
             made |= {"reasoning": part.thought, "unscored": unscored_reason(self._sampling.reasoning, part)}
         return AnswerTurn(part.answer.strip(), made)
 
-    def _temperature(self, question: Question) -> float:
-        return self._sampling.temperatures.get(question.category, self._sampling.temperature)
-
     def _prompt(self, question: Question, before: Sequence[AnswerTurn] = ()) -> str:
         """What the model reads for the turn after those that are answered: its own answers, less their thoughts.
 
@@ -207,20 +205,17 @@ class ModelSystem:
         """
         if self.template is None:
             return question.text
+        dialogue: list[Message] = []
         try:
-            return self._written(question, before)
+            for text, answer in zip(question.turns, before, strict=False):
+                dialogue.append(Message("user", text))
+                own = answer.text
+                if self._sampling.reasoning == "keep":
+                    own = split_reasoning(own, opens_thought(self._render(dialogue))).answer.strip()
+                dialogue.append(Message("assistant", own))
+            return self._render([*dialogue, Message("user", question.turns[len(before)])])
         except TemplateError as error:
             raise error.about(f"question {question.id}") from None
-
-    def _written(self, question: Question, before: Sequence[AnswerTurn]) -> str:
-        dialogue: list[Message] = []
-        for text, answer in zip(question.turns, before, strict=False):
-            dialogue.append(Message("user", text))
-            own = answer.text
-            if self._sampling.reasoning == "keep":
-                own = split_reasoning(own, opens_thought(self._render(dialogue))).answer.strip()
-            dialogue.append(Message("assistant", own))
-        return self._render([*dialogue, Message("user", question.turns[len(before)])])
 
     def _render(self, dialogue: Sequence[Message]) -> str:
         assert self.template is not None

@@ -8,7 +8,7 @@ by the same command. Where all fail, the run ends as with one judge.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -151,6 +151,7 @@ class Panel:
         Raises:
             InputError: all judges failed, the first one for this; likewise RunError.
         """
+        assert self._folder is not None  # `open`
         n = len(pairs) // len(self.members)
         self._errors = {}
         waiting: list[tuple[int, Judgement]] = []
@@ -158,7 +159,7 @@ class Panel:
             mine = [index - place * n for index in wanted if place * n <= index < (place + 1) * n]
             left = dict.fromkeys(mine)
             try:
-                with self._opened(member):
+                with member.open(self._folder, self._notice):
                     own = pairs[place * n : (place + 1) * n]
                     for index, judgement in member.stream(own, mine, attempt) if mine else ():
                         left.pop(index)
@@ -170,10 +171,6 @@ class Panel:
         if len(self._errors) == len(self.members):  # nobody could judge: the command ends as with one judge
             raise next(iter(self._errors.values()))
         yield from waiting
-
-    def _opened(self, member: Judge) -> AbstractContextManager[object]:
-        assert self._folder is not None  # `open`
-        return member.open(self._folder, self._notice)
 
     def report(self) -> JSONObject:
         """The counts of all, and of each."""

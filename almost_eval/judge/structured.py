@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 from almost_eval.judge.records import Side, Unparsed, Verdict
@@ -160,11 +160,6 @@ def _scores_by_name(fields: object) -> list[Scores]:
         if (match := _FIELD.fullmatch(name.strip())) and _is_number(score):
             sides[SIDES[(match[1] or match[2]).lower()]].add(float(score))
     return [(one, two) for one in sides[0] for two in sides[1]]
-
-
-def is_held(parameters: Mapping[str, object]) -> bool:
-    """Whether a reply with these parameters was to be JSON and nothing else: no endpoint had refused that."""
-    return RESPONSE_FORMAT in parameters
 
 
 def _verdict(form: str, fields: object) -> Verdict | Unparsed:

@@ -16,7 +16,7 @@ from rich.text import Text
 from almost_eval import __version__
 from almost_eval.errors import RunError
 from almost_eval.files import write_whole
-from almost_eval.judge.succession import OLD
+from almost_eval.judge.check import OLD
 from almost_eval.report.judge_console import print_remarks
 from almost_eval.report.runs import NONE
 from almost_eval.report.tables import text_of, titled

@@ -54,21 +54,27 @@ def bar(run: LoadedRun, name: str, *, baseline: bool = False) -> View:
     """A metric of a run as a dot with its interval; `low`, `high`, `at` in percent of the track, None off it."""
     metric = (run.results["baselines"] if baseline else run.metrics)[name]
     unit: Unit = stated_by(run.task).unit if baseline else unit_of(run.task, name)
-    value, interval = metric["value"], metric["ci95"]
-    on_track = unit == "share"
-    return {
+    return _dot(metric, unit) | {
         "label": run.label,
         "name": readable(name),
         "series": run.series % plots.SERIES,
+        "unit": " %" if unit == "share" and metric["value"] is not None else "",
+        "unscored": metric["unscored"],
+        "withheld": bool(metric.get("withheld")),
+    }
+
+
+def _dot(metric: JSONObject, unit: Unit) -> View:
+    """A value with its interval: what every mark on a track has."""
+    value, interval = metric["value"], metric["ci95"]
+    on_track = unit == "share"
+    return {
         "text": shown(value, unit),
-        "unit": " %" if on_track and value is not None else "",
         "interval": f"{shown(interval[0], unit)} to {shown(interval[1], unit)}" if interval else "",
         "at": 100 * value if on_track and value is not None else None,
         "low": 100 * interval[0] if on_track and interval else None,
         "high": 100 * interval[1] if on_track and interval else None,
         "n": metric["n"],
-        "unscored": metric["unscored"],
-        "withheld": bool(metric.get("withheld")),
     }
 
 
@@ -310,18 +316,7 @@ BIAS = {
 
 
 def _bias(metric: JSONObject | None, name: str, of: str) -> View:
-    metric = metric or {"value": None, "ci95": None, "n": 0}
-    value, interval = metric["value"], metric["ci95"]
-    return {
-        "name": name,
-        "of": of,
-        "text": shown(value, "share"),
-        "interval": f"{shown(interval[0], 'share')} to {shown(interval[1], 'share')}" if interval else "",
-        "at": None if value is None else 100 * value,
-        "low": 100 * interval[0] if interval else None,
-        "high": 100 * interval[1] if interval else None,
-        "n": metric["n"],
-    }
+    return {"name": name, "of": of} | _dot(metric or {"value": None, "ci95": None, "n": 0}, "share")
 
 
 def provenance(run_set: RunSet) -> list[View]:

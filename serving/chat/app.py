@@ -25,10 +25,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from almost_eval.arena.votes import VoteStore
 from serving.chat.arena import Arena
 from serving.chat.event_guard import EventGuard, unreadable
-from serving.chat.kept import ConversationStore, add_routes
+from serving.chat.kept import ConversationStore, add_routes, keeper_script
 from serving.chat.options import lines_of
 from serving.chat.session import Desk
-from serving.chat.shelf import keeper_script
 from serving.chat.tab_arena import ArenaTab
 from serving.chat.tab_chat import ChatTab
 from serving.chat.tab_compare import CompareTab

@@ -8,9 +8,9 @@ import gradio as gr
 from gradio.blocks import Block
 
 from serving.chat.conversation import Conversation, Settings
+from serving.chat.kept import OPEN, SHELF, kept_text, whereabouts
 from serving.chat.render import past_html
 from serving.chat.session import Desk
-from serving.chat.shelf import OPEN, SHELF, kept_text, whereabouts
 from serving.chat.widgets import button, question_box, raw_html
 
 ACT = """

@@ -12,10 +12,10 @@ from gradio.blocks import Block
 
 from serving.chat.client import EndpointError
 from serving.chat.conversation import MAX_TURNS, Conversation, Settings, too_long
+from serving.chat.kept import KEEP, LOAD, kept_text, record_of
 from serving.chat.layout import ChatLayout, best_of_slider
 from serving.chat.render import live_html, notice_html, past_html
 from serving.chat.session import BROKEN, BUSY, NotNow, Step, draw
-from serving.chat.shelf import KEEP, LOAD, kept_text, record_of
 from serving.chat.widgets import ANSWERING, QUICK, SETTLE_S, Update, asker_of
 from serving.gateway.events import joined
 

@@ -79,7 +79,8 @@ class Parameters:
         if name in _NEEDED:
             return None
         if name == RESPONSE_FORMAT:
-            is_schema = _format_type(sent[name]) == JSON_SCHEMA
+            stated = sent[name]
+            is_schema = isinstance(stated, Mapping) and stated.get("type") == JSON_SCHEMA
             self.changes[name] = JSON_OBJECT if is_schema and name not in self.changes else None
         elif name in _EXCHANGED and origin == name:
             self.changes[origin] = _EXCHANGED[name]
@@ -104,10 +105,6 @@ class Parameters:
         self.changes.update(changes)
 
 
-def _format_type(value: object) -> object:
-    return value.get("type") if isinstance(value, Mapping) else None
-
-
 def refused_parameter(sent: Mapping[str, object], refusal: object) -> str | None:
     """The parameter that an endpoint refuses to take, whatever envelope it says so in; None where it names none."""
     parts = [(key, text) for key, text in _parts(refusal) if key != "input"]  # pydantic repeats the value there
@@ -125,15 +122,11 @@ def refused_parameter(sent: Mapping[str, object], refusal: object) -> str | None
         if all(re.search(rf"\b{name}\b", text) for name in _BESIDE) and _BESIDE[1] in sent:
             return _BESIDE[1]
         # The parameter that stands nearest to the word of refusal: others may be named as what to use instead.
-        places = [(abs(at - refuses.start()), name) for name in sent for at in _places(name, _less_advice(text))]
+        less_advice = re.sub(r"\buse [^.]*?instead\b", "", text, flags=re.I)
+        places = [(abs(at - refuses.start()), name) for name in sent for at in _places(name, less_advice)]
         if places:
             return min(places)[1]
     return None
-
-
-def _less_advice(text: str) -> str:
-    """The text without what it says to use instead."""
-    return re.sub(r"\buse [^.]*?instead\b", "", text, flags=re.I)
 
 
 def _places(name: str, text: str) -> list[int]:
