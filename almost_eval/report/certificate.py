@@ -66,13 +66,9 @@ def columns(certificate: JSONMapping) -> list[tuple[str, JSONMapping]]:
     shown = [(certificate["new"], new)]
     if certificate["old"]:
         shown.append((certificate["old"], results[OLD]["metrics"]))
-    archived = {name.removeprefix("archived/"): metric for name, metric in new.items() if name.startswith("archived/")}
-    if archived:
+    if archived := {name.removeprefix("archived/"): new[name] for name in new if name.startswith("archived/")}:
         shown.append((f"{certificate['archive_judge']}, archived", archived))
-    people = {
-        f"human/{name.removeprefix('people/')}": metric for name, metric in new.items() if name.startswith("people/")
-    }
-    if people:
+    if people := {name.replace("people/", "human/"): new[name] for name in new if name.startswith("people/")}:
         shown.append(("people's votes", people))
     return shown
 
@@ -101,12 +97,11 @@ def _text(value: float | None, kind: str) -> str:
 def rows(certificate: JSONMapping) -> list[tuple[str, str, list[JSONMapping | None]]]:
     """(what it is called, its kind, the metric of each column), those that some column has."""
     shown = columns(certificate)
-    every = [
-        *((name, called, "number") for name, called in NUMBERS.items()),
-        *((name, called, "share") for name, called in SHARES.items()),
-        *((name, called, "difference") for name, called in DIFFERENCES.items()),
+    table = [
+        (called, kind, [metrics.get(name) for _, metrics in shown])
+        for kind, names in (("number", NUMBERS), ("share", SHARES), ("difference", DIFFERENCES))
+        for name, called in names.items()
     ]
-    table = [(called, kind, [metrics.get(name) for _, metrics in shown]) for name, called, kind in every]
     return [row for row in table if any(row[2])]
 
 

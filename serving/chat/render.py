@@ -183,7 +183,7 @@ def notice_html(sentence: str, kind: str = "error") -> str:
     return f'<div class="notice {kind}" role="{role}">{escape(sentence)}</div>' if sentence else ""
 
 
-def panel_html(reply: ChatReply | None, *, live: bool, heading: str = "", note: str = "") -> str:
+def panel_html(reply: ChatReply | None, *, live: bool, note: str = "") -> str:
     """One side of a comparison."""
     if reply is None:
         body = f'<p class="aside">{escape(note)}</p>' if note else ""
@@ -191,8 +191,7 @@ def panel_html(reply: ChatReply | None, *, live: bool, heading: str = "", note: 
         body = '<p class="aside pulse">Thinking</p>'
     else:
         body = reply_html(reply, live=live)
-    title = f"<h3>{escape(heading)}</h3>" if heading else ""
-    return f'<article class="panel">{title}{body}</article>'
+    return f'<article class="panel">{body}</article>'
 
 
 def _button(action: str, index: int, label: str, title: str) -> str:
