@@ -74,10 +74,6 @@ class Archive:
             return None
         return [sum(side) for side in zip(*(score for score in scores if score), strict=True)]
 
-    def as_reviews(self, verdicts: Sequence[Verdict | Unparsed | None]) -> list[Review]:
-        """What aggregation reads, with these verdicts; None is a review that could not be had."""
-        return [as_review(r.pair, self.baseline, self.model, v) for r, v in zip(self.reviews, verdicts, strict=True)]
-
 
 def as_review(pair: Pair, baseline: str, model: str, verdict: Verdict | Unparsed | None) -> Review:
     """A pair and its verdict as aggregation reads them."""
@@ -169,7 +165,8 @@ def aggregate_archives(
     rows = []
     for archive in archives:
         verdicts = archive.verdicts(prompts)
-        reviews = archive.as_reviews(verdicts)
+        judged = zip(archive.reviews, verdicts, strict=True)
+        reviews = [as_review(review.pair, archive.baseline, archive.model, verdict) for review, verdict in judged]
         results = aggregate(reviews, ties=ties, orders=orders)
         style = style_control(reviews, ties=ties, rng=np.random.default_rng(0))
         metrics = results.metrics | {STYLE_CONTROLLED: style.win_rate}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from starlette.exceptions import HTTPException
 
 from almost_eval.types import JSONObject
-from serving.gateway.candidates import CALLS_NOTE, Drawing, almost_of, calls_tools, choices_of, drawing_of, scored_text
+from serving.gateway.candidates import CALLS_NOTE, Drawing, almost_of, choices_of, drawing_of, scored_text
 from serving.gateway.errors import message_of, refusal
 from serving.gateway.metrics import Metrics
 from serving.gateway.racing import Race
@@ -69,7 +69,7 @@ class BestOf:
 
         # 2. The best.
         note = drawing.note
-        if drawn.fallback is None and any(calls_tools(choice["message"]) for choice in drawn.choices):
+        if drawn.fallback is None and any(choice["message"].get("tool_calls") for choice in drawn.choices):
             note = "; ".join(filter(None, [note, CALLS_NOTE]))
         almost = almost_of(drawn.scored, drawing.count, wanted, drawn.fallback, note)
         self._count(drawn)

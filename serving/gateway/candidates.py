@@ -101,11 +101,6 @@ def scored_text(message: Mapping[str, object]) -> tuple[str | None, str]:
     return joined("\n".join([*filter(None, [(content or "").strip()]), *written])), ""
 
 
-def calls_tools(message: Mapping[str, object]) -> bool:
-    """Whether `scored_text` writes tool calls."""
-    return bool(message.get("tool_calls"))
-
-
 def _written_call(function: Mapping[str, object]) -> str:
     arguments = function["arguments"]
     with suppress(ValueError, RecursionError):  # what is no JSON is scored as the model wrote it

@@ -219,8 +219,9 @@ class JudgeSession:
             if not isinstance(outcome, Reply) and outcome.reason == EXCHANGED and exchanges < MOST_EXCHANGES:
                 exchanges += 1
                 why = EXCHANGED
-                if (fatal := self._exchange(outcome, place.endpoint)) is not None:
-                    return fatal
+                self.means.keep_exchange(place.endpoint, outcome)
+                if (unbounded := self.means.unbounded(place.endpoint)) is not None:
+                    return replace(outcome, fatal=unbounded)
                 continue
             self.probed.set()
             if isinstance(outcome, Reply):
@@ -252,12 +253,6 @@ class JudgeSession:
                 await asyncio.wait_for(self.probed.wait(), PROBE)
             self.probed.set()
         self.is_probing = True
-
-    def _exchange(self, refusal: Trouble, endpoint: JudgeEndpoint) -> Trouble | None:
-        """Remember what an endpoint refuses; what ends the run where its replies have no bound that a budget needs."""
-        self.means.keep_exchange(endpoint, refusal)
-        unbounded = self.means.unbounded(endpoint)
-        return None if unbounded is None else replace(refusal, fatal=unbounded)
 
     def _tell_wait(self, trouble: Trouble) -> None:
         """Say for what and how long the run waits, once for each wait."""
