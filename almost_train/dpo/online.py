@@ -44,7 +44,7 @@ from almost_train.dpo.trainer import (
     shortened,
 )
 from almost_train.rlsf.job import refuse_empty_stop
-from almost_train.rlsf.log import refuse_non_finite
+from almost_train.rlsf.log import first_and_last, refuse_non_finite
 from almost_train.rlsf.run import dated_judge, fitting_prompts, plain_prompts, read_inputs
 from almost_train.sft.run import TrainingRow
 
@@ -146,7 +146,6 @@ def train_online_dpo(
         metrics: JSONObject = {}
         if is_main():
             log = read_rows(output / "log.jsonl")
-            part = max(1, len(log) // 10)
             metrics = {
                 "format": source.format,
                 "prompts": len(kept),
@@ -156,10 +155,8 @@ def train_online_dpo(
                 "steps": plan.steps,
                 "answer_tokens": round(sum(row["length"] * 2 * row["pairs"] for row in log)),
                 "ties": round(sum(row["ties"] for row in log)),
+                **first_and_last(log, ("reward", "reward_margin", "kl", "length", "ended")),
             }
-            for name in ("reward", "reward_margin", "kl", "length", "ended"):
-                for end, rows in (("first", log[:part]), ("last", log[-part:])):
-                    metrics[f"{name}_{end}"] = sum(row[name] for row in rows) / part
         return stage.finish(metrics, {MODEL: output / MODEL, "samples": output / "samples.jsonl"})
 
 

@@ -88,14 +88,7 @@ def certify(
 
 
 def truncated_weights(logprobs: Tensor, sampler_logprobs: Tensor, completion_mask: Tensor, cap: float) -> Tensor:
-    """(B, T) min(p_trainer / p_sampler, cap) of each token; 1 where `completion_mask` is False.
-
-    Args:
-        logprobs: (B, T) of the model in training before the update, nats.
-        sampler_logprobs: (B, T) of the engine that sampled.
-        completion_mask: (B, T)
-        cap: the largest weight.
-    """
+    """(B, T) min(p_trainer / p_sampler, cap) of each token; 1 where `completion_mask` is False. See `certify`."""
     log_ratio = torch.where(completion_mask, logprobs - sampler_logprobs, torch.zeros_like(logprobs))
     return log_ratio.exp().clamp(max=cap)
 

@@ -168,20 +168,17 @@ class StepLog:
 
 def sample_row(step: int, prompt_id: str, prompt: str, completion: str, reward: float, ended: bool) -> Row:
     """One line of `samples.jsonl`."""
-    return {
-        "step": step,
-        "id": prompt_id,
-        "prompt": prompt,
-        "completion": completion,
-        "reward": reward,
-        "ended": ended,
-    }
+    return {"step": step, "id": prompt_id, "prompt": prompt, "completion": completion, "reward": reward, "ended": ended}
 
 
 def summary(rows: Sequence[Row]) -> JSONObject:
     """Metrics of a whole run for `result.json`: means over the first and the last tenth of its steps."""
+    return first_and_last(rows, ("reward", "length_adjusted_reward", "kl", "entropy", "length", "ended"))
+
+
+def first_and_last(rows: Sequence[Row], names: Sequence[str]) -> JSONObject:
+    """`<name>_first` and `<name>_last`: means over the first and the last tenth of the rows; None without a number."""
     part = max(1, len(rows) // 10)
-    names = ("reward", "length_adjusted_reward", "kl", "entropy", "length", "ended")
     ends = {"first": rows[:part], "last": rows[-part:]}
     metrics: JSONObject = {}
     for name in names:

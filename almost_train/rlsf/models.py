@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -31,16 +31,15 @@ def load_policy(
     quantization: BitsAndBytesConfig | None = None,
 ) -> PreTrainedModel:
     """A causal LM without dropout: old and new log-probabilities must differ by the update alone."""
-    model = load_weights(
-        AutoModelForCausalLM,
-        checkpoint,
-        dtype=dtype,
-        device=device,
-        attention="auto",
-        trust_remote_code=False,
-        quantization=quantization,
-    )
-    return without_dropout(model)
+    return _still(AutoModelForCausalLM, checkpoint, device, dtype, quantization)
+
+
+def _still(
+    kind: Any, checkpoint: Checkpoint, device: str, dtype: torch.dtype, bits: BitsAndBytesConfig | None
+) -> PreTrainedModel:
+    """A model without dropout, by one of transformers' auto classes."""
+    options: dict[str, Any] = {"attention": "auto", "trust_remote_code": False, "quantization": bits}
+    return without_dropout(load_weights(kind, checkpoint, dtype=dtype, device=device, **options))
 
 
 def load_saved(folder: Path) -> PreTrainedModel:
@@ -115,7 +114,8 @@ def load_value_model(
         if quantization is None:
             model = without_dropout(copy.deepcopy(reward.model).float().to(device))
         else:
-            model = without_dropout(_quantized(reward.checkpoint, device, quantization))
+            kind = AutoModelForSequenceClassification
+            model = _still(kind, reward.checkpoint, device, torch.bfloat16, quantization)
         _add_rows(model, len(tokenizer))
         head = _head(model)
         assert head is not None  # or there were a reason
@@ -123,19 +123,6 @@ def load_value_model(
     held = torch.float32 if quantization is None else torch.bfloat16
     trunk = load_policy(policy, device, held, quantization).base_model
     return ValueModel(trunk), f"policy, head at zero: {reason}"
-
-
-def _quantized(reward: Checkpoint, device: str, quantization: BitsAndBytesConfig) -> PreTrainedModel:
-    model: PreTrainedModel = load_weights(
-        AutoModelForSequenceClassification,
-        reward,
-        dtype=torch.bfloat16,
-        device=device,
-        attention="auto",
-        trust_remote_code=False,
-        quantization=quantization,
-    )
-    return model
 
 
 def _head(model: PreTrainedModel) -> nn.Linear | None:

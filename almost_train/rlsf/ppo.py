@@ -59,25 +59,21 @@ class Advantages:
 
 
 @dataclass(frozen=True, slots=True)
-class PolicyLoss:
-    """Clipped surrogate loss of one batch."""
+class ClippedLoss:
+    """Loss of one batch, of either model."""
 
     loss: Tensor
     """Scalar, to be minimised."""
     clipped: Tensor
     """Scalar: tokens at which the clipped term was the one that counted."""
-    largest_ratio_error: Tensor
-    """Scalar: max |p / p_old - 1|."""
 
 
 @dataclass(frozen=True, slots=True)
-class ValueLoss:
-    """Clipped squared error of one batch."""
+class PolicyLoss(ClippedLoss):
+    """That of the policy."""
 
-    loss: Tensor
-    """Scalar, to be minimised."""
-    clipped: Tensor
-    """Scalar: tokens at which the clipped term was the one that counted."""
+    largest_ratio_error: Tensor
+    """Scalar: max |p / p_old - 1|."""
 
 
 # --- means under a mask ---
@@ -208,7 +204,7 @@ def policy_loss(
 
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, completion_mask: Tensor, clip: float, tokens: float
-) -> ValueLoss:
+) -> ClippedLoss:
     """Sum over tokens of max((V - R)^2, (V_clipped - R)^2) / 2 / `tokens`, V_clipped within `clip` of the old value.
 
     Args:
@@ -221,7 +217,7 @@ def value_loss(
     """
     near = old_values + (values - old_values).clamp(-clip, clip)
     plain, bounded = (values - returns) ** 2, (near - returns) ** 2
-    return ValueLoss(
+    return ClippedLoss(
         loss=masked_sum(torch.maximum(plain, bounded), completion_mask) / 2 / tokens,
         clipped=masked_sum((bounded > plain).to(values.dtype), completion_mask).detach(),
     )

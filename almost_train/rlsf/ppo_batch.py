@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from almost_eval.files import Row
@@ -16,13 +15,7 @@ from almost_train.rlsf.log import SAMPLES, refuse_non_finite, sample_row
 from almost_train.rlsf.models import completion_values, rescaled
 from almost_train.rlsf.ppo import Rollout
 from almost_train.rlsf.ppo_models import PPOModels, State
-from almost_train.rlsf.rollouts import (
-    batch_prompts,
-    collate,
-    completion_logits,
-    conversation,
-    shorten_for_reward,
-)
+from almost_train.rlsf.rollouts import batch_prompts, collate, completion_logits, conversation, shorten_for_reward
 from almost_train.rlsf.samplers import RolloutSampler
 
 
@@ -69,7 +62,8 @@ def collect(models: PPOModels, sampler: RolloutSampler, state: State) -> StepBat
     ]
     refuse_non_finite(step, "reward", rewards)
     # 2. Tensors, as wide on every process.
-    width = _most(models.accelerator, max(len(c.token_ids) for c in completions))
+    longest = torch.tensor([max(len(c.token_ids) for c in completions)], device=models.accelerator.device)
+    width = int(models.accelerator.gather(longest).max())
     widths = (max(len(p.token_ids) for p in everyone), width)
     ids = [prompt.token_ids for prompt in prompts]
     batch = collate(ids, [c.token_ids for c in completions], job.tokenizer, widths=widths)
@@ -125,8 +119,3 @@ def _token_numbers(models: PPOModels, tensors: dict[str, Tensor], width: int) ->
         for name, part in zip(parts, (logprobs, reference, entropy, values), strict=True):
             parts[name].append(part.float().masked_fill(~tensors["completion_mask"][some], 0.0))
     return {name: torch.cat(part) for name, part in parts.items()}
-
-
-def _most(accelerator: Accelerator, number: int) -> int:
-    """The largest of all processes' numbers."""
-    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,11 +27,11 @@ from almost_train.common.interrupts import what_is_kept
 from almost_train.common.lora import check_lora
 from almost_train.common.merge import training_base
 from almost_train.common.processes import SharedStage, is_main, shared_stage, world_size
+from almost_train.common.schedule import learning_rate_factor
 from almost_train.common.special_text import SpecialText, without_special
 from almost_train.common.stage import model_input
 from almost_train.common.tables import read_any
 from almost_train.common.templates import keep_template
-from almost_train.rlsf.growth import GROWS, as_never_stopped, growth_note, last_checkpoint
 from almost_train.rlsf.job import Job, RLSFSettings, check_settings
 from almost_train.rlsf.log import NotFinite
 
@@ -74,7 +75,7 @@ def rlsf(
     check_lora(settings, settings.device)
     settings = replace(settings, micro_batch_size=check_shares(settings, algorithm.update_size(settings)))
     source, inputs = read_inputs(prompts, policy, reward_model)
-    with shared_stage(output, "rlsf", settings, inputs, grows=GROWS) as stage:
+    with shared_stage(output, "rlsf", settings, inputs, grows=("steps",)) as stage:
         if stage.result is not None:
             return stage.result
         earlier = stage.grown.get("steps", [])
@@ -245,3 +246,48 @@ def dated_judge(checkpoint: Checkpoint, device: str, stage: SharedStage, *, dtyp
     judge = HFRewardModel(checkpoint, dtype=dtype, device=device)
     judge.template = stage.dated(judge.template, "reward_template")
     return judge
+
+
+# --- more steps for a run that has ended or was killed ---
+#
+# The schedule is that of the new number of steps, from the step at which the run goes on. The steps before had the
+# rates of the old number. Where these are the same (a constant rate, and no warm-up or one of the same length), the
+# result is that of a run which was never stopped; elsewhere it is not, and one line says so.
+
+
+def as_never_stopped(settings: RLSFSettings, earlier: Sequence[int]) -> bool:
+    """Whether all updates had the learning rate that a run of `settings.steps` gives them.
+
+    Args:
+        settings: with the new number of steps.
+        earlier: numbers of steps that the run had before, ascending.
+    """
+    updates = 1
+    if settings.algorithm == "ppo":
+        updates = settings.ppo_epochs * (settings.batch_size // settings.mini_batch_size)
+
+    def factor(update: int, steps: int) -> float:
+        return learning_rate_factor(update, steps * updates, settings.warmup_ratio, settings.schedule)
+
+    return all(
+        factor(update, steps) == factor(update, settings.steps)
+        for before, steps in pairwise([0, *earlier])
+        for update in range(before * updates, steps * updates)
+    )
+
+
+def growth_note(settings: RLSFSettings, earlier: Sequence[int]) -> str:
+    """One line for the user; see `as_never_stopped`."""
+    old, new = earlier[-1], settings.steps
+    if as_never_stopped(settings, earlier):
+        return f"{old} steps become {new}: the learning rates are those of a run of {new} steps from its start"
+    return (
+        f"{old} steps become {new}: the steps done had the learning rate of a run of {old} (warm-up and schedule), the "
+        f"others have that of a run of {new}; the result is not that of one run of {new} steps"
+    )
+
+
+def last_checkpoint(work: Path, steps: int) -> Path | None:
+    """The checkpoint after all steps, from which a run with more steps goes on."""
+    names = (f"step-{steps:06d}", f"checkpoint-{steps}")  # PPO's, and that of TRL's trainers
+    return next((work / name for name in names if (work / name).is_dir()), None)

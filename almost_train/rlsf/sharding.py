@@ -100,13 +100,10 @@ class Replicas:
             trained: the model.
             check: is called with the gradient's norm before the step; raises to keep the weights as they were.
         """
-        check(self._clipped_norm(trained))
+        norm: Any = torch.nn.utils.clip_grad_norm_(trained.plain.parameters(), self.max_grad_norm)
+        check(float(self._gathered(norm)))
         trained.optimizer.step()
         trained.optimizer.zero_grad()
-
-    def _clipped_norm(self, trained: Trained) -> float:
-        norm: Any = torch.nn.utils.clip_grad_norm_(trained.plain.parameters(), self.max_grad_norm)
-        return float(self._gathered(norm))
 
     def set_rate(self, trained: Trained, factor: float) -> None:
         """The next step's learning rate, as a share of the peak."""

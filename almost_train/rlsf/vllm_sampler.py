@@ -197,7 +197,7 @@ class ServerSampler:
         if self._sender is None:
             self._sender = self._make_sender(PolicyWeights(model))
         self._sender.send_weights()
-        if is_main() and self._post("/reset_prefix_cache").get("success") is not True:
+        if is_main() and self.post("/reset_prefix_cache").get("success") is not True:
             raise RunError(f"the server {self._address.shown} still holds keys and values of the old weights")
         wait_for_all()
 
@@ -227,7 +227,7 @@ class ServerSampler:
         settings, ends = self._job.settings, end_ids(model, self._job.tokenizer)
 
         def draw(ids: TokenIds, row: int) -> Sampled:
-            answer = self._post(
+            answer = self.post(
                 "/v1/completions",
                 {
                     "model": self._model,
@@ -255,11 +255,8 @@ class ServerSampler:
     def close(self) -> None:
         """The server goes on, with the policy as it is now."""
 
-    def post(self, path: str, body: Mapping[str, Any] | None = None) -> None:
-        """Tell the server something."""
-        self._post(path, body)
-
-    def _post(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def post(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Tell the server something; what it answers."""
         return self._ask("POST", path, body)
 
     def _ask(
@@ -302,4 +299,4 @@ class _ServerClient:
         self._server.post("/update_weights", {"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._server.post("/finish_weight_update", None)
+        self._server.post("/finish_weight_update")

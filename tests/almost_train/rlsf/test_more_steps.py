@@ -16,9 +16,8 @@ from almost_eval.errors import StoreError
 from almost_eval.files import read_json, read_rows
 from almost_eval.progress import PipeProgress
 from almost_train.common.stage import STATE, Stage
-from almost_train.rlsf.growth import as_never_stopped
 from almost_train.rlsf.job import RLSFSettings
-from almost_train.rlsf.run import rlsf
+from almost_train.rlsf.run import as_never_stopped, rlsf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
