@@ -98,8 +98,8 @@ def make_run(folder: Path, count: int) -> None:
         # What the changed numbers say, and what is stored, are to agree.
         from dataclasses import replace
 
+        from almost_eval.run.interview import score_texts
         from almost_eval.run.store import record_to_dict
-        from almost_eval.run.texts import score_texts
 
         records = [replace(one, score=score_texts(task, one.sample, one.outputs)) for one in records]
         write_rows(target / "samples.jsonl", map(record_to_dict, records))

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from almost_eval.judge.api.endpoint import THOUGHT_ONLY
 from almost_eval.judge.records import TOO_LONG, Question, Subject, Unparsed, Verdict
-from almost_eval.run.texts import CUT, REFUSED
+from almost_eval.run.interview import CUT, REFUSED
 from almost_eval.types import JSONObject, Message, SampleRecord
 
 UNANSWERED = frozenset({CUT, REFUSED, TOO_LONG})

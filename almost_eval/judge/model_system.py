@@ -23,7 +23,7 @@ from almost_eval.judge.records import TOO_LONG, Answer, Answers, AnswerTurn, Que
 from almost_eval.models.chat import ChatTemplate, load_template, special_tokens
 from almost_eval.models.reasoning import opens_thought, split_reasoning
 from almost_eval.progress import Progress
-from almost_eval.run.texts import split_completion, unscored_reason
+from almost_eval.run.interview import split_completion, unscored_reason
 from almost_eval.tasks.base import ReasoningRule
 from almost_eval.types import Completion, JSONObject, Message
 

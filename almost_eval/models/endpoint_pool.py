@@ -125,7 +125,8 @@ class EndpointPool(httpx.BaseTransport):
     def _readdressed(self, request: httpx.Request, member: _Member) -> httpx.Request:
         """The request as it is for this member: its address, its key."""
         first = self._members[0].address
-        here, there = _above(first), httpx.URL(_above(member.address))
+        # The addresses without `/v1`, so that what lies beside it moves too.
+        here, there = first.beside("/"), httpx.URL(member.address.beside("/"))
         path = str(request.url.raw_path, "ascii").removeprefix(httpx.URL(here).raw_path.decode("ascii").rstrip("/"))
         url = there.copy_with(raw_path=(there.raw_path.decode("ascii").rstrip("/") + path).encode("ascii"))
         headers = request.headers.copy()
@@ -134,11 +135,6 @@ class EndpointPool(httpx.BaseTransport):
             headers["authorization"] = f"Bearer {member.key}"
         assert isinstance(request.stream, httpx.SyncByteStream)
         return httpx.Request(request.method, url, headers=headers, stream=request.stream, extensions=request.extensions)
-
-
-def _above(address: EndpointAddress) -> str:
-    """The address without `/v1`, so that what lies beside it moves too."""
-    return address.beside("/")
 
 
 def _seconds(retry_after: str | None) -> float:

@@ -47,12 +47,7 @@ class EndpointAddress:
 
     @classmethod
     def parse(cls, url: str, option: str, example: str = "http://localhost:8000/v1") -> EndpointAddress:
-        """Check an address.
-
-        Args:
-            url: the address.
-            option: the name of the flag or argument, for the error.
-            example: an address that would do, for the error.
+        """Check an address; an error names the flag or argument `option`, and `example`, an address that would do.
 
         Raises:
             InputError: it is no http(s) address. It is not repeated, since it may be a key in the wrong place.
@@ -173,17 +168,7 @@ def sdk_client(
     headers: Mapping[str, str] | None = None,
     transport: httpx.BaseTransport | None = None,
 ) -> openai.OpenAI:
-    """The SDK's client.
-
-    Args:
-        address: the endpoint.
-        key: see `read_key`.
-        retries: of one request.
-        timeout: seconds that one answer may take.
-        query: see `async_sdk_client`, as for `headers`.
-        headers: see there.
-        transport: what sends the requests, in the place of the SDK's own.
-    """
+    """The SDK's client; see `async_sdk_client`. `retries` are of one request, `transport` replaces the SDK's own."""
     import openai
 
     client = None

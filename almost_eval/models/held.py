@@ -72,11 +72,7 @@ class HeldCheckpoint:
         self._not_compared: str | None = None
 
     def check_tensors(self, auto_class: str) -> None:
-        """Refuse weights that do not fit the model, from headers alone; `auto_class` of transformers would load them.
-
-        Raises:
-            ModelError: tensors are missing, have another shape, or are left over and not accepted.
-        """
+        """`refuse_tensors` for weights that `auto_class` of transformers would load, from headers alone."""
         tensors = compare_tensors(self.checkpoint, auto_class, trust_remote_code=self._trust_remote_code)
         refuse_tensors(self.checkpoint, tensors, allow_unused=self._allow_unused_weights)
         self.unused_weights = list(tensors.unused)

@@ -115,11 +115,7 @@ def compare_tensors(
 
 
 def check_weights(checkpoint: Checkpoint, auto_class: str) -> None:
-    """Refuse what does not fit the model exactly: for training, where nothing left over is accepted.
-
-    Raises:
-        ModelError: see `refuse_tensors`.
-    """
+    """`refuse_tensors` for training, where nothing left over is accepted."""
     refuse_tensors(checkpoint, compare_tensors(checkpoint, auto_class), allow_unused=False, flag=False)
 
 

@@ -1,6 +1,10 @@
 """What a run asks its model, sample by sample, and what the model answers: no folder, no spec, no results.
 
 Everything that can be refused is refused when an `Interview` is made: data, prompts and lengths come before weights.
+
+Thoughts are stored beside the answer, and never in its place. `Task.reasoning` says what becomes of a thought (see
+`models.reasoning`): `strip` scores the answer alone, `keep` the text as it is, `refuse` nothing. A thought that has no
+end has no answer after it: the sample is unscored, and counted.
 """
 
 from __future__ import annotations
@@ -13,19 +17,26 @@ from typing import Any, cast
 from almost_eval.engines.base import Described, SamplingParams
 from almost_eval.engines.partition import Partition, partition_lengths, partition_prompts, partition_requests
 from almost_eval.errors import InputError, TemplateError
+from almost_eval.models.reasoning import Reasoning, opens_thought, split_reasoning
 from almost_eval.run.prompts import Prepared, Prompt, SamplePrompts, describe, prepare
 from almost_eval.run.shards import Shard
-from almost_eval.run.texts import score_texts, text_outputs
-from almost_eval.tasks.base import GenerationRequest, Task, loglikelihood_outputs, reward_outputs
+from almost_eval.tasks.base import GenerationRequest, ReasoningRule, Task, loglikelihood_outputs, reward_outputs
 from almost_eval.types import (
+    Completion,
     ContinuationScore,
     Conversation,
     JSONMapping,
     JSONObject,
     LoglikelihoodRequest,
     Outputs,
+    Sample,
     Score,
 )
+
+CUT = "thought_cut"
+"""Why a sample is unscored: its thought was cut before an answer."""
+REFUSED = "thought"
+"""Why a sample is unscored: it holds a thought, and `--reasoning refuse`."""
 
 
 class Interview:
@@ -305,3 +316,48 @@ class Interview:
                 self.truncated[index] = full - needed
                 return request
         return None
+
+
+# --- what a model wrote ---
+
+
+def text_outputs(task: Task, prompt: str, completions: Sequence[Completion]) -> Outputs:
+    """Stored form of a sample's texts; `reasoning` and `thought_cut` are there where there is a thought."""
+    parts = [split_completion(task.reasoning, prompt, completion) for completion in completions]
+    outputs: Outputs = {
+        "completions": [part.answer for part in parts],
+        "finish_reasons": [completion.finish_reason for completion in completions],
+    }
+    if any(part.thought is not None for part in parts):
+        outputs |= {"reasoning": [part.thought for part in parts], CUT: [part.is_cut for part in parts]}
+    return outputs
+
+
+def score_texts(task: Task, sample: Sample, outputs: Outputs) -> Score:
+    """The task's score of stored outputs, of any kind; none where thoughts leave nothing to score."""
+    thoughts = outputs.get("reasoning", ())
+    if task.reasoning == "refuse" and any(thought is not None for thought in thoughts):
+        return Score(None, REFUSED)
+    if any(outputs.get(CUT, ())):
+        return Score(None, CUT)
+    return task.score(sample, outputs)
+
+
+def unscored_reason(rule: ReasoningRule, part: Reasoning) -> str | None:
+    """Why a text is not scored; None where it is."""
+    if rule == "refuse" and part.thought is not None:
+        return REFUSED
+    return CUT if part.is_cut else None
+
+
+def split_completion(rule: ReasoningRule, prompt: str, completion: Completion) -> Reasoning:
+    """The parts of one text; an endpoint may have delivered the thought in a field of its own."""
+    text, own = completion.text, completion.reasoning or None
+    if rule == "keep":
+        return Reasoning(text, own, False)
+    if own is not None:
+        part = split_reasoning(text)
+        thought = own if part.thought is None else f"{own}\n\n{part.thought}"
+        is_cut = part.is_cut or (not part.answer.strip() and completion.finish_reason == "length")
+        return Reasoning(part.answer, thought, is_cut)
+    return split_reasoning(text, opened=opens_thought(prompt))

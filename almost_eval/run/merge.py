@@ -103,11 +103,7 @@ def _joined(marks: Sequence[Mark]) -> tuple[JSONObject, JSONObject, str | None]:
 
 
 def _reported(mark: Mark) -> JSONObject:
-    """What a finished shard says of its engine and its times.
-
-    Raises:
-        StoreError: it says something else.
-    """
+    """What a finished shard says of its engine and its times; raises StoreError where it says something else."""
     finished = mark.finished or {}
     engine, timing = finished.get("engine"), finished.get("timing")
     if (

@@ -201,11 +201,7 @@ class SamplePrompts:
 
 
 def write_prompts(folder: Path, samples: Iterable[SamplePrompts]) -> None:
-    """Write `prompts.jsonl` unless it is there.
-
-    Raises:
-        RunError: the disk is full, or gone.
-    """
+    """Write `prompts.jsonl` unless it is there; raises RunError where the disk is full, or gone."""
     file = folder / PROMPTS
     if file.exists():
         return

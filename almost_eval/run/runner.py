@@ -130,21 +130,20 @@ def open_task(task: Task, request: RunRequest, model: Any = None) -> Run:
 def _scorer(request: RunRequest, model: Any) -> Any:
     if request.prompt_set:
         raise InputError("--prompt-set: a reward model reads the dialogue itself, so it takes no prompts")
-    template = _reward_template(request.template)
-    if model is not None:
-        return model
-    served = request.engine.engine == "openai"  # a server has one, whatever its name
-    return reward_model(request.model if served else request.model or DEFAULT_REWARD_MODEL, request.engine, template)
-
-
-def _reward_template(choice: str) -> ChatTemplate | str | None:
+    choice = request.template
     if choice == "none":
         raise InputError("--template none: a reward model reads a conversation, so it needs a template; use auto")
     if choice == "tokenizer":
         raise InputError("--template tokenizer: auto is the tokenizer's own for a reward model; leave it out")
+    template: ChatTemplate | str | None = None
     if choice.startswith("tokenizer:"):
-        return choice  # one of several: known where the tokenizer is
-    return None if choice == "auto" else load_template(choice, None)
+        template = choice  # one of several: known where the tokenizer is
+    elif choice != "auto":
+        template = load_template(choice, None)
+    if model is not None:
+        return model
+    served = request.engine.engine == "openai"  # a server has one, whatever its name
+    return reward_model(request.model if served else request.model or DEFAULT_REWARD_MODEL, request.engine, template)
 
 
 # --- the loop ---
@@ -201,10 +200,9 @@ class Run(Interview):
         return files
 
     def _refuse_changed(self, folder: Path) -> None:
-        """The checkpoint must still be what the spec says, or nobody knows which model gave which line.
+        """Raise RunError where a file of the checkpoint is another one than when this process began.
 
-        Raises:
-            RunError: a file of it is another one than when this process began.
+        Else nobody would know which model gave which line.
         """
         checkpoint = self.model.checkpoint
         was, now = self._model_files or {}, self._read_files() or {}
@@ -317,14 +315,7 @@ class Run(Interview):
 def whole_report(
     engine: JSONMapping, records: Sequence[SampleRecord], spec: JSONMapping, commit: str | None
 ) -> JSONObject:
-    """What the engine reported, with what the records of the whole run add to its warnings.
-
-    Args:
-        engine: its report.
-        records: of all samples.
-        spec: of the run, as it began.
-        commit: of the source tree that ended it.
-    """
+    """What the engine reported, with what the records of the whole run, and the `commit` that ended it, add."""
     warnings = list(engine["warnings"])
     texts = [record for record in records if record.outputs.get("finish_reasons")]
     if cut := sum("length" in record.outputs["finish_reasons"] for record in texts):

@@ -128,13 +128,7 @@ class StoredResults(Shape):
 
 
 def check_shape(value: JSONObject, shape: type[Shape], file: Path, mend: str) -> JSONObject:
-    """`value`, which `file` holds and which has this shape.
-
-    Args:
-        value: a JSON object.
-        shape: what it must have, with any other fields.
-        file: to name in an error.
-        mend: the end of the error: what to do.
+    """`value`, which `file` holds and which has this shape; `mend` is the end of an error: what to do.
 
     Raises:
         StoreError: it has another; the first field that is wrong is named.

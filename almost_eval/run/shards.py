@@ -96,11 +96,7 @@ class Mark:
     """What the shard reports of itself; None while samples are missing."""
 
     def write(self, finished: JSONMapping | None = None) -> Mark:
-        """Write it, and give it back as it now is.
-
-        Raises:
-            OSError: the folder cannot be written.
-        """
+        """Write it, and give it back as it now is; raises OSError where the folder cannot be written."""
         mark = self if finished is None else replace(self, finished=dict(finished))
         content = {
             "shard": self.shard.number,
@@ -184,11 +180,7 @@ def file_names(mark: Mark, key: str) -> list[str]:
 
 
 def refuse_shard(folder: Path) -> None:
-    """Refuse a shard where a whole run is wanted, or a folder that holds nothing but shards.
-
-    Raises:
-        StoreError: it is one; the message names `merge`.
-    """
+    """Raise StoreError for a shard where a whole run is wanted, and for a folder of nothing but shards: merge first."""
     if (folder / MARK).is_file():
         mark = read_mark(folder)
         raise StoreError(
@@ -209,12 +201,8 @@ def beginning(whole: Path, shard: Shard) -> Iterator[Path | None]:
         StoreError: see `locked_folder`.
     """
     with locked_folder(whole, "run", patience=600):
-        yield _begun(whole, shard)
-
-
-def _begun(whole: Path, shard: Shard) -> Path | None:
-    folders = [shard.folder(whole), *(Shard(number, shard.of).folder(whole) for number in range(1, shard.of + 1))]
-    return next((folder for folder in folders if (folder / "spec.json").is_file()), None)
+        every = [shard, *(Shard(number, shard.of) for number in range(1, shard.of + 1))]
+        yield next((one.folder(whole) for one in every if (one.folder(whole) / "spec.json").is_file()), None)
 
 
 def whole_folder(marks: Sequence[Mark], output: Path | None) -> Path:

@@ -30,12 +30,7 @@ NEW_RUN = "what made the samples is unknown without it: put back a whole copy of
 
 
 class RunChanged(StoreError):
-    """The folder holds another run.
-
-    Args:
-        folder: of the run.
-        change: what is other: `seed was 2, is 3`.
-    """
+    """The folder holds another run; `change` says what is other: `seed was 2, is 3`."""
 
     def __init__(self, folder: Path, change: str) -> None:
         super().__init__(f"{folder} holds another run: {change}; choose another --output")
@@ -53,6 +48,7 @@ class RunStore:
     Raises:
         RunChanged: the folder holds another run.
         StoreError: the folder is in use, or is not a run folder.
+        RunError: by whatever writes: the disk is full, or gone.
     """
 
     def __init__(
@@ -84,23 +80,15 @@ class RunStore:
         self._stack.close()
 
     def append(self, record: SampleRecord) -> None:
-        """Write one sample's line and hand it to the kernel: a killed process loses nothing that was appended.
-
-        Raises:
-            RunError: the disk is full, or gone.
-        """
+        """Write one sample's line and hand it to the kernel: a killed process loses nothing that was appended."""
         self._lines.append(record_to_dict(record))
         self.done[record.sample.id] = record
 
     def forget(self, ids: Iterable[str]) -> None:
-        """Take out the lines of these samples, which are to be computed anew: what failed may succeed now.
-
-        Raises:
-            RunError: see `append`.
-        """
+        """Take out the lines of these samples, which are to be computed anew: what failed may succeed now."""
         for id in ids:
             del self.done[id]
-        self._lines.rewrite(map(record_to_dict, self.done.values()))
+        self.adopt(self.done.values())
 
     def results(self, *keys: str) -> dict[str, Any] | None:
         """What an earlier process wrote into `results.json`, or None.
@@ -112,11 +100,7 @@ class RunStore:
         return read_json(file, *keys, mend=NEW_RESULTS) if file.exists() else None
 
     def adopt(self, records: Iterable[SampleRecord]) -> None:
-        """Take these records for all lines of the run, in the place of those that are there.
-
-        Raises:
-            RunError: see `append`.
-        """
+        """Take these records for all lines of the run, in the place of those that are there."""
         self.done = {record.sample.id: record for record in records}
         self._lines.rewrite(map(record_to_dict, self.done.values()))
 
@@ -124,22 +108,14 @@ class RunStore:
         """The records of these samples, those that are there; the file gets their order, and no other line.
 
         The order of the lines then tells nothing of batches, kills and shards: runs of one spec are equal as files.
-
-        Raises:
-            RunError: see `append`.
         """
         ordered = {id: self.done[id] for id in ids if id in self.done}
         if list(ordered) != list(self.done):
-            self._lines.rewrite(map(record_to_dict, ordered.values()))
-            self.done = ordered
+            self.adopt(ordered.values())
         return list(ordered.values())
 
     def finish(self, results: Mapping[str, Any]) -> None:
-        """Write `results.json`, whole or not at all.
-
-        Raises:
-            RunError: see `append`.
-        """
+        """Write `results.json`, whole or not at all."""
         self._lines.sync()
         try:
             write_json(self.folder / "results.json", results)

@@ -116,11 +116,7 @@ class Trackers:
 
 
 def log_results(folder: Path, results: JSONMapping, names: Sequence[str]) -> None:
-    """Log the metrics of a finished evaluation as step 0: `<task>/<protocol>/<metric>`, and its standard error.
-
-    Raises:
-        RunError: see `Trackers`; the results are on disk already.
-    """
+    """Log the metrics of a finished evaluation as step 0: `<task>/<protocol>/<metric>`, and its standard error."""
     row: JSONObject = {"step": 0}
     for name, metric in results["metrics"].items():
         at = f"{results['task']}/{results['protocol']}/{name}"

@@ -11,9 +11,9 @@ from typing import Any
 
 from almost_eval.data.sources import DataSource
 from almost_eval.errors import InputError, problem_of
+from almost_eval.run.interview import score_texts
 from almost_eval.run.runner import Run, summarise
 from almost_eval.run.store import read_results, read_samples, read_spec
-from almost_eval.run.texts import score_texts
 from almost_eval.run.validity import check
 from almost_eval.tasks.base import Task
 from almost_eval.tasks.registry import build_task

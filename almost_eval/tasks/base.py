@@ -18,6 +18,7 @@ from almost_eval.data.sources import DataSource
 from almost_eval.engines.base import SamplingParams
 from almost_eval.errors import InputError
 from almost_eval.models.chat import ChatTemplate, load_template, special_tokens
+from almost_eval.stats import mean_metric
 from almost_eval.tasks.facts import HubDataset, MetricGroup, NumberPanel, Preset, TaskSetting, Unit
 from almost_eval.types import (
     ContinuationScore,
@@ -32,7 +33,7 @@ from almost_eval.types import (
 
 Requires = Literal["loglikelihood", "generation", "reward"]
 ReasoningRule = Literal["strip", "keep", "refuse"]
-"""What becomes of a thought that a model wrote before its answer: see `run.texts`."""
+"""What becomes of a thought that a model wrote before its answer: see `run.interview`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,7 @@ class Task(ABC):
     protocol: str
     data: DataSource
     prompting: Prompting
+    _fingerprint: str
     version: int = 1
     """Raised whenever the same model and data would give another number."""
     unfit_is_unscored: bool = False
@@ -176,11 +178,7 @@ class Task(ABC):
         return [NumberPanel("continuations", "nats", rows)] if rows else []
 
     def check_prompting(self) -> None:
-        """Refuse settings that do not go with the template or the prompt set, both known by now.
-
-        Raises:
-            InputError: what does not go together.
-        """
+        """Raise InputError for settings that do not go with the template or the prompt set, both known by now."""
         return
 
     @abstractmethod
@@ -223,9 +221,9 @@ class Task(ABC):
     def settings(self) -> dict[str, Any]:
         """What, beyond name and protocol, changes the number: stored in the spec, and enough to rebuild the task."""
 
-    @abstractmethod
     def data_fingerprint(self) -> str:
-        """sha256 over the rows the samples were made from."""
+        """sha256 over the rows the samples were made from; where they are the data's own, `samples` notes it."""
+        return self._fingerprint
 
 
 def loglikelihood_outputs(scores: Sequence[Sequence[ContinuationScore]]) -> Outputs:
@@ -262,6 +260,11 @@ def choice_score(values: Sequence[float | None], gold: int, *, all_tied: float |
     if gold not in winners:
         return Score(0.0)
     return Score(1.0 / len(winners), "tied" if len(winners) > 1 else None)
+
+
+def accuracy(records: Sequence[SampleRecord]) -> Metric:
+    """The mean of the scores, with its interval by cluster."""
+    return mean_metric([r.score.value for r in records], [r.sample.cluster for r in records])
 
 
 def resolve_prompting(

@@ -29,14 +29,7 @@ from almost_eval.tasks.facts import TaskSetting
 from almost_eval.tasks.harness_groups import LmEvalTasks, group_headline, group_metrics, task_key
 from almost_eval.tasks.harness_prompts import DocumentChat, as_requests, lm_eval_instances
 from almost_eval.tasks.harness_sampling import harness_sampling
-from almost_eval.types import (
-    LoglikelihoodRequest,
-    Metric,
-    Outputs,
-    Sample,
-    SampleRecord,
-    Score,
-)
+from almost_eval.types import LoglikelihoodRequest, Metric, Outputs, Sample, SampleRecord, Score
 
 FEWSHOT_SEED = 1234
 """lm-eval's default, kept so that the same examples are drawn."""
@@ -186,7 +179,6 @@ class Harness(Task):
         self.prompting = prompting or Prompting()
         self.limit = limit
         self.chat = DocumentChat(fewshot_as_multiturn, system_instruction or None)
-        self._fingerprint = ""
         self._docs: dict[str, dict[str, Any]] = {}  # task -> sample id -> document
         self._rendered: dict[str, dict[str, list[tuple[Any, ...]]]] = {}  # task -> sample id -> arguments of requests
 
@@ -394,10 +386,6 @@ class Harness(Task):
             **({"reasoning": self.reasoning} if self.requires == "generation" else {}),
             **self.chat.settings(self.prompting, any(task.config.description for task in self.tasks.values())),
         }
-
-    def data_fingerprint(self) -> str:
-        """See `Task.data_fingerprint`."""
-        return self._fingerprint
 
 
 def _numbered(name: str) -> Iterator[str]:

@@ -49,11 +49,7 @@ def group_metrics(
 ) -> dict[str, Metric]:
     """`<group>/<metric>` of each group that has a score: lm-eval's value, with an interval by cluster.
 
-    Args:
-        groups: lm-eval's group objects by name.
-        tasks: lm-eval's task objects by name.
-        metrics: of the tasks.
-        records: of the tasks.
+    `groups` and `tasks` are lm-eval's objects by name, `metrics` and `records` those of the tasks.
     """
     members = {name: _as_lm_eval(name, task, metrics) for name, task in tasks.items()}
     scores: dict[str, Metric] = {}

@@ -19,18 +19,9 @@ from almost_eval.data.sources import DataSource, fingerprint, malformed
 from almost_eval.errors import InputError, did_you_mean
 from almost_eval.models.chat import dialogue_text, parse_dialogue, render_prompt
 from almost_eval.stats import mean_metric
-from almost_eval.tasks.base import Prompting, Task, choice_score
+from almost_eval.tasks.base import Prompting, Task, accuracy, choice_score
 from almost_eval.tasks.facts import HubDataset, MetricGroup, NumberPanel, Preset, TaskSetting
-from almost_eval.types import (
-    Conversation,
-    LoglikelihoodRequest,
-    Message,
-    Metric,
-    Outputs,
-    Sample,
-    SampleRecord,
-    Score,
-)
+from almost_eval.types import Conversation, LoglikelihoodRequest, Message, Metric, Outputs, Sample, SampleRecord, Score
 
 DATASET = "HuggingFaceH4/hhh_alignment"
 CATEGORIES = ("helpful", "harmless", "honest", "other")
@@ -96,7 +87,6 @@ class HHH(Task):
         self.prompting = prompting or Prompting()
         self.normalise = normalise
         self.limit = limit
-        self._fingerprint = ""
 
     @classmethod
     def build(
@@ -196,7 +186,11 @@ class HHH(Task):
 
     def metrics(self, records: Sequence[SampleRecord]) -> dict[str, Metric]:
         """`accuracy` and `accuracy/<category>`, intervals clustered by context."""
-        return _by_category("accuracy", records, [r.score.value for r in records])
+        metrics = {"accuracy": accuracy(records)}
+        for category in CATEGORIES:
+            if members := [record for record in records if record.sample.group == category]:
+                metrics[f"accuracy/{category}"] = accuracy(members)
+        return metrics
 
     def baselines(self, records: Sequence[SampleRecord]) -> dict[str, Metric]:
         """`longer response` (characters; a tie is half) and `first response` (whichever is shown first)."""
@@ -221,10 +215,6 @@ class HHH(Task):
         """See `Task.settings`."""
         return {"normalise": self.normalise, "limit": self.limit}
 
-    def data_fingerprint(self) -> str:
-        """See `Task.data_fingerprint`."""
-        return self._fingerprint
-
 
 def _both_orders(table: Sequence[Sequence[float | None]]) -> list[float | None]:
     """[[log P(A), log P(B)] with the first choice as A, the same with it as B] -> summed probability per choice."""
@@ -232,16 +222,6 @@ def _both_orders(table: Sequence[Sequence[float | None]]) -> list[float | None]:
     if a1 is None or b1 is None or a2 is None or b2 is None:
         return [None, None]
     return [math.exp(a1) + math.exp(b2), math.exp(b1) + math.exp(a2)]
-
-
-def _by_category(name: str, records: Sequence[SampleRecord], values: Sequence[float | None]) -> dict[str, Metric]:
-    metrics = {name: mean_metric(values, [r.sample.cluster for r in records])}
-    for category in CATEGORIES:
-        chosen = [i for i, record in enumerate(records) if record.sample.group == category]
-        if chosen:
-            clusters = [records[i].sample.cluster for i in chosen]
-            metrics[f"{name}/{category}"] = mean_metric([values[i] for i in chosen], clusters)
-    return metrics
 
 
 def _sample(category: str, number: int, row: dict[str, Any]) -> Sample:

@@ -17,18 +17,10 @@ from almost_eval.data.sources import DataSource, fingerprint, malformed
 from almost_eval.errors import DataError, InputError, did_you_mean
 from almost_eval.models.chat import fill
 from almost_eval.stats import mean_metric, mean_of_means
-from almost_eval.tasks.base import Prompting, Task, choice_score
+from almost_eval.tasks.base import Prompting, Task, accuracy, choice_score
 from almost_eval.tasks.facts import HubDataset, MetricGroup, NumberPanel, Preset, TaskSetting
 from almost_eval.tasks.harness_prompts import DocumentChat
-from almost_eval.types import (
-    LoglikelihoodRequest,
-    Message,
-    Metric,
-    Outputs,
-    Sample,
-    SampleRecord,
-    Score,
-)
+from almost_eval.types import LoglikelihoodRequest, Message, Metric, Outputs, Sample, SampleRecord, Score
 
 DATASET = "cais/mmlu"
 CATEGORIES = ("stem", "humanities", "social_sciences", "other")
@@ -103,7 +95,7 @@ class MMLU(Task):
         self.limit = limit
         self.chat = DocumentChat(fewshot_as_multiturn)
         self.chosen = list(subjects)
-        self._fingerprint = ""
+        self._shots_of: dict[str, list[dict[str, Any]]] = {}
 
     @classmethod
     def build(
@@ -202,10 +194,6 @@ class MMLU(Task):
             self._shots_of[subject] = rows[: self.shots]
         return self._shots_of[subject]
 
-    @cached_property
-    def _shots_of(self) -> dict[str, list[dict[str, Any]]]:
-        return {}
-
     def requests(self, sample: Sample, shots: int) -> list[LoglikelihoodRequest]:
         """One request: the shots and the question, with the four letters or the four choices."""
         row = {"question": sample.context[0].content, "choices": list(sample.choices), "answer": sample.gold}
@@ -257,11 +245,11 @@ class MMLU(Task):
             by_subject.setdefault(record.sample.group, []).append(record)
             by_category.setdefault(record.sample.metadata["category"], []).append(record)
         metrics = {
-            "accuracy": _accuracy(records),
+            "accuracy": accuracy(records),
             "accuracy_macro": mean_of_means({s: [r.score.value for r in rs] for s, rs in by_subject.items()}),
         }
         for name, members in [*by_category.items(), *by_subject.items()]:
-            metrics[f"accuracy/{name}"] = _accuracy(members)
+            metrics[f"accuracy/{name}"] = accuracy(members)
         return metrics
 
     def baselines(self, records: Sequence[SampleRecord]) -> dict[str, Metric]:
@@ -279,14 +267,6 @@ class MMLU(Task):
         chosen |= {"words": True} if self.words else {}
         return chosen if self._builtin else {**chosen, **self.chat.settings(self.prompting, has_description=True)}
 
-    def data_fingerprint(self) -> str:
-        """See `Task.data_fingerprint`."""
-        return self._fingerprint
-
-
-def _accuracy(records: Sequence[SampleRecord]) -> Metric:
-    return mean_metric([r.score.value for r in records], [r.sample.cluster for r in records])
-
 
 def _lm_eval_subjects() -> dict[str, str]:
     """Subject -> category for the 57 subjects, as lm-eval groups them; read from its task index, not by heart."""
@@ -301,19 +281,16 @@ def _lm_eval_subjects() -> dict[str, str]:
 
 
 def _sample(subject: str, category: str, number: int, row: dict[str, Any], split: str = "test") -> Sample:
+    def fail(problem: str) -> InputError:
+        return malformed(DATASET, f"{subject} ({split})", number + 1, problem)
+
     question, choices, answer = row.get("question"), row.get("choices"), row.get("answer")
-    problem = None
     if not isinstance(question, str) or not question.strip():
-        problem = "`question` is not a text"
-    elif not isinstance(choices, list) or len(choices) != 4 or not all(isinstance(c, str) for c in choices):
-        problem = "`choices` are not four texts"
-    elif not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < 4:
-        problem = f"`answer` is {answer!r}, not 0 to 3"
-    if problem is not None:
-        raise malformed(DATASET, f"{subject} ({split})", number + 1, problem)
-    assert isinstance(question, str)
-    assert isinstance(choices, list)
-    assert isinstance(answer, int)
+        raise fail("`question` is not a text")
+    if not isinstance(choices, list) or len(choices) != 4 or not all(isinstance(c, str) for c in choices):
+        raise fail("`choices` are not four texts")
+    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < 4:
+        raise fail(f"`answer` is {answer!r}, not 0 to 3")
     return Sample(
         id=f"{subject}/{number}",
         context=(Message("user", question),),

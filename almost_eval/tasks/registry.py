@@ -53,11 +53,7 @@ def task_classes() -> list[type[Task]]:
 def build_task(
     name: str, protocol: str, settings: Mapping[str, Any], data: DataSource, prompting: Prompting | None = None
 ) -> Task:
-    """The task that a spec describes; see `Task.build`.
-
-    Raises:
-        InputError: an unknown task, or settings it does not take.
-    """
+    """The task that a spec describes; see `task_class` and `Task.build`."""
     return task_class(name).build(protocol, settings, data, prompting)
 
 

@@ -21,15 +21,7 @@ from almost_eval.models.chat import render_prompt
 from almost_eval.stats import mean_metric
 from almost_eval.tasks.base import Prompting, Task, choice_score
 from almost_eval.tasks.facts import HubDataset, MetricGroup, NumberPanel, Preset, TaskSetting
-from almost_eval.types import (
-    LoglikelihoodRequest,
-    Message,
-    Metric,
-    Outputs,
-    Sample,
-    SampleRecord,
-    Score,
-)
+from almost_eval.types import LoglikelihoodRequest, Message, Metric, Outputs, Sample, SampleRecord, Score
 
 DATASET = "truthfulqa/truthful_qa"
 METRICS = ("mc1", "mc2", "mc1_true_prompt")
@@ -90,7 +82,6 @@ class TruthfulQA(Task):
         self.data = data
         self.prompting = prompting or Prompting()
         self.limit = limit
-        self._fingerprint = ""
 
     @staticmethod
     def check_metrics(metrics: Sequence[str]) -> None:
@@ -224,10 +215,6 @@ class TruthfulQA(Task):
     def settings(self) -> dict[str, Any]:
         """See `Task.settings`."""
         return {"metrics": list(self.wanted), "limit": self.limit}
-
-    def data_fingerprint(self) -> str:
-        """See `Task.data_fingerprint`."""
-        return self._fingerprint
 
 
 def true_mass(values: Sequence[float | None], labels: Sequence[int]) -> Score:

@@ -14,9 +14,9 @@ from almost_eval.data.sources import DataSource
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.openai import own_reasoning
 from almost_eval.engines.scripted import ScriptedEngine
+from almost_eval.run.interview import text_outputs
 from almost_eval.run.runner import Run
 from almost_eval.run.store import read_samples
-from almost_eval.run.texts import text_outputs
 from almost_eval.run.validity import parse_allowed
 from almost_eval.run.verify import verify_run
 from almost_eval.tasks.base import GenerationRequest, Prompting, ReasoningRule, Task
