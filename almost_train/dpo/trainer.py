@@ -50,11 +50,7 @@ class PreferenceSettings(TrainSettings):
 
 
 def check_loss(settings: PreferenceSettings) -> None:
-    """Refuse what does not go together.
-
-    Raises:
-        InputError: label smoothing for a loss that has none.
-    """
+    """Raise InputError for label smoothing with a loss that has none."""
     if settings.label_smoothing and settings.loss != "sigmoid":
         raise InputError(f"--label-smoothing belongs to the loss sigmoid, not to {settings.loss}; leave it out")
 

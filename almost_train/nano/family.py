@@ -35,9 +35,7 @@ MEMBERS = {
         "logits, higher is better.",
     ),
     "sft": Member(
-        "sft/model",
-        False,
-        "vanilla-medium, fine-tuned on the demonstrations of reward-model-guided self-play.",
+        "sft/model", False, "vanilla-medium, fine-tuned on the demonstrations of reward-model-guided self-play."
     ),
     "almost": Member(
         "rlsf/policy",
@@ -48,11 +46,7 @@ MEMBERS = {
 
 
 def collect(pipeline: Path, output: Path) -> list[Path]:
-    """Write `output/reward`, `output/sft` and `output/almost`.
-
-    Args:
-        pipeline: the folder of a finished `almost-train run nano`.
-        output: a folder that holds none of the three.
+    """Write `output/reward`, `output/sft` and `output/almost` from the folder of a finished `almost-train run nano`.
 
     Raises:
         InputError: a pipeline that is not finished, or a folder that is taken.

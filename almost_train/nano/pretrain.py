@@ -252,10 +252,7 @@ def _train(
 
     matrices = [weights for weights in model.parameters() if weights.dim() == 2]
     gains = [weights for weights in model.parameters() if weights.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": curriculum.weight_decay},
-        {"params": gains, "weight_decay": 0.0},
-    ]
+    groups = [{"params": matrices, "weight_decay": curriculum.weight_decay}, {"params": gains, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=curriculum.learning_rate, betas=(0.9, 0.98), fused=True)
     losses: list[float] = []
     tokens = 0

@@ -136,11 +136,7 @@ def read_comparisons(
 
 
 def read_pairs(source: Path | str, *, skip_empty: bool = False) -> PairFile:
-    """The comparisons of a file, or of a data set of the hub.
-
-    Raises:
-        InputError: there is none, or a row that cannot be read.
-    """
+    """The comparisons of a file, or of a data set of the hub; see `read_comparisons`."""
     table = read_any(source)
     preferences = read_preferences(table, skip_empty=skip_empty)
     pairs = [
@@ -158,11 +154,7 @@ def read_pairs(source: Path | str, *, skip_empty: bool = False) -> PairFile:
 
 
 def check_margins(source: Path | str, pairs: Sequence[RewardPair], *, used: bool | None) -> None:
-    """Refuse margins that the loss would ignore, and a loss with margins where a pair has none.
-
-    Raises:
-        DataError: either.
-    """
+    """Raise DataError for margins that the loss would ignore, and for a loss with margins where a pair has none."""
     lacking = sum(pair.margin is None for pair in pairs)
     if used and lacking:
         raise DataError(f"{lacking} of {len(pairs)} rows of {source} have no 'margin'; leave --margin out, or add it")

@@ -318,11 +318,7 @@ def _trainer(
 
 def _row(pair: RewardPair) -> Row:
     """As the trainer's collator takes it; its `weight` is the plan's."""
-    return {
-        "chosen_ids": list(pair.chosen_ids),
-        "rejected_ids": list(pair.rejected_ids),
-        "margin": pair.margin or 0.0,
-    }
+    return {"chosen_ids": list(pair.chosen_ids), "rejected_ids": list(pair.rejected_ids), "margin": pair.margin or 0.0}
 
 
 def _pair_losses(
@@ -344,12 +340,7 @@ def _held_out_sums(
     """Over the pairs of a batch; see `HeldOutRows`."""
     _, margin, losses = _pair_losses(model, inputs)
     weight = inputs["weight"]
-    return {
-        ITEMS: weight.sum(),
-        "loss": losses.sum(),
-        "accuracy": (margin > 0).sum(),
-        "margin": margin.sum(),
-    }
+    return {ITEMS: weight.sum(), "loss": losses.sum(), "accuracy": (margin > 0).sum(), "margin": margin.sum()}
 
 
 # --- how good it is ---

@@ -64,15 +64,8 @@ def sample_behind_headers(
 ) -> Mapping[int, list[int]]:
     """Number of a prompt -> the tokens drawn after it, for the prompts that share a header; the others are left out.
 
-    Args:
-        model: a causal LM, or one with an adapter of PEFT. None of its prompts is handled where it does not allow it.
-        tokenizer: its tokenizer.
-        prompts: token ids.
-        numbers: (B, T) uniform in [0, 1); T is the most tokens a completion may have.
-        ends: tokens that end a completion.
-        temperature: the logits are divided by it.
-        stop: strings that end a completion.
-        max_rows: rows in one batch.
+    None is handled where the model, a causal LM or one with an adapter of PEFT, does not allow it. `ends` are tokens
+    that end a completion; the others are as `rollouts.sample` takes them.
     """
     plain: Any = cast(Any, model).get_base_model() if hasattr(model, "peft_config") else model
     longest = max(len(ids) for ids in prompts) + numbers.shape[1]

@@ -245,11 +245,7 @@ def _check_sampler(settings: RLSFSettings) -> None:
     default, where = RLSFSettings(), settings.sampler
     of_vllm = ("parity_limit", "on_parity", "importance_cap")
     in_process, on_server = ("sampler_memory", "sampler_sleep"), ("sampler_url", "weight_transfer")
-    foreign = {
-        "transformers": (*of_vllm, *in_process, *on_server),
-        "vllm": on_server,
-        "vllm-server": in_process,
-    }[where]
+    foreign = {"transformers": (*of_vllm, *in_process, *on_server), "vllm": on_server, "vllm-server": in_process}[where]
     if names := [name for name in foreign if getattr(settings, name) != getattr(default, name)]:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in names)
         raise InputError(f"--sampler {where} takes no {flags}; leave it out, or choose another --sampler")

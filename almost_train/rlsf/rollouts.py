@@ -231,13 +231,7 @@ def shorten_for_reward(
 
     Counted in the reward model's tokens: the two tokenizers may differ, and even with one the text may be encoded in
     more tokens than were sampled. What is left is a sample of the policy with fewer new tokens. It has not ended, like
-    one that ran out of `max_new_tokens`.
-
-    Args:
-        completions: as sampled.
-        prompts: the dialogue before each; the reward model has room for each prompt with an empty answer.
-        reward: the reward model.
-        tokenizer: the policy's.
+    one that ran out of `max_new_tokens`. The reward model has room for each prompt with an empty answer.
     """
     lengths = reward.lengths([conversation(prompt, c.text) for prompt, c in zip(prompts, completions, strict=True)])
     return [

@@ -110,11 +110,7 @@ def rlsf(
 def read_inputs(
     prompts: Path | str, policy: str, reward_model: str
 ) -> tuple[Records[tuple[str, Conversation]], dict[str, Path | str]]:
-    """The prompts, and what a stage that samples answers to them is made of.
-
-    Raises:
-        DataError: prompts that cannot be read.
-    """
+    """The prompts, and what a stage that samples answers to them is made of."""
     table = read_any(prompts)
     inputs = {"prompts": table.input, "policy": model_input(policy), "reward_model": model_input(reward_model)}
     return read_prompt_rows(table), inputs
@@ -122,10 +118,6 @@ def read_inputs(
 
 def check_shares(settings: RLSFSettings, update: int) -> int:
     """Completions of one pass of a process: `micro_batch_size`, or less where an update has fewer for each process.
-
-    Args:
-        settings: of the run.
-        update: completions of one update.
 
     Raises:
         InputError: the processes cannot share an update in whole passes.
@@ -256,11 +248,9 @@ def dated_judge(checkpoint: Checkpoint, device: str, stage: SharedStage, *, dtyp
 
 
 def as_never_stopped(settings: RLSFSettings, earlier: Sequence[int]) -> bool:
-    """Whether all updates had the learning rate that a run of `settings.steps` gives them.
+    """Whether all updates had the learning rate that a run of `settings.steps`, the new number, gives them.
 
-    Args:
-        settings: with the new number of steps.
-        earlier: numbers of steps that the run had before, ascending.
+    `earlier` are the numbers of steps that the run had before, ascending.
     """
     updates = 1
     if settings.algorithm == "ppo":

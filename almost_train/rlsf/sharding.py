@@ -41,13 +41,7 @@ class Trained:
 
 
 class Replicas:
-    """Every process holds every model whole; gradients are averaged over the processes.
-
-    Args:
-        accelerator: of all processes.
-        weight_decay: AdamW's.
-        max_grad_norm: a model's gradient is scaled down to this norm.
-    """
+    """Every process holds every model whole; gradients are averaged over the processes, and clipped by model."""
 
     sharded = False
     """Whether a process holds only a share of a model."""

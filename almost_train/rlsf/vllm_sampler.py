@@ -149,12 +149,7 @@ def logprobs_modes(temperature: float) -> tuple[str, ...]:
 
 
 def server_problem(config: JSONObject | None, settings: RLSFSettings) -> str | None:
-    """Why a server cannot be sampled from in training, or None.
-
-    Args:
-        config: vLLM's whole configuration, as its `/server_info` gives it; None where it gives none.
-        settings: of the run.
-    """
+    """Why a server cannot be sampled from in training, or None; `config` is vLLM's own, as `/server_info` gives it."""
     if config is None:
         return _NO_WEIGHTS
     mode = config["model_config"]["logprobs_mode"]

@@ -83,10 +83,8 @@ def self_play(
         DataError: prompts that are missing, empty or malformed.
     """
     progress = progress or Progress()
-    roles = {
-        "assistant": _few_shot(settings.assistant_demonstrations, settings.shots, demonstrations),
-        "user": _few_shot(settings.user_demonstrations, settings.shots, demonstrations),
-    }
+    names = {"assistant": settings.assistant_demonstrations, "user": settings.user_demonstrations}
+    roles = {role: _few_shot(name, settings.shots, demonstrations) for role, name in names.items()}
     if reward_model is None and (not settings.unguided or settings.min_reward is not None):
         raise InputError("self-play needs a reward model to choose by; give one, or play with unguided and no floor")
     kept_out = read_held_out(held_out)
@@ -117,14 +115,15 @@ def self_play(
             turns.unlink(missing_ok=True)
             return stage.result
         # 1. Every model is checked, none is loaded.
-        names = {"assistant": settings.assistant_model, "user": settings.user_model}
-        engines = {name: engine_for(name) for name in dict.fromkeys(names.values())}
-        for role, name in names.items():
-            pin_dtype(stage, f"{role}_model", engines[name])
+        models = {"assistant": settings.assistant_model, "user": settings.user_model}
+        by_name = {model: engine_for(model) for model in dict.fromkeys(models.values())}
+        engines = {role: by_name[model] for role, model in models.items()}
+        for role, engine in engines.items():
+            pin_dtype(stage, f"{role}_model", engine)
         judge = (reward_for or _hf_reward)(reward_model) if reward_model else None
         # 2. Turn by turn, all dialogues at once.
         with RowLog(turns) as log:
-            play = Play(settings, roles, {role: engines[names[role]] for role in names}, judge, log, progress, kept_out)
+            play = Play(settings, roles, engines, judge, log, progress, kept_out)
             for turn in range(1, settings.max_turns + 1):
                 play.assistant_turn(turn, dialogues)
                 if turn < settings.max_turns:

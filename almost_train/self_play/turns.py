@@ -75,7 +75,8 @@ class Play:
             for number, completion in enumerate(completions[dialogue.id]):
                 reward, unscored = scores[dialogue.id][number]
                 broken = broken_rule(completion, dialogue.turns) or (None if self.settings.unguided else unscored)
-                rows.append(_candidate_row(completion, reward, broken))
+                text, ended = completion.text.strip(), completion.finish_reason
+                rows.append({"text": text, "finish_reason": ended, "reward": reward, "rejected": broken})
                 if broken is None and (chosen is None or self._beats(reward, rows[chosen]["reward"])):
                     chosen = number
             self.candidates.append({"id": dialogue.id, "turn": turn, "candidates": rows, "chosen": chosen})
@@ -181,11 +182,6 @@ def _rewards(
         reward = None if why else next(rewards)
         finite = reward is not None and math.isfinite(reward)
         yield (reward, None) if finite else (None, why or "non_finite_reward")
-
-
-def _candidate_row(completion: Completion, reward: float | None, broken: str | None) -> Row:
-    text = completion.text.strip()
-    return {"text": text, "finish_reason": completion.finish_reason, "reward": reward, "rejected": broken}
 
 
 def _fit(engine: GenerationEngine, texts: Sequence[str], new_tokens: int) -> list[bool]:

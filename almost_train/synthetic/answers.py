@@ -77,11 +77,7 @@ class AnswerFiles:
 
 
 class _Answers(RowIndex):
-    """One file: its rows are checked, and what tells their prompts apart is kept.
-
-    Raises:
-        DataError: absent, empty or malformed; an id twice; a row without an answer.
-    """
+    """One file: its rows are checked, and what tells their prompts apart is kept."""
 
     def __init__(self, file: Path) -> None:
         self._unanswered: int | None = None  # number of the first row without an answer

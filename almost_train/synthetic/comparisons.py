@@ -207,11 +207,7 @@ class _Funnel:
         }
 
     def finish(self, stage: Stage, more: Mapping[str, object]) -> JSONObject:
-        """Write the outputs; `more` goes into the metrics.
-
-        Raises:
-            RunError: no pair is left.
-        """
+        """Write the outputs; `more` goes into the metrics. Raises RunError where no pair is left."""
         files = {name: stage.folder / f"{name}.jsonl" for name in ("comparisons", "comparisons.rejected")}
         dropped = self._rows(np.flatnonzero(self._fates), lambda i: {"reason": self._reasons[self._fates[i] - 1]})
         write_rows(files["comparisons.rejected"], dropped)
@@ -273,12 +269,7 @@ class _Funnel:
 
 
 class _Rewards:
-    """Raw logits of the answers in kept pairs, by the as-is reward model.
-
-    Args:
-        funnel: the pairs.
-        log: the rewards that an earlier process wrote down; those of this one are added.
-    """
+    """Raw logits of the answers in kept pairs, by the as-is reward model; `log` has those of an earlier process."""
 
     def __init__(self, funnel: _Funnel, log: LineWriter) -> None:
         self._funnel = funnel

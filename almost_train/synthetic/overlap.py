@@ -80,7 +80,8 @@ class OverlapIndex:
         """Every later prompt is compared with this one, too."""
         code = "".join([self._codes.setdefault(token, chr(len(self._codes) + 1)) for token in tokens(text)])
         self._places.setdefault(len(code), len(self._places))
-        self._bands.setdefault(_band_of(len(code)), _Band()).add(self._added, code)
+        # Prompts of similar length are in one index: the shortest of it says how many lists need not be walked.
+        self._bands.setdefault(len(code).bit_length(), _Band()).add(self._added, code)
         self._added += 1
 
     def nearest(self, text: str) -> Overlap | None:
@@ -127,11 +128,6 @@ class OverlapIndex:
         while total and (2 * least / total < self.threshold or 2 * least / total <= beaten):
             least += 1
         return least
-
-
-def _band_of(length: int) -> int:
-    """Prompts of similar length are in one index: the shortest of it says how many lists need not be walked."""
-    return length.bit_length()
 
 
 def _elements(code: str) -> Iterator[tuple[str, int]]:

@@ -86,11 +86,7 @@ class SeedSet:
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def demonstration_set(self, name: str) -> DemonstrationSet:
-        """The set of that name.
-
-        Raises:
-            DataError: there is none.
-        """
+        """The set of that name; raises DataError where there is none."""
         if name not in self.demonstrations:
             known = did_you_mean(name, self.demonstrations)
             raise DataError(f"prompt set {self.name!r} has no demonstrations {name!r}; {known}")
@@ -98,11 +94,7 @@ class SeedSet:
 
 
 def load_seed_set(name: str, data: DataSource) -> SeedSet:
-    """The prompt set `official`, `builtin` or `nano`.
-
-    Args:
-        name: of the set.
-        data: where to look for the official files first.
+    """The prompt set `official`, `builtin` or `nano`; official files are looked for in `data` first.
 
     Raises:
         DataError: an unknown name; or official files that cannot be had or are not the pinned ones.

@@ -24,7 +24,7 @@ import re
 import string
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -128,11 +128,7 @@ def synthesize_prompts(
 
 
 def check_shots(settings: PromptSettings, seeds: SeedSet) -> None:
-    """Refuse more shots than there are seed prompts.
-
-    Raises:
-        InputError: there are fewer.
-    """
+    """Raise InputError for more shots than there are seed prompts."""
     if settings.shots > len(seeds.seed_prompts):
         raise InputError(
             f"--shots {settings.shots} is more than the {len(seeds.seed_prompts)} seed prompts of {seeds.name!r}"
@@ -140,11 +136,7 @@ def check_shots(settings: PromptSettings, seeds: SeedSet) -> None:
 
 
 class _Texts:
-    """Texts by number, in a file without a name: it is gone when this is closed, or the process. Eight bytes each.
-
-    Args:
-        folder: whose disk it is on.
-    """
+    """Texts by number, in a file without a name: it is gone when this is closed, or the process. Eight bytes each."""
 
     def __init__(self, folder: Path) -> None:
         self._stream = TemporaryFile(dir=folder)  # noqa: SIM115 - closed in __exit__
@@ -270,7 +262,9 @@ class _Mine:
         files = {"prompts": stage.folder / "prompts.jsonl", "rejected": stage.folder / "prompts.rejected.jsonl"}
         texts = (self.texts[number] for number in range(len(self.seeds.seed_prompts), len(self.texts)))
         write_rows(files["prompts"], ({"id": f"p{i:05d}", "prompt": text} for i, text in enumerate(texts, 1)))
-        write_rows(files["rejected"], self._rejections())
+        rounds = (row for _, row in iterate_rows(self.log.file))
+        judged = ({"round": row["round"], **candidate} for row in rounds for candidate in row["candidates"])
+        write_rows(files["rejected"], (row for row in judged if row["reason"] is not None))
         metrics = {
             "prompts": self.kept,
             "rounds": self.rounds,
@@ -321,12 +315,6 @@ class _Mine:
         self.new.append(row["new"])
         self.candidates += len(row["candidates"])
         self.reasons.update(one["reason"] for one in row["candidates"] if one["reason"] is not None)
-
-    def _rejections(self) -> Iterator[Row]:
-        for _, row in iterate_rows(self.log.file):
-            for candidate in row["candidates"]:
-                if candidate["reason"] is not None:
-                    yield {"round": row["round"], **candidate}
 
 
 def request_text(instruction: str, shots: Iterable[str]) -> str:

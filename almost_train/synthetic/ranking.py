@@ -90,12 +90,8 @@ def ranked_pairs(
 ) -> list[RankedPair]:
     """Every pair of configurations of different rank, with the reason where it is dropped.
 
-    Args:
-        prompt_id: of the prompt that all answer.
-        answers: by configuration; all of the ranking.
-        ranking: best first.
-        length_rule: step 3 of the module's text.
-        one_win_a_rank: step 4.
+    `answers` are by configuration, all of the ranking. `length_rule` is step 3 of the module's text, `one_win_a_rank`
+    step 4.
     """
     ordered = [(rank, answers[name]) for rank, group in enumerate(ranking) for name in group]
     long_enough = _long_enough([answer for _, answer in ordered])

@@ -223,10 +223,6 @@ def merge_responses(marks: Sequence[Mark], output: Path) -> JSONObject:
 class _Joined:
     """The answers of one configuration in all shards, in the order of the prompts.
 
-    Args:
-        marks: of all shards, which have every place among them.
-        name: of the configuration.
-
     Raises:
         StoreError: a row that is none of the shard's, or one that is missing.
     """

@@ -55,11 +55,7 @@ class RowIndex:
         return self.places.size
 
     def read(self, numbers: Iterable[int]) -> Iterator[Row]:
-        """These rows, one after the other.
-
-        Raises:
-            DataError: the file was changed since.
-        """
+        """These rows, one after the other; raises DataError where the file was changed since."""
         with self.file.open("rb") as stream:
             for number in numbers:
                 yield row_at(stream, int(self.places[number]))
@@ -72,11 +68,7 @@ class RowIndex:
         return np.where(self.ids[self._order[at]] == ids, self._order[at], -1)
 
     def check_prompts(self) -> None:
-        """Refuse a file that is not one row for each prompt.
-
-        Raises:
-            DataError: it is empty, or has an id twice.
-        """
+        """Raise DataError for a file that is empty, or has an id twice: it must have one row for each prompt."""
         if not len(self):
             raise DataError(f"{self.file} is empty; mine prompts first")
         _, firsts, counts = np.unique(self.ids, return_index=True, return_counts=True)

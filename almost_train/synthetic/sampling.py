@@ -14,9 +14,7 @@ EngineFactory = Callable[[str], GenerationEngine]
 
 def pin_dtype(stage: Stage, what: str, engine: GenerationEngine) -> None:
     """Hold a stage to the dtype of its engine, which `auto` settles by the machine; an endpoint's is its own affair.
-
-    Raises:
-        StageChanged: the stage began in another.
+    Raises StageChanged where the stage began in another.
     """
     if dtype := getattr(engine, "dtype", None):
         stage.pin(f"dtype of {what}", str(dtype))
