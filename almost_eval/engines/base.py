@@ -6,9 +6,10 @@ that is not one token) is known after `encode`, before a single weight is read.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 
 from almost_eval.types import Completion, ContinuationScore, EngineReport, JSONObject, LoglikelihoodRequest
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:  # the command line imports this file; prefix.py imports numpy
 
 RequestScores = list[ContinuationScore]
 """One score per continuation of a request, in its order."""
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,7 @@ class LoglikelihoodEngine(Protocol):
         """Token ids of every request, context and continuation encoded jointly. Loads no weights."""
         ...
 
+    @abstractmethod
     def stream(
         self, requests: Sequence[EncodedRequest], wanted: Collection[int] | None = None
     ) -> Iterator[tuple[int, RequestScores]]:
@@ -107,14 +110,16 @@ class LoglikelihoodEngine(Protocol):
         ...
 
     def loglikelihood(self, requests: Sequence[LoglikelihoodRequest]) -> list[RequestScores]:
-        """Scores of all requests, in order."""
-        ...
+        """Scores of all requests, in order; raises as `stream` does."""
+        scores = dict(self.stream(self.encode(requests)))
+        return [scores[i] for i in range(len(requests))]
 
 
 @runtime_checkable
 class GenerationEngine(Protocol):
     """Continues prompts."""
 
+    @abstractmethod
     def stream_completions(
         self, prompts: Sequence[str], params: SamplingParams
     ) -> Iterator[tuple[int, list[Completion]]]:
@@ -127,5 +132,23 @@ class GenerationEngine(Protocol):
         ...
 
     def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[list[Completion]]:
-        """`params.n` completions for each rendered prompt, in order."""
-        ...
+        """`params.n` completions for each rendered prompt, in order; raises as `stream_completions` does."""
+        done = dict(self.stream_completions(prompts, params))
+        return [done[i] for i in range(len(prompts))]
+
+
+def collected(
+    parts: Iterable[tuple[tuple[int, int], Part]], sizes: Mapping[int, int]
+) -> Iterator[tuple[int, list[Part]]]:
+    """Yield (index, its parts in their order) as soon as the last of them is there.
+
+    Args:
+        parts: (index, number of the part) and the part, in any order.
+        sizes: index -> how many parts it has.
+    """
+    there: dict[int, dict[int, Part]] = {}
+    for (index, number), part in parts:
+        there.setdefault(index, {})[number] = part
+        if len(there[index]) == sizes[index]:
+            whole = there.pop(index)
+            yield index, [whole[i] for i in range(len(whole))]

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from almost_eval.engines.base import GenerationEngine, LoglikelihoodEngine
 from almost_eval.errors import InputError, MissingDependencyError, did_you_mean
 from almost_eval.models.loading import Purpose
+from almost_eval.nano import BUILT_IN
 from almost_eval.types import JSONObject
 
 if TYPE_CHECKING:  # the command line imports this file
     from almost_eval.models.held import HeldCheckpoint
     from almost_eval.workers.pool import Pool
-    from almost_eval.workers.work import ServantRecipe
+    from almost_eval.workers.work import Servant, Transport
 
 ENGINES: dict[str, str] = {
     "hf": "almost_eval.engines.hf:HFEngine",
@@ -38,6 +40,9 @@ PACKAGES: dict[str, tuple[str, str]] = {
     "openai": ("openai", "pip install 'openai>=2.0'"),
 }
 """Name of an engine -> the optional package it needs, and the line that installs it."""
+
+_LIBRARIES = ("torch", "transformers.modeling_utils", "transformers.models.auto.auto_factory")
+"""What is imported before workers are forked."""
 
 T = TypeVar("T")
 
@@ -296,11 +301,9 @@ def _build(
         engine.check()
     if alone == options:
         return engine
-    from almost_eval.engines import pooled
+    from almost_eval.engines.pooled import EngineServant, PooledEngine
 
-    arguments = pooled.recipe_arguments(engine, arguments, takes_device=options.engine == "hf")
-    recipe = pooled.EngineRecipe(cls, pooled.model_for_workers(model), arguments)
-    return pooled.PooledEngine(engine, pool_of(engine, recipe, options))
+    return PooledEngine(engine, open_pool(engine, EngineServant, model, arguments, options))
 
 
 def one_process(options: EngineOptions) -> EngineOptions:
@@ -320,18 +323,47 @@ def one_process(options: EngineOptions) -> EngineOptions:
     return alone
 
 
-def pool_of(model: HeldCheckpoint, recipe: ServantRecipe, options: EngineOptions) -> Pool:
-    """The workers that the options describe; see `pooled.open_pool`."""
-    from almost_eval.engines import pooled
+def open_pool(
+    model: HeldCheckpoint, servant: Callable[[Any], Servant], name: str, arguments: JSONObject, options: EngineOptions
+) -> Pool:
+    """The workers that `--workers` and `--ray` describe; they start with the first stream.
 
+    Args:
+        model: the model in this process.
+        servant: makes of it what a worker holds.
+        name: what the model was opened by.
+        arguments: what else it was opened with.
+        options: which engine, and how.
+
+    Raises:
+        InputError: there is no room for so many workers.
+        MissingDependencyError: Ray is not installed.
+    """
+    from almost_eval.engines.pooled import ModelRecipe, identity_of
+    from almost_eval.workers.local import LocalTransport
+    from almost_eval.workers.pool import Pool
+    from almost_eval.workers.ray import RayTransport
+    from almost_eval.workers.size import local_share, requested
+
+    # What `auto` stands for here: what is recorded is what runs.
+    arguments = {**arguments, "dtype": model.dtype, **({"device": model.device} if options.engine == "hf" else {})}
+    if name not in BUILT_IN and Path(name).is_dir():
+        name = str(Path(name).resolve())  # a worker may be in another folder
+    recipe = ModelRecipe(servant, type(model), name, arguments)
     gpus_each = options.tensor_parallel_size * options.pipeline_parallel_size * options.data_parallel_size
-    is_auto = options.device == "auto"
-    return pooled.open_pool(
-        model,
-        recipe,
-        options.workers,
-        options.ray,
-        gpus_each=gpus_each,
-        is_auto=is_auto,
-        silence_s=options.worker_timeout,
-    )
+    transport: Transport
+    if options.ray is None:
+        assert options.workers is not None
+        share = local_share(options.workers, model.device, gpus_each)
+        transport = LocalTransport(
+            recipe, share.workers, threads=share.threads, devices=share.devices, modules=_LIBRARIES
+        )
+        return Pool(transport, silence_s=options.worker_timeout)
+    on_gpu = model.device.startswith("cuda")
+    transport = RayTransport(recipe, requested(options.workers), address=options.ray, gpus=gpus_each if on_gpu else 0)
+    if options.device == "auto" and not on_gpu and transport.has_gpus:
+        raise InputError(
+            "--ray: the cluster has GPUs and this machine has none, so the model would run on CPUs: run the command on "
+            "a node with a GPU, or give --device cpu"
+        )
+    return Pool(transport, identity_of(model), silence_s=options.worker_timeout)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Unpack
 
-from almost_eval.engines.base import RequestScores, SamplingParams
+from almost_eval.engines.base import GenerationEngine, LoglikelihoodEngine, SamplingParams
 from almost_eval.engines.prefix import EncodedRequest, Ids, TokenEncoder
 from almost_eval.engines.rolling import encode_rolling
 from almost_eval.errors import InputError
 from almost_eval.models.checkpoint import Checkpoint, context_length
 from almost_eval.models.held import HeldCheckpoint, HeldOptions, shorter_context
-from almost_eval.types import Completion, EngineReport, LoglikelihoodRequest
+from almost_eval.types import EngineReport, LoglikelihoodRequest
 
 
-class CheckpointEngine(HeldCheckpoint, ABC):
+class CheckpointEngine(HeldCheckpoint, LoglikelihoodEngine, GenerationEngine):
     """A causal language model in this process; a subclass computes it. Config and tokenizer load at once.
 
     Args:
@@ -62,8 +61,6 @@ class CheckpointEngine(HeldCheckpoint, ABC):
         """Joint encoding on this tokenizer."""
         return TokenEncoder(self.tokenizer)
 
-    # --- log-likelihoods ---
-
     def encode(self, requests: Sequence[LoglikelihoodRequest]) -> list[EncodedRequest]:
         """Token ids of every request. Loads no weights."""
         whole = iter(self.encoder.encode([request for request in requests if not request.rolling]))
@@ -71,17 +68,6 @@ class CheckpointEngine(HeldCheckpoint, ABC):
             encode_rolling(self.encoder, request, self.context_length) if request.rolling else next(whole)
             for request in requests
         ]
-
-    def loglikelihood(self, requests: Sequence[LoglikelihoodRequest]) -> list[RequestScores]:
-        """Scores of all requests, in order; raises as `stream` does."""
-        scores = dict(self.stream(self.encode(requests)))
-        return [scores[i] for i in range(len(requests))]
-
-    @abstractmethod
-    def stream(
-        self, requests: Sequence[EncodedRequest], wanted: Collection[int] | None = None
-    ) -> Iterator[tuple[int, RequestScores]]:
-        """Yield (index, scores) of each wanted request as soon as it is known; see `LoglikelihoodEngine.stream`."""
 
     def _refuse_long(self, requests: Sequence[EncodedRequest]) -> int:
         """Positions of the longest request.
@@ -93,19 +79,6 @@ class CheckpointEngine(HeldCheckpoint, ABC):
         if longest > self.context_length:
             raise InputError(f"a request of {longest} tokens does not fit the context of {self.context_length}")
         return longest
-
-    # --- generation ---
-
-    @abstractmethod
-    def stream_completions(
-        self, prompts: Sequence[str], params: SamplingParams
-    ) -> Iterator[tuple[int, list[Completion]]]:
-        """Yield (index, `params.n` completions) of each rendered prompt; see `GenerationEngine.stream_completions`."""
-
-    def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[list[Completion]]:
-        """`params.n` completions for each rendered prompt, in order; raises as `stream_completions` does."""
-        done = dict(self.stream_completions(prompts, params))
-        return [done[i] for i in range(len(prompts))]
 
     def _prompt_ids(self, prompts: Sequence[str], params: SamplingParams) -> list[Ids]:
         """Token ids of each prompt.

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from almost_eval.engines.base import collected
 from almost_eval.engines.hf_attention import BLOCK, ChunkPlan, LastLayer, attending
 from almost_eval.engines.hf_head import HALF, Head, corrected
 from almost_eval.engines.prefix import (
@@ -262,9 +263,16 @@ class PlainScorer:
         """False where this model's answer changes with left padding: then only rows of one length share a batch."""
         self.limits_used: Limits | None = None
 
-    @torch.inference_mode()
     def stream(self, requests: Sequence[EncodedRequest], wanted: Collection[int], limits: Limits) -> Results:
         """Yield each wanted request when its last continuation is known; longest rows first."""
+        sizes = {r: len(requests[r].continuations) for r in wanted}
+        return collected(self._scores(requests, sizes.keys(), limits), sizes)
+
+    @torch.inference_mode()
+    def _scores(
+        self, requests: Sequence[EncodedRequest], wanted: Collection[int], limits: Limits
+    ) -> Iterator[tuple[tuple[int, int], ContinuationScore]]:
+        """((request, number of its continuation), score) of the wanted requests."""
         owners: dict[tuple[bytes, int], list[tuple[int, int]]] = {}
         items: dict[tuple[bytes, int], EncodedContinuation] = {}
         for r, request in enumerate(requests):
@@ -273,12 +281,10 @@ class PlainScorer:
                 items.setdefault(key, continuation)
                 owners.setdefault(key, []).append((r, c))
         keys = sorted(items, key=lambda k: (-items[k].n_positions, k))
-        left = {r: len(requests[r].continuations) for r in wanted}
-        scores: dict[int, dict[int, ContinuationScore]] = {r: {} for r in wanted}
         at = 0
         while at < len(keys):
             batch = self._batch(keys, at, items, limits)
-            if any(r in left for key in batch for r, _ in owners[key]):
+            if any(r in wanted for key in batch for r, _ in owners[key]):
                 try:
                     results = self._forward([items[key] for key in batch])
                 except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -289,13 +295,7 @@ class PlainScorer:
                     limits = smaller
                     continue
                 for key, score in zip(batch, results, strict=True):
-                    for r, c in owners[key]:
-                        if r in left:
-                            scores[r][c] = score
-                            left[r] -= 1
-                            if left[r] == 0:
-                                done = scores.pop(r)
-                                yield r, [done[c] for c in range(len(done))]
+                    yield from (((r, c), score) for r, c in owners[key] if r in wanted)
             at += len(batch)
         self.limits_used = limits
 

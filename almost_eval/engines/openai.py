@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from almost_eval.engines.base import SamplingParams
+from almost_eval.engines.base import GenerationEngine, SamplingParams, collected
 from almost_eval.engines.openai_client import OpenAIClient
 from almost_eval.engines.seeding import request_seed
 from almost_eval.types import Completion, JSONObject
@@ -21,7 +21,7 @@ MAX_STOPS = 4
 """Stop strings that OpenAI's protocol takes; any more are looked for here."""
 
 
-class OpenAIEngine(OpenAIClient):
+class OpenAIEngine(OpenAIClient, GenerationEngine):
     """A model behind an OpenAI-compatible endpoint; arguments and errors are `OpenAIClient`'s.
 
     `Completion.token_ids` is empty: the protocol does not tell. A completion is as reproducible as the server's seeds.
@@ -50,12 +50,9 @@ class OpenAIEngine(OpenAIClient):
         self.check()
         draws = params.n if params.temperature > 0 else 1  # greedy completions are all the same
         jobs = itertools.product(range(len(prompts)), range(draws))
-        done: dict[int, dict[int, Completion]] = {}
-        for (p, c), completion in self.ask_all(jobs, lambda job: self._complete(prompts[job[0]], job[1], params)):
-            done.setdefault(p, {})[c] = completion
-            if len(done[p]) == draws:
-                whole = done.pop(p)
-                yield p, [whole[i % draws] for i in range(params.n)]
+        completions = self.ask_all(jobs, lambda job: self._complete(prompts[job[0]], job[1], params))
+        for p, drawn in collected(completions, dict.fromkeys(range(len(prompts)), draws)):
+            yield p, [drawn[i % draws] for i in range(params.n)]
 
     def sent_prompt(self, prompt: str) -> str | list[int]:
         """A rendered prompt as it is sent: the text, which the server encodes with its own special tokens in front."""
@@ -68,11 +65,6 @@ class OpenAIEngine(OpenAIClient):
     def text_of(self, choice: Any) -> str:
         """The text of a choice of the answer, as the server decoded it."""
         return choice.text or ""
-
-    def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[list[Completion]]:
-        """`params.n` completions for each rendered prompt, in order; raises as `stream_completions` does."""
-        done = dict(self.stream_completions(prompts, params))
-        return [done[i] for i in range(len(prompts))]
 
     def _complete(self, prompt: str, number: int, params: SamplingParams) -> Completion:
         import openai

@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from almost_eval.engines.base import RequestScores, SamplingParams
+from almost_eval.engines.base import LoglikelihoodEngine, RequestScores, SamplingParams, collected
 from almost_eval.engines.decoding import decode, marks
 from almost_eval.engines.openai import OpenAIEngine
 from almost_eval.engines.openai_client import EndpointModel
@@ -41,7 +41,7 @@ _BEYOND = {"ids": 1, "echo": 2}
 continuation's last, which is then part of the prompt."""
 
 
-class OpenAIScorer(OpenAIEngine):
+class OpenAIScorer(OpenAIEngine, LoglikelihoodEngine):
     """`OpenAIEngine` that knows its tokens: it scores as well as it generates.
 
     Args:
@@ -264,11 +264,6 @@ class OpenAIScorer(OpenAIEngine):
             )
         return encode_rolling(self.encoder, request, self.context_length)
 
-    def loglikelihood(self, requests: Sequence[LoglikelihoodRequest]) -> list[RequestScores]:
-        """Scores of all requests, in order; raises as `stream` does."""
-        scores = dict(self.stream(self.encode(requests)))
-        return [scores[i] for i in range(len(requests))]
-
     def stream(
         self, requests: Sequence[EncodedRequest], wanted: Collection[int] | None = None
     ) -> Iterator[tuple[int, RequestScores]]:
@@ -292,14 +287,8 @@ class OpenAIScorer(OpenAIEngine):
         self._report.tokens_plain, self._report.tokens_in_trie = trie.tokens_plain, len(trie)
         wanted = sorted(range(len(requests)) if wanted is None else wanted)
         yield from scores_of_nothing(requests, wanted)
-        missing = {index: len(requests[index].continuations) for index in wanted}
-        scores: dict[int, dict[int, ContinuationScore]] = {index: {} for index in wanted}
-        for (index, number), score in self._scores(requests, wanted):
-            scores[index][number] = score
-            missing[index] -= 1
-            if missing[index] == 0:
-                whole = scores.pop(index)
-                yield index, [whole[i] for i in range(len(whole))]
+        sizes = {index: len(requests[index].continuations) for index in wanted}
+        yield from collected(self._scores(requests, wanted), sizes)
 
     def _scores(
         self, requests: Sequence[EncodedRequest], wanted: Sequence[int]

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from almost_eval.engines.base import RequestScores, SamplingParams
+from almost_eval.engines.base import RequestScores, SamplingParams, collected
 from almost_eval.engines.checkpoint_engine import CheckpointEngine
 from almost_eval.engines.decoding import decode, marks
 from almost_eval.engines.prefix import EncodedRequest, scores_of_nothing
@@ -189,18 +188,25 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
             for p, prompt in enumerate(prompts)
             for c in range(draws)
         }
+        completions = self._completions(requests, params, ends)
+        for p, drawn in collected(completions, dict.fromkeys(range(len(prompts)), draws)):
+            yield p, [drawn[i % draws] for i in range(params.n)]
+
+    def _completions(
+        self, requests: Requests, params: SamplingParams, ends: Collection[int]
+    ) -> Iterator[tuple[tuple[int, int], Completion]]:
+        """((prompt, number of its completion), completion) as they end; a request is named by both numbers."""
         thought = marks(self.tokenizer)
-        done: dict[int, dict[int, Completion]] = {}
         for name, output in self.results(requests):
             p, c = map(int, name.split("/"))
-            completion = _completion(output.outputs[0], ends)
-            if not thought.keys().isdisjoint(completion.token_ids):  # vLLM skips them, as it does all special tokens
-                text = decode(self.tokenizer, completion.token_ids)
-                completion = replace(completion, text=text[: first_stop(text, params.stop)])
-            done.setdefault(p, {})[c] = completion
-            if len(done[p]) == draws:
-                whole = done.pop(p)
-                yield p, [whole[i % draws] for i in range(params.n)]
+            one = output.outputs[0]
+            ids, text = tuple(one.token_ids), one.text
+            if ids and ids[-1] in ends:
+                ids = ids[:-1]
+            if not thought.keys().isdisjoint(ids):  # vLLM skips them, as it does all special tokens
+                text = decode(self.tokenizer, ids)
+                text = text[: first_stop(text, params.stop)]
+            yield (p, c), Completion(text, ids, "stop" if one.finish_reason == "stop" else "length")
 
     def _sampling(self, prompt: str, number: int, params: SamplingParams, ends: Collection[int]) -> Params:
         import vllm
@@ -228,10 +234,3 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
         if file.is_file():
             own = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id", own)
         return end_ids(own, self.tokenizer, stop)
-
-
-def _completion(output: Output, ends: Collection[int]) -> Completion:
-    ids = tuple(output.token_ids)
-    if ids and ids[-1] in ends:
-        ids = ids[:-1]
-    return Completion(output.text, ids, "stop" if output.finish_reason == "stop" else "length")

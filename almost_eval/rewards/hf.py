@@ -141,7 +141,7 @@ class HFRewardModel(CheckpointRewardModel):
         sample are in neighbouring batches: see `rewards.batches`.
 
         Raises:
-            InputError: see `score`; raised before any weight is loaded.
+            InputError: see `distinct`; raised before any weight is loaded.
         """
         from almost_eval.engines.hf_loglikelihood import out_of_memory
 

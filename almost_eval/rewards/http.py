@@ -24,7 +24,7 @@ from almost_eval.engines.openai_client import EndpointModel, OpenAIClient, post_
 from almost_eval.errors import InputError, ModelError
 from almost_eval.models.chat import ChatTemplate, dialogue_text
 from almost_eval.models.endpoints import EndpointAddress
-from almost_eval.rewards.base import ARCHITECTURES
+from almost_eval.rewards.base import ARCHITECTURES, StreamedRewards
 from almost_eval.rewards.hf import HFRewardModel
 from almost_eval.types import Conversation, JSONObject, Message
 
@@ -80,7 +80,7 @@ class _Server:
         return version is not None and (int(version[1]), int(version[2])) >= (0, 31)
 
 
-class HTTPRewardModel(OpenAIClient):
+class HTTPRewardModel(OpenAIClient, StreamedRewards):
     """A reward model behind an address, or behind several that serve the same.
 
     Args:
@@ -303,23 +303,20 @@ class HTTPRewardModel(OpenAIClient):
 
     # --- rewards ---
 
-    def score(self, conversations: Sequence[Conversation]) -> list[float]:
-        """Raw logits, in order; NaN for a conversation that the server refuses, which `warnings` then tells.
-
-        Raises:
-            InputError: see `check`.
-            RunError: the server still fails after the retries.
-        """
-        rewards = dict(self.stream(conversations))
-        return [rewards[i] for i in range(len(conversations))]
-
     def stream(
         self,
         conversations: Sequence[Conversation],
         wanted: Collection[int] | None = None,
         sample_of: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, float]]:
-        """Yield (index, reward) of each wanted conversation as soon as it is known; raises as `score` does."""
+        """Yield (index, reward) of each wanted conversation as soon as it is known.
+
+        The reward is NaN for a conversation that the server refuses, which `warnings` then tells.
+
+        Raises:
+            InputError: see `check`.
+            RunError: the server still fails after the retries.
+        """
         self.warnings = []
         owners: dict[Conversation, list[int]] = {}
         for index in sorted(range(len(conversations)) if wanted is None else wanted):

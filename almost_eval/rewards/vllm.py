@@ -106,7 +106,7 @@ class VLLMRewardModel(HoldsLLM, CheckpointRewardModel):
         Unlike `HFRewardModel`, vLLM forms its batches from what is wanted: a resumed run is equal up to rounding.
 
         Raises:
-            InputError: see `score`; raised before any weight is loaded.
+            InputError: see `distinct`; raised before any weight is loaded.
             ModelError: vLLM cannot run the model, or it gives more than one number for a text.
         """
         owners = self.distinct(conversations)

@@ -168,7 +168,7 @@ def _as_parts(engine: Any, requests: Sequence[EncodedRequest]) -> Iterator[None]
     from almost_eval.engines.hf import HFEngine
     from almost_eval.engines.pooled import PooledEngine
 
-    engine = engine.engine if isinstance(engine, PooledEngine) else engine  # which says it to its workers
+    engine = engine.reader if isinstance(engine, PooledEngine) else engine  # which says it to its workers
     if not isinstance(engine, HFEngine):
         yield
         return
