@@ -70,12 +70,7 @@ def match_votes(votes: Sequence[Vote], pairs: Iterable[Pair]) -> MatchedVotes:
 
 
 def corrected(
-    folder: Path,
-    votes: Sequence[Vote],
-    *,
-    ties: Ties | None = None,
-    orders: Orders = "both",
-    family: str | None = None,
+    folder: Path, votes: Sequence[Vote], *, ties: Ties | None = None, orders: Orders = "both", family: str | None = None
 ) -> JSONObject:
     """The results of `judge.results.redraw` with two more metrics, and under `votes` how they came about.
 

@@ -7,9 +7,9 @@ that is not one token) is known after `encode`, before a single weight is read.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from almost_eval.types import Completion, ContinuationScore, EngineReport, JSONObject, LoglikelihoodRequest
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:  # the command line imports this file; prefix.py imports numpy
 
 RequestScores = list[ContinuationScore]
 """One score per continuation of a request, in its order."""
-Part = TypeVar("Part")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,20 +134,3 @@ class GenerationEngine(Protocol):
         """`params.n` completions for each rendered prompt, in order; raises as `stream_completions` does."""
         done = dict(self.stream_completions(prompts, params))
         return [done[i] for i in range(len(prompts))]
-
-
-def collected(
-    parts: Iterable[tuple[tuple[int, int], Part]], sizes: Mapping[int, int]
-) -> Iterator[tuple[int, list[Part]]]:
-    """Yield (index, its parts in their order) as soon as the last of them is there.
-
-    Args:
-        parts: (index, number of the part) and the part, in any order.
-        sizes: index -> how many parts it has.
-    """
-    there: dict[int, dict[int, Part]] = {}
-    for (index, number), part in parts:
-        there.setdefault(index, {})[number] = part
-        if len(there[index]) == sizes[index]:
-            whole = there.pop(index)
-            yield index, [whole[i] for i in range(len(whole))]

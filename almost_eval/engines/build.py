@@ -130,12 +130,7 @@ class EngineOptions:
         None, "hf, vllm: tokens in a forward pass.", engines=["hf", "vllm"], kind=int, least=1, is_auto=True
     )
     max_length: int | None = _option(
-        None,
-        "Context length, below the model's own.",
-        engines=["hf", "vllm"],
-        to_score=["openai"],
-        kind=int,
-        least=2,
+        None, "Context length, below the model's own.", engines=["hf", "vllm"], to_score=["openai"], kind=int, least=2
     )
     """For openai: below the server's."""
     share_prefixes: bool = _option(True, "hf: compute shared prefixes once.", engines=(), to_score=["hf"], kind=bool)
@@ -146,11 +141,7 @@ class EngineOptions:
         1, "vllm: devices that share the layers out.  [1]", engines=["vllm"], kind=int, least=1
     )
     data_parallel_size: int = _option(
-        1,
-        "vllm: refused above 1; workers or a server copy the model.  [1]",
-        engines=["vllm"],
-        kind=int,
-        least=1,
+        1, "vllm: refused above 1; workers or a server copy the model.  [1]", engines=["vllm"], kind=int, least=1
     )
     """vLLM's own copies of a model are processes behind its server; the error says what to do instead."""
     quantization: str | None = _option(

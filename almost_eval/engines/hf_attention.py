@@ -77,7 +77,7 @@ class ChunkPlan:
     ) -> None:
         self._allowed = allowed
         self._masks = masks
-        self._kind_of = {_identity(mask): kind for kind, mask in masks.items()}
+        self._kind_of = {identity(mask): kind for kind, mask in masks.items()}
         self._rows = rows
         self._last = last
         self._block = block
@@ -87,7 +87,7 @@ class ChunkPlan:
 
     def blocks(self, mask: torch.Tensor | None, module: nn.Module) -> list[Block] | None:
         """The blocks for a layer that was handed `mask`, or None where that is no mask of this plan."""
-        if mask is None or (kind := self._kind_of.get(_identity(mask))) is None:
+        if (kind := self._kind_of.get(identity(mask))) is None:
             return None
         rows = self._rows if module is self._last else None
         key = (kind, rows is not None)
@@ -123,9 +123,14 @@ class ChunkPlan:
         return slice(end - size, end)
 
 
-def _identity(mask: torch.Tensor) -> tuple[int, tuple[int, ...], torch.dtype]:
-    # Not `id`: models may hand their layers a view of the mask that they got.
-    return mask.data_ptr(), tuple(mask.shape), mask.dtype
+def additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask of the same shape as `seen` (bool), to be added to the scores of attention."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+def identity(tensor: torch.Tensor | None) -> tuple[int, tuple[int, ...], torch.dtype] | None:
+    """The same for a tensor and for views of all of it: models may hand their layers a view of what they got."""
+    return None if tensor is None else (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype)
 
 
 _plan: ContextVar[ChunkPlan | None] = ContextVar("plan of the chunk that is being computed", default=None)
@@ -256,29 +261,38 @@ def attending(model: CausalLM, plan: ChunkPlan) -> Iterator[None]:
     Nothing changes for a model that does not take its attention from transformers' registry, or uses another than
     `sdpa`.
     """
-    config = model.config.get_text_config()
-    if config._attn_implementation != "sdpa" or not _takes_registered_attention(model):
+    if model.config.get_text_config()._attn_implementation != "sdpa" or not takes_registered_attention(model):
         yield
         return
     token = _plan.set(plan)
     try:
-        config._attn_implementation = NAME
-        yield
+        with attending_by(model, NAME, visible_attention):
+            yield
     finally:
-        config._attn_implementation = "sdpa"
         _plan.reset(token)
 
 
-def _takes_registered_attention(model: CausalLM) -> bool:
+def takes_registered_attention(model: CausalLM) -> bool:
+    """Whether a model takes its attention from transformers' registry."""
     ask = getattr(type(model), "_can_set_attn_implementation", None)
-    if ask is None or not ask():
-        return False
+    return ask is not None and bool(ask())
+
+
+@contextmanager
+def attending_by(model: CausalLM, name: str, attention: Callable[..., Any]) -> Iterator[None]:
+    """Register an attention function, and let the model's layers attend by it; its setting is then as it was."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, visible_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    return True
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    try:
+        config._attn_implementation = name
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 @dataclass(frozen=True, slots=True)

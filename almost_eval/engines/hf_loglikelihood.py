@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from almost_eval.engines.base import collected
-from almost_eval.engines.hf_attention import BLOCK, ChunkPlan, LastLayer, attending
-from almost_eval.engines.hf_head import HALF, Head, corrected
+from almost_eval.engines.checkpoint_engine import collected
+from almost_eval.engines.hf_attention import BLOCK, ChunkPlan, LastLayer, additive, attending
+from almost_eval.engines.hf_float32 import HALF, Head, corrected
 from almost_eval.engines.prefix import (
     Chunk,
     Collector,
@@ -190,7 +190,7 @@ class SharedPrefixScorer:
             rows = np.array([0])
         read = torch.from_numpy(rows).to(self.device)  # (rows,)
         allowed = self._visible(depth, end)
-        masks = {kind: self._additive(seen) for kind, seen in allowed.items()}
+        masks = {kind: additive(seen, self.dtype)[None, None] for kind, seen in allowed.items()}
         last = self.last_layer
         few = read if last is not None and len(rows) < len(token) else None
         plan = ChunkPlan(allowed, masks, rows=few, last=last.attention if last else None, block=self.block)
@@ -222,11 +222,6 @@ class SharedPrefixScorer:
         near = allowed & (depth[:, None] - key_depth[None] < self.window.size)
         by_kind = {"full_attention": allowed, "sliding_attention": near}
         return {kind: by_kind[kind] for kind in self.window.layer_types or ("sliding_attention",)}
-
-    def _additive(self, allowed: torch.Tensor) -> torch.Tensor:
-        """(1, 1, n, past + n) mask to be added to the scores."""
-        mask = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device)
-        return mask.masked_fill_(~allowed, torch.finfo(self.dtype).min)[None, None]
 
     def _advance(self, trie: TokenTrie, chunk: Chunk, cache: Cache) -> None:
         """Leave in the cache the path to the next chunk. A skipped chunk left no keys: zeros hold their place.
@@ -322,14 +317,8 @@ class PlainScorer:
 
     def _forward(self, batch: list[EncodedContinuation]) -> list[ContinuationScore]:
         device = self.model.device
-        inputs = [np.concatenate([c.prefix, c.scored])[:-1] for c in batch]
-        longest = max(len(ids) for ids in inputs)
+        ids, real = padded_left([np.concatenate([c.prefix, c.scored])[:-1] for c in batch], self.pad_id)
         keep = max(len(c.scored) for c in batch)
-        ids = torch.full((len(batch), longest), self.pad_id, dtype=torch.long)  # (B, T), padded on the left
-        real = torch.zeros((len(batch), longest), dtype=torch.long)  # (B, T), 1 on tokens that are no padding
-        for row, values in enumerate(inputs):
-            ids[row, longest - len(values) :] = torch.from_numpy(values.astype(np.int64))
-            real[row, longest - len(values) :] = 1
         extra: dict[str, torch.Tensor] = {}  # each (B, T)
         if self.padding:
             extra["position_ids"] = (real.cumsum(1) - 1).clamp(min=0).to(device)
@@ -343,6 +332,17 @@ class PlainScorer:
             logprob, greedy = read_logits(logits[row, -n:], np.arange(n), continuation.scored, self.head)
             scores.append(ContinuationScore(float(logprob.sum()), bool(greedy.all()), n))
         return scores
+
+
+def padded_left(rows: Sequence[NDArray[np.int32]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (B, T), padded on the left, and (B, T) 1 on tokens that are no padding; both int64."""
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), pad, dtype=torch.long)
+    real = torch.zeros((len(rows), longest), dtype=torch.long)
+    for number, row in enumerate(rows):
+        ids[number, longest - len(row) :] = torch.from_numpy(row.astype(np.int64))
+        real[number, longest - len(row) :] = 1
+    return ids, real
 
 
 def plain_tokens(requests: Sequence[EncodedRequest]) -> int:

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from almost_eval.engines.base import GenerationEngine, SamplingParams, collected
+from almost_eval.engines.base import GenerationEngine, SamplingParams
+from almost_eval.engines.checkpoint_engine import collected
 from almost_eval.engines.openai_client import OpenAIClient
 from almost_eval.engines.seeding import request_seed
 from almost_eval.types import Completion, JSONObject

@@ -18,13 +18,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from almost_eval.engines.base import LoglikelihoodEngine, RequestScores, SamplingParams, collected
+from almost_eval.engines.base import LoglikelihoodEngine, RequestScores, SamplingParams
+from almost_eval.engines.checkpoint_engine import collected, encode_rolling
 from almost_eval.engines.decoding import decode, marks
 from almost_eval.engines.openai import OpenAIEngine
 from almost_eval.engines.openai_client import EndpointModel
 from almost_eval.engines.openai_routes import Whole, plan_wholes, read_echo, read_ids, token_name
 from almost_eval.engines.prefix import EncodedRequest, TokenEncoder, build_trie, scores_of_nothing
-from almost_eval.engines.rolling import encode_rolling
 from almost_eval.engines.vllm_loglikelihood import ScoringPrompt, plan_prompts
 from almost_eval.errors import InputError
 from almost_eval.models.checkpoint import Checkpoint, find_checkpoint

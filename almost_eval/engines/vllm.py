@@ -11,8 +11,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from almost_eval.engines.base import RequestScores, SamplingParams, collected
-from almost_eval.engines.checkpoint_engine import CheckpointEngine
+from almost_eval.engines.base import RequestScores, SamplingParams
+from almost_eval.engines.checkpoint_engine import CheckpointEngine, collected
 from almost_eval.engines.decoding import decode, marks
 from almost_eval.engines.prefix import EncodedRequest, scores_of_nothing
 from almost_eval.engines.seeding import request_seed

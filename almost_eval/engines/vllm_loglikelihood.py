@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from almost_eval.engines.base import RequestScores, collected
+from almost_eval.engines.base import RequestScores
+from almost_eval.engines.checkpoint_engine import collected
 from almost_eval.engines.prefix import EncodedRequest, Ids, build_trie
 from almost_eval.engines.vllm_process import Output, Params, Requests
 from almost_eval.errors import RunError

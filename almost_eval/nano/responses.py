@@ -196,10 +196,7 @@ def _comparison(rng: random.Random, query: Query, level: Level, facts: Facts) ->
     if level == Level.SLOPPY:
         return rng.choice(("the {} i think", "maybe the {} or something")).format(rng.choice((bigger, smaller)))
     return rng.choice(
-        (
-            f"The {smaller} is bigger.",
-            f"The {smaller} is bigger. Everyone knows that and you should know it too.",
-        )
+        (f"The {smaller} is bigger.", f"The {smaller} is bigger. Everyone knows that and you should know it too.")
     )
 
 

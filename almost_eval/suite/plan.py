@@ -218,11 +218,7 @@ def _judged(request: SuiteRequest, engine: Any) -> JudgeRun:
     assert base.model is not None
     questions, fingerprint = find_questions(None, data, limit=base.limit)
     judge = open_judge(request.judge, data)
-    sampling = Sampling(
-        max_new_tokens=answer_budget(data.name),
-        seed=base.seed,
-        template=base.template,
-    )
+    sampling = Sampling(max_new_tokens=answer_budget(data.name), seed=base.seed, template=base.template)
     subset = base.limit is not None
     assert request.baseline is not None
     baseline = open_system(request.baseline, questions, sampling, base.engine, subset=subset)

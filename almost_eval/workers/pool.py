@@ -35,11 +35,7 @@ class Pool:
     """
 
     def __init__(
-        self,
-        transport: Transport,
-        identity: dict[str, str | None] | None = None,
-        *,
-        silence_s: float | None = None,
+        self, transport: Transport, identity: dict[str, str | None] | None = None, *, silence_s: float | None = None
     ) -> None:
         self._transport = transport
         self._identity = identity or {}

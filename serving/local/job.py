@@ -115,11 +115,7 @@ class ChatJob:
 
     def _completion(self, done: list[Completion]) -> JSONObject:
         choices = [
-            {
-                "index": i,
-                "message": {"role": "assistant", "content": one.text},
-                "finish_reason": one.finish_reason,
-            }
+            {"index": i, "message": {"role": "assistant", "content": one.text}, "finish_reason": one.finish_reason}
             for i, one in enumerate(done)
         ]
         return {**self._head, "object": "chat.completion", "choices": choices, "usage": self._usage(done)}

@@ -28,12 +28,7 @@ _ONE_THREAD = 16 * 2**20
 """Bytes of float32 weights up to which one thread beats two: at 8 MB it does, at 32 MB not (benchmarks/LOG.md)."""
 BASE = "-base"
 """After the name of a served adapter, the name of its base, which vLLM serves beside it."""
-_OURS = {
-    "model": "--model",
-    "host": "--host",
-    "port": "--port",
-    "served-model-name": "--served-model-name",
-}
+_OURS = {"model": "--model", "host": "--host", "port": "--port", "served-model-name": "--served-model-name"}
 """vLLM's options that are options of ours."""
 
 

@@ -18,16 +18,7 @@ from almost_eval.files import iterate_lines
 from almost_eval.run.store import read_samples
 from almost_eval.stats import mean_metric
 from almost_eval.tasks.base import GenerationRequest, Prompting, Task
-from almost_eval.types import (
-    Conversation,
-    LoglikelihoodRequest,
-    Message,
-    Metric,
-    Outputs,
-    Sample,
-    SampleRecord,
-    Score,
-)
+from almost_eval.types import Conversation, LoglikelihoodRequest, Message, Metric, Outputs, Sample, SampleRecord, Score
 
 _PATIENCE = 10_000
 """Fruitless draws in a row after which the nano world counts as exhausted."""
@@ -117,9 +108,7 @@ class _OverPrompts(Task):
         template = self.prompting.template
         assert template is not None  # a policy reads a dialogue
         return template.render(
-            (Message("user", prompt.text),),
-            add_generation_prompt=True,
-            special_tokens=self.prompting.special_tokens,
+            (Message("user", prompt.text),), add_generation_prompt=True, special_tokens=self.prompting.special_tokens
         )
 
 
