@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Unpack
 
 from almost_eval.engines.base import RequestScores, SamplingParams
 from almost_eval.engines.checkpoint_engine import CheckpointEngine, collected
@@ -23,6 +23,7 @@ from almost_eval.engines.vllm_process import (
     Output,
     Params,
     Requests,
+    Split,
     VLLMOptions,
     load,
     refuse_data_parallel,
@@ -47,18 +48,12 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
         model: a checkpoint directory, hub id, built-in name, or an open `Checkpoint`.
         dtype: `auto` is float32 on a CPU and the checkpoint's own elsewhere.
         max_length: a context length below the model's own.
-        batch_size: sequences in a step, or None for vLLM's own choice.
-        batch_tokens: token positions in a step, or None for vLLM's own choice; on a CPU a whole context at least.
-        tensor_parallel_size: devices that share each layer.
-        pipeline_parallel_size: devices, or groups of them, that share the layers out.
         data_parallel_size: must be 1: vLLM replicates a model behind its server alone.
-        quantization: a method of vLLM's; None is what the checkpoint says of itself.
         speculative_config: how later tokens are guessed, for `generate` alone; see `vllm_speculative`.
-        gpu_memory: share of the GPU's memory, 0 to 1, or None for vLLM's own choice.
-        kv_cache_gib: GiB of keys and values; None is 1 on a CPU and what is free elsewhere.
         allow_pickle: accept pickled weights.
         trust_remote_code: run Python code that the checkpoint ships.
         purpose: `generate` where it will only continue prompts; `auto` may then be bfloat16 on a CPU (`pick_dtype`).
+        split: see `VLLMOptions`.
 
     Raises:
         InputError: an unknown dtype, a size below 1, or a `max_length` beyond the model's own.
@@ -73,35 +68,21 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
         *,
         dtype: str = "auto",
         max_length: int | None = None,
-        batch_size: int | None = None,
-        batch_tokens: int | None = None,
-        tensor_parallel_size: int = 1,
-        pipeline_parallel_size: int = 1,
         data_parallel_size: int = 1,
-        quantization: str | None = None,
         speculative_config: str | Mapping[str, Any] | None = None,
-        gpu_memory: float | None = None,
-        kv_cache_gib: float | None = None,
         allow_pickle: bool = False,
         trust_remote_code: bool = False,
         purpose: Purpose = "score",
         allow_unused_weights: bool = False,
+        **split: Unpack[Split],
     ) -> None:
         refuse_data_parallel(data_parallel_size)
-        self.options = VLLMOptions(
-            batch_size,
-            batch_tokens,
-            tensor_parallel_size,
-            pipeline_parallel_size,
-            gpu_memory,
-            kv_cache_gib,
-            quantization,
-        )
+        self.options = VLLMOptions(**split)
         if not isinstance(model, Checkpoint):
             model = find_checkpoint(model, allow_pickle=allow_pickle)
         refuse_stray_weights(model)
         self.options.check_split(model)
-        if speculative_config and pipeline_parallel_size > 1:
+        if speculative_config and self.options.pipeline_parallel_size > 1:
             raise InputError(  # 0.31: the first process looks for the guesses, and the last one has them
                 "vLLM guesses no tokens where the layers are divided: leave out speculative_config, or divide by "
                 "tensor_parallel_size"
