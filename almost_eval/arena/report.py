@@ -116,12 +116,7 @@ class ArenaReport:
 def report(
     votes: Sequence[Vote], judges: Mapping[str, Mapping[str, str]] | None = None, *, seed: int = 0
 ) -> ArenaReport:
-    """What the votes say.
-
-    Args:
-        votes: of one arena.
-        judges: name of a judge -> vote id -> `a`, `b` or `tie`.
-        seed: of the resamples.
+    """What the votes of one arena say; `judges` is name of a judge -> vote id -> `a`, `b` or `tie`.
 
     Raises:
         InputError: there are no votes, or none that was blind.

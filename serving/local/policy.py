@@ -20,12 +20,7 @@ if TYPE_CHECKING:
 
 
 def refuse_endless(text: str, tokenizer: PreTrainedTokenizerBase, context: int) -> None:
-    """Refuse a text that no context holds. To count the tokens of one of 4 MB takes up to a minute.
-
-    Args:
-        text: what a model is to read.
-        tokenizer: its own.
-        context: tokens that it reads.
+    """Refuse a text that no context of so many tokens holds. To count the tokens of 4 MB takes up to a minute.
 
     Raises:
         HTTPException: 400: it has more characters than so many tokens.
@@ -77,11 +72,7 @@ class Policy:
         return len(self.engine.encoder.encode_texts([prompt])[0])
 
     def sampling(self, request: LocalChat, used: int) -> SamplingParams:
-        """How to answer the request.
-
-        Args:
-            request: as it came.
-            used: tokens of the prompt.
+        """How to answer a request whose prompt has `used` tokens.
 
         Raises:
             HTTPException: 400: prompt and answer do not fit the context.

@@ -38,12 +38,7 @@ from serving.local.settings import KEY, MAX_BEST_OF, LocalModels
 
 
 class LocalServer:
-    """The routes.
-
-    Args:
-        policies: name -> model; the first is what a request without `model` gets.
-        reward: its name and model, or None.
-    """
+    """The routes. `policies` is name -> model; the first is what a request without `model` gets."""
 
     def __init__(self, policies: dict[str, HFEngine], reward: tuple[str, HFRewardModel] | None) -> None:
         self._policies = {name: Policy(name, engine) for name, engine in policies.items()}

@@ -115,14 +115,8 @@ class _OverPrompts(Task):
 class Answers(_OverPrompts):
     """One answer to each prompt, zero-shot: how long, whether it ends, and how good.
 
-    An answer is stored as it was written, and measured without the space around it.
-
-    Args:
-        prompts: the held-out prompts.
-        data: where they are from.
-        prompting: its template writes the dialogue and brings stop strings of its own.
-        params: how an answer is sampled; the seed is the run's.
-        judge: gives each answer more scores.
+    An answer is stored as it was written, and measured without the space around it. The template of `prompting` brings
+    stop strings beside those of `params`; the seed is the run's. The judge gives each answer more scores.
     """
 
     name = "answers"
@@ -180,14 +174,7 @@ class Answers(_OverPrompts):
 
 
 class OfAnswers(_OverPrompts):
-    """What somebody says of the answers in a finished `Answers` run.
-
-    Args:
-        prompts: the prompts that were answered.
-        data: see `Answers`.
-        prompting: that of the answers.
-        answers: the run's folder.
-    """
+    """What somebody says of the answers in a finished `Answers` run, whose folder is `answers`."""
 
     unfit_is_unscored = True
 
