@@ -74,16 +74,7 @@ class Flag:
 def _option(
     default: T, help: str, *, engines: Sequence[str], to_score: Sequence[str] = (), kind: type = str, **flag: Any
 ) -> T:
-    """A field of `EngineOptions`.
-
-    Args:
-        default: what the engines choose themselves.
-        help: of the flag; it begins with the engines that take the option.
-        engines: those that take the option.
-        to_score: those that take it only where they score continuations.
-        kind: of the value.
-        flag: more fields of `Flag`.
-    """
+    """A field of `EngineOptions`: its default, a `Flag`, and the engines that take it (`to_score`: only to score)."""
     metadata = {"flag": Flag(help, kind, **flag), "engines": tuple(engines), "scorers": (*engines, *to_score)}
     return field(default=default, metadata=metadata)
 
@@ -238,12 +229,7 @@ def loglikelihood_engine(model: str, options: EngineOptions | None = None) -> Lo
 
 
 def engine_arguments(options: EngineOptions, takes: Mapping[str, set[str]], what: str = "engine") -> JSONObject:
-    """The options that differ from their defaults, for the class of `options.engine`.
-
-    Args:
-        options: which engine, and how.
-        takes: name of an engine -> the options that mean something to it here.
-        what: how an error calls what takes them.
+    """The options that differ from their defaults, for the class of `options.engine`; an error calls it `what`.
 
     Raises:
         InputError: an unknown engine, or an option that it does not take.
@@ -319,12 +305,7 @@ def open_pool(
 ) -> Pool:
     """The workers that `--workers` and `--ray` describe; they start with the first stream.
 
-    Args:
-        model: the model in this process.
-        servant: makes of it what a worker holds.
-        name: what the model was opened by.
-        arguments: what else it was opened with.
-        options: which engine, and how.
+    Each opens the model by the same name and arguments as it was opened in this process, and holds it by a servant.
 
     Raises:
         InputError: there is no room for so many workers.

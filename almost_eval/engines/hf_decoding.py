@@ -44,12 +44,9 @@ class Header:
 
 
 class Rows:
-    """Some rows behind one header, and the model that they are handed to.
+    """Some rows behind one header, and the model (which passes `refusal`) that they are handed to.
 
     Args:
-        model: a causal LM that passes `refusal`.
-        header: what all rows begin with.
-        window: how far back the layers look.
         lengths: (B,) tokens that each row has behind the header before the first one is drawn.
         columns: tokens of a row behind the header, those to come included.
     """
@@ -128,14 +125,8 @@ def continue_rows(
 ) -> Iterator[tuple[int, list[int]]]:
     """Yield (row, the tokens that follow its prompt) when it has ended, the token that ended it included.
 
-    Args:
-        model: a causal LM that passes `hf_rows.refusal`.
-        header: what all prompts begin with.
-        prompts: token ids of each row, longer than the header. Equal ones are read once.
-        sampler: draws the next token of each row.
-        has_ended: whether a completion is over, by its tokens so far.
-        max_new_tokens: where it is over in any case.
-        window: how far back the model's layers look.
+    The model passes `hf_rows.refusal`. Prompts are longer than the header; equal ones are read once. `has_ended` says
+    by the tokens of a completion so far whether it is over.
 
     Raises:
         ForeignAttention: the model attends in a way that is not computed here.

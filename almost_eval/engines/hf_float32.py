@@ -76,12 +76,7 @@ def _made_in_float32(model: nn.Module) -> dict[int, torch.Tensor]:
 
 
 class _Converter:
-    """The tensors of one unit, as float32 while it runs.
-
-    Args:
-        tensors: of the unit, in half precision.
-        made: see `_made_in_float32`.
-    """
+    """The half-precision tensors of one unit, as float32 while it runs; `made` is of `_made_in_float32`."""
 
     def __init__(self, tensors: list[torch.Tensor], made: dict[int, torch.Tensor]) -> None:
         self._tensors = tensors

@@ -111,18 +111,10 @@ def stream_completions(
 ) -> Iterator[tuple[int, list[Completion]]]:
     """Yield (index, `params.n` completions) of each prompt (token ids) as soon as its last has ended.
 
-    Prompts that begin alike are continued together; of these the longest first.
-
-    Args:
-        model: a transformers causal LM.
-        tokenizer: its tokenizer.
-        prompts: ids of each prompt.
-        params: how to sample.
-        report: `max_tokens` bounds the tokens in one batch, those to come included. A header is counted once where
-            there is one copy of it.
-        max_sequences: rows in one batch, or None.
-        header: reads what all prompts of a batch begin with once; it may know headers of earlier calls. None is
-            transformers' `generate` alone.
+    Prompts that begin alike are continued together; of these the longest first. `report.max_tokens` bounds the tokens
+    in one batch, those to come included; a header is counted once where there is one copy of it. `header` reads what
+    all prompts of a batch begin with once, and may know headers of earlier calls; without it, transformers' `generate`
+    does all.
 
     Raises:
         RunError: out of memory with a single row.

@@ -105,13 +105,7 @@ class RowLayer(CacheLayerMixin):
 
 
 class RowCache(Cache):
-    """What transformers' models take as their cache: the rows' own columns. The header is known to `attend` alone.
-
-    Args:
-        header: its keys and values in each layer.
-        length: its tokens.
-        columns: see `RowLayer`.
-    """
+    """What transformers' models take as their cache: the rows' own columns. The header is known to `attend` alone."""
 
     def __init__(self, header: HeaderLayers, length: int, columns: int) -> None:
         self._rows: list[RowLayer] = []

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 from almost_eval.engines.base import GenerationEngine, SamplingParams
 from almost_eval.engines.checkpoint_engine import collected
 from almost_eval.engines.openai_client import OpenAIClient
 from almost_eval.engines.seeding import request_seed
+from almost_eval.models.stops import first_stop
 from almost_eval.types import Completion, JSONObject
 
 MAX_STOPS = 4
@@ -81,8 +81,10 @@ class OpenAIEngine(OpenAIClient, GenerationEngine):
                 extra_body=self.more_fields(params) or None,
             )
             choice = answer.choices[0]
-            completion = _cut(self.text_of(choice), choice.finish_reason, params.stop)
-            return replace(completion, reasoning=own_reasoning(choice))
+            text = self.text_of(choice)
+            cut = first_stop(text, params.stop)  # servers differ in whether they leave it in
+            reason = "stop" if cut is not None or choice.finish_reason == "stop" else "length"
+            return Completion(text[:cut], (), reason, own_reasoning(choice))
         except openai.OpenAIError as error:
             self.fail(error)
         except (AttributeError, LookupError, TypeError, ValueError):
@@ -93,10 +95,3 @@ def own_reasoning(choice: Any) -> str:
     """The thought that a server delivers beside the text, in `reasoning_content` or `reasoning`; empty without one."""
     fields = (getattr(choice, name, None) for name in ("reasoning_content", "reasoning"))
     return next((field for field in fields if isinstance(field, str) and field), "")
-
-
-def _cut(text: str, finish_reason: str | None, stop: Sequence[str]) -> Completion:
-    """The text before the first stop string: servers differ in whether they leave it in."""
-    at = min((at for string in stop if (at := text.find(string)) >= 0), default=None)
-    reason = "stop" if at is not None or finish_reason == "stop" else "length"
-    return Completion(text[:at], (), reason)

@@ -329,13 +329,7 @@ def post_json(client: openai.OpenAI, path: str, body: JSONMapping) -> JSONObject
 
 
 def vllm_version(client: openai.OpenAI, address: EndpointAddress, card: JSONMapping) -> str | None:
-    """The version of vLLM, whose server tells it beside `/v1`; None where another one serves.
-
-    Args:
-        client: of the endpoint.
-        address: of the endpoint.
-        card: what its `/v1/models` says of the model.
-    """
+    """The version of vLLM, whose server tells it beside `/v1`; None where, by the model's card, another one serves."""
     import httpx
     import openai
 

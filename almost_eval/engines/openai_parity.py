@@ -21,11 +21,7 @@ than what a few steps of training do to some token of the text."""
 
 
 def compare_endpoints(model: str, clients: Sequence[tuple[str, openai.OpenAI]]) -> None:
-    """Refuse an endpoint whose log-probabilities are not those of the others.
-
-    Args:
-        model: the name that all serve.
-        clients: (address as it is shown, client) of each endpoint.
+    """Refuse an endpoint (address as it is shown, client) whose log-probabilities are not those of the others.
 
     Raises:
         InputError: one differs from the others, which is named; or one does not tell, so that nobody knows.

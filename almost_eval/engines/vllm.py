@@ -23,8 +23,8 @@ from almost_eval.engines.vllm_process import (
     Output,
     Params,
     Requests,
-    Split,
     VLLMOptions,
+    VLLMSplit,
     load,
     refuse_data_parallel,
     run,
@@ -74,7 +74,7 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
         trust_remote_code: bool = False,
         purpose: Purpose = "score",
         allow_unused_weights: bool = False,
-        **split: Unpack[Split],
+        **split: Unpack[VLLMSplit],
     ) -> None:
         refuse_data_parallel(data_parallel_size)
         self.options = VLLMOptions(**split)

@@ -51,13 +51,9 @@ class ScoringPrompt:
 def stream_scores(
     results: Results, requests: Sequence[EncodedRequest], wanted: Collection[int], report: EngineReport
 ) -> Iterator[tuple[int, RequestScores]]:
-    """Yield (index, scores) of each wanted request when its last continuation is known.
+    """Yield (index, scores) of each wanted request when its last continuation is known; `report` counts the tokens.
 
-    Args:
-        results: runs vLLM; called once with the prefix cache, and once without it for what the cache held.
-        requests: all of the run.
-        wanted: indices of those to score.
-        report: counts the tokens.
+    `results` is called once with the prefix cache, and once without it for what the cache held.
 
     Raises:
         RunError: vLLM read its cache although it was switched off.

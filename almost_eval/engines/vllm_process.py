@@ -52,7 +52,7 @@ _loaded: list[LLM] = []
 """The `vllm.LLM`s of this process that hold memory."""
 
 
-class Split(TypedDict, total=False):
+class VLLMSplit(TypedDict, total=False):
     """What every model on vLLM takes, and hands on to `VLLMOptions`, which says what each is."""
 
     batch_size: int | None

@@ -121,7 +121,8 @@ def truthfulqa_generation_rows(world: World) -> list[JSONObject]:
 def _truthfulqa_items(world: World) -> list[JSONObject]:
     rng = world.generator("truthfulqa")
     items = []
-    for animal, attribute in rng.sample(_eval_facts(world), TRUTHFULQA_ROWS):
+    facts = [fact for fact in itertools.product(ANIMALS, ATTRIBUTES) if world.pool(fact_query(*fact)) == "eval"]
+    for animal, attribute in rng.sample(facts, TRUTHFULQA_ROWS):
         told = ATTRIBUTES[attribute]
         truth = world.facts[animal][attribute]
         wrong = rng.sample([value for value in told.values if value != truth], rng.randint(2, 4))
@@ -137,12 +138,6 @@ def _truthfulqa_items(world: World) -> list[JSONObject]:
             }
         )
     return items
-
-
-def _eval_facts(world: World) -> list[tuple[str, str]]:
-    """(animal, attribute) of every fact of the eval pool."""
-    facts = itertools.product(ANIMALS, ATTRIBUTES)
-    return [fact for fact in facts if world.pool(fact_query(*fact)) == "eval"]
 
 
 def mmlu_rows(world: World, subject: str, split: str) -> list[JSONObject]:

@@ -122,14 +122,9 @@ class World:
         turns: int | None = None,
         goodbye: float = GOODBYE,
     ) -> Conversation:
-        """Queries and answers in turn; each query stands for itself.
+        """Queries and answers in turn (one to four where `turns` is None); each query stands for itself.
 
-        Args:
-            rng: draws everything.
-            levels: probability of each level of an answer, bad to good; four numbers.
-            pool: the queries' pool, or None for both.
-            turns: how many queries, or None to draw one to four.
-            goodbye: the probability that the user takes leave at the end.
+        `levels` is the probability of each level of an answer, bad to good; `goodbye` that of a user who takes leave.
         """
         turns = turns or rng.choices((1, 2, 3, 4), TURNS)[0]
         messages: list[Message] = []

@@ -24,10 +24,8 @@ def reward_model(
 ) -> CheckpointRewardModel | HTTPRewardModel:
     """The reward model on the engine of `options`. Loads no weights; a server must say at once what it serves.
 
-    Args:
-        model: checkpoint directory, hub id or built-in name; for `openai` the served name, or None for whichever.
-        options: which engine, and how.
-        template: how a conversation is written, or a choice of `load_template`; None is the model's own.
+    `model` is a checkpoint directory, hub id or built-in name; for `openai` the served name, or None for whichever.
+    Without a template (or a choice of `load_template`), conversations are written by the model's own.
 
     Raises:
         InputError: an unknown engine, or an option that it does not take; whatever the reward model refuses.

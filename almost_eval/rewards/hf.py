@@ -21,7 +21,6 @@ from almost_eval.models.checkpoint import Checkpoint
 from almost_eval.models.held import HeldOptions
 from almost_eval.models.loading import ATTENTION, load_weights, settled_attention
 from almost_eval.rewards.base import CheckpointRewardModel, TokenIds
-from almost_eval.rewards.base import RewardModel as RewardModel
 from almost_eval.rewards.batches import first_samples, pass_count, passes, text_blocks
 from almost_eval.types import Conversation, JSONObject
 

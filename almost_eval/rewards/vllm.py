@@ -11,7 +11,7 @@ from typing import Unpack
 
 import numpy as np
 
-from almost_eval.engines.vllm_process import LLM, HoldsLLM, Params, Split, VLLMOptions, load, run, with_adapter
+from almost_eval.engines.vllm_process import LLM, HoldsLLM, Params, VLLMOptions, VLLMSplit, load, run, with_adapter
 from almost_eval.errors import ModelError
 from almost_eval.models.adapters import refuse_for_vllm
 from almost_eval.models.chat import ChatTemplate
@@ -41,7 +41,7 @@ class VLLMRewardModel(HoldsLLM, CheckpointRewardModel):
         allow_pickle: bool = False,
         trust_remote_code: bool = False,
         allow_unused_weights: bool = False,
-        **split: Unpack[Split],
+        **split: Unpack[VLLMSplit],
     ) -> None:
         self.options = VLLMOptions(**split)
         super().__init__(

@@ -186,11 +186,7 @@ def _as_parts(engine: Any, requests: Sequence[EncodedRequest]) -> Iterator[None]
 def stretches(count: int, whole: int, size: Callable[[Sequence[int]], int], tokens: int = TOKENS) -> list[list[int]]:
     """Indices of neighbouring requests, some from each third; all of them where they are few.
 
-    Args:
-        count: of requests.
-        whole: tokens of all of them.
-        size: gives the tokens of some requests by their indices.
-        tokens: of all stretches together, about.
+    All `count` requests have `whole` tokens, some of them what `size` gives, the stretches together about `tokens`.
     """
     if whole <= tokens:
         return [list(range(count))]

@@ -36,12 +36,7 @@ def requested(workers: int | str | None) -> int | None:
 
 
 def local_share(workers: int | str, device: str, gpus_each: int) -> Share:
-    """What each of the workers of this machine gets.
-
-    Args:
-        workers: a number, or `GPUS`.
-        device: what the model runs on here.
-        gpus_each: GPUs that one copy of the model takes.
+    """What each of the workers of this machine gets, where a copy of the model takes `gpus_each` GPUs.
 
     Raises:
         InputError: there are no GPUs, or too few; or a device that only one worker can have.

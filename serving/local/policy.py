@@ -1,22 +1,72 @@
-"""A model that answers: the prompt it reads, the room that is left in its context, and how its tokens are drawn."""
+"""A request to the local server, and the model that answers it.
+
+What a request may hold: anything else is refused, since it would be ignored. And of the model the prompt it reads, the
+room that is left in its context, and how its tokens are drawn.
+"""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.hf import HFEngine
 from almost_eval.models.chat import load_template, special_tokens, stop_strings
-from almost_eval.types import Conversation
+from almost_eval.types import Conversation, Message
 from serving.gateway.candidates import GREEDY
 from serving.gateway.errors import refusal
-from serving.local.schema import LocalChat
+from serving.gateway.schema import StreamOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+class LocalTurn(BaseModel):
+    """One message of a request."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    role: str
+    content: str
+
+
+class LocalChat(BaseModel):
+    """What `/v1/chat/completions` takes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    messages: Annotated[list[LocalTurn], Field(min_length=1)]
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=64)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    seed: Annotated[int, Field(ge=0)] | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+
+class LocalClassify(BaseModel):
+    """What `/classify` takes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    messages: Annotated[list[LocalTurn], Field(min_length=1)]
+    model: str | None = None
+    add_generation_prompt: bool = False
+
+
+def conversation_of(turns: Sequence[LocalTurn]) -> Conversation:
+    """The messages of a request as this toolkit's own."""
+    return tuple(Message(turn.role, turn.content) for turn in turns)
 
 
 def refuse_endless(text: str, tokenizer: PreTrainedTokenizerBase, context: int) -> None:

@@ -31,9 +31,8 @@ from serving.gateway.errors import on_crash, on_refusal, refusal
 from serving.gateway.schema import parse_json, validated
 from serving.local.generation import Turnstile
 from serving.local.job import ChatJob
-from serving.local.policy import Policy
+from serving.local.policy import LocalChat, LocalClassify, Policy, conversation_of
 from serving.local.rewards import RewardWorker
-from serving.local.schema import LocalChat, LocalClassify, conversation_of
 from serving.local.settings import KEY, MAX_BEST_OF, LocalModels
 
 
