@@ -241,8 +241,7 @@ def _agreement(
 def judge_verdicts(folder: Path) -> dict[str, str]:
     """Vote id -> what a judge run says of the pair: `a`, `b` or `tie`; where it saw both orders, their mean.
 
-    Args:
-        folder: a run of `almost-eval vicuna` over the files of `export`, side A as the baseline.
+    The run is one of `almost-eval vicuna` over the files of `export`, side A as the baseline.
 
     Raises:
         StoreError: no run folder, or not of those files.

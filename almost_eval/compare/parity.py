@@ -266,7 +266,7 @@ def _gaps(was: SampleRecord, now: SampleRecord) -> Iterable[tuple[float, int]]:
     if one["n_tokens"] != other["n_tokens"]:
         return [(math.inf, 1)]
     rows = (one["loglikelihoods"], other["loglikelihoods"], one["n_tokens"])
-    pairs = zip(*map(chain.from_iterable, rows), strict=True)
+    pairs = zip(*(chain.from_iterable(row) for row in rows), strict=True)
     return [(0.0 if a is b else math.inf if None in (a, b) else abs(a - b), n) for a, b, n in pairs]
 
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TemperatureLogitsWarper
 
 from almost_eval.engines.base import SamplingParams
+from almost_eval.engines.checkpoint_engine import collected
 from almost_eval.engines.decoding import decode, marks
 from almost_eval.engines.header_groups import HeaderGroup, header_groups
 from almost_eval.engines.hf_decoding import Header, continue_rows
@@ -123,28 +124,7 @@ def stream_completions(
     longest_first = tuple(sorted(range(len(prompts)), key=lambda p: (-len(prompts[p]), p)))
     groups = header_groups(prompts, params.max_new_tokens) if writer.shares else [HeaderGroup(longest_first, 0)]
     for group in groups:
-        jobs = [(p, c) for p in group.prompts for c in range(params.n)]
-        done: dict[int, dict[int, Completion]] = {}
-        while jobs:
-            rows = max(1, min(writer.rows(group, jobs[0][0]), max_sequences or len(jobs), len(jobs)))
-            left = dict.fromkeys(jobs[:rows])
-            try:
-                for (p, c), completion in writer.complete(group, list(left)):
-                    del left[p, c]
-                    done.setdefault(p, {})[c] = completion
-                    if len(done[p]) == params.n:
-                        whole = done.pop(p)
-                        yield p, [whole[i] for i in range(params.n)]
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not out_of_memory(error):
-                    raise
-                if rows == 1:
-                    raise RunError(
-                        f"out of memory with one prompt of {len(prompts[jobs[0][0]])} tokens and "
-                        f"{params.max_new_tokens} new ones; use a smaller dtype, fewer new tokens or another device"
-                    ) from error
-                report.max_tokens, report.halved = writer.tokens(group, jobs[: rows // 2]), True
-            jobs = [*left, *jobs[rows:]]
+        yield from collected(writer.write(group, max_sequences), dict.fromkeys(group.prompts, params.n))
 
 
 class _Writer:
@@ -183,7 +163,29 @@ class _Writer:
         """Whether the rows of a batch attend to one copy of their header."""
         return self.shares and not self._why_apart
 
-    def rows(self, group: HeaderGroup, longest: int) -> int:
+    def write(self, group: HeaderGroup, max_sequences: int | None) -> Iterator[tuple[Job, Completion]]:
+        """Yield all completions of a group as they end, batch by batch."""
+        jobs = [(p, c) for p in group.prompts for c in range(self._params.n)]
+        while jobs:
+            rows = max(1, min(self._rows(group, jobs[0][0]), max_sequences or len(jobs), len(jobs)))
+            left = dict.fromkeys(jobs[:rows])
+            try:
+                for job, completion in self.complete(group, list(left)):
+                    del left[job]
+                    yield job, completion
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                if rows == 1:
+                    raise RunError(
+                        f"out of memory with one prompt of {len(self._prompts[jobs[0][0]])} tokens and "
+                        f"{self._params.max_new_tokens} new ones; use a smaller dtype, fewer new tokens or another "
+                        "device"
+                    ) from error
+                self._report.max_tokens, self._report.halved = self._tokens(group, jobs[: rows // 2]), True
+            jobs = [*left, *jobs[rows:]]
+
+    def _rows(self, group: HeaderGroup, longest: int) -> int:
         """How many rows a batch with this prompt, its longest, may have."""
         width = len(self._prompts[longest]) + self._params.max_new_tokens
         if not self._together:
@@ -191,7 +193,7 @@ class _Writer:
         fitting = (self._report.max_tokens - group.shared) // (width - group.shared)
         return min(fitting, LOGITS // (4 * int(self._model.config.get_text_config().vocab_size)))
 
-    def tokens(self, group: HeaderGroup, batch: Sequence[Job]) -> int:
+    def _tokens(self, group: HeaderGroup, batch: Sequence[Job]) -> int:
         """What a batch counts against `max_tokens`."""
         width = len(self._prompts[batch[0][0]]) + self._params.max_new_tokens
         return len(batch) * (width - group.shared) + group.shared if self._together else len(batch) * width

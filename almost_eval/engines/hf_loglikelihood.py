@@ -149,7 +149,7 @@ class SharedPrefixScorer:
         from transformers import DynamicCache
 
         collector = Collector(trie, requests, wanted)
-        cache = DynamicCache()  # without the config: layers must keep everything, the mask does the windowing
+        cache: Cache = DynamicCache()  # without the config: layers must keep everything, the mask does the windowing
         chunks = self._plan(trie, wanted, limits)
         while chunks:
             chunk, compute = chunks[0]
@@ -163,7 +163,8 @@ class SharedPrefixScorer:
                         raise RunError(_no_memory(limits)) from error
                     limits = smaller
                     if past := int(trie.depth[chunk.begin]):
-                        self._truncate(cache, past)
+                        for layer in cache.layers:
+                            layer.keys, layer.values = layer.keys[..., :past, :], layer.values[..., :past, :]
                     else:  # the pass that failed may have made some of the layers, and not all
                         cache = DynamicCache()
                     chunks = self._plan(trie, wanted, limits, begin=chunk.begin)
@@ -240,11 +241,6 @@ class SharedPrefixScorer:
                 else:
                     new = old.new_zeros((*old.shape[:-2], len(keep_chunk), old.shape[-1]))
                 setattr(layer, name, torch.cat([old[..., :keep_path, :], new], dim=-2))
-
-    @staticmethod
-    def _truncate(cache: Cache, length: int) -> None:
-        for layer in cache.layers:
-            layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
 
 
 class PlainScorer:

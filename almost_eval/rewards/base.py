@@ -155,23 +155,18 @@ class CheckpointRewardModel(HeldCheckpoint, StreamedRewards):
             InputError: a conversation longer than the context, or empty.
         """
         rows = [tuple(ids) for ids in self.encode(conversations)]
-        self._refuse_lengths(rows)
-        owners: dict[TokenIds, list[int]] = {}
-        for index, ids in enumerate(rows):
-            owners.setdefault(ids, []).append(index)
-        return {ids: owners[ids] for ids in sorted(owners, key=lambda ids: (-len(ids), ids))}
-
-    def _refuse_lengths(self, rows: Sequence[TokenIds]) -> None:
-        too_long = [index for index, ids in enumerate(rows) if len(ids) > self.context_length]
-        if too_long:
+        if too_long := [index for index, ids in enumerate(rows) if len(ids) > self.context_length]:
             raise InputError(
                 f"{len(too_long)} of {len(rows)} conversations do not fit the context of {self.context_length} tokens, "
                 f"first number {too_long[0]} with {len(rows[too_long[0]])}; leave them out, or use a model with a "
                 "longer context"
             )
-        empty = next((index for index, ids in enumerate(rows) if not ids), None)
-        if empty is not None:
-            raise InputError(f"conversation number {empty} is empty: the chat template gave no token for it")
+        if () in rows:
+            raise InputError(f"conversation number {rows.index(())} is empty: the chat template gave no token for it")
+        owners: dict[TokenIds, list[int]] = {}
+        for index, ids in enumerate(rows):
+            owners.setdefault(ids, []).append(index)
+        return {ids: owners[ids] for ids in sorted(owners, key=lambda ids: (-len(ids), ids))}
 
 
 def refuse_wrong_head(checkpoint: Checkpoint, *, custom: bool) -> None:

@@ -186,7 +186,8 @@ def _as_parts(engine: Any, requests: Sequence[EncodedRequest]) -> Iterator[None]
 def stretches(count: int, whole: int, size: Callable[[Sequence[int]], int], tokens: int = TOKENS) -> list[list[int]]:
     """Indices of neighbouring requests, some from each third; all of them where they are few.
 
-    All `count` requests have `whole` tokens, some of them what `size` gives, the stretches together about `tokens`.
+    All `count` requests have `whole` tokens; `size` gives those of some, by their indices; the stretches together have
+    about `tokens`.
     """
     if whole <= tokens:
         return [list(range(count))]

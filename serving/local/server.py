@@ -37,7 +37,7 @@ from serving.local.settings import KEY, MAX_BEST_OF, LocalModels
 
 
 class LocalServer:
-    """The routes. `policies` is name -> model; the first is what a request without `model` gets."""
+    """The routes. A request without `model` gets the first of `policies` (name -> model)."""
 
     def __init__(self, policies: dict[str, HFEngine], reward: tuple[str, HFRewardModel] | None) -> None:
         self._policies = {name: Policy(name, engine) for name, engine in policies.items()}

@@ -177,8 +177,9 @@ RULE = (
 
 def paired(measure: str, checkpoint: str, against: str, metric: MetricComparison) -> Paired:
     """A metric of `compare_runs` as a row of the table."""
-    same = {name: getattr(metric, name) for name in ("n", "unscored", "difference", "ci95", "p_value")}
-    return Paired(measure, checkpoint, against, **same, note=None if metric.p_value is not None else metric.verdict)
+    note = None if metric.p_value is not None else metric.verdict
+    figures = (metric.n, metric.unscored, metric.difference, metric.ci95, metric.p_value)
+    return Paired(measure, checkpoint, against, *figures, note=note)
 
 
 def adjusted(comparisons: Sequence[Paired], before: str) -> list[Paired]:
