@@ -11,7 +11,7 @@ from typing import Unpack
 
 import numpy as np
 
-from almost_eval.engines.vllm_process import LLM, HoldsLLM, Params, VLLMOptions, VLLMSplit, load, run, with_adapter
+from almost_eval.engines.vllm_process import LLM, HoldsLLM, VLLMOptions, VLLMSplit, load, run, with_adapter
 from almost_eval.errors import ModelError
 from almost_eval.models.adapters import refuse_for_vllm
 from almost_eval.models.chat import ChatTemplate
@@ -102,8 +102,13 @@ class VLLMRewardModel(HoldsLLM, CheckpointRewardModel):
         texts = {ids: mine for ids, indices in owners.items() if (mine := [i for i in indices if i in wanted])}
         if not texts:
             return
+        import vllm
+
         names = {str(number): ids for number, ids in enumerate(texts)}
-        requests = {name: (np.array(ids, dtype=np.int32), self._params()) for name, ids in names.items()}
+        requests = {
+            name: (np.array(ids, dtype=np.int32), vllm.PoolingParams(task="classify", use_activation=False))
+            for name, ids in names.items()
+        }
         for name, output in run(self.llm, requests, self.checkpoint.path, self.checkpoint.adapter):
             values = output.outputs.data.float().flatten().tolist()
             if len(values) != 1:
@@ -111,9 +116,3 @@ class VLLMRewardModel(HoldsLLM, CheckpointRewardModel):
                     f"{self.checkpoint.path} gives {len(values)} numbers for a text; a reward model gives one"
                 )
             yield from ((index, values[0]) for index in texts[names[name]])
-
-    @staticmethod
-    def _params() -> Params:
-        import vllm
-
-        return vllm.PoolingParams(task="classify", use_activation=False)
