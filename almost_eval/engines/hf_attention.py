@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -328,8 +329,8 @@ class LastLayer:
         with ExitStack() as hooks:
             if rows is not None:
                 for module in self.position_wise:
-                    hooks.callback(module.register_forward_pre_hook(_picker(rows, n)).remove)
-                    hooks.callback(module.register_forward_hook(_putter(rows, n)).remove)
+                    hooks.callback(module.register_forward_pre_hook(partial(_pick, rows, n)).remove)
+                    hooks.callback(module.register_forward_hook(partial(_put, rows, n)).remove)
             yield
 
 
@@ -345,23 +346,15 @@ def _is_plain_mlp(mlp: nn.Module) -> bool:
     return bool(parts) and not list(mlp.parameters(recurse=False)) and all(plain(part) for part in parts)
 
 
-def _picker(rows: torch.Tensor, n: int) -> Callable[[nn.Module, Inputs], Inputs | None]:
+def _pick(rows: torch.Tensor, n: int, _: nn.Module, inputs: Inputs) -> Inputs | None:
     """A hook that leaves of a module's input (1, n, size) only `rows`: (1, r, size)."""
-
-    def pick(_: nn.Module, inputs: Inputs) -> Inputs | None:
-        if not inputs or inputs[0].ndim != 3 or inputs[0].shape[:2] != (1, n):
-            return None
-        return (inputs[0].index_select(1, rows), *inputs[1:])
-
-    return pick
+    if not inputs or inputs[0].ndim != 3 or inputs[0].shape[:2] != (1, n):
+        return None
+    return (inputs[0].index_select(1, rows), *inputs[1:])
 
 
-def _putter(rows: torch.Tensor, n: int) -> Callable[[nn.Module, Inputs, torch.Tensor], torch.Tensor | None]:
+def _put(rows: torch.Tensor, n: int, _: nn.Module, __: Inputs, output: torch.Tensor) -> torch.Tensor | None:
     """A hook that puts a module's output at `rows` (1, r, size) back among zeros: (1, n, size)."""
-
-    def put(_: nn.Module, __: Inputs, output: torch.Tensor) -> torch.Tensor | None:
-        if output.ndim != 3 or output.shape[:2] != (1, len(rows)):
-            return None
-        return output.new_zeros((1, n, output.shape[-1])).index_copy_(1, rows, output)
-
-    return put
+    if output.ndim != 3 or output.shape[:2] != (1, len(rows)):
+        return None
+    return output.new_zeros((1, n, output.shape[-1])).index_copy_(1, rows, output)
