@@ -126,6 +126,11 @@ class VLLMOptions:
                     f"this machine has {there}; lower one of the two sizes"
                 )
 
+    @property
+    def parallel(self) -> dict[str, int]:
+        """Both parallel sizes, by vLLM's names."""
+        return {name: getattr(self, name) for name in ("tensor_parallel_size", "pipeline_parallel_size")}
+
     def settings(self, dtype: str, context_length: int) -> JSONObject:
         """What belongs in a run's spec; see `HFEngine.settings`."""
         return {
@@ -136,8 +141,7 @@ class VLLMOptions:
             "batch_size": self.batch_size,
             "batch_tokens": self.batch_tokens,
             "context_length": context_length,
-            "tensor_parallel_size": self.tensor_parallel_size,
-            "pipeline_parallel_size": self.pipeline_parallel_size,
+            **self.parallel,
             **({"quantization": self.quantization} if self.quantization else {}),
         }
 
@@ -152,8 +156,7 @@ class VLLMOptions:
             "kv_cache_memory_bytes": int(self.kv_cache_gib * 2**30) if self.kv_cache_gib else None,
             "trust_remote_code": trust_remote_code,
             "quantization": self.quantization,
-            "tensor_parallel_size": self.tensor_parallel_size,
-            "pipeline_parallel_size": self.pipeline_parallel_size,
+            **self.parallel,
         }
 
 
