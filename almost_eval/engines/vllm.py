@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Unpack
+from typing import Any
 
 from almost_eval.engines.base import RequestScores, SamplingParams
 from almost_eval.engines.checkpoint_engine import CheckpointEngine, collected
@@ -24,7 +24,6 @@ from almost_eval.engines.vllm_process import (
     Params,
     Requests,
     VLLMOptions,
-    VLLMSplit,
     load,
     refuse_data_parallel,
     run,
@@ -53,7 +52,8 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
         allow_pickle: accept pickled weights.
         trust_remote_code: run Python code that the checkpoint ships.
         purpose: `generate` where it will only continue prompts; `auto` may then be bfloat16 on a CPU (`pick_dtype`).
-        split: see `VLLMOptions`.
+
+    All others: see `VLLMOptions`.
 
     Raises:
         InputError: an unknown dtype, a size below 1, or a `max_length` beyond the model's own.
@@ -68,21 +68,28 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
         *,
         dtype: str = "auto",
         max_length: int | None = None,
+        batch_size: int | None = None,
+        batch_tokens: int | None = None,
+        tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
         data_parallel_size: int = 1,
+        quantization: str | None = None,
         speculative_config: str | Mapping[str, Any] | None = None,
+        gpu_memory: float | None = None,
+        kv_cache_gib: float | None = None,
         allow_pickle: bool = False,
         trust_remote_code: bool = False,
         purpose: Purpose = "score",
         allow_unused_weights: bool = False,
-        **split: Unpack[VLLMSplit],
     ) -> None:
         refuse_data_parallel(data_parallel_size)
-        self.options = VLLMOptions(**split)
+        parallel = (tensor_parallel_size, pipeline_parallel_size)
+        self.options = VLLMOptions(batch_size, batch_tokens, *parallel, gpu_memory, kv_cache_gib, quantization)
         if not isinstance(model, Checkpoint):
             model = find_checkpoint(model, allow_pickle=allow_pickle)
         refuse_stray_weights(model)
         self.options.check_split(model)
-        if speculative_config and self.options.pipeline_parallel_size > 1:
+        if speculative_config and pipeline_parallel_size > 1:
             raise InputError(  # 0.31: the first process looks for the guesses, and the last one has them
                 "vLLM guesses no tokens where the layers are divided: leave out speculative_config, or divide by "
                 "tensor_parallel_size"

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from almost_eval.engines.prefix import Ids
 from almost_eval.errors import InputError, ModelError, RunError, did_you_mean
@@ -50,18 +50,6 @@ RECEIVER = "almost"
 
 _loaded: list[LLM] = []
 """The `vllm.LLM`s of this process that hold memory."""
-
-
-class VLLMSplit(TypedDict, total=False):
-    """What every model on vLLM takes, and hands on to `VLLMOptions`, which says what each is."""
-
-    batch_size: int | None
-    batch_tokens: int | None
-    tensor_parallel_size: int
-    pipeline_parallel_size: int
-    gpu_memory: float | None
-    kv_cache_gib: float | None
-    quantization: str | None
 
 
 @dataclass(frozen=True, slots=True)

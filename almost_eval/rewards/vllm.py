@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
-from typing import Unpack
 
 import numpy as np
 
-from almost_eval.engines.vllm_process import LLM, HoldsLLM, VLLMOptions, VLLMSplit, load, run, with_adapter
+from almost_eval.engines.vllm_process import LLM, HoldsLLM, VLLMOptions, load, run, with_adapter
 from almost_eval.errors import ModelError
 from almost_eval.models.adapters import refuse_for_vllm
 from almost_eval.models.chat import ChatTemplate
@@ -38,12 +37,19 @@ class VLLMRewardModel(HoldsLLM, CheckpointRewardModel):
         template: ChatTemplate | str | None = None,
         dtype: str = "auto",
         max_length: int | None = None,
+        batch_size: int | None = None,
+        batch_tokens: int | None = None,
+        tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
+        quantization: str | None = None,
+        gpu_memory: float | None = None,
+        kv_cache_gib: float | None = None,
         allow_pickle: bool = False,
         trust_remote_code: bool = False,
         allow_unused_weights: bool = False,
-        **split: Unpack[VLLMSplit],
     ) -> None:
-        self.options = VLLMOptions(**split)
+        parallel = (tensor_parallel_size, pipeline_parallel_size)
+        self.options = VLLMOptions(batch_size, batch_tokens, *parallel, gpu_memory, kv_cache_gib, quantization)
         super().__init__(
             model,
             template=template,
