@@ -126,13 +126,12 @@ def _show_plan(planned: Sequence[Planned], model: str, *, as_json: bool) -> int:
 
 def print_plan(planned: Sequence[Planned], model: str, console: Any) -> None:
     """What each task takes, and which cannot run."""
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(f"plan · {model}"), title_justify="left", title_style="bold")
-    table.add_column("task")
-    for heading in ("samples", "there already", "tokens to read", "to write, at most"):
-        table.add_column(heading, justify="right")
+    from almost_eval.report.tables import titled
+
+    headings = ("samples", "there already", "tokens to read", "to write, at most")
+    table = titled(f"plan · {model}", ["task"], headings)
     for one in planned:
         cells = [f"{n:,}" if n else "" for n in (one.samples, one.done, one.read, one.write)]
         table.add_row(Text(one.name), *(["cannot run", "", "", ""] if one.refused else cells))
@@ -148,10 +147,11 @@ def print_plan(planned: Sequence[Planned], model: str, console: Any) -> None:
 
 def print_outcomes(outcomes: Sequence[Outcome], whole: Mapping[str, Any], console: Any) -> None:
     """The headlines in one table, what failed and why, and where the page is."""
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(str(whole["model"])), title_justify="left", title_style="bold")
+    from almost_eval.report.tables import titled
+
+    table = titled(str(whole["model"]), ())
     for heading in ("task", "metric", "score", "95 % interval", "n", "valid", "seconds"):
         table.add_column(heading, justify="left" if heading in ("task", "metric", "valid") else "right")
     for outcome in outcomes:
@@ -212,12 +212,7 @@ class Silent(PipeProgress):
 
 
 class Display(Silent):
-    """Two bars on stderr: tokens of the whole plan with the time that remains, and below it the task at work.
-
-    Args:
-        planned: the tasks.
-        bars: rich's progress, started.
-    """
+    """Two bars on stderr: tokens of the whole plan with the time that remains, and below it the task at work."""
 
     def __init__(self, planned: Sequence[Planned], bars: Any) -> None:
         super().__init__()

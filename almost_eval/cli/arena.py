@@ -66,13 +66,13 @@ def export(db: Path, output: Path) -> int:
 
 
 def _print(results: ArenaReport, db: Path) -> None:
-    from rich.table import Table
     from rich.text import Text
 
+    from almost_eval.report.tables import titled
+
     console = open_console()
-    table = Table(title=Text(f"arena · {db.name}"), title_justify="left", title_style="bold")
-    for name in ("system", "against", "wins", "losses", "ties", "both bad", "win rate", "95 % interval"):
-        table.add_column(name, justify="left" if name in ("system", "against") else "right")
+    figures = ("wins", "losses", "ties", "both bad", "win rate", "95 % interval")
+    table = titled(f"arena · {db.name}", ["system", "against"], figures)
     for pair in results.pairs:
         counts = (pair.wins, pair.losses, pair.ties, pair.both_bad)
         rate = pair.win_rate

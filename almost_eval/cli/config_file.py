@@ -64,9 +64,7 @@ def _apply(context: click.Context, file: Path) -> None:
 def read_config(file: Path, context: click.Context) -> dict[click.Option, Any]:
     """The options that a file sets, with values as the command line would hold them.
 
-    Args:
-        file: YAML: one mapping from names of flags, without the dashes in front, to values.
-        context: of the command whose options they are.
+    It is YAML: one mapping from names of flags, without the dashes in front, to values.
 
     Raises:
         InputError: no such file, not a mapping, an unknown name, one option twice, or a value that it does not take.

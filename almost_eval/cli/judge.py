@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +11,7 @@ import click
 from almost_eval.cli.command_line import SEED, Commands, import_transformers, open_console, options, print_json
 from almost_eval.cli.judge_options import (
     ANSWER_OPTIONS,
+    ARCHIVE,
     BY_CATEGORY,
     CHECK_OPTIONS,
     DATA_OPTIONS,
@@ -26,22 +25,20 @@ from almost_eval.cli.judge_options import (
     PATH,
     RUN_OPTIONS,
     TURN_OPTIONS,
+    Flags,
+    find_questions_of,
+    named,
+    open_judges_of,
 )
 from almost_eval.cli.options import SHARD, engine_options, show_plan, show_results, show_shard
 from almost_eval.errors import InputError
-from almost_eval.judge.build import DEFAULT_BASELINE, NANO_JUDGE, answer_budget
+from almost_eval.judge.build import DEFAULT_BASELINE, answer_budget
 from almost_eval.judge.families import DEFAULT_FAMILY
 from almost_eval.types import JSONObject
 
 if TYPE_CHECKING:
-    from almost_eval.data.sources import DataSource
     from almost_eval.judge.answers import System
-    from almost_eval.judge.judges import Judge
-    from almost_eval.judge.records import Question
     from almost_eval.judge.run import JudgeRun
-
-Flags = Mapping[str, Any]
-"""Name of a parameter -> its value, as click gives them."""
 
 STARTED = time.perf_counter()
 
@@ -92,9 +89,9 @@ def _prepare(flags: Flags) -> JudgeRun:
     allowed = parse_allowed(flags["allow"])
     names = _system_names(flags)
     built_in = all(name in BUILT_IN for name in names)
-    data, questions, fingerprint = _questions(flags, built_in=built_in)
-    families = Families(_named(flags, "judge_family"), _named(flags, "system_family"))
-    judge = _open_judges(flags, data, several_turns=any(question.later for question in questions))
+    data, questions, fingerprint = find_questions_of(flags, built_in=built_in)
+    families = Families(named(flags, "judge_family"), named(flags, "system_family"))
+    judge = open_judges_of(flags, data, several_turns=any(question.later for question in questions))
     limit = None if flags["max_answer_chars"] else MAX_ANSWER_CHARS
     sampling = Sampling(
         **_temperatures(flags),
@@ -183,54 +180,6 @@ def _system_names(flags: Flags) -> list[str]:
     return [str(baseline), model]
 
 
-def _questions(flags: Flags, *, built_in: bool) -> tuple[DataSource, list[Question], str]:
-    from almost_eval.data.sources import find_data
-    from almost_eval.judge.questions import find_questions
-
-    name = flags["data"]
-    judges = flags["judges"] if "judges" in flags else (flags["judge"],)
-    if name is None and NANO_JUDGE in judges and not flags["data_root"]:
-        name = "nano"
-    data = find_data(name, flags["data_root"], built_in_model=built_in and not flags["questions"])
-    questions, fingerprint = find_questions(
-        flags["questions"], data, limit=flags["limit"], turns=flags.get("turns"), reference=flags.get("reference")
-    )
-    return data, questions, fingerprint
-
-
-def _open_judge(flags: Flags, data: DataSource) -> Judge:
-    """The judge that the flags name; see `open_judge`."""
-    from almost_eval.judge.build import JudgeOptions, open_judge
-
-    options = JudgeOptions(**{field.name: flags[field.name] for field in fields(JudgeOptions) if field.name in flags})
-    if options.is_reward_model:
-        import_transformers()
-    return open_judge(options, data)
-
-
-def _open_judges(flags: Flags, data: DataSource, *, several_turns: bool) -> Judge:
-    """The judge, or the panel, that the flags name; see `open_judges`."""
-    from almost_eval.judge.build import REWARD_PREFIX, JudgeOptions, open_judges
-
-    options = JudgeOptions(**{field.name: flags[field.name] for field in fields(JudgeOptions) if field.name in flags})
-    if any(name.startswith(REWARD_PREFIX) for name in flags["judges"]):
-        import_transformers()
-    endpoints, prices = _named(flags, "judge_at"), _named(flags, "judge_price")
-    return open_judges(flags["judges"], options, data, endpoints=endpoints, prices=prices, several_turns=several_turns)
-
-
-def _named(flags: Flags, name: str) -> dict[str, str]:
-    """NAME=VALUE of a flag that may be given several times."""
-    named: dict[str, str] = {}
-    for text in flags[name]:
-        key, sign, value = text.partition("=")
-        if not (key and sign and value):
-            raise InputError(f"--{name.replace('_', '-')} {text!r} is not NAME=VALUE; write the name, =, and the value")
-        if named.setdefault(key, value) != value:
-            raise InputError(f"--{name.replace('_', '-')} names {key} twice, with {named[key]} and {value}; keep one")
-    return named
-
-
 @click.group(cls=Commands)
 def judge() -> None:
     """Reviews again, without a call; and whether a judge is any good."""
@@ -238,9 +187,7 @@ def judge() -> None:
 
 @judge.command("report")
 @click.argument("run_folder", type=PATH, required=False)
-@click.option(
-    "--archive", multiple=True, type=PATH, help="Archived reviews: a folder with answer/ and review/, or files."
-)
+@ARCHIVE
 @click.option("--ties", type=click.Choice(["half", "drop"]), help="A tie is half a win, or none.  [as the run]")
 @ORDERS
 @click.option("--prompt-family", type=FAMILY, help="Read the stored reviews by this family's parser.")
@@ -269,11 +216,11 @@ def judge_report(
         return show_results(_redrawn(run_folder, votes, flags), run_folder, as_json=as_json)
     if votes is not None:
         raise InputError("--votes are votes on the pairs of a run; give the folder of a run, not --archive")
-    from almost_eval.judge.archive import aggregate_archives, find_archives
+    from almost_eval.judge.cases import aggregate_archives, find_archives
     from almost_eval.judge.prompts import load_judge_prompts
     from almost_eval.report.judge_console import print_archives
 
-    data, questions, _ = _questions(flags | {"judge": None}, built_in=False)
+    data, questions, _ = find_questions_of(flags | {"judges": ()})
     prompts = load_judge_prompts(flags["prompt_family"] or DEFAULT_FAMILY, "builtin", data)
     if prompts.n_answers != 2:
         raise InputError(f"--prompt-family {prompts.name} is about one answer, archived reviews are about two")
@@ -307,9 +254,7 @@ def _redrawn(folder: Path, votes: Path | None, flags: Flags) -> JSONObject:
 
 
 @judge.command("check")
-@click.option(
-    "--archive", multiple=True, type=PATH, help="Archived reviews: a folder with answer/ and review/, or files."
-)
+@ARCHIVE
 @click.option("--archive-judge", default="GPT-4", show_default=True, help="Whose the archived reviews are.")
 @click.option("--votes", type=PATH, help="Votes of people: an arena's file or export, hh-rlhf's pairs, MT-Bench's.")
 @click.option("--repeats", default=1, show_default=True, type=click.IntRange(min=1), help="Times each pair is asked.")
@@ -333,4 +278,4 @@ def judge_check(archive: tuple[Path, ...], as_json: bool, **flags: Any) -> int:
     """
     from almost_eval.cli.judge_check import check_judges
 
-    return check_judges(archive, flags, as_json, questions=_questions, open_judge=_open_judge)
+    return check_judges(archive, flags, as_json)

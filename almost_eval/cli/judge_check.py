@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from almost_eval.cli.command_line import open_console, print_json
+from almost_eval.cli.judge_options import Flags, find_data_of, find_questions_of, open_judges_of
 from almost_eval.cli.options import show_plan
 from almost_eval.errors import InputError
-from almost_eval.judge.build import NANO_JUDGE, JudgeOptions, without_api
+from almost_eval.judge.build import JudgeOptions, without_api
 from almost_eval.judge.families import DEFAULT_FAMILY
 from almost_eval.types import JSONObject
 
@@ -19,40 +21,22 @@ if TYPE_CHECKING:
     from almost_eval.data.sources import DataSource
     from almost_eval.judge.cases import HumanVote
     from almost_eval.judge.check import JudgeCheck
-    from almost_eval.judge.judges import Judge
     from almost_eval.judge.records import Question
 
-    OpenJudge = Callable[[Mapping[str, Any], DataSource], Judge]
 
-
-def check_judges(
-    archive: Sequence[Path],
-    flags: Mapping[str, Any],
-    as_json: bool,
-    *,
-    questions: Callable[..., tuple[DataSource, list[Question], str]],
-    open_judge: OpenJudge,
-) -> int:
-    """Run the checks that the flags ask for, and show the certificate; the exit code.
-
-    Args:
-        archive: of `--archive`.
-        flags: the other parameters of the command, by name.
-        as_json: whether JSON is printed.
-        questions: opens data and questions by flags.
-        open_judge: opens a judge by flags.
-    """
-    from almost_eval.judge.succession import OLD, certify
+def check_judges(archive: Sequence[Path], flags: Flags, as_json: bool) -> int:
+    """Run the checks that the flags ask for, and show the certificate; the exit code."""
+    from almost_eval.judge.check import OLD, certify
     from almost_eval.progress import progress_for
 
     names = flags["judge"]
     _refuse(names, archive, flags["votes"])
     votes = _human_votes(flags["votes"])
     if archive:
-        opened = questions({**flags, "limit": None, "judge": names[0]}, built_in=False)
+        opened = find_questions_of({**flags, "limit": None, "judges": names[:1]})
     else:  # the votes hold their questions
-        opened = _data_for(flags, votes[0])
-    new, *others = _checks(archive, flags, opened, votes, open_judge)
+        opened = _data_for({**flags, "judges": names}, votes[0])
+    new, *others = _checks(archive, flags, opened, votes)
     old = others[0] if others else None
     folder = flags["output"] or new.default_folder()
     if flags["dry_run"]:
@@ -77,13 +61,12 @@ def _refuse(judges: Sequence[str], archive: Sequence[Path], votes: Path | None) 
 
 def _checks(
     archive: Sequence[Path],
-    flags: Mapping[str, Any],
+    flags: Flags,
     opened: tuple[DataSource, list[Question], str],
     votes: tuple[list[HumanVote], dict[str, int]],
-    open_judge: OpenJudge,
 ) -> list[JudgeCheck]:
     """The check of the first judge and, where one is named, that of the one to be replaced."""
-    from almost_eval.judge.archive import find_archives
+    from almost_eval.judge.cases import find_archives
     from almost_eval.judge.check import JudgeCheck
     from almost_eval.judge.prompts import load_judge_prompts
 
@@ -93,14 +76,14 @@ def _checks(
     reader = load_judge_prompts(DEFAULT_FAMILY, "builtin", data)
     checks = []
     for name, address in zip(names, _addresses(names, flags["judge_base_url"]), strict=True):
-        mine = {**flags, "judge": name, "judge_base_url": address}
+        mine = {**flags, "judge": name, "judges": [name], "judge_base_url": address}
         if len(names) > 1 and JudgeOptions(judge=name).is_local:  # these flags are the other judge's
             mine |= without_api()
         checks.append(
             JudgeCheck(
                 archives,
                 reader,
-                open_judge(mine, data),
+                open_judges_of(mine, data),
                 fingerprint,
                 votes=votes[0],
                 unread_votes=votes[1],
@@ -114,17 +97,13 @@ def _checks(
     return checks
 
 
-def _data_for(flags: Mapping[str, Any], votes: Sequence[HumanVote]) -> tuple[DataSource, list[Question], str]:
+def _data_for(flags: Flags, votes: Sequence[HumanVote]) -> tuple[DataSource, list[Question], str]:
     """Where prompts come from, no questions, and the digest of the votes."""
-    from dataclasses import asdict
-
-    from almost_eval.data.sources import find_data, fingerprint
+    from almost_eval.data.sources import fingerprint
 
     if flags["questions"] is not None:
         raise InputError("--questions belong to --archive; the file of --votes holds its own")
-    name = flags["data"] or ("nano" if NANO_JUDGE in flags["judge"] and not flags["data_root"] else None)
-    data = find_data(name, flags["data_root"], built_in_model=False)
-    return data, [], fingerprint([asdict(vote) for vote in votes])
+    return find_data_of(flags), [], fingerprint([asdict(vote) for vote in votes])
 
 
 def _human_votes(file: Path | None) -> tuple[list[HumanVote], dict[str, int]]:

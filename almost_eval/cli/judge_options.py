@@ -1,19 +1,31 @@
-"""The options of `vicuna` and of the judge's commands. Imported with the command line, so nothing heavy here."""
+"""The options of `vicuna` and of the judge's commands, and the questions and judges that they name.
+
+Imported with the command line, so nothing heavy here.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from almost_eval.cli.command_line import SEED, FiniteRange
+from almost_eval.cli.command_line import SEED, FiniteRange, import_transformers
 from almost_eval.cli.options import DATA_ROOT, ENGINE_FIELDS, GENERATION_FIELDS, TEMPLATE, engine_flag, joined
 from almost_eval.errors import InputError
-from almost_eval.judge.build import MAX_NEW_TOKENS, NANO_MAX_NEW_TOKENS, JudgeOptions
+from almost_eval.judge.build import MAX_NEW_TOKENS, NANO_JUDGE, NANO_MAX_NEW_TOKENS, JudgeOptions, open_judges
 from almost_eval.judge.families import DEFAULT_FAMILY, FAMILIES, FAMILY_OF_TURNS
 from almost_eval.judge.modes import MODES
 
+if TYPE_CHECKING:
+    from almost_eval.data.sources import DataSource
+    from almost_eval.judge.judges import Judge
+    from almost_eval.judge.records import Question
+
+Flags = Mapping[str, Any]
+"""Name of a parameter -> its value, as click gives them."""
 PATH = click.Path(path_type=Path)
 FAMILY = click.Choice(list(FAMILIES))
 BY_CATEGORY = "by-category"
@@ -120,6 +132,9 @@ CHECK_OPTIONS = [
     *_ASKED,
 ]
 """Of a judge and, perhaps, the one it is to replace."""
+ARCHIVE = click.option(
+    "--archive", multiple=True, type=PATH, help="Archived reviews: a folder with answer/ and review/, or files."
+)
 DATA_OPTIONS = [
     click.option("--data", help="Data: hub (the real questions) or nano (built in; the default for built-in models)."),
     DATA_ROOT,
@@ -222,3 +237,45 @@ RUN_OPTIONS = [
     click.option("--dry-run", is_flag=True, help="Show requests, tokens and price; send nothing, load no weights."),
 ]
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
+
+
+# --- what they name
+
+
+def find_data_of(flags: Flags, *, built_in: bool = False) -> DataSource:
+    """The data that the flags name; without a name the nano world's, where its oracle or built-in models say so."""
+    from almost_eval.data.sources import find_data
+
+    is_nano = NANO_JUDGE in flags["judges"] and not flags["data_root"]
+    name = "nano" if flags["data"] is None and is_nano else flags["data"]
+    return find_data(name, flags["data_root"], built_in_model=built_in and not flags["questions"])
+
+
+def find_questions_of(flags: Flags, *, built_in: bool = False) -> tuple[DataSource, list[Question], str]:
+    """Data, questions, and the digest of these."""
+    from almost_eval.judge.questions import find_questions
+
+    data = find_data_of(flags, built_in=built_in)
+    asked = {name: flags.get(name) for name in ("limit", "turns", "reference")}
+    return data, *find_questions(flags["questions"], data, **asked)
+
+
+def open_judges_of(flags: Flags, data: DataSource, *, several_turns: bool = False) -> Judge:
+    """The judge, or the panel, that the flags name; see `open_judges`."""
+    options = JudgeOptions(**{field.name: flags[field.name] for field in fields(JudgeOptions) if field.name in flags})
+    if any(JudgeOptions(judge=name).is_reward_model for name in flags["judges"]):
+        import_transformers()
+    endpoints, prices = named(flags, "judge_at"), named(flags, "judge_price")
+    return open_judges(flags["judges"], options, data, endpoints=endpoints, prices=prices, several_turns=several_turns)
+
+
+def named(flags: Flags, name: str) -> dict[str, str]:
+    """NAME=VALUE of a flag that may be given several times; empty for a command without it."""
+    pairs: dict[str, str] = {}
+    for text in flags.get(name, ()):
+        key, sign, value = text.partition("=")
+        if not (key and sign and value):
+            raise InputError(f"--{name.replace('_', '-')} {text!r} is not NAME=VALUE; write the name, =, and the value")
+        if pairs.setdefault(key, value) != value:
+            raise InputError(f"--{name.replace('_', '-')} names {key} twice, with {pairs[key]} and {value}; keep one")
+    return pairs

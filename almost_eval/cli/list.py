@@ -29,14 +29,13 @@ def list_all(as_json: bool) -> int:
     if as_json:
         click.echo(json.dumps(tables, indent=1))
         return 0
-    from rich.table import Table
     from rich.text import Text
+
+    from almost_eval.report.tables import titled
 
     console = open_console()
     for title, rows in tables.items():
-        table = Table(title=Text(title.replace("_", " ")), title_justify="left", title_style="bold")
-        for heading in rows[0]:
-            table.add_column(heading)
+        table = titled(title.replace("_", " "), rows[0])
         for row in rows:
             table.add_row(*(Text(_cell(value)) for value in row.values()))
         console.print(table)
@@ -56,6 +55,8 @@ def inventory() -> dict[str, list[JSONObject]]:
     from almost_eval.data.prompt_sets import PROMPT_SET_NAMES
     from almost_eval.data.sources import DATA_NAMES
     from almost_eval.engines.build import ENGINES, PACKAGES
+    from almost_eval.judge.families import FAMILIES
+    from almost_eval.judge.prompts import load_family
     from almost_eval.models.stops import STOP_STRINGS
 
     return {
@@ -76,7 +77,7 @@ def inventory() -> dict[str, list[JSONObject]]:
             {"name": "reward:CKPT", "what": "a reward model: the higher reward wins"},
             {"name": "nano", "what": "the oracle of the built-in world, on its questions"},
         ],
-        "judge_prompts": _judge_prompts(),
+        "judge_prompts": [{"name": name, "reviews": load_family(name).title} for name in FAMILIES],
         "models": _models(),
     }
 
@@ -99,13 +100,6 @@ def _tasks() -> list[JSONObject]:
     # Judged comparison is a command, and no task of the registry.
     metrics = [HEADLINE, "wins", "ties", "losses"]
     return [*rows, {"name": TASK, "protocols": list(FAMILIES), "metrics": metrics, "data": "FastChat"}]
-
-
-def _judge_prompts() -> list[JSONObject]:
-    from almost_eval.judge.families import FAMILIES
-    from almost_eval.judge.prompts import load_family
-
-    return [{"name": name, "reviews": load_family(name).title} for name in FAMILIES]
 
 
 def _models() -> list[JSONObject]:

@@ -19,7 +19,6 @@ from almost_eval import __version__
 from almost_eval.cli.all import all_tasks
 from almost_eval.cli.arena import arena
 from almost_eval.cli.command_line import Commands, comma_list, import_transformers, options, run_command_line
-from almost_eval.cli.compare import compare
 from almost_eval.cli.config_file import CONFIG, add_config
 from almost_eval.cli.judge import judge, vicuna
 from almost_eval.cli.list import completion, list_all
@@ -37,7 +36,7 @@ from almost_eval.cli.options import (
 )
 from almost_eval.cli.parity import parity
 from almost_eval.cli.plan import plan
-from almost_eval.cli.report import report
+from almost_eval.cli.report import compare, report
 from almost_eval.cli.tax import tax
 from almost_eval.cli.verify import verify
 from almost_eval.errors import InputError

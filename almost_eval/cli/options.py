@@ -108,13 +108,7 @@ TEMPLATE = click.option(
     show_default=True,
     help="auto, none, tokenizer, almost, alpaca, vicuna, dolly, oasst, a FILE.",
 )
-DATA_OPTIONS = [
-    DATA,
-    DATA_ROOT,
-    PROMPT_SET,
-    TEMPLATE,
-    LIMIT,
-]
+DATA_OPTIONS = [DATA, DATA_ROOT, PROMPT_SET, TEMPLATE, LIMIT]
 
 
 def _shard(context: click.Context, param: click.Parameter, value: str | None) -> Shard | None:
@@ -168,13 +162,8 @@ RUN_OPTIONS = [
 def run_request(
     values: Mapping[str, Any], task: str, protocol: str = "", settings: Mapping[str, Any] = {}
 ) -> RunRequest:
-    """The request that the flags of `MODEL_OPTIONS`, `DATA_OPTIONS` and `RUN_OPTIONS` describe.
-
-    Args:
-        values: of these flags, as far as the command has them; others are not read.
-        task: see `RunRequest`.
-        protocol: see `RunRequest`.
-        settings: see `RunRequest`.
+    """The request that the flags of `MODEL_OPTIONS`, `DATA_OPTIONS` and `RUN_OPTIONS` describe, as far as the command
+    has them.
 
     Raises:
         InputError: `--allow` names an unknown check, or no share.
@@ -199,13 +188,8 @@ def run_request(
 def show_shard(mark: Mark, *, as_json: bool) -> int:
     """Say what a finished shard is, and what is to be done with it; returns the exit code."""
     if as_json:
-        facts = {
-            "shard": str(mark.shard),
-            "folder": str(mark.folder),
-            "samples": len(mark.ids),
-            **(mark.finished or {}),
-        }
-        print_json(facts)
+        facts = {"shard": str(mark.shard), "folder": str(mark.folder), "samples": len(mark.ids)}
+        print_json(facts | (mark.finished or {}))
     else:
         click.echo(
             f"shard {mark.shard} is done: {len(mark.ids)} of {mark.total} samples, in {mark.folder}\n"

@@ -74,12 +74,8 @@ def script(command: Sequence[str], merge: Sequence[str], output: Path, shards: i
 
 
 def print_script(context: click.Context, option: str, shards: int) -> None:
-    """Print the script of the command line, all of which is checked before, and exit.
-
-    Args:
-        context: of the command.
-        option: the name under which `shards` stands on the command line.
-        shards: tasks of the array.
+    """Print the script of the command line, all of which is checked before, and exit. `option` is the name under which
+    the number of shards stands there.
 
     Raises:
         InputError: it names no folder, or something that is each shard's own.

@@ -135,17 +135,14 @@ def _means(tax: Tax) -> Table:
 
 
 def _differences(tax: Tax) -> Table:
-    from rich.table import Table
     from rich.text import Text
 
     from almost_eval.compare.tax.tax import MEASURES, benchmarks
+    from almost_eval.report.tables import titled
 
     before = tax.policies[0].label
-    table = Table(title=Text(f"Paired with {before}"), title_justify="left", title_style="bold")
-    table.add_column("checkpoint")
-    table.add_column("measure")
-    for name in ("n", "difference", "95 % interval", "p", "p, Holm"):
-        table.add_column(name, justify="right")
+    figures = ("n", "difference", "95 % interval", "p", "p, Holm")
+    table = titled(f"Paired with {before}", ["checkpoint", "measure"], figures)
     table.add_column("")
     for pair in tax.comparisons:
         if pair.against == before:
@@ -156,14 +153,12 @@ def _differences(tax: Tax) -> Table:
 
 def _figures(pair: Paired) -> tuple[str, str, str, str]:
     from almost_eval.compare.tax.tax import is_share
+    from almost_eval.report.tables import span_of, text_of
 
-    scale, digits = (100, 1) if is_share(pair.measure) else (1, 2)
-    difference = "-" if pair.difference is None else f"{scale * pair.difference:+.{digits}f}"
-    interval = "-"
-    if pair.ci95 is not None:
-        interval = f"{scale * pair.ci95[0]:+.{digits}f} to {scale * pair.ci95[1]:+.{digits}f}"
-    p_values = ("-" if p is None else f"{p:.2g}" for p in (pair.p_value, pair.p_holm))
-    return difference, interval, next(p_values), next(p_values)
+    scale, form = (100, "+.1f") if is_share(pair.measure) else (1, "+.2f")
+    difference = None if pair.difference is None else scale * pair.difference
+    p_values = text_of(pair.p_value, ".2g"), text_of(pair.p_holm, ".2g")
+    return text_of(difference, form), span_of(pair.ci95, form, scale), *p_values
 
 
 def _verdict(pair: Paired) -> Text:

@@ -37,7 +37,7 @@ def verify(run_folder: Path, samples: int, seed: int, **values: Any) -> int:
 
     spec = read_spec(run_folder)
     if spec.get("requires") == "judge":
-        from almost_eval.judge.verify import verify_judged
+        from almost_eval.judge.results import verify_judged
 
         if values["model"]:
             raise click.UsageError("--model: a judged run has no samples to score again; leave it out")

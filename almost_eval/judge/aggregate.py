@@ -162,11 +162,8 @@ def aggregate(reviews: Sequence[Review], *, ties: Ties = "half", orders: Orders 
 
 
 def _by_turn(reviews: Sequence[Review], values: Sequence[float | None]) -> dict[str, Metric]:
-    """Win rates of each turn, and of each category in it; none where there is one turn only.
-
-    Args:
-        reviews: those that count.
-        values: what each is worth.
+    """Win rates of each turn, and of each category in it; none where there is one turn only. `values` is what each
+    review is worth.
     """
     turns = sorted({review.turn for review in reviews})
     categories = list(dict.fromkeys(review.category for review in reviews))

@@ -132,10 +132,6 @@ def open_system(
 def less_thoughts(answer: Answer, reasoning: AnswerReasoning) -> Answer:
     """An answer as it is judged: `strip` moves a thought into its metadata, `keep` leaves it in the text.
 
-    Args:
-        answer: as the system wrote it.
-        reasoning: what is done.
-
     Raises:
         InputError: it holds a thought, and `reasoning` is `refuse`.
     """

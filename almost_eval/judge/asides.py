@@ -108,11 +108,7 @@ def is_last_word(match: re.Match[str]) -> bool:
 
 
 def without_asides(text: str) -> str:
-    """The review with every mark struck out that it states and does not give.
-
-    Args:
-        text: as `plain_text` leaves it.
-    """
+    """The review, as `plain_text` leaves it, with every mark struck out that it states and does not give."""
     text = _SAID.sub(_struck, text)
     parts, at, was_condition = [], 0, False
     # Step 1: statements; 2: of those that mean nothing, every mark; 3: of the others, what their words take back.

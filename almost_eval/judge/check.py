@@ -1,6 +1,10 @@
 """Is a judge any good? It reviews pairs that GPT-4 reviewed, or people voted on, and is compared with what they said.
 
 The run itself: what is asked, the folder, the lines, `results.json`. What the reviews say is in `certificate`.
+
+One judge in the place of another: both are checked on the same cases, and `certificate.json` says what changes. The new
+judge's run is in the folder itself, that of the old one in `old/` inside it, so that an old judge can be named later
+and nothing is asked twice.
 """
 
 from __future__ import annotations
@@ -10,11 +14,18 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from almost_eval.errors import DataError, InputError
+from almost_eval.errors import DataError, InputError, RunError
+from almost_eval.files import read_json, write_json
 from almost_eval.judge.api.journal import Journal
-from almost_eval.judge.archive import Archive
-from almost_eval.judge.cases import Case, HumanVote, archived_cases, drawn, reversed_pair, voted_cases
-from almost_eval.judge.certificate import Checked, check_metrics, moves_from_archive, sentence
+from almost_eval.judge.cases import Archive, Case, HumanVote, archived_cases, drawn, reversed_pair, voted_cases
+from almost_eval.judge.certificate import (
+    Checked,
+    between,
+    check_metrics,
+    moves_between,
+    moves_from_archive,
+    sentence,
+)
 from almost_eval.judge.judges import Judge, is_open
 from almost_eval.judge.lines import ORDERS, check_reviews, record_of, review_of, stored_verdict, withheld
 from almost_eval.judge.model_judge import ModelJudge
@@ -241,3 +252,64 @@ class JudgeCheck:
             "usd_each": None if cost is None or not n else cost / n,
             "seconds_each": None if seconds is None else round(seconds, 6),
         }
+
+
+# --- one judge in the place of another
+
+CERTIFICATE = "certificate.json"
+OLD = "old"
+"""Name of the folder of the judge that is replaced."""
+
+
+def certify(new: JudgeCheck, old: JudgeCheck | None, folder: Path, progress: Progress | None = None) -> JSONObject:
+    """Judge what is missing, then write `certificate.json` and return its content. `folder` is of the new judge's run;
+    `old` is None where the archive is all there is to compare with.
+
+    Raises:
+        StoreError: see `JudgeCheck.execute`.
+        InputError: see `JudgeCheck.execute`.
+        RunError: the certificate cannot be written.
+    """
+    results = new.execute(folder, progress)
+    certificate = certificate_of(results)
+    if old is not None:
+        theirs = old.execute(folder / OLD, progress)
+        certificate |= {"old": old.judge.name}
+        certificate["results"][OLD] = theirs
+        if results["validity"]["passed"] and theirs["validity"]["passed"]:
+            both = new.stored(folder), old.stored(folder / OLD)
+            moves = moves_between(*both, seed=new.seed)
+            certificate["between"] = {name: metric.to_dict() for name, metric in between(*both, seed=new.seed).items()}
+            certificate["moves"] = [move.to_dict() for move in moves]
+            certificate["sentences"] = [
+                *(sentence(move, new.judge.name, old.judge.name) for move in moves),
+                *certificate["sentences"],
+            ]
+    try:
+        write_json(folder / CERTIFICATE, certificate)
+    except OSError as error:
+        raise RunError(f"cannot write to {folder} ({error.strerror}); the reviews are kept") from None
+    return certificate
+
+
+def certificate_of(results: JSONMapping) -> JSONObject:
+    """What one check says, as a certificate without an old judge; results of an earlier version have no moves and no
+    price.
+    """
+    known = results["provenance"].get("archive_judge", "GPT-4")
+    return {
+        "new": results["model"],
+        "old": None,
+        "archive_judge": known if "kappa" in results["metrics"] else None,
+        "sentences": list(results["judging"].get("sentences", ())),
+        "results": {"new": results},
+        "between": None,
+        "moves": None,
+    }
+
+
+def stored_certificate(results: JSONMapping, folder: Path | None) -> JSONObject:
+    """The certificate that stands in the folder of a check, or what its results alone say."""
+    file = folder / CERTIFICATE if folder else None
+    stored: JSONObject = read_json(file) if file and file.is_file() else certificate_of(results)
+    return stored

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from almost_eval.judge.records import Grade
-from almost_eval.judge.verdicts import HIGHEST, LOWEST
+from almost_eval.judge.structured import HIGHEST, LOWEST
 from almost_eval.stats import mean_metric
 from almost_eval.types import JSONMapping, JSONObject, Metric
 

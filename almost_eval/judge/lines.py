@@ -10,17 +10,7 @@ from almost_eval.errors import InputError, StoreError, problem_of
 from almost_eval.judge.judges import UNANSWERED, UNPARSED, Judgement
 from almost_eval.judge.markdown import MarkdownCounts, count_markdown
 from almost_eval.judge.questions import truncate_answers
-from almost_eval.judge.records import (
-    Answer,
-    Grade,
-    Order,
-    Pair,
-    Question,
-    Review,
-    Solo,
-    Subject,
-    Verdict,
-)
+from almost_eval.judge.records import Answer, Grade, Order, Pair, Question, Review, Solo, Subject, Verdict
 from almost_eval.run.validity import Validity, check
 from almost_eval.types import JSONMapping, JSONObject, Sample, SampleRecord, Score
 
@@ -48,10 +38,7 @@ def cases_of(
 
 
 def couples(
-    questions: Sequence[Question],
-    answers: Sequence[Mapping[str, Answer]],
-    orders: str,
-    max_answer_chars: int | None,
+    questions: Sequence[Question], answers: Sequence[Mapping[str, Answer]], orders: str, max_answer_chars: int | None
 ) -> tuple[list[str], list[Pair], list[tuple[int, int]]]:
     """Ids of the lines, what is judged, and the characters cut off its two answers by place; in the questions' order.
 
@@ -134,14 +121,8 @@ def _cut_off(whole: Answer, shown: Answer, turn: int) -> int:
 def record_of(
     case: Subject, judgement: Judgement, *, id: str, cut: Sequence[int] = (0, 0), judge: str | None = None
 ) -> SampleRecord:
-    """The line of a judged pair, or of a graded answer.
-
-    Args:
-        case: what was judged.
-        judgement: what became of it.
-        id: of the line.
-        cut: characters that were cut off the answers, by place.
-        judge: who judged it, in a panel.
+    """The line of a judged pair, or of a graded answer; `cut` is the characters that were cut off the answers, by
+    place.
     """
     if isinstance(case, Pair):
         baseline, model = case.by_system

@@ -81,12 +81,7 @@ def judge_by_oracle(case: Subject) -> Judgement:
 
 
 class RewardJudge(Judge):
-    """A reward model: of two answers to a question the one with the larger raw logit. Weights load on first use.
-
-    Args:
-        model: the reward model.
-        name: as `--judge` gave it.
-    """
+    """A reward model: of two answers to a question the one with the larger raw logit. Weights load on first use."""
 
     kind = "reward"
 

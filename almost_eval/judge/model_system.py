@@ -49,13 +49,8 @@ class Sampling:
 
 
 class ModelSystem:
-    """Answers that a model writes. Loads no weights until `write`.
-
-    Args:
-        model: a checkpoint directory, hub id or built-in name; for the engine `openai` the name it serves.
-        questions: a user turn each, or several.
-        sampling: how to draw.
-        options: which engine, and how.
+    """Answers that a model writes: a checkpoint directory, hub id or built-in name; for the engine `openai` the name it
+    serves. Loads no weights until `write`.
 
     Raises:
         InputError: a first turn leaves no room for `max_new_tokens`; questions of several turns, and no template that
@@ -64,11 +59,7 @@ class ModelSystem:
     """
 
     def __init__(
-        self,
-        model: str,
-        questions: Sequence[Question],
-        sampling: Sampling,
-        options: EngineOptions | None = None,
+        self, model: str, questions: Sequence[Question], sampling: Sampling, options: EngineOptions | None = None
     ) -> None:
         self.name = Path(model).name if Path(model).is_dir() else model
         self.notes: list[str] = []
@@ -127,12 +118,8 @@ class ModelSystem:
         return
 
     def write(self, file: Path, progress: Progress, only: Collection[str] | None = None) -> Answers:
-        """Sample what `file` lacks; a turn is on disk before the next answer is waited for.
-
-        Args:
-            file: JSONL; in the end its lines have the order of the questions.
-            progress: where to report.
-            only: ids of the questions to answer; None is all of them.
+        """Sample what `file` lacks; a turn is on disk before the next answer is waited for. In the end the file's lines
+        have the order of the questions. `only` has the ids of some; None is all of them.
 
         Raises:
             StoreError: `file`, or the turns that wait beside it, hold lines that this run did not write.
@@ -187,7 +174,8 @@ class ModelSystem:
             if turns[question.id] and self._leaves_no_room(prompts[question.id]):
                 yield question, AnswerTurn("", {"finish_reason": None, "unscored": TOO_LONG})
             else:
-                groups.setdefault(self._temperature(question), []).append(question)
+                temperature = self._sampling.temperatures.get(question.category, self._sampling.temperature)
+                groups.setdefault(temperature, []).append(question)
         for temperature, group in groups.items():
             params = SamplingParams(
                 max_new_tokens=self._sampling.max_new_tokens,
@@ -209,9 +197,6 @@ class ModelSystem:
             made |= {"reasoning": part.thought, "unscored": unscored_reason(self._sampling.reasoning, part)}
         return AnswerTurn(part.answer.strip(), made)
 
-    def _temperature(self, question: Question) -> float:
-        return self._sampling.temperatures.get(question.category, self._sampling.temperature)
-
     def _prompt(self, question: Question, before: Sequence[AnswerTurn] = ()) -> str:
         """What the model reads for the turn after those that are answered: its own answers, less their thoughts.
 
@@ -220,20 +205,17 @@ class ModelSystem:
         """
         if self.template is None:
             return question.text
+        dialogue: list[Message] = []
         try:
-            return self._written(question, before)
+            for text, answer in zip(question.turns, before, strict=False):
+                dialogue.append(Message("user", text))
+                own = answer.text
+                if self._sampling.reasoning == "keep":
+                    own = split_reasoning(own, opens_thought(self._render(dialogue))).answer.strip()
+                dialogue.append(Message("assistant", own))
+            return self._render([*dialogue, Message("user", question.turns[len(before)])])
         except TemplateError as error:
             raise error.about(f"question {question.id}") from None
-
-    def _written(self, question: Question, before: Sequence[AnswerTurn]) -> str:
-        dialogue: list[Message] = []
-        for text, answer in zip(question.turns, before, strict=False):
-            dialogue.append(Message("user", text))
-            own = answer.text
-            if self._sampling.reasoning == "keep":
-                own = split_reasoning(own, opens_thought(self._render(dialogue))).answer.strip()
-            dialogue.append(Message("assistant", own))
-        return self._render([*dialogue, Message("user", question.turns[len(before)])])
 
     def _render(self, dialogue: Sequence[Message]) -> str:
         assert self.template is not None

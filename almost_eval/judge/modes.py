@@ -41,11 +41,6 @@ def fields_of(mode: Mode, form: str) -> JSONObject:
 def check_mode(mode: Mode, form: str, options: JSONObject) -> None:
     """Refuse what can never give a verdict.
 
-    Args:
-        mode: as `--verdict` names it.
-        form: of the reviews.
-        options: fields of a request that the user states.
-
     Raises:
         InputError: probabilities of letters from a prompt of scores; a field that the mode sets itself.
     """

@@ -3,7 +3,7 @@
 STYLE_CONTROLLED = "win_rate_style_controlled"
 """The metric of `style`."""
 STYLE_STRENGTH = "strength_style_controlled/"
-"""Before a system's name: its metric of `style_ranking`."""
+"""Before a system's name: its metric of `style.style_ranking`."""
 HUMAN, CORRECTED = "win_rate_human", "win_rate_human_corrected"
 """The metrics of `arena.correction`: of votes alone, and of the judge corrected by them."""
 VOTES_FILE = "votes.json"

@@ -8,7 +8,7 @@ by the same command. Where all fail, the run ends as with one judge.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -82,10 +82,7 @@ def names_of(spec: JSONMapping) -> list[str]:
 
 
 class Panel:
-    """Several judges.
-
-    Args:
-        members: in the order of their lines.
+    """Several judges, in the order of their lines.
 
     Raises:
         InputError: a judge twice.
@@ -154,6 +151,7 @@ class Panel:
         Raises:
             InputError: all judges failed, the first one for this; likewise RunError.
         """
+        assert self._folder is not None  # `open`
         n = len(pairs) // len(self.members)
         self._errors = {}
         waiting: list[tuple[int, Judgement]] = []
@@ -161,7 +159,7 @@ class Panel:
             mine = [index - place * n for index in wanted if place * n <= index < (place + 1) * n]
             left = dict.fromkeys(mine)
             try:
-                with self._opened(member):
+                with member.open(self._folder, self._notice):
                     own = pairs[place * n : (place + 1) * n]
                     for index, judgement in member.stream(own, mine, attempt) if mine else ():
                         left.pop(index)
@@ -173,10 +171,6 @@ class Panel:
         if len(self._errors) == len(self.members):  # nobody could judge: the command ends as with one judge
             raise next(iter(self._errors.values()))
         yield from waiting
-
-    def _opened(self, member: Judge) -> AbstractContextManager[object]:
-        assert self._folder is not None  # `open`
-        return member.open(self._folder, self._notice)
 
     def report(self) -> JSONObject:
         """The counts of all, and of each."""

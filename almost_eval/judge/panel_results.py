@@ -147,16 +147,8 @@ def summarise_panel(
     ties: Ties = "half",
     orders: Orders = "both",
 ) -> tuple[dict[str, Metric], JSONObject]:
-    """The metrics of a panel, and the entry `panel` of its results.
-
-    Args:
-        reviews: of all judges.
-        judges: by name, in the order of the panel.
-        systems: baseline and model, or all of a round robin.
-        families: as the user stated them.
-        seed: of the bootstraps.
-        ties: as in `aggregate`.
-        orders: those of the reviews.
+    """The metrics of a panel, and the entry `panel` of its results. `reviews` are of all judges; `systems` are baseline
+    and model, or all of a round robin.
     """
     mine = {judge: [review for review in reviews if review.judge == judge] for judge in judges}
     is_round = len(systems) > 2

@@ -45,11 +45,8 @@ _DRESS = " \n\t\r[](){}<>*_\"'`.,:;|\u0120\u010a\u2581\u201c\u201d\u2018\u2019"
 
 
 def parse_probabilities(answer: str, tokens: Sequence[TokenAlternatives] | None) -> Verdict | Unparsed:
-    """The verdict of a reply, by the probabilities of its letter.
-
-    Args:
-        answer: the text of the reply, without its thinking.
-        tokens: of the reply, or of its end, thinking included; None where the endpoint told none.
+    """The verdict of a reply without its thinking, by the probabilities of its letter. `tokens` are of the reply or its
+    end, thinking included; None where the endpoint told none.
 
     Returns:
         A verdict with `shares`, or why there is none: `no_logprobs`, `tokens_differ` (they do not make the answer),

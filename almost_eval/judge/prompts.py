@@ -38,16 +38,15 @@ from typing import Literal, NamedTuple
 from almost_eval.data.prompt_sets import PROMPT_SET_NAMES
 from almost_eval.data.sources import DataSource
 from almost_eval.errors import DataError, InputError, did_you_mean
+from almost_eval.judge.brackets import parse_letters, parse_rating
 from almost_eval.judge.families import FAMILIES
+from almost_eval.judge.fastchat import wrong_turns
 from almost_eval.judge.frames import filled, shown_turns, texts_in
-from almost_eval.judge.letters import parse_letters
 from almost_eval.judge.modes import Mode, closing_of
 from almost_eval.judge.plain_text import without_thoughts
 from almost_eval.judge.probabilities import parse_probabilities
-from almost_eval.judge.ratings import parse_rating
 from almost_eval.judge.records import Subject, TokenAlternatives, Unparsed, Verdict
-from almost_eval.judge.references import wrong_turns
-from almost_eval.judge.structured import is_held, parse_embedded, parse_object
+from almost_eval.judge.structured import RESPONSE_FORMAT, parse_embedded, parse_object
 from almost_eval.judge.verdicts import parse_scores
 from almost_eval.run import provenance
 from almost_eval.types import Message
@@ -253,8 +252,8 @@ def parse_review(
     if mode == "logprobs":
         return parse_probabilities(spoken, logprobs)
     if mode == "json":
-        held = is_held(parameters or {})
-        told = parse_object(form, spoken) if held else parse_embedded(form, spoken, material)
+        is_held = RESPONSE_FORMAT in (parameters or {})  # to JSON and nothing else: no endpoint has refused that
+        told = parse_object(form, spoken) if is_held else parse_embedded(form, spoken, material)
         if told is not None:
             return Unparsed("cut") if isinstance(told, Unparsed) and finish_reason == "length" else told
     verdict = FORMS[form].parse(spoken, material)

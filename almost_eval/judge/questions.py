@@ -21,8 +21,7 @@ from pathlib import Path
 from almost_eval.data.sources import DataSource, fingerprint
 from almost_eval.errors import DataError, InputError, printable
 from almost_eval.files import Row, json_line, parse_lines
-from almost_eval.judge import references
-from almost_eval.judge.fastchat import fastchat_text
+from almost_eval.judge.fastchat import CORRECTED, PUBLISHED, corrected, fastchat_text
 from almost_eval.judge.records import Answer, AnswerTurn, Question, QuestionTurn
 
 VICUNA = "fastchat/eval/table/question.jsonl"
@@ -54,9 +53,8 @@ def is_mt_bench(file: str | Path | None) -> bool:
 def names_of(file: str | Path | None, reference: str | None) -> dict[str, str]:
     """What a run records of its questions and reference answers, where they have names: `questions`, `reference`."""
     named = {"questions": "MT-Bench"} if is_mt_bench(file) else {}
-    if is_mt_bench(file) or reference in (references.PUBLISHED, references.CORRECTED):
-        own = reference in (None, references.PUBLISHED, references.CORRECTED)
-        named["reference"] = (reference or references.PUBLISHED) if own else "file"
+    if is_mt_bench(file) or reference in (PUBLISHED, CORRECTED):
+        named["reference"] = (reference or PUBLISHED) if reference in (None, PUBLISHED, CORRECTED) else "file"
     return named
 
 
@@ -89,7 +87,7 @@ def find_questions(
     if is_mt_bench(file):
         text = fastchat_text(f"{_MT_BENCH_FOLDER}/question.jsonl", data, instead="give --questions FILE")
         questions = _questions(text, MT_BENCH)
-        reference = reference or references.PUBLISHED
+        reference = reference or PUBLISHED
     elif file is not None:
         questions = read_questions(file)
     elif data.name == "nano":
@@ -117,7 +115,7 @@ def _with_references(questions: list[Question], reference: str | None, data: Dat
     """The questions with the reference answers that `--reference` names; a question that has none keeps none."""
     if reference is None:
         return questions
-    if reference in (references.PUBLISHED, references.CORRECTED):
+    if reference in (PUBLISHED, CORRECTED):
         where = f"{_MT_BENCH_FOLDER}/reference_answer/gpt-4.jsonl"
         text = fastchat_text(where, data, instead="give --reference FILE")
     else:
@@ -131,11 +129,10 @@ def _with_references(questions: list[Question], reference: str | None, data: Dat
     if not answers:
         raise InputError(f"--reference {reference} answers none of these questions; give the file that belongs to them")
     mended = [
-        question.with_references(answers[question.id].turns if question.id in answers else [None] * n)
+        question.with_references(answers[question.id].turns if question.id in answers else [None] * len(question.turns))
         for question in questions
-        for n in (len(question.turns),)
     ]
-    return [references.corrected(q) for q in mended] if reference == references.CORRECTED else mended
+    return [corrected(question) for question in mended] if reference == CORRECTED else mended
 
 
 def _questions(text: str, path: str) -> list[Question]:

@@ -26,13 +26,7 @@ BEFORE = "max_tokens_before"
 
 
 def amended(stored: JSONObject, now: JSONObject, prompts: JudgePrompts) -> tuple[JSONObject, JSONObject]:
-    """The stored spec and the present one, made equal in the bound where it was raised; else as they are.
-
-    Args:
-        stored: what the run folder says.
-        now: what the command says.
-        prompts: the judge's, with the present bound.
-    """
+    """The stored spec and the present one, made equal in the bound where it was raised; else as they are."""
     was, judge = stored["settings"]["judge"], now["settings"]["judge"]
     before, old, new = list(was.get(BEFORE, ())), was.get(MAX_TOKENS), judge.get(MAX_TOKENS)
     same_words = isinstance(old, int) and replace(prompts, max_tokens=old).digest == was["prompt_set"]["digest"]

@@ -9,7 +9,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +38,10 @@ from almost_eval.judge.panel_results import majority, score_of, summarise_panel
 from almost_eval.judge.prompts import FORMS, load_family, parse_review
 from almost_eval.judge.questions import read_answers, read_questions
 from almost_eval.judge.records import Review, Solo, Subject, Unparsed
-from almost_eval.judge.style import style_control
-from almost_eval.judge.style_ranking import style_ranking
+from almost_eval.judge.style import style_control, style_ranking
 from almost_eval.run.store import origin, read_results, read_samples, read_spec
 from almost_eval.run.validity import Validity
+from almost_eval.run.verify import Verification, differences, score_differences
 from almost_eval.stats import mean_metric
 from almost_eval.types import JSONMapping, JSONObject, Metric, SampleRecord
 
@@ -58,16 +58,8 @@ def summarise(
     ties: Ties | None = None,
     orders: Orders = "both",
 ) -> JSONObject:
-    """`results.json` without its times.
-
-    Args:
-        records: the lines.
-        spec: the run's.
-        validity: the gate's verdict on the lines.
-        engine: `path` and `warnings`.
-        digests: system -> digest of its answers.
-        ties: `half` or `drop`; None is as the spec says.
-        orders: which of the lines' orders count.
+    """`results.json` without its times. `digests` are of each system's answers; `ties` None is as the spec says;
+    `orders` are those of the lines that count.
     """
     settings = spec["settings"]
     ties = ties or settings["ties"]
@@ -261,11 +253,8 @@ class StoredRun:
         self.records = [stored[id] for id in self.pairs if id in stored]
 
     def again(self, record: SampleRecord, family: str | None = None) -> SampleRecord:
-        """The line as its own outputs, and the answers, make it.
-
-        Args:
-            record: a line.
-            family: whose parser reads the review; None is as the run read it.
+        """The line as its own outputs, and the answers, make it; its review read by the parser of `family`, or as the
+        run read it.
         """
         pair, cut = self.pairs[record.sample.id]
         outputs = {key: value for key, value in record.outputs.items() if key not in ("lengths", "markdown", "cut")}
@@ -324,13 +313,8 @@ class StoredRun:
 
 
 def redraw(folder: Path, *, ties: Ties | None = None, orders: Orders = "both", family: str | None = None) -> JSONObject:
-    """The results of a finished run with other settings; nothing is sent and nothing is written.
-
-    Args:
-        folder: the run folder.
-        ties: `half` or `drop`; None is as the run had it.
-        orders: `both` (all there are), `forward` or `reverse`.
-        family: read the stored reviews by this prompt family's parser.
+    """The results of a finished run with other settings; nothing is sent and nothing is written. `ties` None is as the
+    run had it; with `family` that prompt family's parser reads the stored reviews.
 
     Raises:
         InputError: the run has no lines of these orders, or no reviews to read.
@@ -366,3 +350,28 @@ def redrawn_records(run: StoredRun, orders: Orders = "both", family: str | None 
     if run.graded:
         return records
     return [run.with_markdown(record) for record in records if record.sample.metadata["order"] in ORDERS[orders]]
+
+
+def verify_judged(folder: Path) -> Verification:
+    """Read every review again, take lengths and digests from the answers again, and recompute every metric.
+
+    Raises:
+        StoreError: not a finished run of judged pairs.
+        DataError: its questions or answers are damaged.
+    """
+    run = StoredRun(folder)
+    verification = Verification(str(folder), len(run.records))
+    for record in run.records:
+        again = run.again(record)
+        verification.problems += score_differences(record, again.score)
+        verification.problems += [
+            f"sample {record.sample.id}: {problem}"
+            for problem in differences("outputs", record.outputs, again.outputs)
+            + differences("sample", asdict(record.sample), asdict(again.sample))
+        ]
+    whole = run.summarise(run.records)
+    verification.metrics = sum(len(whole[part]) for part in ("metrics", "judging", "details"))
+    verification.metrics += len(whole["provenance"])
+    for part, value in whole.items():
+        verification.problems += differences(part, run.results.get(part), json.loads(json.dumps(value)))
+    return verification

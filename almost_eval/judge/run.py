@@ -15,14 +15,7 @@ from typing import Literal
 
 from almost_eval.errors import InputError
 from almost_eval.files import write_rows
-from almost_eval.judge.answers import (
-    AnswerReasoning,
-    System,
-    answer_files,
-    digest_answers,
-    distinct,
-    question_line,
-)
+from almost_eval.judge.answers import AnswerReasoning, System, answer_files, digest_answers, distinct, question_line
 from almost_eval.judge.judges import Judge, is_open, shown, without_answer
 from almost_eval.judge.lines import ORDERS, cases_of, check_reviews, paired_choices, record_of
 from almost_eval.judge.local import RewardJudge

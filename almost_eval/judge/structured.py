@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 from almost_eval.judge.records import Side, Unparsed, Verdict
@@ -90,12 +90,8 @@ def parse_object(form: str, text: str) -> Verdict | Unparsed:
 
 
 def parse_embedded(form: str, text: str, material: str = "") -> Verdict | Unparsed | None:
-    """The verdict of the JSON objects in a text, where the endpoint was not held to a schema.
-
-    Args:
-        form: a key of the forms of reviews.
-        text: what the judge wrote.
-        material: what it may have quoted: an object that stands there is no verdict.
+    """The verdict of the JSON objects in a text, where the endpoint was not held to a schema. One that stands in
+    `material`, which the judge may have quoted, is none.
 
     Returns:
         A verdict; `ambiguous` where two objects differ; None where no object is a verdict.
@@ -164,11 +160,6 @@ def _scores_by_name(fields: object) -> list[Scores]:
         if (match := _FIELD.fullmatch(name.strip())) and _is_number(score):
             sides[SIDES[(match[1] or match[2]).lower()]].add(float(score))
     return [(one, two) for one in sides[0] for two in sides[1]]
-
-
-def is_held(parameters: Mapping[str, object]) -> bool:
-    """Whether a reply with these parameters was to be JSON and nothing else: no endpoint had refused that."""
-    return RESPONSE_FORMAT in parameters
 
 
 def _verdict(form: str, fields: object) -> Verdict | Unparsed:

@@ -26,6 +26,16 @@ narrow here, as a fit to a resample says more than one to the whole.
 
 Style is taken for a cause. Where better answers have to be longer or better ordered, too much is taken away: read the
 rate as a bound.
+
+Of several systems the model has strengths in the place of its intercept, as in arena-hard-auto's `show_result` (a
+Bradley-Terry model with style features); they are those of the round robin of `aggregate`, length and markdown taken
+away:
+
+    logit P(i beats j) = s_i - s_j + sum over features of b * z + c * (+1/2 if i is shown first, else -1/2)
+
+The strengths have no ridge and the mean zero. Where one of them has no finite value (a system that won or lost
+everything once style is taken away) there are none, with the reason. Intervals are percentile ones over resampled
+questions; there are none where too many resamples have no finite strengths.
 """
 
 from __future__ import annotations
@@ -52,6 +62,8 @@ RESAMPLES = 1000
 MAX_FAILED = 0.025
 """Share of the resamples that may have no fit; above it, an end of the interval might lie there."""
 PLACE = "shown first"
+_HUGE = 20.0
+"""A log strength beyond it belongs to a resample without finite ones: Newton's steps went on until nothing was left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +81,10 @@ class StyleEffect:
     held_by_ridge: bool = False
     """Whether the coefficient is finite because of the ridge alone."""
 
+    def to_dict(self) -> JSONObject:
+        """As JSON."""
+        return asdict(self) | {"ci95": self.ci95 and list(self.ci95)}
+
 
 @dataclass(frozen=True, slots=True)
 class StyleControl:
@@ -83,12 +99,8 @@ class StyleControl:
 
     def to_dict(self) -> JSONObject:
         """As JSON; the win rate stands among the metrics."""
-        plain = asdict(self)
-        del plain["win_rate"]
-        plain["effects"] = [
-            effect | {"ci95": effect["ci95"] and list(effect["ci95"])} for effect in map(dict, plain["effects"])
-        ]
-        return plain
+        effects = [effect.to_dict() for effect in self.effects]
+        return {"effects": effects, "problem": self.problem, "ridge": self.ridge, "resamples": self.resamples}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +125,9 @@ def style_control(
     ties: Literal["half", "drop"] = "half",
     n_resamples: int = RESAMPLES,
 ) -> StyleControl:
-    """Fit the model to the reviews of one pair of systems.
-
-    Args:
-        reviews: each with the style counts of its two answers.
-        rng: of the resamples.
-        ties: `half` counts a tie as half a win; `drop` leaves ties, or their share of the probability, out.
-        n_resamples: of whole questions, for the intervals.
+    """Fit the model to the reviews of one pair of systems, each with the style counts of its answers; resampled are
+    whole questions. `ties`: `half` counts a tie as half a win; `drop` leaves ties, or their share of the probability,
+    out.
     """
     scores = [review.model_score if ties == "half" else review.untied_score for review in reviews]
     scored = [review for review, score in zip(reviews, scores, strict=True) if score is not None]
@@ -256,3 +264,85 @@ def bias_corrected(value: float, draws: Floats) -> tuple[float, float]:
     shift = normal.inv_cdf(min(max(below, 1 / (n + 1)), n / (n + 1)))
     low, high = np.quantile(draws, [normal.cdf(2 * shift - Z95), normal.cdf(2 * shift + Z95)])
     return float(low), float(high)
+
+
+# --- several systems
+
+
+@dataclass(frozen=True, slots=True)
+class StyleRanking:
+    """The strengths at equal style, or why there are none."""
+
+    strengths: dict[str, Metric]
+    """System -> log strength, mean zero; empty where there is no finite estimate."""
+    effects: tuple[StyleEffect, ...]
+    """Coefficients of the features; means of the answers are not given, as every system has its own."""
+    problem: str | None
+
+    def to_dict(self) -> JSONObject:
+        """As JSON; the strengths stand among the metrics."""
+        effects = [
+            {"name": e.name, "coefficient": e.coefficient, "ci95": e.ci95 and list(e.ci95), "held_by_ridge": False}
+            for e in self.effects
+        ]
+        return {"effects": effects, "problem": self.problem, "ridge": RIDGE, "resamples": RESAMPLES}
+
+
+def style_ranking(reviews: Sequence[Review], *, rng: np.random.Generator, n_resamples: int = RESAMPLES) -> StyleRanking:
+    """Fit the model to the reviews of all pairs of several systems, each with the style counts of its answers;
+    resampled are whole questions.
+    """
+    scored = [review for review in reviews if review.model_score is not None]
+    n_questions = len({review.question_id for review in scored})
+    if any(review.model_markdown is None for review in scored):
+        return StyleRanking({}, (), "some reviews have no counts of headers, lists and bold")
+    if n_questions < MIN_QUESTIONS:
+        return StyleRanking({}, (), f"{n_questions} questions have a verdict; the model needs {MIN_QUESTIONS}")
+    names = list(dict.fromkeys(name for review in scored for name in (review.model, review.baseline)))
+    x, columns = _columns(scored, names)
+    y = np.array([review.model_score for review in scored], dtype=np.float64)
+    k = len(names) - 1
+    units = np.eye(x.shape[1])
+    if unbounded := [names[at + 1] for at in range(k) if is_unbounded(x, y, units[at])]:
+        return StyleRanking({}, (), f"no finite strength once style is taken away: {', '.join(unbounded)}")
+    penalty = np.array([0.0] * k + [RIDGE] * len(columns))
+    fit = fit_ridge(x, y, np.ones((1, len(y))), penalty)[0]
+    draws = fit_ridge(x, y, drawn_weights([review.question_id for review in scored], n_resamples, rng), penalty)
+    finite = draws[(np.abs(np.nan_to_num(draws[:, :k], nan=math.inf)) < _HUGE).all(axis=1)]
+    problem, ends = None, None
+    if (failed := n_resamples - len(finite)) > MAX_FAILED * n_resamples:
+        problem = f"{failed} of {n_resamples} resamples of the questions have no finite strengths, so no intervals"
+    else:
+        ends = np.quantile(np.hstack([_centred(finite[:, :k]), finite[:, k:]]), [0.025, 0.975], axis=0).T
+    values = [*_centred(fit[None, :k])[0], *fit[k:]]
+    intervals: list[tuple[float, float] | None] = [None] * len(values)
+    if ends is not None:
+        intervals = [(float(low), float(high)) for low, high in ends]
+    games = [sum(name in (review.model, review.baseline) for review in scored) for name in names]
+    strengths = {
+        name: Metric(float(value), None, interval, n)
+        for name, value, interval, n in zip(names, values, intervals, games, strict=False)
+    }
+    effects = tuple(
+        StyleEffect(name, float(value), interval, None, None)
+        for name, value, interval in zip(columns, values[k + 1 :], intervals[k + 1 :], strict=True)
+    )
+    return StyleRanking(strengths, effects, problem)
+
+
+def _centred(contrasts: Floats) -> Floats:
+    """(R, k) strengths against the first system to (R, k + 1) with mean zero."""
+    every = np.hstack([np.zeros((len(contrasts), 1)), contrasts])
+    centred: Floats = every - every.mean(axis=1, keepdims=True)
+    return centred
+
+
+def _columns(scored: Sequence[Review], names: Sequence[str]) -> tuple[Floats, list[str]]:
+    """(n, k + features) which systems played, then the features and the place; and the names of the latter."""
+    places = {name: at for at, name in enumerate(names)}
+    played = np.zeros((len(scored), len(names)))
+    for at, review in enumerate(scored):
+        played[at, places[review.model]] += 1
+        played[at, places[review.baseline]] -= 1
+    columns = style_columns(scored)
+    return np.column_stack([played[:, 1:], *columns.values()]), list(columns)

@@ -1,4 +1,4 @@
-"""What a review says that scores two answers; `letters.py` reads those that name the winner by a letter.
+"""What a review says that scores two answers; `brackets.py` reads those that name the winner by a letter.
 
 The official parser reads the first line and nothing else; a math review ends with its scores. Here a review may state
 its scores in five ways, each a *reading*:
@@ -28,12 +28,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from almost_eval.judge.asides import without_asides
-from almost_eval.judge.letters import parse_letters
 from almost_eval.judge.plain_text import EMPHASIS, PLAIN, plain_text, without_quotes, without_thoughts
 from almost_eval.judge.records import Unparsed, Verdict
 from almost_eval.judge.structured import HIGHEST, LOWEST, NAME, SIDES, Scores, embedded_scores, object_scores
-
-__all__ = ["HIGHEST", "LOWEST", "parse_letters", "parse_scores"]
 
 _NUMBER = r"(\d{1,4}(?:\.\d{1,3})?)(?: ?/ ?(\d{1,3})(?![\d/])| out of (\d{1,3}))?(?: ?points?\b)?"
 _BEFORE, _AFTER = r"(?<![\w.,/$-])", r"(?![\w%]|[.,]\d| ?[/^])"
@@ -128,11 +125,7 @@ class _Reading:
 
 
 def parse_scores(review: str, question_text: str = "") -> Verdict | Unparsed:
-    """The two scores of a review, 1 to 10.
-
-    Args:
-        review: what the judge wrote.
-        question_text: what it may have quoted: no score is taken from there.
+    """The two scores of a review, 1 to 10; none is taken from `question_text`, which it may have quoted.
 
     Returns:
         A verdict with scores, or why there is none: `empty`, `no_scores`, `ambiguous`, `out_of_range`, or
@@ -222,10 +215,8 @@ def _in_turn(match: re.Match[str]) -> str:
 
 
 def _tables(text: str) -> list[_Reading]:
-    """The rows of totals in tables that have a column for each assistant.
-
-    Args:
-        text: of the review, its bars still there: an empty cell tells the columns apart.
+    """The rows of totals in tables that have a column for each assistant, their bars still there: an empty cell tells
+    the columns apart.
     """
     readings: list[_Reading] = []
     columns: list[int] | None = None
@@ -319,15 +310,16 @@ def _labelled(text: str) -> list[_Reading]:
     entries = [match for match in _ENTRY.finditer(text) if _TAIL.match(text, match.end())]
     readings = []
     for one, two in itertools.pairwise(entries):
-        sides = [_side(one), _side(two)]
+        sides = [SIDES[entry[2].lower()] for entry in (one, two)]
         if sorted(sides) != [0, 1] or two.start() - one.end() > 600:
             continue
-        numbers = [_numbers(entry) for entry in (one, two)]
+        numbers = [_three(entry.groups()[3:]) for entry in (one, two)]  # the first three are the words and the label
         above = "\n".join(text[max(0, one.start() - 160) : one.start()].rstrip().split("\n")[-2:])
         told = any(entry["word"] or entry["word2"] for entry in (one, two)) or any(any(n[1:]) for n in numbers)
         ends = not text[: one.start()].strip() or "\n" not in text[two.end() :].strip()
         counted = _COUNTED.search(above + one[0])
-        if told or _TUPLE_WORD.search(above) or (ends and _plausible(numbers) and not counted):
+        is_plausible = all(LOWEST <= float(number[0] or 0) <= HIGHEST for number in numbers)
+        if told or _TUPLE_WORD.search(above) or (ends and is_plausible and not counted):
             ordered = numbers if sides == [0, 1] else numbers[::-1]
             spoken = above.split("\n")[-1] + one[0]
             readings.append(_reading((*ordered[0], *ordered[1]), final=bool(_FINAL.search(spoken))))
@@ -355,21 +347,9 @@ def _prose(text: str) -> list[_Reading]:
     return [_reading((*one, *two)) for one in stated[0] for two in stated[1]]
 
 
-def _side(entry: re.Match[str]) -> int:
-    return SIDES[entry[2].lower()]
-
-
-def _numbers(entry: re.Match[str]) -> tuple[str | None, ...]:
-    return _three(entry.groups()[3:])  # the first three are the words and the label
-
-
 def _three(groups: Sequence[str | None]) -> tuple[str | None, ...]:
     """The number and its scale out of a pattern's alternatives, of which one has matched."""
     return next(tuple(groups[i : i + 3]) for i in range(0, len(groups), 3) if groups[i] is not None)
-
-
-def _plausible(numbers: Sequence[tuple[str | None, ...]]) -> bool:
-    return all(LOWEST <= float(number[0] or 0) <= HIGHEST for number in numbers)
 
 
 def _reading(groups: Sequence[str | None], *, final: bool = False, first: bool = False) -> _Reading:

@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from almost_eval import __version__
 from almost_eval.errors import RunError
 from almost_eval.files import write_whole
-from almost_eval.judge.succession import OLD
+from almost_eval.judge.check import OLD
 from almost_eval.report.judge_console import print_remarks
 from almost_eval.report.runs import NONE
+from almost_eval.report.tables import text_of, titled
 from almost_eval.run.validity import counted
 from almost_eval.types import JSONMapping, JSONObject
 
@@ -66,13 +66,9 @@ def columns(certificate: JSONMapping) -> list[tuple[str, JSONMapping]]:
     shown = [(certificate["new"], new)]
     if certificate["old"]:
         shown.append((certificate["old"], results[OLD]["metrics"]))
-    archived = {name.removeprefix("archived/"): metric for name, metric in new.items() if name.startswith("archived/")}
-    if archived:
+    if archived := {name.removeprefix("archived/"): new[name] for name in new if name.startswith("archived/")}:
         shown.append((f"{certificate['archive_judge']}, archived", archived))
-    people = {
-        f"human/{name.removeprefix('people/')}": metric for name, metric in new.items() if name.startswith("people/")
-    }
-    if people:
+    if people := {name.replace("people/", "human/"): new[name] for name in new if name.startswith("people/")}:
         shown.append(("people's votes", people))
     return shown
 
@@ -101,12 +97,11 @@ def _text(value: float | None, kind: str) -> str:
 def rows(certificate: JSONMapping) -> list[tuple[str, str, list[JSONMapping | None]]]:
     """(what it is called, its kind, the metric of each column), those that some column has."""
     shown = columns(certificate)
-    every = [
-        *((name, called, "number") for name, called in NUMBERS.items()),
-        *((name, called, "share") for name, called in SHARES.items()),
-        *((name, called, "difference") for name, called in DIFFERENCES.items()),
+    table = [
+        (called, kind, [metrics.get(name) for _, metrics in shown])
+        for kind, names in (("number", NUMBERS), ("share", SHARES), ("difference", DIFFERENCES))
+        for name, called in names.items()
     ]
-    table = [(called, kind, [metrics.get(name) for _, metrics in shown]) for name, called, kind in every]
     return [row for row in table if any(row[2])]
 
 
@@ -132,35 +127,25 @@ def prices(certificate: JSONMapping) -> list[tuple[str, str, str, int]]:
     """(judge, USD a verdict, seconds a verdict, verdicts) of each judge that was asked."""
     names = {"new": certificate["new"], OLD: certificate["old"]}
     told = {which: results["timing"].get("verdicts") for which, results in certificate["results"].items()}
-    return [(names[which], *_price(verdicts)) for which, verdicts in told.items() if verdicts]
-
-
-def _price(verdicts: JSONMapping) -> tuple[str, str, int]:
-    usd, seconds = verdicts["usd_each"], verdicts["seconds_each"]
-    return NONE if usd is None else f"{usd:.6f}", NONE if seconds is None else f"{seconds:.3g}", verdicts["n"]
+    return [
+        (names[which], text_of(one["usd_each"], ".6f"), text_of(one["seconds_each"], ".3g"), one["n"])
+        for which, one in told.items()
+        if one
+    ]
 
 
 # --- the terminal ---
 
 
 def print_certificate(certificate: JSONMapping, console: Console) -> None:
-    """Agreement, biases and price of each judge, then how far the win rates move.
-
-    Args:
-        certificate: what `judge.succession.certify` returned.
-        console: where to.
-    """
+    """Agreement, biases and price of each judge, then how far the win rates move."""
     shown = columns(certificate)
-    table = Table(title=Text(title(certificate)), title_justify="left", title_style="bold")
-    table.add_column("metric")
-    for name, _ in shown:
-        table.add_column(Text(name, overflow="fold"), justify="right")
+    table = titled(title(certificate), ["metric"], [Text(name, overflow="fold") for name, _ in shown])
     for called, kind, metrics in rows(certificate):
         table.add_row(called, *(_lines(metric, kind) for metric in metrics))
     console.print(table)
-    if lines := between_rows(certificate):
-        for called, kind, metric in lines:
-            console.print(f"{called}: {number(metric, kind)} ({interval(metric, kind) or '-'}), n {metric['n']}")
+    for called, kind, metric in between_rows(certificate):
+        console.print(f"{called}: {number(metric, kind)} ({interval(metric, kind) or '-'}), n {metric['n']}")
     for judge, usd, seconds, n in prices(certificate):
         console.print(Text(f"{judge}: {usd} USD and {seconds} s a verdict, {n} verdicts"))
     for sentence in certificate["sentences"]:
@@ -185,10 +170,6 @@ def _lines(metric: JSONMapping | None, kind: str) -> str:
 def write_certificate(certificate: JSONMapping, folder: Path) -> Path:
     """Write `certificate.html` into a folder, whole or not at all.
 
-    Args:
-        certificate: what `judge.succession.certify` returned.
-        folder: of the check.
-
     Raises:
         RunError: it cannot be written.
     """
@@ -211,6 +192,8 @@ def page_view(certificate: JSONMapping) -> JSONObject:
     """What the page's template reads."""
     shown = columns(certificate)
     table = rows(certificate)
+    judges = [certificate["new"], *([certificate["old"]] if certificate["old"] else [])]
+    named = list(zip(judges, certificate["results"].values(), strict=True))
     return {
         "title": title(certificate),
         "sentences": certificate["sentences"],
@@ -228,19 +211,9 @@ def page_view(certificate: JSONMapping) -> JSONObject:
         "between": [{"label": called, **_cell(metric, kind)} for called, kind, metric in between_rows(certificate)],
         "moves": [_move(old, move) for old, move in moves(certificate)],
         "prices": prices(certificate),
-        "notes": [
-            _note(name, results) for name, results in zip(_names(certificate), _results(certificate), strict=True)
-        ],
-        "runs": [_run(name, results) for name, results in zip(_names(certificate), _results(certificate), strict=True)],
+        "notes": [_note(name, results) for name, results in named],
+        "runs": [_run(name, results) for name, results in named],
     }
-
-
-def _names(certificate: JSONMapping) -> list[str]:
-    return [certificate["new"], *([certificate["old"]] if certificate["old"] else [])]
-
-
-def _results(certificate: JSONMapping) -> list[JSONMapping]:
-    return list(certificate["results"].values())
 
 
 def _bars(shown: Sequence[tuple[str, JSONMapping]], metrics: Sequence[JSONMapping | None]) -> list[JSONObject]:

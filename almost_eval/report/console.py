@@ -69,7 +69,7 @@ def print_results(results: JSONMapping, console: Console, *, folder: str | None 
 def _print_judging(results: JSONMapping, console: Console, folder: str | None) -> None:
     """What a judge said of systems, or what a check says of a judge: with what its folder holds of another judge."""
     if results["task"] == CHECK_TASK:
-        from almost_eval.judge.succession import stored_certificate
+        from almost_eval.judge.check import stored_certificate
         from almost_eval.report.certificate import print_certificate
 
         print_certificate(stored_certificate(results, Path(folder) if folder else None), console)

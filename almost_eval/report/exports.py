@@ -23,24 +23,8 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 COLUMNS = (
-    "benchmark",
-    "model",
-    "kind",
-    "metric",
-    "value",
-    "stderr",
-    "ci_low",
-    "ci_high",
-    "n",
-    "unscored",
-    "withheld",
-    "baseline_model",
-    "difference",
-    "difference_low",
-    "difference_high",
-    "p",
-    "p_holm",
-    "folder",
+    *("benchmark", "model", "kind", "metric", "value", "stderr", "ci_low", "ci_high", "n", "unscored", "withheld"),
+    *("baseline_model", "difference", "difference_low", "difference_high", "p", "p_holm", "folder"),
 )
 """Of the CSV; shares are shares of 1."""
 
@@ -63,18 +47,18 @@ def to_csv(run_set: RunSet, matrix: Matrix | None) -> str:
 
 
 def _columns(metric: JSONObject) -> JSONObject:
-    low, high = metric["ci95"] or ("", "")
-    columns = {"value": metric["value"], "stderr": metric["stderr"], "ci_low": low, "ci_high": high, "n": metric["n"]}
-    columns |= {"unscored": metric["unscored"], "withheld": metric.get("withheld", "")}
-    return {key: "" if value is None else value for key, value in columns.items()}
+    """A metric's; csv writes None as an empty field."""
+    low, high = metric["ci95"] or (None, None)
+    columns = {key: metric.get(key) for key in ("value", "stderr", "n", "unscored", "withheld")}
+    return columns | {"ci_low": low, "ci_high": high}
 
 
 def _delta_columns(cell: Cell | None) -> JSONObject:
     if cell is None or cell.delta is None:
         return {}
     metric = cell.delta.metric
-    low, high = metric.ci95 or ("", "")
-    columns = {
+    low, high = metric.ci95 or (None, None)
+    return {
         "baseline_model": cell.delta.baseline.label,
         "difference": metric.difference,
         "difference_low": low,
@@ -82,7 +66,6 @@ def _delta_columns(cell: Cell | None) -> JSONObject:
         "p": metric.p_value,
         "p_holm": cell.delta.p_holm,
     }
-    return {key: "" if value is None else value for key, value in columns.items()}
 
 
 def to_markdown(run_set: RunSet, matrix: Matrix | None) -> str:

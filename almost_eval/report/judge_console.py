@@ -15,8 +15,9 @@ from rich.text import Text
 from almost_eval.judge.aggregate import Combined, JudgeResults, RoundRobin, SignTest
 from almost_eval.judge.calibration import Calibration, CalibrationBin
 from almost_eval.judge.names import CORRECTED, STYLE_CONTROLLED, STYLE_STRENGTH
+from almost_eval.report.judge_tables import is_of_turn, print_grades, print_turn_table
 from almost_eval.report.judged import VOTE_ROWS, vote_words
-from almost_eval.report.turns import is_of_turn, print_grades, print_turn_table
+from almost_eval.report.tables import METRIC, span_of, text_of, titled
 from almost_eval.types import JSONMapping, JSONObject, Metric
 
 ORDERS_IN_WORDS = {
@@ -46,7 +47,7 @@ def print_judged(results: JSONMapping, console: Console) -> None:
         if votes := results.get("votes"):
             _print_votes(results["metrics"], votes, console)
     if "panel" in results["judging"]:
-        from almost_eval.report.panel_tables import print_panel
+        from almost_eval.report.judge_tables import print_panel
 
         print_panel(results, console)
     print_remarks(results, console)
@@ -78,21 +79,16 @@ def _print_cost(timing: JSONMapping, console: Console, *, of: str) -> None:
 
 
 def _two(results: JSONMapping) -> JudgeResults:
-    left_out = ("panel", "style")
-    stored: JSONObject = {name: value for name, value in results["judging"].items() if name not in left_out}
+    stored: JSONObject = {k: v for k, v in results["judging"].items() if k not in ("panel", "style")}
     stored["metrics"] = {name: _metric(metric) for name, metric in results["metrics"].items()}
     for name in ("consistency", "first_wins", "longer_wins", "length_controlled"):
         stored[name] = stored[name] and _metric(stored[name])
     stored["combined"] = Combined(**stored["combined"])
     stored["sign_test"] = SignTest(**stored["sign_test"])
     if calibration := stored.get("calibration"):
-        stored["calibration"] = Calibration(
-            confidence=_metric(calibration["confidence"]),
-            agreed=_metric(calibration["agreed"]),
-            overconfidence=_metric(calibration["overconfidence"]),
-            error=calibration["error"],
-            bins=tuple(CalibrationBin(**one) for one in calibration["bins"]),
-        )
+        metrics = {name: _metric(calibration[name]) for name in ("confidence", "agreed", "overconfidence")}
+        bins = tuple(CalibrationBin(**one) for one in calibration["bins"])
+        stored["calibration"] = Calibration(**metrics, error=calibration["error"], bins=bins)
     return JudgeResults(**stored)
 
 
@@ -113,27 +109,18 @@ def _metrics_of(results: JSONMapping, beginning: str) -> dict[str, Metric]:
 
 
 def _metric(stored: JSONMapping) -> Metric:
-    interval = stored["ci95"]
-    return Metric(
-        stored["value"],
-        stored["stderr"],
-        (interval[0], interval[1]) if interval else None,
-        stored["n"],
-        stored["unscored"],
-    )
+    interval = (stored["ci95"][0], stored["ci95"][1]) if stored["ci95"] else None
+    return Metric(stored["value"], stored["stderr"], interval, stored["n"], stored["unscored"])
 
 
 def _print_votes(metrics: JSONMapping, votes: JSONMapping, console: Console) -> None:
     """The win rate of judge, votes and both; then how many votes there are, and which have no part in it."""
-    table = Table(title=Text("win rate by people's votes"), title_justify="left", title_style="bold")
-    table.add_column("by")
-    for column in ("value", "95 % interval", "n"):
-        table.add_column(column, justify="right")
+    table = titled("win rate by people's votes", ["by"], METRIC[:-1])
     for name, called in VOTE_ROWS.items():
         metric = metrics[name]
-        value = "withheld" if metric.get("withheld") else _share(metric["value"])
-        interval = " to ".join(map(_share, metric["ci95"])) if metric["ci95"] else "-"
-        table.add_row(called, value, interval, str(metric["n"]), style="bold" if name == CORRECTED else None)
+        value = "withheld" if metric.get("withheld") else text_of(metric["value"])
+        cells = (value, span_of(metric["ci95"]), str(metric["n"]))
+        table.add_row(called, *cells, style="bold" if name == CORRECTED else None)
     console.print(table)
     for words in vote_words(votes):
         console.print(Text(words))
@@ -141,18 +128,11 @@ def _print_votes(metrics: JSONMapping, votes: JSONMapping, console: Console) -> 
 
 def print_archives(rows: Sequence[JSONMapping], console: Console) -> None:
     """One line for each archived review file."""
-    table = Table(title=Text("archived reviews, aggregated anew"), title_justify="left", title_style="bold")
+    table = titled("archived reviews, aggregated anew", ())
     for column in ("Assistant 1", "Assistant 2"):
         table.add_column(column, overflow="fold")  # a name that is cut short may be another's
-    for column in (
-        "totals",
-        "2 won,\ntied, lost",
-        "win rate\nof 2",
-        "at equal\nlength",
-        "at equal\nstyle",
-        "longer\nwins",
-        "unparsed",
-    ):
+    of_2 = ("win rate\nof 2", "at equal\nlength", "at equal\nstyle")
+    for column in ("totals", "2 won,\ntied, lost", *of_2, "longer\nwins", "unparsed"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         metrics, judging = row["metrics"], row["judging"]
@@ -161,12 +141,12 @@ def print_archives(rows: Sequence[JSONMapping], console: Console) -> None:
         table.add_row(
             Text(row["baseline"].partition(":")[0]),
             Text(row["model"].partition(":")[0]),
-            " : ".join(_number(total, ".6g") for total in totals),
+            " : ".join(text_of(total, ".6g") for total in totals),
             ", ".join(counts),
             _with_interval(metrics["win_rate"]),
             _with_interval(judging["length_controlled"]),
             _with_interval(metrics[STYLE_CONTROLLED]),
-            _share(judging["longer_wins"]["value"]),
+            text_of(judging["longer_wins"]["value"]),
             f"{metrics['unparsed']['value']:g}",
         )
     console.print(table)
@@ -178,7 +158,7 @@ def print_archives(rows: Sequence[JSONMapping], console: Console) -> None:
             where = f"{row['file']}, question {other['question']}"
             console.print(Text(f"{where}: the text says {read}, the file's own score is {stored}"), soft_wrap=True)
         if row["other_scores_than_stored"] and row["recorded_totals"]:
-            recorded = " : ".join(_number(total, ".6g") for total in row["recorded_totals"])
+            recorded = " : ".join(text_of(total, ".6g") for total in row["recorded_totals"])
             console.print(Text(f"{row['file']}: by its own scores, the totals are {recorded}"), soft_wrap=True)
     decisive = [row["judging"]["longer_wins"] for row in rows]
     n = sum(metric["n"] for metric in decisive)
@@ -191,15 +171,7 @@ def _with_interval(metric: JSONMapping | None) -> str:
     if metric is None or metric["value"] is None:
         return "-"
     bounds = f"\n{'-'.join(f'{100 * bound:.1f}' for bound in metric['ci95'])}" if metric["ci95"] else ""
-    return _share(metric["value"]) + bounds
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
-
-
-def _number(value: float | None, form: str = ".3f") -> str:
-    return "-" if value is None else f"{value:{form}}"
+    return text_of(metric["value"]) + bounds
 
 
 # --- tables ---
@@ -208,22 +180,13 @@ def _number(value: float | None, form: str = ".3f") -> str:
 def print_judge_results(
     results: JudgeResults, console: Console, *, title: str = "", style: JSONMapping | None = None
 ) -> None:
-    """Wins, win rate, categories, scores, biases, and what was not scored.
-
-    Args:
-        results: two systems compared.
-        console: where to.
-        title: judge, prompts and the like, put behind the names.
-        style: the style model of `judge.style` as JSON, where there is one.
+    """Wins, win rate, categories, scores, biases, and what was not scored. `title` is put behind the names; `style` is
+    the style model of `judge.style` as JSON, where there is one.
     """
     heading = f"{results.model} against {results.baseline}" + (f" · {title}" if title else "")
-    table = Table(title=Text(heading), title_justify="left", title_style="bold")
-    table.add_column("metric")
-    for column in ("value", "95 % interval", "n", "unscored"):
-        table.add_column(column, justify="right")
-    _add(
-        table, f"win rate, ties {'half' if results.ties == 'half' else 'dropped'}", results.metrics["win_rate"], "bold"
-    )
+    table = titled(heading, ["metric"], METRIC)
+    ties = "half" if results.ties == "half" else "dropped"
+    _add(table, f"win rate, ties {ties}", results.metrics["win_rate"], "bold")
     _add(table, "win rate at equal length", results.length_controlled)
     if style is not None:
         _add(table, "win rate at equal style", results.metrics[STYLE_CONTROLLED])
@@ -255,12 +218,8 @@ def _notes(results: JudgeResults) -> list[Text]:
     both = results.combined
     if conflicts := both.conflict_first + both.conflict_second:
         what = "turns" if any(map(is_of_turn, results.metrics)) else "questions"
-        lines.append(
-            Text(
-                f"the two orders contradict each other on {conflicts} {what}: Assistant 1 twice on "
-                f"{both.conflict_first}, Assistant 2 twice on {both.conflict_second}"
-            )
-        )
+        twice = f"Assistant 1 twice on {both.conflict_first}, Assistant 2 twice on {both.conflict_second}"
+        lines.append(Text(f"the two orders contradict each other on {conflicts} {what}: {twice}"))
     sign = results.sign_test
     lines.append(Text(f"sign test over questions: {sign.model} against {sign.baseline}, p = {sign.p_value:.2g}"))
     if (calibration := results.calibration) is not None:
@@ -268,13 +227,8 @@ def _notes(results: JudgeResults) -> list[Text]:
     if unparsed.value and results.bounds:
         low, high = results.bounds
         why = ", ".join(f"{reason} {count}" for reason, count in results.reasons.items())
-        lines.append(
-            Text.assemble(
-                ("unscored:", "yellow"),
-                f" {_count(unparsed)} ({why}); were all of them losses or all wins, the win rate would be {low:.1%} or "
-                f"{high:.1%}",
-            )
-        )
+        rates = f"were all of them losses or all wins, the win rate would be {low:.1%} or {high:.1%}"
+        lines.append(Text.assemble(("unscored:", "yellow"), f" {_count(unparsed)} ({why}); {rates}"))
     return lines
 
 
@@ -289,8 +243,7 @@ def _style_notes(style: JSONMapping) -> list[Text]:
 
 def _effect(effect: JSONMapping) -> str:
     """A feature of the style model with its coefficient."""
-    ends = effect["ci95"]
-    interval = f" ({ends[0]:+.2f} to {ends[1]:+.2f})" if ends else ""
+    interval = f" ({span_of(effect['ci95'], '+.2f')})" if effect["ci95"] else ""
     held = ", held by the ridge alone" if effect["held_by_ridge"] else ""
     return f"{effect['name']} {effect['coefficient']:+.2f}{interval}{held}"
 
@@ -298,7 +251,7 @@ def _effect(effect: JSONMapping) -> str:
 def calibration_words(calibration: Calibration) -> str:
     """How far a judge's probabilities hold in the swapped order, in a sentence."""
     confidence, agreed, gap = calibration.confidence, calibration.agreed, calibration.overconfidence
-    interval = f" ({100 * gap.ci95[0]:+.1f} to {100 * gap.ci95[1]:+.1f})" if gap.ci95 else ""
+    interval = f" ({span_of(gap.ci95, '+.1f', 100)})" if gap.ci95 else ""
     return (
         f"calibration: its winners have a probability of {confidence.value:.1%} and win in the swapped order in "
         f"{agreed.value:.1%} of {agreed.n} reviews; difference {100 * (gap.value or 0.0):+.1f} points{interval}, "
@@ -315,47 +268,31 @@ def print_round_robin(
     at_equal_style: Mapping[str, Metric] | None = None,
 ) -> None:
     """Ratings on a scale where 400 points are odds of 10 to 1 and the mean is 1,000, then who beat whom how often.
-
-    Args:
-        results: of several systems.
-        console: where to.
-        title: judge, prompts and the like.
-        style: the style model of `judge.style_ranking` as JSON, where there is one.
-        at_equal_style: system -> its strength by that model; empty where it has none.
+    `style` is the style model as JSON, where there is one, and `at_equal_style` the strengths by it.
     """
-    table = Table(title=Text(f"round robin{f' · {title}' if title else ''}"), title_justify="left", title_style="bold")
-    table.add_column("system")
-    for column in ("rating", "95 % interval", "games"):
-        table.add_column(column, justify="right")
-    for name in results.names:
-        table.add_column(Text(f"beats {name}"), justify="right")
-    for name, row in zip(results.names, results.wins, strict=True):
+    beaten = [Text(f"beats {name}") for name in results.names]
+    heading = f"round robin{f' · {title}' if title else ''}"
+    table = titled(heading, ["system"], ["rating", "95 % interval", "games", *beaten])
+    for i, name in enumerate(results.names):
         strength = results.strengths.get(name)
-        against = [_won(row, results.wins, results.names.index(name), j) for j in range(len(results.names))]
-        table.add_row(
-            Text(name),
-            _points(strength.value) if strength else "-",
-            _points_interval(strength),
-            str(strength.n) if strength else "-",
-            *against,
-        )
+        rating, games = (_points(strength.value), str(strength.n)) if strength else ("-", "-")
+        against = [_won(results.wins, i, j) for j in range(len(results.names))]
+        table.add_row(Text(name), rating, _points_interval(strength), games, *against)
     console.print(table)
     for line in _ratings_at_equal_style(at_equal_style or {}) + (_style_notes(style) if style else []):
         console.print(line)
     if results.problem:
-        console.print(
-            Text.assemble(("not ranked:" if not results.strengths else "no intervals:", "yellow"), " "), end=""
-        )
+        lacking = "no intervals:" if results.strengths else "not ranked:"
+        console.print(Text.assemble((lacking, "yellow"), " "), end="")
         console.print(Text(results.problem))
     if results.unscored:
-        console.print(
-            Text.assemble(("unscored:", "yellow"), f" {results.unscored} reviews, which are in no figure here")
-        )
+        told = f" {results.unscored} reviews, which are in no figure here"
+        console.print(Text.assemble(("unscored:", "yellow"), told))
 
 
-def _won(row: Sequence[float], wins: Sequence[Sequence[float]], i: int, j: int) -> str:
-    games = row[j] + wins[j][i]
-    return f"{row[j] / games:.1%}" if games else "-"
+def _won(wins: Sequence[Sequence[float]], i: int, j: int) -> str:
+    games = wins[i][j] + wins[j][i]
+    return f"{wins[i][j] / games:.1%}" if games else "-"
 
 
 def _points(strength: float | None) -> str:
@@ -379,8 +316,8 @@ def _add(table: Table, name: str, metric: Metric | None, style: str | None = Non
     if metric is None or metric.value is None:
         table.add_row(Text(name), "-", "-", str(metric.n) if metric else "-", "", style=style)
         return
-    interval = f"{metric.ci95[0]:.1%} to {metric.ci95[1]:.1%}" if metric.ci95 else "-"
-    table.add_row(Text(name), f"{metric.value:.1%}", interval, str(metric.n), str(metric.unscored or ""), style=style)
+    cells = (f"{metric.value:.1%}", span_of(metric.ci95), str(metric.n), str(metric.unscored or ""))
+    table.add_row(Text(name), *cells, style=style)
 
 
 def _count(metric: Metric) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from almost_eval.judge.names import CORRECTED, HUMAN
-from almost_eval.report.runs import NONE, LoadedRun
+from almost_eval.report.runs import LoadedRun
+from almost_eval.report.tables import span_of, text_of
 from almost_eval.stats import mean_metric
 from almost_eval.types import JSONMapping, JSONObject, Metric, SampleRecord
 
@@ -97,11 +98,11 @@ def style_rows(run: LoadedRun) -> list[JSONObject]:
     return [
         {
             "name": effect["name"],
-            "coefficient": NONE if effect["coefficient"] is None else f"{effect['coefficient']:+.2f}",
-            "interval": f"{effect['ci95'][0]:+.2f} to {effect['ci95'][1]:+.2f}" if effect["ci95"] else NONE,
+            "coefficient": text_of(effect["coefficient"], "+.2f"),
+            "interval": span_of(effect["ci95"], "+.2f"),
             "held": effect["held_by_ridge"],
-            "model": NONE if effect["model"] is None else f"{effect['model']:,.4g}",
-            "baseline": NONE if effect["baseline"] is None else f"{effect['baseline']:,.4g}",
+            "model": text_of(effect["model"], ",.4g"),
+            "baseline": text_of(effect["baseline"], ",.4g"),
         }
         for effect in style.get("effects", ())
     ]

@@ -70,7 +70,7 @@ class Matrix:
         return [cell.delta for cell in self.cells.values() if cell.delta]
 
 
-def build_matrix(run_set: RunSet, *, baseline: str | None = None, seed: int = 0, n_resamples: int = 10_000) -> Matrix:
+def build_matrix(run_set: RunSet, *, baseline: str | None = None, seed: int = 0) -> Matrix:
     """Compare every model with the baseline model (the first by default) wherever both have a run.
 
     Raises:
@@ -87,10 +87,9 @@ def build_matrix(run_set: RunSet, *, baseline: str | None = None, seed: int = 0,
             if model not in of:
                 continue
             run, against = of[model], of.get(first)
-            comparable = against is not None and run is not against and not (run.withheld or against.withheld)
             delta = None
-            if comparable and against is not None:
-                delta = _delta(benchmark, run, against, seed=seed, n_resamples=n_resamples)
+            if against is not None and run is not against and not (run.withheld or against.withheld):
+                delta = _delta(benchmark, run, against, seed)
             cells[model, place] = Cell(run, run.metrics[run.headline], delta)
     matrix = Matrix(first, models, run_set.benchmarks, cells)
     tested = [(delta, delta.metric.p_value) for delta in matrix.deltas if delta.metric.p_value is not None]
@@ -99,8 +98,8 @@ def build_matrix(run_set: RunSet, *, baseline: str | None = None, seed: int = 0,
     return matrix
 
 
-def _delta(benchmark: Benchmark, run: LoadedRun, against: LoadedRun, *, seed: int, n_resamples: int) -> BaselineDelta:
-    comparison = compare_runs(against.folder, run.folder, seed=seed, n_resamples=n_resamples)
+def _delta(benchmark: Benchmark, run: LoadedRun, against: LoadedRun, seed: int) -> BaselineDelta:
+    comparison = compare_runs(against.folder, run.folder, seed=seed)
     by_name = {metric.name: metric for metric in comparison.metrics}
     metric = by_name.get(benchmark.headline) or by_name.get(HEADLINE) or comparison.metrics[0]
     return BaselineDelta(benchmark, run, against, comparison, metric)

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from almost_eval.report.matrix import Matrix
 from almost_eval.report.runs import NONE, RunSet, shown
+from almost_eval.report.tables import titled
 from almost_eval.report.views import matrix_view
 
 
@@ -38,9 +39,9 @@ def _headlines(run_set: RunSet) -> Table:
 
 def _print_differences(matrix: Matrix, console: Console) -> None:
     view = matrix_view(matrix)
-    table = Table(title=Text(f"differences from {matrix.baseline}"), title_justify="left", title_style="bold")
-    for heading in ("benchmark", "model", "difference", "95 % interval", "p, Holm", "flipped", ""):
-        table.add_column(heading, justify="left" if heading in ("benchmark", "model", "") else "right")
+    figures = ("difference", "95 % interval", "p, Holm", "flipped")
+    table = titled(f"differences from {matrix.baseline}", ["benchmark", "model"], figures)
+    table.add_column("")
     for row in view["deltas"]:
         flips = f"+{row['gained']} -{row['lost']}"
         says = f"{row['sign']} {row['says'].split(' the ')[0]}"

@@ -55,23 +55,15 @@ class ReferenceRow:
     source: str
 
 
-def write_page(
-    folders: Sequence[Path], file: Path, *, baseline: str | None = None, seed: int = 0, samples: bool = True
-) -> Page:
+def write_page(folders: Sequence[Path], file: Path, *, samples: bool = True) -> Page:
     """The page of some run folders; see `write_report`."""
     run_set = load_runs(folders, prompts=samples)
-    matrix = build_matrix(run_set, baseline=baseline, seed=seed) if run_set.comparable else None
+    matrix = build_matrix(run_set) if run_set.comparable else None
     return write_report(run_set, matrix, file, samples=samples)
 
 
 def write_report(run_set: RunSet, matrix: Matrix | None, file: Path, *, samples: bool = True) -> Page:
-    """Write the page, whole or not at all.
-
-    Args:
-        run_set: the runs.
-        matrix: their comparison, where there are several models.
-        file: where to.
-        samples: whether the samples travel with it.
+    """Write the page, whole or not at all; `matrix` compares the runs where there are several models.
 
     Raises:
         InputError: the file cannot be written.

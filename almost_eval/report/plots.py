@@ -56,7 +56,7 @@ def profile(labels: Sequence[str], series: Sequence[Series], *, ident: str, titl
     def draw(axes: Axes) -> None:
         for at, one in enumerate(series):
             shift = (at - (len(series) - 1) / 2) * min(0.08, 0.4 / len(series))
-            _points(axes, one, [x + shift for x in range(len(labels))], line=True)
+            _points(axes, one, [x + shift for x in range(len(labels))])
         axes.set_xticks(range(len(labels)), labels)
         axes.set_xlim(-0.5, len(labels) - 0.5)
 
@@ -69,7 +69,7 @@ def by_length(ratios: Sequence[float], series: Sequence[Series], *, ident: str, 
     def draw(axes: Axes) -> None:
         axes.axhline(50, color=_RULE, linewidth=1, linestyle=(0, (3, 3)), zorder=0)
         for one in series:
-            _points(axes, one, list(ratios), line=True)
+            _points(axes, one, ratios)
         axes.set_xscale("log", base=2)
         low, high = min([*ratios, 0.5]) / 1.15, max([*ratios, 2.0]) * 1.15
         axes.set_xlim(low, high)
@@ -80,7 +80,7 @@ def by_length(ratios: Sequence[float], series: Sequence[Series], *, ident: str, 
     return _svg(draw, ident=ident, title=title)
 
 
-def _points(axes: Axes, series: Series, xs: Sequence[float], *, line: bool) -> None:
+def _points(axes: Axes, series: Series, xs: Sequence[float]) -> None:
     colour = f"#f0f0f{series.place % SERIES}"
     shown = [(x, v, i) for x, v, i in zip(xs, series.values, series.intervals, strict=True) if v is not None]
     for x, _, interval in shown:
@@ -92,7 +92,7 @@ def _points(axes: Axes, series: Series, xs: Sequence[float], *, line: bool) -> N
         color=colour,
         marker=_MARKERS[series.place % len(_MARKERS)],
         markersize=5.5,
-        linewidth=1.2 if line else 0,
+        linewidth=1.2,
     )
 
 

@@ -168,11 +168,7 @@ class RunSet:
 
 
 def load_runs(folders: Sequence[Path], *, prompts: bool = True) -> RunSet:
-    """Open run folders, and folders of run folders.
-
-    Args:
-        folders: in the order of the report.
-        prompts: whether to read the prompts, too.
+    """Open run folders, and folders of run folders, in the order of the report; with their prompts if wanted.
 
     Raises:
         InputError: the same folder twice.

@@ -114,9 +114,8 @@ def _panels(tax: Tax) -> list[tuple[str, Draw]]:
     for name, title in titles.items():
         if name in measured:
             panels.append((title, partial(_measure, tax=tax, name=name)))
-    for (
-        name
-    ) in tax.log_apart:  # logits of two reward models have no axis in common, nor have distances from two policies
+    # Logits of two reward models have no axis in common, nor have distances from two policies.
+    for name in tax.log_apart:
         panels.append((_LOGGED_APART[name], partial(_logged, tax=tax, name=name, label=None)))
     if tax.log:
         panels.append(("Length in training, tokens", partial(_logged, tax=tax, name="length", label=None)))

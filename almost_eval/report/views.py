@@ -6,18 +6,9 @@ import shlex
 from collections.abc import Sequence
 
 from almost_eval.judge.names import STYLE_CONTROLLED
-from almost_eval.report import judged, plots, turns
+from almost_eval.report import judge_tables, judged, plots
 from almost_eval.report.matrix import Cell, Matrix
-from almost_eval.report.panel_tables import JUDGE_RATE, panel_notes, panel_tables
-from almost_eval.report.runs import (
-    NONE,
-    Benchmark,
-    LoadedRun,
-    RunSet,
-    Unit,
-    shown,
-    unit_of,
-)
+from almost_eval.report.runs import NONE, Benchmark, LoadedRun, RunSet, Unit, shown, unit_of
 from almost_eval.run.validity import counted, gate_counts, readable
 from almost_eval.tasks.facts import MetricGroup
 from almost_eval.tasks.registry import stated_by
@@ -63,21 +54,27 @@ def bar(run: LoadedRun, name: str, *, baseline: bool = False) -> View:
     """A metric of a run as a dot with its interval; `low`, `high`, `at` in percent of the track, None off it."""
     metric = (run.results["baselines"] if baseline else run.metrics)[name]
     unit: Unit = stated_by(run.task).unit if baseline else unit_of(run.task, name)
-    value, interval = metric["value"], metric["ci95"]
-    on_track = unit == "share"
-    return {
+    return _dot(metric, unit) | {
         "label": run.label,
         "name": readable(name),
         "series": run.series % plots.SERIES,
+        "unit": " %" if unit == "share" and metric["value"] is not None else "",
+        "unscored": metric["unscored"],
+        "withheld": bool(metric.get("withheld")),
+    }
+
+
+def _dot(metric: JSONObject, unit: Unit) -> View:
+    """A value with its interval: what every mark on a track has."""
+    value, interval = metric["value"], metric["ci95"]
+    on_track = unit == "share"
+    return {
         "text": shown(value, unit),
-        "unit": " %" if on_track and value is not None else "",
         "interval": f"{shown(interval[0], unit)} to {shown(interval[1], unit)}" if interval else "",
         "at": 100 * value if on_track and value is not None else None,
         "low": 100 * interval[0] if on_track and interval else None,
         "high": 100 * interval[1] if on_track and interval else None,
         "n": metric["n"],
-        "unscored": metric["unscored"],
-        "withheld": bool(metric.get("withheld")),
     }
 
 
@@ -170,9 +167,9 @@ def _section(benchmark: Benchmark, anchor: str) -> View:
 
 def _metric_groups(runs: Sequence[LoadedRun], names: Sequence[str]) -> list[MetricGroup]:
     if runs[0].judged:
-        title, profile = "Score" if turns.MARKS in names else "Win rate", turns.profile_of(names)
+        title, profile = "Score" if judge_tables.MARKS in names else "Win rate", judge_tables.profile_of(names)
         by_category = tuple(profile) if len(profile) > 1 else ()
-        names = [name for name in names if not turns.is_of_turn_and_category(name)]  # the table has them
+        names = [name for name in names if not judge_tables.is_of_turn_and_category(name)]  # the table has them
         return [MetricGroup(title, tuple(names), profile=by_category, profile_title=f"{title} by category")]
     values = {name: [run.metrics[name]["value"] for run in runs if name in run.metrics] for name in names}
     known = {name: [value for value in of if value is not None] for name, of in values.items()}
@@ -214,8 +211,8 @@ def _baseline_rows(runs: Sequence[LoadedRun]) -> list[View]:
 
 
 def _metric_title(task: str, name: str, *, whole: bool) -> str:
-    if name.startswith(JUDGE_RATE):
-        return f"judge {name.removeprefix(JUDGE_RATE)}"
+    if name.startswith(judge_tables.JUDGE_RATE):
+        return f"judge {name.removeprefix(judge_tables.JUDGE_RATE)}"
     title = stated_by(task).metric_titles.get(name)
     return title or readable(name if whole else name.rpartition("/")[2])
 
@@ -243,18 +240,21 @@ def _pair(ends: Sequence[float] | None, scale: plots.Scale) -> tuple[float, floa
 def _turns(run: LoadedRun) -> list[View]:
     """Categories by turns, a table for each system whose answers were graded, or one for a pair."""
     graded = (run.results.get("judging") or {}).get("systems")
-    head = turns.MARKS if graded else "win_rate"
-    if not graded and not any(map(turns.is_of_turn, run.metrics)):
+    head = judge_tables.MARKS if graded else "win_rate"
+    if not graded and not any(map(judge_tables.is_of_turn, run.metrics)):
         return []
     views = []
     for name, metrics in (graded or {run.label: run.metrics}).items():
-        laid_out = turns.turn_table(metrics, head)
+        laid_out = judge_tables.turn_table(metrics, head)
         if laid_out is None:
             continue
         rows = [
             {
                 "label": readable(label),
-                "cells": [{"text": turns.figure(cell, head), "interval": turns.interval(cell, head)} for cell in cells],
+                "cells": [
+                    {"text": judge_tables.figure(cell, head), "interval": judge_tables.interval(cell, head)}
+                    for cell in cells
+                ],
                 "n": cells[-1]["n"] if cells[-1] else 0,
                 "unscored": cells[-1]["unscored"] if cells[-1] else 0,
             }
@@ -301,8 +301,8 @@ def _panel(run: LoadedRun) -> View:
     return {
         "label": run.label,
         "series": run.series % plots.SERIES,
-        "tables": panel_tables(run.results),
-        "notes": panel_notes(run.results),
+        "tables": judge_tables.panel_tables(run.results),
+        "notes": judge_tables.panel_notes(run.results),
     }
 
 
@@ -316,18 +316,7 @@ BIAS = {
 
 
 def _bias(metric: JSONObject | None, name: str, of: str) -> View:
-    metric = metric or {"value": None, "ci95": None, "n": 0}
-    value, interval = metric["value"], metric["ci95"]
-    return {
-        "name": name,
-        "of": of,
-        "text": shown(value, "share"),
-        "interval": f"{shown(interval[0], 'share')} to {shown(interval[1], 'share')}" if interval else "",
-        "at": None if value is None else 100 * value,
-        "low": 100 * interval[0] if interval else None,
-        "high": 100 * interval[1] if interval else None,
-        "n": metric["n"],
-    }
+    return {"name": name, "of": of} | _dot(metric or {"value": None, "ci95": None, "n": 0}, "share")
 
 
 def provenance(run_set: RunSet) -> list[View]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import json
 import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -23,11 +25,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from almost_eval.arena.votes import VoteStore
 from serving.chat.arena import Arena
 from serving.chat.event_guard import EventGuard, unreadable
-from serving.chat.kept import ConversationStore, add_routes
+from serving.chat.kept import ConversationStore, add_routes, keeper_script
 from serving.chat.options import lines_of
-from serving.chat.parts import parts_script
 from serving.chat.session import Desk
-from serving.chat.shelf import keeper_script
 from serving.chat.tab_arena import ArenaTab
 from serving.chat.tab_chat import ChatTab
 from serving.chat.tab_compare import CompareTab
@@ -37,6 +37,13 @@ from serving.chat.visitors import Visitors
 from serving.door.hosts import HostGuard
 
 _ASSETS = Path(__file__).with_name("assets")
+_PART = re.compile(r"(katex|prism|prism-[a-z-]+)-[\w-]{8}\.(js|css)")
+_PARTS = Path("templates", "frontend", "assets")
+"""What gradio's own page brings for its Markdown, which ours uses too: KaTeX for maths, Prism for code. No network.
+
+gradio gives these files no stable names, so they are looked for. Where one is missing, after an update of gradio, a
+formula is shown as its source and code without colours.
+"""
 
 _ROUTES = re.compile(
     r"/(?:|config|theme\.css|favicon\.ico|robots\.txt|manifest\.json|(?:assets|static)/.{1,200}|"
@@ -207,13 +214,8 @@ def build_page(desk: Desk) -> gr.Blocks:
 def create_app(
     desk: Desk, login: str | None = None, host: str = "127.0.0.1", allowed_hosts: Sequence[str] = ()
 ) -> ASGIApp:
-    """The whole application.
-
-    Args:
-        desk: what is served.
-        login: `user:password`, several of them on a line each, or None.
-        host: the address that is listened on.
-        allowed_hosts: names besides it, in the form of `checked_hosts`.
+    """The whole application. `login` is as in `Guard`; `allowed_hosts`, in the form of `checked_hosts`, are names
+    besides `host`, which is listened on.
 
     Raises:
         StoreError: the file of votes is something else.
@@ -270,3 +272,18 @@ def _theme() -> gr.themes.Base:
         font_mono=[gr.themes.Font(name) for name in mono],
         radius_size="lg",
     )
+
+
+def parts_of(folder: Path) -> dict[str, str]:
+    """Files for code and maths: `katex.js`, `katex.css`, `prism.js`, `prism-python.js`, ... -> the name in `folder`."""
+    names = sorted(file.name for file in folder.glob("*")) if folder.is_dir() else []
+    matches = ((name, _PART.fullmatch(name)) for name in names)
+    return {f"{match[1]}.{match[2]}": name for name, match in matches if match}
+
+
+def parts_script() -> str:
+    """JavaScript that tells `assets/rich.js` where they are."""
+    spec = find_spec("gradio")
+    assert spec is not None
+    assert spec.origin is not None  # a regular package: it is installed, as `almost-chat` has checked
+    return f"window.almostParts = {json.dumps(parts_of(Path(spec.origin).parent / _PARTS))};"

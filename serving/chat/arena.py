@@ -66,11 +66,8 @@ class Round:
         return replace(self, questions=self.questions[:-1]) if self.replies else None
 
     def answer(self, replies: tuple[ChatReply, ChatReply], systems: Sequence[str]) -> Round:
-        """The last question answered.
-
-        Args:
-            replies: (A's, B's).
-            systems: names of all systems of the arena: an answer that says one is no blind answer.
+        """The last question answered by A and B; `systems` are all of the arena: an answer that says one is no blind
+        answer.
         """
         naming = [side for side, reply in zip(SIDES, replies, strict=True) if names_itself(reply.text, systems)]
         named = "".join(side for side in SIDES if side in naming or side in self.named)

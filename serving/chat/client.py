@@ -148,13 +148,8 @@ class Endpoint:
     async def stream(
         self, model: str, messages: Sequence[Mapping[str, str]], settings: Settings, *, drafts: bool = False
     ) -> AsyncIterator[Draft | Delta | End]:
-        """The answer to a conversation: `Draft`s where it is best-of-N, `Delta`s, then one `End`.
-
-        Args:
-            model: its served name.
-            messages: the conversation.
-            settings: how to draw; `racing` of the endpoint's abilities says whether drafts may be asked for.
-            drafts: ask for them.
+        """The answer to a conversation: `Draft`s where it is best-of-N and they are asked for, which only an endpoint
+        with `racing` allows, `Delta`s, then one `End`.
 
         Raises:
             EndpointError: see `Kind`.
@@ -371,11 +366,8 @@ def _end(ending: str, tokens: object, almost: JSONObject | None) -> End:
         )
         for one in almost.get("candidates") or ()
     )
-    return End(ending, count, _figure(almost.get("reward")), candidates, _told(almost.get("fallback")))
-
-
-def _told(value: object) -> str | None:
-    return str(value) if value else None
+    fallback = almost.get("fallback")
+    return End(ending, count, _figure(almost.get("reward")), candidates, str(fallback) if fallback else None)
 
 
 def _figure(value: object) -> float | None:

@@ -1,7 +1,9 @@
-"""Conversations on the server, one user's apart from another's: an SQLite file, and the routes that the page uses.
+"""Where conversations are kept, and the page's part in keeping them.
 
-Only where there is a login. A conversation has a count of its versions; whoever stores one says which version it was
-made from, and is told where another tab was faster.
+The page's script (`assets/shelf.js`) keeps them: in the visitor's browser, or, where there is a login, on the server,
+one user's apart from another's, in an SQLite file. Python tells it what to keep (`kept_text`) and takes what it brings
+back. Each is kept under its own number with a count of its versions; whoever stores one says which version it was made
+from, and is told where another tab was faster.
 """
 
 from __future__ import annotations
@@ -11,15 +13,18 @@ import json
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from almost_eval.errors import AlmostError, InputError, RunError, StoreError
 from almost_eval.types import JSONObject
 from serving.chat.conversation import ID, Conversation, Settings
+from serving.chat.session import ChatSystem
 from serving.door.strict_json import NotJSON, read_json
 from serving.gateway.events import joined
 
@@ -49,10 +54,7 @@ class Conflict(InputError):
 
 
 class ConversationStore:
-    """A file of conversations.
-
-    Args:
-        path: the SQLite file; it and its folder are made at once.
+    """A file of conversations; it and its folder are made at once.
 
     Raises:
         StoreError: there is something else in its place, or it cannot be made.
@@ -64,11 +66,8 @@ class ConversationStore:
             pass
 
     def index(self, user: str, search: str = "") -> list[JSONObject]:
-        """All of a user, newest first, without what was said: `id`, `name`, `updated` [s since 1970], `version`.
-
-        Args:
-            user: whose.
-            search: only those that hold these words, in their name or in what was said.
+        """All of a user that hold the words of `search`, in their name or in what was said; newest first, without what
+        was said: `id`, `name`, `updated` [s since 1970], `version`.
         """
         with self._open() as connection:
             rows = connection.execute(
@@ -90,12 +89,8 @@ class ConversationStore:
         return values | json.loads(values.pop("body"))
 
     def write(self, user: str, id: str, record: JSONObject) -> int:
-        """Store one record, and return its new version.
-
-        Args:
-            user: whose.
-            id: its number.
-            record: `name`, `version` (that it was made from; 0 for a new one), `conversation`, `settings`.
+        """Store one record (`name`, `conversation`, `settings`, and the `version` that it was made from, 0 for a new
+        one), and return its new version.
 
         Raises:
             Conflict: another version is there.
@@ -229,3 +224,62 @@ def add_routes(app: FastAPI, store: ConversationStore) -> None:
     app.add_route(PATH, index, methods=["GET"])
     for method, handler in (("GET", read), ("PUT", write), ("DELETE", delete)):
         app.add_route(f"{PATH}/{{id}}", handler, methods=[method])
+
+
+# --- the list at the side of the Chat tab
+
+OPEN = """
+window.almostShelf.mount(element, (detail) => trigger('act', detail));
+"""
+"""The list is the script's own; it tells what was chosen by `act`: `open` with a record, or `new`."""
+
+LOAD = "async (record, conversation) => [await window.almostShelf.load(), conversation]"
+"""What the tab had open before it was loaded again, as `record_of` reads it."""
+
+KEEP = "(text) => { window.almostShelf.keep(text); }"
+"""Called whenever there is something new to keep."""
+
+
+SHELF = (
+    '<details class="shelf" open><summary>Conversations</summary>'
+    '<button type="button" data-shelf="new">New conversation</button>'
+    '<input type="search" placeholder="Search" aria-label="Search conversations" autocomplete="off">'
+    '<ul aria-label="Kept conversations"></ul><p class="aside" role="status"></p></details>'
+)
+"""The list without its conversations."""
+
+
+def keeper_script(*, on_server: bool) -> str:
+    """JavaScript that tells `assets/shelf.js` who keeps the conversations."""
+    return f"window.almostKeeper = '{'server' if on_server else 'browser'}';"
+
+
+def whereabouts(systems: Sequence[ChatSystem], *, on_server: bool) -> str:
+    """A sentence or two for visitors: who is sent what they say, and where it is kept."""
+    kept = "on this page's server, for your login" if on_server else "in this browser"
+    hosts = list(dict.fromkeys(urlsplit(one.endpoint.url).netloc for one in systems if not one.endpoint.local))
+    where = [f"the endpoint {escape(host)}" for host in hosts]
+    if any(one.endpoint.local for one in systems):
+        where.insert(0, "the model on the server's own machine")
+    stored = "conversations and arena votes" if on_server else "arena votes and nothing else"
+    return (
+        f"Conversations are kept {kept}, until you delete them. What you ask goes to this page's server, which sends "
+        f"it on to {' or '.join(where)}. On its disk that server keeps {stored}."
+    )
+
+
+def kept_text(conversation: Conversation, settings: Settings) -> str:
+    """What is kept, as JSON."""
+    return json.dumps({"conversation": conversation.to_dict(), "settings": asdict(settings)}, ensure_ascii=False)
+
+
+def record_of(value: object, defaults: Settings) -> tuple[Conversation, Settings]:
+    """The inverse, of what a browser sends: a record or its JSON; what cannot be read is new, with the default
+    settings.
+    """
+    try:
+        record = read_json(value) if isinstance(value, str) else value
+    except NotJSON:
+        record = None
+    record = record if isinstance(record, dict) else {}
+    return Conversation.from_dict(record.get("conversation")), Settings.read(record.get("settings"), defaults)

@@ -8,9 +8,9 @@ import gradio as gr
 from gradio.blocks import Block
 
 from serving.chat.conversation import Conversation, Settings
+from serving.chat.kept import OPEN, SHELF, kept_text, whereabouts
 from serving.chat.render import past_html
 from serving.chat.session import Desk
-from serving.chat.shelf import OPEN, SHELF, kept_text, whereabouts
 from serving.chat.widgets import button, question_box, raw_html
 
 ACT = """
@@ -26,11 +26,7 @@ PLACEHOLDER = "Ask something"
 
 
 class ChatLayout:
-    """Builds the tab inside a `gr.Blocks`.
-
-    Args:
-        desk: what is served.
-    """
+    """Builds the tab inside a `gr.Blocks`."""
 
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
@@ -101,13 +97,8 @@ class ChatLayout:
                     '<p class="aside">Enter sends, Shift+Enter breaks the line, Esc stops or cancels.</p>'
                     f'<p class="aside" id="whereabouts">{whereabouts(desk.systems, on_server=on_server)}</p>'
                 )
-        self.settings: list[gr.Textbox | gr.Slider] = [
-            self.instruction,
-            self.temperature,
-            self.top_p,
-            self.max_tokens,
-            self.best_of,
-        ]
+        sliders = (self.temperature, self.top_p, self.max_tokens, self.best_of)
+        self.settings: list[gr.Textbox | gr.Slider] = [self.instruction, *sliders]
 
     def settled(
         self,
@@ -119,15 +110,8 @@ class ChatLayout:
         before: Conversation | None = None,
         back: str = "Bring back the earlier version",
     ) -> dict[Block, object]:
-        """Nothing is being written any more.
-
-        Args:
-            conversation: what is shown.
-            settings: the visitor's; kept with it.
-            notice: as HTML.
-            can_drop: whether its oldest turns can be dropped.
-            before: what it was before, if that can be brought back.
-            back: what the button for it says.
+        """Nothing is being written any more. What the conversation was `before` can be brought back, by a button that
+        says `back`.
         """
         return {
             self.conversation: conversation,

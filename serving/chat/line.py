@@ -41,12 +41,7 @@ class Place:
         return f"Number {self.number} in the queue, {self.waited_s:.0f} s so far{left}"
 
     async def come(self, stop: asyncio.Event, most_s: float | None = None) -> None:
-        """Wait until this answer is at work.
-
-        Args:
-            stop: ends the wait.
-            most_s: seconds; None for as long as it takes.
-        """
+        """Wait until this answer is at work, `stop` is set, or `most_s` seconds are over."""
         waits = {asyncio.ensure_future(event.wait()) for event in (stop, self._changed)}
         try:
             await asyncio.wait(waits, timeout=most_s, return_when=asyncio.FIRST_COMPLETED)
@@ -72,11 +67,7 @@ class Place:
 
 
 class Line:
-    """The answers at work and those that wait.
-
-    Args:
-        size: answers at work at a time.
-    """
+    """The answers at work, `size` at a time, and those that wait."""
 
     def __init__(self, size: int) -> None:
         self._size = size

@@ -17,19 +17,9 @@ FAMILIES = (
     *("almost", "tulu", "zephyr"),
 )
 MAKERS = (
-    *(
-        "ai2",
-        "alibaba",
-        "amazon",
-        "anthropic",
-        "cohere",
-        "databricks",
-        "deepmind",
-        "deepseek",
-        "google",
-        "hugging face",
-    ),
-    *("lmsys", "meta", "microsoft", "mistral", "moonshot", "naver", "openai", "stability ai", "xai", "zhipu"),
+    *("ai2", "alibaba", "amazon", "anthropic", "cohere", "databricks", "deepmind", "deepseek", "google"),
+    *("hugging face", "lmsys", "meta", "microsoft", "mistral", "moonshot", "naver", "openai", "stability ai"),
+    *("xai", "zhipu"),
 )
 
 _INTRODUCTION = r"\b(?:i am|i['\u2019]m|my name is|this is|call me)\s+"
@@ -42,12 +32,7 @@ _WORDLIKE = re.compile(r"[^\W\d_]+")
 
 
 def names_itself(text: str, systems: Iterable[str]) -> bool:
-    """Whether an answer says which system wrote it, or which family or maker it is of.
-
-    Args:
-        text: the answer.
-        systems: names of all systems of the arena, as the page shows them.
-    """
+    """Whether an answer says which of all systems of the arena wrote it, or which family or maker it is of."""
     lower = " ".join(text.lower().split())
     names = {part for system in systems for part in _parts(system.lower())}
     plain = {name for name in names if _WORDLIKE.fullmatch(name)}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from almost_eval.errors import DataError, InputError
 from almost_eval.files import iterate_lines
+from serving.chat.toyworld import is_toy, world
 
 NANO_QUESTIONS = 100
 EXAMPLES = (
@@ -62,12 +63,7 @@ def _read(file: Path) -> list[tuple[str, str]]:
 
 def _nano(models: Sequence[str], kinds: Sequence[str | None]) -> list[str]:
     """Questions of the built-in world, where all models are from it: they know nothing else."""
-    from almost_eval.nano import BUILT_IN
-
-    if not models or any(name not in BUILT_IN for name in models):
+    if not is_toy(models):
         return []
-    from almost_eval.nano.world import World
-
-    world = World()
-    rng = world.generator("almost-chat")
-    return list(dict.fromkeys(world.query(rng, "eval", kind).text for kind in kinds))
+    rng = world().generator("almost-chat")
+    return list(dict.fromkeys(world().query(rng, "eval", kind).text for kind in kinds))

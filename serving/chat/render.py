@@ -1,4 +1,4 @@
-"""Conversations as HTML. What a model or a visitor wrote is shown as text and can do nothing, whatever it looks like.
+"""What the page shows, as HTML. What a model or a visitor wrote is text and can do nothing, whatever it looks like.
 
 Answers are Markdown without HTML and without images: markdown-it writes every tag itself, escapes all text, and
 refuses `javascript:`, `data:` and their like in links. An image would fetch from whatever address an answer names.
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from serving.chat.conversation import ChatCandidate, ChatReply, Conversation, Turn
 from serving.chat.maths import with_maths
 from serving.chat.scale import GOOD, POOR
+from serving.chat.session import Step
 
 if TYPE_CHECKING:
     from markdown_it import MarkdownIt
@@ -23,11 +24,10 @@ if TYPE_CHECKING:
     from markdown_it.token import Token
     from markdown_it.utils import EnvType, OptionsDict
 
-_ENDINGS = {
-    "length": "cut at the token limit",
-    "stopped": "stopped",
-    "broken": "broken off",
-}
+    from almost_eval.arena.report import Board
+    from almost_eval.types import Metric
+
+_ENDINGS = {"length": "cut at the token limit", "stopped": "stopped", "broken": "broken off"}
 
 
 @cache
@@ -156,13 +156,7 @@ def turn_html(turn: Turn, index: int, *, last: bool, shown: bool, live: bool = F
 
 
 def past_html(conversation: Conversation, *, live: bool = False, editing: int | None = None) -> str:
-    """All turns; with `live` the last question stands without its answer, which is being written elsewhere.
-
-    Args:
-        conversation: what was said.
-        live: whether the last answer is being written.
-        editing: the turn whose question is being edited.
-    """
+    """All turns; with `live` the last question stands without its answer, which is being written elsewhere."""
     count = len(conversation.turns)
     return "".join(
         turn_html(
@@ -189,7 +183,7 @@ def notice_html(sentence: str, kind: str = "error") -> str:
     return f'<div class="notice {kind}" role="{role}">{escape(sentence)}</div>' if sentence else ""
 
 
-def panel_html(reply: ChatReply | None, *, live: bool, heading: str = "", note: str = "") -> str:
+def panel_html(reply: ChatReply | None, *, live: bool, note: str = "") -> str:
     """One side of a comparison."""
     if reply is None:
         body = f'<p class="aside">{escape(note)}</p>' if note else ""
@@ -197,9 +191,133 @@ def panel_html(reply: ChatReply | None, *, live: bool, heading: str = "", note: 
         body = '<p class="aside pulse">Thinking</p>'
     else:
         body = reply_html(reply, live=live)
-    title = f"<h3>{escape(heading)}</h3>" if heading else ""
-    return f'<article class="panel">{title}{body}</article>'
+    return f'<article class="panel">{body}</article>'
 
 
 def _button(action: str, index: int, label: str, title: str) -> str:
     return f'<button type="button" data-act="{action}" data-turn="{index}" title="{title}">{label}</button>'
+
+
+# --- the first tab: two answers with their rewards, and a race of candidates with its winner
+
+FACTS = '<div class="facts">'
+
+
+def side_html(title: str, about: str, step: Step | None, *, idle: bool = False) -> str:
+    """One of the two answers, by the model `about`; `step` is None before its first word, `idle` before a question."""
+    head = f'<header><h3>{escape(title)}</h3><span class="aside">{escape(about)}</span></header>'
+    return f'<article class="panel side">{head}{_answer(step, idle=idle)}</article>'
+
+
+def _answer(step: Step | None, *, idle: bool) -> str:
+    if idle:
+        return '<p class="aside">The answer appears here</p>'
+    if step is None or not (step.reply.text or step.done):
+        return '<p class="aside pulse">Thinking</p>'
+    caret = "" if step.done else '<span class="caret" aria-hidden="true"></span>'
+    text = f'<div class="md{"" if step.done else " live"}">{markdown(step.reply.text)}</div>{caret}'
+    return text + f"{FACTS}{_verdict(step)}</div>"
+
+
+def _verdict(step: Step) -> str:
+    if not step.done:
+        return ""
+    if step.error is not None:
+        return "<span>no answer</span>"
+    return badge(step.reply.reward, step.reply.percentile) + (
+        "<span>stopped</span>" if step.reply.ending == "stopped" else ""
+    )
+
+
+def race_html(steps: Sequence[Step | None], before: str, *, idle: bool = False) -> str:
+    """All candidates as they grow; once all have a reward, the winner is lifted out and the others step back."""
+    winner = None if idle else winner_of(steps)
+    head = f"<header><h3>Best of {len(steps)}</h3>" + (
+        f'<span class="aside">{escape(before)} answers {len(steps)} times, and the reward model picks one: better '
+        "answers from the same model, with no training.</span></header>"
+    )
+    if idle:
+        return f'<section class="race idle">{head}</section>'
+    lanes = "".join(_lane(steps, place, winner) for place in range(len(steps)))
+    state = "done" if winner is not None else "running"
+    return f'<section class="race {state}">{head}<div class="lanes">{lanes}</div></section>'
+
+
+def winner_of(steps: Sequence[Step | None]) -> int | None:
+    """The candidate with the highest reward, the first of equal ones; None until all are done, or without rewards."""
+    if not all(step and step.done for step in steps):
+        return None
+    rewards = {place: step.reply.reward for place, step in enumerate(steps) if step}
+    scored = {place: reward for place, reward in rewards.items() if reward is not None}
+    return max(scored, key=lambda place: (scored[place], -place)) if scored else None
+
+
+def _lane(steps: Sequence[Step | None], place: int, winner: int | None) -> str:
+    step = steps[place]
+    if place == winner:
+        assert step is not None
+        known = step.reply.percentile is not None  # without a scale the highest reward may stand beside nonsense
+        kind, crown = (" winner", "Picked by the reward model") if known else (" leader", "The highest reward")
+        mark = f'<span class="crown">{crown}</span>'
+    else:
+        kind, mark = " beaten" if winner is not None else "", ""
+    same = _repeats(steps, place)
+    answer = _answer(step, idle=False)
+    if same is not None and place != winner:
+        answer = f"{answer.partition(FACTS)[0]}{FACTS}<span>the same words as {same + 1}</span></div>"
+    return f'<article class="lane{kind}"><b aria-hidden="true">{place + 1}</b>{mark}{answer}</article>'
+
+
+def _repeats(steps: Sequence[Step | None], place: int) -> int | None:
+    """An earlier candidate that has said the same, once both are done."""
+    step = steps[place]
+    if step is None or not step.done or not step.reply.text:
+        return None
+    earlier = enumerate(steps[:place])
+    return next((i for i, one in earlier if one and one.done and one.reply.text == step.reply.text), None)
+
+
+# --- the arena's board
+
+EMPTY = "No vote yet: the first one opens the board."
+
+
+def board_html(board: Board) -> str:
+    """The board, the best system first."""
+    if not board.rates:
+        return f'<section class="board"><h3>Board</h3><p class="aside">{EMPTY}{_marked(board.named)}</p></section>'
+    rows = "".join(_row(place, name, rate) for place, (name, rate) in enumerate(board.rates.items(), 1))
+    people = "one voter; the intervals take the votes as independent"
+    if board.sessions > 1:
+        people = f"{board.sessions} voters; intervals are clustered by voter"
+    votes = "1 vote" if board.votes == 1 else f"{board.votes} votes"
+    return (
+        '<section class="board"><h3>Board</h3><table><thead><tr><th scope="col"><span class="hidden">Place</span></th>'
+        '<th scope="col">System</th><th scope="col">Win rate, 95 % interval</th>'
+        f'<th scope="col" class="figure">Rounds</th></tr></thead><tbody>{rows}</tbody></table>'
+        f'<p class="aside">{votes} by {people}. A tie, and both bad, are half a win for each.{_marked(board.named)}</p>'
+        "</section>"
+    )
+
+
+def _row(place: int, name: str, rate: Metric) -> str:
+    assert rate.value is not None
+    interval, whisker = "one vote: no interval", ""
+    if rate.ci95 is not None:
+        low, high = (100 * end for end in rate.ci95)
+        whisker = f'<span class="whisker" style="left:{low:.1f}%;width:{max(high - low, 0.5):.1f}%"></span>'
+        interval = f"[{low:.0f}, {high:.0f}]"
+    return (
+        f'<tr><td class="figure">{place}</td><th scope="row">{escape(name)}</th><td><div class="rate">'
+        f'<span class="track" aria-hidden="true"><span class="half"></span>{whisker}'
+        f'<span class="dot" style="left:{100 * rate.value:.1f}%"></span></span>'
+        f'<b>{100 * rate.value:.0f} %</b> <span class="interval">{interval}</span></div></td>'
+        f'<td class="figure">{rate.n}</td></tr>'
+    )
+
+
+def _marked(count: int) -> str:
+    if not count:
+        return ""
+    what = "1 vote more is" if count == 1 else f"{count} votes more are"
+    return f" {what} kept and not counted, as a system named itself."

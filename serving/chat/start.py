@@ -20,8 +20,7 @@ from serving.chat import small_model
 from serving.chat.client import Address, Endpoint
 from serving.chat.conversation import Settings
 from serving.chat.kept import ConversationStore
-from serving.chat.launch import Models, with_transformers, with_vllm
-from serving.chat.loader import SmallModelLoader
+from serving.chat.launch import Models, SmallModelLoader, with_transformers, with_vllm
 from serving.chat.options import DEFAULT_MODELS, LOOPBACK, ChatOptions
 from serving.chat.questions import arena_questions, examples_for
 from serving.chat.scale import RewardScale

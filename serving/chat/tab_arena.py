@@ -16,18 +16,17 @@ from almost_eval.arena.report import board
 from almost_eval.arena.votes import VOTES
 from almost_eval.errors import AlmostError
 from serving.chat.arena import MAX_TURNS, SIDES, Arena, Round, void_sentence
-from serving.chat.board import board_html
 from serving.chat.client import EndpointError
 from serving.chat.conversation import ChatReply
-from serving.chat.render import badge, notice_html, reply_html
-from serving.chat.session import BROKEN, Desk, NotNow, Step
-from serving.chat.together import Draw, draw_together
+from serving.chat.render import badge, board_html, notice_html, reply_html
+from serving.chat.session import BROKEN, Desk, Draw, NotNow, Step, draw_together
 from serving.chat.toyworld import hint
 from serving.chat.widgets import (
     ALONE,
     ANSWERING,
     QUICK,
     SETTLE_S,
+    QuestionTab,
     Update,
     answering,
     asker_of,
@@ -55,13 +54,10 @@ _LETTERS = ("A", "B")
 _LOG = logging.getLogger("almost.chat")
 
 
-class ArenaTab:
-    """Builds the tab inside a `gr.Blocks` and answers its events.
+class ArenaTab(QuestionTab):
+    """Builds the tab inside a `gr.Blocks` and answers its events; `arena` is None with fewer than two systems."""
 
-    Args:
-        desk: what is served.
-        arena: draws rounds and keeps votes; None with fewer than two systems.
-    """
+    name = "arena"
 
     def __init__(self, desk: Desk, arena: Arena | None) -> None:
         self._desk = desk
@@ -98,13 +94,7 @@ class ArenaTab:
         self.timer = gr.Timer(REFRESH_S, active=False)
 
     def connect(self, page: gr.Blocks, own: gr.Tab, others: list[gr.Tab]) -> None:
-        """Attach the events.
-
-        Args:
-            page: loads the board when it opens.
-            own: the tab; while it is open the votes of others are looked for.
-            others: the other tabs.
-        """
+        """Attach the events. While its own tab is open and none of the others, the votes of others are looked for."""
         if self._arena is None:
             return
         outputs = [self.round, self.box, self.question, *self.panels, self.notice, self.send, self.draw, self.stop]
@@ -116,14 +106,7 @@ class ArenaTab:
         self.stop.click(self._on_stop, None, None, **QUICK)
         for vote, pressed in self.buttons.items():
             pick = gr.State(vote)
-            event = pressed.click(
-                self._on_vote,
-                [self.round, pick],
-                outputs,
-                show_progress="hidden",
-                concurrency_limit=None,
-                api_visibility="private",
-            )
+            event = pressed.click(self._on_vote, [self.round, pick], outputs, **ANSWERING)
             # The pressed button cannot be pressed again; the keyboard goes on at the next round.
             event.then(None, None, None, js=_FOCUS_NEXT, api_visibility="private")
         gr.on([page.load, self.timer.tick], self._on_look, self.seen, [self.board, self.seen], **QUICK)
@@ -133,9 +116,6 @@ class ArenaTab:
     def _on_draw(self) -> tuple[str, tuple[str, str]]:
         question = self._draws.choice(self._desk.questions)
         return question[1], question
-
-    def _on_stop(self, request: gr.Request) -> None:
-        self._desk.stop("arena", request.session_hash)
 
     async def _on_next(self, request: gr.Request, round_: Round | None) -> AsyncIterator[Update]:
         """A new round on a drawn question; one without a vote is left."""
@@ -158,16 +138,13 @@ class ArenaTab:
         current = round_.ask(text) if round_ is not None and on else self._arena.begin(text, source)
         steps: list[Step | None] = [None, None]
         try:
-            with self._desk.work("arena", asker_of(self._desk, request)) as stop, self._desk.place() as place:
+            with self._desk.work(self.name, asker_of(self._desk, request)) as stop, self._desk.place() as place:
                 yield {self.round: None, self.notice: "", self.box: ""} | self._shown(current) | self._busy()
                 await asyncio.sleep(SETTLE_S)
+                settings = self._arena.settings
                 draws = [
-                    Draw(
-                        self._desk.system(name),
-                        current.messages(place, self._arena.settings.system),
-                        self._arena.settings,
-                    )
-                    for place, name in enumerate(current.systems)
+                    Draw(self._desk.system(name), current.messages(side, settings.system), settings)
+                    for side, name in enumerate(current.systems)
                 ]
                 async for sentence in place.sentences(stop):
                     yield {self.notice: notice_html(sentence, "hint")}
@@ -180,8 +157,7 @@ class ArenaTab:
             _LOG.exception("a round failed")
             yield self._undone(current, BROKEN, "error")
             return
-        why = self._why_void(steps)
-        if why:
+        if why := self._why_void(steps):
             yield self._undone(current, *why)
             return
         first, second = (step.reply for step in steps if step)
@@ -268,13 +244,9 @@ class ArenaTab:
     def _ready(self, round_: Round | None) -> dict[Block, object]:
         """While nobody answers: what can be done with the round, if there is one."""
         votable = round_ is not None and round_.votable
-        labels: dict[Block, object] = {
-            self.send: gr.Button("Ask both again" if votable else "Ask both", visible=True, interactive=True)
-        }
-        first = gr.Textbox(placeholder=NEXT if votable else FIRST)
         return {
-            **labels,
-            **({} if round_ is None else {self.box: first}),
+            self.send: gr.Button("Ask both again" if votable else "Ask both", visible=True, interactive=True),
+            **({} if round_ is None else {self.box: gr.Textbox(placeholder=NEXT if votable else FIRST)}),
             self.stop: gr.Button(visible=False),
             self.draw: gr.Button(visible=bool(self._desk.questions) and not votable),
             self.next: gr.Button(

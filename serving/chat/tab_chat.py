@@ -12,10 +12,10 @@ from gradio.blocks import Block
 
 from serving.chat.client import EndpointError
 from serving.chat.conversation import MAX_TURNS, Conversation, Settings, too_long
+from serving.chat.kept import KEEP, LOAD, kept_text, record_of
 from serving.chat.layout import ChatLayout, best_of_slider
 from serving.chat.render import live_html, notice_html, past_html
 from serving.chat.session import BROKEN, BUSY, NotNow, Step, draw
-from serving.chat.shelf import KEEP, LOAD, kept_text, record_of
 from serving.chat.widgets import ANSWERING, QUICK, SETTLE_S, Update, asker_of
 from serving.gateway.events import joined
 
@@ -26,27 +26,24 @@ TOO_MANY = f"This conversation has {MAX_TURNS} questions, the most there can be:
 
 
 class ChatTab(ChatLayout):
-    """The tab with its events.
-
-    Args:
-        desk: what is served.
-    """
+    """The tab with its events."""
 
     def connect(self, page: gr.Blocks) -> None:
         """Attach the events."""
         state = [self.conversation, self.editing, self.system, *self.settings]
+        spoken = [self.conversation, *self.settings]
         shown = [self.conversation, self.editing, self.before, self.past, self.live, self.notice, self.drop, self.kept]
         shown += [self.restore, self.cancel, self.box, self.best_of]
         work = {"outputs": [*shown, self.draft], **ANSWERING}
         gr.on([self.box.submit, self.send.click], self._on_send, [self.box, *state], **work)
         self.past.act(self._on_act, [self.box, *state], **work)
-        self.drop.click(self._on_drop, state, **work)
+        self.drop.click(self._on_drop, [self.conversation, self.system, *self.settings], **work)
         self.stop.click(self._on_stop, None, None, **QUICK)
-        self.undo.click(self._on_undo, [self.before, *state], shown, **QUICK)
-        self.clear.click(self._on_clear, state, shown, **QUICK)
-        self.restore.click(self._on_restore, [self.before, *state], shown, **QUICK)
+        self.undo.click(self._on_undo, [self.before, *spoken], shown, **QUICK)
+        self.clear.click(self._on_clear, spoken, shown, **QUICK)
+        self.restore.click(self._on_restore, [self.before, *self.settings], shown, **QUICK)
         self.cancel.click(self._on_cancel, [self.draft, self.conversation], shown, **QUICK)
-        self.shelf.act(self._on_shelf, state, [*shown, *self.settings], **QUICK)
+        self.shelf.act(self._on_shelf, self.settings, [*shown, *self.settings], **QUICK)
         self.kept.change(None, self.kept, None, js=KEEP, api_visibility="private")
         for pressed, form, action in ((self.copy, "text", "copy"), (self.download, "jsonl", "download")):
             # The listener's own name for the form: a partial would hide the signature that gradio reads.
@@ -54,14 +51,8 @@ class ChatTab(ChatLayout):
             pressed.click(self._on_export, [self.conversation, self.instruction, pick], self.export, **QUICK).then(
                 None, self.export, None, js=f"(text) => window.almostChat.{action}(text)", api_visibility="private"
             )
-        gr.on(
-            [setting.change for setting in self.settings],
-            self._on_settings,
-            [self.conversation, *self.settings],
-            self.kept,
-            trigger_mode="always_last",
-            **QUICK,
-        )
+        changes = [setting.change for setting in self.settings]
+        gr.on(changes, self._on_settings, spoken, self.kept, trigger_mode="always_last", **QUICK)
         self.best_of.input(self._on_best_of, [self.best_of, self.temperature, self.system], self.temperature, **QUICK)
         self.system.change(self._on_system, self.system, [self.best_of, self.notice], **QUICK)
         loading = page.load(self._on_load, [self.record, self.conversation], [*shown, *self.settings], js=LOAD, **QUICK)
@@ -87,9 +78,8 @@ class ChatTab(ChatLayout):
             return
         longer = conversation.ask(text) if editing is None else conversation.reopen(editing, text)
         replaced = None if editing is None else conversation
-        async for update in self._answer(
-            longer, system, Settings.checked(*settings), request, self.box_with(), replaced
-        ):
+        checked = Settings.checked(*settings)
+        async for update in self._answer(longer, system, checked, request, self.box_with(), replaced):
             yield update
 
     async def _on_act(
@@ -129,7 +119,7 @@ class ChatTab(ChatLayout):
             yield update
 
     async def _on_drop(
-        self, request: gr.Request, conversation: Conversation, editing: int | None, system: str, *settings: object
+        self, request: gr.Request, conversation: Conversation, system: str, *settings: object
     ) -> AsyncIterator[Update]:
         # A quarter of what is left, so that a long conversation fits after a few presses, not a hundred.
         left = len(conversation.turns) - conversation.dropped
@@ -142,38 +132,22 @@ class ChatTab(ChatLayout):
         self._desk.stop("chat", request.session_hash)
 
     def _on_undo(
-        self,
-        request: gr.Request,
-        before: Conversation | None,
-        conversation: Conversation,
-        editing: int | None,
-        system: str,
-        *settings: object,
+        self, request: gr.Request, before: Conversation | None, conversation: Conversation, *settings: object
     ) -> Update:
         if before is not None and not conversation.turns:  # nothing is left to undo but the clearing itself
-            return self._on_restore(request, before, conversation, editing, system, *settings)
+            return self._on_restore(request, before, *settings)
         left, text = conversation.undo()
         if not conversation.turns:
             return {self.notice: gr.skip()}
         return self._replace(request, left, conversation, settings, "Bring back the last turn") | self.box_with(text)
 
-    def _on_clear(
-        self, request: gr.Request, conversation: Conversation, editing: int | None, system: str, *settings: object
-    ) -> Update:
+    def _on_clear(self, request: gr.Request, conversation: Conversation, *settings: object) -> Update:
         if not conversation.turns:
             return {self.notice: gr.skip()}
         empty = replace(Conversation(), id=conversation.id)
         return self._replace(request, empty, conversation, settings, "Bring back the conversation") | self.box_with()
 
-    def _on_restore(
-        self,
-        request: gr.Request,
-        before: Conversation | None,
-        conversation: Conversation,
-        editing: int | None,
-        system: str,
-        *settings: object,
-    ) -> Update:
+    def _on_restore(self, request: gr.Request, before: Conversation | None, *settings: object) -> Update:
         return {self.notice: gr.skip()} if before is None else self._replace(request, before, None, settings)
 
     def _on_cancel(self, draft: str, conversation: Conversation) -> Update:
@@ -184,15 +158,7 @@ class ChatTab(ChatLayout):
             self.cancel: gr.Button(visible=False),
         }
 
-    def _on_shelf(
-        self,
-        event: gr.EventData,
-        request: gr.Request,
-        conversation: Conversation,
-        editing: int | None,
-        system: str,
-        *settings: object,
-    ) -> Update:
+    def _on_shelf(self, event: gr.EventData, request: gr.Request, *settings: object) -> Update:
         told = event._data if isinstance(event._data, dict) else {}
         values = Settings.checked(*settings)
         opened = Conversation()
@@ -240,15 +206,9 @@ class ChatTab(ChatLayout):
         first: Update,
         before: Conversation | None = None,
     ) -> AsyncIterator[Update]:
-        """Stream the answer to the last question; whatever goes wrong, what was said stays.
-
-        Args:
-            conversation: its last question is open.
-            system_name: whom to ask.
-            settings: the visitor's.
-            request: whose question it is.
-            first: what else changes on the page as soon as the question is taken.
-            before: what the conversation was before some of it was replaced; it can be brought back.
+        """Stream the answer to the last question, which is open; whatever goes wrong, what was said stays. `first`
+        changes on the page as soon as the question is taken; what the conversation was `before` some of it was replaced
+        can be brought back.
         """
         if not conversation.open:
             yield {self.notice: notice_html(TOO_MANY) if len(conversation.turns) >= MAX_TURNS else gr.skip()}

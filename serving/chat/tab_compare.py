@@ -10,13 +10,13 @@ from gradio.blocks import Block
 
 from serving.chat.conversation import Conversation, Settings
 from serving.chat.render import notice_html, panel_html
-from serving.chat.session import Desk, Step
-from serving.chat.together import Draw, draw_together
+from serving.chat.session import Desk, Draw, Step, draw_together
 from serving.chat.widgets import (
     ALONE,
     ANSWERING,
     QUICK,
     SETTLE_S,
+    QuestionTab,
     Update,
     answering,
     asker_of,
@@ -26,12 +26,10 @@ from serving.chat.widgets import (
 )
 
 
-class CompareTab:
-    """Builds the tab inside a `gr.Blocks` and answers its events.
+class CompareTab(QuestionTab):
+    """Builds the tab inside a `gr.Blocks` and answers its events."""
 
-    Args:
-        desk: what is served.
-    """
+    name = "compare"
 
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
@@ -69,9 +67,6 @@ class CompareTab:
         )
         self.stop.click(self._on_stop, None, None, **QUICK)
 
-    def _on_stop(self, request: gr.Request) -> None:
-        self._desk.stop("compare", request.session_hash)
-
     @answering
     async def _on_send(
         self, request: gr.Request, text: str, left: str, right: str, *chat_settings: object
@@ -81,7 +76,7 @@ class CompareTab:
         messages = Conversation().ask(text).messages(settings.system)
         draws = [Draw(self._desk.system(name), messages, settings) for name in (left, right)]
         steps: list[Step | None] = [None, None]
-        with self._desk.work("compare", asker_of(self._desk, request)) as stop, self._desk.place() as place:
+        with self._desk.work(self.name, asker_of(self._desk, request)) as stop, self._desk.place() as place:
             thinking = panel_html(None, live=False, note="Thinking")
             yield dict.fromkeys(self.panels, thinking) | self._buttons(busy=True) | {self.notice: ""}
             await asyncio.sleep(SETTLE_S)
@@ -97,6 +92,3 @@ class CompareTab:
     def _shown(self, steps: Sequence[Step | None]) -> dict[Block, object]:
         panels = (panel_html(step.reply if step else None, live=not (step and step.done)) for step in steps)
         return dict(zip(self.panels, panels, strict=True))
-
-    def _buttons(self, *, busy: bool) -> dict[Block, object]:
-        return {self.send: gr.Button(visible=not busy), self.stop: gr.Button(visible=busy)}

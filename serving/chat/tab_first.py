@@ -13,13 +13,22 @@ from gradio.blocks import Block
 
 from almost_eval.errors import AlmostError
 from serving.chat.conversation import Conversation
-from serving.chat.race import race_html, side_html
-from serving.chat.render import notice_html
-from serving.chat.session import BROKEN, ChatSystem, Desk, Step
+from serving.chat.render import notice_html, race_html, side_html
+from serving.chat.session import BROKEN, ChatSystem, Desk, Draw, Step, draw_together
 from serving.chat.small_model import ABOUT
-from serving.chat.together import Draw, draw_together
 from serving.chat.toyworld import KNOWN, PREPARED, hint
-from serving.chat.widgets import ANSWERING, QUICK, SETTLE_S, Update, answering, asker_of, button, question_box, raw_html
+from serving.chat.widgets import (
+    ANSWERING,
+    QUICK,
+    SETTLE_S,
+    QuestionTab,
+    Update,
+    answering,
+    asker_of,
+    button,
+    question_box,
+    raw_html,
+)
 
 CANDIDATES = 6
 TEMPERATURE = 1.2
@@ -35,14 +44,10 @@ element.addEventListener('click', (event) => {
 _LOG = logging.getLogger("almost.chat")
 
 
-class FirstTab:
-    """Builds the tab inside a `gr.Blocks` and answers its events.
+class FirstTab(QuestionTab):
+    """Builds the tab inside a `gr.Blocks` and answers its events, of a model `before` its alignment and `after` it."""
 
-    Args:
-        desk: what is served.
-        before: the model before its alignment.
-        after: the model after it.
-    """
+    name = "first"
 
     def __init__(self, desk: Desk, before: ChatSystem, after: ChatSystem) -> None:
         self._desk = desk
@@ -76,13 +81,8 @@ class FirstTab:
                 self.load = gr.Button("Talk to SmolLM2", scale=0, min_width=200, elem_id="first-load")
 
     def connect(self, page: gr.Blocks, tabs: gr.Tabs, chat_system: gr.Dropdown, pickers: Sequence[gr.Dropdown]) -> None:
-        """Attach the events.
-
-        Args:
-            page: opens with the models of this moment.
-            tabs: where the Chat tab is opened.
-            chat_system: the Chat tab's model.
-            pickers: the models of the Side by side tab.
+        """Attach the events. The page opens with the models of this moment, in the Chat tab and the `pickers` of Side
+        by side.
         """
         outputs = [self.box, *self.sides, self.race, self.notice, self.send, self.stop]
         gr.on([self.box.submit, self.send.click], self._on_send, self.box, outputs, **ANSWERING)
@@ -93,9 +93,6 @@ class FirstTab:
         self._tabs, self._chat_system, self._pickers = tabs, chat_system, pickers
         self.load.click(self._on_load, None, [self.load, self.loading, tabs, chat_system, *pickers], **ANSWERING)
         page.load(self._models, None, [chat_system, *pickers], **QUICK)
-
-    def _on_stop(self, request: gr.Request) -> None:
-        self._desk.stop("first", request.session_hash)
 
     async def _on_pick(self, event: gr.EventData, request: gr.Request) -> AsyncIterator[Update]:
         told = event._data if isinstance(event._data, dict) else {}
@@ -112,7 +109,7 @@ class FirstTab:
         draws = [Draw(system, messages, settings) for system in self._pair]
         draws += [Draw(self._pair[0], messages, racing)] * CANDIDATES
         steps: list[Step | None] = [None] * len(draws)
-        with self._desk.work("first", asker_of(self._desk, request)) as stop, self._desk.place() as place:
+        with self._desk.work(self.name, asker_of(self._desk, request)) as stop, self._desk.place() as place:
             told = {self.box: text, self.notice: notice_html(hint(text), "hint")}
             yield self._shown(steps) | self._buttons(busy=True) | told
             await asyncio.sleep(SETTLE_S)
@@ -174,6 +171,3 @@ class FirstTab:
 
     def _race(self, steps: Sequence[Step | None], *, idle: bool = False) -> str:
         return race_html(steps, self._pair[0].name, idle=idle)
-
-    def _buttons(self, *, busy: bool) -> dict[Block, object]:
-        return {self.send: gr.Button(visible=not busy), self.stop: gr.Button(visible=busy)}

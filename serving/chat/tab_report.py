@@ -9,6 +9,7 @@ from pathlib import Path
 import gradio as gr
 
 from serving.chat.render import notice_html
+from serving.chat.widgets import QUICK, raw_html
 
 PAGE = "report.html"
 MAX_BYTES = 20_000_000
@@ -35,8 +36,7 @@ def report_html(root: Path, run: str) -> str:
     """
     try:
         file = (root / run / PAGE).resolve(strict=True)
-        inside = file.is_relative_to(root.resolve()) and file.name == PAGE and file.is_file()
-        if not inside:
+        if not (file.is_relative_to(root.resolve()) and file.name == PAGE and file.is_file()):
             raise OSError
         if file.stat().st_size > MAX_BYTES:
             return notice_html(f"The report of {run} is over {MAX_BYTES // 1_000_000} MB: open the file itself.")
@@ -49,33 +49,20 @@ def report_html(root: Path, run: str) -> str:
 
 
 class ReportTab:
-    """Builds the tab inside a `gr.Blocks` and answers its events.
-
-    Args:
-        root: where runs are looked for.
-    """
+    """Builds the tab inside a `gr.Blocks` and answers its events; runs are looked for below `root`."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         with gr.Row(elem_classes="composer"):
             self.runs = gr.Dropdown([], label="Run", interactive=True, scale=8, elem_id="report-run")
             self.look = gr.Button("Look again", scale=1, min_width=110, elem_id="report-look")
-        self.page = gr.HTML("", apply_default_css=False, padding=False, elem_id="report")
+        self.page = raw_html(elem_id="report")
 
     def connect(self, page: gr.Blocks) -> None:
         """Attach the events."""
         for event in (page.load, self.look.click):
-            event(
-                self._on_look,
-                None,
-                [self.runs, self.page],
-                queue=False,
-                show_progress="hidden",
-                api_visibility="private",
-            )
-        self.runs.input(
-            self._on_open, self.runs, self.page, queue=False, show_progress="minimal", api_visibility="private"
-        )
+            event(self._on_look, None, [self.runs, self.page], **QUICK)
+        self.runs.input(self._on_open, self.runs, self.page, **QUICK | {"show_progress": "minimal"})
 
     def _on_look(self) -> tuple[object, str]:
         names = runs_with_report(self._root) if self._root.is_dir() else []

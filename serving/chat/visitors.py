@@ -60,13 +60,7 @@ class Visitors:
         return number if hmac.compare_digest(signature, self._signature(number)) else None
 
     def asker(self, page: str | None, cookies: str, host: str | None) -> Asker:
-        """Who asks.
-
-        Args:
-            page: the page's session number.
-            cookies: the `Cookie` header, which may be empty.
-            host: where the connection comes from.
-        """
+        """Who asks, by the page's session number, its `Cookie` header and where the connection comes from."""
         address = network_of(host or "")
         nobody = hashlib.sha256(self._secret + address.encode()).hexdigest()[:_ID_LENGTH]
         return Asker(str(page), self.number_in(cookies) or nobody, address)

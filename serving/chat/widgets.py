@@ -6,7 +6,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import gradio as gr
 from gradio.blocks import Block
@@ -41,15 +41,24 @@ queue of gradio's own is an error without a sentence."""
 _LOG = logging.getLogger("almost.chat")
 
 
-class Answering(Protocol):
-    """A tab that answers questions."""
+class QuestionTab:
+    """A tab that puts a question to several systems at once."""
 
+    name: str
+    """Where the desk counts its questions."""
     notice: gr.HTML
+    send: gr.Button
+    stop: gr.Button
+    _desk: Desk
 
-    def _buttons(self, *, busy: bool) -> Update: ...
+    def _on_stop(self, request: gr.Request) -> None:
+        self._desk.stop(self.name, request.session_hash)
+
+    def _buttons(self, *, busy: bool) -> dict[Block, object]:
+        return {self.send: gr.Button(visible=not busy), self.stop: gr.Button(visible=busy)}
 
 
-_Tab = TypeVar("_Tab", bound=Answering)
+_Tab = TypeVar("_Tab", bound=QuestionTab)
 _P = ParamSpec("_P")
 _Event = Callable[Concatenate[_Tab, gr.Request, str, _P], AsyncGenerator[Update, None]]
 

@@ -33,8 +33,7 @@ from serving.gateway.errors import on_crash, on_refusal, refusal
 from serving.gateway.limits import Limited, Slots
 from serving.gateway.metrics import Metrics, Observed
 from serving.gateway.openapi import openapi
-from serving.gateway.render import renderer_of
-from serving.gateway.rewards import Rewards, answer_rewards
+from serving.gateway.rewards import Rewards, answer_rewards, renderer_of
 from serving.gateway.schema import ChatRequest, CompletionRequest, RewardRequest, check, parse_json
 from serving.gateway.settings import KEY, GatewaySettings
 from serving.gateway.streaming import EVENTS, ReplyWriter, notes_of, relay_events
@@ -54,9 +53,6 @@ _GRACE_S = 10
 
 class Gateway:
     """The routes of one gateway.
-
-    Args:
-        settings: see there.
 
     Raises:
         InputError: `reward_model` is no reward model.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from starlette.exceptions import HTTPException
 
 from almost_eval.types import JSONObject
-from serving.gateway.candidates import CALLS_NOTE, Drawing, almost_of, calls_tools, choices_of, drawing_of, scored_text
+from serving.gateway.candidates import CALLS_NOTE, Drawing, almost_of, choices_of, drawing_of, scored_text
 from serving.gateway.errors import message_of, refusal
 from serving.gateway.metrics import Metrics
 from serving.gateway.racing import Race
@@ -40,13 +40,7 @@ class _Drawn:
 
 
 class BestOf:
-    """Answers chat requests that ask for `best_of`.
-
-    Args:
-        policy: draws the candidates.
-        rewards: scores them; None where the gateway has no reward server.
-        metrics: where candidates and fallbacks are counted.
-    """
+    """Answers chat requests that ask for `best_of`; `rewards` is None where the gateway has no reward server."""
 
     def __init__(self, policy: Upstream, rewards: Rewards | None, metrics: Metrics) -> None:
         self._policy = policy
@@ -54,12 +48,7 @@ class BestOf:
         self._metrics = metrics
 
     async def answer(self, request: ChatRequest, fields: JSONObject, reply: ReplyWriter) -> None:
-        """Answer one request.
-
-        Args:
-            request: `fields`, checked; `best_of` is set.
-            fields: the body as it was sent.
-            reply: where the answer goes.
+        """Answer one request: `fields` as they were sent, which `request` holds checked.
 
         Raises:
             HTTPException: either server is down, the policy server refuses the request, or fewer candidates than are
@@ -80,7 +69,7 @@ class BestOf:
 
         # 2. The best.
         note = drawing.note
-        if drawn.fallback is None and any(calls_tools(choice["message"]) for choice in drawn.choices):
+        if drawn.fallback is None and any(choice["message"].get("tool_calls") for choice in drawn.choices):
             note = "; ".join(filter(None, [note, CALLS_NOTE]))
         almost = almost_of(drawn.scored, drawing.count, wanted, drawn.fallback, note)
         self._count(drawn)

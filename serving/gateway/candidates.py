@@ -37,10 +37,6 @@ def drawing_of(fields: JSONObject, count: int) -> Drawing:
 
     vLLM gives candidate `i` the seed `seed + i`, so that the requests of neighbouring seeds would share all candidates
     but one. The seed is therefore hashed.
-
-    Args:
-        fields: the client's request.
-        count: candidates that it asks for.
     """
     drawn = {name: value for name, value in fields.items() if name not in _NOT_DRAWN}
     if drawn.get("seed") is not None:
@@ -103,11 +99,6 @@ def scored_text(message: Mapping[str, object]) -> tuple[str | None, str]:
     except (LookupError, TypeError, AttributeError):
         return None, "its tool calls cannot be read"
     return joined("\n".join([*filter(None, [(content or "").strip()]), *written])), ""
-
-
-def calls_tools(message: Mapping[str, object]) -> bool:
-    """Whether `scored_text` writes tool calls."""
-    return bool(message.get("tool_calls"))
 
 
 def _written_call(function: Mapping[str, object]) -> str:

@@ -72,12 +72,6 @@ def upstream_refusal(server: str, status: int, body: bytes, key: str | None) -> 
 
     Its bytes may be anything, a proxy's page or a traceback. Of an error in OpenAI's form message, type, param and code
     are kept, as far as they can be shown; of anything else its words, if it has some.
-
-    Args:
-        server: `policy` or `reward`.
-        status: of the refusal, 400 to 499.
-        body: the refusal.
-        key: what the gateway sends to that server.
     """
     error = shaped_error(body, key)
     if error is None:
@@ -88,10 +82,7 @@ def upstream_refusal(server: str, status: int, body: bytes, key: str | None) -> 
 
 def shaped_error(body: bytes, key: str | None) -> JSONObject | None:
     """Message, type, param and code of an error in OpenAI's form, as far as they can be shown; None of anything else.
-
-    Args:
-        body: the error.
-        key: what the gateway sends to that server.
+    `key` is what the gateway sends to that server.
     """
     content = _content_of(body)
     error = content.get("error", content) if isinstance(content, dict) else None
@@ -107,10 +98,6 @@ def shaped_error(body: bytes, key: str | None) -> JSONObject | None:
 def upstream_words(body: bytes, key: str | None) -> str:
     """The message in an upstream's error, in any of the forms that vLLM writes it: one line, no key and nothing that
     looks like one, of a file's path its last part alone, 300 characters at most.
-
-    Args:
-        body: the error.
-        key: what the gateway sends to that server.
     """
     content = _content_of(body)
     for name in ("error", "message", "detail"):

@@ -45,14 +45,7 @@ class Slots:
 
 
 class Limited:
-    """The ASGI app of one POST route: its handler, within all limits. Whatever happens ends in an answer or an error.
-
-    Args:
-        handler: the work.
-        settings: the limits.
-        slots: shared by all routes.
-        metrics: where clients that leave are counted.
-    """
+    """The ASGI app of one POST route: its handler, within all limits. Whatever happens ends in an answer or error."""
 
     def __init__(self, handler: Handler, settings: GatewaySettings, slots: Slots, metrics: Metrics) -> None:
         self._handler = handler

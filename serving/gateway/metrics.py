@@ -41,13 +41,7 @@ class Metrics:
 
 
 class Observed:
-    """ASGI middleware: counts and times every request.
-
-    Args:
-        app: what answers.
-        metrics: where to.
-        routes: paths that have a series of their own; all others are `other`.
-    """
+    """ASGI middleware: counts and times every request; paths beside `routes` share the series `other`."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, routes: frozenset[str]) -> None:
         self.app = app

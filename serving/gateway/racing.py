@@ -84,15 +84,7 @@ class GrowingChoice:
 
 
 class Race:
-    """One request.
-
-    Args:
-        policy: draws the candidates.
-        drawing: what it is asked for.
-        score: the reward of a candidate's message.
-        reply: where the best so far goes.
-        include_usage: whether chunks have the field `usage`.
-    """
+    """One request: the candidates of a drawing, each scored as it ends, the best so far told."""
 
     def __init__(
         self,
@@ -128,10 +120,7 @@ class Race:
         return [self._results[i] for i in range(len(self._growing))]
 
     async def run(self, *, fallback: bool) -> None:
-        """Draw and score all candidates.
-
-        Args:
-            fallback: whether candidates without rewards are an answer.
+        """Draw and score all candidates; with `fallback`, candidates without rewards are an answer too.
 
         Raises:
             HTTPException: the policy server fails or refuses the request, or, without `fallback`, the reward server

@@ -3,9 +3,10 @@
 The reward of a conversation is the raw logit that `almost_eval.rewards.hf.HFRewardModel` gives for it: the reward
 server renders it with its own chat template, no generation prompt, and reads the last token.
 
-All conversations go to the reward server in one request where the gateway knows the reward model's template (`render`).
-Else, or where that request is refused because one of them is too long, each has a request of its own, all at the same
-time. A conversation that the server then refuses is unscored, with the server's reason.
+vLLM's /classify takes many texts in one request, and only one conversation. Where the gateway knows the reward model's
+checkpoint, it renders the texts itself, as `almost_eval.rewards.hf` does: same template, same special tokens. All
+conversations then go in one request. Else, or where that request is refused because one of them is too long, each has
+a request of its own, all at the same time. A conversation that the server then refuses is unscored, with its reason.
 """
 
 from __future__ import annotations
@@ -13,16 +14,82 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter
 
-from almost_eval.types import JSONObject
+from almost_eval.errors import InputError, TemplateError
+from almost_eval.models.chat import ChatTemplate, special_tokens
+from almost_eval.types import JSONObject, Message
 from serving.gateway.errors import refusal
 from serving.gateway.metrics import Metrics
-from serving.gateway.render import Renderer
 from serving.gateway.schema import RewardRequest
 from serving.gateway.streaming import ReplyWriter
 from serving.gateway.upstream import Upstream, error_body
+
+_WRITES_BOS = "{{ bos_token }}"
+
+
+@dataclass(frozen=True, slots=True)
+class Renderer:
+    """Writes conversations for one reward model."""
+
+    template: ChatTemplate
+    tokens: Mapping[str, str]
+    """Special tokens by name, which the template writes."""
+    framed: bool
+    """Whether the tokenizer frames a text in markers of its own (`[CLS] ... [SEP]`), which the template leaves out."""
+
+    def fields(self, conversations: Sequence[list[JSONObject]]) -> JSONObject | None:
+        """What to ask /classify for these conversations; None where the server has to render one of them."""
+        texts = [self._text(messages) for messages in conversations]
+        return None if None in texts else {"input": texts, "add_special_tokens": self.framed}
+
+    def _text(self, messages: list[JSONObject]) -> str | None:
+        if any(not isinstance(message.get("content"), str) or len(message) != 2 for message in messages):
+            return None  # parts, names, tool calls: the server knows what they become
+        try:
+            return self.template.render(tuple(Message(**message) for message in messages), special_tokens=self.tokens)
+        except (TemplateError, TypeError):
+            return None  # the server says what is wrong
+
+
+def renderer_of(checkpoint: str) -> Renderer:
+    """The renderer of a reward model: a directory, hub id or built-in name.
+
+    Raises:
+        InputError: it does not exist, is no reward model, or has only the slow form of an encoder's tokenizer.
+    """
+    from serving.models import TokenizerFiles, find_model
+
+    served = find_model("reward", checkpoint)
+    folder, template = served.checkpoint.path, served.template
+    if _is_framed(folder):
+        return Renderer(template, {}, framed=True)
+    if served.chat_template is not None and served.chat_template.startswith(_WRITES_BOS):
+        template = ChatTemplate(template.name, served.chat_template)
+    return Renderer(template, special_tokens(TokenizerFiles(folder)), framed=False)  # type: ignore[arg-type]
+
+
+def _is_framed(folder: Path) -> bool:
+    """As `almost_eval.rewards.base` finds it, without transformers."""
+    separator = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("sep_token")
+    if not separator:
+        return False
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise InputError(
+            f"{folder} has no tokenizer.json, which the gateway reads: load its tokenizer by AutoTokenizer and save it"
+        )
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(file))
+    text = separator["content"] if isinstance(separator, dict) else str(separator)
+    return tokenizer.encode("a").ids[-1:] == [tokenizer.token_to_id(text)]
+
+
+# --- scoring
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +104,8 @@ class Scored:
 
 
 class Rewards:
-    """Scores conversations over HTTP.
-
-    Args:
-        upstream: vLLM's pooling server.
-        timeout_s: for all conversations of one call.
-        metrics: where the time is counted.
-        render: writes conversations as that server would; None leaves them to it.
+    """Scores conversations over HTTP, all of one call within `timeout_s`; without `render` the server writes them
+    itself.
     """
 
     def __init__(self, upstream: Upstream, timeout_s: float, metrics: Metrics, render: Renderer | None = None) -> None:

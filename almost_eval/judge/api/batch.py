@@ -175,7 +175,8 @@ class BatchSession:
         under_way = self.ledger.unsettled(batches)
         items: list[BatchItem] = []
         size, left = 0, 0
-        for digest, request in itertools.chain(self._wanted(), self._wanted_later()):
+        wanted = ((digest, self.requests[indices[0]]) for digest, indices in self.missing.items())
+        for digest, request in itertools.chain(wanted, self._wanted_later()):
             if digest in under_way:
                 continue
             worst = self.means.budget.worst(request, BATCH)
@@ -197,10 +198,6 @@ class BatchSession:
                 f"{left} requests wait for the next batch: at their worst they could exceed --max-cost "
                 f"{self.means.budget.max_cost:g} USD before it is known what the first ones cost"
             )
-
-    def _wanted(self) -> Iterator[tuple[str, JudgeRequest]]:
-        for digest, indices in self.missing.items():
-            yield digest, self.requests[indices[0]]
 
     def _wanted_later(self) -> Iterator[tuple[str, JudgeRequest]]:
         """What later calls request, once: what has a reply or failed for good is not sent again."""

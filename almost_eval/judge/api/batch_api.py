@@ -52,13 +52,7 @@ class NotThere(Exception):
 
 
 class BatchAPI:
-    """Files and batches of one endpoint. Use as a context manager.
-
-    Args:
-        endpoint: where they are.
-        notice: takes a line that the user must see at once.
-        random_: of the jitter.
-    """
+    """Files and batches of one endpoint. Use as a context manager."""
 
     def __init__(self, endpoint: JudgeEndpoint, notice: Callable[[str], None], random_: random.Random) -> None:
         self._endpoint = endpoint
@@ -120,11 +114,8 @@ class BatchAPI:
         return body
 
     def find(self, key: str, since: float) -> JSONObject | None:
-        """The batch of this key, looked for several times; None where it was not created.
-
-        Args:
-            key: as in its metadata.
-            since: when it was planned, s since 1970: the list is not read further back.
+        """The batch of this key, looked for several times; None where it was not created. The list is not read further
+        back than `since`, when it was planned (s since 1970).
         """
         for pause in LOOKS:
             time.sleep(pause)

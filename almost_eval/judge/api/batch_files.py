@@ -99,13 +99,7 @@ def outcome_of(line: OutputLine, endpoint: JudgeEndpoint, request: JudgeRequest,
 
 
 def batch_facts(needed: Estimate, price: Price | None, *, batch: bool) -> JSONObject:
-    """What `--batch --dry-run` says of batches; none where nothing is sent in batches, and nothing was.
-
-    Args:
-        needed: what would be sent.
-        price: of the judge.
-        batch: whether `--batch` is there.
-    """
+    """What `--batch --dry-run` says of batches; none where nothing is sent in batches, and nothing was."""
     facts: JSONObject = {"requests_in_a_batch_already": needed.n_under_way} if needed.n_under_way else {}
     if not batch:
         return facts

@@ -74,10 +74,7 @@ class ProviderBatch:
 
 
 class BatchLedger:
-    """The batches of one journal. Any thread may call it.
-
-    Args:
-        journal: open.
+    """The batches of one open journal. Any thread may call it.
 
     Raises:
         RunError: of whatever writes: the disk is full, or gone.

@@ -38,14 +38,7 @@ class QueueFull(Exception):
 
 
 class BatchSteps:
-    """What is done with one batch after the other.
-
-    Args:
-        api: open.
-        ledger: where each step is written down.
-        endpoint: whose batches these are.
-        notice: takes a line that the user must see at once.
-    """
+    """What is done with one batch after the other, each step written down in the ledger."""
 
     def __init__(
         self, api: BatchAPI, ledger: BatchLedger, endpoint: JudgeEndpoint, notice: Callable[[str], None]
@@ -100,11 +93,7 @@ class BatchSteps:
     # --- taking what came of it
 
     def collect(self, batch: ProviderBatch, state: JSONMapping) -> Iterator[list[SettledItem]]:
-        """Store all that came of a batch that has ended, bit by bit, then close it.
-
-        Args:
-            batch: as the journal knows it.
-            state: as the provider says it ended.
+        """Store all that came of a batch that has ended, as the provider says in `state`, bit by bit, then close it.
 
         Raises:
             QueueFull: it failed, and a smaller one may pass.

@@ -114,7 +114,8 @@ def price_of(
     Raises:
         InputError: one price without the other, or one below zero; a share of a batch that is no share.
     """
-    line = next((line for line in _table() if judge in line["models"] and "input" in line), None)
+    priced = (line for line in _content()["prices"] if judge in line["models"] and "input" in line)
+    line: JSONObject | None = next(priced, None)
     batch, batch_source = (line.get("batch"), line.get("batch_source", "")) if line else (None, "")
     if price_batch is not None:
         if not 0 <= price_batch <= 1:
@@ -317,10 +318,6 @@ def _text_tokens(text: str) -> int:
         else:
             tokens += 1
     return round(tokens + 0.5)
-
-
-def _table() -> list[JSONObject]:
-    return list(_content()["prices"])
 
 
 @cache

@@ -14,12 +14,8 @@ LONGEST_LOOK = 30.0
 
 
 def judge_endpoints(judge: str, base_url: str | None, timeout: float) -> tuple[JudgeEndpoint, ...]:
-    """Where a judge is reached.
-
-    Args:
-        judge: the model's name at each of them.
-        base_url: up to and including `/v1`, several by commas; None is `OPENAI_BASE_URL`, else OpenAI's.
-        timeout: see `JudgeEndpoint`.
+    """Where a judge is reached: `base_url` is up to and including `/v1`, several by commas; None is `OPENAI_BASE_URL`,
+    else OpenAI's.
 
     Raises:
         InputError: see `JudgeEndpoint`; or two addresses are the same.
@@ -33,12 +29,8 @@ def judge_endpoints(judge: str, base_url: str | None, timeout: float) -> tuple[J
 def serving_the_same(
     endpoints: Sequence[JudgeEndpoint], notice: Callable[[str], None], lost: list[str]
 ) -> tuple[JudgeEndpoint, ...]:
-    """Those of several endpoints that answer; each serves the judge by its name, as far as it tells.
-
-    Args:
-        endpoints: several; of one, the first review tells.
-        notice: takes a line that the user must see at once.
-        lost: the addresses of those that do not answer are added.
+    """Those of several endpoints that answer; each serves the judge by its name, as far as it tells. Of one, the first
+    review tells. The addresses of those that do not answer are added to `lost`.
 
     Raises:
         InputError: none answers, one refuses the key, or one serves no such judge.

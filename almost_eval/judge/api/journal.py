@@ -114,10 +114,7 @@ class Ledger(NamedTuple):
 
 
 class Journal:
-    """An open journal. Use as a context manager; any thread may call it.
-
-    Args:
-        path: the file; made if absent, its folder too.
+    """An open journal; its file and folder are made if absent. Use as a context manager; any thread may call it.
 
     Raises:
         StoreError: the file is damaged, not a journal, or made by a later version; or its folder cannot be written.
@@ -209,12 +206,8 @@ class Journal:
             database.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", (name, json.dumps(value)))
 
     def put(self, request: JudgeRequest, reply: Reply, sending: int | None = None) -> None:
-        """Store a reply; when this returns it is on disk. A request that has a reply keeps the one it has.
-
-        Args:
-            request: what was sent.
-            reply: what came back.
-            sending: its number in the ledger, where it will be settled at once; None enters it there too.
+        """Store a reply; when this returns it is on disk. A request that has a reply keeps the one it has. Its sending
+        in the ledger is settled at once; without a number it is entered there too.
         """
         row = (request.digest, request_text(request), reply_text(reply), time.time())
         known = any(reply.usage) or reply.cost is not None

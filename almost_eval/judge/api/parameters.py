@@ -2,9 +2,9 @@
 
 Judges differ in what they take. Reasoning models refuse `max_tokens` (they want `max_completion_tokens`) and every
 temperature but 1; others refuse the temperature beside top_p, a seed, a schema of the reply (it is then sent as
-`json_object`, and left out where that is refused too). Each provider says so in words
-of its own, inside an envelope of its own: `refused_parameter` reads them. What was refused is exchanged or left out
-from then on, for all requests to this endpoint, and every reply says with which parameters it came about.
+`json_object`, and left out where that is refused too). Each provider says so in words of its own, inside an envelope of
+its own: `refused_parameter` reads them. What was refused is exchanged or left out from then on, for all requests to
+this endpoint, and every reply says with which parameters it came about.
 """
 
 from __future__ import annotations
@@ -47,13 +47,10 @@ _LONGEST_BODY = 20_000
 
 @dataclass
 class Parameters:
-    """What is sent to one endpoint for one judge.
-
-    Args:
-        first: the name under which the bound on tokens is sent at first.
-    """
+    """What is sent to one endpoint for one judge."""
 
     first: str = MAX_TOKENS
+    """The name under which the bound on tokens is sent at first."""
     changes: dict[str, str | None] = field(default_factory=dict)
     """Parameter -> what is sent in its place; None where it is left out."""
 
@@ -70,11 +67,7 @@ class Parameters:
         return sent
 
     def change(self, sent: Mapping[str, object], refusal: object) -> str | None:
-        """Take in what a refusal says of a request that was sent.
-
-        Args:
-            sent: the parameters of the request, as `of` made them.
-            refusal: the body of the answer: JSON, or text.
+        """Take in what a refusal (its body as JSON, or text) says of a request that was sent with these parameters.
 
         Returns:
             What is done about it, in words; None where it names no parameter that was sent.
@@ -86,7 +79,8 @@ class Parameters:
         if name in _NEEDED:
             return None
         if name == RESPONSE_FORMAT:
-            is_schema = _format_type(sent[name]) == JSON_SCHEMA
+            stated = sent[name]
+            is_schema = isinstance(stated, Mapping) and stated.get("type") == JSON_SCHEMA
             self.changes[name] = JSON_OBJECT if is_schema and name not in self.changes else None
         elif name in _EXCHANGED and origin == name:
             self.changes[origin] = _EXCHANGED[name]
@@ -111,17 +105,8 @@ class Parameters:
         self.changes.update(changes)
 
 
-def _format_type(value: object) -> object:
-    return value.get("type") if isinstance(value, Mapping) else None
-
-
 def refused_parameter(sent: Mapping[str, object], refusal: object) -> str | None:
-    """The parameter that an endpoint refuses to take, whatever envelope it says so in; None where it names none.
-
-    Args:
-        sent: the parameters of the request.
-        refusal: the body of the answer: JSON, or text.
-    """
+    """The parameter that an endpoint refuses to take, whatever envelope it says so in; None where it names none."""
     parts = [(key, text) for key, text in _parts(refusal) if key != "input"]  # pydantic repeats the value there
     if RESPONSE_FORMAT in sent and any(_FORMAT_WORDS.search(text) for _, text in parts):
         return RESPONSE_FORMAT  # however it is said: the schema is this toolkit's, so that the user cannot mend it
@@ -137,15 +122,11 @@ def refused_parameter(sent: Mapping[str, object], refusal: object) -> str | None
         if all(re.search(rf"\b{name}\b", text) for name in _BESIDE) and _BESIDE[1] in sent:
             return _BESIDE[1]
         # The parameter that stands nearest to the word of refusal: others may be named as what to use instead.
-        places = [(abs(at - refuses.start()), name) for name in sent for at in _places(name, _less_advice(text))]
+        less_advice = re.sub(r"\buse [^.]*?instead\b", "", text, flags=re.I)
+        places = [(abs(at - refuses.start()), name) for name in sent for at in _places(name, less_advice)]
         if places:
             return min(places)[1]
     return None
-
-
-def _less_advice(text: str) -> str:
-    """The text without what it says to use instead."""
-    return re.sub(r"\buse [^.]*?instead\b", "", text, flags=re.I)
 
 
 def _places(name: str, text: str) -> list[int]:

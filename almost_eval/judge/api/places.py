@@ -39,12 +39,7 @@ class JudgePlace:
 
 
 class JudgePlaces:
-    """The places of one event loop.
-
-    Args:
-        endpoints: one or several.
-        means: of the client; the addresses of endpoints that are lost or left out are added to its `stats.lost`.
-    """
+    """The places of one event loop. Addresses that are lost or left out are added to the client's `stats.lost`."""
 
     def __init__(self, endpoints: Sequence[JudgeEndpoint], means: JudgeMeans) -> None:
         self._endpoints = endpoints

@@ -219,8 +219,9 @@ class JudgeSession:
             if not isinstance(outcome, Reply) and outcome.reason == EXCHANGED and exchanges < MOST_EXCHANGES:
                 exchanges += 1
                 why = EXCHANGED
-                if (fatal := self._exchange(outcome, place.endpoint)) is not None:
-                    return fatal
+                self.means.keep_exchange(place.endpoint, outcome)
+                if (unbounded := self.means.unbounded(place.endpoint)) is not None:
+                    return replace(outcome, fatal=unbounded)
                 continue
             self.probed.set()
             if isinstance(outcome, Reply):
@@ -253,12 +254,6 @@ class JudgeSession:
             self.probed.set()
         self.is_probing = True
 
-    def _exchange(self, refusal: Trouble, endpoint: JudgeEndpoint) -> Trouble | None:
-        """Remember what an endpoint refuses; what ends the run where its replies have no bound that a budget needs."""
-        self.means.keep_exchange(endpoint, refusal)
-        unbounded = self.means.unbounded(endpoint)
-        return None if unbounded is None else replace(refusal, fatal=unbounded)
-
     def _tell_wait(self, trouble: Trouble) -> None:
         """Say for what and how long the run waits, once for each wait."""
         pause = min(trouble.retry_after or 0.0, MAX_PAUSE)
@@ -287,12 +282,8 @@ class JudgeSession:
         return outcome
 
     def _settle(self, outcome: Reply | Trouble | None, worst: float, number: int | None) -> None:
-        """Book what was billed.
-
-        Args:
-            outcome: None where it was cancelled on its way.
-            worst: USD that were set aside.
-            number: of the sending in the ledger; None where it never left.
+        """Book what was billed of `worst` USD that were set aside; `outcome` is None where it was cancelled on its way,
+        the `number` in the ledger where it never left.
         """
         bill = Bill(False, None, None) if number is None else Bill.of(outcome)
         if number is not None and not isinstance(outcome, Reply):  # a reply is settled as it is stored

@@ -24,8 +24,8 @@ from almost_eval.judge.answers import (
 from almost_eval.judge.build import JudgeOptions, open_judge
 from almost_eval.judge.questions import find_questions, read_answers, read_questions
 from almost_eval.judge.records import Question
+from almost_eval.judge.results import verify_judged
 from almost_eval.judge.run import JudgeRun
-from almost_eval.judge.verify import verify_judged
 from almost_eval.progress import Progress
 from almost_eval.run.store import read_samples
 from almost_eval.tasks.base import ReasoningRule

@@ -7,9 +7,8 @@ import time
 import pytest
 
 from almost_eval.judge.asides import without_asides
-from almost_eval.judge.letters import parse_letters
+from almost_eval.judge.brackets import parse_letters, parse_rating
 from almost_eval.judge.prompts import parse_review
-from almost_eval.judge.ratings import parse_rating
 from almost_eval.judge.records import Answer, Pair, Question, Unparsed, Verdict
 from almost_eval.judge.verdicts import parse_scores
 

@@ -14,8 +14,7 @@ from replay_server import ReplayServer
 from almost_eval.arena.human import read_human_votes
 from almost_eval.arena.votes import Vote, VoteStore
 from almost_eval.errors import DataError
-from almost_eval.judge.archive import as_review
-from almost_eval.judge.cases import Case, HumanVote, reversed_pair, voted_cases
+from almost_eval.judge.cases import Case, HumanVote, as_review, reversed_pair, voted_cases
 from almost_eval.judge.certificate import Checked, check_metrics, moves_between, moves_from_archive, sentence
 from almost_eval.judge.records import Answer, Pair, Question, Side, Verdict
 

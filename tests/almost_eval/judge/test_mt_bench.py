@@ -16,12 +16,12 @@ from almost_eval.arena.ppi import CorrectedMean, corrected_mean
 from almost_eval.arena.votes import Vote, VoteStore
 from almost_eval.data.sources import DataSource
 from almost_eval.errors import InputError
+from almost_eval.judge.brackets import parse_rating
 from almost_eval.judge.grading import SCORE, bounds, difference, mean_mark, score_metrics
 from almost_eval.judge.prompts import JudgePrompts, load_judge_prompts
 from almost_eval.judge.questions import read_questions
-from almost_eval.judge.ratings import parse_rating
 from almost_eval.judge.records import Answer, AnswerTurn, Grade, Pair, Question, QuestionTurn, Solo, Unparsed, Verdict
-from almost_eval.judge.verify import verify_judged
+from almost_eval.judge.results import verify_judged
 
 Command = Callable[..., Any]
 PROMPTS = "github/lm-sys/FastChat/fastchat/llm_judge/data/judge_prompts.jsonl"

@@ -15,10 +15,10 @@ import pytest
 from almost_eval.data.sources import DataSource, find_data
 from almost_eval.errors import DataError
 from almost_eval.files import read_rows
-from almost_eval.judge import references
+from almost_eval.judge import fastchat as references
+from almost_eval.judge.fastchat import corrected, known_wrong, wrong_reference, wrong_turns
 from almost_eval.judge.questions import find_questions
 from almost_eval.judge.records import Question, QuestionTurn
-from almost_eval.judge.references import corrected, known_wrong, wrong_reference, wrong_turns
 
 LISTED = {(wrong.question_id, wrong.turn): wrong for wrong in known_wrong().values()}
 DAVID = Question(

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from almost_eval.judge.brackets import parse_letters
 from almost_eval.judge.prompts import parse_review
 from almost_eval.judge.records import Answer, Pair, Question, Unparsed, Verdict
-from almost_eval.judge.verdicts import parse_letters, parse_scores
+from almost_eval.judge.verdicts import parse_scores
 
 PAIR = Pair(Question("1", "Why?"), Answer("1", "Because.", "a"), Answer("1", "So.", "b"), "forward")
 

@@ -16,8 +16,7 @@ from almost_eval.judge.lines import style_fields
 from almost_eval.judge.logistic import fit_ridge, is_unbounded
 from almost_eval.judge.markdown import MarkdownCounts, count_markdown, without_code_blocks
 from almost_eval.judge.records import Answer, AnswerTurn, Pair, Question, QuestionTurn, Review, Solo, Verdict
-from almost_eval.judge.style import MIN_QUESTIONS, StyleControl, relative_difference, style_control
-from almost_eval.judge.style_ranking import style_ranking
+from almost_eval.judge.style import MIN_QUESTIONS, StyleControl, relative_difference, style_control, style_ranking
 from almost_eval.stats import fit_logistic
 
 Command = Callable[..., Any]

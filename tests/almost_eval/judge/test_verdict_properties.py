@@ -7,7 +7,7 @@ import string
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from almost_eval.judge.letters import parse_letters
+from almost_eval.judge.brackets import parse_letters
 from almost_eval.judge.records import Unparsed, Verdict
 from almost_eval.judge.verdicts import parse_scores
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from almost_eval.judge.letters import parse_letters
+from almost_eval.judge.brackets import parse_letters
 from almost_eval.judge.records import Unparsed, Verdict
 from almost_eval.judge.verdicts import parse_scores
 

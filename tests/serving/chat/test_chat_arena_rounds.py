@@ -14,10 +14,10 @@ import pytest
 from almost_eval.arena.report import board
 from almost_eval.arena.votes import Vote, VoteStore
 from serving.chat.arena import MAX_TURNS, Arena, Round
-from serving.chat.board import EMPTY, board_html
 from serving.chat.client import Abilities, Delta, End, Endpoint
 from serving.chat.conversation import ChatReply, Settings
 from serving.chat.names import names_itself
+from serving.chat.render import EMPTY, board_html
 from serving.chat.session import ChatSystem, Desk, RateLimit
 from serving.chat.tab_arena import ArenaTab
 

@@ -19,15 +19,12 @@ from almost_eval.nano.lexicon import ANIMALS
 from serving.chat import small_model
 from serving.chat.client import Endpoint, EndpointError
 from serving.chat.conversation import ChatReply, Conversation, Settings
-from serving.chat.launch import with_transformers
-from serving.chat.loader import SmallModelLoader
+from serving.chat.launch import SmallModelLoader, with_transformers
 from serving.chat.options import AFTER, BEFORE
-from serving.chat.race import race_html, winner_of
-from serving.chat.render import badge
+from serving.chat.render import badge, race_html, winner_of
 from serving.chat.scale import GOOD, KNOWN, POOR, KnownRewards, RewardScale
-from serving.chat.session import ChatSystem, Desk, Step
+from serving.chat.session import ChatSystem, Desk, Draw, Step, draw_together
 from serving.chat.tab_first import CANDIDATES, TEMPERATURE
-from serving.chat.together import Draw, draw_together
 from serving.chat.toyworld import KNOWN as SENTENCE
 from serving.chat.toyworld import PREPARED, hint, known_answers, knows, world
 
@@ -303,7 +300,7 @@ def test_a_failed_load_can_be_tried_again(nothing_here: None, monkeypatch: pytes
                     await loader.load()
             # Any checkpoint will do to see the model join: the nano one loads in seconds.
             small = small_model.SmallModel(shipped("nano/sft"), small_model.ABOUT)
-            monkeypatch.setattr("serving.chat.loader.find_small_model", lambda: small)
+            monkeypatch.setattr("serving.chat.launch.find_small_model", lambda: small)
             one, two = await asyncio.gather(loader.load(), loader.load())
             assert one is two
             assert systems == [one]

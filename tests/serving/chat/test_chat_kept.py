@@ -15,15 +15,13 @@ import httpx
 import pytest
 
 from almost_eval.errors import InputError, StoreError
-from serving.chat.app import create_app
+from serving.chat.app import create_app, parts_of, parts_script
 from serving.chat.client import Endpoint
 from serving.chat.conversation import MAX_CHARACTERS, MAX_TURNS, ChatReply, Conversation, Settings, Turn
-from serving.chat.kept import MAX_BYTES, Conflict, ConversationStore
+from serving.chat.kept import MAX_BYTES, Conflict, ConversationStore, kept_text, record_of, whereabouts
 from serving.chat.line import Line
-from serving.chat.parts import parts_of, parts_script
 from serving.chat.render import markdown
 from serving.chat.session import ChatSystem, Desk
-from serving.chat.shelf import kept_text, record_of, whereabouts
 from serving.chat.tab_chat import TOO_MANY, ChatTab
 
 ID = "0123456789abcdef"

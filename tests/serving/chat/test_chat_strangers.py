@@ -22,9 +22,8 @@ from raw_upstream import STREAM, chunk, raw_upstream, whole
 from serving.chat.app import create_app
 from serving.chat.client import Delta, Endpoint, EndpointError
 from serving.chat.conversation import MAX_CHARACTERS, ChatReply, Conversation, Settings
-from serving.chat.session import ChatSystem, Desk, Step, draw
-from serving.chat.shelf import record_of
-from serving.chat.together import Draw, draw_together
+from serving.chat.kept import record_of
+from serving.chat.session import ChatSystem, Desk, Draw, Step, draw, draw_together
 from serving.chat.visitors import Visitors
 
 ID = "0123456789abcdef"

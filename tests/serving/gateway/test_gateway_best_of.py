@@ -17,7 +17,7 @@ from almost_eval.nano.seeded import train_tokenizer
 from almost_eval.types import Message
 from serving.gateway.app import GatewaySettings, create_app
 from serving.gateway.candidates import independent_seed
-from serving.gateway.render import renderer_of
+from serving.gateway.rewards import renderer_of
 from serving.vllm.launch import VLLMServer
 
 CHAT = "/v1/chat/completions"
