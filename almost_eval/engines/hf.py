@@ -224,11 +224,7 @@ class HFEngine(CheckpointEngine):
         on_cpu = self.device == "cpu"
         tokens = self.batch_tokens or (1024 if on_cpu else 4096)
         logits = (1 << 28) if on_cpu else (1 << 30)  # bytes of float32 logits in one pass
-        return {
-            "max_tokens": tokens,
-            "max_rows": max(8, logits // (4 * vocabulary)),
-            "max_sequences": self.batch_size,
-        }
+        return {"max_tokens": tokens, "max_rows": max(8, logits // (4 * vocabulary)), "max_sequences": self.batch_size}
 
     def stream_completions(
         self, prompts: Sequence[str], params: SamplingParams

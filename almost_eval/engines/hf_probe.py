@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from almost_eval.engines.hf_float32 import in_float32
-from almost_eval.engines.hf_head import HALF
+from almost_eval.engines.hf_float32 import HALF, in_float32
 from almost_eval.engines.hf_loglikelihood import AttentionWindow, Limits, PlainScorer, Results, SharedPrefixScorer
 from almost_eval.engines.prefix import EncodedContinuation, EncodedRequest, build_trie
 from almost_eval.types import LoglikelihoodRequest

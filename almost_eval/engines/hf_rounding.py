@@ -25,10 +25,7 @@ LEAST = 512
 def rounding_sample(requests: Sequence[EncodedRequest], tokens: int, *, seed: int = 0) -> list[int]:
     """The requests that are scored again, ascending: the same for a whole run and for one that goes on.
 
-    Args:
-        requests: all requests of the run.
-        tokens: token positions that the run computes.
-        seed: of the order in which requests are taken until the tokens are spent.
+    Requests of a run that computes so many tokens are taken in a random order until the share of these is spent.
     """
     left = max(LEAST, tokens // SHARE)
     chosen: list[int] = []
@@ -56,13 +53,7 @@ def measure_rounding(
     Float32 is computed on the shared path: the probe has compared it with one row at a time on this checkpoint, and
     it costs a sixth of the plain path there, which is most of what this record takes on a CPU.
 
-    Args:
-        model: in bfloat16 or float16.
-        requests: all requests of the run.
-        shared: request -> its scores on the shared path.
-        limits: of one forward pass.
-        window: how far back the model's layers look.
-        padding: see `PlainScorer`.
+    Of all requests of the run, those in `shared` are compared: request -> its scores on the shared path.
 
     Returns:
         `requests` and `continuations` compared; for `shared` and `plain`: the median and the largest difference from
