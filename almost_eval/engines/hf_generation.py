@@ -33,8 +33,9 @@ from almost_eval.engines.hf_decoding import Header, continue_rows
 from almost_eval.engines.hf_header import LEAST, SharedHeader
 from almost_eval.engines.hf_loglikelihood import AttentionWindow, out_of_memory
 from almost_eval.engines.hf_rows import ForeignAttention, refusal
-from almost_eval.engines.hf_sampling import GumbelNoise, NucleusNoise, Sampler
+from almost_eval.engines.hf_sampling import FiniteLogits, GumbelNoise, NucleusNoise, Sampler
 from almost_eval.errors import RunError
+from almost_eval.models.loading import why_not_finite
 from almost_eval.models.stops import end_ids, first_stop
 from almost_eval.types import Completion
 
@@ -130,7 +131,7 @@ def stream_completions(
             transformers' `generate` alone.
 
     Raises:
-        RunError: out of memory with a single row.
+        RunError: out of memory with a single row; logits that are not finite, after which any text would be made up.
     """
     writer = _Writer(model, tokenizer, prompts, params, report, header)
     groups = header_groups(prompts, params.max_new_tokens) if writer.shares else [_longest_first(prompts)]
@@ -147,6 +148,10 @@ def stream_completions(
                     if len(done[p]) == params.n:
                         whole = done.pop(p)
                         yield p, [whole[i] for i in range(params.n)]
+            except FloatingPointError:
+                raise RunError(
+                    f"the model cannot write: the logits after a prompt are not finite numbers; {why_not_finite(model)}"
+                ) from None
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
@@ -251,7 +256,7 @@ class _Writer:
                 self._model, header, prompts, sampler, has_ended, params.max_new_tokens, self._window
             )
         except Exception as error:  # models refuse a cache and masks that are not their own in many ways
-            if out_of_memory(error):
+            if out_of_memory(error) or isinstance(error, FloatingPointError):
                 raise
             why = str(error) if isinstance(error, ForeignAttention) else type(error).__name__
             self._why_apart = f"the model does not attend to it together ({why})"
@@ -292,7 +297,7 @@ class _Writer:
 
     def _processors(self, batch: Sequence[Job]) -> LogitsProcessorList:
         """What makes transformers' argmax a draw."""
-        params, processors = self._params, LogitsProcessorList()
+        params, processors = self._params, LogitsProcessorList([FiniteLogits()])
         if params.temperature > 0:
             if params.temperature != 1:
                 processors.append(TemperatureLogitsWarper(params.temperature))

@@ -227,6 +227,8 @@ def load_weights(
             f"{checkpoint.path} holds {len(unused)} tensors that its model would not use, first {unused[0]!r}; mend "
             "the checkpoint or its config.json"
         )
+    # Some checkpoints ask for tuples, or for every layer's states beside the logits: what a pass gives is decided here.
+    model.config.return_dict, model.config.output_attentions, model.config.output_hidden_states = True, False, False
     if allow_unused and getattr(model.config, "tie_word_embeddings", False):
         model.tie_weights()  # transformers leaves apart what differs; the config is what was accepted
     if adapter:
@@ -255,6 +257,20 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, ob
         yield f"{prefix}{key}", value
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
+
+
+def why_not_finite(model: Any) -> str:
+    """Why a loaded model gives numbers that are not finite, and what to do; reads its weights."""
+    import torch
+
+    dtype = str(model.dtype).removeprefix("torch.")
+    name = next((name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())), None)
+    if dtype == "float16":
+        what = f": its weight {name} is not finite in it" if name else ""
+        return f"float16 overflows beyond 65504{what}; use the dtype bfloat16 or float32"
+    if name:
+        return f"its weight {name} holds NaN or infinity; download or save the checkpoint again"
+    return "its weights are finite, so a value in its config.json is most likely wrong (rms_norm_eps, rope_parameters)"
 
 
 def pick_dtype(dtype: str, checkpoint: Checkpoint, device: str, purpose: Purpose = "score") -> str:
