@@ -110,8 +110,8 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
         there = (checkpoint.tokenizer_folder / "tokenizer.json").is_file()
         cure = f"{CURE}, or save" if there else "save"
         raise ModelError(
-            f"{checkpoint.path} has no tokenizer that transformers can read ({first_line(error)}); {cure} the "
-            "tokenizer beside the weights"
+            f"{checkpoint.tokenizer_folder} has no tokenizer that transformers can read ({first_line(error)}); "
+            f"{cure} the tokenizer beside the weights"
         ) from None
     # It warns of long texts, once: they are counted and refused here.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
