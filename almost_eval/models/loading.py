@@ -126,8 +126,11 @@ def _refuse_damaged(checkpoint: Checkpoint) -> None:
         file = folder / name
         try:
             text = file.read_text(encoding="utf-8") if file.is_file() else "{}"
-            if name.endswith(".json") and not isinstance(json.loads(text), dict):
+            content = json.loads(text) if name.endswith(".json") else {}
+            if not isinstance(content, dict):
                 raise ValueError("it is no JSON object")
+            if not _is_chat_template(content.get("chat_template")):
+                raise ValueError('its chat_template is no text, and no list of {"name": ..., "template": ...}')
         except (OSError, ValueError) as error:
             raise ModelError(f"{file} cannot be read ({problem_of(error)}); download or save it again") from None
     if not (config := checkpoint.path / "config.json").is_file():
@@ -139,6 +142,14 @@ def _refuse_damaged(checkpoint: Checkpoint) -> None:
     except Exception as error:  # a validation of huggingface_hub's, an unknown type, a value that cannot be
         if "trust_remote_code" not in str(error):
             raise ModelError(f"{config} is no valid config: {first_line(error)}") from None
+
+
+def _is_chat_template(value: object) -> bool:
+    """Whether it is what a tokenizer may state as its template: nothing, one, or several by name."""
+    if isinstance(value, list):
+        entries = [entry if isinstance(entry, dict) else {} for entry in value]
+        return all(isinstance(entry.get(key), str) for entry in entries for key in ("name", "template"))
+    return value is None or isinstance(value, str | dict)
 
 
 def refuse_own_code(checkpoint: Checkpoint, problem: str) -> None:
