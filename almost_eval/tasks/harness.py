@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import numpy as np
+from jinja2 import UndefinedError
 
 from almost_eval.data.sources import DataSource, fingerprint
-from almost_eval.errors import DataError, InputError, did_you_mean
+from almost_eval.errors import DataError, InputError, RunError, TemplateError, did_you_mean
 from almost_eval.stats import mean_metric
 from almost_eval.tasks.base import GenerationRequest, Prompting, ReasoningRule, Task
 from almost_eval.tasks.facts import TaskSetting
+from almost_eval.tasks.harness_answers import check_answer, has_no_right_choice
 from almost_eval.tasks.harness_groups import LmEvalTasks, group_headline, group_metrics, task_key
 from almost_eval.tasks.harness_prompts import DocumentChat, as_requests, lm_eval_instances
 from almost_eval.tasks.harness_sampling import harness_sampling
@@ -123,7 +125,12 @@ def load_lm_eval_tasks(names: Sequence[str], data: DataSource) -> LmEvalTasks:
             problem = next(iter(str(error).splitlines()), "") or type(error).__name__
             if isinstance(error, KeyError):  # of which the text is the key alone
                 problem = f"it looks for {problem}, a split or a column that its data has not; add it"
-            raise InputError(f"lm-eval cannot load {', '.join(names)}: {problem}") from None
+            cure = ""
+            if isinstance(error, ValueError | IndexError | TypeError | UndefinedError):  # it reads a row as it loads
+                cure = f"; most likely the first row of its data is not as the task expects ({type(error).__name__})"
+            if problem.startswith("Duplicate task"):
+                cure = "; name it once, or its group alone"
+            raise InputError(f"lm-eval cannot load {', '.join(names)}: {problem}{cure}") from None
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
     return LmEvalTasks(loaded["tasks"], loaded["groups"])
@@ -282,21 +289,23 @@ class Harness(Task):
         """
         doc, task = self._doc(sample), self.tasks[sample.group]
 
-        def written(doc: dict[str, Any], shots: int) -> list[tuple[Any, ...]]:
-            return [instance.args for instance in lm_eval_instances(task, doc, shots, self.prompting, self.chat)]
+        def written(id: str, doc: dict[str, Any], shots: int) -> list[tuple[Any, ...]]:
+            try:
+                check_answer(task, doc)
+                instances = lm_eval_instances(task, doc, shots, self.prompting, self.chat)
+            except TemplateError:
+                raise
+            except InputError as error:
+                raise InputError(f"sample {id}: {error}") from None
+            return [instance.args for instance in instances]
 
         if shots < self._shots(task):
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
-            return written(doc, shots)
+            return written(sample.id, doc, shots)
         if sample.group not in self._rendered:
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
-            self._rendered[sample.group] = {
-                i: [
-                    instance.args
-                    for instance in lm_eval_instances(task, d, self._shots(task), self.prompting, self.chat)
-                ]
-                for i, d in self._docs[sample.group].items()
-            }
+            docs = self._docs[sample.group].items()
+            self._rendered[sample.group] = {id: written(id, d, self._shots(task)) for id, d in docs}
         return self._rendered[sample.group][sample.id]
 
     def requests(self, sample: Sample, shots: int) -> list[LoglikelihoodRequest]:
@@ -346,9 +355,15 @@ class Harness(Task):
         ]
         results: dict[str, Any] = {}
         for pipeline in task._filters:
-            pipeline.apply(instances)
-            with np.errstate(all="ignore"):
-                metrics = task.process_results(doc, [i.filtered_resps[pipeline.name] for i in instances])
+            try:
+                pipeline.apply(instances)
+                with np.errstate(all="ignore"), _quiet():
+                    metrics = task.process_results(doc, [i.filtered_resps[pipeline.name] for i in instances])
+            except Exception as error:  # a task's own code may raise anything
+                raise RunError(
+                    f"sample {sample.id}: the scoring of {sample.group} fails ({type(error).__name__}: "
+                    f"{' '.join(str(error).split())[:160]}); mend the task or its row: what was answered is kept"
+                ) from None
             results |= {task_key(sample.group, task, metric, pipeline.name): value for metric, value in metrics.items()}
         return results
 
@@ -379,9 +394,11 @@ class Harness(Task):
         return group_metrics(self.groups, self.tasks, metrics, records) | metrics
 
     def details(self, records: Sequence[SampleRecord]) -> dict[str, float | int]:
-        """How many answers came after a thought."""
+        """How many answers came after a thought; how many documents have no right choice."""
         thoughts = sum(thought is not None for r in records for thought in r.outputs.get("reasoning", ()))
-        return {"answers_after_a_thought": thoughts} if thoughts else {}
+        hopeless = sum(has_no_right_choice(self.tasks[r.sample.group], self._doc(r.sample)) for r in records)
+        counts = {"answers_after_a_thought": thoughts, "documents_without_a_right_choice": hopeless}
+        return {name: count for name, count in counts.items() if count}
 
     def settings(self) -> dict[str, Any]:
         """See `Task.settings`."""
