@@ -145,6 +145,11 @@ class DataSource:
                 with _offline_where_unreachable():
                     return original(path if "data_files" in options else _address_on_hub(path), name, **options)
             except Exception as error:  # see _from_hub
+                if "data_files" in options:  # of a task of one's own
+                    problem = (str(error).splitlines() or [""])[0][:160]
+                    raise DataError(
+                        f"the task's data_files cannot be read: {type(error).__name__}: {problem}"
+                    ) from None
                 raise DataError(
                     f"data set {_named(path, name)} not found: neither under the data root nor on the hub "
                     f"({type(error).__name__}); pass --data-root DIR with DIR/{path} inside"

@@ -12,7 +12,7 @@ from test_harness import documents, make_task
 
 from almost_eval.data.sources import DataSource, find_data
 from almost_eval.engines.hf import HFEngine
-from almost_eval.errors import DataError, InputError, RunError
+from almost_eval.errors import DataError, InputError, RunError, StoreError
 from almost_eval.run.runner import Run
 from almost_eval.tasks import harness
 from almost_eval.tasks.harness import Harness, load_lm_eval_tasks
@@ -141,6 +141,82 @@ def test_what_nano_does_not_hold_is_told_without_a_folder_of_this_machine() -> N
 def test_a_task_and_its_group_are_named_once(hub: DataSource) -> None:
     with pytest.raises(InputError, match=r"Duplicate task 'mmlu_anatomy': .*; name it once, or its group alone"):
         load_lm_eval_tasks(["mmlu_anatomy", "mmlu_stem"], hub)
+
+
+# --- tasks of one's own ---
+
+OWN = """task: mine
+dataset_path: json
+dataset_kwargs: {data_files: {test: ROWS}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: label
+metric_list: [{metric: acc}]
+"""
+
+
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Results of a YAML file; its text, and other names beside it."""
+    monkeypatch.setattr(harness, "_folder_of", lambda names: "arc")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in documents(4)))
+
+    def results(text: str, output: str = "run") -> dict[str, Any]:
+        file = tmp_path / "mine.yaml"
+        file.write_text(text.replace("ROWS", str(rows)))
+        return Run(Harness([str(file)], HERE), HFEngine("nano/almost")).execute(tmp_path / output)[0]
+
+    return results
+
+
+def test_a_task_of_ones_own_is_a_file(own: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    results = own(OWN)
+    assert (results["headline"], results["metrics"]["mine/acc"]["n"]) == ("mine/acc", 4)
+    assert own(OWN)["timing"] == results["timing"]  # the same run
+    with pytest.raises(StoreError, match=r"holds another run: settings\.definitions\.mine was"):
+        own(OWN.replace("{metric: acc}", "{metric: acc_norm}"))
+    (tmp_path / "f.py").write_text("def ask(doc):\n    return doc['question'] + ' Answer:'\n")
+    other = OWN.replace('"{{question}}"', "!function f.ask")
+    assert own(other, "other")["metrics"]["mine/acc"]["n"] == 4
+    assert own(other, "other")["metrics"]["mine/acc"]["n"] == 4  # a function is digested by its source
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("task: [x\n", r"lm-eval cannot load .*mine\.yaml: while parsing a flow sequence .*line 1.*; mend the file"),
+        ("a: 1\n", "Unknown config shape: .*; mend the file"),
+        (OWN.replace("ROWS", "/no/such.jsonl"), "the task's data_files cannot be read: .*no/such.jsonl"),
+    ],
+)
+def test_a_file_that_is_no_task_is_one_line(text: str, words: str, own: Callable[..., dict[str, Any]]) -> None:
+    with pytest.raises(InputError, match=words) as refused:
+        own(text)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_name_that_is_no_file(arc: Callable[[Path], object]) -> None:
+    with pytest.raises(InputError, match=r"there is no file nope\.yaml; give the YAML file of a task or group"):
+        load_lm_eval_tasks(["nope.yaml"], HERE)
+    with pytest.raises(
+        InputError, match=r"no task 'arc_eazy'; did you mean 'arc_easy'.*; one of your own is given by its"
+    ):
+        load_lm_eval_tasks(["arc_eazy"], HERE)
+
+
+def test_a_group_of_ones_own_has_its_score_as_the_headline(
+    hub: DataSource, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(harness, "_folder_of", lambda names: "mmlu/default")
+    file = tmp_path / "group.yaml"
+    file.write_text("group: ours\ntask: [mmlu_anatomy, mmlu_virology]\naggregate_metric_list: [{metric: acc}]\n")
+    task = Harness([str(file)], hub, limit=1)
+    assert list(task.tasks) == ["mmlu_anatomy", "mmlu_virology"]
+    assert task.headline == "ours/acc"
 
 
 pytest_plugins = ["benchmark_fixtures"]
