@@ -150,7 +150,8 @@ def stream_completions(
                         yield p, [whole[i] for i in range(params.n)]
             except FloatingPointError:
                 raise RunError(
-                    f"the model cannot write: the logits after a prompt are not finite numbers; {why_not_finite(model)}"
+                    f"{model.name_or_path or 'the model'} cannot write: the logits after a prompt are not finite "
+                    f"numbers; {why_not_finite(model)}"
                 ) from None
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
