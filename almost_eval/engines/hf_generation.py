@@ -29,8 +29,9 @@ from almost_eval.engines.hf_decoding import Header, continue_rows
 from almost_eval.engines.hf_header import LEAST, SharedHeader
 from almost_eval.engines.hf_loglikelihood import AttentionWindow, out_of_memory, padded_left
 from almost_eval.engines.hf_rows import ForeignAttention, refusal
-from almost_eval.engines.hf_sampling import GumbelNoise, NucleusNoise, Sampler
+from almost_eval.engines.hf_sampling import FiniteLogits, GumbelNoise, NucleusNoise, Sampler
 from almost_eval.errors import RunError
+from almost_eval.models.loading import why_not_finite
 from almost_eval.models.stops import end_ids, first_stop
 from almost_eval.types import Completion
 
@@ -118,7 +119,7 @@ def stream_completions(
     does all.
 
     Raises:
-        RunError: out of memory with a single row.
+        RunError: out of memory with a single row; logits that are not finite, after which any text would be made up.
     """
     writer = _Writer(model, tokenizer, prompts, params, report, header)
     longest_first = tuple(sorted(range(len(prompts)), key=lambda p: (-len(prompts[p]), p)))
@@ -173,6 +174,11 @@ class _Writer:
                 for job, completion in self.complete(group, list(left)):
                     del left[job]
                     yield job, completion
+            except FloatingPointError:
+                raise RunError(
+                    f"{self._model.name_or_path or 'the model'} cannot write: the logits after a prompt are not finite "
+                    f"numbers; {why_not_finite(self._model)}"
+                ) from None
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
@@ -252,7 +258,7 @@ class _Writer:
                 self._model, header, prompts, sampler, has_ended, params.max_new_tokens, self._window
             )
         except Exception as error:  # models refuse a cache and masks that are not their own in many ways
-            if out_of_memory(error):
+            if out_of_memory(error) or isinstance(error, FloatingPointError):
                 raise
             why = str(error) if isinstance(error, ForeignAttention) else type(error).__name__
             self._why_apart = f"the model does not attend to it together ({why})"
@@ -289,7 +295,7 @@ class _Writer:
 
     def _processors(self, batch: Sequence[Job]) -> LogitsProcessorList:
         """What makes transformers' argmax a draw."""
-        params, processors = self._params, LogitsProcessorList()
+        params, processors = self._params, LogitsProcessorList([FiniteLogits()])
         if params.temperature > 0:
             if params.temperature != 1:
                 processors.append(TemperatureLogitsWarper(params.temperature))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING
@@ -57,7 +58,9 @@ def measure_rounding(
 
     Returns:
         `requests` and `continuations` compared; for `shared` and `plain`: the median and the largest difference from
-        float32, and the requests whose most likely continuation is another one (`flips`).
+        float32 (None where no pair is finite), and the requests whose most likely continuation is another one
+        (`flips`). `not_finite` counts the continuations that have no finite number, as float16 overflows; it is there
+        where it counts something.
     """
     order = sorted(shared)
     sample = [requests[index] for index in order]  # alone: a batch of a plan for all would hold rows nobody reads
@@ -73,12 +76,13 @@ def measure_rounding(
 
     def against(scores: Mapping[int, Sequence[ContinuationScore]]) -> JSONObject:
         pairs = [(a.logprob, b.logprob) for r in truth for a, b in zip(scores[r], truth[r], strict=True)]
-        off = [abs(a - b) for a, b in pairs]
-        return {
-            "median": median(off),
-            "largest": max(off),
+        off = [abs(a - b) for a, b in pairs if math.isfinite(a - b)]
+        against: JSONObject = {
+            "median": median(off) if off else None,
+            "largest": max(off, default=None),
             "flips": sum(_best(scores[r]) != _best(truth[r]) for r in truth),
         }
+        return against | ({"not_finite": len(pairs) - len(off)} if len(off) < len(pairs) else {})
 
     return {
         "requests": len(truth),
