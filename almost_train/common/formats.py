@@ -172,8 +172,8 @@ def _refuse_halves(record: object, where: str) -> None:
         refuse_half(message.content, where)
 
 
-_UNREAD = ("tools", "history", "chat_template_kwargs")
-"""Columns that other programs write into the text that a model reads."""
+_UNREAD = ("tools", "history", "chat_template_kwargs", "images", "image", "videos", "video", "audios", "audio")
+"""Columns that other programs show a model together with the text, or write into it."""
 
 
 def _columns(one: Format[T]) -> str:

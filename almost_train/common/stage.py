@@ -220,6 +220,12 @@ class Stage:
         self.grown = {name: list(values) for name, values in stored.get("grown", {}).items()}
         with suppress(StoreError):  # absent: not finished
             self.result = read_json(self.folder / "result.json", "metrics", "outputs")
+        for output in self.result["outputs"].values() if self.result else ():
+            if not (self.folder / output["path"]).exists():
+                raise StoreError(
+                    f"{self.folder} is done, and its {output['path']} is not there; put it back, or remove "
+                    f"{self.folder / 'result.json'} to make it anew"
+                )
         larger = self._larger(stored["settings"])
         if {**stored["settings"], **larger} != self.spec["settings"] or stored["inputs"] != self.spec["inputs"]:
             raise StageChanged(self.folder, self._change(stored))

@@ -16,6 +16,7 @@ from almost_eval.errors import RunError
 from almost_eval.files import LineWriter, Row, read_rows, write_rows
 from almost_eval.run.trackers import Trackers
 from almost_eval.types import JSONObject
+from almost_train.common.resume import refuse_gaps
 
 SAMPLES = 4
 """Completions of a step that go to samples.jsonl."""
@@ -133,6 +134,7 @@ class StepLog:
     def __enter__(self) -> StepLog:
         file, samples = self._folder / "log.jsonl", self._folder / "samples.jsonl"
         self.rows = self._earlier(file)
+        refuse_gaps(file, len(self.rows), self._step)
         if self._active:
             write_rows(file, self.rows)
             write_rows(samples, self._earlier(samples))

@@ -12,6 +12,8 @@ from transformers import TrainerCallback
 
 from almost_eval.files import Row
 from almost_train.common.interrupts import SaveRequests
+from almost_train.common.processes import wait_for_all
+from almost_train.common.sealed import seal
 from almost_train.rlsf.job import Job, save_policy
 from almost_train.rlsf.log import SAMPLES, StepLog, batch_row, refuse_non_finite, sample_row, verdict
 from almost_train.rlsf.models import load_saved
@@ -132,5 +134,8 @@ class PolicyWatch(TrainerCallback):
         control.should_training_stop = control.should_training_stop or end
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """The clock starts anew."""
+        """The checkpoint is written to its end; the clock starts anew."""
+        wait_for_all()  # every process has written its share
+        if self._job.is_first:
+            seal(self._job.work / f"checkpoint-{state.global_step}")
         self._saving.saved()
