@@ -116,7 +116,7 @@ def _checked(value: object, setting: SettingField, where: str) -> object:
     if value is None:
         if setting.optional:
             return None
-        raise InputError(f"{where} is empty; it must be {_named(setting.kind)}")
+        raise InputError(f"{where} is empty; it must be {'a list' if setting.many else _named(setting.kind)}")
     if setting.many:
         if not isinstance(value, list | tuple):
             raise InputError(f"{where} is {value!r}; it must be a list")

@@ -64,7 +64,8 @@ def model_input(model: str) -> Path | str:
 
     if model in SHIPPED:
         return shipped(model)
-    return Path(model) if Path(model).is_dir() else model
+    folder = Path(os.path.expanduser(model))
+    return folder if folder.is_dir() else model
 
 
 class StageChanged(StoreError):

@@ -76,7 +76,7 @@ def test_what_is_wrong_with_a_checkpoint(spoil: Callable[[Path], None], problem:
     assert told == [f"the checkpoint {two} is damaged ({problem}): it is removed, and step-1 gone on from"]
     assert not two.exists()
     spoil(one / "a" / "weights")
-    with pytest.raises(RunError, match="and there is no other; put the file back, or remove .* to begin anew"):
+    with pytest.raises(RunError, match=r"and there is no other; put the file back, or remove .* to begin anew"):
         undamaged([one], told.append)
     assert one.exists()
 
@@ -138,7 +138,7 @@ def test_a_log_or_best_model_that_is_gone_is_told(pairs: Path, killed: Path) -> 
 def test_a_stage_that_is_done_without_its_model_is_told(pairs: Path, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "done")
     shutil.rmtree(tmp_path / "done" / "model")
-    with pytest.raises(StoreError, match="is done, and its model is not there; put it back, or remove .*result.json"):
+    with pytest.raises(StoreError, match=r"is done, and its model is not there; put it back, or remove .*result.json"):
         train_reward(REWARD, pairs, "nano/vanilla-small", tmp_path / "done")
 
 
