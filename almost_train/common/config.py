@@ -28,6 +28,8 @@ T = TypeVar("T")
 
 MOST_SEED = 2**32 - 1
 """The largest seed: numpy's global generator, which trainers of transformers seed, takes no larger one."""
+MOST_RATE = 1e30
+"""The largest learning rate: ten times as much, the first step of Adam, must be a float32."""
 
 
 def option(

@@ -215,6 +215,11 @@ def _callback(
             if "loss" not in logs:  # the summary at the end
                 return
             for name, value in (("loss", logs["loss"]), ("gradient", logs.get("grad_norm", 0.0))):
+                if not math.isfinite(value) and state.global_step == 1 and name == "loss":
+                    raise RunError(
+                        f"the loss is {value} at step 1, before anything was learned: weights of the model are not "
+                        "finite, or overflow; a lower learning rate does not help, other weights (or float32) do"
+                    )
                 if not math.isfinite(value):  # raised before this step is saved
                     raise RunError(
                         f"the {name} is {value} at step {state.global_step}; {what_is_kept(_whole_checkpoints(work))}; "

@@ -37,6 +37,8 @@ FREE_SETTINGS = frozenset(
 """Settings that may differ when a stage goes on: where it runs and in how much memory, how often and what it saves,
 when it gives up. A pass over fewer items at once changes the rounding of a sum and nothing else."""
 
+RECORDS = ("samples", "eval")
+"""Outputs that people read and no stage does: one that is done may lack them."""
 WORK = ".work"
 """The hidden folder with the checkpoints to resume from; removed when the stage is done."""
 STATE = "state"
@@ -221,8 +223,8 @@ class Stage:
         self.grown = {name: list(values) for name, values in stored.get("grown", {}).items()}
         with suppress(StoreError):  # absent: not finished
             self.result = read_json(self.folder / "result.json", "metrics", "outputs")
-        for output in self.result["outputs"].values() if self.result else ():
-            if not (self.folder / output["path"]).exists():
+        for name, output in self.result["outputs"].items() if self.result else ():
+            if name not in RECORDS and not (self.folder / output["path"]).exists():
                 raise StoreError(
                     f"{self.folder} is done, and its {output['path']} is not there; put it back, or remove "
                     f"{self.folder / 'result.json'} to make it anew"

@@ -23,7 +23,16 @@ SAMPLES = 4
 
 
 class NotFinite(RunError):
-    """A loss, a gradient, a reward or a KL is NaN or infinite."""
+    """A loss, a gradient, a reward or a KL is NaN or infinite.
+
+    Args:
+        message: says which, and at which step.
+        untrained: before the first update: a lower learning rate would not help.
+    """
+
+    def __init__(self, message: str, untrained: bool = False) -> None:
+        super().__init__(message)
+        self.untrained = untrained
 
 
 def batch_row(step: int, rewards: Sequence[float], lengths: Sequence[int], ended: Sequence[bool]) -> Row:
@@ -56,7 +65,8 @@ def refuse_non_finite(step: int, what: str, values: Sequence[float]) -> None:
     """Raise NotFinite where a value is NaN or infinite."""
     bad = sum(not math.isfinite(value) for value in values)
     if bad:
-        raise NotFinite(f"step {step}: {bad} of {len(values)} values of {what} are not finite")
+        untrained = step == 0 and what in ("reward", "KL")
+        raise NotFinite(f"step {step}: {bad} of {len(values)} values of {what} are not finite", untrained)
 
 
 # --- length ---

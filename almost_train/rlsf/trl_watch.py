@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -86,8 +87,9 @@ class PolicyWatch(TrainerCallback):
         self._pending = []
         settings, step = self._job.settings, state.global_step - 1
         row = batch_row(step, *([sample[key] for sample in batch] for key in ("reward", "tokens", "ended")))
-        # TRL's KL is the mean over tokens, ours is of a completion.
-        row |= {"kl": logs["kl"] * row["length"], "entropy": logs.get("entropy")}
+        # TRL's KL is the mean over tokens, ours is of a completion; None is how TRL says that it is not finite.
+        kl = math.nan if logs["kl"] is None else logs["kl"]
+        row |= {"kl": kl * row["length"], "entropy": logs.get("entropy")}
         row |= {"kl_coefficient": settings.kl_coefficient}
         row |= {"cut_for_reward": sum(sample["shortened"] for sample in batch)}
         row |= self.hook.certificate.row() if self.hook and self.hook.certificate else {}

@@ -56,9 +56,7 @@ def pair(prompt: str, *asked: str) -> Table:
 
 
 def test_a_prompt_that_the_dialogues_do_not_answer_is_refused() -> None:
-    with pytest.raises(
-        DataError, match=r"row 1: 'prompt' is 'How big is it.', and .* answer 'Who are you.'"
-    ):
+    with pytest.raises(DataError, match=r"row 1: 'prompt' is 'How big is it.', and .* answer 'Who are you.'"):
         read_preferences(pair("How big is it?", "Who are you?"))
 
 

@@ -137,6 +137,8 @@ def test_a_log_or_best_model_that_is_gone_is_told(pairs: Path, killed: Path) -> 
 
 def test_a_stage_that_is_done_without_its_model_is_told(pairs: Path, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "done")
+    (tmp_path / "done" / "eval.jsonl").unlink()  # no stage reads it
+    assert train_reward(REWARD, pairs, "nano/vanilla-small", tmp_path / "done")["stage"] == "reward"
     shutil.rmtree(tmp_path / "done" / "model")
     with pytest.raises(StoreError, match=r"is done, and its model is not there; put it back, or remove .*result.json"):
         train_reward(REWARD, pairs, "nano/vanilla-small", tmp_path / "done")
