@@ -42,7 +42,7 @@ from almost_train.common.schedule import learning_rate_factor
 from almost_train.common.sealed import SEAL, seal, undamaged
 from almost_train.common.seeding import own_random_state
 from almost_train.common.train_settings import TrainSettings
-from almost_train.common.trainers import labelled_positions_alone
+from almost_train.common.trainers import labelled_positions_alone, resume_on_cpu
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
@@ -82,7 +82,6 @@ def fit(
         RunError: the loss or the gradient is not finite, a signal ended it after a checkpoint, or what it would go on
             from is damaged.
     """
-    import torch
     from transformers import PrinterCallback
 
     # 1. Where to begin: done, or at the last whole checkpoint.
@@ -113,9 +112,7 @@ def fit(
         evaluation = Evaluation(trainer, steps, held_out, best, lambda folder: _save(trainer, folder))
         watch = _callback(log, advance, saving, work, evaluation)
         trainer.add_callback(watch)
-        if trainer.args.device.type == "cpu":
-            # Of several processes on CPUs each is told "cpu:0", where torch.load refuses to put an optimiser's state.
-            vars(trainer.args)["_setup_devices"] = torch.device("cpu")
+        resume_on_cpu(trainer)
         # 3. Training, and the model into `.work`.
         with labelled_positions_alone():
             trainer.train(resume_from_checkpoint=resume)
