@@ -151,6 +151,8 @@ class Stage:
             # Refused before any work: the corrected command must not be told that the folder is another's.
             for name in ("stage.json", MARK):
                 (self.folder / name).unlink(missing_ok=True)
+            for file in self._files():  # a log without a row
+                file.unlink()
         self._lock.close()
         if error is not None and (reason := cannot_write(error)):
             raise RunError(
@@ -159,8 +161,11 @@ class Stage:
             ) from None
 
     def _nothing_done(self) -> bool:
-        files = [p for p in self.folder.rglob("*") if p.is_file() and p.name not in ("stage.json", MARK, ".lock")]
-        return all(p.stat().st_size == 0 for p in files)
+        return all(file.stat().st_size == 0 for file in self._files())
+
+    def _files(self) -> list[Path]:
+        own = ("stage.json", MARK, ".lock")
+        return [path for path in self.folder.rglob("*") if path.is_file() and path.name not in own]
 
     def pin(self, name: str, value: str) -> None:
         """Hold the stage to what was settled only inside it, such as the dtype that `auto` stands for here.

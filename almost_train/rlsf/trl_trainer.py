@@ -16,6 +16,7 @@ from almost_eval.types import JSONObject
 from almost_train.common.interrupts import SaveRequests
 from almost_train.common.lora import (
     base_dtype,
+    check_layers,
     layers_named,
     lora_config,
     quantization,
@@ -98,6 +99,8 @@ def make_trainer(
             set_lora_dropout(self.model, active=True)
             return batch
 
+    if settings.lora_rank:
+        check_layers(policy, settings)
     with layers_named(settings):
         trainer = PolicyTrainer(
             model=ready_for_lora(policy, settings),
