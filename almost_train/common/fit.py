@@ -83,7 +83,9 @@ def fit(
             from is damaged.
     """
     from transformers import PrinterCallback
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()  # one for each checkpoint that it saves
     # 1. Where to begin: done, or at the last whole checkpoint.
     result = stage.folder / (ADAPTER if settings.merge else MODEL)
     if from_main(result.exists()):

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -148,7 +149,7 @@ def test_a_stage_that_is_done_without_its_model_is_told(pairs: Path, whole: Path
     ("algorithm", "file"), [("ppo", "policy-optimizer.safetensors"), ("grpo", "optimizer.pt"), ("rloo", "scheduler.pt")]
 )
 def test_rlsf_goes_on_from_the_checkpoint_before(algorithm: str, file: str, pairs: Path, tmp_path: Path) -> None:
-    own = {"mini_batch_size": 4} if algorithm == "ppo" else {}
+    own: dict[str, Any] = {"mini_batch_size": 4} if algorithm == "ppo" else {}
     settings = RLSFSettings(
         algorithm=algorithm, steps=5, batch_size=4, max_new_tokens=8, learning_rate=1e-4, save_every=1, **own
     )
