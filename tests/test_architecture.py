@@ -22,7 +22,6 @@ HEAVY = {
         "almost_eval/engines/hf_decoding.py",
         "almost_eval/engines/hf_float32.py",
         "almost_eval/engines/hf_generation.py",
-        "almost_eval/engines/hf_head.py",
         "almost_eval/engines/hf_header.py",
         "almost_eval/engines/hf_rows.py",
         "almost_eval/engines/hf_sampling.py",

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from almost_eval.arena.ppi import MIN_VOTED, CorrectedMean, corrected_mean
+from almost_eval.arena.ppi import MIN_VOTED, corrected_mean
 from almost_eval.arena.report import SIDES, question_text
 from almost_eval.arena.votes import Vote
 from almost_eval.errors import InputError, RunError
@@ -70,24 +70,12 @@ def match_votes(votes: Sequence[Vote], pairs: Iterable[Pair]) -> MatchedVotes:
 
 
 def corrected(
-    folder: Path,
-    votes: Sequence[Vote],
-    *,
-    ties: Ties | None = None,
-    orders: Orders = "both",
-    family: str | None = None,
+    folder: Path, votes: Sequence[Vote], *, ties: Ties | None = None, orders: Orders = "both", family: str | None = None
 ) -> JSONObject:
     """The results of `judge.results.redraw` with two more metrics, and under `votes` how they came about.
 
     `win_rate_human` is of the votes alone, `win_rate_human_corrected` of votes and judge. A tie is half a win in both,
     whatever `ties` says of the judge's own win rate.
-
-    Args:
-        folder: the run.
-        votes: all of a file.
-        ties: see `redraw`.
-        orders: see `redraw`.
-        family: see `redraw`.
 
     Raises:
         InputError: not a run of two systems, or no vote is on one of its judged pairs; see `redraw` too.
@@ -120,7 +108,23 @@ def corrected(
     metrics = {HUMAN: both.human.to_dict(), CORRECTED: both.corrected.to_dict()}
     if not results["validity"]["passed"]:
         metrics[CORRECTED] |= withheld(results["validity"]["reason"])
-    facts = _facts(len(votes), matched, both, len(voted), len(elsewhere))
+    problem = None
+    if len(voted) < MIN_VOTED:
+        problem = f"{len(voted)} questions have a vote and a verdict; an interval and a correction need {MIN_VOTED}"
+    elif not elsewhere:
+        problem = "every judged question has a vote, so the judge adds nothing to the votes"
+    facts = {
+        "votes": len(votes),
+        "matched": matched.matched,
+        "sessions": matched.sessions,
+        "unmatched": matched.unmatched,
+        "questions_with_votes": len(voted),
+        "questions_with_votes_and_no_verdict": len(matched.scores) - len(voted),
+        "questions_without_votes": len(elsewhere),
+        "power": both.power,
+        "worth": both.worth,
+        "problem": problem,
+    }
     return {**results, "metrics": results["metrics"] | metrics, "votes": facts}
 
 
@@ -137,23 +141,3 @@ def keep(folder: Path, results: JSONObject) -> Path:
     except OSError as error:
         raise RunError(f"cannot write to {folder} ({error.strerror}); leave --keep out") from None
     return folder / VOTES_FILE
-
-
-def _facts(n_votes: int, matched: MatchedVotes, both: CorrectedMean, voted: int, elsewhere: int) -> JSONObject:
-    problem = None
-    if voted < MIN_VOTED:
-        problem = f"{voted} questions have a vote and a verdict; an interval and a correction need {MIN_VOTED}"
-    elif not elsewhere:
-        problem = "every judged question has a vote, so the judge adds nothing to the votes"
-    return {
-        "votes": n_votes,
-        "matched": matched.matched,
-        "sessions": matched.sessions,
-        "unmatched": matched.unmatched,
-        "questions_with_votes": voted,
-        "questions_with_votes_and_no_verdict": len(matched.scores) - voted,
-        "questions_without_votes": elsewhere,
-        "power": both.power,
-        "worth": both.worth,
-        "problem": problem,
-    }

@@ -116,12 +116,7 @@ class ArenaReport:
 def report(
     votes: Sequence[Vote], judges: Mapping[str, Mapping[str, str]] | None = None, *, seed: int = 0
 ) -> ArenaReport:
-    """What the votes say.
-
-    Args:
-        votes: of one arena.
-        judges: name of a judge -> vote id -> `a`, `b` or `tie`.
-        seed: of the resamples.
+    """What the votes of one arena say; `judges` is name of a judge -> vote id -> `a`, `b` or `tie`.
 
     Raises:
         InputError: there are no votes, or none that was blind.
@@ -246,8 +241,7 @@ def _agreement(
 def judge_verdicts(folder: Path) -> dict[str, str]:
     """Vote id -> what a judge run says of the pair: `a`, `b` or `tie`; where it saw both orders, their mean.
 
-    Args:
-        folder: a run of `almost-eval vicuna` over the files of `export`, side A as the baseline.
+    The run is one of `almost-eval vicuna` over the files of `export`, side A as the baseline.
 
     Raises:
         StoreError: no run folder, or not of those files.

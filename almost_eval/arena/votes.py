@@ -149,7 +149,11 @@ class VoteStore:
         if not self.path.is_file():
             raise StoreError(f"no votes at {self.path}; give the file that almost-chat --votes wrote")
         with self._open() as connection:
-            return [_vote(row) for row in connection.execute("SELECT * FROM votes ORDER BY rowid")]
+            rows = [dict(row) for row in connection.execute("SELECT * FROM votes ORDER BY rowid")]
+        return [
+            Vote(**row | {"prompt": tuple(json.loads(row["prompt"])), "settings": json.loads(row["settings"])})
+            for row in rows
+        ]
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
@@ -208,11 +212,6 @@ def read_votes(path: Path) -> list[Vote]:
             raise StoreError(f"{path}, line {number}: unknown vote {vote.vote!r}; known: {', '.join(VOTES)}")
         votes.append(vote)
     return votes
-
-
-def _vote(row: sqlite3.Row) -> Vote:
-    values = dict(row)
-    return Vote(**values | {"prompt": tuple(json.loads(values["prompt"])), "settings": json.loads(values["settings"])})
 
 
 def _json(value: object) -> str:

@@ -48,7 +48,7 @@ class Commands(click.Group):
             raise InputError(f"unknown command or task {args[0]!r}; {did_you_mean(args[0], self.commands)}")
         name, command, rest = super().resolve_command(ctx, args)
         if command is not None and not ctx.resilient_parsing:
-            _refuse_empty_paths(command, rest)
+            _refuse_empty_values(command, rest)
         return name, command, rest
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -68,14 +68,23 @@ class Commands(click.Group):
             raise ModelError(f"{error} (--{error.consent.replace('_', '-')})") from None
 
 
-def _refuse_empty_paths(command: click.Command, args: Sequence[str]) -> None:
-    """Python takes an empty path for the current folder, and `--output "$UNSET"` would fill it."""
+_MAY_BE_EMPTY = {"--tasks", "--system-instruction"}
+"""Options of which an empty text says something: none of them."""
+
+
+def _refuse_empty_values(command: click.Command, args: Sequence[str]) -> None:
+    """`--model "$UNSET"` would be the built-in model, whose numbers nobody asked for, and `--output "$UNSET"` the
+    current folder: Python takes an empty path for it.
+    """
     empty = {a for a, value in itertools.pairwise(args) if not value} | {a[:-1] for a in args if a.endswith("=")}
     for param in command.params:
-        if isinstance(param.type, click.Path) and (names := empty.intersection(param.opts)):
+        names = empty.intersection(param.opts) - _MAY_BE_EMPTY
+        if names and isinstance(param.type, click.Path):
             raise InputError(
                 f"{names.pop()} is empty; name a path, `.` for the current folder (is a variable not set?)"
             )
+        if names and isinstance(param.type, click.types.StringParamType) and param.default != "":
+            raise InputError(f"{names.pop()} is empty; give a value, or leave it out (is a variable not set?)")
 
 
 def options(*groups: list[Any]) -> Callable[[Command], Command]:

@@ -64,18 +64,18 @@ class MetricComparison:
     n_clusters: int
     unscored: int
     """Shared samples left out because A or B has no value."""
-    mean_a: float | None
-    mean_b: float | None
-    difference: float | None
+    mean_a: float | None = None
+    mean_b: float | None = None
+    difference: float | None = None
     """B - A, in the unit of the metric."""
-    ci95: tuple[float, float] | None
+    ci95: tuple[float, float] | None = None
     """Of the difference; bootstrap over clusters."""
-    p_bootstrap: float | None
-    mcnemar: McNemar | None
+    p_bootstrap: float | None = None
+    mcnemar: McNemar | None = None
     """Where every value is 0 or 1."""
-    p_value: float | None
+    p_value: float | None = None
     """The one the verdict rests on: McNemar's where there is one and no two samples share a cluster."""
-    verdict: str
+    verdict: str = "no sample is scored in both runs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +139,7 @@ class _Run:
         return next((place[key] for place in places if place.get(key) is not None), None)
 
 
-_Pairs = Mapping[str, tuple[_Line, _Line]]
+_Pairs = dict[str, tuple[_Line, _Line]]
 """Sample id -> its lines in A and in B."""
 
 
@@ -151,7 +151,9 @@ def compare_runs(a: Path, b: Path, *, seed: int = 0, n_resamples: int = 10_000) 
     for folder in (a, b):
         refuse_shard(Path(folder))
     run_a, run_b = _read_run(Path(a)), _read_run(Path(b))
-    in_both = [part for part in _parts(run_a) if part in _parts(run_b)]
+    # What a protocol lists (`mc1+mc2`), in the order of A; one that lists nothing is its only part.
+    parts_a, parts_b = (str(run.fact("protocol")).split("+") for run in (run_a, run_b))
+    in_both = [part for part in parts_a if part in parts_b]
     for key in MUST_MATCH:
         in_a, in_b = run_a.fact(key), run_b.fact(key)
         if in_a != in_b and not (key == "protocol" and in_both):
@@ -171,7 +173,8 @@ def compare_runs(a: Path, b: Path, *, seed: int = 0, n_resamples: int = 10_000) 
             "compare runs over the same data"
         )
     pairs = {id: (run_a.lines[id], run_b.lines[id]) for id in ids}
-    names = _metric_names(run_a) & _metric_names(run_b)
+    of_a, of_b = ({name for line in run.lines.values() for name in line.metrics} for run in (run_a, run_b))
+    names = of_a & of_b
     compared = [(name, pairs) for name in sorted(names) or [HEADLINE]]
     if together := _together(pairs):
         compared.insert(0, (PANEL_RATE, together))
@@ -254,11 +257,12 @@ def _compare_metric(name: str, pairs: _Pairs, *, n_resamples: int, rng: np.rando
             unscored += 1
     n, n_clusters = len(a), len(set(clusters))
     if n == 0:
-        return MetricComparison(
-            name, 0, 0, unscored, None, None, None, None, None, None, None, "no sample is scored in both runs"
-        )
+        return MetricComparison(name, 0, 0, unscored)
     boot = paired_bootstrap(a, b, clusters, n_resamples=n_resamples, rng=rng)
-    mcnemar = _mcnemar(a, b)
+    mcnemar = None
+    if is_binary(np.array([a, b])):
+        only_a, only_b = (sum(x > y for x, y in zip(*both, strict=True)) for both in ((a, b), (b, a)))
+        mcnemar = McNemar(only_a, only_b, mcnemar_exact(only_a, only_b))
     p_value = mcnemar.p_value if mcnemar and n_clusters == n else boot.p_value
     in_unit = all(0.0 <= score <= 1.0 for score in (*a, *b))
     return MetricComparison(
@@ -277,25 +281,18 @@ def _compare_metric(name: str, pairs: _Pairs, *, n_resamples: int, rng: np.rando
     )
 
 
-def _together(pairs: _Pairs) -> dict[str, tuple[_Line, _Line]]:
+def _together(pairs: _Pairs) -> _Pairs:
     """The pairs that a panel judged, each by the majority of the judges in both runs; none where there is no panel."""
     cases: dict[str, list[tuple[_Line, _Line]]] = {}
     for id, (x, y) in pairs.items():
         if x.judge is not None:
             cases.setdefault(id.removesuffix(f"/{x.judge}"), []).append((x, y))
-    return {id: (_majority([x for x, _ in case]), _majority([y for _, y in case])) for id, case in cases.items()}
 
+    def of_all(lines: Sequence[_Line]) -> _Line:
+        score = majority([line.score for line in lines])
+        return replace(lines[0], score=score, metrics={PANEL_RATE: score}, judge=None)
 
-def _majority(lines: Sequence[_Line]) -> _Line:
-    score = majority([line.score for line in lines])
-    return replace(lines[0], score=score, metrics={PANEL_RATE: score}, judge=None)
-
-
-def _mcnemar(a: Sequence[float], b: Sequence[float]) -> McNemar | None:
-    if not is_binary(np.array([a, b])):
-        return None
-    only_a, only_b = sum(x > y for x, y in zip(a, b, strict=True)), sum(y > x for x, y in zip(a, b, strict=True))
-    return McNemar(only_a, only_b, mcnemar_exact(only_a, only_b))
+    return {id: (of_all([x for x, _ in case]), of_all([y for _, y in case])) for id, case in cases.items()}
 
 
 def _verdict(difference: float, ci95: tuple[float, float] | None, p_value: float | None, *, in_unit: bool) -> str:
@@ -310,7 +307,7 @@ def _verdict(difference: float, ci95: tuple[float, float] | None, p_value: float
     return f"{better} is better by {by}{unit} (95 % interval {low} to {high})"
 
 
-def _warnings(a: _Run, b: _Run, pairs: Mapping[str, tuple[_Line, _Line]]) -> list[str]:
+def _warnings(a: _Run, b: _Run, pairs: _Pairs) -> list[str]:
     """What makes the two runs less comparable than they look; only what both have on record can be checked."""
     warnings = [f"{run.folder} has no results.json: the run is not finished" for run in (a, b) if not run.finished]
     warnings += [
@@ -330,15 +327,6 @@ def _warnings(a: _Run, b: _Run, pairs: Mapping[str, tuple[_Line, _Line]]) -> lis
     return warnings
 
 
-def _metric_names(run: _Run) -> set[str]:
-    return {name for line in run.lines.values() for name in line.metrics}
-
-
-def _parts(run: _Run) -> list[str]:
-    """What its protocol lists (`mc1+mc2`), in its order; one that lists nothing is its only part."""
-    return str(run.fact("protocol")).split("+")
-
-
 def _value(line: _Line, name: str) -> float | None:
     return line.metrics.get(name, line.score if name == HEADLINE else None)
 
@@ -356,13 +344,9 @@ def _read_run(folder: Path) -> _Run:
             "give the folder that a run wrote (its --output)"
         )
     results, spec = folder / "results.json", folder / "spec.json"
-    return _Run(
-        folder,
-        results.exists(),
-        read_json(spec, mend=NEW_RUN) if spec.exists() else {},
-        read_json(results, mend=NEW_RESULTS) if results.exists() else {},
-        _lines(samples),
-    )
+    of_spec = read_json(spec, mend=NEW_RUN) if spec.exists() else {}
+    of_results = read_json(results, mend=NEW_RESULTS) if results.exists() else {}
+    return _Run(folder, results.exists(), of_spec, of_results, _lines(samples))
 
 
 def _lines(path: Path) -> dict[str, _Line]:

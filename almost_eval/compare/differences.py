@@ -57,7 +57,11 @@ def setting_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]
     lists = [f"settings.{s.name}" for s in stated_by(str(a.get("task"))).task_settings if s.kind == "names"]
     flat_a, flat_b = flat(a), flat(b)
     of_a, of_b = _as_read(flat_a, lists), _as_read(flat_b, lists)
-    keys = [key for key in {**of_a, **of_b} if of_a.get(key) != of_b.get(key) and not _is_model(key)]
+    keys = [
+        key
+        for key in {**of_a, **of_b}
+        if of_a.get(key) != of_b.get(key) and key not in MODEL | NO_SETTING and not key.startswith(_ALIKE_MODELS)
+    ]
     if any(flat_a.get(key) != flat_b.get(key) for key in lists):  # of prompts in their order, which is the lists'
         keys = [key for key in keys if key != "prompt_ids_digest"]
     keys.sort(key=lambda key: "digest" in key or "fingerprint" in key)
@@ -85,7 +89,3 @@ def shown(value: Any) -> str:
     if len(text) == 64 and all(c in "0123456789abcdef" for c in text):
         return text[:12]
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _is_model(key: str) -> bool:
-    return key in MODEL | NO_SETTING or key.startswith(_ALIKE_MODELS)

@@ -14,6 +14,7 @@ import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -83,15 +84,12 @@ def machine() -> dict[str, Any]:
     import torch
 
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"system": platform.system(), "cpu": _cpu(), "cores": os.cpu_count(), "devices": devices}
-
-
-def _cpu() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        cpu = platform.processor() or platform.machine()
+    return {"system": platform.system(), "cpu": cpu, "cores": os.cpu_count(), "devices": devices}
 
 
 # --- what is run ---
@@ -160,9 +158,10 @@ def certify(plan: ParityPlan, folder: Path, progress: Progress | None = None) ->
         progress.note(f"{plan.model} on {name}")
         engine = engines.pop(name)
         try:
-            for task_name in plan.tasks:
-                run = open_run(_request(plan, task_name), engine)
-                run.execute(folder / f"{task_name}-{name}", progress)
+            for task in plan.tasks:
+                preset = comparison_presets()[task]
+                request = replace(plan.base, task=task, protocol=preset.protocol, settings=preset.settings)
+                open_run(request, engine).execute(folder / f"{task}-{name}", progress)
         finally:
             if hasattr(engine, "close"):
                 engine.close()  # two models need not share the memory
@@ -206,11 +205,6 @@ def _served_name(plan: ParityPlan, options: EngineOptions) -> str:
     if name is None:
         raise InputError(f"the endpoint serves {', '.join(served) or 'no model'}, not {plan.model}; serve it alone")
     return name
-
-
-def _request(plan: ParityPlan, task: str) -> RunRequest:
-    preset = comparison_presets()[task]
-    return replace(plan.base, task=task, protocol=preset.protocol, settings=preset.settings)
 
 
 # --- what is compared ---
@@ -271,7 +265,8 @@ def _gaps(was: SampleRecord, now: SampleRecord) -> Iterable[tuple[float, int]]:
     one, other = was.outputs, now.outputs
     if one["n_tokens"] != other["n_tokens"]:
         return [(math.inf, 1)]
-    pairs = zip(_flat(one["loglikelihoods"]), _flat(other["loglikelihoods"]), _flat(one["n_tokens"]), strict=True)
+    rows = (one["loglikelihoods"], other["loglikelihoods"], one["n_tokens"])
+    pairs = zip(*(chain.from_iterable(row) for row in rows), strict=True)
     return [(0.0 if a is b else math.inf if None in (a, b) else abs(a - b), n) for a, b, n in pairs]
 
 
@@ -287,7 +282,3 @@ def _flipped(was: SampleRecord, now: SampleRecord, tolerance: float) -> bool:
 
 def _best(row: Sequence[float | None]) -> int:
     return max(range(len(row)), key=lambda i: -math.inf if row[i] is None else row[i])  # type: ignore[return-value,arg-type]
-
-
-def _flat(rows: Iterable[Iterable[Any]]) -> list[Any]:
-    return [value for row in rows for value in row]

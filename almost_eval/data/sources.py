@@ -83,6 +83,7 @@ class DataSource:
         if self.root is None:
             return []
         for folder in (self.root / dataset / config, self.root / dataset / "data" / config):
+            _refuse_broken_links(sorted(folder.glob(f"{split}*")))
             sets = [sorted(folder.glob(split + name)) for name in names]
             sets = [files for files in sets if files]
             if len(sets) > 1:
@@ -127,6 +128,8 @@ class DataSource:
             options = {key: value for key, value in options.items() if value is not None}
             local = self.root / path if self.root else None
             if local is not None and local.is_dir():
+                if name is not None and self.name == "nano" and name not in self.configs(path):
+                    self._check_hub_may_be_read(path, name)
                 try:
                     rows = None if options else self._as_datasets(path, name)
                     return rows or _read_folder(original, local, name, options)
@@ -142,6 +145,11 @@ class DataSource:
                 with _offline_where_unreachable():
                     return original(path if "data_files" in options else _address_on_hub(path), name, **options)
             except Exception as error:  # see _from_hub
+                if "data_files" in options:  # of a task of one's own
+                    problem = (str(error).splitlines() or [""])[0][:160]
+                    raise DataError(
+                        f"the task's data_files cannot be read: {type(error).__name__}: {problem}"
+                    ) from None
                 raise DataError(
                     f"data set {_named(path, name)} not found: neither under the data root nor on the hub "
                     f"({type(error).__name__}); pass --data-root DIR with DIR/{path} inside"
@@ -205,15 +213,32 @@ def _check_parts(folder: Path, split: str, files: Sequence[Path]) -> None:
         )
 
 
+def _refuse_broken_links(files: Sequence[Path]) -> None:
+    """Raise DataError where one leads nowhere, as in a copy of a cache without its blobs."""
+    for file in files:
+        if file.is_symlink() and not file.exists():
+            raise DataError(
+                f"{file} is a link to {os.readlink(file)}, which is not there; copy the data with what its links lead "
+                "to, or download it again"
+            )
+
+
 def _as_dataset(files: Sequence[Path]) -> Dataset:
-    """Files of one split as a `Dataset` in memory, which no cache of `datasets` has a part in."""
+    """Files of one split as a `Dataset` in memory, which no cache of `datasets` has a part in.
+
+    Raises:
+        DataError: they hold no rows, or cannot be read.
+    """
     import datasets
     import pyarrow.parquet as parquet
     from datasets.table import InMemoryTable
 
     if files[0].suffix == ".parquet":
         return datasets.Dataset(InMemoryTable(parquet.read_table(list(files))))
-    return datasets.Dataset.from_list([row for file in files for row in read_table(file)])
+    rows = [row for file in files for row in read_table(file)]
+    if not rows:
+        raise DataError(f"{files[0]} holds no rows; download it again, or choose another --data-root")
+    return datasets.Dataset.from_list(rows)
 
 
 def _read_folder(

@@ -6,6 +6,7 @@ that is not one token) is known after `encode`, before a single weight is read.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -96,6 +97,7 @@ class LoglikelihoodEngine(Protocol):
         """Token ids of every request, context and continuation encoded jointly. Loads no weights."""
         ...
 
+    @abstractmethod
     def stream(
         self, requests: Sequence[EncodedRequest], wanted: Collection[int] | None = None
     ) -> Iterator[tuple[int, RequestScores]]:
@@ -107,14 +109,16 @@ class LoglikelihoodEngine(Protocol):
         ...
 
     def loglikelihood(self, requests: Sequence[LoglikelihoodRequest]) -> list[RequestScores]:
-        """Scores of all requests, in order."""
-        ...
+        """Scores of all requests, in order; raises as `stream` does."""
+        scores = dict(self.stream(self.encode(requests)))
+        return [scores[i] for i in range(len(requests))]
 
 
 @runtime_checkable
 class GenerationEngine(Protocol):
     """Continues prompts."""
 
+    @abstractmethod
     def stream_completions(
         self, prompts: Sequence[str], params: SamplingParams
     ) -> Iterator[tuple[int, list[Completion]]]:
@@ -127,5 +131,6 @@ class GenerationEngine(Protocol):
         ...
 
     def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[list[Completion]]:
-        """`params.n` completions for each rendered prompt, in order."""
-        ...
+        """`params.n` completions for each rendered prompt, in order; raises as `stream_completions` does."""
+        done = dict(self.stream_completions(prompts, params))
+        return [done[i] for i in range(len(prompts))]

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from almost_eval.engines.base import GenerationEngine, LoglikelihoodEngine
 from almost_eval.errors import InputError, MissingDependencyError, did_you_mean
 from almost_eval.models.loading import Purpose
+from almost_eval.nano import BUILT_IN
 from almost_eval.types import JSONObject
 
 if TYPE_CHECKING:  # the command line imports this file
     from almost_eval.models.held import HeldCheckpoint
     from almost_eval.workers.pool import Pool
-    from almost_eval.workers.work import ServantRecipe
+    from almost_eval.workers.work import Servant, Transport
 
 ENGINES: dict[str, str] = {
     "hf": "almost_eval.engines.hf:HFEngine",
@@ -38,6 +40,9 @@ PACKAGES: dict[str, tuple[str, str]] = {
     "openai": ("openai", "pip install 'openai>=2.0'"),
 }
 """Name of an engine -> the optional package it needs, and the line that installs it."""
+
+_LIBRARIES = ("torch", "transformers.modeling_utils", "transformers.models.auto.auto_factory")
+"""What is imported before workers are forked."""
 
 T = TypeVar("T")
 
@@ -69,16 +74,7 @@ class Flag:
 def _option(
     default: T, help: str, *, engines: Sequence[str], to_score: Sequence[str] = (), kind: type = str, **flag: Any
 ) -> T:
-    """A field of `EngineOptions`.
-
-    Args:
-        default: what the engines choose themselves.
-        help: of the flag; it begins with the engines that take the option.
-        engines: those that take the option.
-        to_score: those that take it only where they score continuations.
-        kind: of the value.
-        flag: more fields of `Flag`.
-    """
+    """A field of `EngineOptions`: its default, a `Flag`, and the engines that take it (`to_score`: only to score)."""
     metadata = {"flag": Flag(help, kind, **flag), "engines": tuple(engines), "scorers": (*engines, *to_score)}
     return field(default=default, metadata=metadata)
 
@@ -125,12 +121,7 @@ class EngineOptions:
         None, "hf, vllm: tokens in a forward pass.", engines=["hf", "vllm"], kind=int, least=1, is_auto=True
     )
     max_length: int | None = _option(
-        None,
-        "Context length, below the model's own.",
-        engines=["hf", "vllm"],
-        to_score=["openai"],
-        kind=int,
-        least=2,
+        None, "Context length, below the model's own.", engines=["hf", "vllm"], to_score=["openai"], kind=int, least=2
     )
     """For openai: below the server's."""
     share_prefixes: bool = _option(True, "hf: compute shared prefixes once.", engines=(), to_score=["hf"], kind=bool)
@@ -141,11 +132,7 @@ class EngineOptions:
         1, "vllm: devices that share the layers out.  [1]", engines=["vllm"], kind=int, least=1
     )
     data_parallel_size: int = _option(
-        1,
-        "vllm: refused above 1; workers or a server copy the model.  [1]",
-        engines=["vllm"],
-        kind=int,
-        least=1,
+        1, "vllm: refused above 1; workers or a server copy the model.  [1]", engines=["vllm"], kind=int, least=1
     )
     """vLLM's own copies of a model are processes behind its server; the error says what to do instead."""
     quantization: str | None = _option(
@@ -242,12 +229,7 @@ def loglikelihood_engine(model: str, options: EngineOptions | None = None) -> Lo
 
 
 def engine_arguments(options: EngineOptions, takes: Mapping[str, set[str]], what: str = "engine") -> JSONObject:
-    """The options that differ from their defaults, for the class of `options.engine`.
-
-    Args:
-        options: which engine, and how.
-        takes: name of an engine -> the options that mean something to it here.
-        what: how an error calls what takes them.
+    """The options that differ from their defaults, for the class of `options.engine`; an error calls it `what`.
 
     Raises:
         InputError: an unknown engine, or an option that it does not take.
@@ -296,11 +278,9 @@ def _build(
         engine.check()
     if alone == options:
         return engine
-    from almost_eval.engines import pooled
+    from almost_eval.engines.pooled import EngineServant, PooledEngine
 
-    arguments = pooled.recipe_arguments(engine, arguments, takes_device=options.engine == "hf")
-    recipe = pooled.EngineRecipe(cls, pooled.model_for_workers(model), arguments)
-    return pooled.PooledEngine(engine, pool_of(engine, recipe, options))
+    return PooledEngine(engine, open_pool(engine, EngineServant, model, arguments, options))
 
 
 def one_process(options: EngineOptions) -> EngineOptions:
@@ -320,18 +300,42 @@ def one_process(options: EngineOptions) -> EngineOptions:
     return alone
 
 
-def pool_of(model: HeldCheckpoint, recipe: ServantRecipe, options: EngineOptions) -> Pool:
-    """The workers that the options describe; see `pooled.open_pool`."""
-    from almost_eval.engines import pooled
+def open_pool(
+    model: HeldCheckpoint, servant: Callable[[Any], Servant], name: str, arguments: JSONObject, options: EngineOptions
+) -> Pool:
+    """The workers that `--workers` and `--ray` describe; they start with the first stream.
 
+    Each opens the model by the same name and arguments as it was opened in this process, and holds it by a servant.
+
+    Raises:
+        InputError: there is no room for so many workers.
+        MissingDependencyError: Ray is not installed.
+    """
+    from almost_eval.engines.pooled import ModelRecipe, identity_of
+    from almost_eval.workers.local import LocalTransport
+    from almost_eval.workers.pool import Pool
+    from almost_eval.workers.ray import RayTransport
+    from almost_eval.workers.size import local_share, requested
+
+    # What `auto` stands for here: what is recorded is what runs.
+    arguments = {**arguments, "dtype": model.dtype, **({"device": model.device} if options.engine == "hf" else {})}
+    if name not in BUILT_IN and Path(name).is_dir():
+        name = str(Path(name).resolve())  # a worker may be in another folder
+    recipe = ModelRecipe(servant, type(model), name, arguments)
     gpus_each = options.tensor_parallel_size * options.pipeline_parallel_size * options.data_parallel_size
-    is_auto = options.device == "auto"
-    return pooled.open_pool(
-        model,
-        recipe,
-        options.workers,
-        options.ray,
-        gpus_each=gpus_each,
-        is_auto=is_auto,
-        silence_s=options.worker_timeout,
-    )
+    transport: Transport
+    if options.ray is None:
+        assert options.workers is not None
+        share = local_share(options.workers, model.device, gpus_each)
+        transport = LocalTransport(
+            recipe, share.workers, threads=share.threads, devices=share.devices, modules=_LIBRARIES
+        )
+        return Pool(transport, silence_s=options.worker_timeout)
+    on_gpu = model.device.startswith("cuda")
+    transport = RayTransport(recipe, requested(options.workers), address=options.ray, gpus=gpus_each if on_gpu else 0)
+    if options.device == "auto" and not on_gpu and transport.has_gpus:
+        raise InputError(
+            "--ray: the cluster has GPUs and this machine has none, so the model would run on CPUs: run the command on "
+            "a node with a GPU, or give --device cpu"
+        )
+    return Pool(transport, identity_of(model), silence_s=options.worker_timeout)

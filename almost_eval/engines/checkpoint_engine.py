@@ -1,22 +1,26 @@
-"""The base of the engines that hold a checkpoint: joint encoding, and the refusal of what does not fit the context."""
+"""What engines share: the base of those that hold a checkpoint, and two functions.
+
+The base encodes jointly, and refuses what does not fit the context. `collected` puts the parts of answers together, and
+`encode_rolling` cuts a text that is longer than the context into windows (perplexity).
+"""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Unpack
+from typing import TypeVar, Unpack
 
-from almost_eval.engines.base import RequestScores, SamplingParams
-from almost_eval.engines.prefix import EncodedRequest, Ids, TokenEncoder
-from almost_eval.engines.rolling import encode_rolling
+from almost_eval.engines.base import GenerationEngine, LoglikelihoodEngine, SamplingParams
+from almost_eval.engines.prefix import EncodedContinuation, EncodedRequest, Ids, TokenEncoder
 from almost_eval.errors import InputError
 from almost_eval.models.checkpoint import Checkpoint, context_length
 from almost_eval.models.held import HeldCheckpoint, HeldOptions, shorter_context
-from almost_eval.types import Completion, EngineReport, LoglikelihoodRequest
+from almost_eval.types import EngineReport, LoglikelihoodRequest
+
+Part = TypeVar("Part")
 
 
-class CheckpointEngine(HeldCheckpoint, ABC):
+class CheckpointEngine(HeldCheckpoint, LoglikelihoodEngine, GenerationEngine):
     """A causal language model in this process; a subclass computes it. Config and tokenizer load at once.
 
     Args:
@@ -62,8 +66,6 @@ class CheckpointEngine(HeldCheckpoint, ABC):
         """Joint encoding on this tokenizer."""
         return TokenEncoder(self.tokenizer)
 
-    # --- log-likelihoods ---
-
     def encode(self, requests: Sequence[LoglikelihoodRequest]) -> list[EncodedRequest]:
         """Token ids of every request. Loads no weights."""
         whole = iter(self.encoder.encode([request for request in requests if not request.rolling]))
@@ -71,17 +73,6 @@ class CheckpointEngine(HeldCheckpoint, ABC):
             encode_rolling(self.encoder, request, self.context_length) if request.rolling else next(whole)
             for request in requests
         ]
-
-    def loglikelihood(self, requests: Sequence[LoglikelihoodRequest]) -> list[RequestScores]:
-        """Scores of all requests, in order; raises as `stream` does."""
-        scores = dict(self.stream(self.encode(requests)))
-        return [scores[i] for i in range(len(requests))]
-
-    @abstractmethod
-    def stream(
-        self, requests: Sequence[EncodedRequest], wanted: Collection[int] | None = None
-    ) -> Iterator[tuple[int, RequestScores]]:
-        """Yield (index, scores) of each wanted request as soon as it is known; see `LoglikelihoodEngine.stream`."""
 
     def _refuse_long(self, requests: Sequence[EncodedRequest]) -> int:
         """Positions of the longest request.
@@ -93,19 +84,6 @@ class CheckpointEngine(HeldCheckpoint, ABC):
         if longest > self.context_length:
             raise InputError(f"a request of {longest} tokens does not fit the context of {self.context_length}")
         return longest
-
-    # --- generation ---
-
-    @abstractmethod
-    def stream_completions(
-        self, prompts: Sequence[str], params: SamplingParams
-    ) -> Iterator[tuple[int, list[Completion]]]:
-        """Yield (index, `params.n` completions) of each rendered prompt; see `GenerationEngine.stream_completions`."""
-
-    def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[list[Completion]]:
-        """`params.n` completions for each rendered prompt, in order; raises as `stream_completions` does."""
-        done = dict(self.stream_completions(prompts, params))
-        return [done[i] for i in range(len(prompts))]
 
     def _prompt_ids(self, prompts: Sequence[str], params: SamplingParams) -> list[Ids]:
         """Token ids of each prompt.
@@ -121,3 +99,42 @@ class CheckpointEngine(HeldCheckpoint, ABC):
                 f"{self.context_length}; lower max_new_tokens"
             )
         return ids
+
+
+def collected(
+    parts: Iterable[tuple[tuple[int, int], Part]], sizes: Mapping[int, int]
+) -> Iterator[tuple[int, list[Part]]]:
+    """Yield (index, its parts in their order) as soon as the last of them is there.
+
+    Args:
+        parts: (index, number of the part) and the part, in any order.
+        sizes: index -> how many parts it has.
+    """
+    there: dict[int, dict[int, Part]] = {}
+    for (index, number), part in parts:
+        there.setdefault(index, {})[number] = part
+        if len(there[index]) == sizes[index]:
+            whole = there.pop(index)
+            yield index, [whole[i] for i in range(len(whole))]
+
+
+def encode_rolling(encoder: TokenEncoder, request: LoglikelihoodRequest, context_length: int) -> EncodedRequest:
+    """The one text of a rolling request, each token scored once, in lm-eval's windows."""
+    (ids,) = encoder.encode_texts(request.continuations)
+    windows = rolling_windows(ids, encoder.stand_in(), context_length)
+    return EncodedRequest(request, tuple(EncodedContinuation(*window) for window in windows))
+
+
+def rolling_windows(ids: Ids, first: Ids, size: int) -> list[tuple[Ids, Ids]]:
+    """Cut a text into (context, scored) pieces of at most `size` input positions, as lm-eval does.
+
+    The first piece is conditioned on `first` (BOS), each other on one token of the text, the last on as many as fit.
+    A text without tokens has no piece.
+    """
+    if not len(ids):
+        return []
+    windows = [(first, ids[:size])]
+    for begin in range(size, len(ids), size):
+        end = min(begin + size, len(ids))
+        windows.append((ids[end - size - 1 : begin], ids[begin:end]))
+    return windows

@@ -6,6 +6,7 @@ logits are read at scored positions only; a prompt that does not fit is an error
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Unpack
@@ -17,7 +18,7 @@ from almost_eval.engines.prefix import EncodedRequest, build_trie, scores_of_not
 from almost_eval.errors import InputError, did_you_mean
 from almost_eval.models.checkpoint import Checkpoint
 from almost_eval.models.held import HeldOptions
-from almost_eval.models.loading import ATTENTION, load_weights, settled_attention, trim_heap
+from almost_eval.models.loading import ATTENTION, load_weights, settled_attention, trim_heap, why_not_finite
 from almost_eval.types import Completion, EngineReport, JSONObject
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from almost_eval.engines.hf_loglikelihood import AttentionWindow, Limits, SharedPrefixScorer
     from almost_eval.engines.hf_probe import Probe
     from almost_eval.engines.prefix import TokenTrie
+
+_NOT_FINITE = "what the model gives on a probe is not finite"
 
 
 class HFEngine(CheckpointEngine):
@@ -137,13 +140,13 @@ class HFEngine(CheckpointEngine):
         report.tokens_plain, report.tokens_in_trie = trie.tokens_plain, len(trie)
         uneven = scoring.length_dependence(config, longest)
         if not probe.padding_is_exact:
-            uneven = "left padding changes this model's answers"
+            uneven = "left padding changes this model's answers" if probe.is_finite else _NOT_FINITE
         if uneven:
             report.warnings.append(f"only rows of one length share a batch on the plain path: {uneven}")
         reason = scoring.refusal(config, longest)
         if self.share_prefixes and not reason and not probe.sharing_is_exact:
             off = "failed" if probe.shared is None else f"was off by {probe.shared:.2g} nats"
-            reason = f"sharing {off} on a probe of this checkpoint"
+            reason = f"sharing {off} on a probe of this checkpoint" if probe.is_finite else _NOT_FINITE
         if self.share_prefixes and reason:
             report.warnings.append(f"prefixes are not shared: {reason}")
         limits = self._limits()
@@ -160,7 +163,12 @@ class HFEngine(CheckpointEngine):
             report.path, report.tokens_computed = "plain", scoring.plain_tokens(requests)
             scorer = scoring.PlainScorer(model, padding=not uneven)
             results = scorer.stream(requests, wanted, limits)
-        yield from results
+        is_finite = True
+        for index, scores in results:
+            is_finite = is_finite and not any(math.isnan(score.logprob) for score in scores)
+            yield index, scores
+        if not is_finite:
+            report.warnings.append(f"log-probabilities are not finite numbers: {why_not_finite(model)}")
         if scorer.limits_used != limits and scorer.limits_used is not None:
             report.warnings.append(f"out of memory: went on with {scorer.limits_used.tokens} tokens in a batch")
 
@@ -224,11 +232,7 @@ class HFEngine(CheckpointEngine):
         on_cpu = self.device == "cpu"
         tokens = self.batch_tokens or (1024 if on_cpu else 4096)
         logits = (1 << 28) if on_cpu else (1 << 30)  # bytes of float32 logits in one pass
-        return {
-            "max_tokens": tokens,
-            "max_rows": max(8, logits // (4 * vocabulary)),
-            "max_sequences": self.batch_size,
-        }
+        return {"max_tokens": tokens, "max_rows": max(8, logits // (4 * vocabulary)), "max_sequences": self.batch_size}
 
     def stream_completions(
         self, prompts: Sequence[str], params: SamplingParams

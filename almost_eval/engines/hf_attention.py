@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,7 +78,7 @@ class ChunkPlan:
     ) -> None:
         self._allowed = allowed
         self._masks = masks
-        self._kind_of = {_identity(mask): kind for kind, mask in masks.items()}
+        self._kind_of = {identity(mask): kind for kind, mask in masks.items()}
         self._rows = rows
         self._last = last
         self._block = block
@@ -87,7 +88,7 @@ class ChunkPlan:
 
     def blocks(self, mask: torch.Tensor | None, module: nn.Module) -> list[Block] | None:
         """The blocks for a layer that was handed `mask`, or None where that is no mask of this plan."""
-        if mask is None or (kind := self._kind_of.get(_identity(mask))) is None:
+        if (kind := self._kind_of.get(identity(mask))) is None:
             return None
         rows = self._rows if module is self._last else None
         key = (kind, rows is not None)
@@ -123,9 +124,14 @@ class ChunkPlan:
         return slice(end - size, end)
 
 
-def _identity(mask: torch.Tensor) -> tuple[int, tuple[int, ...], torch.dtype]:
-    # Not `id`: models may hand their layers a view of the mask that they got.
-    return mask.data_ptr(), tuple(mask.shape), mask.dtype
+def additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask of the same shape as `seen` (bool), to be added to the scores of attention."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+def identity(tensor: torch.Tensor | None) -> tuple[int, tuple[int, ...], torch.dtype] | None:
+    """The same for a tensor and for views of all of it: models may hand their layers a view of what they got."""
+    return None if tensor is None else (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype)
 
 
 _plan: ContextVar[ChunkPlan | None] = ContextVar("plan of the chunk that is being computed", default=None)
@@ -256,29 +262,38 @@ def attending(model: CausalLM, plan: ChunkPlan) -> Iterator[None]:
     Nothing changes for a model that does not take its attention from transformers' registry, or uses another than
     `sdpa`.
     """
-    config = model.config.get_text_config()
-    if config._attn_implementation != "sdpa" or not _takes_registered_attention(model):
+    if model.config.get_text_config()._attn_implementation != "sdpa" or not takes_registered_attention(model):
         yield
         return
     token = _plan.set(plan)
     try:
-        config._attn_implementation = NAME
-        yield
+        with attending_by(model, NAME, visible_attention):
+            yield
     finally:
-        config._attn_implementation = "sdpa"
         _plan.reset(token)
 
 
-def _takes_registered_attention(model: CausalLM) -> bool:
+def takes_registered_attention(model: CausalLM) -> bool:
+    """Whether a model takes its attention from transformers' registry."""
     ask = getattr(type(model), "_can_set_attn_implementation", None)
-    if ask is None or not ask():
-        return False
+    return ask is not None and bool(ask())
+
+
+@contextmanager
+def attending_by(model: CausalLM, name: str, attention: Callable[..., Any]) -> Iterator[None]:
+    """Register an attention function, and let the model's layers attend by it; its setting is then as it was."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, visible_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    return True
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    try:
+        config._attn_implementation = name
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,8 +329,8 @@ class LastLayer:
         with ExitStack() as hooks:
             if rows is not None:
                 for module in self.position_wise:
-                    hooks.callback(module.register_forward_pre_hook(_picker(rows, n)).remove)
-                    hooks.callback(module.register_forward_hook(_putter(rows, n)).remove)
+                    hooks.callback(module.register_forward_pre_hook(partial(_pick, rows, n)).remove)
+                    hooks.callback(module.register_forward_hook(partial(_put, rows, n)).remove)
             yield
 
 
@@ -331,23 +346,15 @@ def _is_plain_mlp(mlp: nn.Module) -> bool:
     return bool(parts) and not list(mlp.parameters(recurse=False)) and all(plain(part) for part in parts)
 
 
-def _picker(rows: torch.Tensor, n: int) -> Callable[[nn.Module, Inputs], Inputs | None]:
+def _pick(rows: torch.Tensor, n: int, _: nn.Module, inputs: Inputs) -> Inputs | None:
     """A hook that leaves of a module's input (1, n, size) only `rows`: (1, r, size)."""
-
-    def pick(_: nn.Module, inputs: Inputs) -> Inputs | None:
-        if not inputs or inputs[0].ndim != 3 or inputs[0].shape[:2] != (1, n):
-            return None
-        return (inputs[0].index_select(1, rows), *inputs[1:])
-
-    return pick
+    if not inputs or inputs[0].ndim != 3 or inputs[0].shape[:2] != (1, n):
+        return None
+    return (inputs[0].index_select(1, rows), *inputs[1:])
 
 
-def _putter(rows: torch.Tensor, n: int) -> Callable[[nn.Module, Inputs, torch.Tensor], torch.Tensor | None]:
+def _put(rows: torch.Tensor, n: int, _: nn.Module, __: Inputs, output: torch.Tensor) -> torch.Tensor | None:
     """A hook that puts a module's output at `rows` (1, r, size) back among zeros: (1, n, size)."""
-
-    def put(_: nn.Module, __: Inputs, output: torch.Tensor) -> torch.Tensor | None:
-        if output.ndim != 3 or output.shape[:2] != (1, len(rows)):
-            return None
-        return output.new_zeros((1, n, output.shape[-1])).index_copy_(1, rows, output)
-
-    return put
+    if output.ndim != 3 or output.shape[:2] != (1, len(rows)):
+        return None
+    return output.new_zeros((1, n, output.shape[-1])).index_copy_(1, rows, output)

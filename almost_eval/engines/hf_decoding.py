@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from almost_eval.engines.hf_loglikelihood import AttentionWindow
+from almost_eval.engines.hf_attention import additive
+from almost_eval.engines.hf_loglikelihood import AttentionWindow, padded_left
 from almost_eval.engines.hf_rows import HeaderLayers, RowCache, Sight, attending
 from almost_eval.engines.hf_sampling import TokenDraw
 
@@ -43,23 +44,15 @@ class Header:
 
 
 class Rows:
-    """Some rows behind one header, and the model that they are handed to.
+    """Some rows behind one header, and the model (which passes `refusal`) that they are handed to.
 
     Args:
-        model: a causal LM that passes `refusal`.
-        header: what all rows begin with.
-        window: how far back the layers look.
         lengths: (B,) tokens that each row has behind the header before the first one is drawn.
         columns: tokens of a row behind the header, those to come included.
     """
 
     def __init__(
-        self,
-        model: CausalLM,
-        header: Header,
-        window: AttentionWindow,
-        lengths: torch.Tensor,
-        columns: int,
+        self, model: CausalLM, header: Header, window: AttentionWindow, lengths: torch.Tensor, columns: int
     ) -> None:
         self._model = model
         self._length = header.length
@@ -118,9 +111,7 @@ class Rows:
 
     def _additive(self, seen: torch.Tensor) -> torch.Tensor:
         """(B, 1, q, columns) of (B, q, columns) bool."""
-        dtype = self._model.dtype
-        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-        return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+        return additive(seen, self._model.dtype)[:, None]
 
 
 def continue_rows(
@@ -134,14 +125,8 @@ def continue_rows(
 ) -> Iterator[tuple[int, list[int]]]:
     """Yield (row, the tokens that follow its prompt) when it has ended, the token that ended it included.
 
-    Args:
-        model: a causal LM that passes `hf_rows.refusal`.
-        header: what all prompts begin with.
-        prompts: token ids of each row, longer than the header. Equal ones are read once.
-        sampler: draws the next token of each row.
-        has_ended: whether a completion is over, by its tokens so far.
-        max_new_tokens: where it is over in any case.
-        window: how far back the model's layers look.
+    The model passes `hf_rows.refusal`. Prompts are longer than the header; equal ones are read once. `has_ended` says
+    by the tokens of a completion so far whether it is over.
 
     Raises:
         ForeignAttention: the model attends in a way that is not computed here.
@@ -170,11 +155,7 @@ def continue_rows(
 
 
 def _read(
-    model: CausalLM,
-    header: Header,
-    prompts: Sequence[NDArray[np.int32]],
-    new_tokens: int,
-    window: AttentionWindow,
+    model: CausalLM, header: Header, prompts: Sequence[NDArray[np.int32]], new_tokens: int, window: AttentionWindow
 ) -> tuple[Rows, torch.Tensor]:
     """Rows that have read what their prompts hold behind the header, and the logits (B, V) after it."""
     number: dict[bytes, int] = {}
@@ -184,13 +165,10 @@ def _read(
     rows = Rows(model, header, window, lengths, int(lengths.max()) + new_tokens)
     logits: torch.Tensor | None = None
     for chosen in _passes([len(text) for text in texts]):
-        width = len(texts[chosen[0]])
-        ids = np.zeros((len(chosen), width), np.int64)
-        for line, i in enumerate(chosen):
-            ids[line, width - len(texts[i]) :] = texts[i]
+        ids, _ = padded_left([texts[i] for i in chosen], 0)
         sizes = torch.tensor([len(texts[i]) for i in chosen], device=model.device)
-        part = Rows(model, header, window, sizes, width)
-        after = part.forward(torch.from_numpy(ids).to(model.device))  # (chosen, V)
+        part = Rows(model, header, window, sizes, ids.shape[1])
+        after = part.forward(ids.to(model.device))  # (chosen, V)
         into = [row for row, i in enumerate(row_to_text) if i in set(chosen)]
         lines = torch.tensor([chosen.index(row_to_text[row]) for row in into], device=model.device)
         part.keep(lines)

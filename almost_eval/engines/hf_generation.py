@@ -19,22 +19,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import (
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
-)
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TemperatureLogitsWarper
 
 from almost_eval.engines.base import SamplingParams
+from almost_eval.engines.checkpoint_engine import collected
 from almost_eval.engines.decoding import decode, marks
 from almost_eval.engines.header_groups import HeaderGroup, header_groups
 from almost_eval.engines.hf_decoding import Header, continue_rows
 from almost_eval.engines.hf_header import LEAST, SharedHeader
-from almost_eval.engines.hf_loglikelihood import AttentionWindow, out_of_memory
+from almost_eval.engines.hf_loglikelihood import AttentionWindow, out_of_memory, padded_left
 from almost_eval.engines.hf_rows import ForeignAttention, refusal
-from almost_eval.engines.hf_sampling import GumbelNoise, NucleusNoise, Sampler
+from almost_eval.engines.hf_sampling import FiniteLogits, GumbelNoise, NucleusNoise, Sampler
 from almost_eval.errors import RunError
+from almost_eval.models.loading import why_not_finite
 from almost_eval.models.stops import end_ids, first_stop
 from almost_eval.types import Completion
 
@@ -116,51 +113,19 @@ def stream_completions(
 ) -> Iterator[tuple[int, list[Completion]]]:
     """Yield (index, `params.n` completions) of each prompt (token ids) as soon as its last has ended.
 
-    Prompts that begin alike are continued together; of these the longest first.
-
-    Args:
-        model: a transformers causal LM.
-        tokenizer: its tokenizer.
-        prompts: ids of each prompt.
-        params: how to sample.
-        report: `max_tokens` bounds the tokens in one batch, those to come included. A header is counted once where
-            there is one copy of it.
-        max_sequences: rows in one batch, or None.
-        header: reads what all prompts of a batch begin with once; it may know headers of earlier calls. None is
-            transformers' `generate` alone.
+    Prompts that begin alike are continued together; of these the longest first. `report.max_tokens` bounds the tokens
+    in one batch, those to come included; a header is counted once where there is one copy of it. `header` reads what
+    all prompts of a batch begin with once, and may know headers of earlier calls; without it, transformers' `generate`
+    does all.
 
     Raises:
-        RunError: out of memory with a single row.
+        RunError: out of memory with a single row; logits that are not finite, after which any text would be made up.
     """
     writer = _Writer(model, tokenizer, prompts, params, report, header)
-    groups = header_groups(prompts, params.max_new_tokens) if writer.shares else [_longest_first(prompts)]
+    longest_first = tuple(sorted(range(len(prompts)), key=lambda p: (-len(prompts[p]), p)))
+    groups = header_groups(prompts, params.max_new_tokens) if writer.shares else [HeaderGroup(longest_first, 0)]
     for group in groups:
-        jobs = [(p, c) for p in group.prompts for c in range(params.n)]
-        done: dict[int, dict[int, Completion]] = {}
-        while jobs:
-            rows = max(1, min(writer.rows(group, jobs[0][0]), max_sequences or len(jobs), len(jobs)))
-            left = dict.fromkeys(jobs[:rows])
-            try:
-                for (p, c), completion in writer.complete(group, list(left)):
-                    del left[p, c]
-                    done.setdefault(p, {})[c] = completion
-                    if len(done[p]) == params.n:
-                        whole = done.pop(p)
-                        yield p, [whole[i] for i in range(params.n)]
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not out_of_memory(error):
-                    raise
-                if rows == 1:
-                    raise RunError(
-                        f"out of memory with one prompt of {len(prompts[jobs[0][0]])} tokens and "
-                        f"{params.max_new_tokens} new ones; use a smaller dtype, fewer new tokens or another device"
-                    ) from error
-                report.max_tokens, report.halved = writer.tokens(group, jobs[: rows // 2]), True
-            jobs = [*left, *jobs[rows:]]
-
-
-def _longest_first(prompts: Sequence[NDArray[np.int32]]) -> HeaderGroup:
-    return HeaderGroup(tuple(sorted(range(len(prompts)), key=lambda p: (-len(prompts[p]), p))), 0)
+        yield from collected(writer.write(group, max_sequences), dict.fromkeys(group.prompts, params.n))
 
 
 class _Writer:
@@ -199,7 +164,34 @@ class _Writer:
         """Whether the rows of a batch attend to one copy of their header."""
         return self.shares and not self._why_apart
 
-    def rows(self, group: HeaderGroup, longest: int) -> int:
+    def write(self, group: HeaderGroup, max_sequences: int | None) -> Iterator[tuple[Job, Completion]]:
+        """Yield all completions of a group as they end, batch by batch."""
+        jobs = [(p, c) for p in group.prompts for c in range(self._params.n)]
+        while jobs:
+            rows = max(1, min(self._rows(group, jobs[0][0]), max_sequences or len(jobs), len(jobs)))
+            left = dict.fromkeys(jobs[:rows])
+            try:
+                for job, completion in self.complete(group, list(left)):
+                    del left[job]
+                    yield job, completion
+            except FloatingPointError:
+                raise RunError(
+                    f"{self._model.name_or_path or 'the model'} cannot write: the logits after a prompt are not finite "
+                    f"numbers; {why_not_finite(self._model)}"
+                ) from None
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                if rows == 1:
+                    raise RunError(
+                        f"out of memory with one prompt of {len(self._prompts[jobs[0][0]])} tokens and "
+                        f"{self._params.max_new_tokens} new ones; use a smaller dtype, fewer new tokens or another "
+                        "device"
+                    ) from error
+                self._report.max_tokens, self._report.halved = self._tokens(group, jobs[: rows // 2]), True
+            jobs = [*left, *jobs[rows:]]
+
+    def _rows(self, group: HeaderGroup, longest: int) -> int:
         """How many rows a batch with this prompt, its longest, may have."""
         width = len(self._prompts[longest]) + self._params.max_new_tokens
         if not self._together:
@@ -207,7 +199,7 @@ class _Writer:
         fitting = (self._report.max_tokens - group.shared) // (width - group.shared)
         return min(fitting, LOGITS // (4 * int(self._model.config.get_text_config().vocab_size)))
 
-    def tokens(self, group: HeaderGroup, batch: Sequence[Job]) -> int:
+    def _tokens(self, group: HeaderGroup, batch: Sequence[Job]) -> int:
         """What a batch counts against `max_tokens`."""
         width = len(self._prompts[batch[0][0]]) + self._params.max_new_tokens
         return len(batch) * (width - group.shared) + group.shared if self._together else len(batch) * width
@@ -223,10 +215,25 @@ class _Writer:
             yield batch[row], self._completion(batch[row], ids)
 
     def _completion(self, job: Job, ids: list[int]) -> Completion:
-        return _completion(self._tokenizer, int(self._prompts[job[0]][-1]), ids, self._ends, self._params)
+        reason = "length"
+        if (end := next((at for at, token in enumerate(ids) if token in self._ends), None)) is not None:
+            ids, reason = ids[:end], "stop"
+        if self._params.alone:
+            whole = text = decode(self._tokenizer, ids)
+            for stop in self._params.stop:
+                text = text.partition(stop)[0]
+            return Completion(text, tuple(ids), reason if text == whole else "stop")
+        text = _decode_after(self._tokenizer, int(self._prompts[job[0]][-1]), ids)
+        cut = first_stop(text, self._params.stop)
+        if cut is not None:
+            text, reason = text[:cut], "stop"
+        return Completion(text, tuple(ids), reason)
 
     def _generators(self, batch: Sequence[Job]) -> list[np.random.Generator]:
-        return [_generator(self._params.seed, self._prompts[p], c) for p, c in batch]
+        # Keyed by the prompt's content, not its place in the list: a resumed run hands in only what is missing.
+        digests = (hashlib.sha256(self._prompts[p].astype("<i4").tobytes()).digest()[:8] for p, _ in batch)
+        keys = (int.from_bytes(digest, "little") for digest in digests)
+        return [np.random.default_rng((self._params.seed, key, c)) for key, (_, c) in zip(keys, batch, strict=True)]
 
     def _complete_together(self, group: HeaderGroup, batch: Sequence[Job]) -> Iterator[tuple[int, list[int]]]:
         """Yield (row, its new tokens), behind one copy of the header; not all where the model does not allow it."""
@@ -251,7 +258,7 @@ class _Writer:
                 self._model, header, prompts, sampler, has_ended, params.max_new_tokens, self._window
             )
         except Exception as error:  # models refuse a cache and masks that are not their own in many ways
-            if out_of_memory(error):
+            if out_of_memory(error) or isinstance(error, FloatingPointError):
                 raise
             why = str(error) if isinstance(error, ForeignAttention) else type(error).__name__
             self._why_apart = f"the model does not attend to it together ({why})"
@@ -262,12 +269,8 @@ class _Writer:
         prompts = [self._prompts[p] for p, _ in batch]
         pad = self._tokenizer.pad_token_id
         pad = next(iter(self._ends), 0) if pad is None else pad
-        longest = max(len(prompt) for prompt in prompts)
-        ids = torch.full((len(batch), longest), pad, dtype=torch.long)  # (B, T), padded on the left
-        mask = torch.zeros((len(batch), longest), dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
-            mask[row, longest - len(prompt) :] = 1
+        ids, mask = padded_left(prompts, pad)
+        longest = ids.shape[1]
         stops = StopStrings(self._tokenizer, params.stop, longest)
         cache = self._header.rows(prompts) if self._header else None
         if self._header:
@@ -292,7 +295,7 @@ class _Writer:
 
     def _processors(self, batch: Sequence[Job]) -> LogitsProcessorList:
         """What makes transformers' argmax a draw."""
-        params, processors = self._params, LogitsProcessorList()
+        params, processors = self._params, LogitsProcessorList([FiniteLogits()])
         if params.temperature > 0:
             if params.temperature != 1:
                 processors.append(TemperatureLogitsWarper(params.temperature))
@@ -302,32 +305,6 @@ class _Writer:
             else:
                 processors.append(GumbelNoise(self._generators(batch)))
         return processors
-
-
-def _generator(seed: int, prompt: NDArray[np.int32], completion: int) -> np.random.Generator:
-    # Keyed by the prompt's content, not its place in the list: a resumed run hands in only what is missing.
-    key = int.from_bytes(hashlib.sha256(prompt.astype("<i4").tobytes()).digest()[:8], "little")
-    return np.random.default_rng((seed, key, completion))
-
-
-def _completion(
-    tokenizer: PreTrainedTokenizerBase, before: int, ids: list[int], ends: frozenset[int], params: SamplingParams
-) -> Completion:
-    reason = "length"
-    for at, token in enumerate(ids):
-        if token in ends:
-            ids, reason = ids[:at], "stop"
-            break
-    if params.alone:
-        whole = text = decode(tokenizer, ids)
-        for stop in params.stop:
-            text = text.partition(stop)[0]
-        return Completion(text, tuple(ids), reason if text == whole else "stop")
-    text = _decode_after(tokenizer, before, ids)
-    cut = first_stop(text, params.stop)
-    if cut is not None:
-        text, reason = text[:cut], "stop"
-    return Completion(text, tuple(ids), reason)
 
 
 def _decode_after(tokenizer: PreTrainedTokenizerBase, before: int, ids: list[int]) -> str:

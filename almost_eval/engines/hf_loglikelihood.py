@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from almost_eval.engines.hf_attention import BLOCK, ChunkPlan, LastLayer, attending
-from almost_eval.engines.hf_head import HALF, Head, corrected
+from almost_eval.engines.checkpoint_engine import collected
+from almost_eval.engines.hf_attention import BLOCK, ChunkPlan, LastLayer, additive, attending
+from almost_eval.engines.hf_float32 import HALF, Head, corrected
 from almost_eval.engines.prefix import (
     Chunk,
     Collector,
@@ -148,7 +149,7 @@ class SharedPrefixScorer:
         from transformers import DynamicCache
 
         collector = Collector(trie, requests, wanted)
-        cache = DynamicCache()  # without the config: layers must keep everything, the mask does the windowing
+        cache: Cache = DynamicCache()  # without the config: layers must keep everything, the mask does the windowing
         chunks = self._plan(trie, wanted, limits)
         while chunks:
             chunk, compute = chunks[0]
@@ -162,7 +163,8 @@ class SharedPrefixScorer:
                         raise RunError(_no_memory(limits)) from error
                     limits = smaller
                     if past := int(trie.depth[chunk.begin]):
-                        self._truncate(cache, past)
+                        for layer in cache.layers:
+                            layer.keys, layer.values = layer.keys[..., :past, :], layer.values[..., :past, :]
                     else:  # the pass that failed may have made some of the layers, and not all
                         cache = DynamicCache()
                     chunks = self._plan(trie, wanted, limits, begin=chunk.begin)
@@ -189,7 +191,7 @@ class SharedPrefixScorer:
             rows = np.array([0])
         read = torch.from_numpy(rows).to(self.device)  # (rows,)
         allowed = self._visible(depth, end)
-        masks = {kind: self._additive(seen) for kind, seen in allowed.items()}
+        masks = {kind: additive(seen, self.dtype)[None, None] for kind, seen in allowed.items()}
         last = self.last_layer
         few = read if last is not None and len(rows) < len(token) else None
         plan = ChunkPlan(allowed, masks, rows=few, last=last.attention if last else None, block=self.block)
@@ -222,11 +224,6 @@ class SharedPrefixScorer:
         by_kind = {"full_attention": allowed, "sliding_attention": near}
         return {kind: by_kind[kind] for kind in self.window.layer_types or ("sliding_attention",)}
 
-    def _additive(self, allowed: torch.Tensor) -> torch.Tensor:
-        """(1, 1, n, past + n) mask to be added to the scores."""
-        mask = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device)
-        return mask.masked_fill_(~allowed, torch.finfo(self.dtype).min)[None, None]
-
     def _advance(self, trie: TokenTrie, chunk: Chunk, cache: Cache) -> None:
         """Leave in the cache the path to the next chunk. A skipped chunk left no keys: zeros hold their place.
 
@@ -245,11 +242,6 @@ class SharedPrefixScorer:
                     new = old.new_zeros((*old.shape[:-2], len(keep_chunk), old.shape[-1]))
                 setattr(layer, name, torch.cat([old[..., :keep_path, :], new], dim=-2))
 
-    @staticmethod
-    def _truncate(cache: Cache, length: int) -> None:
-        for layer in cache.layers:
-            layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
-
 
 class PlainScorer:
     """Scores each distinct continuation as its own left-padded row: slower, and right for any causal LM."""
@@ -262,9 +254,16 @@ class PlainScorer:
         """False where this model's answer changes with left padding: then only rows of one length share a batch."""
         self.limits_used: Limits | None = None
 
-    @torch.inference_mode()
     def stream(self, requests: Sequence[EncodedRequest], wanted: Collection[int], limits: Limits) -> Results:
         """Yield each wanted request when its last continuation is known; longest rows first."""
+        sizes = {r: len(requests[r].continuations) for r in wanted}
+        return collected(self._scores(requests, sizes.keys(), limits), sizes)
+
+    @torch.inference_mode()
+    def _scores(
+        self, requests: Sequence[EncodedRequest], wanted: Collection[int], limits: Limits
+    ) -> Iterator[tuple[tuple[int, int], ContinuationScore]]:
+        """((request, number of its continuation), score) of the wanted requests."""
         owners: dict[tuple[bytes, int], list[tuple[int, int]]] = {}
         items: dict[tuple[bytes, int], EncodedContinuation] = {}
         for r, request in enumerate(requests):
@@ -273,12 +272,10 @@ class PlainScorer:
                 items.setdefault(key, continuation)
                 owners.setdefault(key, []).append((r, c))
         keys = sorted(items, key=lambda k: (-items[k].n_positions, k))
-        left = {r: len(requests[r].continuations) for r in wanted}
-        scores: dict[int, dict[int, ContinuationScore]] = {r: {} for r in wanted}
         at = 0
         while at < len(keys):
             batch = self._batch(keys, at, items, limits)
-            if any(r in left for key in batch for r, _ in owners[key]):
+            if any(r in wanted for key in batch for r, _ in owners[key]):
                 try:
                     results = self._forward([items[key] for key in batch])
                 except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -289,13 +286,7 @@ class PlainScorer:
                     limits = smaller
                     continue
                 for key, score in zip(batch, results, strict=True):
-                    for r, c in owners[key]:
-                        if r in left:
-                            scores[r][c] = score
-                            left[r] -= 1
-                            if left[r] == 0:
-                                done = scores.pop(r)
-                                yield r, [done[c] for c in range(len(done))]
+                    yield from (((r, c), score) for r, c in owners[key] if r in wanted)
             at += len(batch)
         self.limits_used = limits
 
@@ -322,14 +313,8 @@ class PlainScorer:
 
     def _forward(self, batch: list[EncodedContinuation]) -> list[ContinuationScore]:
         device = self.model.device
-        inputs = [np.concatenate([c.prefix, c.scored])[:-1] for c in batch]
-        longest = max(len(ids) for ids in inputs)
+        ids, real = padded_left([np.concatenate([c.prefix, c.scored])[:-1] for c in batch], self.pad_id)
         keep = max(len(c.scored) for c in batch)
-        ids = torch.full((len(batch), longest), self.pad_id, dtype=torch.long)  # (B, T), padded on the left
-        real = torch.zeros((len(batch), longest), dtype=torch.long)  # (B, T), 1 on tokens that are no padding
-        for row, values in enumerate(inputs):
-            ids[row, longest - len(values) :] = torch.from_numpy(values.astype(np.int64))
-            real[row, longest - len(values) :] = 1
         extra: dict[str, torch.Tensor] = {}  # each (B, T)
         if self.padding:
             extra["position_ids"] = (real.cumsum(1) - 1).clamp(min=0).to(device)
@@ -343,6 +328,17 @@ class PlainScorer:
             logprob, greedy = read_logits(logits[row, -n:], np.arange(n), continuation.scored, self.head)
             scores.append(ContinuationScore(float(logprob.sum()), bool(greedy.all()), n))
         return scores
+
+
+def padded_left(rows: Sequence[NDArray[np.int32]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (B, T), padded on the left, and (B, T) 1 on tokens that are no padding; both int64."""
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), pad, dtype=torch.long)
+    real = torch.zeros((len(rows), longest), dtype=torch.long)
+    for number, row in enumerate(rows):
+        ids[number, longest - len(row) :] = torch.from_numpy(row.astype(np.int64))
+        real[number, longest - len(row) :] = 1
+    return ids, real
 
 
 def plain_tokens(requests: Sequence[EncodedRequest]) -> int:

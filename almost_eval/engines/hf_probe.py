@@ -6,6 +6,7 @@ as the plain path is, and a difference would say nothing (`hf_rounding.py` measu
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,8 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from almost_eval.engines.hf_float32 import in_float32
-from almost_eval.engines.hf_head import HALF
+from almost_eval.engines.hf_float32 import HALF, in_float32
 from almost_eval.engines.hf_loglikelihood import AttentionWindow, Limits, PlainScorer, Results, SharedPrefixScorer
 from almost_eval.engines.prefix import EncodedContinuation, EncodedRequest, build_trie
 from almost_eval.types import LoglikelihoodRequest
@@ -39,6 +39,11 @@ class Probe:
     """Largest difference of a log-probability on the shared path, nats; None where the path failed outright."""
     padded: float | None
     """The same for left-padded batches."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the model gives numbers at all: what it gives one row at a time is NaN where a weight is."""
+        return self.padded is None or not math.isnan(self.padded)
 
     @property
     def sharing_is_exact(self) -> bool:

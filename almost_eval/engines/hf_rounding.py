@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING
@@ -25,10 +26,7 @@ LEAST = 512
 def rounding_sample(requests: Sequence[EncodedRequest], tokens: int, *, seed: int = 0) -> list[int]:
     """The requests that are scored again, ascending: the same for a whole run and for one that goes on.
 
-    Args:
-        requests: all requests of the run.
-        tokens: token positions that the run computes.
-        seed: of the order in which requests are taken until the tokens are spent.
+    Requests of a run that computes so many tokens are taken in a random order until the share of these is spent.
     """
     left = max(LEAST, tokens // SHARE)
     chosen: list[int] = []
@@ -56,17 +54,13 @@ def measure_rounding(
     Float32 is computed on the shared path: the probe has compared it with one row at a time on this checkpoint, and
     it costs a sixth of the plain path there, which is most of what this record takes on a CPU.
 
-    Args:
-        model: in bfloat16 or float16.
-        requests: all requests of the run.
-        shared: request -> its scores on the shared path.
-        limits: of one forward pass.
-        window: how far back the model's layers look.
-        padding: see `PlainScorer`.
+    Of all requests of the run, those in `shared` are compared: request -> its scores on the shared path.
 
     Returns:
         `requests` and `continuations` compared; for `shared` and `plain`: the median and the largest difference from
-        float32, and the requests whose most likely continuation is another one (`flips`).
+        float32 (None where no pair is finite), and the requests whose most likely continuation is another one
+        (`flips`). `not_finite` counts the continuations that have no finite number, as float16 overflows; it is there
+        where it counts something.
     """
     order = sorted(shared)
     sample = [requests[index] for index in order]  # alone: a batch of a plan for all would hold rows nobody reads
@@ -82,12 +76,13 @@ def measure_rounding(
 
     def against(scores: Mapping[int, Sequence[ContinuationScore]]) -> JSONObject:
         pairs = [(a.logprob, b.logprob) for r in truth for a, b in zip(scores[r], truth[r], strict=True)]
-        off = [abs(a - b) for a, b in pairs]
-        return {
-            "median": median(off),
-            "largest": max(off),
+        off = [abs(a - b) for a, b in pairs if math.isfinite(a - b)]
+        against: JSONObject = {
+            "median": median(off) if off else None,
+            "largest": max(off, default=None),
             "flips": sum(_best(scores[r]) != _best(truth[r]) for r in truth),
         }
+        return against | ({"not_finite": len(pairs) - len(off)} if len(off) < len(pairs) else {})
 
     return {
         "requests": len(truth),

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from almost_eval.engines.hf_attention import attending_by, identity, takes_registered_attention
+
 if TYPE_CHECKING:
     from almost_eval.models.loading import CausalLM
 
@@ -103,13 +105,7 @@ class RowLayer(CacheLayerMixin):
 
 
 class RowCache(Cache):
-    """What transformers' models take as their cache: the rows' own columns. The header is known to `attend` alone.
-
-    Args:
-        header: its keys and values in each layer.
-        length: its tokens.
-        columns: see `RowLayer`.
-    """
+    """What transformers' models take as their cache: the rows' own columns. The header is known to `attend` alone."""
 
     def __init__(self, header: HeaderLayers, length: int, columns: int) -> None:
         self._rows: list[RowLayer] = []
@@ -155,7 +151,7 @@ class RowCache(Cache):
             ForeignAttention: none did; the model has changed them, or they are of another cache.
         """
         number = self._number_of.get(keys.data_ptr())
-        if number is None or _identity(self._rows[number].keys) != _identity(keys):
+        if number is None or identity(self._rows[number].keys) != identity(keys):
             raise ForeignAttention("a layer attends to other keys than those in its cache")
         return number
 
@@ -177,10 +173,7 @@ def refusal(model: CausalLM) -> str | None:
     implementation = model.config.get_text_config()._attn_implementation
     if implementation != "sdpa":
         return f"attention {implementation!r}"
-    ask = getattr(type(model), "_can_set_attn_implementation", None)
-    if ask is None or not ask():
-        return "the model computes attention by itself"
-    return None
+    return None if takes_registered_attention(model) else "the model computes attention by itself"
 
 
 _pass: ContextVar[tuple[RowCache, Mapping[str, Sight]] | None] = ContextVar("rows that are computed", default=None)
@@ -189,19 +182,11 @@ _pass: ContextVar[tuple[RowCache, Mapping[str, Sight]] | None] = ContextVar("row
 @contextmanager
 def attending(model: CausalLM, cache: RowCache, sights: Mapping[str, Sight]) -> Iterator[None]:
     """Let the layers of a model that passes `refusal` attend by `attend`; its setting is back as it was afterwards."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    config = model.config.get_text_config()
-    before = config._attn_implementation
     token = _pass.set((cache, sights))
     try:
-        config._attn_implementation = NAME
-        yield
+        with attending_by(model, NAME, attend):
+            yield
     finally:
-        config._attn_implementation = before
         _pass.reset(token)
 
 
@@ -242,7 +227,7 @@ def attend(
     if dropout or kwargs.get("position_bias") is not None or query.shape[1] % key.shape[1]:
         raise ForeignAttention("a layer attends with dropout, a bias or uneven heads")
     number = cache.number_of(key)
-    sight = next((s for s in sights.values() if _identity(s.own) == _identity(attention_mask)), None)
+    sight = next((s for s in sights.values() if identity(s.own) == identity(attention_mask)), None)
     if sight is None:
         raise ForeignAttention("a layer attends by another mask than that of its pass")
     if not cache.header and query.shape[2] > 1:  # a kernel that keeps no scores
@@ -300,8 +285,3 @@ def _attend(
     of_header = both[..., :length].reshape(n, rows * group * q, length) @ values  # (n, B * group * q, value size)
     of_own = both[..., length:].transpose(0, 1) @ value.float()  # (B, n, group * q, value size)
     return (of_own + of_header.view(n, rows, group * q, -1).transpose(0, 1)).reshape(rows, heads, q, -1)
-
-
-def _identity(tensor: torch.Tensor | None) -> tuple[int, tuple[int, ...]] | None:
-    # Not `id`: models may hand their layers a view of what they got.
-    return None if tensor is None else (tensor.data_ptr(), tuple(tensor.shape))

@@ -51,10 +51,15 @@ class Sampler:
         self._full_precision = full_precision
 
     def draw(self, logits: torch.Tensor, rows: Sequence[int]) -> list[int]:
-        """A token after each of the logits (B, V), which belong to these rows."""
+        """A token after each of the logits (B, V), which belong to these rows.
+
+        Raises:
+            FloatingPointError: NaN among the logits, or infinity: an argmax would take a token all the same.
+        """
         scores = logits.float()
+        likeliest = refuse_not_finite(scores)
         if self._temperature == 0:
-            return [int(token) for token in scores.argmax(-1).tolist()]
+            return [int(token) for token in likeliest.tolist()]
         if self._temperature != 1:
             scores = scores / self._temperature
         generators = [self._generators[row] for row in rows]
@@ -70,6 +75,27 @@ class Sampler:
             noisy = scores[row, nucleus].cpu().numpy() + noise
             tokens.append(int(ids[noisy.argmax()]) if len(ids) else 0)  # none where all logits are -inf
         return tokens
+
+
+def refuse_not_finite(scores: torch.Tensor) -> torch.Tensor:
+    """The likeliest token of each row (B,) of `scores` (B, V).
+
+    Raises:
+        FloatingPointError: a row has NaN or plus infinity. Minus infinity is what a mask writes.
+    """
+    likeliest = scores.argmax(-1, keepdim=True)  # that of a NaN, where there is one
+    if not bool((scores.gather(-1, likeliest) < torch.inf).all()):  # false for a NaN too
+        raise FloatingPointError("the logits are not finite")
+    return likeliest[:, 0]
+
+
+class FiniteLogits(LogitsProcessor):
+    """Refuses logits that are not finite, see `refuse_not_finite`; leaves all others as they are."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Scores (B, V) as they are."""
+        refuse_not_finite(scores)
+        return scores
 
 
 class GumbelNoise(LogitsProcessor):

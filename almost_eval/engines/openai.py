@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
-from almost_eval.engines.base import SamplingParams
+from almost_eval.engines.base import GenerationEngine, SamplingParams
+from almost_eval.engines.checkpoint_engine import collected
 from almost_eval.engines.openai_client import OpenAIClient
 from almost_eval.engines.seeding import request_seed
+from almost_eval.models.stops import first_stop
 from almost_eval.types import Completion, JSONObject
 
 MAX_STOPS = 4
 """Stop strings that OpenAI's protocol takes; any more are looked for here."""
 
 
-class OpenAIEngine(OpenAIClient):
+class OpenAIEngine(OpenAIClient, GenerationEngine):
     """A model behind an OpenAI-compatible endpoint; arguments and errors are `OpenAIClient`'s.
 
     `Completion.token_ids` is empty: the protocol does not tell. A completion is as reproducible as the server's seeds.
@@ -50,12 +51,9 @@ class OpenAIEngine(OpenAIClient):
         self.check()
         draws = params.n if params.temperature > 0 else 1  # greedy completions are all the same
         jobs = itertools.product(range(len(prompts)), range(draws))
-        done: dict[int, dict[int, Completion]] = {}
-        for (p, c), completion in self.ask_all(jobs, lambda job: self._complete(prompts[job[0]], job[1], params)):
-            done.setdefault(p, {})[c] = completion
-            if len(done[p]) == draws:
-                whole = done.pop(p)
-                yield p, [whole[i % draws] for i in range(params.n)]
+        completions = self.ask_all(jobs, lambda job: self._complete(prompts[job[0]], job[1], params))
+        for p, drawn in collected(completions, dict.fromkeys(range(len(prompts)), draws)):
+            yield p, [drawn[i % draws] for i in range(params.n)]
 
     def sent_prompt(self, prompt: str) -> str | list[int]:
         """A rendered prompt as it is sent: the text, which the server encodes with its own special tokens in front."""
@@ -68,11 +66,6 @@ class OpenAIEngine(OpenAIClient):
     def text_of(self, choice: Any) -> str:
         """The text of a choice of the answer, as the server decoded it."""
         return choice.text or ""
-
-    def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[list[Completion]]:
-        """`params.n` completions for each rendered prompt, in order; raises as `stream_completions` does."""
-        done = dict(self.stream_completions(prompts, params))
-        return [done[i] for i in range(len(prompts))]
 
     def _complete(self, prompt: str, number: int, params: SamplingParams) -> Completion:
         import openai
@@ -88,8 +81,10 @@ class OpenAIEngine(OpenAIClient):
                 extra_body=self.more_fields(params) or None,
             )
             choice = answer.choices[0]
-            completion = _cut(self.text_of(choice), choice.finish_reason, params.stop)
-            return replace(completion, reasoning=own_reasoning(choice))
+            text = self.text_of(choice)
+            cut = first_stop(text, params.stop)  # servers differ in whether they leave it in
+            reason = "stop" if cut is not None or choice.finish_reason == "stop" else "length"
+            return Completion(text[:cut], (), reason, own_reasoning(choice))
         except openai.OpenAIError as error:
             self.fail(error)
         except (AttributeError, LookupError, TypeError, ValueError):
@@ -100,10 +95,3 @@ def own_reasoning(choice: Any) -> str:
     """The thought that a server delivers beside the text, in `reasoning_content` or `reasoning`; empty without one."""
     fields = (getattr(choice, name, None) for name in ("reasoning_content", "reasoning"))
     return next((field for field in fields if isinstance(field, str) and field), "")
-
-
-def _cut(text: str, finish_reason: str | None, stop: Sequence[str]) -> Completion:
-    """The text before the first stop string: servers differ in whether they leave it in."""
-    at = min((at for string in stop if (at := text.find(string)) >= 0), default=None)
-    reason = "stop" if at is not None or finish_reason == "stop" else "length"
-    return Completion(text[:at], (), reason)

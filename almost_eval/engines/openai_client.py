@@ -13,13 +13,13 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypedDict, TypeVar
 
 from almost_eval.engines.openai_parity import compare_endpoints
 from almost_eval.errors import AlmostError, InputError, ModelError, RunError, did_you_mean
@@ -60,15 +60,26 @@ class EndpointModel:
         return self.folder.file_digests() if self.folder else None
 
 
+class ClientOptions(TypedDict, total=False):
+    """What every engine and reward model over HTTP takes, and hands on to `OpenAIClient`."""
+
+    base_url: str | None
+    """The endpoint, up to and including `/v1`, several by commas; None is `OPENAI_BASE_URL`."""
+    concurrency: int
+    """Requests on their way at a time, to all endpoints together."""
+    timeout: float
+    """Seconds that one answer may take."""
+    retries: int
+    """Of one request."""
+
+
 class OpenAIClient:
     """One model behind one endpoint, or behind several that serve the same.
 
     Args:
         model: the name it is served under, or None for whatever is served.
-        base_url: the endpoint, up to and including `/v1`, several by commas; None is `OPENAI_BASE_URL`.
-        concurrency: requests on their way at a time, to all endpoints together.
-        timeout: seconds that one answer may take.
-        retries: of one request.
+
+    All others: see `ClientOptions`.
 
     Raises:
         InputError: no endpoint, or one that is no http(s) address; a broken key; a number out of range.
@@ -128,13 +139,15 @@ class OpenAIClient:
                     f"the endpoint {address.shown} serves no model {self.model!r}; {did_you_mean(self.model, served)}"
                 )
             cards.append(served.get(self.model, {}))
-        self.card = cards[0]
-        limits = [card["max_model_len"] for card in cards if isinstance(card.get("max_model_len"), int)]
-        if limits:
-            self.card = self.card | {"max_model_len": min(limits)}
+        self._adopt(cards)
         if len(self._reachable) > 1:
             compare_endpoints(self.model, [(address.shown, self._client(address)) for address in self._reachable])
         self._checked = True
+
+    def _adopt(self, cards: Sequence[JSONObject]) -> None:
+        """Take what the first endpoint says of the model; of the context, the shortest that any states."""
+        limits = [card["max_model_len"] for card in cards if isinstance(card.get("max_model_len"), int)]
+        self.card = cards[0] | ({"max_model_len": min(limits)} if limits else {})
 
     def _served(self) -> list[tuple[EndpointAddress, dict[str, JSONObject]]]:
         """Each endpoint that answers -> served name -> what it says of it; empty where it lists nothing readable.
@@ -199,10 +212,7 @@ class OpenAIClient:
         root = self.card.get("root")
         if not isinstance(root, str) or not root:
             return None
-        try:
-            return root if root in BUILT_IN or Path(root).is_dir() else None
-        except (OSError, ValueError):
-            return None
+        return root if is_here(root) else None
 
     def served_model(self, architectures: Collection[str]) -> EndpointModel:
         """The model's name, and its files where they are the server's own: it runs here and names a folder."""
@@ -241,15 +251,6 @@ class OpenAIClient:
             if isinstance(answer, BaseException):
                 raise answer
             yield job, answer
-
-    def post_json(self, path: str, body: JSONMapping) -> JSONObject:
-        """The JSON of the answer to a POST, after retries; `path` follows the base address, or is a whole one.
-
-        Raises:
-            OpenAIError: of the SDK, for `fail`.
-            ValueError: the answer is no JSON.
-        """
-        return post_json(self.client, path, body)
 
     @cached_property
     def client(self) -> openai.OpenAI:
@@ -315,7 +316,12 @@ class OpenAIClient:
 
 
 def post_json(client: openai.OpenAI, path: str, body: JSONMapping) -> JSONObject:
-    """See `OpenAIClient.post_json`."""
+    """The JSON of the answer to a POST, after retries; `path` follows the base address, or is a whole one.
+
+    Raises:
+        OpenAIError: of the SDK, for `OpenAIClient.fail`.
+        ValueError: the answer is no JSON.
+    """
     import httpx
 
     answer: JSONObject = client.post(path, cast_to=httpx.Response, body=body).json()
@@ -323,13 +329,7 @@ def post_json(client: openai.OpenAI, path: str, body: JSONMapping) -> JSONObject
 
 
 def vllm_version(client: openai.OpenAI, address: EndpointAddress, card: JSONMapping) -> str | None:
-    """The version of vLLM, whose server tells it beside `/v1`; None where another one serves.
-
-    Args:
-        client: of the endpoint.
-        address: of the endpoint.
-        card: what its `/v1/models` says of the model.
-    """
+    """The version of vLLM, whose server tells it beside `/v1`; None where, by the model's card, another one serves."""
     import httpx
     import openai
 
@@ -340,6 +340,14 @@ def vllm_version(client: openai.OpenAI, address: EndpointAddress, card: JSONMapp
         return str(once.get(address.beside("/version"), cast_to=httpx.Response).json()["version"])
     except (openai.OpenAIError, LookupError, TypeError, ValueError):
         return None  # a gateway in between need not pass it on
+
+
+def is_here(name: str) -> bool:
+    """Whether a name is a folder of this machine or a built-in one."""
+    try:
+        return name in BUILT_IN or Path(name).is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 def _notice(line: str) -> None:

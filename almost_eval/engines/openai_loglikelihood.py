@@ -16,15 +16,15 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Unpack
 
-from almost_eval.engines.base import RequestScores, SamplingParams
+from almost_eval.engines.base import LoglikelihoodEngine, RequestScores, SamplingParams
+from almost_eval.engines.checkpoint_engine import collected, encode_rolling
 from almost_eval.engines.decoding import decode, marks
 from almost_eval.engines.openai import OpenAIEngine
-from almost_eval.engines.openai_client import EndpointModel
+from almost_eval.engines.openai_client import ClientOptions, EndpointModel, is_here, post_json
 from almost_eval.engines.openai_routes import Whole, plan_wholes, read_echo, read_ids, token_name
 from almost_eval.engines.prefix import EncodedRequest, TokenEncoder, build_trie, scores_of_nothing
-from almost_eval.engines.rolling import encode_rolling
 from almost_eval.engines.vllm_loglikelihood import ScoringPrompt, plan_prompts
 from almost_eval.errors import InputError
 from almost_eval.models.checkpoint import Checkpoint, find_checkpoint
@@ -41,18 +41,15 @@ _BEYOND = {"ids": 1, "echo": 2}
 continuation's last, which is then part of the prompt."""
 
 
-class OpenAIScorer(OpenAIEngine):
+class OpenAIScorer(OpenAIEngine, LoglikelihoodEngine):
     """`OpenAIEngine` that knows its tokens: it scores as well as it generates.
 
     Args:
         model: the name it is served under.
-        base_url: see `OpenAIClient`, as for the three that follow.
-        concurrency: see there.
-        timeout: see there.
-        retries: see there.
         tokenizer: checkpoint directory, built-in name or hub id with the model's tokenizer; None is the model's own
             where its name, or what the server says it has loaded, is a folder here.
         max_length: a context length below the server's, or what it is where the server does not tell.
+        client: see `ClientOptions`.
 
     Raises:
         InputError: see `OpenAIClient`.
@@ -62,14 +59,11 @@ class OpenAIScorer(OpenAIEngine):
         self,
         model: str,
         *,
-        base_url: str | None = None,
-        concurrency: int = 32,
-        timeout: float = 600.0,
-        retries: int = 6,
         tokenizer: str | None = None,
         max_length: int | None = None,
+        **client: Unpack[ClientOptions],
     ) -> None:
-        super().__init__(model, base_url=base_url, concurrency=concurrency, timeout=timeout, retries=retries)
+        super().__init__(model, **client)
         if max_length is not None and max_length < 1:
             raise InputError(f"max length is {max_length}; it must be 1 or more")
         self._tokenizer = tokenizer
@@ -134,11 +128,7 @@ class OpenAIScorer(OpenAIEngine):
         return decode(self.tokenizer, ids[:-1] if ended else ids)
 
     def _own_folder(self) -> str | None:
-        try:
-            here = self.model in BUILT_IN or Path(self.model).is_dir()
-        except (OSError, ValueError):
-            here = False
-        return self.model if here else self.root
+        return self.model if is_here(self.model) else self.root
 
     @cached_property
     def encoder(self) -> TokenEncoder:
@@ -202,9 +192,10 @@ class OpenAIScorer(OpenAIEngine):
         }
         try:
             try:
-                answer = self.post_json("completions", plain | more)
+                answer = post_json(self.client, "completions", plain | more)
             except (openai.BadRequestError, openai.UnprocessableEntityError):
-                answer = self.post_json("completions", plain)  # a strict server, to which the other fields are unknown
+                # A strict server, to which the other fields are unknown.
+                answer = post_json(self.client, "completions", plain)
             self._judge(answer, ids, probed)
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             self._refuse(f"it answers {error.status_code}: {self.words(error)}")
@@ -264,11 +255,6 @@ class OpenAIScorer(OpenAIEngine):
             )
         return encode_rolling(self.encoder, request, self.context_length)
 
-    def loglikelihood(self, requests: Sequence[LoglikelihoodRequest]) -> list[RequestScores]:
-        """Scores of all requests, in order; raises as `stream` does."""
-        scores = dict(self.stream(self.encode(requests)))
-        return [scores[i] for i in range(len(requests))]
-
     def stream(
         self, requests: Sequence[EncodedRequest], wanted: Collection[int] | None = None
     ) -> Iterator[tuple[int, RequestScores]]:
@@ -292,14 +278,8 @@ class OpenAIScorer(OpenAIEngine):
         self._report.tokens_plain, self._report.tokens_in_trie = trie.tokens_plain, len(trie)
         wanted = sorted(range(len(requests)) if wanted is None else wanted)
         yield from scores_of_nothing(requests, wanted)
-        missing = {index: len(requests[index].continuations) for index in wanted}
-        scores: dict[int, dict[int, ContinuationScore]] = {index: {} for index in wanted}
-        for (index, number), score in self._scores(requests, wanted):
-            scores[index][number] = score
-            missing[index] -= 1
-            if missing[index] == 0:
-                whole = scores.pop(index)
-                yield index, [whole[i] for i in range(len(whole))]
+        sizes = {index: len(requests[index].continuations) for index in wanted}
+        yield from collected(self._scores(requests, wanted), sizes)
 
     def _scores(
         self, requests: Sequence[EncodedRequest], wanted: Sequence[int]
@@ -331,7 +311,7 @@ class OpenAIScorer(OpenAIEngine):
         else:
             body |= {"echo": True, "logprobs": 1}
         try:
-            return self.post_json("completions", body)
+            return post_json(self.client, "completions", body)
         except openai.OpenAIError as error:
             self.fail(error)
         except ValueError:

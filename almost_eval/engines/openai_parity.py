@@ -8,7 +8,6 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from almost_eval.errors import InputError
 
@@ -22,11 +21,7 @@ than what a few steps of training do to some token of the text."""
 
 
 def compare_endpoints(model: str, clients: Sequence[tuple[str, openai.OpenAI]]) -> None:
-    """Refuse an endpoint whose log-probabilities are not those of the others.
-
-    Args:
-        model: the name that all serve.
-        clients: (address as it is shown, client) of each endpoint.
+    """Refuse an endpoint (address as it is shown, client) whose log-probabilities are not those of the others.
 
     Raises:
         InputError: one differs from the others, which is named; or one does not tell, so that nobody knows.
@@ -47,19 +42,14 @@ def compare_endpoints(model: str, clients: Sequence[tuple[str, openai.OpenAI]]) 
         counts = ", ".join(f"{shown}: {' '.join(list(answer)[:3])} ..." for shown, answer in answers.items())
         raise InputError(f"the endpoints do not serve the same {model}: they expect other tokens ({counts})")
     rows = np.array([list(answer.values()) for answer in answers.values()])  # (endpoints, tokens)
-    off, which = _furthest(rows)
+    off = float((rows.max(axis=0) - rows.min(axis=0)).max())
     if off > TOLERANCE:
+        middle = np.array([median(column) for column in rows.T.tolist()])  # what most say
+        which = int(np.abs(rows - middle).max(axis=1).argmax())
         raise InputError(
             f"the endpoint {list(answers)[which]} gives other log-probabilities than the rest (by {off:.3g} nats on a "
             f"probe; {TOLERANCE} are allowed): serve the same weights in the same number format, or leave it out"
         )
-
-
-def _furthest(rows: NDArray[np.float64]) -> tuple[float, int]:
-    """(largest difference between two rows, the row that is furthest from what most say)."""
-    middle = np.array([median(column) for column in rows.T.tolist()])
-    off = np.abs(rows - middle).max(axis=1)
-    return float((rows.max(axis=0) - rows.min(axis=0)).max()), int(off.argmax())
 
 
 def _logprobs(model: str, client: openai.OpenAI) -> Mapping[str, float]:

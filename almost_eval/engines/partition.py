@@ -123,12 +123,9 @@ def partition_requests(
 
 
 def partition_prompts(prompts: Sequence[Ids], parts: int, *, new_tokens: int) -> Partition:
-    """Divide prompts that are to be continued, those behind one header together.
+    """Divide prompts (token ids) that are to be continued, those behind one header together.
 
-    Args:
-        prompts: token ids of each; a part's indices are places in this list.
-        parts: processes, 1 or more.
-        new_tokens: the longest continuations of a prompt in tokens, all of them together.
+    All continuations of a prompt together have `new_tokens` at most.
     """
     size: list[int] = []
     parent: list[int] = []
@@ -149,11 +146,9 @@ def partition_prompts(prompts: Sequence[Ids], parts: int, *, new_tokens: int) ->
 
 
 def partition_lengths(lengths: Sequence[int], parts: int) -> Partition:
-    """Divide texts that are read alone, as those of a reward model, the longest first: similar lengths share a batch.
+    """Divide samples by the tokens of their texts, which are read alone, as those of a reward model.
 
-    Args:
-        lengths: tokens of each sample's texts, all of them together.
-        parts: processes, 1 or more.
+    The longest come first: similar lengths share a batch.
     """
     work = _Work(lengths, [-1] * len(lengths), [frozenset([sample]) for sample in range(len(lengths))])
     return _divide(work, _runs(work, sorted(range(len(lengths)), key=lambda sample: (-lengths[sample], sample))), parts)
@@ -186,13 +181,7 @@ EXTRA = 0.03
 
 
 def _divide(work: _Work, runs: Sequence[tuple[list[int], frozenset[int]]], parts: int) -> Partition:
-    """Parts of consecutive runs, the costliest of which costs as little as it can.
-
-    Args:
-        work: what the samples need.
-        runs: (samples, what they need together).
-        parts: how many.
-    """
+    """Parts of consecutive runs (samples, what they need together); the costliest costs as little as it can."""
     if parts < 1:
         raise ValueError(f"{parts} parts; there must be 1 or more")
     whole = work.cost({unit for needed in work.needs for unit in needed})

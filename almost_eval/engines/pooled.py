@@ -11,25 +11,18 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from almost_eval.engines.base import EngineReport, RequestScores, SamplingParams
-from almost_eval.engines.checkpoint_engine import CheckpointEngine
+from almost_eval.engines.base import GenerationEngine, LoglikelihoodEngine, RequestScores, SamplingParams
 from almost_eval.engines.partition import partition_lengths, partition_prompts, partition_requests
 from almost_eval.engines.prefix import EncodedRequest
-from almost_eval.errors import InputError
 from almost_eval.models.held import HeldCheckpoint
-from almost_eval.nano import BUILT_IN
-from almost_eval.types import Completion, JSONObject, LoglikelihoodRequest
-from almost_eval.workers.local import LocalTransport
+from almost_eval.types import Completion, EngineReport, LoglikelihoodRequest
 from almost_eval.workers.pool import Pool
-from almost_eval.workers.ray import RayTransport
-from almost_eval.workers.size import local_share, requested
-from almost_eval.workers.work import ServantRecipe, Transport, Unit
+from almost_eval.workers.work import Servant, Unit
 
 if TYPE_CHECKING:
     from almost_eval.engines.hf import HFEngine
@@ -39,7 +32,6 @@ SCORING_UNITS = 4
 """Parts of the requests for each worker: a fast one takes more of them, and a lost one costs a quarter of its share."""
 WRITING_UNITS = 2
 """The same for prompts that are continued: fewer, as rows that share a batch share the reading of all weights."""
-_LIBRARIES = ("torch", "transformers.modeling_utils", "transformers.models.auto.auto_factory")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,76 +63,106 @@ class UnitReport:
     """See `Scoring`."""
 
 
-class EngineServant:
-    """An engine in a worker."""
+class ModelServant:
+    """An engine or a reward model in a worker."""
 
-    def __init__(self, engine: CheckpointEngine) -> None:
-        self._engine: Any = engine
+    def __init__(self, model: HeldCheckpoint) -> None:
+        self._model: Any = model
+
+    def identity(self) -> Mapping[str, str | None]:
+        """See `identity_of`."""
+        return identity_of(self._model)
+
+    def close(self) -> None:
+        """End what the model itself has started: a process, on vLLM."""
+        if hasattr(self._model, "close"):
+            self._model.close()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRecipe:
+    """How a worker opens the model."""
+
+    servant: Callable[[Any], Servant]
+    model_class: type
+    model: str
+    arguments: Mapping[str, Any]
+
+    def open(self) -> Servant:
+        """The model with its servant; weights load with the first unit."""
+        return self.servant(self.model_class(self.model, **self.arguments))
+
+
+class EngineServant(ModelServant):
+    """An engine in a worker."""
 
     def answer(self, task: Scoring | Writing, unit: Unit) -> Iterator[tuple[int, Any]]:
         """Scores of requests, or completions of prompts."""
         if isinstance(task, Scoring):
-            self._engine.part, self._engine.longest = unit.number or int(task.is_part), task.longest
+            self._model.part, self._model.longest = unit.number or int(task.is_part), task.longest
             if task.probes:
-                self._engine.probes.update(pickle.loads(task.probes))  # written by a worker of this very command
-            yield from self._engine.stream(task.requests, unit.items)
+                self._model.probes.update(pickle.loads(task.probes))  # written by a worker of this very command
+            yield from self._model.stream(task.requests, unit.items)
             return
         prompts = [task.prompts[index] for index in unit.items]
-        for place, completions in self._engine.stream_completions(prompts, task.params):
+        for place, completions in self._model.stream_completions(prompts, task.params):
             yield unit.items[place], completions
 
     def report(self) -> UnitReport:
         """Of the last unit."""
-        probes = getattr(self._engine, "probes", None)
-        return UnitReport(self._engine.report, pickle.dumps(probes) if probes else b"")
-
-    def identity(self) -> Mapping[str, str | None]:
-        """See `identity_of`."""
-        return identity_of(self._engine)
-
-    def close(self) -> None:
-        """End what the engine itself has started: a process, on vLLM."""
-        if hasattr(self._engine, "close"):
-            self._engine.close()
+        probes = getattr(self._model, "probes", None)
+        return UnitReport(self._model.report, pickle.dumps(probes) if probes else b"")
 
 
-@dataclass(frozen=True, slots=True)
-class EngineRecipe:
-    """How a worker opens the engine."""
-
-    engine: type[CheckpointEngine]
-    model: str
-    arguments: Mapping[str, Any]
-
-    def open(self) -> EngineServant:
-        """The engine; weights load with the first unit."""
-        return EngineServant(self.engine(self.model, **self.arguments))
-
-
-class PooledEngine:
-    """An engine in each of several workers.
+class InWorkers:
+    """A model in each of several workers.
 
     Args:
-        engine: the same engine in this process. It encodes and says what it is; its weights are never loaded.
-        pool: workers that hold an `EngineServant`.
+        reader: the same model in this process. It encodes and says what it is; its weights are never loaded.
+        pool: workers that hold a `ModelServant`.
     """
 
-    def __init__(self, engine: HFEngine | VLLMEngine, pool: Pool) -> None:
-        self.engine = engine
+    def __init__(self, reader: HeldCheckpoint, pool: Pool) -> None:
+        self.reader: Any = reader
         self.pool = pool
-        self._report = EngineReport()
-        self._probes = b""
-        self._last: tuple[Scoring | Writing, tuple[int, ...]] | None = None
+        self.last: tuple[Any, tuple[int, ...]] | None = None
         """The last task and a part of it."""
 
     def __getattr__(self, name: str) -> Any:
-        """Tokenizer, checkpoint, settings and the like are the engine's own."""
-        return getattr(self.__dict__["engine"], name)
+        """Tokenizer, checkpoint, settings and the like are the reader's own."""
+        return getattr(self.__dict__["reader"], name)
+
+    def answers(self, task: Any, parts: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, Any]]:
+        """What the workers answer to a task, as they answer; raises as `Pool.run` does."""
+        self.last = (task, parts[0]) if parts else None
+        yield from self.pool.run(task, parts)
+
+    def rehearse(self) -> None:
+        """Have every worker compute a part of the last stream: all then have their weights, and know the checkpoint.
+
+        Raises:
+            RunError: see `Pool.run`.
+        """
+        if self.last is not None:
+            self.pool.run_everywhere(*self.last)
+
+    def close(self) -> None:
+        """End the workers; the next stream starts others."""
+        self.pool.close()
+
+
+class PooledEngine(InWorkers, LoglikelihoodEngine, GenerationEngine):
+    """An engine in each of several workers; arguments: see `InWorkers`."""
+
+    def __init__(self, reader: HFEngine | VLLMEngine, pool: Pool) -> None:
+        super().__init__(reader, pool)
+        self._report = EngineReport()
+        self._probes = b""
 
     @property
     def context_length(self) -> int:
         """Tokens the model can attend to."""
-        return self.engine.context_length
+        return int(self.reader.context_length)
 
     @property
     def report(self) -> EngineReport:
@@ -149,7 +171,8 @@ class PooledEngine:
 
     def encode(self, requests: Sequence[LoglikelihoodRequest]) -> list[EncodedRequest]:
         """Token ids of every request, encoded in this process."""
-        return self.engine.encode(requests)
+        encoded: list[EncodedRequest] = self.reader.encode(requests)
+        return encoded
 
     def stream(
         self, requests: Sequence[EncodedRequest], wanted: Collection[int] | None = None
@@ -161,26 +184,20 @@ class PooledEngine:
             RunError: see `Pool.run`; or whatever the engine refuses in a worker.
         """
         if any(request.continuations for request in requests):
-            self.engine._refuse_long(requests)  # before a worker starts
+            self.reader._refuse_long(requests)  # before a worker starts
         parts = self._parts(requests, SCORING_UNITS * self.pool.size)
         # An empty part where nothing is wanted: the report of the whole plan belongs in the results all the same.
-        is_part = getattr(self.engine, "part", None) is not None
-        task = Scoring(list(requests), getattr(self.engine, "longest", 0), is_part, self._probes)
+        is_part = getattr(self.reader, "part", None) is not None
+        task = Scoring(list(requests), getattr(self.reader, "longest", 0), is_part, self._probes)
         yield from self._run(task, wanted_of(parts, wanted) or [()])
 
     def _parts(self, requests: Sequence[EncodedRequest], parts: int) -> Sequence[tuple[int, ...]]:
         """Requests that begin alike together, unless the engine shares no prefix."""
-        engine: Any = self.engine
-        if not getattr(engine, "share_prefixes", True):
+        if not getattr(self.reader, "share_prefixes", True):
             tokens = [sum(c.n_positions for c in request.continuations) for request in requests]
             return partition_lengths(tokens, parts).parts
-        limits = engine.pass_limits() if hasattr(engine, "pass_limits") else {}
+        limits = self.reader.pass_limits() if hasattr(self.reader, "pass_limits") else {}
         return partition_requests(requests, range(len(requests)), parts, **limits).parts
-
-    def loglikelihood(self, requests: Sequence[LoglikelihoodRequest]) -> list[RequestScores]:
-        """Scores of all requests, in order; raises as `stream` does."""
-        scores = dict(self.stream(self.encode(requests)))
-        return [scores[i] for i in range(len(requests))]
 
     def stream_completions(
         self, prompts: Sequence[str], params: SamplingParams
@@ -193,40 +210,21 @@ class PooledEngine:
         """
         if not prompts:
             return
-        ids = self.engine._prompt_ids(prompts, params)
+        ids = self.reader._prompt_ids(prompts, params)
         parts = partition_prompts(
             ids, WRITING_UNITS * self.pool.size, new_tokens=params.n * params.max_new_tokens
         ).parts
         yield from self._run(Writing(list(prompts), params), wanted_of(parts, None))
 
-    def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[list[Completion]]:
-        """`params.n` completions for each rendered prompt, in order; raises as `stream_completions` does."""
-        done = dict(self.stream_completions(prompts, params))
-        return [done[i] for i in range(len(prompts))]
-
-    def rehearse(self) -> None:
-        """Have every worker compute a part of the last stream: all then have their weights, and know the checkpoint.
-
-        Raises:
-            RunError: see `Pool.run`.
-        """
-        if self._last is None:
-            return
-        task, part = self._last
-        self.pool.run_everywhere(replace(task, probes=self._probes) if isinstance(task, Scoring) else task, part)
-
-    def close(self) -> None:
-        """End the workers; the next stream starts others."""
-        self.pool.close()
-
     def _run(self, task: Scoring | Writing, parts: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, Any]]:
-        self._last = (task, parts[0]) if parts else None
         try:
-            yield from self.pool.run(task, parts)
+            yield from self.answers(task, parts)
         finally:
             self._report = merged([unit.engine for unit in self.pool.reports], self.pool.warnings)
             # The longest: units of one stream meet the same windows, and a worker keeps those of earlier streams.
             self._probes = max((self._probes, *(unit.probes for unit in self.pool.reports)), key=len)
+            if self.last and isinstance(task, Scoring):
+                self.last = replace(task, probes=self._probes), self.last[1]
 
 
 def wanted_of(parts: Sequence[tuple[int, ...]], wanted: Collection[int] | None) -> list[tuple[int, ...]]:
@@ -256,57 +254,3 @@ def identity_of(model: HeldCheckpoint) -> dict[str, str | None]:
         "digest of the weights": model.checkpoint.weight_digest(),
         "digest of config and tokenizer": hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest(),
     }
-
-
-def recipe_arguments(model: HeldCheckpoint, arguments: JSONObject, *, takes_device: bool) -> JSONObject:
-    """Arguments for a worker, with what `auto` stands for here: what is recorded is what runs."""
-    device = {"device": model.device} if takes_device else {}
-    return {**arguments, "dtype": model.dtype, **device}
-
-
-def model_for_workers(name: str) -> str:
-    """A model's name as a process in another folder understands it."""
-    return str(Path(name).resolve()) if name not in BUILT_IN and Path(name).is_dir() else name
-
-
-def open_pool(
-    model: HeldCheckpoint,
-    recipe: ServantRecipe,
-    workers: int | str | None,
-    ray: str | None,
-    *,
-    gpus_each: int,
-    is_auto: bool,
-    silence_s: float | None = None,
-) -> Pool:
-    """The workers that `--workers` and `--ray` describe; they start with the first stream.
-
-    Args:
-        model: the model in this process.
-        recipe: opens it in a worker.
-        workers: a number or `GPUS`; None is as many as the cluster has room for.
-        ray: address of a Ray cluster, or None for processes of this machine.
-        gpus_each: GPUs that one copy of the model takes, where it runs on GPUs.
-        is_auto: the device was not named.
-        silence_s: see `Pool`.
-
-    Raises:
-        InputError: there is no room for so many workers.
-        MissingDependencyError: Ray is not installed.
-    """
-    transport: Transport
-    on_gpu = model.device.startswith("cuda")
-    if ray is None:
-        assert workers is not None
-        share = local_share(workers, model.device, gpus_each)
-        transport = LocalTransport(
-            recipe, share.workers, threads=share.threads, devices=share.devices, modules=_LIBRARIES
-        )
-        return Pool(transport, silence_s=silence_s)
-    cluster = RayTransport(recipe, requested(workers), address=ray, gpus=gpus_each if on_gpu else 0)
-    if is_auto and not on_gpu and cluster.has_gpus:
-        raise InputError(
-            "--ray: the cluster has GPUs and this machine has none, so the model would run on CPUs: run the command on "
-            "a node with a GPU, or give --device cpu"
-        )
-    return Pool(cluster, identity_of(model), silence_s=silence_s)

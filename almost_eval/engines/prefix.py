@@ -318,11 +318,10 @@ def plan_chunks(
     while begin < len(trie):
         stop = min(begin + max_tokens, len(trie))
         for marks, limit in ((rows, max_rows), (trie.leaf, max_sequences)):
-            if limit is None:
-                continue
-            first = int(np.searchsorted(marks, begin))
-            if first + limit < len(marks):
-                stop = min(stop, int(marks[first + limit]))
+            if limit is not None:
+                first = int(np.searchsorted(marks, begin))
+                if first + limit < len(marks):
+                    stop = min(stop, int(marks[first + limit]))
         stop = min([stop, *trie.cuts[np.searchsorted(trie.cuts, begin + 1) :][:1].tolist()])
         lo, hi = np.searchsorted(trie.targets.node, [begin, stop])
         chunks.append(Chunk(begin, stop, slice(int(lo), int(hi))))

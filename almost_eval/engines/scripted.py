@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 
-from almost_eval.engines.base import RequestScores, SamplingParams
+from almost_eval.engines.base import GenerationEngine, LoglikelihoodEngine, RequestScores, SamplingParams
 from almost_eval.engines.prefix import EncodedContinuation, EncodedRequest, Ids, build_trie
 from almost_eval.errors import InputError, TemplateError
 from almost_eval.models.stops import first_stop
@@ -18,7 +18,7 @@ from almost_eval.types import Completion, ContinuationScore, EngineReport, Logli
 _EMPTY_CONTEXT = np.zeros(1, dtype=np.int32)  # as a BOS token would
 
 
-class ScriptedEngine:
+class ScriptedEngine(LoglikelihoodEngine, GenerationEngine):
     """Scores and continues text as told. Its tokens are words, split at white space.
 
     >>> from almost_eval.types import LoglikelihoodRequest
@@ -91,10 +91,6 @@ class ScriptedEngine:
         for index in sorted(range(len(requests)) if wanted is None else wanted):
             yield index, self._scores(requests[index])
 
-    def loglikelihood(self, requests: Sequence[LoglikelihoodRequest]) -> list[RequestScores]:
-        """Scores of all requests, in order."""
-        return [scores for _, scores in self.stream(self.encode(requests))]
-
     def stream_completions(
         self, prompts: Sequence[str], params: SamplingParams
     ) -> Iterator[tuple[int, list[Completion]]]:
@@ -109,10 +105,6 @@ class ScriptedEngine:
         self._refuse_long(longest + params.max_new_tokens)
         for index, prompt in enumerate(prompts):
             yield index, [_cut(self._complete(prompt), params)] * params.n
-
-    def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[list[Completion]]:
-        """What `stream_completions` yields, in a list."""
-        return [completions for _, completions in self.stream_completions(prompts, params)]
 
     def _scores(self, encoded: EncodedRequest) -> RequestScores:
         request = encoded.request

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 from almost_eval.engines.base import RequestScores, SamplingParams
-from almost_eval.engines.checkpoint_engine import CheckpointEngine
+from almost_eval.engines.checkpoint_engine import CheckpointEngine, collected
 from almost_eval.engines.decoding import decode, marks
 from almost_eval.engines.prefix import EncodedRequest, scores_of_nothing
 from almost_eval.engines.seeding import request_seed
@@ -48,18 +47,13 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
         model: a checkpoint directory, hub id, built-in name, or an open `Checkpoint`.
         dtype: `auto` is float32 on a CPU and the checkpoint's own elsewhere.
         max_length: a context length below the model's own.
-        batch_size: sequences in a step, or None for vLLM's own choice.
-        batch_tokens: token positions in a step, or None for vLLM's own choice; on a CPU a whole context at least.
-        tensor_parallel_size: devices that share each layer.
-        pipeline_parallel_size: devices, or groups of them, that share the layers out.
         data_parallel_size: must be 1: vLLM replicates a model behind its server alone.
-        quantization: a method of vLLM's; None is what the checkpoint says of itself.
         speculative_config: how later tokens are guessed, for `generate` alone; see `vllm_speculative`.
-        gpu_memory: share of the GPU's memory, 0 to 1, or None for vLLM's own choice.
-        kv_cache_gib: GiB of keys and values; None is 1 on a CPU and what is free elsewhere.
         allow_pickle: accept pickled weights.
         trust_remote_code: run Python code that the checkpoint ships.
         purpose: `generate` where it will only continue prompts; `auto` may then be bfloat16 on a CPU (`pick_dtype`).
+
+    All others: see `VLLMOptions`.
 
     Raises:
         InputError: an unknown dtype, a size below 1, or a `max_length` beyond the model's own.
@@ -89,15 +83,8 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
         allow_unused_weights: bool = False,
     ) -> None:
         refuse_data_parallel(data_parallel_size)
-        self.options = VLLMOptions(
-            batch_size,
-            batch_tokens,
-            tensor_parallel_size,
-            pipeline_parallel_size,
-            gpu_memory,
-            kv_cache_gib,
-            quantization,
-        )
+        parallel = (tensor_parallel_size, pipeline_parallel_size)
+        self.options = VLLMOptions(batch_size, batch_tokens, *parallel, gpu_memory, kv_cache_gib, quantization)
         if not isinstance(model, Checkpoint):
             model = find_checkpoint(model, allow_pickle=allow_pickle)
         refuse_stray_weights(model)
@@ -189,18 +176,25 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
             for p, prompt in enumerate(prompts)
             for c in range(draws)
         }
+        completions = self._completions(requests, params, ends)
+        for p, drawn in collected(completions, dict.fromkeys(range(len(prompts)), draws)):
+            yield p, [drawn[i % draws] for i in range(params.n)]
+
+    def _completions(
+        self, requests: Requests, params: SamplingParams, ends: Collection[int]
+    ) -> Iterator[tuple[tuple[int, int], Completion]]:
+        """((prompt, number of its completion), completion) as they end; a request is named by both numbers."""
         thought = marks(self.tokenizer)
-        done: dict[int, dict[int, Completion]] = {}
         for name, output in self.results(requests):
             p, c = map(int, name.split("/"))
-            completion = _completion(output.outputs[0], ends)
-            if not thought.keys().isdisjoint(completion.token_ids):  # vLLM skips them, as it does all special tokens
-                text = decode(self.tokenizer, completion.token_ids)
-                completion = replace(completion, text=text[: first_stop(text, params.stop)])
-            done.setdefault(p, {})[c] = completion
-            if len(done[p]) == draws:
-                whole = done.pop(p)
-                yield p, [whole[i % draws] for i in range(params.n)]
+            one = output.outputs[0]
+            ids, text = tuple(one.token_ids), one.text
+            if ids and ids[-1] in ends:
+                ids = ids[:-1]
+            if not thought.keys().isdisjoint(ids):  # vLLM skips them, as it does all special tokens
+                text = decode(self.tokenizer, ids)
+                text = text[: first_stop(text, params.stop)]
+            yield (p, c), Completion(text, ids, "stop" if one.finish_reason == "stop" else "length")
 
     def _sampling(self, prompt: str, number: int, params: SamplingParams, ends: Collection[int]) -> Params:
         import vllm
@@ -228,10 +222,3 @@ class VLLMEngine(HoldsLLM, CheckpointEngine):
         if file.is_file():
             own = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id", own)
         return end_ids(own, self.tokenizer, stop)
-
-
-def _completion(output: Output, ends: Collection[int]) -> Completion:
-    ids = tuple(output.token_ids)
-    if ids and ids[-1] in ends:
-        ids = ids[:-1]
-    return Completion(output.text, ids, "stop" if output.finish_reason == "stop" else "length")

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from almost_eval.engines.base import RequestScores
+from almost_eval.engines.checkpoint_engine import collected
 from almost_eval.engines.prefix import EncodedRequest, Ids, build_trie
 from almost_eval.engines.vllm_process import Output, Params, Requests
 from almost_eval.errors import RunError
@@ -50,22 +51,24 @@ class ScoringPrompt:
 def stream_scores(
     results: Results, requests: Sequence[EncodedRequest], wanted: Collection[int], report: EngineReport
 ) -> Iterator[tuple[int, RequestScores]]:
-    """Yield (index, scores) of each wanted request when its last continuation is known.
+    """Yield (index, scores) of each wanted request when its last continuation is known; `report` counts the tokens.
 
-    Args:
-        results: runs vLLM; called once with the prefix cache, and once without it for what the cache held.
-        requests: all of the run.
-        wanted: indices of those to score.
-        report: counts the tokens.
+    `results` is called once with the prefix cache, and once without it for what the cache held.
 
     Raises:
         RunError: vLLM read its cache although it was switched off.
     """
     trie = build_trie(requests)
     report.tokens_plain, report.tokens_in_trie = trie.tokens_plain, len(trie)
+    sizes = {index: len(requests[index].continuations) for index in wanted}
+    return collected(_scores(results, requests, wanted, report), sizes)
+
+
+def _scores(
+    results: Results, requests: Sequence[EncodedRequest], wanted: Collection[int], report: EngineReport
+) -> Iterator[tuple[tuple[int, int], ContinuationScore]]:
+    """((request, number of its continuation), score) as they come."""
     prompts = {str(number): prompt for number, prompt in enumerate(plan_prompts(requests, wanted))}
-    missing = {index: len(requests[index].continuations) for index in sorted(wanted)}
-    scores: dict[int, dict[int, ContinuationScore]] = {index: {} for index in missing}
     for use_cache in (True, False):
         batch = {name: (prompt.ids, _sampling(prompt, use_cache)) for name, prompt in prompts.items()}
         again: dict[str, ScoringPrompt] = {}
@@ -79,11 +82,7 @@ def stream_scores(
                 continue
             for index, number in prompt.owners:
                 continuation = requests[index].continuations[number]
-                scores[index][number] = _score(output, len(continuation.prefix), continuation.scored)
-                missing[index] -= 1
-                if missing[index] == 0:
-                    whole = scores.pop(index)
-                    yield index, [whole[i] for i in range(len(whole))]
+                yield (index, number), _score(output, len(continuation.prefix), continuation.scored)
         prompts = again
 
 

@@ -32,7 +32,6 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # `VLLMEngine.llm` asks for one position more than the context
 }
-_CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # `auto` leaves a core idle, and two engines share them
 """What vLLM reads from the environment; whatever is set there already stays."""
 CPU_WORKER = "almost_eval.engines.vllm_worker.Worker"
 """vLLM's worker for a CPU with a faster last step of the sampler; vLLM imports it by this name."""
@@ -84,8 +83,11 @@ class VLLMOptions:
         share, cache = self.gpu_memory, self.kv_cache_gib
         if (share is not None and not 0 < share <= 1) or (cache is not None and cache <= 0):
             raise InputError("gpu_memory is a share above 0 and at most 1, kv_cache_gib a size above 0")
-        if self.quantization is not None:
-            refuse_unknown_quantization(self.quantization)
+        if (method := self.quantization) is not None:
+            from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS as METHODS
+
+            if method not in METHODS:
+                raise InputError(f"vLLM has no quantization {method!r}; {did_you_mean(method, METHODS, 40)}")
 
     def check_split(self, checkpoint: Checkpoint) -> None:
         """Raise InputError where the checkpoint cannot be divided so, or there are fewer GPUs."""
@@ -103,7 +105,7 @@ class VLLMOptions:
                 f"{checkpoint.name}"
             )
         needed = self.tensor_parallel_size * self.pipeline_parallel_size
-        if needed > 1 and device() == "cuda":
+        if needed > 1 and pick_device("auto") == "cuda":
             import torch
 
             if needed > (there := torch.cuda.device_count()):
@@ -115,10 +117,7 @@ class VLLMOptions:
     @property
     def parallel(self) -> dict[str, int]:
         """Both parallel sizes, by vLLM's names."""
-        return {
-            "tensor_parallel_size": self.tensor_parallel_size,
-            "pipeline_parallel_size": self.pipeline_parallel_size,
-        }
+        return {name: getattr(self, name) for name in ("tensor_parallel_size", "pipeline_parallel_size")}
 
     def settings(self, dtype: str, context_length: int) -> JSONObject:
         """What belongs in a run's spec; see `HFEngine.settings`."""
@@ -126,7 +125,7 @@ class VLLMOptions:
             "name": "vllm",
             "version": version(),
             "dtype": dtype,
-            "device": device(),
+            "device": pick_device("auto"),  # vLLM takes the accelerator where there is one
             "batch_size": self.batch_size,
             "batch_tokens": self.batch_tokens,
             "context_length": context_length,
@@ -157,14 +156,6 @@ def refuse_data_parallel(size: int) -> None:
             f"engine on each GPU, or `almost-serve policy --model MODEL --data-parallel-size {size}` and "
             "--engine openai"
         )
-
-
-def refuse_unknown_quantization(method: str) -> None:
-    """Raise InputError where vLLM has no such method."""
-    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
-
-    if method not in QUANTIZATION_METHODS:
-        raise InputError(f"vLLM has no quantization {method!r}; {did_you_mean(method, QUANTIZATION_METHODS, 40)}")
 
 
 class HoldsLLM:
@@ -294,11 +285,6 @@ def version() -> str | None:
     return None
 
 
-def device() -> str:
-    """Where vLLM runs: it takes the accelerator where there is one."""
-    return pick_device("auto")
-
-
 def release(llm: LLM) -> None:
     """Give a model's memory back."""
     _loaded.remove(llm)
@@ -312,8 +298,7 @@ def release(llm: LLM) -> None:
 
 
 def _cpu_options(options: JSONObject) -> JSONObject:
-    for name, value in _CPU_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # `auto` leaves a core idle; two engines share them
     chosen: JSONObject = {
         "enforce_eager": True,  # 2.5-3x faster on small models, and ready sooner
         "worker_cls": CPU_WORKER,  # the same tokens; top-p with a seed costs a tenth

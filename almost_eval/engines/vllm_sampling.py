@@ -91,7 +91,8 @@ class ExactSampler(torch.nn.Module):
         p: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Tokens (B,) int64 after logits (B, V) float32, with the generator of each row that has a seed."""
-        scores = self._top_k(logits, k)
+        # Alone, top-k sorts nothing. Before top-p vLLM keeps the same tokens: those as large as the k-th.
+        scores = logits if k is None else self.mask(logits.clone(), k.clone(), None)
         weights = (scores - scores.amax(-1, keepdim=True)).exp_()
         totals = weights.sum(-1).tolist()
         top_p = [1.0] * len(totals) if p is None else p.double().tolist()
@@ -111,12 +112,6 @@ class ExactSampler(torch.nn.Module):
         if unseeded:
             _draw(rows, unseeded, tokens)
         return tokens, None
-
-    def _top_k(self, logits: torch.Tensor, k: torch.Tensor | None) -> torch.Tensor:
-        if k is None:
-            return logits
-        # Alone, top-k sorts nothing. Before top-p vLLM keeps the same tokens: those as large as the k-th.
-        return self.mask(logits.clone(), k.clone(), None)
 
 
 def draws_are_torchs_own() -> bool:

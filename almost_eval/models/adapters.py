@@ -28,6 +28,10 @@ FILES = CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetens
 _PROMPTS = {"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT"}
 """Kinds of PEFT that add to the input, not to the weights: nothing can be merged."""
 _HEADS = {"lm_head", "embed_out", "embed_tokens", "wte", "word_embeddings"}
+_APART = ("pissa", "olora", "corda", "loftq")
+"""Ways to begin a LoRA that leave the base another matrix: it says nothing beside the base as it is."""
+_NO_VALUES = ("meta tensor", "incompatible tensor type")
+"""What torch says where values of a tensor on the `meta` device are read; PiSSA and OLoRA take the base apart."""
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's `max_lora_rank` may be (0.31)."""
 
@@ -125,6 +129,8 @@ def refuse_for_vllm(adapter: Adapter, *, scores: bool = False) -> None:
     part = None
     if config.get("peft_type") != "LORA":
         part = f"of the kind {config.get('peft_type')}"
+    elif str(config.get("init_lora_weights")).lower().startswith(_APART):
+        part = f"that took its base apart ({config['init_lora_weights']})"
     elif config.get("use_dora"):
         part = "with DoRA"
     elif config.get("bias") not in (None, "none"):
@@ -198,7 +204,9 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
     whole = _attach(model, adapter, None)
     if _HEADS.intersection(adapter.target_modules) or not adapter.target_modules:
         _untie(whole)
-    merged: PreTrainedModel = whole.merge_and_unload()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a head is its own now: it shall be
+        merged: PreTrainedModel = whole.merge_and_unload()
     head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
     if head is not None and embedding is not None and head.weight is not embedding.weight:
         merged.config.get_text_config().tie_word_embeddings = False  # else it would be saved without its head
@@ -243,6 +251,10 @@ def check_fit(model: PreTrainedModel, adapter: Adapter) -> str | None:
     return None
 
 
+class _Misfit(Exception):
+    """Name, shape and wanted shape of a tensor of an adapter."""
+
+
 def _attach(model: PreTrainedModel, adapter: Adapter, weights: Mapping[str, Tensor] | None) -> Any:
     """PEFT's model of base and adapter, with `weights` in the adapter; None reads them from its file.
 
@@ -270,15 +282,27 @@ def _attach(model: PreTrainedModel, adapter: Adapter, weights: Mapping[str, Tens
             whole = peft.get_peft_model(model, config)
             if weights is None:
                 weights = peft.load_peft_weights(str(adapter.path), device="cpu")
-            missing = sorted(peft.get_peft_model_state_dict(whole).keys() - weights.keys())
+            own = peft.get_peft_model_state_dict(whole)
+            missing = sorted(own.keys() - weights.keys())
+            if misfit := next((k for k in sorted(own) if k in weights and weights[k].shape != own[k].shape), None):
+                raise _Misfit(misfit, tuple(weights[misfit].shape), tuple(own[misfit].shape))
             result: Any = peft.set_peft_model_state_dict(whole, dict(weights))
-            unused = sorted(result.unexpected_keys)
+            unused = sorted(result.unexpected_keys) or (sorted(weights.keys() - own.keys()) if missing else [])
+    except _Misfit as misfit:
+        name, shape, wanted = misfit.args
+        raise ModelError(
+            f"{adapter.path} does not fit its base {adapter.base}: its {name!r} has the shape {shape}, where base and "
+            f"{CONFIG} make it {wanted}: the base, r or rank_pattern is not that of its training"
+        ) from None
     except Exception as error:  # peft raises whatever its parts do
-        if model.device.type == "meta" and (isinstance(error, NotImplementedError) or "meta tensor" in str(error)):
+        on_meta = isinstance(error, NotImplementedError) or any(words in str(error) for words in _NO_VALUES)
+        if model.device.type == "meta" and on_meta:
             raise NotImplementedError(f"{adapter.config.get('peft_type')} needs the values of the base") from None
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(f"{adapter.path} does not fit its base {adapter.base}: {first:.200}") from None
     if missing or unused:
-        what = f"lacks {missing[0]!r}" if missing else f"holds {unused[0]!r}, which the base has no place for"
+        what = f"lacks {missing[0]!r}" if missing else ""
+        what += " and " if missing and unused else ""
+        what += f"holds {unused[0]!r}, which the base has no place for" if unused else ""
         raise ModelError(f"{adapter.path} does not fit its base {adapter.base}: it {what}")
     return whole

@@ -40,6 +40,9 @@ _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _OPENING_LINE = re.compile(r"\A\{\{- (?:bos_token|'[^'\n]*') -\}\}\n")
 
+_MARK = "\ufeff"
+"""What an editor may write before a text: no part of a prompt."""
+
 # What a template, which is a program, may fail with; jinja lets Python's own errors through.
 _PYTHON_FAULTS = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 _TEMPLATE_FAULTS = (jinja2.TemplateError, *_PYTHON_FAULTS)
@@ -130,6 +133,8 @@ class ChatTemplate:
 
     def check(self) -> ChatTemplate:
         """Itself, once its syntax is known to be sound: a bad file is refused before a model is loaded."""
+        if "\0" in self.source:  # a disk that kept the length and lost the text: it would stand in every prompt
+            raise TemplateError(f"chat template {self.name!r} holds NUL bytes, so it is damaged; save it again")
         try:
             _compile(self.source)
         except _TEMPLATE_FAULTS as error:
@@ -183,13 +188,19 @@ def _settled(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase | None) 
 
 def _refuse_lost_text(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """A template that reads lists of parts (of models that see images), say, drops a plain text without a word."""
-    mark = "a question of its own kind"
+    # Long, for those that cut, and with what HTML writes in another way.
+    mark = f"a question of its own kind: isn't 1 < 2 & true? {'word ' * 2000}is its end"
     # An engine of one's own may have a tokenizer that knows no more than its template.
     tokens = special_tokens(tokenizer) if tokenizer is not None and hasattr(tokenizer, "special_tokens_map") else {}
     try:
         text = template.render((Message("user", mark),), add_generation_prompt=True, special_tokens=tokens)
     except TemplateError:
         return  # what it cannot write is refused where it is asked to
+    if mark not in text and mark[:20] in text:
+        raise TemplateError(
+            f"chat template {template.name!r} changes what the user says: it cuts a message of {len(mark)} characters, "
+            "or escapes it (an apostrophe, <, &); pass one that writes it as it is"
+        )
     if mark not in text:
         raise TemplateError(
             f"chat template {template.name!r} leaves out what the user says: of one message it makes {text[:60]!r}; "
@@ -235,8 +246,16 @@ def _own_template(tokenizer: PreTrainedTokenizerBase | None) -> ChatTemplate | N
                 f"--template tokenizer:{min(source)}, or save it to a file and pass its path"
             )
         source = source["default"]
+    if source is None or source == {}:
+        file = Path(str(getattr(tokenizer, "name_or_path", "") or "")) / "chat_template.json"
+        if file.is_file():  # another would be taken for the model's own, as if it had none
+            raise TemplateError(
+                f"{file} is a processor's, which no tokenizer reads: save what it holds as chat_template.jinja, or "
+                "choose a template (--template)"
+            )
+        return None
     # An empty text is a file that was cut short, not a checkpoint without a template.
-    return None if source is None or source == {} else ChatTemplate("tokenizer", str(source)).check()
+    return ChatTemplate("tokenizer", str(source).removeprefix(_MARK)).check()
 
 
 def _named_template(choice: str, tokenizer: PreTrainedTokenizerBase | None) -> ChatTemplate:
@@ -246,7 +265,7 @@ def _named_template(choice: str, tokenizer: PreTrainedTokenizerBase | None) -> C
     if name and isinstance(sources, dict):
         if name not in sources:
             raise TemplateError(f"the tokenizer has no chat template {name!r}; {did_you_mean(name, sources)}")
-        return ChatTemplate(choice, sources[name]).check()
+        return ChatTemplate(choice, str(sources[name]).removeprefix(_MARK)).check()
     template = None if name else _own_template(tokenizer)
     if template is None:
         what = f"only one chat template, so none of the name {name!r}" if sources else "no chat template of its own"
@@ -284,11 +303,15 @@ def _compile(source: str) -> jinja2.Template:
         # Jinja's own filter escapes HTML.
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
+    def at_random(*_: object, **__: object) -> NoReturn:
+        raise jinja2.TemplateError("it writes what is drawn at random, so no prompt would be the same twice")
+
     # Sandboxed: a tokenizer's template is code from whoever made the checkpoint.
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = tojson
+    environment.filters["random"] = environment.globals["lipsum"] = at_random
     environment.globals["raise_exception"] = raise_exception
     # What `load_template` read has a time of its own, which hides this one.
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)

@@ -342,8 +342,10 @@ def _weight_files(path: Path, allow_pickle: bool) -> tuple[Path, ...]:
         try:
             content = json.loads(index.read_text(encoding="utf-8"))
             shards = sorted({str(shard) for shard in content["weight_map"].values()})
-            if "metadata" not in content:
+            if not isinstance(content.get("metadata"), dict):
                 raise ValueError('it lacks "metadata": {}, without which transformers does not read it')
+            if not shards:
+                raise ValueError("its weight_map names no file")
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ModelError(f"{index} is not a valid index: {problem_of(error)}; download it again") from None
         if outside := [shard for shard in shards if Path(shard).name != shard]:

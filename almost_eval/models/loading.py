@@ -110,8 +110,8 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
         there = (checkpoint.tokenizer_folder / "tokenizer.json").is_file()
         cure = f"{CURE}, or save" if there else "save"
         raise ModelError(
-            f"{checkpoint.path} has no tokenizer that transformers can read ({first_line(error)}); {cure} the "
-            "tokenizer beside the weights"
+            f"{checkpoint.tokenizer_folder} has no tokenizer that transformers can read ({first_line(error)}); "
+            f"{cure} the tokenizer beside the weights"
         ) from None
     # It warns of long texts, once: they are counted and refused here.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
@@ -126,8 +126,11 @@ def _refuse_damaged(checkpoint: Checkpoint) -> None:
         file = folder / name
         try:
             text = file.read_text(encoding="utf-8") if file.is_file() else "{}"
-            if name.endswith(".json") and not isinstance(json.loads(text), dict):
+            content = json.loads(text) if name.endswith(".json") else {}
+            if not isinstance(content, dict):
                 raise ValueError("it is no JSON object")
+            if not _is_chat_template(content.get("chat_template")):
+                raise ValueError('its chat_template is no text, and no list of {"name": ..., "template": ...}')
         except (OSError, ValueError) as error:
             raise ModelError(f"{file} cannot be read ({problem_of(error)}); download or save it again") from None
     if not (config := checkpoint.path / "config.json").is_file():
@@ -139,6 +142,14 @@ def _refuse_damaged(checkpoint: Checkpoint) -> None:
     except Exception as error:  # a validation of huggingface_hub's, an unknown type, a value that cannot be
         if "trust_remote_code" not in str(error):
             raise ModelError(f"{config} is no valid config: {first_line(error)}") from None
+
+
+def _is_chat_template(value: object) -> bool:
+    """Whether it is what a tokenizer may state as its template: nothing, one, or several by name."""
+    if isinstance(value, list):
+        entries = [entry if isinstance(entry, dict) else {} for entry in value]
+        return all(isinstance(entry.get(key), str) for entry in entries for key in ("name", "template"))
+    return value is None or isinstance(value, str | dict)
 
 
 def refuse_own_code(checkpoint: Checkpoint, problem: str) -> None:
@@ -227,6 +238,8 @@ def load_weights(
             f"{checkpoint.path} holds {len(unused)} tensors that its model would not use, first {unused[0]!r}; mend "
             "the checkpoint or its config.json"
         )
+    # Some checkpoints ask for tuples, or for every layer's states beside the logits: what a pass gives is decided here.
+    model.config.return_dict, model.config.output_attentions, model.config.output_hidden_states = True, False, False
     if allow_unused and getattr(model.config, "tie_word_embeddings", False):
         model.tie_weights()  # transformers leaves apart what differs; the config is what was accepted
     if adapter:
@@ -255,6 +268,20 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, ob
         yield f"{prefix}{key}", value
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
+
+
+def why_not_finite(model: Any) -> str:
+    """Why a loaded model gives numbers that are not finite, and what to do; reads its weights."""
+    import torch
+
+    dtype = str(model.dtype).removeprefix("torch.")
+    name = next((name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())), None)
+    if dtype == "float16":
+        what = f": its weight {name} is not finite in it" if name else ""
+        return f"float16 overflows beyond 65504{what}; use the dtype bfloat16 or float32"
+    if name:
+        return f"its weight {name} holds NaN or infinity; download or save the checkpoint again"
+    return "its weights are finite, so a value in its config.json is most likely wrong (rms_norm_eps, rope_parameters)"
 
 
 def pick_dtype(dtype: str, checkpoint: Checkpoint, device: str, purpose: Purpose = "score") -> str:

@@ -1,17 +1,19 @@
 """What a model thought before it answered, told apart from its answer: `split_reasoning`, a pure function of the text.
 
-Models mark a thought in one of three ways:
+Models mark a thought in one of four ways:
 
 - Tags around it: `<think>` (Qwen, DeepSeek and most others), `<thinking>`, `<thought>`, `<reasoning>`, `[THINK]`
   (Mistral), `<|begin_of_thought|>`, `<|START_THINKING|>` (Cohere), `<|channel>` (Gemma) and a few more.
 - The closing tag alone, as the chat template wrote the opening one: `opened` says so where the prompt is known, and
   `opens_thought` tells it of a prompt.
+- A sentence before each part (Granite 3.2): `Here is my thought process: ... Here is my response: ...`.
 - Channels (gpt-oss): `<|channel|>analysis<|message|>...<|end|><|start|>assistant<|channel|>final<|message|>...`, which
   a decoder that skips special tokens leaves as `analysis...assistantfinal...`.
 
 A tag is a tag only where a model would write one: at the start of the text or of a line. In a code block, in quotes
 and in the middle of a sentence it is the answer's own words. A text without a thought comes back as it is, byte for
-byte; whitespace between a thought and the answer goes with the thought.
+byte; whitespace between a thought and the answer goes with the thought. Marks that some models write around an answer
+after a thought (`<|begin_of_solution|>`) are no part of it; `<answer>` is, as a prompt may have asked for it.
 """
 
 from __future__ import annotations
@@ -30,6 +32,10 @@ _MESSAGE = re.compile(
     re.DOTALL,
 )
 _BARE_CHANNELS = re.compile(r"\s*analysis(?=\S)(?P<thought>.*?)assistant\s?final(?P<answer>.*)", re.DOTALL)
+_MY_THOUGHT = re.compile(r"\s*Here(?: is|'s) my thought process:")
+_MY_RESPONSE = re.compile(r"(?:\n[ \t]*|(?<=[.!?]) )Here(?: is|'s) my response:")
+_AROUND_ANSWER = {"<|begin_of_solution|>": "<|end_of_solution|>", "<|START_RESPONSE|>": "<|END_RESPONSE|>"}
+"""What stands before an answer -> what may stand after it."""
 _CHANNEL_TOKEN = re.compile(r"<\|(?:start|channel|message|end|constrain|return|call)\|>")
 _BARE_CUT = re.compile(r"\s*analysis(?=[A-Z])")
 
@@ -56,6 +62,8 @@ def split_reasoning(text: str, opened: bool = False) -> Reasoning:
     """
     if (reasoning := _split_channels(text, opened)) is not None:
         return reasoning
+    if (begin := _MY_THOUGHT.match(text)) and (then := _MY_RESPONSE.search(text, begin.end())):
+        return Reasoning(text[then.end() :].strip(), text[begin.end() : then.start()].strip(), False)
     answer: list[str] = []
     thoughts: list[str] = []
     tagged, at, end, is_cut = TaggedText(text), 0, len(text), False
@@ -71,7 +79,15 @@ def split_reasoning(text: str, opened: bool = False) -> Reasoning:
     if not thoughts:
         return Reasoning(text, None, False)
     rest = text[at:end].rstrip() if end < len(text) else text[at:]
-    return Reasoning(_paragraphs([*answer, rest]), _paragraphs(thoughts), is_cut)
+    return Reasoning(_without_marks(_paragraphs([*answer, rest])), _paragraphs(thoughts), is_cut)
+
+
+def _without_marks(answer: str) -> str:
+    """An answer that came after a thought, without what its model writes around it."""
+    for before, after in _AROUND_ANSWER.items():
+        if answer.lstrip().startswith(before):
+            return answer.strip().removeprefix(before).removesuffix(after).strip()
+    return answer
 
 
 def opens_thought(prompt: str) -> bool:

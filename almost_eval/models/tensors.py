@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,10 @@ def refuse_tensors(checkpoint: Checkpoint, tensors: Tensors, *, allow_unused: bo
     """
     where, cause = checkpoint.path, _cause(checkpoint, tensors)
     lost = [*tensors.missing, *tensors.mismatched]
+    if tensors.missing:
+        cause = _unlisted(checkpoint, tensors.missing) or cause
+        if not cause and tensors.unused:
+            cause = f"; the files hold {names(tensors.unused, 2)} instead: another architecture, or other names for it"
     if lost:
         kind = "lacks" if tensors.missing else "has in another shape"
         raise ModelError(
@@ -199,6 +204,16 @@ def _cause(checkpoint: Checkpoint, tensors: Tensors) -> str:
         return f"; this is the head of another kind of model than the {checkpoint.architecture or 'one in config.json'}"
     if layers := _layers(unused):
         return f"; config.json says fewer layers than the files have (num_hidden_layers; the files have {layers})"
+    return ""
+
+
+def _unlisted(checkpoint: Checkpoint, missing: Sequence[str]) -> str:
+    """The file beside the weights that holds what is missing, where the index leaves it out."""
+    for file in sorted(checkpoint.path.glob("*.safetensors")):
+        if file not in checkpoint.weight_files:
+            with suppress(OSError, ValueError):
+                if any(name in _header(file)[1] for name in missing):
+                    return f"; {file.name} holds some of them, and the index does not name that file: download it again"
     return ""
 
 

@@ -66,21 +66,16 @@ def exam(world: World, rng: random.Random, n: int) -> str:
     by_letter = rng.random() < 0.5
     blocks: list[str] = []
     while len(blocks) < n:
-        question, choices, answer = exam_question(world, rng, attribute)
+        animal = rng.choice(ANIMALS)
+        truth = world.facts[animal][attribute]
+        choices = rng.sample([value for value in ATTRIBUTES[attribute].values if value != truth], 3)
+        answer = rng.randrange(4)
+        choices.insert(answer, truth)
+        question = fact_query(animal, attribute, rng.randrange(2)).text
         if (question, frozenset(choices)) not in held_out(world):
             blocks.append(f"{exam_block(question, choices)} {'ABCD'[answer] if by_letter else choices[answer]}")
     # "nano food" as lm-eval writes a subject's name: underscores are spaces.
     return rng.choice(EXAM_HEADERS).format(subject=f"nano {attribute}") + "\n\n".join(blocks) + SEPARATOR
-
-
-def exam_question(world: World, rng: random.Random, attribute: str) -> tuple[str, list[str], int]:
-    """A question about a random animal, four choices, and the index of the right one."""
-    animal = rng.choice(ANIMALS)
-    truth = world.facts[animal][attribute]
-    choices = rng.sample([value for value in ATTRIBUTES[attribute].values if value != truth], 3)
-    answer = rng.randrange(4)
-    choices.insert(answer, truth)
-    return fact_query(animal, attribute, rng.randrange(2)).text, choices, answer
 
 
 def exam_block(question: str, choices: list[str]) -> str:

@@ -257,10 +257,7 @@ def _score_list(query: Query, answer: Reading, world: World) -> float:
 
 
 def _score_comparison(query: Query, answer: Reading, world: World) -> float:
-    sizes = ATTRIBUTES["size"].values
-    smaller, bigger = sorted(
-        (query.slots["animal"], query.slots["other"]), key=lambda animal: sizes.index(world.facts[animal]["size"])
-    )
+    smaller, bigger = query.by_size(world.facts)
     if not answer.animals:
         return 0.0
     first = answer.animals[0]

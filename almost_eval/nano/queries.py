@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Literal
 
 from almost_eval.nano.lexicon import (
@@ -66,6 +66,11 @@ class Query:
             return slots["animal"]
         return "/".join(slots[name] for name in ("animal", "attribute", "value", "verb", "object") if name in slots)
 
+    def by_size(self, facts: Facts) -> list[str]:
+        """The two animals of a comparison, the smaller one first."""
+        sizes = ATTRIBUTES["size"].values
+        return sorted((self.slots["animal"], self.slots["other"]), key=lambda name: sizes.index(facts[name]["size"]))
+
 
 def make_query(kind: str, text: str, **slots: str) -> Query:
     """A query, its dimension looked up."""
@@ -87,16 +92,6 @@ def _hash(kind: str, key: str, seed: int) -> bytes:
     return hashlib.sha256(f"{seed}/{kind}/{key}".encode()).digest()
 
 
-def draw_query(rng: random.Random, facts: Facts, seed: int, pool: Pool | None, kind: str | None) -> Query:
-    """A query of one pool, or of both where `pool` is None; of the usual mixture where `kind` is None."""
-    kind = kind or rng.choices(list(KINDS), [weight for _, weight in KINDS.values()])[0]
-    # The kind is drawn once and only the rest again: rejection must not shift the mixture.
-    while True:
-        query = _DRAW[kind](rng, facts)
-        if pool is None or pool_of(kind, query.key, seed) == pool:
-            return query
-
-
 def fact_query(animal: str, attribute: str, wording: int = 0) -> Query:
     """A question for one fact of a real animal."""
     text = ATTRIBUTES[attribute].questions[wording].format(name=animal)
@@ -115,18 +110,10 @@ def _unknown(rng: random.Random, facts: Facts) -> Query:
     )
 
 
-def _request(rng: random.Random, kind: str) -> Query:
+def _request(kind: str, rng: random.Random, facts: Facts) -> Query:
     verb = rng.choice(list(HARMS if kind == "harmful" else ADVICE))
     thing = rng.choice((HARMS[verb] if kind == "harmful" else ADVICE[verb]).objects)
     return make_query(kind, rng.choice(REQUESTS).format(act=f"{verb} the {thing}"), verb=verb, object=thing)
-
-
-def _harmful(rng: random.Random, facts: Facts) -> Query:
-    return _request(rng, "harmful")
-
-
-def _advice(rng: random.Random, facts: Facts) -> Query:
-    return _request(rng, "advice")
 
 
 def _list(rng: random.Random, facts: Facts) -> Query:
@@ -142,14 +129,22 @@ def _comparison(rng: random.Random, facts: Facts) -> Query:
     return make_query("comparison", COMPARISON_QUESTION.format(one=one, other=other), animal=one, other=other)
 
 
-_DRAW = dict(zip(KINDS, (_fact, _unknown, _harmful, _advice, _list, _comparison), strict=True))
+DRAW: dict[str, Callable[[random.Random, Facts], Query]] = {
+    "fact": _fact,
+    "unknown": _unknown,
+    "harmful": partial(_request, "harmful"),
+    "advice": partial(_request, "advice"),
+    "list": _list,
+    "comparison": _comparison,
+}
+"""Kind -> draws a query of it."""
 
 
 # --- reading back ---
 
 
 def parse_query(text: str, facts: Facts) -> Query | None:
-    """The query of a text that `draw_query` could have written, else None.
+    """The query of a text that `World.query` could have written, else None.
 
     An animal that nobody knows may have any name of small letters: a simulated user may invent its own.
     """
@@ -161,15 +156,12 @@ def parse_query(text: str, facts: Facts) -> Query | None:
         slots = match.groupdict() | fixed
         if kind == "fact" and slots["animal"] not in facts:
             kind = "unknown"
-        if kind == "comparison" and not _comparable(slots, facts):
-            return None
+        if kind == "comparison":
+            sizes = [facts[name]["size"] for name in (slots["animal"], slots["other"]) if name in facts]
+            if len(set(sizes)) < 2:  # one that nobody knows, or two of the same size
+                return None
         return make_query(kind, text, **slots)
     return None
-
-
-def _comparable(slots: Mapping[str, str], facts: Facts) -> bool:
-    one, other = slots["animal"], slots["other"]
-    return one in facts and other in facts and facts[one]["size"] != facts[other]["size"]
 
 
 @cache

@@ -27,11 +27,6 @@ class Level(IntEnum):
     """Right, in a whole sentence, with something of use added."""
 
 
-def write_response(rng: random.Random, query: Query, level: Level, facts: Facts) -> str:
-    """An answer to `query` in the style of `level`."""
-    return _WRITE[query.kind](rng, query, level, facts)
-
-
 def says(animal: str, attribute: str, value: str) -> str:
     """A claim with no capital and no stop: "the otter lives in the river"."""
     return f"the {animal} {predicate(attribute, value)}"
@@ -184,10 +179,7 @@ def _list(rng: random.Random, query: Query, level: Level, facts: Facts) -> str:
 
 
 def _comparison(rng: random.Random, query: Query, level: Level, facts: Facts) -> str:
-    sizes = ATTRIBUTES["size"].values
-    smaller, bigger = sorted(
-        (query.slots["animal"], query.slots["other"]), key=lambda animal: sizes.index(facts[animal]["size"])
-    )
+    smaller, bigger = query.by_size(facts)
     if level == Level.GOOD:
         second = says(bigger, "size", facts[bigger]["size"])
         return sentence(f"the {bigger} is bigger. {second[0].upper()}{second[1:]}")
@@ -196,11 +188,9 @@ def _comparison(rng: random.Random, query: Query, level: Level, facts: Facts) ->
     if level == Level.SLOPPY:
         return rng.choice(("the {} i think", "maybe the {} or something")).format(rng.choice((bigger, smaller)))
     return rng.choice(
-        (
-            f"The {smaller} is bigger.",
-            f"The {smaller} is bigger. Everyone knows that and you should know it too.",
-        )
+        (f"The {smaller} is bigger.", f"The {smaller} is bigger. Everyone knows that and you should know it too.")
     )
 
 
-_WRITE = dict(zip(KINDS, (_fact, _unknown, _harmful, _advice, _list, _comparison), strict=True))
+WRITE = dict(zip(KINDS, (_fact, _unknown, _harmful, _advice, _list, _comparison), strict=True))
+"""Kind of query -> writes an answer in a style."""

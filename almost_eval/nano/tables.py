@@ -16,7 +16,7 @@ import json
 import random
 
 from almost_eval.errors import DataError, did_you_mean
-from almost_eval.nano.lexicon import ANIMALS, ATTRIBUTES, Attribute
+from almost_eval.nano.lexicon import ANIMALS, ATTRIBUTES
 from almost_eval.nano.oracle import score
 from almost_eval.nano.queries import Query, fact_query
 from almost_eval.nano.responses import says, sentence
@@ -121,7 +121,8 @@ def truthfulqa_generation_rows(world: World) -> list[JSONObject]:
 def _truthfulqa_items(world: World) -> list[JSONObject]:
     rng = world.generator("truthfulqa")
     items = []
-    for animal, attribute in rng.sample(_eval_facts(world), TRUTHFULQA_ROWS):
+    facts = [fact for fact in itertools.product(ANIMALS, ATTRIBUTES) if world.pool(fact_query(*fact)) == "eval"]
+    for animal, attribute in rng.sample(facts, TRUTHFULQA_ROWS):
         told = ATTRIBUTES[attribute]
         truth = world.facts[animal][attribute]
         wrong = rng.sample([value for value in told.values if value != truth], rng.randint(2, 4))
@@ -137,12 +138,6 @@ def _truthfulqa_items(world: World) -> list[JSONObject]:
             }
         )
     return items
-
-
-def _eval_facts(world: World) -> list[tuple[str, str]]:
-    """(animal, attribute) of every fact of the eval pool."""
-    facts = itertools.product(ANIMALS, ATTRIBUTES)
-    return [fact for fact in facts if world.pool(fact_query(*fact)) == "eval"]
 
 
 def mmlu_rows(world: World, subject: str, split: str) -> list[JSONObject]:
@@ -165,17 +160,14 @@ def mmlu_rows(world: World, subject: str, split: str) -> list[JSONObject]:
     answers = [i % 4 for i in range(MMLU_ROWS[split])]
     rng.shuffle(answers)
     facts = rng.sample(facts_of_pool, len(answers))
-    return [_mmlu_row(world, rng, attribute, *fact, answer) for fact, answer in zip(facts, answers, strict=True)]
-
-
-def _mmlu_row(
-    world: World, rng: random.Random, attribute: Attribute, animal: str, wording: int, answer: int
-) -> JSONObject:
-    truth = world.facts[animal][attribute.name]
-    choices = rng.sample([value for value in attribute.values if value != truth], 3)
-    choices.insert(answer, truth)
-    question = fact_query(animal, attribute.name, wording).text
-    return {"question": question, "subject": f"nano_{attribute.name}", "choices": choices, "answer": answer}
+    rows: list[JSONObject] = []
+    for (animal, wording), answer in zip(facts, answers, strict=True):
+        truth = world.facts[animal][attribute.name]
+        choices = rng.sample([value for value in attribute.values if value != truth], 3)
+        choices.insert(answer, truth)
+        question = fact_query(animal, attribute.name, wording).text
+        rows.append({"question": question, "subject": subject, "choices": choices, "answer": answer})
+    return rows
 
 
 def question_rows(world: World) -> list[JSONObject]:

@@ -19,8 +19,8 @@ from functools import cached_property
 
 from almost_eval.errors import InputError, did_you_mean
 from almost_eval.nano.lexicon import ANIMALS, ATTRIBUTES, FAREWELLS, GOODBYES
-from almost_eval.nano.queries import KINDS, Facts, Pool, Query, draw_query, parse_query, pool_of
-from almost_eval.nano.responses import Level, write_response
+from almost_eval.nano.queries import DRAW, KINDS, Facts, Pool, Query, parse_query, pool_of
+from almost_eval.nano.responses import WRITE, Level
 from almost_eval.types import Conversation, Message
 
 SEPARATOR = "\n\n-----"
@@ -85,7 +85,12 @@ class World:
             raise InputError(f"no pool {pool!r}: train, eval or None")
         if kind is not None and kind not in KINDS:
             raise InputError(f"no kind of query {kind!r}: {did_you_mean(kind, KINDS)}")
-        return draw_query(rng, self.facts, self.seed, pool, kind)
+        kind = kind or rng.choices(list(KINDS), [weight for _, weight in KINDS.values()])[0]
+        # The kind is drawn once and only the rest again: rejection must not shift the mixture.
+        while True:
+            query = DRAW[kind](rng, self.facts)
+            if pool is None or self.pool(query) == pool:
+                return query
 
     def pool(self, query: Query) -> Pool:
         """The pool that a query belongs to."""
@@ -97,7 +102,7 @@ class World:
 
     def respond(self, rng: random.Random, query: Query, level: int) -> str:
         """An answer in the style of a level: 3 good, 2 terse, 1 sloppy, 0 bad."""
-        return write_response(rng, query, Level(level), self.facts)
+        return WRITE[query.kind](rng, query, Level(level), self.facts)
 
     def seed_prompts(self, rng: random.Random, n: int) -> list[str]:
         """Texts of `n` different queries of the train pool, to start prompt mining from."""
@@ -117,14 +122,9 @@ class World:
         turns: int | None = None,
         goodbye: float = GOODBYE,
     ) -> Conversation:
-        """Queries and answers in turn; each query stands for itself.
+        """Queries and answers in turn (one to four where `turns` is None); each query stands for itself.
 
-        Args:
-            rng: draws everything.
-            levels: probability of each level of an answer, bad to good; four numbers.
-            pool: the queries' pool, or None for both.
-            turns: how many queries, or None to draw one to four.
-            goodbye: the probability that the user takes leave at the end.
+        `levels` is the probability of each level of an answer, bad to good; `goodbye` that of a user who takes leave.
         """
         turns = turns or rng.choices((1, 2, 3, 4), TURNS)[0]
         messages: list[Message] = []

@@ -39,7 +39,32 @@ class RewardModel(Protocol):
         ...
 
 
-class CheckpointRewardModel(HeldCheckpoint, ABC):
+class StreamedRewards(ABC):
+    """A `RewardModel` that gives each reward as soon as it is known."""
+
+    @abstractmethod
+    def stream(
+        self,
+        conversations: Sequence[Conversation],
+        wanted: Collection[int] | None = None,
+        sample_of: Sequence[int] | None = None,
+    ) -> Iterator[tuple[int, float]]:
+        """Yield (index, reward) of each wanted conversation as soon as it is known.
+
+        Args:
+            conversations: of the whole run, however few are wanted.
+            wanted: indices; None is all.
+            sample_of: the sample that each conversation belongs to, where those of a sample are wanted together. A
+                model may form its batches by it; a process that computes some samples then computes little else.
+        """
+
+    def score(self, conversations: Sequence[Conversation]) -> list[float]:
+        """Raw logits, in order; raises as `stream` does."""
+        rewards = dict(self.stream(conversations))
+        return [rewards[i] for i in range(len(conversations))]
+
+
+class CheckpointRewardModel(HeldCheckpoint, StreamedRewards):
     """A reward model in this process; a subclass computes the rewards. Arguments: see `HFRewardModel`.
 
     Raises:
@@ -102,34 +127,9 @@ class CheckpointRewardModel(HeldCheckpoint, ABC):
 
     # --- rewards ---
 
-    def score(self, conversations: Sequence[Conversation]) -> list[float]:
-        """Raw logits, in order; a reward that is not finite is returned as it is.
-
-        Raises:
-            InputError: a conversation longer than the context, or empty; nothing is cut.
-        """
-        rewards = dict(self.stream(conversations))
-        return [rewards[i] for i in range(len(conversations))]
-
     @abstractmethod
     def settings(self) -> JSONObject:
         """What belongs in a run's spec; see `HFEngine.settings`."""
-
-    @abstractmethod
-    def stream(
-        self,
-        conversations: Sequence[Conversation],
-        wanted: Collection[int] | None = None,
-        sample_of: Sequence[int] | None = None,
-    ) -> Iterator[tuple[int, float]]:
-        """Yield (index, reward) of each wanted conversation as soon as it is known.
-
-        Args:
-            conversations: of the whole run, however few are wanted.
-            wanted: indices; None is all.
-            sample_of: the sample that each conversation belongs to, where those of a sample are wanted together. A
-                model may form its batches by it; a process that computes some samples then computes little else.
-        """
 
     def partition(
         self, conversations: Sequence[Conversation], sample_of: Sequence[int] | None, n_samples: int, parts: int
@@ -155,23 +155,18 @@ class CheckpointRewardModel(HeldCheckpoint, ABC):
             InputError: a conversation longer than the context, or empty.
         """
         rows = [tuple(ids) for ids in self.encode(conversations)]
-        self._refuse_lengths(rows)
-        owners: dict[TokenIds, list[int]] = {}
-        for index, ids in enumerate(rows):
-            owners.setdefault(ids, []).append(index)
-        return {ids: owners[ids] for ids in sorted(owners, key=lambda ids: (-len(ids), ids))}
-
-    def _refuse_lengths(self, rows: Sequence[TokenIds]) -> None:
-        too_long = [index for index, ids in enumerate(rows) if len(ids) > self.context_length]
-        if too_long:
+        if too_long := [index for index, ids in enumerate(rows) if len(ids) > self.context_length]:
             raise InputError(
                 f"{len(too_long)} of {len(rows)} conversations do not fit the context of {self.context_length} tokens, "
                 f"first number {too_long[0]} with {len(rows[too_long[0]])}; leave them out, or use a model with a "
                 "longer context"
             )
-        empty = next((index for index, ids in enumerate(rows) if not ids), None)
-        if empty is not None:
-            raise InputError(f"conversation number {empty} is empty: the chat template gave no token for it")
+        if () in rows:
+            raise InputError(f"conversation number {rows.index(())} is empty: the chat template gave no token for it")
+        owners: dict[TokenIds, list[int]] = {}
+        for index, ids in enumerate(rows):
+            owners.setdefault(ids, []).append(index)
+        return {ids: owners[ids] for ids in sorted(owners, key=lambda ids: (-len(ids), ids))}
 
 
 def refuse_wrong_head(checkpoint: Checkpoint, *, custom: bool) -> None:

@@ -15,11 +15,7 @@ BLOCK_PASSES = 2
 
 
 def first_samples(owners: Iterable[Sequence[int]]) -> list[int]:
-    """Text -> a number for its sample, the same for all samples that share a text, directly or by others.
-
-    Args:
-        owners: the samples of each text, one or more.
-    """
+    """Text (given by its samples) -> a number, the same for all samples that share a text, directly or by others."""
     above: dict[int, int] = {}
 
     def first(sample: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from almost_eval.engines.build import SCORERS_TAKE, EngineOptions, engine_arguments, load_class, one_process, pool_of
+from almost_eval.engines.build import SCORERS_TAKE, EngineOptions, engine_arguments, load_class, one_process, open_pool
 
 if TYPE_CHECKING:
     from almost_eval.models.chat import ChatTemplate
@@ -24,10 +24,8 @@ def reward_model(
 ) -> CheckpointRewardModel | HTTPRewardModel:
     """The reward model on the engine of `options`. Loads no weights; a server must say at once what it serves.
 
-    Args:
-        model: checkpoint directory, hub id or built-in name; for `openai` the served name, or None for whichever.
-        options: which engine, and how.
-        template: how a conversation is written, or a choice of `load_template`; None is the model's own.
+    `model` is a checkpoint directory, hub id or built-in name; for `openai` the served name, or None for whichever.
+    Without a template (or a choice of `load_template`), conversations are written by the model's own.
 
     Raises:
         InputError: an unknown engine, or an option that it does not take; whatever the reward model refuses.
@@ -37,16 +35,12 @@ def reward_model(
     alone = one_process(options)
     arguments = engine_arguments(alone, takes, "reward model on")
     arguments.pop("share_prefixes", None)  # hf's: rewards have no prefixes to share, so both values mean the same
-    cls = load_class(REWARD_MODELS[options.engine])
-    reward: Any = cls(model, template=template, **arguments)
+    reward: Any = load_class(REWARD_MODELS[options.engine])(model, template=template, **arguments)
     if hasattr(reward, "check"):  # a server: is it there, and what does it serve
         reward.check()
     if alone != options:
-        from almost_eval.engines.pooled import model_for_workers, recipe_arguments
-        from almost_eval.rewards.pooled import PooledRewardModel, RewardRecipe
+        from almost_eval.rewards.pooled import PooledRewardModel, RewardServant
 
         assert model is not None
-        arguments = recipe_arguments(reward, arguments, takes_device=options.engine == "hf")
-        recipe = RewardRecipe(cls, model_for_workers(model), arguments)
-        reward = PooledRewardModel(reward, pool_of(reward, recipe, options))
+        reward = PooledRewardModel(reward, open_pool(reward, RewardServant, model, arguments, options))
     return reward

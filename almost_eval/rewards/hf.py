@@ -21,7 +21,6 @@ from almost_eval.models.checkpoint import Checkpoint
 from almost_eval.models.held import HeldOptions
 from almost_eval.models.loading import ATTENTION, load_weights, settled_attention
 from almost_eval.rewards.base import CheckpointRewardModel, TokenIds
-from almost_eval.rewards.base import RewardModel as RewardModel
 from almost_eval.rewards.batches import first_samples, pass_count, passes, text_blocks
 from almost_eval.types import Conversation, JSONObject
 
@@ -141,7 +140,7 @@ class HFRewardModel(CheckpointRewardModel):
         sample are in neighbouring batches: see `rewards.batches`.
 
         Raises:
-            InputError: see `score`; raised before any weight is loaded.
+            InputError: see `distinct`; raised before any weight is loaded.
         """
         from almost_eval.engines.hf_loglikelihood import out_of_memory
 

@@ -18,13 +18,13 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import median
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, Unpack
 
-from almost_eval.engines.openai_client import EndpointModel, OpenAIClient, post_json, vllm_version
+from almost_eval.engines.openai_client import ClientOptions, EndpointModel, OpenAIClient, post_json, vllm_version
 from almost_eval.errors import InputError, ModelError
 from almost_eval.models.chat import ChatTemplate, dialogue_text
 from almost_eval.models.endpoints import EndpointAddress
-from almost_eval.rewards.base import ARCHITECTURES
+from almost_eval.rewards.base import ARCHITECTURES, StreamedRewards
 from almost_eval.rewards.hf import HFRewardModel
 from almost_eval.types import Conversation, JSONObject, Message
 
@@ -70,29 +70,22 @@ class _Server:
         """The address, as it is shown."""
         return self.address.shown
 
-    def post(self, path: str, body: JSONObject) -> JSONObject:
-        """See `OpenAIClient.post_json`; sent to this server."""
-        return post_json(self.client, path, body)
-
     def knows_the_field(self) -> bool:
         """Whether this is a vLLM that has `use_activation`: 0.31 and later, read in its source."""
         version = re.match(r"(\d+)\.(\d+)", vllm_version(self.client, self.address, self.card) or "")
         return version is not None and (int(version[1]), int(version[2])) >= (0, 31)
 
 
-class HTTPRewardModel(OpenAIClient):
+class HTTPRewardModel(OpenAIClient, StreamedRewards):
     """A reward model behind an address, or behind several that serve the same.
 
     Args:
         model: the name it is served under, or None for whatever is served.
-        base_url: see `OpenAIClient`, as for the three that follow.
-        concurrency: see there.
-        timeout: see there.
-        retries: see there.
         tokenizer: the reward model's checkpoint, from which conversations are encoded here; None is the model's own
             where its name, or what vLLM's server says it has loaded, is a folder here. Only for `classify`.
         template: how a conversation is written; only where it is encoded here.
         max_length: a context length below the server's.
+        client: see `ClientOptions`.
 
     Raises:
         InputError: see `OpenAIClient`.
@@ -102,15 +95,12 @@ class HTTPRewardModel(OpenAIClient):
         self,
         model: str | None = None,
         *,
-        base_url: str | None = None,
-        concurrency: int = 32,
-        timeout: float = 600.0,
-        retries: int = 6,
         tokenizer: str | None = None,
         template: ChatTemplate | str | None = None,
         max_length: int | None = None,
+        **client: Unpack[ClientOptions],
     ) -> None:
-        super().__init__(model, base_url=base_url, concurrency=concurrency, timeout=timeout, retries=retries)
+        super().__init__(model, **client)
         self._tokenizer = tokenizer
         self._template = template
         self._max_length = max_length
@@ -137,10 +127,7 @@ class HTTPRewardModel(OpenAIClient):
                 f"the endpoint {other.shown} serves {other.name!r} by /{other.kind}, and {first.shown} serves "
                 f"{first.name!r} by /{first.kind}: all must serve the same reward model in the same way"
             )
-        self.card = first.card
-        limits = [one.card["max_model_len"] for one in servers if isinstance(one.card.get("max_model_len"), int)]
-        if limits:
-            self.card = self.card | {"max_model_len": min(limits)}
+        self._adopt([one.card for one in servers])
         if len(servers) > 1:
             _compare({one.shown: self._rewards_of(one, PARITY) for one in servers})
         self.model = self.model or first.name
@@ -181,7 +168,7 @@ class HTTPRewardModel(OpenAIClient):
         import openai
 
         try:
-            answer = server.post("rewards", self._fields() | {"conversations": [_messages(PROBE)]})
+            answer = post_json(server.client, "rewards", self._fields() | {"conversations": [_messages(PROBE)]})
         except openai.APIStatusError as error:
             code = error.body.get("code") if isinstance(error.body, dict) else None
             if error.status_code in _ABSENT and code != "model_not_found":
@@ -194,7 +181,7 @@ class HTTPRewardModel(OpenAIClient):
     def _probe_classify(self, server: _Server) -> tuple[str, str]:
         url = server.address.beside("/classify")
         body = self._fields() | {"messages": _messages(PROBE)}
-        answers = [server.post(url, body | {"use_activation": on}) for on in (False, True)]
+        answers = [post_json(server.client, url, body | {"use_activation": on}) for on in (False, True)]
         raw, activated = (_one_number(answer) for answer in answers)
         # A server that does not know the field gives a sigmoid, or a raw logit, both times: which, cannot be told
         # from a number between 0 and 1. (One that was started without a sigmoid never applies one.)
@@ -215,12 +202,13 @@ class HTTPRewardModel(OpenAIClient):
         try:
             if server.kind == "rewards":
                 body = self._fields() | {"conversations": [_messages(one) for one in conversations]}
-                rewards = [float(reward) for reward in server.post("rewards", body)["rewards"]]
+                rewards = [float(reward) for reward in post_json(server.client, "rewards", body)["rewards"]]
                 if len(rewards) != len(conversations):
                     raise ValueError
                 return rewards
             url, fields = server.address.beside("/classify"), self._fields() | {"use_activation": False}
-            return [_one_number(server.post(url, fields | {"messages": _messages(one)})) for one in conversations]
+            bodies = (fields | {"messages": _messages(one)} for one in conversations)
+            return [_one_number(post_json(server.client, url, body)) for body in bodies]
         except (openai.OpenAIError, LookupError, TypeError, ValueError) as error:
             reason = self.words(error) if isinstance(error, openai.APIStatusError) else type(error).__name__
             self._refuse(server, f"the conversations that all endpoints are compared on fail ({reason})")
@@ -303,23 +291,20 @@ class HTTPRewardModel(OpenAIClient):
 
     # --- rewards ---
 
-    def score(self, conversations: Sequence[Conversation]) -> list[float]:
-        """Raw logits, in order; NaN for a conversation that the server refuses, which `warnings` then tells.
-
-        Raises:
-            InputError: see `check`.
-            RunError: the server still fails after the retries.
-        """
-        rewards = dict(self.stream(conversations))
-        return [rewards[i] for i in range(len(conversations))]
-
     def stream(
         self,
         conversations: Sequence[Conversation],
         wanted: Collection[int] | None = None,
         sample_of: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, float]]:
-        """Yield (index, reward) of each wanted conversation as soon as it is known; raises as `score` does."""
+        """Yield (index, reward) of each wanted conversation as soon as it is known.
+
+        The reward is NaN for a conversation that the server refuses, which `warnings` then tells.
+
+        Raises:
+            InputError: see `check`.
+            RunError: the server still fails after the retries.
+        """
         self.warnings = []
         owners: dict[Conversation, list[int]] = {}
         for index in sorted(range(len(conversations)) if wanted is None else wanted):
@@ -344,11 +329,11 @@ class HTTPRewardModel(OpenAIClient):
         try:
             if self.kind == "rewards":
                 body = self._fields() | {"conversations": [_messages(conversation)]}
-                [reward] = self.post_json("rewards", body)["rewards"]
+                [reward] = post_json(self.client, "rewards", body)["rewards"]
                 return float(reward), None
             body = {"input": reader.encode([conversation])[0]} if reader else {"messages": _messages(conversation)}
             body |= self._fields() | {"use_activation": False}
-            return _one_number(self.post_json(self.address.beside("/classify"), body)), None
+            return _one_number(post_json(self.client, self.address.beside("/classify"), body)), None
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             return math.nan, self.words(error)
         except openai.OpenAIError as error:

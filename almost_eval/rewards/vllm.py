@@ -10,7 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
-from almost_eval.engines.vllm_process import LLM, HoldsLLM, Params, VLLMOptions, load, run, with_adapter
+from almost_eval.engines.vllm_process import LLM, HoldsLLM, VLLMOptions, load, run, with_adapter
 from almost_eval.errors import ModelError
 from almost_eval.models.adapters import refuse_for_vllm
 from almost_eval.models.chat import ChatTemplate
@@ -48,15 +48,8 @@ class VLLMRewardModel(HoldsLLM, CheckpointRewardModel):
         trust_remote_code: bool = False,
         allow_unused_weights: bool = False,
     ) -> None:
-        self.options = VLLMOptions(
-            batch_size,
-            batch_tokens,
-            tensor_parallel_size,
-            pipeline_parallel_size,
-            gpu_memory,
-            kv_cache_gib,
-            quantization,
-        )
+        parallel = (tensor_parallel_size, pipeline_parallel_size)
+        self.options = VLLMOptions(batch_size, batch_tokens, *parallel, gpu_memory, kv_cache_gib, quantization)
         super().__init__(
             model,
             template=template,
@@ -106,7 +99,7 @@ class VLLMRewardModel(HoldsLLM, CheckpointRewardModel):
         Unlike `HFRewardModel`, vLLM forms its batches from what is wanted: a resumed run is equal up to rounding.
 
         Raises:
-            InputError: see `score`; raised before any weight is loaded.
+            InputError: see `distinct`; raised before any weight is loaded.
             ModelError: vLLM cannot run the model, or it gives more than one number for a text.
         """
         owners = self.distinct(conversations)
@@ -115,8 +108,13 @@ class VLLMRewardModel(HoldsLLM, CheckpointRewardModel):
         texts = {ids: mine for ids, indices in owners.items() if (mine := [i for i in indices if i in wanted])}
         if not texts:
             return
+        import vllm
+
         names = {str(number): ids for number, ids in enumerate(texts)}
-        requests = {name: (np.array(ids, dtype=np.int32), self._params()) for name, ids in names.items()}
+        requests = {
+            name: (np.array(ids, dtype=np.int32), vllm.PoolingParams(task="classify", use_activation=False))
+            for name, ids in names.items()
+        }
         for name, output in run(self.llm, requests, self.checkpoint.path, self.checkpoint.adapter):
             values = output.outputs.data.float().flatten().tolist()
             if len(values) != 1:
@@ -124,9 +122,3 @@ class VLLMRewardModel(HoldsLLM, CheckpointRewardModel):
                     f"{self.checkpoint.path} gives {len(values)} numbers for a text; a reward model gives one"
                 )
             yield from ((index, values[0]) for index in texts[names[name]])
-
-    @staticmethod
-    def _params() -> Params:
-        import vllm
-
-        return vllm.PoolingParams(task="classify", use_activation=False)

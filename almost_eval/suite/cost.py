@@ -73,12 +73,7 @@ class Cost:
 
 
 def work_of(planned: Sequence[Planned], answer_tokens: int | None) -> list[Work]:
-    """The work of the tasks that can run.
-
-    Args:
-        planned: see `plan`.
-        answer_tokens: what an answer is expected to have; None is its budget, so that times are at most.
-    """
+    """The work of the tasks that can run; without `answer_tokens` an answer has its budget: times are then at most."""
     return [
         Work(one.name, one.read, one.answers, one.answers * answer_tokens if answer_tokens else one.write)
         for one in planned
@@ -113,15 +108,7 @@ def smallest_split(size: ModelSize, gpu: Gpu, devices: int) -> int:
 
 
 def seconds_on_gpus(work: Work, size: ModelSize, gpu: Gpu, split: int, copies: int) -> float:
-    """Of one task: the reading, then the writing.
-
-    Args:
-        work: of the task.
-        size: of the model.
-        gpu: of each device.
-        split: devices that share a copy.
-        copies: of the model, which share the samples.
-    """
+    """Of one task: the reading, then the writing. `split` devices share a copy of the model, `copies` the samples."""
     reading = 2 * size.parameters * work.read / (gpu.flops * TRAINING_SHARE * split * copies)
     if not work.write or not work.answers:
         return reading

@@ -40,14 +40,7 @@ GPUS = {
 
 
 def rates_in_words(gpu: str | None, measure: bool, reads: str, writes: str) -> str:
-    """By what the times of a plan are.
-
-    Args:
-        gpu: a name of `GPUS`, or None.
-        measure: they were measured.
-        reads: what the work at `TRAINING_SHARE` is called there.
-        writes: what that at `SAMPLING_SHARE` is.
-    """
+    """By what the times of a plan are; `reads` is the work at `TRAINING_SHARE`, `writes` that at `SAMPLING_SHARE`."""
     if measure:
         return "what was measured on this machine"
     if gpu is None:

@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from almost_eval.engines.base import SamplingParams
@@ -64,17 +65,18 @@ class Pilot:
             for _ in engine.stream(few(indices)):
                 pass
 
-        count: Callable[[Any, Sequence[EncodedRequest]], int] = trie_tokens
+        count: Callable[[Sequence[EncodedRequest]], int] = partial(trie_tokens, engine)
         with _as_parts(engine, requests):
             # Before the first request of a kind (longer than a window, say) an engine finds out what the checkpoint can
             # do: that is done once, however many requests follow.
             shortest = min(range(len(scored)), key=lambda i: requests[scored[i]].n_positions)
             self._warm_up(engine, lambda: read([shortest]), again=True)
             if engine.report.path == "plain":  # no prefix is shared after all
-                count = _plain_tokens
-                tokens = round(tokens * count(engine, requests) / trie_tokens(engine, requests))
-            chosen = stretches(len(scored), tokens, lambda indices: count(engine, few(indices)))
-            rate = _seconds_a_token(chosen, read, lambda indices: count(engine, few(indices)))
+                from almost_eval.engines.hf_loglikelihood import plain_tokens as count
+
+                tokens = round(tokens * count(requests) / trie_tokens(engine, requests))
+            chosen = stretches(len(scored), tokens, lambda indices: count(few(indices)))
+            rate = _seconds_a_token(chosen, read, lambda indices: count(few(indices)))
         return tokens * rate + self._rounding(engine, requests, few(chosen[0]), rate)
 
     def _rounding(
@@ -83,11 +85,12 @@ class Pilot:
         """Seconds in which a run in half precision measures its rounding, on a sample that grows with the run."""
         if getattr(engine, "dtype", None) not in ("bfloat16", "float16") or engine.report.path != "shared-prefix":
             return 0.0
+        from almost_eval.engines.hf_loglikelihood import plain_tokens
         from almost_eval.engines.hf_rounding import rounding_sample
 
         def sampled(requests: Sequence[EncodedRequest]) -> int:
             places = rounding_sample(requests, trie_tokens(engine, requests))
-            return sum(_plain_tokens(engine, [requests[i]]) for i in places)
+            return sum(plain_tokens([requests[i]]) for i in places)
 
         began = time.perf_counter()
         for _ in engine.stream(few):
@@ -168,7 +171,7 @@ def _as_parts(engine: Any, requests: Sequence[EncodedRequest]) -> Iterator[None]
     from almost_eval.engines.hf import HFEngine
     from almost_eval.engines.pooled import PooledEngine
 
-    engine = engine.engine if isinstance(engine, PooledEngine) else engine  # which says it to its workers
+    engine = engine.reader if isinstance(engine, PooledEngine) else engine  # which says it to its workers
     if not isinstance(engine, HFEngine):
         yield
         return
@@ -180,20 +183,11 @@ def _as_parts(engine: Any, requests: Sequence[EncodedRequest]) -> Iterator[None]
         engine.part, engine.longest = before
 
 
-def _plain_tokens(_: Any, requests: Sequence[EncodedRequest]) -> int:
-    from almost_eval.engines.hf_loglikelihood import plain_tokens
-
-    return plain_tokens(requests)
-
-
 def stretches(count: int, whole: int, size: Callable[[Sequence[int]], int], tokens: int = TOKENS) -> list[list[int]]:
     """Indices of neighbouring requests, some from each third; all of them where they are few.
 
-    Args:
-        count: of requests.
-        whole: tokens of all of them.
-        size: gives the tokens of some requests by their indices.
-        tokens: of all stretches together, about.
+    All `count` requests have `whole` tokens; `size` gives those of some, by their indices; the stretches together have
+    about `tokens`.
     """
     if whole <= tokens:
         return [list(range(count))]

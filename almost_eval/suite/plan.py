@@ -159,14 +159,11 @@ def refuse_unused(names: Sequence[str], request: SuiteRequest) -> None:
 
 
 def plan(names: Sequence[str], request: SuiteRequest) -> tuple[list[Planned], Path]:
-    """Open the models, prepare every task, and count what it takes. Loads no weights.
-
-    Args:
-        names: see `choose`.
-        request: see `with_defaults`; without an output, the folder is `runs/all-<model>-<digest of the runs>`.
+    """Open the models, prepare every task that was chosen, and count what it takes. Loads no weights.
 
     Returns:
-        The tasks, those that are refused among them, and the folder of their run folders.
+        The tasks, those that are refused among them, and the folder of their run folders: where the request has no
+        output, `runs/all-<model>-<digest of the runs>`.
 
     Raises:
         InputError: what concerns them all: the model, the data, or that nothing which is put to the model can run.
@@ -218,11 +215,7 @@ def _judged(request: SuiteRequest, engine: Any) -> JudgeRun:
     assert base.model is not None
     questions, fingerprint = find_questions(None, data, limit=base.limit)
     judge = open_judge(request.judge, data)
-    sampling = Sampling(
-        max_new_tokens=answer_budget(data.name),
-        seed=base.seed,
-        template=base.template,
-    )
+    sampling = Sampling(max_new_tokens=answer_budget(data.name), seed=base.seed, template=base.template)
     subset = base.limit is not None
     assert request.baseline is not None
     baseline = open_system(request.baseline, questions, sampling, base.engine, subset=subset)

@@ -39,13 +39,9 @@ def execute(
     begin: Callable[[Planned], None] = lambda _: None,
     finish: Callable[[Path, Mapping[str, Any]], None] = lambda *_: None,
 ) -> Iterator[Outcome]:
-    """Run the tasks in turn; each outcome comes as it is known.
+    """Run the tasks in turn; each outcome comes as it is known. What has run lets go of its model.
 
-    Args:
-        planned: see `plan`; what has run lets go of its model.
-        progress: where the samples of a task are reported to.
-        begin: called before a task.
-        finish: called with the folder and results of a task that is done.
+    `begin` is called before a task, `finish` with the folder and results of one that is done.
     """
     for one in planned:
         if one.run is None:

@@ -20,12 +20,15 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import numpy as np
+from jinja2 import UndefinedError
 
 from almost_eval.data.sources import DataSource, fingerprint
-from almost_eval.errors import DataError, InputError, did_you_mean
+from almost_eval.errors import DataError, InputError, RunError, TemplateError, did_you_mean
 from almost_eval.stats import mean_metric
 from almost_eval.tasks.base import GenerationRequest, Prompting, ReasoningRule, Task
 from almost_eval.tasks.facts import TaskSetting
+from almost_eval.tasks.harness_answers import check_answer, has_no_right_choice
+from almost_eval.tasks.harness_files import as_spec, digests, group_in_file, is_file_name
 from almost_eval.tasks.harness_groups import LmEvalTasks, group_headline, group_metrics, task_key
 from almost_eval.tasks.harness_prompts import DocumentChat, as_requests, lm_eval_instances
 from almost_eval.tasks.harness_sampling import harness_sampling
@@ -105,18 +108,33 @@ def load_lm_eval_tasks(names: Sequence[str], data: DataSource) -> LmEvalTasks:
     if folder is not None and any(name not in manager.task_index for name in names):
         manager = _manager(None)
     for name in names:
-        if name not in manager.task_index:
-            raise InputError(f"lm-eval has no task {name!r}; {did_you_mean(name, manager.all_tasks)}")
+        if is_file_name(name):
+            if not Path(name).is_file():
+                raise InputError(f"there is no file {name}; give the YAML file of a task or group, or lm-eval's names")
+        elif name not in manager.task_index:
+            raise InputError(
+                f"lm-eval has no task {name!r}; {did_you_mean(name, manager.all_tasks)}; one of your own is given by "
+                "its YAML file"
+            )
     with _quiet(), _seeded(), data.serving_lm_eval():
         try:
-            loaded = manager.load(list(names))
+            loaded = manager.load([as_spec(name, manager) for name in names])
         except DataError:
             raise
         except Exception as error:  # a task's own code may raise anything
-            problem = next(iter(str(error).splitlines()), "") or type(error).__name__
+            own = any(map(is_file_name, names))
+            lines = str(error).splitlines()
+            problem = " ".join(" ".join(lines if own else lines[:1]).split())[:200] or type(error).__name__
             if isinstance(error, KeyError):  # of which the text is the key alone
                 problem = f"it looks for {problem}, a split or a column that its data has not; add it"
-            raise InputError(f"lm-eval cannot load {', '.join(names)}: {problem}") from None
+            cure = ""
+            if own:
+                cure = "; mend the file"
+            elif isinstance(error, ValueError | IndexError | TypeError | UndefinedError):  # it reads a row as it loads
+                cure = f"; most likely the first row of its data is not as the task expects ({type(error).__name__})"
+            if problem.startswith("Duplicate task"):
+                cure = "; name it once, or its group alone"
+            raise InputError(f"lm-eval cannot load {', '.join(names)}: {problem}{cure}") from None
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
     return LmEvalTasks(loaded["tasks"], loaded["groups"])
@@ -126,7 +144,8 @@ class Harness(Task):
     """Tasks of lm-eval, evaluated in one run.
 
     Args:
-        names: lm-eval's names: tasks, groups or tags, all scored by likelihood or all by generated text.
+        names: lm-eval's names: tasks, groups or tags, or YAML files of them; all scored by likelihood or all by
+            generated text.
         shots: examples before each document, or None for each task's own default.
         data: the data root that data sets are looked for in first.
         prompting: a template to apply; lm-eval's prompts are sent as they are without one.
@@ -148,7 +167,9 @@ class Harness(Task):
     protocols = ("lm-eval's",)
     metric_names = ("lm-eval's",)
     task_settings = (
-        TaskSetting("tasks", "names", "lm-eval's names: tasks, groups or tags, by commas.", (), required=True),
+        TaskSetting(
+            "tasks", "names", "lm-eval's names: tasks, groups or tags, or YAML files, by commas.", (), required=True
+        ),
         TaskSetting("shots", "count", "Examples before a document.  [each task's own]", None, minimum=0),
         TaskSetting("fewshot_as_multiturn", "switch", "With a template: examples as turns.  [on, as in lm-eval]"),
         TaskSetting("system_instruction", "text", "System message before each prompt, as lm-eval writes it."),
@@ -236,7 +257,8 @@ class Harness(Task):
     @property
     def headline(self) -> str:  # type: ignore[override]
         """The first metric of what was named first: a group's own, as lm-eval aggregates it, or a task's."""
-        own = group_headline(self.groups[self.names[0]]) if self.names[0] in self.groups else None
+        first = group_in_file(self.names[0]) if is_file_name(self.names[0]) else self.names[0]
+        own = group_headline(self.groups[first]) if first in self.groups else None
         name, task = next(iter(self.tasks.items()))
         return own or self._headline_of(name, task)
 
@@ -274,21 +296,23 @@ class Harness(Task):
         """
         doc, task = self._doc(sample), self.tasks[sample.group]
 
-        def written(doc: dict[str, Any], shots: int) -> list[tuple[Any, ...]]:
-            return [instance.args for instance in lm_eval_instances(task, doc, shots, self.prompting, self.chat)]
+        def written(id: str, doc: dict[str, Any], shots: int) -> list[tuple[Any, ...]]:
+            try:
+                check_answer(task, doc)
+                instances = lm_eval_instances(task, doc, shots, self.prompting, self.chat)
+            except TemplateError:
+                raise
+            except InputError as error:
+                raise InputError(f"sample {id}: {error}") from None
+            return [instance.args for instance in instances]
 
         if shots < self._shots(task):
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
-            return written(doc, shots)
+            return written(sample.id, doc, shots)
         if sample.group not in self._rendered:
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
-            self._rendered[sample.group] = {
-                i: [
-                    instance.args
-                    for instance in lm_eval_instances(task, d, self._shots(task), self.prompting, self.chat)
-                ]
-                for i, d in self._docs[sample.group].items()
-            }
+            docs = self._docs[sample.group].items()
+            self._rendered[sample.group] = {id: written(id, d, self._shots(task)) for id, d in docs}
         return self._rendered[sample.group][sample.id]
 
     def requests(self, sample: Sample, shots: int) -> list[LoglikelihoodRequest]:
@@ -338,9 +362,15 @@ class Harness(Task):
         ]
         results: dict[str, Any] = {}
         for pipeline in task._filters:
-            pipeline.apply(instances)
-            with np.errstate(all="ignore"):
-                metrics = task.process_results(doc, [i.filtered_resps[pipeline.name] for i in instances])
+            try:
+                pipeline.apply(instances)
+                with np.errstate(all="ignore"), _quiet():
+                    metrics = task.process_results(doc, [i.filtered_resps[pipeline.name] for i in instances])
+            except Exception as error:  # a task's own code may raise anything
+                raise RunError(
+                    f"sample {sample.id}: the scoring of {sample.group} fails ({type(error).__name__}: "
+                    f"{' '.join(str(error).split())[:160]}); mend the task or its row: what was answered is kept"
+                ) from None
             results |= {task_key(sample.group, task, metric, pipeline.name): value for metric, value in metrics.items()}
         return results
 
@@ -371,9 +401,11 @@ class Harness(Task):
         return group_metrics(self.groups, self.tasks, metrics, records) | metrics
 
     def details(self, records: Sequence[SampleRecord]) -> dict[str, float | int]:
-        """How many answers came after a thought."""
+        """How many answers came after a thought; how many documents have no right choice."""
         thoughts = sum(thought is not None for r in records for thought in r.outputs.get("reasoning", ()))
-        return {"answers_after_a_thought": thoughts} if thoughts else {}
+        hopeless = sum(has_no_right_choice(self.tasks[r.sample.group], self._doc(r.sample)) for r in records)
+        counts = {"answers_after_a_thought": thoughts, "documents_without_a_right_choice": hopeless}
+        return {name: count for name, count in counts.items() if count}
 
     def settings(self) -> dict[str, Any]:
         """See `Task.settings`."""
@@ -383,6 +415,7 @@ class Harness(Task):
             "limit": self.limit,
             "versions": {name: str(task.VERSION) for name, task in self.tasks.items()}
             | {name: str(group.version) for name, group in self.groups.items()},
+            **({"definitions": digests(self.tasks)} if any(map(is_file_name, self.names)) else {}),
             **({"reasoning": self.reasoning} if self.requires == "generation" else {}),
             **self.chat.settings(self.prompting, any(task.config.description for task in self.tasks.values())),
         }

@@ -35,11 +35,7 @@ class Pool:
     """
 
     def __init__(
-        self,
-        transport: Transport,
-        identity: dict[str, str | None] | None = None,
-        *,
-        silence_s: float | None = None,
+        self, transport: Transport, identity: dict[str, str | None] | None = None, *, silence_s: float | None = None
     ) -> None:
         self._transport = transport
         self._identity = identity or {}
@@ -87,11 +83,7 @@ class Pool:
         ]
 
     def run(self, task: Any, parts: Sequence[tuple[int, ...]]) -> Generator[tuple[int, Answer], None, None]:
-        """Yield (item, answer) of all items of all parts as they arrive.
-
-        Args:
-            task: see `work.Servant.answer`.
-            parts: items of each unit, in the order in which units are given out.
+        """Yield (item, answer) of all items of all parts as they arrive; parts are given out in their order.
 
         Raises:
             RunError: all workers have ended, or three over the same items.

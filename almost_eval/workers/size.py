@@ -36,19 +36,17 @@ def requested(workers: int | str | None) -> int | None:
 
 
 def local_share(workers: int | str, device: str, gpus_each: int) -> Share:
-    """What each of the workers of this machine gets.
-
-    Args:
-        workers: a number, or `GPUS`.
-        device: what the model runs on here.
-        gpus_each: GPUs that one copy of the model takes.
+    """What each of the workers of this machine gets, where a copy of the model takes `gpus_each` GPUs.
 
     Raises:
         InputError: there are no GPUs, or too few; or a device that only one worker can have.
     """
     number = requested(workers)
     if device == "cuda":
-        groups = _groups(visible_gpus(), gpus_each)
+        gpus = visible_gpus()
+        groups = tuple(",".join(gpus[at : at + gpus_each]) for at in range(0, len(gpus) - gpus_each + 1, gpus_each))
+        if not groups:
+            raise InputError(f"--workers: a worker takes {gpus_each} GPUs, and {len(gpus)} are visible here")
         if number is not None and number > len(groups):
             each = "" if gpus_each == 1 else f" with {gpus_each} GPUs each"
             raise InputError(
@@ -65,13 +63,6 @@ def local_share(workers: int | str, device: str, gpus_each: int) -> Share:
             "CUDA_VISIBLE_DEVICES"
         )
     return Share(number, threads_each(number), None)
-
-
-def _groups(gpus: list[str], each: int) -> tuple[str, ...]:
-    groups = tuple(",".join(gpus[at : at + each]) for at in range(0, len(gpus) - each + 1, each))
-    if not groups:
-        raise InputError(f"--workers: a worker takes {each} GPUs, and {len(gpus)} are visible here")
-    return groups
 
 
 def visible_gpus() -> list[str]:

@@ -9,7 +9,7 @@ import click
 
 from almost_eval.cli.command_line import import_transformers
 from almost_eval.errors import InputError
-from almost_train.cli.options import path_option, show
+from almost_train.cli.options import UserPath, path_option, show
 
 MERGERS = {
     "synthesize-responses": "almost_train.synthetic.responses:merge_responses",
@@ -43,10 +43,8 @@ def merge(adapter: str, output: Path, dtype: str) -> int:
 
 
 @click.command("merge-shards")
-@click.argument("folders", nargs=-1, required=True, metavar="DIR...", type=click.Path(path_type=Path))
-@click.option(
-    "--output", type=click.Path(path_type=Path), help="Folder of the whole stage; the default is that of the shards."
-)
+@click.argument("folders", nargs=-1, required=True, metavar="DIR...", type=UserPath())
+@click.option("--output", type=UserPath(), help="Folder of the whole stage; the default is that of the shards.")
 @click.option("--json", "as_json", is_flag=True, help="Print result.json instead of the table.")
 def merge_shards(folders: tuple[Path, ...], output: Path | None, as_json: bool) -> int:
     """Join the shards of a stage (--shard K/N) to the whole stage. Loads no model.

@@ -8,7 +8,7 @@ import click
 
 from almost_eval.cli.command_line import Commands, import_transformers, open_console
 from almost_eval.errors import InputError, RunError, did_you_mean
-from almost_train.cli.options import CONTEXT, path_option
+from almost_train.cli.options import CONTEXT, UserPath, path_option
 
 
 @click.group(cls=Commands, context_settings=CONTEXT)
@@ -17,7 +17,7 @@ def nano() -> None:
 
 
 @nano.command()
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder of the family.")
+@click.option("--output", required=True, type=UserPath(), help="Folder of the family.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of weights and order.")
 @click.option("--sizes", default="small,medium,large", show_default=True, help="Which, by commas.")
 @click.option("--workers", default=2, show_default=True, type=click.IntRange(min=1), help="Models at a time.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,15 +21,26 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 """click's settings of every group."""
 
 
+class UserPath(click.Path):
+    """A path, as the shell writes it: of `--output=~/runs` many shells leave the `~`, and so does a `--config` file."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(
+        self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | bytes | os.PathLike[str]:
+        """With the home folder for `~`."""
+        return super().convert(os.path.expanduser(value), param, ctx)
+
+
 def path_option(name: str, help: str) -> Callable[[FC], FC]:
     """A required option that takes a path."""
-    return click.option(name, required=True, type=click.Path(path_type=Path), help=help)
+    return click.option(name, required=True, type=UserPath(), help=help)
 
 
 OUTPUT = path_option("--output", "The stage's folder; made if absent, and gone on with if it holds the same stage.")
-HELD_OUT = click.option(
-    "--held-out", type=click.Path(path_type=Path), help="prompts.jsonl of an evaluation: kept out, word for word."
-)
+HELD_OUT = click.option("--held-out", type=UserPath(), help="prompts.jsonl of an evaluation: kept out, word for word.")
 PUSH_TO_HUB = click.option(
     "--push-to-hub", metavar="ORG/NAME", help="Upload the checkpoint to this repository of the hub. [env: HF_TOKEN]"
 )

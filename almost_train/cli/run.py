@@ -9,12 +9,12 @@ import click
 from almost_eval.cli.command_line import import_transformers, open_console, options, print_json
 from almost_eval.cli.options import LOG_TO
 from almost_eval.run.trackers import logging_to
-from almost_train.cli.options import RECIPE_OPTIONS
+from almost_train.cli.options import RECIPE_OPTIONS, UserPath
 
 
 @click.command()
 @click.argument("recipe")
-@click.option("--output", type=click.Path(path_type=Path), help="Folder of the pipeline.  [runs/<recipe>]")
+@click.option("--output", type=UserPath(), help="Folder of the pipeline.  [runs/<recipe>]")
 @click.option("--seed", type=click.IntRange(min=0), help="In place of the recipe's.")
 @click.option("--until", help="Stop after this stage.")
 @click.option("--data-root", help="Folder laid out like the hub, looked in first. [env: ALMOST_DATA_ROOT]")

@@ -14,7 +14,7 @@ from almost_eval.cli.config_file import CONFIG
 from almost_eval.cli.options import GENERATION_FIELDS, engine_flag, engine_options
 from almost_eval.run.trackers import logging_to
 from almost_eval.types import JSONObject
-from almost_train.cli.options import show
+from almost_train.cli.options import UserPath, show
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -132,7 +132,7 @@ def settings_flag(setting: SettingField) -> click.Option:
     if setting.choices:
         kind = click.Choice(setting.choices)
     elif setting.kind is Path:
-        kind = click.Path(path_type=Path)
+        kind = UserPath()
     return click.Option(
         [f"--{name}"],
         type=kind,

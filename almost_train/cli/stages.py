@@ -9,7 +9,7 @@ import click
 
 from almost_eval.cli.options import LOG_TO, SHARD
 from almost_eval.errors import RunError
-from almost_train.cli.options import DATA_ROOT, HELD_OUT, OUTPUT, PUSH_TO_HUB, data_for, path_option
+from almost_train.cli.options import DATA_ROOT, HELD_OUT, OUTPUT, PUSH_TO_HUB, UserPath, data_for, path_option
 from almost_train.cli.settings import settings_command
 
 TABLES = "JSON Lines, JSON, CSV, Parquet, or a data set of the hub (org/name[:config][@split])"
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @settings_command("almost_train.reward.run:RewardSettings")
 @path_option("--comparisons", f"Preference pairs: {TABLES}.")
-@click.option("--eval-comparisons", type=click.Path(path_type=Path), help="Held-out pairs, in place of a share.")
+@click.option("--eval-comparisons", type=UserPath(), help="Held-out pairs, in place of a share.")
 @click.option("--model", required=True, help="What to start from: a language model, encoder or classifier.")
 @OUTPUT
 @LOG_TO
@@ -100,7 +100,7 @@ def self_play(
 
 @settings_command("almost_train.sft.run:SFTSettings")
 @path_option("--demonstrations", f"Dialogues: {TABLES}.")
-@click.option("--eval-demonstrations", type=click.Path(path_type=Path), help="Held-out dialogues, in place of a share.")
+@click.option("--eval-demonstrations", type=UserPath(), help="Held-out dialogues, in place of a share.")
 @click.option("--model", required=True, help="The language model to fine-tune.")
 @OUTPUT
 @LOG_TO
@@ -128,7 +128,7 @@ def sft(
 
 @settings_command("almost_train.dpo.run:DPOSettings")
 @path_option("--comparisons", f"Preference pairs: {TABLES}.")
-@click.option("--eval-comparisons", type=click.Path(path_type=Path), help="Held-out pairs, in place of a share.")
+@click.option("--eval-comparisons", type=UserPath(), help="Held-out pairs, in place of a share.")
 @click.option("--policy", required=True, help="The SFT checkpoint: the start, and the reference.")
 @OUTPUT
 @LOG_TO

@@ -28,6 +28,8 @@ T = TypeVar("T")
 
 MOST_SEED = 2**32 - 1
 """The largest seed: numpy's global generator, which trainers of transformers seed, takes no larger one."""
+MOST_RATE = 1e30
+"""The largest learning rate: ten times as much, the first step of Adam, must be a float32."""
 
 
 def option(
@@ -116,7 +118,7 @@ def _checked(value: object, setting: SettingField, where: str) -> object:
     if value is None:
         if setting.optional:
             return None
-        raise InputError(f"{where} is empty; it must be {_named(setting.kind)}")
+        raise InputError(f"{where} is empty; it must be {'a list' if setting.many else _named(setting.kind)}")
     if setting.many:
         if not isinstance(value, list | tuple):
             raise InputError(f"{where} is {value!r}; it must be a list")

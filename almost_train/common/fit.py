@@ -4,7 +4,7 @@ The loop is TRL's (transformers' Trainer). Departures from how it is usually dri
 
 - The order of the data comes from `batches.py` and not from samplers.
 - Checkpoints to resume from stand in `.work` and are removed when the stage is done. One that was not written to its
-  end is not used.
+  end, or was damaged since (`sealed.py`), is not used.
 - Nothing is printed or sent anywhere, except to the trackers of `--log-to`. They get the rows of `log.jsonl` from this
   file and not through `report_to`, which would log some steps twice after a resume.
 """
@@ -34,13 +34,15 @@ from almost_train.common.processes import (
     forget_deepspeed,
     from_main,
     is_main,
+    main_alone,
     wait_for_all,
 )
-from almost_train.common.resume import RowLog
+from almost_train.common.resume import RowLog, refuse_gaps
 from almost_train.common.schedule import learning_rate_factor
+from almost_train.common.sealed import SEAL, seal, undamaged
 from almost_train.common.seeding import own_random_state
 from almost_train.common.train_settings import TrainSettings
-from almost_train.common.trainers import labelled_positions_alone
+from almost_train.common.trainers import labelled_positions_alone, resume_on_cpu
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
@@ -52,8 +54,6 @@ LOGGED = (
     *("reward", "reward_margin", "kl", "length", "ended", "pairs", "ties"),
 )
 """What a row of the log has besides loss, rate and speed, where the trainer measures it."""
-WHOLE = "whole"
-"""An empty file in a checkpoint's folder: the checkpoint was written to its end."""
 
 
 def fit(
@@ -79,18 +79,20 @@ def fit(
         held_out: what is measured after some steps; with `every`, `model/` is the one with the lowest loss.
 
     Raises:
-        RunError: the loss or the gradient is not finite, or a signal ended it after a checkpoint.
+        RunError: the loss or the gradient is not finite, a signal ended it after a checkpoint, or what it would go on
+            from is damaged.
     """
-    import torch
     from transformers import PrinterCallback
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()  # one for each checkpoint that it saves
     # 1. Where to begin: done, or at the last whole checkpoint.
     result = stage.folder / (ADAPTER if settings.merge else MODEL)
     if from_main(result.exists()):
         _merge(result, stage.folder / MODEL)
         return
     work = stage.folder / WORK
-    resume = from_main(_last_checkpoint(work) if is_main() else None)
+    resume = main_alone(lambda: _last_checkpoint(work, progress.notice))
     done = int(resume.rsplit("-", 1)[1]) if resume else 0
     progress = progress if is_main() else Progress()
     with (
@@ -112,9 +114,7 @@ def fit(
         evaluation = Evaluation(trainer, steps, held_out, best, lambda folder: _save(trainer, folder))
         watch = _callback(log, advance, saving, work, evaluation)
         trainer.add_callback(watch)
-        if trainer.args.device.type == "cpu":
-            # Of several processes on CPUs each is told "cpu:0", where torch.load refuses to put an optimiser's state.
-            vars(trainer.args)["_setup_devices"] = torch.device("cpu")
+        resume_on_cpu(trainer)
         # 3. Training, and the model into `.work`.
         with labelled_positions_alone():
             trainer.train(resume_from_checkpoint=resume)
@@ -130,6 +130,7 @@ def fit(
     if is_main():
         (trained / "training_args.bin").unlink(missing_ok=True)  # a pickle
         (trained / "README.md").unlink(missing_ok=True)  # PEFT's, of empty headings
+        (trained / SEAL).unlink(missing_ok=True)
         trained.rename(result)
     wait_for_all()
     _merge(result, stage.folder / MODEL)
@@ -154,18 +155,19 @@ def _save(trainer: Trainer, folder: Path) -> None:
         config.use_cache = value
 
 
-def _last_checkpoint(work: Path) -> str | None:
+def _last_checkpoint(work: Path, notice: Callable[[str], None]) -> str | None:
     """The last whole checkpoint; what a killed process left half-written is removed."""
     whole = _whole_checkpoints(work)
     for folder in set(work.glob("checkpoint-*")).difference(whole):
         shutil.rmtree(folder)
     shutil.rmtree(work / MODEL, ignore_errors=True)
+    whole = undamaged(whole, notice)
     return str(whole[-1]) if whole else None
 
 
 def _whole_checkpoints(work: Path) -> list[Path]:
     """Those that were written to their end, oldest first."""
-    folders = (file.parent for file in work.glob(f"checkpoint-*/{WHOLE}"))
+    folders = (file.parent for file in work.glob(f"checkpoint-*/{SEAL}"))
     return sorted(folders, key=lambda folder: int(folder.name.rsplit("-", 1)[1]))
 
 
@@ -180,6 +182,7 @@ def _step_log(file: Path, done: int) -> Iterator[Callable[[Row], None]]:
         return
     with RowLog(file) as log:
         kept = [row for row in log.rows if row["step"] <= done]
+        refuse_gaps(file, len(kept), done)
         log.rewrite(kept)
         with Trackers(file.parent, kept) as trackers:
 
@@ -211,6 +214,11 @@ def _callback(
             if "loss" not in logs:  # the summary at the end
                 return
             for name, value in (("loss", logs["loss"]), ("gradient", logs.get("grad_norm", 0.0))):
+                if not math.isfinite(value) and state.global_step == 1 and name == "loss":
+                    raise RunError(
+                        f"the loss is {value} at step 1, before anything was learned: weights of the model are not "
+                        "finite, or overflow; a lower learning rate does not help, other weights (or float32) do"
+                    )
                 if not math.isfinite(value):  # raised before this step is saved
                     raise RunError(
                         f"the {name} is {value} at step {state.global_step}; {what_is_kept(_whole_checkpoints(work))}; "
@@ -235,7 +243,7 @@ def _callback(
         def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
             wait_for_all()  # every process has written its share
             if is_main():
-                (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / WHOLE).touch()
+                seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
             if evaluation.best:
                 evaluation.best.checkpoint_saved(state.global_step)
             saving.saved()

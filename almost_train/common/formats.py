@@ -172,8 +172,8 @@ def _refuse_halves(record: object, where: str) -> None:
         refuse_half(message.content, where)
 
 
-_UNREAD = ("tools", "history", "chat_template_kwargs")
-"""Columns that other programs write into the text that a model reads."""
+_UNREAD = ("tools", "history", "chat_template_kwargs", "images", "image", "videos", "video", "audios", "audio")
+"""Columns that other programs show a model together with the text, or write into it."""
 
 
 def _columns(one: Format[T]) -> str:
@@ -221,6 +221,19 @@ def _whole(row: Row, where: str) -> Preference:
     return _implicit(row, messages_of(row["chosen"], where), messages_of(row["rejected"], where), where)
 
 
+def _asked_twice(row: Row, where: str) -> Preference:
+    """The text `prompt` must be in what a user says in the dialogues, or hold it: one of several turns, or all."""
+    pair = _whole(row, where)
+    asked = [" ".join(message.content.split()) for message in pair.prompt if message.role == "user"]
+    prompt = " ".join(row["prompt"].split())
+    if not any(text and (text in prompt or prompt in text) for text in asked):
+        raise DataError(
+            f"malformed data: {where}: 'prompt' is {row['prompt']!r:.40}, and the dialogues answer "
+            f"{pair.prompt[-1].content!r:.40}; leave the column 'prompt' out if the dialogues are right"
+        )
+    return pair
+
+
 def _whole_texts(row: Row, where: str) -> Preference:
     return _implicit(row, _with_last_answer(row["chosen"]), _with_last_answer(row["rejected"]), where)
 
@@ -249,7 +262,7 @@ _TEXT_PAIR: dict[str, type] = {"chosen": str, "rejected": str}
 PREFERENCES: tuple[Format[Preference], ...] = (
     Format("conversational preferences", {"prompt": list, **_PAIR}, _conversational),
     Format("preferences with the prompt in both dialogues", _PAIR, _whole, without=("prompt",)),
-    Format("UltraFeedback's preferences", {"prompt": str, **_PAIR}, _whole),
+    Format("UltraFeedback's preferences", {"prompt": str, **_PAIR}, _asked_twice),
     Format("standard preferences", {"prompt": str, **_TEXT_PAIR}, _standard),
     Format("hh-rlhf's preferences", _TEXT_PAIR, _whole_texts, without=("prompt",), marked="chosen"),
 )

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from almost_eval.errors import InputError
+from almost_eval.errors import InputError, RunError
 from almost_eval.files import Row
 from almost_eval.types import JSONObject
-from almost_train.common.processes import is_main, wait_for_all
+from almost_train.common.processes import is_main, main_alone, wait_for_all
+from almost_train.common.sealed import damage, seal
 
 if TYPE_CHECKING:
     import torch
@@ -121,6 +122,15 @@ class BestModel:
             for folder in work.glob("best-*"):
                 if folder.suffix or int(folder.name.split("-")[1]) > self._safe:
                     shutil.rmtree(folder)
+        main_alone(self._refuse_damaged)
+
+    def _refuse_damaged(self) -> None:
+        problem = damage(self.folder) if self.folder.is_dir() else "it is missing"
+        if self.step and problem:
+            raise RunError(
+                f"{self.folder}, the best model so far, is damaged ({problem}); put it back, or choose another "
+                "--output to begin anew"
+            )
 
     @property
     def folder(self) -> Path:
@@ -136,6 +146,7 @@ class BestModel:
         save(scratch)
         wait_for_all()
         if is_main():
+            seal(scratch)
             scratch.rename(self.folder)
             if older > self._safe:  # no checkpoint to resume from is later than it
                 shutil.rmtree(self._folder(older), ignore_errors=True)

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from almost_eval.errors import InputError, MissingDependencyError
+from almost_eval.errors import InputError, MissingDependencyError, did_you_mean
 from almost_train.common.config import option
 from almost_train.common.seeding import seeded
 
@@ -144,6 +144,7 @@ def add_lora(model: nn.Module, settings: LoraSettings, base: Path, *, kind: str,
     """
     from peft import get_peft_model
 
+    check_layers(model, settings)
     with layers_named(settings), seeded(seed):
         whole = get_peft_model(ready_for_lora(model, settings), lora_config(settings, kind))
     settle_config(whole, base)
@@ -171,6 +172,21 @@ def ready_for_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
     # Checkpointing is the trainer's to turn on.
     prepared: nn.Module = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return prepared
+
+
+def check_layers(model: nn.Module, settings: LoraSettings) -> None:
+    """Refuse a name of no layer: PEFT passes over one where another name fits, and trains less than was asked.
+
+    Raises:
+        InputError: the model has no such layer.
+    """
+    if settings.lora_targets == (ALL,):
+        return
+    names = [name for name, module in model.named_modules() if not list(module.children())]
+    for target in settings.lora_targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            layers = {name.rpartition(".")[2] for name in names} - {""}
+            raise InputError(f"--lora-targets {target}: no layer is called so; {did_you_mean(target, layers, 20)}")
 
 
 @contextmanager

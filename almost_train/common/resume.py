@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from almost_eval.errors import RunError
 from almost_eval.files import LineWriter, Row, read_rows
 
 
@@ -22,6 +23,24 @@ class RowLog(LineWriter):
         """Add rows; see `LineWriter.append`."""
         super().append(*values)
         self.rows.extend(values)
+
+
+def refuse_gaps(log: Path, rows: int, done: int) -> None:
+    """Refuse to go on with a log that lacks steps: figures, guards and the best model are taken from it.
+
+    Args:
+        log: of a training, one row a step.
+        rows: it has, of the steps done.
+        done: steps of the checkpoint that is gone on from.
+
+    Raises:
+        RunError: there are fewer.
+    """
+    if rows < done:
+        raise RunError(
+            f"{log} has rows of {rows} of the {done} steps that are done; put it back, or choose another --output to "
+            "begin anew"
+        )
 
 
 @contextmanager

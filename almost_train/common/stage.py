@@ -37,6 +37,8 @@ FREE_SETTINGS = frozenset(
 """Settings that may differ when a stage goes on: where it runs and in how much memory, how often and what it saves,
 when it gives up. A pass over fewer items at once changes the rounding of a sum and nothing else."""
 
+RECORDS = ("samples", "eval")
+"""Outputs that people read and no stage does: one that is done may lack them."""
 WORK = ".work"
 """The hidden folder with the checkpoints to resume from; removed when the stage is done."""
 STATE = "state"
@@ -64,7 +66,8 @@ def model_input(model: str) -> Path | str:
 
     if model in SHIPPED:
         return shipped(model)
-    return Path(model) if Path(model).is_dir() else model
+    folder = Path(os.path.expanduser(model))
+    return folder if folder.is_dir() else model
 
 
 class StageChanged(StoreError):
@@ -148,6 +151,8 @@ class Stage:
             # Refused before any work: the corrected command must not be told that the folder is another's.
             for name in ("stage.json", MARK):
                 (self.folder / name).unlink(missing_ok=True)
+            for file in self._files():  # a log without a row
+                file.unlink()
         self._lock.close()
         if error is not None and (reason := cannot_write(error)):
             raise RunError(
@@ -156,8 +161,11 @@ class Stage:
             ) from None
 
     def _nothing_done(self) -> bool:
-        files = [p for p in self.folder.rglob("*") if p.is_file() and p.name not in ("stage.json", MARK, ".lock")]
-        return all(p.stat().st_size == 0 for p in files)
+        return all(file.stat().st_size == 0 for file in self._files())
+
+    def _files(self) -> list[Path]:
+        own = ("stage.json", MARK, ".lock")
+        return [path for path in self.folder.rglob("*") if path.is_file() and path.name not in own]
 
     def pin(self, name: str, value: str) -> None:
         """Hold the stage to what was settled only inside it, such as the dtype that `auto` stands for here.
@@ -220,6 +228,12 @@ class Stage:
         self.grown = {name: list(values) for name, values in stored.get("grown", {}).items()}
         with suppress(StoreError):  # absent: not finished
             self.result = read_json(self.folder / "result.json", "metrics", "outputs")
+        for name, output in self.result["outputs"].items() if self.result else ():
+            if name not in RECORDS and not (self.folder / output["path"]).exists():
+                raise StoreError(
+                    f"{self.folder} is done, and its {output['path']} is not there; put it back, or remove "
+                    f"{self.folder / 'result.json'} to make it anew"
+                )
         larger = self._larger(stored["settings"])
         if {**stored["settings"], **larger} != self.spec["settings"] or stored["inputs"] != self.spec["inputs"]:
             raise StageChanged(self.folder, self._change(stored))

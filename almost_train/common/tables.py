@@ -69,7 +69,11 @@ def read_any(source: Path | str) -> Table:
 def _json(file: Path) -> list[Row]:
     """A JSON array of objects, or one object a line: programs write either under both names, .json and .jsonl."""
     if not _is_array(file):
-        return read_rows(file)
+        rows = read_rows(file)
+        with file.open(encoding="utf-8-sig", newline="\n") as lines:  # a JSON string may hold U+2028
+            for number, line in enumerate((line for line in lines if line.strip()), 1):
+                _refuse_repeated_key(file, number, line)
+        return rows
     text = _text(file)
     try:
         rows = json.loads(text)
@@ -78,7 +82,36 @@ def _json(file: Path) -> list[Row]:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise DataError(f"malformed data: {file}, row {number}: not a JSON object")
+    for number, item in enumerate(_items(text), 1):
+        _refuse_repeated_key(file, number, item)
     return list(rows)
+
+
+def _items(array: str) -> Iterator[str]:
+    """The texts of the objects of a JSON array that is known to be one."""
+    decoder, end = json.JSONDecoder(), 0
+    while (begin := array.find("{", end)) >= 0:  # between two objects stand a comma and white space
+        _, end = decoder.raw_decode(array, begin)
+        yield array[begin:end]
+
+
+class _RepeatedKey(Exception):
+    """A key that an object of JSON has twice: Python's reader would take the last value."""
+
+
+def _refuse_repeated_key(file: Path, number: int, text: str) -> None:
+    try:
+        json.loads(text, object_pairs_hook=_nothing)
+    except _RepeatedKey as error:
+        raise DataError(
+            f"malformed data: {file}, row {number}: {error.args[0]!r:.60} is there twice in one object; keep one"
+        ) from None
+
+
+def _nothing(pairs: list[tuple[str, object]]) -> None:
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise _RepeatedKey(next(name for name in names if names.count(name) > 1))
 
 
 def _is_array(file: Path) -> bool:

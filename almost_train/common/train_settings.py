@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 from almost_eval.errors import InputError
 from almost_eval.models.loading import ATTENTION, pick_device
-from almost_train.common.config import MOST_SEED, option
+from almost_train.common.config import MOST_RATE, MOST_SEED, option
 from almost_train.common.lora import LoraSettings
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "adafactor")
@@ -21,7 +21,7 @@ OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bi
 class TrainSettings(LoraSettings):
     """What every trainer takes; the defaults differ between them."""
 
-    learning_rate: float = option(2e-5, "peak learning rate of AdamW", above=0)
+    learning_rate: float = option(2e-5, "peak learning rate of AdamW", above=0, most=MOST_RATE)
     weight_decay: float = option(0.0, "AdamW's weight decay", least=0)
     warmup_share: float = option(
         0.03, "share of the steps, rounded up, in which the rate rises; then it falls as a cosine", least=0, most=1

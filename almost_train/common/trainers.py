@@ -52,6 +52,17 @@ def labelled_positions_alone() -> Iterator[None]:
         utils._use_triton = own
 
 
+def resume_on_cpu(trainer: Any) -> None:
+    """Let each of several processes on CPUs load the optimiser's state of a checkpoint.
+
+    Each is told "cpu:0" by accelerate, where torch.load refuses to put a tensor.
+    """
+    import torch
+
+    if trainer.args.device.type == "cpu":
+        vars(trainer.args)["_setup_devices"] = torch.device("cpu")
+
+
 def check_batches(settings: TrainSettings) -> int:
     """Items of one forward pass on one device: `micro_batch_size`, or less where the batch has fewer for each.
 

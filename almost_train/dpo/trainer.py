@@ -19,7 +19,7 @@ from almost_eval.errors import InputError
 from almost_eval.files import Row
 from almost_eval.models.checkpoint import Checkpoint
 from almost_train.common.batches import NO_LOSS, BatchPlan
-from almost_train.common.config import option
+from almost_train.common.config import MOST_RATE, option
 from almost_train.common.held_out_loss import ITEMS
 from almost_train.common.lora import add_lora, without_dropout
 from almost_train.common.policy import load_causal_lm, stop_at_eos
@@ -41,7 +41,7 @@ Inputs = dict[str, "torch.Tensor"]
 class PreferenceSettings(TrainSettings):
     """What both kinds of DPO take."""
 
-    learning_rate: float = option(1e-6, "peak learning rate of AdamW", above=0)
+    learning_rate: float = option(1e-6, "peak learning rate of AdamW", above=0, most=MOST_RATE)
     batch_size: int = option(64, "pairs of one optimiser step, over all devices", least=1)
     max_steps: int | None = option(None, "at most so many optimiser steps", least=1)
     beta: float = option(0.1, "how much a nat away from the reference counts", above=0)

@@ -232,7 +232,9 @@ class _Sizes:
             model = recipe.value("as_is_reward", "model")
         if model is None:
             return []
-        ranked = sum(map(len, as_ranking(recipe.value("comparisons", "ranking"), f"recipe {recipe.name}, comparisons")))
+        ranked = sum(
+            map(len, as_ranking(recipe.value("comparisons", "ranking"), f"recipe {recipe.name}, comparisons: ranking"))
+        )
         longest = PROMPT_TOKENS + max((new for *_, new in self._configurations(recipe)), default=0)
         texts = self._prompts * ranked
         return [judging_need(self._estimator, "comparisons", str(model), length=longest, texts=texts)]

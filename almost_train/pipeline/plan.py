@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -16,8 +16,10 @@ from almost_eval.data.sources import find_data
 from almost_eval.engines.base import GenerationEngine
 from almost_eval.engines.build import ENGINES, EngineOptions, generation_engine
 from almost_eval.errors import InputError, did_you_mean
+from almost_eval.files import read_rows, write_rows
 from almost_eval.progress import Progress
 from almost_eval.types import JSONObject
+from almost_train.common.held_out import read_held_out
 from almost_train.dpo.online import OnlineDPOSettings, train_online_dpo
 from almost_train.dpo.run import DPOSettings, train_dpo
 from almost_train.pipeline.evaluation import EvaluationSettings, evaluate_policies, prompts_of
@@ -31,7 +33,7 @@ from almost_train.sft.run import SFTSettings, train_sft
 from almost_train.synthetic.comparisons import ComparisonSettings, synthesize_comparisons
 from almost_train.synthetic.prompt_sets import load_seed_set
 from almost_train.synthetic.prompts import PromptSettings, synthesize_prompts
-from almost_train.synthetic.ranking import as_ranking
+from almost_train.synthetic.ranking import as_ranking, ranking_text
 from almost_train.synthetic.responses import ResponseSettings, read_configurations, synthesize_responses
 
 T = TypeVar("T")
@@ -130,7 +132,8 @@ class _Plan:
 
     def comparisons(self) -> Step:
         settings = self._settings("comparisons", ComparisonSettings, "ranking", "as_is_reward_model")
-        ranking = as_ranking(self.recipe.value("comparisons", "ranking"), f"recipe {self.recipe.name}, comparisons")
+        where = f"recipe {self.recipe.name}, comparisons: ranking"
+        ranking = as_ranking(self.recipe.value("comparisons", "ranking"), where)
         model = self.recipe.sections["comparisons"].get("as_is_reward_model")
         as_is = str(model) if model else None
         if as_is is None and "as_is_reward" in self.recipe.sections:
@@ -140,7 +143,7 @@ class _Plan:
         def step() -> JSONObject:
             # The stage reads a ranking file: the recipe's section becomes one beside the stage's folder.
             file = self.folder / "ranking.yaml"
-            file.write_text("\n".join(f"- [{', '.join(group)}]" for group in ranking) + "\n", encoding="utf-8")
+            file.write_text(ranking_text(ranking), encoding="utf-8")
             return synthesize_comparisons(
                 settings, responses, file, output, as_is_reward_model=as_is, progress=self.progress
             )
@@ -254,13 +257,14 @@ class _Plan:
         return generation_engine(model, self.options)
 
     def held_out(self) -> Path | None:
-        """The prompts that no stage may train on; the nano world's are written here."""
-        if self.recipe.held_out != "nano":
-            return Path(self.recipe.held_out) if self.recipe.held_out else None
-        from almost_train.nano.data import write_held_out
+        """The prompts that no stage may train on, those of the evaluation among them; what is no one file is written.
 
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return write_held_out(self.folder / "held-out.jsonl")
+        `held_out` of the recipe may name others, or more than the evaluation asks.
+        """
+        section = self.recipe.sections.get("evaluation", {})
+        asked = "nano" if "nano_prompts" in section else section.get("prompts")
+        sources = [str(source) for source in dict.fromkeys((self.recipe.held_out, asked)) if source]
+        return held_out_file(sources, self.folder / "held-out.jsonl") if sources else None
 
     def _settings(self, section: str, cls: type[T], *drop: str, **fixed: object) -> T:
         return self.recipe.settings(section, cls, *drop, **fixed)
@@ -270,6 +274,34 @@ class _Plan:
         if stage not in self.recipe.sections:
             raise InputError(f"it needs the section {stage!r}, which is missing")
         return self.folder / stage / name if name else self.folder / stage
+
+
+def held_out_file(sources: Sequence[str], file: Path) -> Path:
+    """One file with the prompts of all sources: the only one, or one that holds the others, or `file`, written.
+
+    Args:
+        sources: files of prompts, and `nano` for all that the nano world's evaluation may ask.
+        file: where they are written.
+
+    Raises:
+        DataError: a file of prompts that cannot be read.
+    """
+    if "nano" in sources:
+        from almost_train.nano.data import write_held_out
+
+        write_held_out(file)
+    files = [Path(source) for source in sources if source != "nano"]
+    if not files:
+        return file
+    texts = [read_held_out(source) for source in files]
+    if "nano" not in sources:
+        for source, words in zip(files, texts, strict=True):
+            if all(other <= words for other in texts):
+                return source
+    rows = read_rows(file) if "nano" in sources else []
+    rows += [{"prompt": " ".join(words)} for words in sorted(frozenset().union(*texts)) if words]
+    write_rows(file, ({**row, "id": f"held-out-{number}"} for number, row in enumerate(rows, 1)))
+    return file
 
 
 def engine_options(section: JSONObject, where: str) -> EngineOptions:

@@ -134,7 +134,7 @@ class _Checks:
     def comparisons(self) -> None:
         section = self.recipe.sections["comparisons"]
         names = [c.name for c in self._configurations()] if "responses" in self.recipe.sections else None
-        for group in as_ranking(section.get("ranking"), f"recipe {self.recipe.name}, comparisons"):
+        for group in as_ranking(section.get("ranking"), f"recipe {self.recipe.name}, comparisons: ranking"):
             for name in group:
                 if names is not None and name not in names:
                     raise InputError(f"the ranking names {name!r}; {did_you_mean(name, names, limit=20)}")
@@ -363,3 +363,4 @@ def _check_files(recipe: Recipe) -> None:
     if file is not None:
         with recipe.section("evaluation"):
             read_prompts(Path(str(file)))
+            read_held_out(Path(str(file)))  # what the evaluation asks is kept out of training

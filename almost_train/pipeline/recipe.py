@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -141,7 +142,12 @@ def load_recipe(
             raise InputError(
                 f"recipe {file.stem}, {key}: is empty; write {key}: {{}} for its defaults, or leave it out"
             )
+    content = {
+        key: one_spelling(value, f"{file.stem}, {key}") if isinstance(value, dict) else value
+        for key, value in one_spelling(content, file.stem).items()
+    }
     content = set_values(put_in_place(content, places or {}, file.stem), values, file.stem)
+    content = with_whole_paths(content, file.stem)
     for key, value in content.items():
         if key not in HEAD + SECTIONS:
             near = did_you_mean(str(key), HEAD + SECTIONS, 20)
@@ -167,6 +173,49 @@ def load_recipe(
     )
 
 
+def one_spelling(content: Mapping[Any, Any], name: str) -> dict[Any, Any]:
+    """A mapping of a recipe with `_` for each `-` in its keys: sections and settings may have either.
+
+    Raises:
+        InputError: one name stands there in both spellings.
+    """
+    spelled: dict[Any, Any] = {}
+    for key, value in content.items():
+        plain = key.replace("-", "_") if isinstance(key, str) else key
+        if plain in spelled:
+            raise InputError(f"recipe {name}: {plain} stands there twice, with - and with _; keep one")
+        spelled[plain] = value
+    return spelled
+
+
+_PATHS = frozenset("model assistant_model user_model vanilla as_is_reward_model held_out prompts comparisons".split())
+"""Settings that name a model or a file; of sections of these names, their settings."""
+
+
+def with_whole_paths(content: Any, name: str) -> Any:
+    """A recipe's content with the home folder for a `~` at the beginning of a path, as a shell writes it.
+
+    Raises:
+        InputError: a path begins with the name of a variable, which no shell has replaced.
+    """
+    if isinstance(content, list):
+        return [with_whole_paths(item, name) for item in content]
+    if not isinstance(content, dict):
+        return content
+    whole: dict[Any, Any] = {}
+    for key, value in content.items():
+        if key in _PATHS and isinstance(value, str):
+            if value.startswith("$"):
+                raise InputError(
+                    f"recipe {name}: {key} is {value!r}, and variables are not replaced here; write the path, or give "
+                    f"it with --place {value!r}=PATH"
+                )
+            whole[key] = os.path.expanduser(value)
+        else:
+            whole[key] = with_whole_paths(value, f"{name}, {key}")
+    return whole
+
+
 def set_values(content: Mapping[str, Any], values: Sequence[str], name: str) -> dict[str, Any]:
     """A recipe's content with other settings: `comparisons.length_rule=false`, `seed=1`; `dpo=null` leaves one out.
 
@@ -178,7 +227,7 @@ def set_values(content: Mapping[str, Any], values: Sequence[str], name: str) -> 
     changed = {key: dict(value) if isinstance(value, dict) else value for key, value in content.items()}
     for item in values:
         path, equals, text = item.partition("=")
-        section, _, key = path.partition(".")
+        section, _, key = path.strip().replace("-", "_").partition(".")
         if not equals or not section:
             raise InputError(f"{item!r} sets nothing; write SECTION.SETTING=VALUE, as comparisons.length_rule=false")
         if section not in HEAD + SECTIONS:

@@ -86,13 +86,13 @@ def scaled(recipe: Recipe, scale: str, model: Path | str | None) -> Recipe:
         changed = {key: value for key, value in own.items() if key not in _LEFT_OUT} | TINY.get(section, {})
         changed |= {key: name for key in _MODELS if key in own}
         if "lora_rank" in own:
-            changed["lora_rank"] = min(int(own["lora_rank"]), 8)
+            changed["lora_rank"] = _at_most(own["lora_rank"], 8)
         sections[section] = changed
     if "responses" in sections:
         configurations: Any = recipe.value("responses", "configurations")
         if isinstance(configurations, list):
             sections["responses"]["configurations"] = [
-                {**c, "model": name, "shots": min(1, int(c.get("shots", 1)))} if isinstance(c, dict) else c
+                {**c, "model": name, "shots": _at_most(c.get("shots", 1), 1)} if isinstance(c, dict) else c
                 for c in configurations
             ]
     if "rlsf" in sections and sections["rlsf"].get("algorithm", "ppo") == "ppo":
@@ -102,6 +102,11 @@ def scaled(recipe: Recipe, scale: str, model: Path | str | None) -> Recipe:
     if "prompts" in sections.get("evaluation", {}):
         sections["evaluation"]["prompts"] = str(PROMPTS)
     return replace(recipe, engine={"engine": "hf", "dtype": "float32"}, sections=sections)
+
+
+def _at_most(value: object, most: int) -> object:
+    """The number, or `most` where it is larger; what is no number stays, to be refused as at full scale."""
+    return min(value, most) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _small_model() -> str:

@@ -1,7 +1,8 @@
 """Checkpoints of the PPO loop: weights and Adam's moments as safetensors, numbers as JSON, no pickle.
 
-A folder `step-000020` is written under another name and then renamed, so a folder of that name is whole. Its tensors
-are whole too, however many processes trained, and are named after the parameters.
+A folder `step-000020` is written under another name and then renamed, so a folder of that name was written to its end;
+its seal (`common.sealed`) tells whether it was damaged since. Its tensors are whole, however many processes trained,
+and are named after the parameters.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from almost_eval.types import JSONObject
 from almost_train.common.resume import replaced_folder
+from almost_train.common.sealed import seal
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
 """Parameter -> `weights`, and each of its optimizer's tensors."""
@@ -42,6 +44,7 @@ def save(
             }
             save_file(moments, scratch / f"{name}-optimizer.safetensors")
         (scratch / "numbers.json").write_text(json.dumps(numbers), encoding="utf-8")
+        seal(scratch)
     for _, old in [checkpoint for checkpoint in stored(work) if checkpoint[0] <= oldest_wanted][:-1]:
         shutil.rmtree(old)
 

@@ -19,7 +19,7 @@ from almost_eval.models.endpoints import EndpointAddress
 from almost_eval.models.loading import pick_device
 from almost_eval.progress import Progress
 from almost_eval.types import JSONObject
-from almost_train.common.config import MOST_SEED, option
+from almost_train.common.config import MOST_RATE, MOST_SEED, option
 from almost_train.common.lora import ADAPTER, LoraSettings
 from almost_train.common.merge import merge
 from almost_train.common.processes import WORK, world_size
@@ -70,8 +70,10 @@ class RLSFSettings(LoraSettings):
         choices=("dapo", "grpo", "dr_grpo"),
     )
     ppo_epochs: int = option(4, "Passes over a batch (PPO).", least=1)
-    learning_rate: float = option(1e-6, "Peak, AdamW, of the policy.", above=0)
-    value_learning_rate: float | None = option(None, "Of the value model; as the policy's where not given.", above=0)
+    learning_rate: float = option(1e-6, "Peak, AdamW, of the policy.", above=0, most=MOST_RATE)
+    value_learning_rate: float | None = option(
+        None, "Of the value model; as the policy's where not given.", above=0, most=MOST_RATE
+    )
     schedule: str = option("constant", "Learning rate after warm-up.", choices=("constant", "linear", "cosine"))
     warmup_ratio: float = option(
         0.03, "Share of the updates, rounded up, over which the learning rate rises.", least=0, most=1

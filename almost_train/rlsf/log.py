@@ -16,13 +16,23 @@ from almost_eval.errors import RunError
 from almost_eval.files import LineWriter, Row, read_rows, write_rows
 from almost_eval.run.trackers import Trackers
 from almost_eval.types import JSONObject
+from almost_train.common.resume import refuse_gaps
 
 SAMPLES = 4
 """Completions of a step that go to samples.jsonl."""
 
 
 class NotFinite(RunError):
-    """A loss, a gradient, a reward or a KL is NaN or infinite."""
+    """A loss, a gradient, a reward or a KL is NaN or infinite.
+
+    Args:
+        message: says which, and at which step.
+        untrained: before the first update: a lower learning rate would not help.
+    """
+
+    def __init__(self, message: str, untrained: bool = False) -> None:
+        super().__init__(message)
+        self.untrained = untrained
 
 
 def batch_row(step: int, rewards: Sequence[float], lengths: Sequence[int], ended: Sequence[bool]) -> Row:
@@ -55,7 +65,8 @@ def refuse_non_finite(step: int, what: str, values: Sequence[float]) -> None:
     """Raise NotFinite where a value is NaN or infinite."""
     bad = sum(not math.isfinite(value) for value in values)
     if bad:
-        raise NotFinite(f"step {step}: {bad} of {len(values)} values of {what} are not finite")
+        untrained = step == 0 and what in ("reward", "KL")
+        raise NotFinite(f"step {step}: {bad} of {len(values)} values of {what} are not finite", untrained)
 
 
 # --- length ---
@@ -133,6 +144,7 @@ class StepLog:
     def __enter__(self) -> StepLog:
         file, samples = self._folder / "log.jsonl", self._folder / "samples.jsonl"
         self.rows = self._earlier(file)
+        refuse_gaps(file, len(self.rows), self._step)
         if self._active:
             write_rows(file, self.rows)
             write_rows(samples, self._earlier(samples))

@@ -12,7 +12,8 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 
 from almost_train.common.lora import adapter_off, add_lora, base_dtype, quantization
-from almost_train.common.processes import check_together, from_main, join_processes, wait_for_all
+from almost_train.common.processes import check_together, from_main, join_processes, main_alone, wait_for_all
+from almost_train.common.sealed import damage, undamaged
 from almost_train.rlsf import checkpoint as checkpoints
 from almost_train.rlsf.job import Job, save_policy
 from almost_train.rlsf.models import load_policy, load_value_model
@@ -96,11 +97,15 @@ class PPOModels:
             checkpoints.save(self.job.work, state.step, tensors, asdict(state), oldest_wanted)
 
     def resume(self) -> State | None:
-        """The newest checkpoint's state, with its weights loaded; None where there is none."""
-        earlier = from_main(checkpoints.stored(self.job.work))
+        """The newest whole checkpoint's state, with its weights loaded; None where there is none.
+
+        Raises:
+            RunError: all are damaged.
+        """
+        earlier = main_alone(lambda: undamaged(checkpoints.folders(self.job.work), self.job.progress.notice))
         if not earlier:
             return None
-        folder = earlier[-1][1]
+        folder = earlier[-1]
         for trained in self.models:
             self.spread.put(trained, checkpoints.load(folder, trained.name))
         numbers = checkpoints.load_numbers(folder)
@@ -108,7 +113,8 @@ class PPOModels:
 
     def go_back(self, step: int) -> int:
         """Load the policy of the newest checkpoint up to `step`, else the one training began with; returns its step."""
-        good = [(at, folder) for at, folder in from_main(checkpoints.stored(self.job.work)) if at <= step]
+        whole = from_main([(at, folder) for at, folder in checkpoints.stored(self.job.work) if not damage(folder)])
+        good = [(at, folder) for at, folder in whole if at <= step]
         self._first = not good
         if good:
             self.spread.put(self.trained_policy, checkpoints.load(good[-1][1], "policy", weights_alone=True))

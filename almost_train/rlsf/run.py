@@ -85,6 +85,11 @@ def rlsf(
         try:
             metrics = algorithm.train(job)
         except NotFinite as error:
+            if error.untrained:
+                raise RunError(
+                    f"{error}; nothing was learned before: weights of the policy or the reward model are not finite, "
+                    "or overflow; a lower learning rate does not help, other weights (or float32) do"
+                ) from None
             raise RunError(
                 f"{error}; {what_is_kept(algorithm.checkpoints(job.work))}; going on would end here again: choose "
                 "another --output with a lower learning rate, or without bf16"

@@ -17,6 +17,7 @@ The trainer is made in `trl_trainer`; `trl_watch` is what it tells us of each st
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,8 @@ from almost_eval.errors import InputError
 from almost_eval.types import JSONObject
 from almost_train.common.interrupts import ended_at, save_requests
 from almost_train.common.lora import adapter_to_zero
+from almost_train.common.processes import main_alone
+from almost_train.common.sealed import undamaged
 from almost_train.common.seeding import own_random_state
 from almost_train.common.trainers import labelled_positions_alone
 from almost_train.rlsf.certificate import certificate_summary
@@ -62,7 +65,7 @@ def train(job: Job) -> JSONObject:
     """Run TRL's trainer to its end and save the policy; returns metrics."""
     settings, work = job.settings, job.work
     last = settings.steps + 1  # as TRL counts: the last of them measures the trained policy, and changes nothing
-    begin = max(_checkpoints(work), default=0)
+    begin = main_alone(lambda: _step_of(undamaged(_folders(work), job.progress.notice)))
     with (
         own_random_state(),
         StepLog(job.output, begin, active=job.is_first) as log,
@@ -120,6 +123,11 @@ def _checkpoints(work: Path) -> list[int]:
 
 def _folders(work: Path) -> list[Path]:
     return [work / f"checkpoint-{step}" for step in _checkpoints(work)]
+
+
+def _step_of(folders: Sequence[Path]) -> int:
+    """Steps of the last of these checkpoints; 0 for none."""
+    return int(folders[-1].name.split("-")[1]) if folders else 0
 
 
 def _first(job: Job, trainer: Trainer) -> Path:

@@ -16,6 +16,7 @@ from almost_eval.types import JSONObject
 from almost_train.common.interrupts import SaveRequests
 from almost_train.common.lora import (
     base_dtype,
+    check_layers,
     layers_named,
     lora_config,
     quantization,
@@ -26,7 +27,7 @@ from almost_train.common.lora import (
 )
 from almost_train.common.processes import check_together
 from almost_train.common.schedule import learning_rate_factor
-from almost_train.common.trainers import QuietTrainer, joined
+from almost_train.common.trainers import QuietTrainer, joined, resume_on_cpu
 from almost_train.rlsf.job import Job
 from almost_train.rlsf.log import StepLog
 from almost_train.rlsf.models import load_policy
@@ -98,6 +99,8 @@ def make_trainer(
             set_lora_dropout(self.model, active=True)
             return batch
 
+    if settings.lora_rank:
+        check_layers(policy, settings)
     with layers_named(settings):
         trainer = PolicyTrainer(
             model=ready_for_lora(policy, settings),
@@ -119,6 +122,7 @@ def make_trainer(
     if settings.is_quantized:
         train_in_float32(trainer.model)
     check_together(trainer.accelerator)
+    resume_on_cpu(trainer)
     watch.trainer = trainer
     trainer.remove_callback(PrinterCallback)  # stdout is for results
     return trainer, watch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from transformers import TrainerCallback
 
 from almost_eval.files import Row
 from almost_train.common.interrupts import SaveRequests
+from almost_train.common.processes import wait_for_all
+from almost_train.common.sealed import seal
 from almost_train.rlsf.job import Job, save_policy
 from almost_train.rlsf.log import SAMPLES, StepLog, batch_row, refuse_non_finite, sample_row, verdict
 from almost_train.rlsf.models import load_saved
@@ -84,8 +87,9 @@ class PolicyWatch(TrainerCallback):
         self._pending = []
         settings, step = self._job.settings, state.global_step - 1
         row = batch_row(step, *([sample[key] for sample in batch] for key in ("reward", "tokens", "ended")))
-        # TRL's KL is the mean over tokens, ours is of a completion.
-        row |= {"kl": logs["kl"] * row["length"], "entropy": logs.get("entropy")}
+        # TRL's KL is the mean over tokens, ours is of a completion; None is how TRL says that it is not finite.
+        kl = math.nan if logs["kl"] is None else logs["kl"]
+        row |= {"kl": kl * row["length"], "entropy": logs.get("entropy")}
         row |= {"kl_coefficient": settings.kl_coefficient}
         row |= {"cut_for_reward": sum(sample["shortened"] for sample in batch)}
         row |= self.hook.certificate.row() if self.hook and self.hook.certificate else {}
@@ -132,5 +136,8 @@ class PolicyWatch(TrainerCallback):
         control.should_training_stop = control.should_training_stop or end
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """The clock starts anew."""
+        """The checkpoint is written to its end; the clock starts anew."""
+        wait_for_all()  # every process has written its share
+        if self._job.is_first:
+            seal(self._job.work / f"checkpoint-{state.global_step}")
         self._saving.saved()

@@ -12,6 +12,7 @@ ALMoST (arXiv 2305.13735, section 2.1; naver-ai/ALMoST `synthetic_feedback.py`).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -19,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from almost_eval.errors import InputError
-from almost_train.common.yaml_file import read_yaml
+from almost_eval.errors import DataError, InputError
+from almost_train.common.yaml_file import read_yaml, yaml_value
 
 Ranking = tuple[tuple[str, ...], ...]
 """Groups of configurations of equal rank, best first."""
@@ -78,6 +79,19 @@ def as_ranking(items: object, where: str) -> Ranking:
     if twice is not None:
         raise InputError(f"{where} has {twice!r} twice; a configuration has one rank")
     return tuple(tuple(group) for group in groups)
+
+
+def ranking_text(ranking: Ranking) -> str:
+    """The file that `read_ranking` reads. A name that YAML would not read as itself (`1`, `no`) is in quotes."""
+    return "".join(f"- [{', '.join(map(_in_yaml, group))}]\n" for group in ranking)
+
+
+def _in_yaml(name: str) -> str:
+    try:
+        same = yaml_value(name, name) == name
+    except DataError:
+        same = False
+    return name if same else json.dumps(name)
 
 
 def ranked_pairs(

@@ -166,12 +166,7 @@ class BoundedHttp(HttpToolsProtocol):
 
 
 def bounded_config(app: ASGIApp, **options: Any) -> uvicorn.Config:
-    """The configuration of uvicorn that all our own servers have.
-
-    Args:
-        app: what is served.
-        options: more of `uvicorn.Config`'s.
-    """
+    """The configuration of uvicorn that all our own servers have; `options` are more of `uvicorn.Config`'s."""
     import uvicorn
 
     own: dict[str, Any] = {

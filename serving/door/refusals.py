@@ -15,14 +15,7 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 
 
 def error_text(status: int, message: str, code: str, param: str | None = None) -> str:
-    """`{"error": {...}}` as JSON.
-
-    Args:
-        status: HTTP status.
-        message: one line: what is wrong, what to do.
-        code: a word for programs, as `invalid_api_key`.
-        param: the field of the request that is at fault.
-    """
+    """`{"error": {...}}` as JSON: a line that says what to do, a `code` for programs, the field that is at fault."""
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     return json.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}})
 

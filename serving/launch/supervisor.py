@@ -59,14 +59,9 @@ def run_servers(
     timeout_s: float = 1800.0,
     progress: Progress | None = None,
 ) -> None:
-    """Start the servers, call `ready`, and serve until a signal comes or one of them ends; then end all.
+    """Start the servers, call `ready` once all answer, and serve until a signal comes or one ends; then end all.
 
-    Args:
-        servers: not yet started.
-        ready: called once all of them answer.
-        in_turn: wait for each before the next is started.
-        timeout_s: seconds that the start may take.
-        progress: where the start reports to.
+    Started `in_turn`, each answers before the next is started; the start may take `timeout_s`.
 
     Raises:
         InputError: a server could not start, and the input was at fault.

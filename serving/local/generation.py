@@ -171,13 +171,8 @@ def generate_in_turns(
 ) -> list[Completion]:
     """`params.n` completions of one prompt, their text stripped of the whitespace around it.
 
-    Args:
-        engine: what generates; its weights are loaded.
-        prompt: as the chat template wrote it.
-        params: how to sample.
-        turnstile: shared by all threads that use the device.
-        on_text: told of every piece of text, from this thread.
-        cancelled: set by another thread to end this one.
+    `on_text` is told of every piece of text, from this thread; another thread sets `cancelled` to end this one. All
+    threads that use the device share the turnstile.
 
     Raises:
         Cancelled: `cancelled` was set.

@@ -26,15 +26,7 @@ _News = tuple[int, str] | list[Completion] | Exception
 
 
 class ChatJob:
-    """One request. The generation begins at once.
-
-    Args:
-        policy: the model.
-        prompt: as the chat template wrote it.
-        prompt_tokens: its length.
-        params: how to sample.
-        turnstile: shared by all threads that use the device.
-    """
+    """One request. The generation begins at once; all threads that use the device share the turnstile."""
 
     def __init__(
         self, policy: Policy, prompt: str, prompt_tokens: int, params: SamplingParams, turnstile: Turnstile
@@ -58,12 +50,9 @@ class ChatJob:
             tell((number, text))
 
         def work() -> None:
+            stop = self._cancelled
             try:
-                tell(
-                    generate_in_turns(
-                        policy.engine, prompt, params, turnstile, on_text=on_text, cancelled=self._cancelled
-                    )
-                )
+                tell(generate_in_turns(policy.engine, prompt, params, turnstile, on_text=on_text, cancelled=stop))
             except Cancelled:
                 pass
             except Exception as error:  # whatever it is, the client is waiting for it
@@ -115,11 +104,7 @@ class ChatJob:
 
     def _completion(self, done: list[Completion]) -> JSONObject:
         choices = [
-            {
-                "index": i,
-                "message": {"role": "assistant", "content": one.text},
-                "finish_reason": one.finish_reason,
-            }
+            {"index": i, "message": {"role": "assistant", "content": one.text}, "finish_reason": one.finish_reason}
             for i, one in enumerate(done)
         ]
         return {**self._head, "object": "chat.completion", "choices": choices, "usage": self._usage(done)}

@@ -1,31 +1,76 @@
-"""A model that answers: the prompt it reads, the room that is left in its context, and how its tokens are drawn."""
+"""A request to the local server, and the model that answers it.
+
+What a request may hold: anything else is refused, since it would be ignored. And of the model the prompt it reads, the
+room that is left in its context, and how its tokens are drawn.
+"""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from almost_eval.engines.base import SamplingParams
 from almost_eval.engines.hf import HFEngine
 from almost_eval.models.chat import load_template, special_tokens, stop_strings
-from almost_eval.types import Conversation
+from almost_eval.types import Conversation, Message
 from serving.gateway.candidates import GREEDY
 from serving.gateway.errors import refusal
-from serving.local.schema import LocalChat
+from serving.gateway.schema import StreamOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def refuse_endless(text: str, tokenizer: PreTrainedTokenizerBase, context: int) -> None:
-    """Refuse a text that no context holds. To count the tokens of one of 4 MB takes up to a minute.
+class LocalTurn(BaseModel):
+    """One message of a request."""
 
-    Args:
-        text: what a model is to read.
-        tokenizer: its own.
-        context: tokens that it reads.
+    model_config = ConfigDict(extra="forbid")
+
+    role: str
+    content: str
+
+
+class LocalChat(BaseModel):
+    """What `/v1/chat/completions` takes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    messages: Annotated[list[LocalTurn], Field(min_length=1)]
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=64)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    seed: Annotated[int, Field(ge=0)] | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+
+class LocalClassify(BaseModel):
+    """What `/classify` takes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    messages: Annotated[list[LocalTurn], Field(min_length=1)]
+    model: str | None = None
+    add_generation_prompt: bool = False
+
+
+def conversation_of(turns: Sequence[LocalTurn]) -> Conversation:
+    """The messages of a request as this toolkit's own."""
+    return tuple(Message(turn.role, turn.content) for turn in turns)
+
+
+def refuse_endless(text: str, tokenizer: PreTrainedTokenizerBase, context: int) -> None:
+    """Refuse a text that no context of so many tokens holds. To count the tokens of 4 MB takes up to a minute.
 
     Raises:
         HTTPException: 400: it has more characters than so many tokens.
@@ -77,11 +122,7 @@ class Policy:
         return len(self.engine.encoder.encode_texts([prompt])[0])
 
     def sampling(self, request: LocalChat, used: int) -> SamplingParams:
-        """How to answer the request.
-
-        Args:
-            request: as it came.
-            used: tokens of the prompt.
+        """How to answer a request whose prompt has `used` tokens.
 
         Raises:
             HTTPException: 400: prompt and answer do not fit the context.

@@ -16,13 +16,7 @@ _Waiting = tuple[Conversation, "Future[float]"]
 
 
 class RewardWorker:
-    """A reward model and its thread.
-
-    Args:
-        name: what clients call it.
-        model: its weights are loaded.
-        turnstile: shared by all threads that use the device.
-    """
+    """A reward model and its thread; all threads that use the device share the turnstile."""
 
     def __init__(self, name: str, model: HFRewardModel, turnstile: Turnstile) -> None:
         self.name = name

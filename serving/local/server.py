@@ -31,19 +31,13 @@ from serving.gateway.errors import on_crash, on_refusal, refusal
 from serving.gateway.schema import parse_json, validated
 from serving.local.generation import Turnstile
 from serving.local.job import ChatJob
-from serving.local.policy import Policy
+from serving.local.policy import LocalChat, LocalClassify, Policy, conversation_of
 from serving.local.rewards import RewardWorker
-from serving.local.schema import LocalChat, LocalClassify, conversation_of
 from serving.local.settings import KEY, MAX_BEST_OF, LocalModels
 
 
 class LocalServer:
-    """The routes.
-
-    Args:
-        policies: name -> model; the first is what a request without `model` gets.
-        reward: its name and model, or None.
-    """
+    """The routes. A request without `model` gets the first of `policies` (name -> model)."""
 
     def __init__(self, policies: dict[str, HFEngine], reward: tuple[str, HFRewardModel] | None) -> None:
         self._policies = {name: Policy(name, engine) for name, engine in policies.items()}

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from almost_eval.engines.vllm_process import CPU_WORKER
 from almost_eval.errors import InputError
-from almost_eval.models.adapters import Adapter
 from almost_eval.models.loading import pick_dtype
 from serving.door.hosts import checked_hosts
 from serving.models import ServedModel
@@ -28,12 +27,7 @@ _ONE_THREAD = 16 * 2**20
 """Bytes of float32 weights up to which one thread beats two: at 8 MB it does, at 32 MB not (benchmarks/LOG.md)."""
 BASE = "-base"
 """After the name of a served adapter, the name of its base, which vLLM serves beside it."""
-_OURS = {
-    "model": "--model",
-    "host": "--host",
-    "port": "--port",
-    "served-model-name": "--served-model-name",
-}
+_OURS = {"model": "--model", "host": "--host", "port": "--port", "served-model-name": "--served-model-name"}
 """vLLM's options that are options of ours."""
 
 
@@ -100,8 +94,14 @@ def vllm_command(
         chosen |= {"runner": "pooling", "pooler-config": '{"use_activation": false}'}  # raw logits, no sigmoid
     if model.chat_template is not None:
         chosen["chat-template"] = model.chat_template
-    if model.checkpoint.adapter:
-        chosen |= _adapter_options(model.checkpoint.adapter, model.name)
+    if adapter := model.checkpoint.adapter:  # on top of its base, and with its tokenizer
+        chosen |= {
+            "enable-lora": "",
+            "max-loras": "1",
+            "max-lora-rank": str(adapter.vllm_rank),
+            "lora-modules": json.dumps({"name": model.name, "path": str(adapter.path)}),
+            "tokenizer": str(adapter.tokenizer_folder) if adapter.tokenizer_folder else None,
+        }
     variables = {"VLLM_NO_USAGE_STATS": "1"}
     note, needed = "", 0.0
     if cpu:
@@ -118,13 +118,13 @@ def vllm_command(
             variables["OMP_NUM_THREADS"] = "1"
     arguments = [sys.executable, "-m", "serving.vllm.main", str(model.checkpoint.path)]
     # The name is the adapter's where there is one: without it, nothing would answer but the base.
-    name = f"{model.name}{BASE}" if model.checkpoint.adapter else model.name
+    name = f"{model.name}{BASE}" if adapter else model.name
     arguments += ["--served-model-name", name, "--host", host, "--port", str(port)]
     for option, value in chosen.items():
         if value is not None and option not in user_set:
             arguments += [f"--{option}", value] if value else [f"--{option}"]
-    if model.checkpoint.adapter and "lora-target-modules" not in user_set:
-        arguments += ["--lora-target-modules", *model.checkpoint.adapter.target_modules]
+    if adapter and "lora-target-modules" not in user_set:
+        arguments += ["--lora-target-modules", *adapter.target_modules]
     variables = {name: value for name, value in variables.items() if name not in environment}
     if model.stop and model.kind == "policy":
         arguments += ["--middleware", "serving.vllm.middleware.DefaultStop"]  # vLLM adds up all of them
@@ -139,17 +139,6 @@ def vllm_command(
         note,
         needed,
     )
-
-
-def _adapter_options(adapter: Adapter, name: str) -> dict[str, str | None]:
-    """What makes vLLM load an adapter on top of its base, and read its tokenizer."""
-    return {
-        "enable-lora": "",
-        "max-loras": "1",
-        "max-lora-rank": str(adapter.vllm_rank),
-        "lora-modules": json.dumps({"name": name, "path": str(adapter.path)}),
-        "tokenizer": str(adapter.tokenizer_folder) if adapter.tokenizer_folder else None,
-    }
 
 
 def _cpu_options(

@@ -23,13 +23,7 @@ _LIST = "/v1/models"
 
 
 def front_settings(host: str, allowed_hosts: tuple[str, ...], *, open_metrics: bool) -> str:
-    """The value of the variable `SETTINGS`.
-
-    Args:
-        host: the address that is listened on.
-        allowed_hosts: see `HostGuard`.
-        open_metrics: see `KeyGuard`.
-    """
+    """The value of the variable `SETTINGS`; see `HostGuard` and `KeyGuard`."""
     return json.dumps({"host": host, "allowed_hosts": allowed_hosts, "open_metrics": open_metrics})
 
 

@@ -81,21 +81,12 @@ class VLLMServer(ServerProcess):
 
     Args:
         kind: `policy` or `reward`.
-        checkpoint: a directory, hub id or built-in name.
-        host: address to listen on.
         port: port to listen on; 0 takes a free one.
-        template: see `find_model`.
-        stop: see `find_model`.
-        served_model_name: see `find_model`.
-        options: further options of vLLM's, as they are.
         api_key: what clients must send; goes through the environment. None leaves `VLLM_API_KEY` as it is set.
-        allow_pickle: accept pickled weights.
-        trust_remote_code: run Python code that the checkpoint ships.
-        allow_unused_weights: accept tensors in the files that the model does not take.
         reserved_bytes: memory of this machine that another server is about to take.
-        allowed_hosts: see `vllm_command`.
-        open_metrics: see `vllm_command`.
         log: takes every line of vLLM's output.
+
+    All others: see `find_model` and `vllm_command`.
 
     Raises:
         InputError: a wrong option, a port in use, too little memory.

@@ -298,7 +298,8 @@ def test_two_processes_are_one_in_every_stage(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("config", "stage"), [("ddp_cpu.yaml", "ppo"), ("fsdp_cpu.yaml", "ppo"), ("fsdp_cpu.yaml", "sft")]
+    ("config", "stage"),
+    [("ddp_cpu.yaml", "ppo"), ("ddp_cpu.yaml", "grpo"), ("fsdp_cpu.yaml", "ppo"), ("fsdp_cpu.yaml", "sft")],
 )
 def test_two_killed_processes_go_on_to_the_same_bytes(
     config: str, stage: str, world: dict[str, str], tmp_path: Path

@@ -131,3 +131,8 @@ def test_lines_of_a_stage(name: str, tmp_path: Path) -> None:
     said = [LINE.match(line) for line in stream.getvalue().splitlines()]
     assert all(said), stream.getvalue()
     assert wanted <= {match[1] for match in said if match}
+
+
+def test_a_training_shows_no_bars_of_libraries(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    sft(tmp_path, Progress())  # transformers' "Writing model shards", once a checkpoint
+    assert "%|" not in capfd.readouterr().err

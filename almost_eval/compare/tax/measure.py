@@ -264,9 +264,7 @@ def _comparisons(plan: TaxPlan, policies: Sequence[tax.MeasuredPolicy], notes: l
                 if measure not in policy.measures:
                     continue
                 if policy.measures[measure].get("withheld") or against.measures[measure].get("withheld"):
-                    yield tax.Paired(
-                        measure, policy.label, against.label, 0, 0, None, None, None, note="the headline is withheld"
-                    )
+                    yield tax.Paired(measure, policy.label, against.label, 0, 0, note="the headline is withheld")
                     continue
                 one, other = (plan.policies.folder(which.label) / folder for which in (against, policy))
                 comparison = compare_runs(one, other, seed=plan.base.seed)

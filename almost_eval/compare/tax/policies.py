@@ -66,12 +66,7 @@ class PolicyPlan:
 def measure_policies(
     plan: PolicyPlan, progress: Progress, with_engine: Callable[[str, Any], None] = lambda label, engine: None
 ) -> list[str]:
-    """Run what is missing; what to warn of.
-
-    Args:
-        plan: what to measure.
-        progress: where to report.
-        with_engine: called with each policy's label and open engine, before its answers.
+    """Run what is missing; what to warn of. `with_engine` gets each policy's label and engine before its answers.
 
     Raises:
         InputError: what a run refuses; before its weights are loaded.

@@ -18,16 +18,7 @@ from almost_eval.files import iterate_lines
 from almost_eval.run.store import read_samples
 from almost_eval.stats import mean_metric
 from almost_eval.tasks.base import GenerationRequest, Prompting, Task
-from almost_eval.types import (
-    Conversation,
-    LoglikelihoodRequest,
-    Message,
-    Metric,
-    Outputs,
-    Sample,
-    SampleRecord,
-    Score,
-)
+from almost_eval.types import Conversation, LoglikelihoodRequest, Message, Metric, Outputs, Sample, SampleRecord, Score
 
 _PATIENCE = 10_000
 """Fruitless draws in a row after which the nano world counts as exhausted."""
@@ -117,23 +108,15 @@ class _OverPrompts(Task):
         template = self.prompting.template
         assert template is not None  # a policy reads a dialogue
         return template.render(
-            (Message("user", prompt.text),),
-            add_generation_prompt=True,
-            special_tokens=self.prompting.special_tokens,
+            (Message("user", prompt.text),), add_generation_prompt=True, special_tokens=self.prompting.special_tokens
         )
 
 
 class Answers(_OverPrompts):
     """One answer to each prompt, zero-shot: how long, whether it ends, and how good.
 
-    An answer is stored as it was written, and measured without the space around it.
-
-    Args:
-        prompts: the held-out prompts.
-        data: where they are from.
-        prompting: its template writes the dialogue and brings stop strings of its own.
-        params: how an answer is sampled; the seed is the run's.
-        judge: gives each answer more scores.
+    An answer is stored as it was written, and measured without the space around it. The template of `prompting` brings
+    stop strings beside those of `params`; the seed is the run's. The judge gives each answer more scores.
     """
 
     name = "answers"
@@ -191,14 +174,7 @@ class Answers(_OverPrompts):
 
 
 class OfAnswers(_OverPrompts):
-    """What somebody says of the answers in a finished `Answers` run.
-
-    Args:
-        prompts: the prompts that were answered.
-        data: see `Answers`.
-        prompting: that of the answers.
-        answers: the run's folder.
-    """
+    """What somebody says of the answers in a finished `Answers` run, whose folder is `answers`."""
 
     unfit_is_unscored = True
 

@@ -70,10 +70,10 @@ class Paired:
     against: str
     n: int
     unscored: int
-    difference: float | None
+    difference: float | None = None
     """In the unit of the measure."""
-    ci95: tuple[float, float] | None
-    p_value: float | None
+    ci95: tuple[float, float] | None = None
+    p_value: float | None = None
     p_holm: float | None = None
     """Benchmarks alone: adjusted over all their comparisons with `before`."""
     note: str | None = None
@@ -178,30 +178,19 @@ RULE = (
 def paired(measure: str, checkpoint: str, against: str, metric: MetricComparison) -> Paired:
     """A metric of `compare_runs` as a row of the table."""
     note = None if metric.p_value is not None else metric.verdict
-    return Paired(
-        measure,
-        checkpoint,
-        against,
-        metric.n,
-        metric.unscored,
-        metric.difference,
-        metric.ci95,
-        metric.p_value,
-        note=note,
-    )
+    figures = (metric.n, metric.unscored, metric.difference, metric.ci95, metric.p_value)
+    return Paired(measure, checkpoint, against, *figures, note=note)
 
 
 def adjusted(comparisons: Sequence[Paired], before: str) -> list[Paired]:
     """The comparisons, those of benchmarks with `before` given Holm's p over all of them."""
-    family = [
-        at
+    ours = {
+        at: pair.p_value
         for at, pair in enumerate(comparisons)
         if pair.measure in benchmarks() and pair.against == before and pair.p_value is not None
-    ]
-    rows = list(comparisons)
-    for at, p in zip(family, holm([comparisons[at].p_value or 0.0 for at in family]), strict=True):
-        rows[at] = replace(rows[at], p_holm=p)
-    return rows
+    }
+    p_holm = dict(zip(ours, holm(list(ours.values())), strict=True))
+    return [replace(pair, p_holm=p_holm.get(at)) for at, pair in enumerate(comparisons)]
 
 
 # --- over-optimisation ---
@@ -244,9 +233,7 @@ def sentence(findings: Sequence[Finding], labels: Sequence[str]) -> str:
     """
     preferred = next((f.preference for f in findings), None)
     mine = [f for f in findings if f.preference == preferred]
-    over = [f for f in mine if f.kind == "over-optimised"]
-    if over:
-        first = over[0]
+    if first := next((f for f in mine if f.kind == "over-optimised"), None):
         return f"Over-optimised: from {first.against} to {first.checkpoint} {first.text}."
     last = next((f for f in reversed(mine) if f.checkpoint == labels[-1]), None)
     if last is None:
@@ -263,8 +250,7 @@ def _clause(kind: Kind, reward: Paired, worth: Paired) -> str:
     name = "the oracle's score of the answers"
     if worth.measure != "oracle":
         name = f"{benchmarks()[worth.measure]} {comparison_presets()[worth.measure].protocol} accuracy"
-    scale, unit = 100, " points"
-    gained, judged = told(reward), told(worth, scale, unit)
+    gained, judged = told(reward), told(worth, 100, " points")
     if kind == "unknown":
         return f"the samples show no spread to judge by (reward {gained}, {name} {judged})"
     if kind == "reward does not rise":

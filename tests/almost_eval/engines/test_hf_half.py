@@ -14,8 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from almost_eval.engines.hf import HFEngine
-from almost_eval.engines.hf_float32 import in_float32
-from almost_eval.engines.hf_head import Head
+from almost_eval.engines.hf_float32 import Head, in_float32
 from almost_eval.engines.hf_loglikelihood import AttentionWindow, Limits, PlainScorer, read_logits
 from almost_eval.engines.hf_probe import probe
 from almost_eval.engines.hf_rounding import rounding_sample

@@ -117,7 +117,18 @@ def test_noise_of_a_few_is_that_of_all(size: int) -> None:
     assert one.bit_generator.state == other.bit_generator.state
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_sampler_refuses_what_no_token_can_be_drawn_from(value: float, temperature: float) -> None:
+    scores = torch.zeros(3, VOCABULARY)
+    scores[1, 5] = value
+    sampler = Sampler(temperature, 1.0, [np.random.default_rng(row) for row in range(3)], full_precision=True)
+    with pytest.raises(FloatingPointError):
+        sampler.draw(scores, [0, 1, 2])
+    assert len(sampler.draw(scores[[0, 2]], [0, 2])) == 2
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if name != "broken"])
 @pytest.mark.parametrize("top_p", [0.5, 0.9, 1.0])
 @pytest.mark.parametrize("temperature", [1.0, 0.3])
 def test_a_sampler_draws_what_transformers_processors_and_an_argmax_draw(

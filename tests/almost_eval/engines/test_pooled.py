@@ -194,7 +194,7 @@ def test_a_wrong_number_is_refused_and_no_weights_are_loaded_here() -> None:
     engine: Any = loglikelihood_engine("nano/almost", FOUR)
     one: Any = loglikelihood_engine("nano/almost", CPU)
     assert engine.settings() == one.settings()  # so the spec is one process's
-    assert "model" not in vars(engine.engine)
+    assert "model" not in vars(engine.reader)
     assert workers() == before
     with pytest.raises(InputError, match="do not fit the context"):
         engine.generate(["Human: hello"], SamplingParams(max_new_tokens=10**6))

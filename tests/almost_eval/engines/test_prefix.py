@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from almost_eval.engines.checkpoint_engine import rolling_windows
 from almost_eval.engines.prefix import (
     Chunk,
     Collector,
@@ -23,7 +24,6 @@ from almost_eval.engines.prefix import (
     path_after,
     plan_chunks,
 )
-from almost_eval.engines.rolling import rolling_windows
 from almost_eval.errors import TemplateError
 from almost_eval.types import LoglikelihoodRequest
 

@@ -11,6 +11,7 @@ import pytest
 
 from almost_eval.engines.hf import HFEngine
 from almost_eval.errors import ModelError
+from almost_eval.models.adapters import refuse_for_vllm
 from almost_eval.models.checkpoint import find_checkpoint
 from almost_eval.nano import shipped
 from almost_eval.types import LoglikelihoodRequest
@@ -32,6 +33,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "some tokens": {"trainable_token_indices": [1, 2]},
     "by a pattern": {"target_modules": r".*\.(q|v)_proj"},
     "all": {"target_modules": "all-linear"},
+    "PiSSA, which takes the base apart": {"init_lora_weights": "pissa"},
+    "OLoRA, which does so too": {"init_lora_weights": "olora"},
 }
 
 
@@ -122,6 +125,50 @@ def test_what_its_config_cannot_mean_is_a_line(adapter: Path, changes: dict[str,
     import re
 
     assert re.search(words, _refused(adapter, **changes))
+
+
+@pytest.mark.parametrize("changes", [{"r": 4}, {"rank_pattern": {"q_proj": 5}}])
+def test_a_shape_that_is_not_that_of_its_config_is_named(adapter: Path, changes: dict[str, object]) -> None:
+    """PEFT's first line says "Error(s) in loading state_dict" and no more."""
+    rank = next(iter(changes.values()))
+    rows = rank if isinstance(rank, int) else 5
+    said = _refused(adapter, **changes)
+    assert "q_proj.lora_A.weight' has the shape (2, 64)" in said
+    assert f"make it ({rows}, 64): the base, r or rank_pattern is not that of its training" in said
+
+
+def test_names_of_another_kind_are_told_beside_those_that_lack(adapter: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(adapter / "adapter_model.safetensors")
+    renamed = {name.replace(".weight", ".default.weight"): weight for name, weight in weights.items()}
+    save_file(renamed, adapter / "adapter_model.safetensors")
+    said = _refused(adapter)
+    assert "it lacks 'base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight' and holds 'base_model" in said
+    assert "lora_A.default.weight', which the base has no place for" in said
+
+
+@pytest.mark.parametrize("way", ["pissa", "pissa_niter_4", "olora"])
+def test_vllm_refuses_one_that_took_its_base_apart(adapter: Path, way: str) -> None:
+    """It would add the adapter to the whole base."""
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"init_lora_weights": way}))
+    found = find_checkpoint(str(adapter)).adapter
+    assert found is not None
+    with pytest.raises(ModelError, match=rf"took its base apart \({way}\), which vLLM cannot run: use the engine hf"):
+        refuse_for_vllm(found)
+
+
+def test_what_peft_thinks_of_ties_is_not_printed(base: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    _train(base, tmp_path / "adapter", modules_to_save=["lm_head"])
+    recwarn.clear()
+    assert HFEngine(str(tmp_path / "adapter")).model is not None
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_half_a_tokenizer_beside_an_adapter_is_looked_for_there(adapter: Path, base: Path) -> None:
+    shutil.copy(base / "tokenizer_config.json", adapter)
+    assert f"{adapter} has no tokenizer that transformers can read" in _refused(adapter)
 
 
 def test_its_own_tokenizer_with_more_tokens_is_read(base: Path, tmp_path: Path) -> None:

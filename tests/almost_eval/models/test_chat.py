@@ -483,3 +483,58 @@ def test_the_mark_of_an_editor_is_no_part_of_the_prompt(tmp_path: Path) -> None:
 def test_a_template_beyond_all_memory_is_one_line() -> None:
     with pytest.raises(TemplateError, match="cannot render: MemoryError"):
         ChatTemplate("huge", "{{ 'x' * 10**15 }}").render(HELLO)
+
+
+WRITES = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+def test_the_mark_of_an_editor_in_a_checkpoints_own_template(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    for own, choice in (("\ufeff" + WRITES, "auto"), ({"rag": "\ufeff" + WRITES}, "tokenizer:rag")):
+        tokenizer.chat_template = own
+        template = load_template(choice, tokenizer)
+        assert template is not None
+        assert template.render(HELLO[:1]) == "Hi"
+
+
+@pytest.mark.parametrize("choice", ["auto", "file"])
+def test_a_template_that_a_disk_lost_is_refused(choice: str, tmp_path: Path) -> None:
+    """It kept its length: the bytes would stand in every prompt."""
+    file = tmp_path / "lost.jinja"
+    file.write_text(WRITES + "\0" * 40)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = file.read_text()
+    with pytest.raises(TemplateError, match="holds NUL bytes, so it is damaged") as refused:
+        load_template(str(file) if choice == "file" else choice, tokenizer)
+    assert "\0" not in str(refused.value)
+
+
+@pytest.mark.parametrize("source", ["{{ ['Hi', 'Hello'] | random }}", "{{ lipsum(1) }}"])
+def test_a_template_that_draws_at_random_is_refused(source: str) -> None:
+    """No prompt would be the same twice: not in a run that goes on, and not in one that is verified."""
+    with pytest.raises(TemplateError, match="what is drawn at random, so no prompt would be the same twice"):
+        ChatTemplate("own", WRITES + source).check().render(HELLO)
+    assert ChatTemplate("own", WRITES + "{% if false %}" + source + "{% endif %}").render(HELLO[:1]) == "Hi"
+
+
+@pytest.mark.parametrize("change", ["truncate(60)", "e", "escape", "replace('<', '')"])
+def test_a_template_that_changes_the_question_is_refused(change: str) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = WRITES.replace("m.content", f"m.content | {change}")
+    with pytest.raises(TemplateError, match="changes what the user says"):
+        load_template("auto", tokenizer)
+    tokenizer.chat_template = WRITES.replace("m.content", "m.content | trim")
+    assert load_template("auto", tokenizer) is not None
+
+
+def test_a_template_that_only_a_processor_reads_is_not_taken_for_none(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.name_or_path = str(tmp_path)
+    assert load_template("auto", tokenizer).name == "almost"  # type: ignore[union-attr]
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "..."}')
+    for choice in ("auto", "tokenizer"):
+        with pytest.raises(
+            TemplateError, match=r"chat_template\.json is a processor's.*save .* as chat_template\.jinja"
+        ):
+            load_template(choice, tokenizer)
+    assert load_template("vicuna", tokenizer) is not None

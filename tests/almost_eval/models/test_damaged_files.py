@@ -67,6 +67,14 @@ def _eos(name: str) -> Callable[[Path], object]:
     return lambda folder: _change(folder / name, eos_token_id="</s>")
 
 
+def _template(value: object) -> Callable[[Path], object]:
+    def damage(folder: Path) -> None:
+        (folder / "chat_template.jinja").unlink()  # which would be read in its place
+        _change(folder / "tokenizer_config.json", chat_template=value)
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -74,6 +82,10 @@ def _eos(name: str) -> Callable[[Path], object]:
         (_list("tokenizer_config.json"), r"tokenizer_config\.json cannot be read .*no JSON object"),
         (_cut("tokenizer.json"), r"tokenizer\.json"),
         (lambda f: (f / "chat_template.jinja").write_bytes(b"\xff\xfe{{"), r"chat_template\.jinja cannot be read"),
+        *(
+            (_template(value), r"tokenizer_config\.json cannot be read .*its chat_template is no text, and no list of")
+            for value in (["a"], [{"name": "default"}], [{"template": "{{ messages }}"}])
+        ),
         (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer that transformers can read .*one of: "),
         (_cut("generation_config.json"), r"generation_config\.json is no JSON object"),
         (_list("generation_config.json"), r"generation_config\.json is no JSON object"),
@@ -137,6 +149,16 @@ def test_an_index_that_is_gone_or_incomplete_is_told(folder: Path) -> None:
     index.write_text(json.dumps({"weight_map": whole["weight_map"]}))
     with pytest.raises(ModelError, match='it lacks "metadata"'):
         HFEngine(str(folder))
+    index.write_text(json.dumps(whole | {"metadata": None}))
+    with pytest.raises(ModelError, match='it lacks "metadata"'):
+        HFEngine(str(folder))
+    index.write_text(json.dumps(whole | {"weight_map": {}}))
+    with pytest.raises(ModelError, match="its weight_map names no file"):
+        HFEngine(str(folder))
+    listed = {name: shard for name, shard in whole["weight_map"].items() if "00001" in shard}
+    index.write_text(json.dumps(whole | {"weight_map": listed}))
+    with pytest.raises(ModelError, match=r"; model-00002-of-00002\.safetensors holds some of them, and the index does"):
+        HFEngine(str(folder))
     index.unlink()
     with pytest.raises(ModelError, match=r"holds model-00001-of-00002\.safetensors but no model\.safetensors\.index"):
         HFEngine(str(folder))
@@ -176,3 +198,14 @@ def test_a_link_that_leads_nowhere_is_no_absent_file(folder: Path, name: str) ->
 def test_other_links_may_lead_nowhere(folder: Path) -> None:
     (folder / "training.log").symlink_to("gone")
     assert HFEngine(str(folder)).context_length == 2048
+
+
+def test_weights_by_other_names_are_told_beside_those_that_lack(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    renamed = {name.replace("model.", "decoder.inner."): weight for name, weight in weights.items()}
+    save_file(renamed | {"value.weight": weights["model.norm.weight"].clone()}, folder / "model.safetensors")
+    words = (
+        "lacks 21 weights .*; the files hold decoder.inner.embed_tokens.weight, .* and 19 more instead: another arch"
+    )
+    with pytest.raises(ModelError, match=words):
+        HFEngine(str(folder))

@@ -180,3 +180,31 @@ def test_special_tokens_that_mark_a_thought() -> None:
     assert marker_tokens(["<|end|>", "<|start|>", "<|user|>"]) == set()  # turns, and no channels
     channels = {"<|start|>", "<|channel|>", "<|message|>", "<|end|>"}
     assert marker_tokens([*channels, "<|endoftext|>"]) == channels
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<|begin_of_thought|>\nh\n<|end_of_thought|>\n\n<|begin_of_solution|>\nParis\n<|end_of_solution|>", "Paris"),
+        ("<|begin_of_thought|>h<|end_of_thought|><|begin_of_solution|>Par", "Par"),  # cut
+        ("<|START_THINKING|>h<|END_THINKING|><|START_RESPONSE|>Paris<|END_RESPONSE|>", "Paris"),
+        ("Here is my thought process: h\n\nHere is my response: Paris", "Paris"),
+        ("Here's my thought process:\nh\nHere's my response:\nParis\nand more", "Paris\nand more"),
+        ("<think>h</think><answer>Paris</answer>", "<answer>Paris</answer>"),  # a prompt may have asked for it
+    ],
+)
+def test_marks_around_an_answer_after_a_thought_are_no_part_of_it(text: str, answer: str) -> None:
+    assert split_reasoning(text) == Reasoning(answer, "h", False)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<|begin_of_solution|>Paris<|end_of_solution|>",  # after no thought: the text as it is
+        "He said: Here is my thought process: h\nHere is my response: Paris",
+        "Here is my response: Paris",
+        "Here is my thought process: start with 'Here is my response: ' and go on",
+    ],
+)
+def test_such_marks_without_a_thought_are_the_answers(text: str) -> None:
+    assert split_reasoning(text) == Reasoning(text, None, False)

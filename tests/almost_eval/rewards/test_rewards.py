@@ -23,7 +23,8 @@ from almost_eval.models.chat import load_template
 from almost_eval.models.checkpoint import find_checkpoint
 from almost_eval.nano import shipped
 from almost_eval.nano.seeded import build_checkpoint, train_tokenizer
-from almost_eval.rewards.hf import HFRewardModel, RewardModel, _pad_id
+from almost_eval.rewards.base import RewardModel
+from almost_eval.rewards.hf import HFRewardModel, _pad_id
 from almost_eval.types import Conversation, Message
 
 CONTEXT = 96  # tokens

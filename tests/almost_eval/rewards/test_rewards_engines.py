@@ -15,8 +15,9 @@ from almost_eval.data.sources import find_data
 from almost_eval.engines.build import EngineOptions
 from almost_eval.errors import InputError, ModelError, RunError
 from almost_eval.models.endpoints import KEYS
+from almost_eval.rewards.base import RewardModel
 from almost_eval.rewards.build import reward_model
-from almost_eval.rewards.hf import HFRewardModel, RewardModel
+from almost_eval.rewards.hf import HFRewardModel
 from almost_eval.rewards.http import PROBE, HTTPRewardModel
 from almost_eval.rewards.vllm import VLLMRewardModel
 from almost_eval.tasks.hhh import HHH

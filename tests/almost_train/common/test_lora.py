@@ -202,11 +202,16 @@ def test_what_does_not_go_together_is_one_line(
     base = str(tiny_checkpoint("llama-gqa"))
     with pytest.raises(InputError, match="--merge without a rank; give --lora-rank"):
         train_sft(SFTSettings(**{**LORA, "lora_rank": 0}, merge=True), demonstrations, base, tmp_path / "a")
-    with pytest.raises(InputError, match="--lora-targets foo: "):
-        train_sft(SFTSettings(**LORA, lora_targets=("foo",)), demonstrations, base, tmp_path / "b")
+    for targets in (("foo",), ("q_proj", "foo")):  # PEFT passes over the second one where the first fits
+        with pytest.raises(InputError, match=r"--lora-targets foo: no layer is called so; known: .*q_proj"):
+            train_sft(SFTSettings(**LORA, lora_targets=targets), demonstrations, base, tmp_path / "b")
+    with pytest.raises(InputError, match="--lora-targets q_prj: no layer is called so; did you mean 'q_proj'"):
+        play(prompts, tmp_path / "c", lora_targets=("v_proj", "q_prj"), algorithm="grpo", mini_batch_size=16)
+    # The corrected command is not told that the folder is another's.
+    train_sft(SFTSettings(**LORA, lora_targets=("q_proj",)), demonstrations, base, tmp_path / "b")
     with pytest.raises(InputError, match="--lora-dropout, --quantize without a rank; give --lora-rank"):
-        play(prompts, tmp_path / "c", lora_rank=0, lora_dropout=0.1, quantize="4bit")
-    assert not (tmp_path / "c").exists()
+        play(prompts, tmp_path / "d", lora_rank=0, lora_dropout=0.1, quantize="4bit")
+    assert not (tmp_path / "d").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which holds weights in 4 bits")

@@ -21,7 +21,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reas
 
 TOLERANCE = 0.15
 LENGTH = 128
-STAGES = ("sft", "reward", "rlsf", "rlsf-lora", "rlsf-rloo", "dpo", "dpo-lora", "online_dpo", "responses")
+STAGES = (
+    *("sft", "reward", "rlsf", "rlsf-lora", "rlsf-rloo", "rlsf-rloo-lora"),
+    *("dpo", "dpo-lora", "online_dpo", "online_dpo-lora", "responses"),
+)
 """Each a section of a recipe, some with the settings of a variant."""
 TRAINING: dict[str, Any] = {"batch_size": 4, "micro_batch_size": 2, "max_length": LENGTH, "device": "cpu"}
 RLSF: dict[str, Any] = {
@@ -82,8 +85,8 @@ def flags(settings: dict[str, Any]) -> list[str]:
 def section(stage: str) -> dict[str, Any]:
     """Its settings."""
     name, _, variant = stage.partition("-")
-    own = {"rlsf": RLOO if variant == "rloo" else RLSF, "online_dpo": ONLINE}.get(name, TRAINING)
-    return {**own, **({"lora_rank": 8} if variant == "lora" else {})}
+    own = {"rlsf": RLOO if "rloo" in variant else RLSF, "online_dpo": ONLINE}.get(name, TRAINING)
+    return {**own, **({"lora_rank": 8} if "lora" in variant else {})}
 
 
 @cache
@@ -155,7 +158,8 @@ def measured(model: str, folder: Path, stage: str) -> int:
         file = rows(folder / "comparisons.jsonl", pairs)
         kind, starts = ("reward", "--model") if stage == "reward" else ("dpo", "--policy")
         return peak(kind, "--comparisons", file, starts, model, *flags(section(stage)), *output)
-    short = text_of(model, 84 if stage == "online_dpo" else 100)  # with its template it is to leave room for an answer
+    # With its template it is to leave room for an answer.
+    short = text_of(model, 84 if stage.startswith("online_dpo") else 100)
     prompts = [{"id": f"p{i}", "prompt": f"{i} {short}"} for i in range(8)]
     file = rows(folder / "prompts.jsonl", prompts)
     if stage == "responses":
