@@ -330,13 +330,15 @@ class PlainScorer:
         return scores
 
 
-def padded_left(rows: Sequence[NDArray[np.int32]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (B, T), padded on the left, and (B, T) 1 on tokens that are no padding; both int64."""
-    longest = max(len(row) for row in rows)
+def padded_left(
+    rows: Sequence[NDArray[np.int32] | tuple[int, ...]], pad: int, width: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (B, T), padded on the left to `width` or more, and (B, T) 1 on real tokens; both int64."""
+    longest = max(width, *(len(row) for row in rows))
     ids = torch.full((len(rows), longest), pad, dtype=torch.long)
     real = torch.zeros((len(rows), longest), dtype=torch.long)
     for number, row in enumerate(rows):
-        ids[number, longest - len(row) :] = torch.from_numpy(row.astype(np.int64))
+        ids[number, longest - len(row) :] = torch.from_numpy(np.array(row, np.int64))
         real[number, longest - len(row) :] = 1
     return ids, real
 

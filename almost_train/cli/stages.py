@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from almost_train.dpo.run import DPOSettings
     from almost_train.reward.run import RewardSettings
     from almost_train.rlsf.job import RLSFSettings
-    from almost_train.self_play.settings import SelfPlaySettings
+    from almost_train.self_play.turns import SelfPlaySettings
     from almost_train.sft.run import SFTSettings
     from almost_train.synthetic.sampling import EngineFactory
 
@@ -54,7 +54,7 @@ def reward(
     return train_reward(settings, comparisons, model, output, eval_comparisons=eval_comparisons, progress=progress)
 
 
-@settings_command("almost_train.self_play.settings:SelfPlaySettings", engine=True, name="self-play")
+@settings_command("almost_train.self_play.turns:SelfPlaySettings", engine=True, name="self-play")
 @path_option("--prompts", f"The first user turns: {TABLES}.")
 @click.option("--reward-model", help="Its checkpoint; may be left out with --unguided.")
 @click.option("--prompt-set", default="official", show_default=True, help="official, builtin or nano.")

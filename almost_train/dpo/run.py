@@ -125,7 +125,7 @@ def train_dpo(
 
         # 3. Training.
         checkpoint = training_base(checkpoint, output, settings, bf16=settings.bf16)
-        progress.note(f"dpo: {len(rows)} pairs ({data.format}), {plan.steps} steps of {settings.batch_size}")
+        progress.note(f"dpo: {len(rows)} pairs ({data.training.format}), {plan.steps} steps of {settings.batch_size}")
         if repeats := data.repeat_figures():
             told = " and ".join(f"{count} {name.replace('_', ' ')}" for name, count in repeats.items())
             progress.note(f"dpo: {comparisons} has {told}, which are trained on as they are")
@@ -153,7 +153,7 @@ def train_dpo(
             last = log[-1]
             read = [rows[row] for row in plan.order if row is not None]
             metrics = {
-                "format": data.format,
+                "format": data.training.format,
                 "train_pairs": len(rows),
                 "steps": plan.steps,
                 "max_length": limit,

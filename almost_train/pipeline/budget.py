@@ -28,7 +28,7 @@ from almost_train.pipeline.recipe import SAMPLED, Recipe
 from almost_train.pipeline.sampling_needs import generation_need, judging_need
 from almost_train.reward.run import RewardSettings
 from almost_train.rlsf.job import RLSFSettings
-from almost_train.self_play.settings import SelfPlaySettings
+from almost_train.self_play.turns import SelfPlaySettings
 from almost_train.sft.run import SFTSettings
 from almost_train.synthetic.prompt_sets import SeedSet, load_seed_set
 from almost_train.synthetic.prompts import PromptSettings

@@ -39,7 +39,7 @@ from almost_train.reward.pairs import read_comparisons, reward_encoder
 from almost_train.reward.run import KINDS, RewardSettings
 from almost_train.rlsf.job import RLSFSettings, check_settings, refuse_empty_stop
 from almost_train.rlsf.run import check_shares
-from almost_train.self_play.settings import SelfPlaySettings
+from almost_train.self_play.turns import SelfPlaySettings
 from almost_train.sft.run import SFTSettings
 from almost_train.synthetic.comparisons import ComparisonSettings
 from almost_train.synthetic.prompt_sets import DemonstrationSet, SeedSet, load_seed_set

@@ -72,11 +72,6 @@ class Comparisons:
     held_out: PairFile | None
 
     @property
-    def format(self) -> str:
-        """Of the pairs for training."""
-        return self.training.format
-
-    @property
     def inputs(self) -> dict[str, Path | str]:
         """As inputs of the stage."""
         own = {"comparisons": self.training.input}

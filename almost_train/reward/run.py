@@ -138,7 +138,9 @@ def train_reward(
 
         # 3. Training.
         checkpoint = training_base(checkpoint, output, settings, bf16=settings.bf16, whole=True)
-        progress.note(f"reward: {len(train)} pairs ({data.format}), {plan.steps} steps of {settings.batch_size}")
+        progress.note(
+            f"reward: {len(train)} pairs ({data.training.format}), {plan.steps} steps of {settings.batch_size}"
+        )
         if repeats := data.repeat_figures():
             told = " and ".join(f"{count} {name.replace('_', ' ')}" for name, count in repeats.items())
             progress.note(f"reward: {comparisons} has {told}, which are trained on as they are")
@@ -158,7 +160,7 @@ def train_reward(
             write_rows(output / "eval.jsonl", rows)
             log = read_rows(output / "log.jsonl")
             metrics = {
-                "format": data.format,
+                "format": data.training.format,
                 "train_pairs": len(train),
                 "steps": plan.steps,
                 "max_length": limit,

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 from almost_eval.engines.hf_generation import StopStrings
+from almost_eval.engines.hf_loglikelihood import padded_left
 from almost_eval.errors import TemplateError
 from almost_eval.models import stops
 from almost_eval.models.chat import ChatTemplate, dialogue_text, encode_text, special_tokens
@@ -170,14 +171,7 @@ def sample(
     own = model.generation_config
     drawn = dict(
         sample_behind_headers(
-            model,
-            tokenizer,
-            prompts,
-            numbers,
-            frozenset(ends),
-            temperature=temperature,
-            stop=stop,
-            max_rows=max_rows,
+            model, tokenizer, prompts, numbers, frozenset(ends), temperature=temperature, stop=stop, max_rows=max_rows
         )
     )
     left = [number for number in range(len(prompts)) if number not in drawn]
@@ -186,8 +180,8 @@ def sample(
         for begin in range(0, len(left), max_rows):
             chosen = left[begin : begin + max_rows]
             batch = [prompts[number] for number in chosen]
-            width = max(len(ids) for ids in batch)
-            input_ids, mask = _left_padded(batch, width, pad)
+            input_ids, mask = padded_left(batch, pad)
+            width = input_ids.shape[1]
             output: Tensor = generate(  # (B, P + T)
                 input_ids=input_ids.to(model.device),
                 attention_mask=mask.to(model.device),
@@ -283,7 +277,7 @@ def collate(
 ) -> Batch:
     """Tensors of at least `widths` = (P, T): processes that share a batch need the same."""
     pad = _pad_id(tokenizer)
-    left, mask = _left_padded(prompts, max(widths[0], *(len(ids) for ids in prompts)), pad)
+    left, mask = padded_left(prompts, pad, widths[0])
     width = max(widths[1], *(len(ids) for ids in completions))
     right = torch.full((len(completions), width), pad, dtype=torch.long)  # (B, T)
     completion_mask = torch.zeros((len(completions), width), dtype=torch.bool)
@@ -291,15 +285,6 @@ def collate(
         right[row, : len(ids)] = torch.tensor(ids)
         completion_mask[row, : len(ids)] = True
     return Batch(torch.cat([left, right], 1), torch.cat([mask, completion_mask.long()], 1), completion_mask)
-
-
-def _left_padded(prompts: Sequence[TokenIds], width: int, pad: int) -> tuple[Tensor, Tensor]:
-    ids = torch.full((len(prompts), width), pad, dtype=torch.long)  # (B, P)
-    mask = torch.zeros((len(prompts), width), dtype=torch.long)  # (B, P) 1 on real tokens
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    return ids, mask
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -82,14 +82,15 @@ class VLLMSampler:
 
     def sync(self, model: PreTrainedModel) -> None:
         """Hand the weights over."""
-        from almost_train.rlsf.weight_transfer import HandingInit, HandingSender, LLMClient, PolicyWeights
+        from almost_train.rlsf.weight_transfer import HandingInit, HandingSender, PolicyWeights, ToldClient
 
         try:
             if self._sleeps:
                 self.llm.wake_up(tags=["weights"])  # level 2 keeps none: all are sent anew
             if self._sender is None:
                 init, source = HandingInit(rank=0), PolicyWeights(model)
-                self._sender = HandingSender.trainer_init(init, client=LLMClient(self.llm), source=source)
+                client = ToldClient(lambda name, *body: getattr(self.llm, name)(*body))
+                self._sender = HandingSender.trainer_init(init, client=client, source=source)
             self._sender.send_weights()
             if self._sleeps:
                 self.llm.wake_up(tags=["kv_cache"])
@@ -192,14 +193,14 @@ class ServerSampler:
         if self._sender is None:
             self._sender = self._make_sender(PolicyWeights(model))
         self._sender.send_weights()
-        if is_main() and self.post("/reset_prefix_cache").get("success") is not True:
+        if is_main() and self._post("/reset_prefix_cache").get("success") is not True:
             raise RunError(f"the server {self._address.shown} still holds keys and values of the old weights")
         wait_for_all()
 
     def _make_sender(self, source: Any) -> Any:
-        from almost_train.rlsf.weight_transfer import FileInit, FileSender
+        from almost_train.rlsf.weight_transfer import FileInit, FileSender, ToldClient
 
-        rank, client = (0 if is_main() else 1), _ServerClient(self)
+        rank, client = (0 if is_main() else 1), ToldClient(lambda name, *body: self._post(f"/{name}", *body))
         if self._job.settings.weight_transfer == "file":
             return FileSender.trainer_init(
                 FileInit(self._job.work / "transfer", rank=rank), client=client, source=source
@@ -222,7 +223,7 @@ class ServerSampler:
         settings, ends = self._job.settings, end_ids(model, self._job.tokenizer)
 
         def draw(ids: TokenIds, row: int) -> Sampled:
-            answer = self.post(
+            answer = self._post(
                 "/v1/completions",
                 {
                     "model": self._model,
@@ -250,8 +251,7 @@ class ServerSampler:
     def close(self) -> None:
         """The server goes on, with the policy as it is now."""
 
-    def post(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Tell the server something; what it answers."""
+    def _post(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         return self._ask("POST", path, body)
 
     def _ask(
@@ -276,22 +276,3 @@ class ServerSampler:
             raise refused(f"the vLLM server {where}, {path}: {server_words(answer.text, self._key)}")
         result: dict[str, Any] = answer.json() if answer.content else {}
         return result
-
-
-class _ServerClient:
-    """The four methods that vLLM's senders call, over HTTP."""
-
-    def __init__(self, server: ServerSampler) -> None:
-        self._server = server
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self._server.post("/init_weight_transfer_engine", {"init_info": init_info})
-
-    def start_weight_update(self) -> None:
-        self._server.post("/start_weight_update")
-
-    def update_weights(self, update_info: Any) -> None:
-        self._server.post("/update_weights", {"update_info": update_info})
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._server.post("/finish_weight_update")

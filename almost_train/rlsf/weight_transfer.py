@@ -10,7 +10,7 @@ LoRA is merged on the way, into a copy of one weight at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,7 +26,7 @@ from vllm.distributed.weight_transfer.base import (
     materialize_full_tensor,
 )
 
-from almost_eval.engines.vllm_process import LLM, RECEIVER
+from almost_eval.engines.vllm_process import RECEIVER
 from almost_eval.errors import InputError
 
 
@@ -148,24 +148,24 @@ class FileSender(TrainerWeightTransferEngine[FileInit]):
             file.unlink(missing_ok=True)
 
 
-class LLMClient:
-    """vLLM in this process, by the four methods that vLLM's senders call."""
+class ToldClient:
+    """The four methods that vLLM's senders call. `tell` takes the name of each, and the object that goes with it."""
 
-    def __init__(self, llm: LLM) -> None:
-        self._llm = llm
+    def __init__(self, tell: Callable[..., object]) -> None:
+        self._tell = tell
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Before the first transfer."""
-        self._llm.init_weight_transfer_engine({"init_info": init_info})
+        self._tell("init_weight_transfer_engine", {"init_info": init_info})
 
     def start_weight_update(self) -> None:
         """A transfer begins."""
-        self._llm.start_weight_update()
+        self._tell("start_weight_update")
 
     def update_weights(self, update_info: Any) -> None:
         """A part of it."""
-        self._llm.update_weights({"update_info": update_info})
+        self._tell("update_weights", {"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """It is over."""
-        self._llm.finish_weight_update(weight_version)
+        self._tell("finish_weight_update")

@@ -32,8 +32,7 @@ from almost_train.common.resume import RowLog
 from almost_train.common.shards import folder_of, joined_rows, shard_result, whole_stage
 from almost_train.common.stage import Stage, model_input
 from almost_train.common.tables import Table, read_any
-from almost_train.self_play.settings import SelfPlaySettings
-from almost_train.self_play.turns import CHUNK, Dialogue, Play
+from almost_train.self_play.turns import CHUNK, Dialogue, Play, SelfPlaySettings
 from almost_train.synthetic.prompt_sets import SEPARATOR, DemonstrationSet
 from almost_train.synthetic.sampling import EngineFactory, pin_dtype
 

@@ -86,7 +86,7 @@ def mining(folder: Path, progress: Progress) -> None:
 
 def self_play(folder: Path, progress: Progress) -> None:
     from almost_train.self_play.run import self_play
-    from almost_train.self_play.settings import SelfPlaySettings
+    from almost_train.self_play.turns import SelfPlaySettings
 
     settings = SelfPlaySettings(
         assistant_demonstrations="good",

@@ -22,7 +22,7 @@ from almost_eval.types import Completion, Conversation, Message
 from almost_train.pipeline.summary import outcome
 from almost_train.self_play.rules import broken_rule, end_at_user, repeats_itself, says_goodbye
 from almost_train.self_play.run import self_play
-from almost_train.self_play.settings import SelfPlaySettings
+from almost_train.self_play.turns import SelfPlaySettings
 from almost_train.synthetic.prompt_sets import DemonstrationSet
 
 GOODBYES = SelfPlaySettings().goodbyes
