@@ -22,22 +22,16 @@ from almost_eval.nano import BUILT_IN, DEFAULT_MODEL, SEEDED, SHIPPED, shipped
 from almost_eval.types import JSONObject
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"  # what transformers loads, the first that exists
-_PICKLES = (
-    "pytorch_model*.bin"  # its name for pickled weights; an optimizer's state or training_args.bin are no weights
-)
+# Its name for pickled weights; an optimizer's state or training_args.bin are no weights.
+_PICKLES = "pytorch_model*.bin"
 _WEIGHTS = ("*.safetensors", _PICKLES)
 _LFS = b"version https://git-lfs"
 _NO_WEIGHTS = ("training_args.bin", "optimizer.bin")
 """Names of pickles that vLLM leaves out."""
 _BESIDE = (
     *("config.json", "generation_config.json", "adapter_config.json"),
-    *(
-        "tokenizer*.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "chat_template*",
-        "additional_chat_templates/*",
-    ),
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template*", "additional_chat_templates/*"),
     *("vocab*", "merges.txt", "*.model", "*.tiktoken", "*.jinja"),  # vocabularies of other kinds of tokenizers
     *("sentence_bert_config.json", "processor_config.json", "*.py"),
 )
