@@ -29,6 +29,11 @@ def stored(work: Path) -> list[tuple[int, Path]]:
     return sorted((int(folder.name.split("-")[1]), folder) for folder in work.glob("step-*"))
 
 
+def folders(work: Path) -> list[Path]:
+    """The folder of each checkpoint, oldest first."""
+    return [folder for _, folder in stored(work)]
+
+
 def save(
     work: Path, step: int, models: Mapping[str, Tensors], numbers: Mapping[str, object], oldest_wanted: int
 ) -> None:

@@ -132,4 +132,4 @@ def _next(settings: RLSFSettings, state: State, row: Row) -> State:
     return replace(state, step=state.step + 1, kl_coefficient=coefficient)
 
 
-PPO = Algorithm(train, OWN_SETTINGS, update_size, lambda work: [folder for _, folder in checkpoints.stored(work)])
+PPO = Algorithm(train, OWN_SETTINGS, update_size, checkpoints.folders)
