@@ -107,7 +107,6 @@ class Task(ABC):
     protocol: str
     data: DataSource
     prompting: Prompting
-    _fingerprint: str
     version: int = 1
     """Raised whenever the same model and data would give another number."""
     unfit_is_unscored: bool = False
@@ -221,9 +220,9 @@ class Task(ABC):
     def settings(self) -> dict[str, Any]:
         """What, beyond name and protocol, changes the number: stored in the spec, and enough to rebuild the task."""
 
+    @abstractmethod
     def data_fingerprint(self) -> str:
-        """sha256 over the rows the samples were made from; where they are the data's own, `samples` notes it."""
-        return self._fingerprint
+        """sha256 over the rows the samples were made from."""
 
 
 def loglikelihood_outputs(scores: Sequence[Sequence[ContinuationScore]]) -> Outputs:

@@ -407,6 +407,10 @@ class Harness(Task):
         counts = {"answers_after_a_thought": thoughts, "documents_without_a_right_choice": hopeless}
         return {name: count for name, count in counts.items() if count}
 
+    def data_fingerprint(self) -> str:
+        """See `Task.data_fingerprint`."""
+        return self._fingerprint
+
     def settings(self) -> dict[str, Any]:
         """See `Task.settings`."""
         return {

@@ -211,6 +211,10 @@ class HHH(Task):
             details["first shown preferred"] = sum(decided) / len(decided) if decided else 0.5
         return details
 
+    def data_fingerprint(self) -> str:
+        """See `Task.data_fingerprint`."""
+        return self._fingerprint
+
     def settings(self) -> dict[str, Any]:
         """See `Task.settings`."""
         return {"normalise": self.normalise, "limit": self.limit}

@@ -261,6 +261,10 @@ class MMLU(Task):
         """Ties for the best letter, which share the credit."""
         return {"tied": sum(r.score.reason == "tied" for r in records)}
 
+    def data_fingerprint(self) -> str:
+        """See `Task.data_fingerprint`."""
+        return self._fingerprint
+
     def settings(self) -> dict[str, Any]:
         """See `Task.settings`."""
         chosen = {"subjects": list(self.categories), "shots": self.shots, "limit": self.limit}

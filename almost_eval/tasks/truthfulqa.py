@@ -212,6 +212,10 @@ class TruthfulQA(Task):
         """Ties for the best answer, which share the credit."""
         return {"tied": sum(r.score.reason == "tied" for r in records)}
 
+    def data_fingerprint(self) -> str:
+        """See `Task.data_fingerprint`."""
+        return self._fingerprint
+
     def settings(self) -> dict[str, Any]:
         """See `Task.settings`."""
         return {"metrics": list(self.wanted), "limit": self.limit}
